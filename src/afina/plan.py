@@ -1,0 +1,274 @@
+"""The plan: recipe + site -> one frozen value that holds all that can be known before the allocation.
+
+Making a plan looks at the disk (which files a folder of data holds, whether a model folder has weights) and changes
+nothing. The recipe states the *global* batch; the plan derives the batch per device and the accumulation and refuses a
+remainder, so that one recipe means the same training on one process and on two nodes of four.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from afina import __version__
+from afina.errors import DataError, InputError, RecipeError, nearest
+from afina.recipe import Recipe
+from afina.site import Site
+
+__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "load_plan", "make_plan"]
+
+DATA_SUFFIXES: dict[str, str] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PART_NAMES = {
+    "train": "train",
+    "training": "train",
+    "eval": "eval",
+    "validation": "eval",
+    "valid": "eval",
+    "dev": "eval",
+    "test": "test",
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Geometry(_Frozen):
+    """How the processes are laid out, and how the global batch falls on them.
+
+    `batch_per_device * accumulation * num_processes == global_batch`, examples per optimizer step.
+    """
+
+    nodes: int
+    processes_per_node: int
+    gpus_per_node: int
+    cpus_per_process: int
+    global_batch: int
+    batch_per_device: int
+    accumulation: int
+
+    @property
+    def num_processes(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+class Plan(_Frozen):
+    """Recipe, site and geometry, with every path absolute. JSON both ways."""
+
+    afina_version: str
+    recipe: Recipe
+    site: Site
+    geometry: Geometry
+    recipe_file: Path | None = None
+    files: dict[str, tuple[Path, ...]] = {}
+    model_folder: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is trained: the recipe and its files, not the site nor the geometry."""
+        what = self.recipe.model_dump(mode="json", exclude={"resources", "name"})
+        files = {part: [str(p) for p in paths] for part, paths in self.files.items()}
+        return hashlib.sha256(json.dumps([what, files], sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def make_plan(
+    recipe: Recipe,
+    site: Site,
+    *,
+    recipe_file: str | Path | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    processes_per_node: int | None = None,
+    cpus_per_process: int | None = None,
+    time_min: int | None = None,
+) -> Plan:
+    """Compose a plan; the keyword arguments overrule the recipe's resources.
+
+    Raises:
+        RecipeError: a global batch that does not divide.
+        DataError: data files that are missing or of an unknown format.
+        InputError: a model folder without weights or tokenizer.
+    """
+    changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "cpus_per_gpu": cpus_per_process, "time": time_min}
+    resources = recipe.resources.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    recipe = recipe.model_copy(update={"resources": resources})
+    base = Path(recipe_file).absolute().parent if recipe_file else Path.cwd()
+    return Plan(
+        afina_version=__version__,
+        recipe=recipe,
+        site=site,
+        geometry=_geometry(recipe, processes_per_node or max(1, resources.gpus_per_node)),
+        recipe_file=Path(recipe_file).absolute() if recipe_file else None,
+        files=_data_files(recipe, base),
+        model_folder=_model_folder(recipe.model, base),
+    )
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan that was written with `Plan.to_json`.
+
+    Raises:
+        InputError: the file is missing, damaged or of a version that this afina does not read.
+    """
+    file = Path(path)
+    try:
+        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{file.parent}: not a run directory, it has no {file.name}",
+            "give the folder that `afina train` or `afina submit` named",
+        ) from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{file}: not a plan of afina {__version__}: {reason}",
+            "use the afina that made the run, or start a new one",
+        ) from None
+
+
+def check_cores(num_processes: int) -> None:
+    """Refuse more processes on this machine than it has cores for this process.
+
+    Raises:
+        InputError: with the number that would do.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_processes > cores:
+        raise InputError(
+            f"{num_processes} processes on {cores} cores: each needs one of its own",
+            f"use --num-processes {cores} or fewer",
+        )
+
+
+def _geometry(recipe: Recipe, processes_per_node: int) -> Geometry:
+    resources, train = recipe.resources, recipe.train
+    processes = resources.nodes * processes_per_node
+    if train.batch_size % processes:
+        below, above = train.batch_size // processes * processes, -(-train.batch_size // processes) * processes
+        sizes = " or ".join(str(s) for s in (below, above) if s)
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} is the global batch and does not divide over {processes} processes "
+            f"({resources.nodes} nodes × {processes_per_node})",
+            f"set train.batch_size to {sizes}, or run on another number of processes",
+        )
+    share = train.batch_size // processes
+    limit = train.max_batch_per_device or share
+    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= limit)
+    return Geometry(
+        nodes=resources.nodes,
+        processes_per_node=processes_per_node,
+        gpus_per_node=resources.gpus_per_node,
+        cpus_per_process=resources.cpus_per_gpu,
+        global_batch=train.batch_size,
+        batch_per_device=share // accumulation,
+        accumulation=accumulation,
+    )
+
+
+def _find(path: str, base: Path) -> Path:
+    """A path of the recipe: absolute, else beside the recipe, else in the working directory."""
+    given = Path(os.path.expandvars(path)).expanduser()
+    if given.is_absolute():
+        return given
+    beside = (base / given).absolute()
+    return beside if _exists(beside) or not _exists(given.absolute()) else given.absolute()
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or (glob.has_magic(str(path)) and bool(glob.glob(str(path))))
+
+
+def _data_files(recipe: Recipe, base: Path) -> dict[str, tuple[Path, ...]]:
+    files: dict[str, tuple[Path, ...]] = {}
+    for part, paths in (recipe.data.files or {}).items():
+        found = [p for path in paths for p in _expand(part, _find(path, base))]
+        if not found:
+            raise DataError(f"data.files.{part} is empty", "name at least one file")
+        files[part] = tuple(found)
+    folder = (recipe.data.files or {}).get("all", ())
+    if len(folder) == 1 and set(files) == {"all"} and _find(folder[0], base).is_dir():
+        return _parts_of_folder(files["all"])
+    return files
+
+
+def _expand(part: str, path: Path) -> list[Path]:
+    where = f"data.files.{part}: {path}"
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file())
+        if not found:
+            raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
+        return found
+    if path.is_file():
+        if path.suffix.lower() not in DATA_SUFFIXES:
+            raise DataError(
+                f"{where}: format {path.suffix or '(no suffix)'} is not known",
+                f"known formats: {', '.join(DATA_SUFFIXES)}",
+            )
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{where}: cannot be read by you", f"chmod u+r '{path}'")
+        return [path]
+    matched = sorted(Path(p) for p in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+    if matched:
+        return [p for m in matched for p in _expand(part, m)]
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings)
+    inside = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+    bind = "; a path outside the container must be listed in AFINA_BIND" if inside else ""
+    raise DataError(
+        f"{where}: no such file",
+        (hint or "paths are looked up beside the recipe, then in the working directory") + bind,
+    )
+
+
+def _parts_of_folder(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """train.csv, test-00000-of-00002.parquet, … in one folder are its parts; files with other names are one whole."""
+    parts: dict[str, tuple[Path, ...]] = {}
+    for path in paths:
+        stem = path.stem.replace("_", "-").split("-")[0].casefold()
+        part = _PART_NAMES.get(stem, "all")
+        parts[part] = (*parts.get(part, ()), path)
+    return {"all": tuple(paths)} if "all" in parts else parts
+
+
+def _model_folder(model: str, base: Path) -> Path | None:
+    """The absolute folder of a local model, or None where `model` is a Hub id."""
+    path = _find(model, base)
+    if not path.is_dir():
+        local = model.startswith((".", "/", "~", "$")) or model.count("/") > 1
+        if path.exists():
+            raise InputError(f"model: {path} is a file", "give the folder that holds config.json and model.safetensors")
+        if local:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise InputError(
+                f"model: {path}: no such folder",
+                nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
+            )
+        return None
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"model: {path} has no config.json: it is not a Transformers model folder",
+            "give the folder that `save_pretrained` wrote",
+        )
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise InputError(
+            f"model: {path} has no weights ({', '.join(_WEIGHTS[:2])})",
+            "download the model again, or save it with `save_pretrained`",
+        )
+    return path

@@ -1,0 +1,288 @@
+"""The run directory as a type: everything that crosses from one process, node or attempt to the next is a file in it.
+
+    plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
+    worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
+    submissions.jsonl  events.jsonl         what happened, with times
+    attempts/<id>/                          env.json  node<k>.log  exit
+    metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
+    checkpoints/step-<n>/
+    stop                                    exists: stop at the next step and leave a checkpoint
+    outcome.json  model/  predictions.parquet
+
+`mkdir` claims, `os.replace` publishes; nothing is edited in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from afina.errors import AfinaError, ClaimedError, EnvironmentProblem, InputError
+from afina.plan import Plan, load_plan
+
+__all__ = ["Outcome", "RunDir", "is_run_dir", "write_atomic"]
+
+
+class Outcome(BaseModel):
+    """How the last attempt ended, as the worker recorded it (or its supervisor, where the worker could not).
+
+    Attributes:
+        outcome: finished, stopped (resumable) or failed.
+        exit_code: 0, 2, 3, 4 or 75.
+        attempt: the attempt that wrote it.
+        global_step: optimizer steps done.
+        metrics: `eval_*` (and `test_*`) of the model in `model/`.
+        samples_per_second: training examples per second of training, evaluations and saves left out.
+        seconds: wall time of all attempts up to here, start-up included.
+        attempts: how many there were.
+        error: what failed, and the remedy.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    outcome: Literal["finished", "stopped", "failed"]
+    exit_code: int
+    attempt: str
+    global_step: int = 0
+    metrics: dict[str, Any] = {}
+    samples_per_second: float | None = None
+    seconds: float = 0.0
+    attempts: int = 1
+    error: str | None = None
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write aside, fsync, replace: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        EnvironmentProblem: no space, no quota, no permission; what was there is untouched.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise EnvironmentProblem(
+            f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
+        ) from error
+
+
+def is_run_dir(path: str | Path) -> bool:
+    return (Path(path) / "plan.json").is_file()
+
+
+class RunDir:
+    """A claimed run directory. `RunDir.claim` makes one, `RunDir(path)` opens one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    # What is where.
+    plan_file = property(lambda self: self.path / "plan.json")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    stop_file = property(lambda self: self.path / "stop")
+    outcome_file = property(lambda self: self.path / "outcome.json")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    attempts = property(lambda self: self.path / "attempts")
+    model = property(lambda self: self.path / "model")
+    predictions = property(lambda self: self.path / "predictions.parquet")
+
+    @classmethod
+    def check_free(cls, path: str | Path | None) -> None:
+        """Say early that `path` cannot be claimed; `claim` decides.
+
+        Raises:
+            ClaimedError: a run is there already.
+            InputError: a folder that holds something else.
+        """
+        if path is None or not Path(path).exists():
+            return
+        here = Path(path)
+        if (here / "attempts").exists():
+            raise ClaimedError(
+                f"{here}: this run directory is already claimed",
+                f"continue it with `afina resume {_quote(here)}`, or choose another --run DIR",
+            )
+        if not here.is_dir() or any(here.iterdir()):
+            raise InputError(
+                f"{here}: exists, and is not an empty folder",
+                "choose another --run DIR; nothing that exists is overwritten",
+            )
+
+    @classmethod
+    def claim(
+        cls,
+        plan: Plan,
+        prepared: Mapping[str, Any],
+        argv: Sequence[str],
+        recipe_text: str,
+        path: str | Path | None = None,
+    ) -> RunDir:
+        """Claim a run directory and write what the run is.
+
+        Args:
+            plan: written to `plan.json`.
+            prepared: where prepared data and model are, as the prepare stage said.
+            argv: the node worker's command; `{run}` stands for the run directory.
+            recipe_text: the recipe as the user wrote it.
+            path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
+
+        Raises:
+            ClaimedError, InputError: as `check_free`.
+            EnvironmentProblem: the directory cannot be made.
+        """
+        run = cls(path) if path else None
+        try:
+            if run:
+                cls.check_free(run.path)
+                run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            else:
+                run = cls._next(plan)
+            try:
+                run.attempts.mkdir(mode=0o700)
+            except FileExistsError:
+                raise ClaimedError(
+                    f"{run.path}: claimed by another process just now", "choose another --run DIR"
+                ) from None
+        except OSError as error:
+            where = run.path if run else plan.site.runs
+            raise EnvironmentProblem(
+                f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
+            ) from error
+        run.path.chmod(0o700)
+        write_atomic(run.path / "recipe.yaml", recipe_text)
+        write_atomic(run.path / "prepared.json", json.dumps(dict(prepared), indent=2) + "\n")
+        write_atomic(
+            run.path / "worker.argv", b"".join(os.fsencode(a.replace("{run}", str(run.path))) + b"\0" for a in argv)
+        )
+        write_atomic(run.plan_file, plan.to_json())
+        return run
+
+    @classmethod
+    def _next(cls, plan: Plan) -> RunDir:
+        plan.site.runs.mkdir(exist_ok=True)
+        stem = f"{plan.recipe.name}-{plan.digest[:8]}"
+        number = 1
+        while True:
+            run = cls(plan.site.runs / f"{stem}-{number}")
+            try:
+                run.path.mkdir(mode=0o700)
+            except FileExistsError:
+                number += 1
+                continue
+            return run
+
+    def plan(self) -> Plan:
+        return load_plan(self.plan_file)
+
+    def prepared(self) -> dict[str, Any]:
+        return self._read_json("prepared.json")
+
+    def worker_argv(self) -> list[str]:
+        return [os.fsdecode(a) for a in (self.path / "worker.argv").read_bytes().split(b"\0")[:-1]]
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path / name}: cannot be read: {error}", "start a new run from the recipe"
+            ) from None
+        assert isinstance(value, dict)
+        return value
+
+    def outcome(self) -> Outcome | None:
+        """The recorded outcome, or None while there is none."""
+        try:
+            return Outcome.model_validate_json(self.outcome_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def attempt_names(self) -> list[str]:
+        if not self.attempts.is_dir():
+            return []
+        return [p.name for p in sorted(self.attempts.iterdir(), key=lambda p: p.stat().st_ctime_ns) if p.is_dir()]
+
+    def begin_attempt(self, name: str | None = None) -> Path:
+        """Make the folder of an attempt; without a name the next `local-<n>`."""
+        number = 1
+        while True:
+            folder = self.attempts / (name or f"local-{number}")
+            try:
+                folder.mkdir(mode=0o700)
+            except FileExistsError:
+                if name:
+                    return Path(folder)
+                number += 1
+                continue
+            return Path(folder)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append one JSON line, in one write, with its time (seconds since the epoch)."""
+        line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n"
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.append("events.jsonl", {"event": kind, **fields})
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of a JSON Lines file; a torn last line is left out."""
+        try:
+            raw = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return
+        for line in raw.splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(self.lines("metrics.jsonl"))
+
+    def record(self, outcome: Outcome) -> None:
+        """Publish the outcome, and its exit code where a shell can read it."""
+        write_atomic(self.outcome_file, outcome.model_dump_json(indent=2) + "\n")
+        folder = self.attempts / outcome.attempt
+        if folder.is_dir():
+            write_atomic(folder / "exit", f"{outcome.exit_code}\n")
+
+    def record_failure(self, attempt: str, error: AfinaError | str, *, exit_code: int = 4, **fields: Any) -> Outcome:
+        """Record that `attempt` failed, unless the attempt itself recorded how it ended."""
+        known = self.outcome()
+        if known is not None and known.attempt == attempt:
+            return known
+        outcome = Outcome(
+            outcome="failed",
+            exit_code=exit_code,
+            attempt=attempt,
+            attempts=len(self.attempt_names()),
+            error=str(error),
+            **fields,
+        )
+        self.record(outcome)
+        return outcome
+
+
+def _quote(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))

@@ -1,0 +1,225 @@
+"""Where to train: this cluster, this account. One file that bash sources and Python reads through bash.
+
+A site file is shell (`module load apptainer`, `: "${AFINA_SCRATCH:=/scratch/$USER}"`), so it is read by bash itself and
+the environment that it leaves is compared with the one it found. Without a site file the environment is the site.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from afina.errors import SiteError, nearest
+
+__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "find_site_file", "load_site"]
+
+Runtime = Literal["apptainer", "singularity", "none"]
+
+_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE", "AFINA_CACHE")
+
+#: Where each cache goes, under the folder of caches. Left alone, most of them land in HOME and its quota.
+CACHE_VARIABLES: dict[str, str] = {
+    "HF_HOME": "huggingface",
+    "HF_XET_CACHE": "huggingface/xet",
+    "HF_MODULES_CACHE": "huggingface/modules",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TRITON_CACHE_DIR": "triton",
+    "MPLCONFIGDIR": "matplotlib",
+}
+
+
+class Site(BaseModel):
+    """The site as a frozen value. Paths are absolute.
+
+    Attributes:
+        scratch: shared folder for caches, prepared data and runs.
+        image: the Apptainer image, or None where jobs run in the surrounding environment.
+        runtime: what starts the container on a compute node.
+        binds: `SRC[:DST[:OPTIONS]]` each, beside scratch, recipe and data.
+        sbatch: Slurm's own `SBATCH_*` variables; they are passed to sbatch as they are.
+        setup: variables that the site file set beside the known ones (NCCL settings, proxies, …); names only.
+        file: the site file, or None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scratch: Path
+    image: Path | None = None
+    runtime: Runtime = "none"
+    binds: tuple[str, ...] = ()
+    sbatch: dict[str, str] = {}
+    setup: tuple[str, ...] = ()
+    file: Path | None = None
+
+    @property
+    def cache(self) -> Path:
+        return self.scratch / "cache"
+
+    @property
+    def prepared(self) -> Path:
+        return self.scratch / "prepared"
+
+    @property
+    def runs(self) -> Path:
+        return self.scratch / "runs"
+
+
+def cache_environment(site: Site, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables that move every cache under scratch; one that the user has set stays as it is."""
+    env = os.environ if env is None else env
+    return {name: env.get(name) or str(site.cache / sub) for name, sub in CACHE_VARIABLES.items()}
+
+
+def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | None = None) -> Path | None:
+    """`--site`, else `AFINA_SITE`, else `slurm/site.env` here, else `~/.config/afina/site.env`, else None.
+
+    Raises:
+        SiteError: a file that was named does not exist.
+    """
+    env = os.environ if env is None else env
+    named = given or env.get("AFINA_SITE")
+    if named:
+        path = Path(named).expanduser().absolute()
+        if not path.is_file():
+            raise SiteError(
+                f"site file {path}: no such file",
+                "give --site FILE or AFINA_SITE the path of your site.env (see slurm/site.example.env)",
+            )
+        return path
+    home = env.get("HOME")
+    for candidate in (Path("slurm/site.env"), *([Path(home) / ".config/afina/site.env"] if home else [])):
+        if candidate.is_file():
+            return candidate.absolute()
+    return None
+
+
+def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = None) -> Site:
+    """Read the site and check that its scratch can be used.
+
+    Raises:
+        SiteError: no scratch, scratch that is missing or not writable, an image that cannot be read, a site file that fails.
+    """
+    env = dict(os.environ if env is None else env)
+    file = find_site_file(given, env)
+    found = _source(file, env) if file else env
+    for name in found:
+        if name.startswith("AFINA_") and name not in _KNOWN and name not in env and file:
+            hint = nearest(name, _KNOWN)
+            raise SiteError(
+                f"site file {file}: unknown variable {name}", f"{hint} known: {', '.join(_KNOWN[:4])}".strip()
+            )
+    setup = (
+        tuple(
+            sorted(k for k, v in found.items() if env.get(k) != v and not k.startswith(("AFINA_", "SBATCH_", "BASH")))
+        )
+        if file
+        else ()
+    )
+    image = _image(found.get("AFINA_IMAGE", ""), file)
+    return Site(
+        scratch=_scratch(found.get("AFINA_SCRATCH", ""), file),
+        image=image,
+        runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found),
+        binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
+        sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
+        setup=tuple(k for k in setup if k not in ("_", "SHLVL", "PWD", "OLDPWD")),
+        file=file,
+    )
+
+
+def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment after bash has sourced `file`; its standard output is not ours to read."""
+    script = 'set -a; source "$1" >&2 || exit 97; env -0'
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script, "afina-site", str(file)],
+            env=dict(env),
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise SiteError("bash is not on PATH", "afina reads site files through bash: install it") from None
+    except subprocess.TimeoutExpired:
+        raise SiteError(
+            f"site file {file}: still running after 120 s", "it must only set variables and load modules"
+        ) from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise SiteError(
+            f"site file {file}: bash stopped with {done.returncode}: {said[-1] if said else 'no message'}",
+            f"try: bash -ec 'source {file}'",
+        )
+    pairs = (entry.partition("=") for entry in done.stdout.decode(errors="surrogateescape").split("\0") if "=" in entry)
+    return {k: v for k, _, v in pairs}
+
+
+def _scratch(value: str, file: Path | None) -> Path:
+    where = (
+        f"set AFINA_SCRATCH in {file}"
+        if file
+        else "export AFINA_SCRATCH=/path/on/shared/scratch, or write it into slurm/site.env (see slurm/site.example.env)"
+    )
+    if not value:
+        raise SiteError(
+            "AFINA_SCRATCH is not set: caches, prepared data and runs need a folder on shared scratch", where
+        )
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise SiteError(f"AFINA_SCRATCH={value} is not an absolute path", where)
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise SiteError(
+            f"AFINA_SCRATCH={value} {what}", f"mkdir -p '{value}' (a mistyped path is never made for you), or {where}"
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SiteError(
+            f"AFINA_SCRATCH={value} is not writable by you", "choose a folder of your own or your group's on scratch"
+        )
+    return path
+
+
+def _image(value: str, file: Path | None) -> Path | None:
+    if not value:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        path = path.absolute()
+    if not path.exists():
+        raise SiteError(
+            f"AFINA_IMAGE={value}: no such image",
+            "build it with container/build.sh, or correct AFINA_IMAGE" + (f" in {file}" if file else ""),
+        )
+    if not os.access(path, os.R_OK):
+        raise SiteError(
+            f"AFINA_IMAGE={value} cannot be read by you", f"chmod a+r '{value}', or copy it where you can read it"
+        )
+    if path.is_file():
+        with path.open("rb") as image:
+            head = image.read(64)
+        if b"run-singularity" not in head and b"SIF_MAGIC" not in head:
+            raise SiteError(
+                f"AFINA_IMAGE={value} is not an Apptainer image (SIF)",
+                "build it with container/build.sh; a broken download has the same look",
+            )
+    return path
+
+
+def _runtime(value: str, image: Path | None, env: Mapping[str, str]) -> Runtime:
+    if value in ("apptainer", "singularity"):
+        return "apptainer" if value == "apptainer" else "singularity"
+    if value == "none":
+        return "none"
+    if value:
+        raise SiteError(f"AFINA_RUNTIME={value} is not known", "one of: apptainer, singularity, none")
+    if image is None or env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER"):
+        return "none"
+    if not shutil.which("apptainer", path=env.get("PATH")) and shutil.which("singularity", path=env.get("PATH")):
+        return "singularity"
+    return "apptainer"
