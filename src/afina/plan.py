@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError, nearest
 from afina.recipe import Recipe
-from afina.site import Site
+from afina.site import Site, in_container
 
-__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "load_plan", "make_plan"]
+__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "geometry_for", "load_plan", "make_plan"]
 
 DATA_SUFFIXES: dict[str, str] = {
     ".csv": "csv",
@@ -114,7 +114,7 @@ def make_plan(
         afina_version=__version__,
         recipe=recipe,
         site=site,
-        geometry=_geometry(recipe, processes_per_node or max(1, resources.gpus_per_node)),
+        geometry=geometry_for(recipe, processes_per_node or max(1, resources.gpus_per_node)),
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
         files=_data_files(recipe, base),
         model_folder=_model_folder(recipe.model, base),
@@ -143,6 +143,37 @@ def load_plan(path: str | Path) -> Plan:
         ) from None
 
 
+def geometry_for(recipe: Recipe, processes_per_node: int, *, nodes: int | None = None) -> Geometry:
+    """How the recipe's global batch falls on `nodes` (the recipe's own, if None) of `processes_per_node` each.
+
+    Raises:
+        RecipeError: the batch does not divide; with the sizes that would.
+    """
+    resources, train = recipe.resources, recipe.train
+    nodes = nodes or resources.nodes
+    processes = nodes * processes_per_node
+    if train.batch_size % processes:
+        below, above = train.batch_size // processes * processes, -(-train.batch_size // processes) * processes
+        sizes = " or ".join(str(s) for s in (below, above) if s)
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} is the global batch and does not divide over {processes} processes "
+            f"({nodes} nodes × {processes_per_node})",
+            f"set train.batch_size to {sizes}, or run on another number of processes",
+        )
+    share = train.batch_size // processes
+    limit = train.max_batch_per_device or share
+    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= limit)
+    return Geometry(
+        nodes=nodes,
+        processes_per_node=processes_per_node,
+        gpus_per_node=resources.gpus_per_node,
+        cpus_per_process=resources.cpus_per_gpu,
+        global_batch=train.batch_size,
+        batch_per_device=share // accumulation,
+        accumulation=accumulation,
+    )
+
+
 def check_cores(num_processes: int) -> None:
     """Refuse more processes on this machine than it has cores for this process.
 
@@ -155,31 +186,6 @@ def check_cores(num_processes: int) -> None:
             f"{num_processes} processes on {cores} cores: each needs one of its own",
             f"use --num-processes {cores} or fewer",
         )
-
-
-def _geometry(recipe: Recipe, processes_per_node: int) -> Geometry:
-    resources, train = recipe.resources, recipe.train
-    processes = resources.nodes * processes_per_node
-    if train.batch_size % processes:
-        below, above = train.batch_size // processes * processes, -(-train.batch_size // processes) * processes
-        sizes = " or ".join(str(s) for s in (below, above) if s)
-        raise RecipeError(
-            f"train.batch_size: {train.batch_size} is the global batch and does not divide over {processes} processes "
-            f"({resources.nodes} nodes × {processes_per_node})",
-            f"set train.batch_size to {sizes}, or run on another number of processes",
-        )
-    share = train.batch_size // processes
-    limit = train.max_batch_per_device or share
-    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= limit)
-    return Geometry(
-        nodes=resources.nodes,
-        processes_per_node=processes_per_node,
-        gpus_per_node=resources.gpus_per_node,
-        cpus_per_process=resources.cpus_per_gpu,
-        global_batch=train.batch_size,
-        batch_per_device=share // accumulation,
-        accumulation=accumulation,
-    )
 
 
 def _find(path: str, base: Path) -> Path:
@@ -229,8 +235,7 @@ def _expand(part: str, path: Path) -> list[Path]:
         return [p for m in matched for p in _expand(part, m)]
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(path.name, siblings)
-    inside = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-    bind = "; a path outside the container must be listed in AFINA_BIND" if inside else ""
+    bind = "; a path outside the container must be listed in AFINA_BIND" if in_container() else ""
     raise DataError(
         f"{where}: no such file",
         (hint or "paths are looked up beside the recipe, then in the working directory") + bind,

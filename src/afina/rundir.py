@@ -42,9 +42,11 @@ class Outcome(BaseModel):
         seconds: wall time of all attempts up to here, start-up included.
         attempts: how many there were.
         error: what failed, and the remedy.
+        best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
+        device, world_size, global_batch: of the last attempt.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     outcome: Literal["finished", "stopped", "failed"]
     exit_code: int
@@ -55,6 +57,14 @@ class Outcome(BaseModel):
     seconds: float = 0.0
     attempts: int = 1
     error: str | None = None
+    max_steps: int | None = None
+    best_step: int | None = None
+    model_step: int | None = None
+    task: str | None = None
+    labels: list[str] | None = None
+    device: str | None = None
+    world_size: int | None = None
+    global_batch: int | None = None
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -173,16 +183,22 @@ class RunDir:
         return run
 
     @classmethod
-    def _next(cls, plan: Plan) -> RunDir:
-        plan.site.runs.mkdir(exist_ok=True)
+    def next_free(cls, plan: Plan) -> RunDir:
+        """The next `<scratch>/runs/<name>-<digest8>-<n>` that is not there yet."""
         stem = f"{plan.recipe.name}-{plan.digest[:8]}"
         number = 1
+        while (path := plan.site.runs / f"{stem}-{number}").exists():
+            number += 1
+        return cls(path)
+
+    @classmethod
+    def _next(cls, plan: Plan) -> RunDir:
+        plan.site.runs.mkdir(exist_ok=True)
         while True:
-            run = cls(plan.site.runs / f"{stem}-{number}")
+            run = cls.next_free(plan)
             try:
                 run.path.mkdir(mode=0o700)
             except FileExistsError:
-                number += 1
                 continue
             return run
 

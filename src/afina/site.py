@@ -17,7 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from afina.errors import SiteError, nearest
 
-__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "find_site_file", "load_site"]
+__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "find_site_file", "in_container", "load_site"]
+
+#: Bytes that must be free on scratch before anything is begun there.
+_LEAST_FREE = 16_000_000
 
 Runtime = Literal["apptainer", "singularity", "none"]
 
@@ -99,14 +102,24 @@ def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | Non
     return None
 
 
-def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = None) -> Site:
+def in_container(env: Mapping[str, str] | None = None) -> bool:
+    env = os.environ if env is None else env
+    return bool(env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER"))
+
+
+def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = None, *, job: bool = False) -> Site:
     """Read the site and check that its scratch can be used.
+
+    Args:
+        job: called by the batch script, in the container, after bash has sourced the site file: the environment is the
+            site, and the image, which is not visible from within itself, is what the host said it is.
 
     Raises:
         SiteError: no scratch, scratch that is missing or not writable, an image that cannot be read, a site file that fails.
     """
     env = dict(os.environ if env is None else env)
-    file = find_site_file(given, env)
+    # A site file is for the host: `module load` means nothing in the container, where the environment has come along.
+    file = None if job or (in_container(env) and env.get("AFINA_SCRATCH") and not given) else find_site_file(given, env)
     found = _source(file, env) if file else env
     for name in found:
         if name.startswith("AFINA_") and name not in _KNOWN and name not in env and file:
@@ -121,11 +134,12 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
         if file
         else ()
     )
-    image = _image(found.get("AFINA_IMAGE", ""), file)
+    named = found.get("AFINA_IMAGE", "")
+    image = (Path(named) if named else None) if job or in_container(env) else _image(named, file)
     return Site(
         scratch=_scratch(found.get("AFINA_SCRATCH", ""), file),
         image=image,
-        runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found),
+        runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found, job=job),
         binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
         sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
         setup=tuple(k for k in setup if k not in ("_", "SHLVL", "PWD", "OLDPWD")),
@@ -178,9 +192,16 @@ def _scratch(value: str, file: Path | None) -> Path:
         raise SiteError(
             f"AFINA_SCRATCH={value} {what}", f"mkdir -p '{value}' (a mistyped path is never made for you), or {where}"
         )
-    if not os.access(path, os.W_OK | os.X_OK):
+    space = os.statvfs(path)
+    if not os.access(path, os.W_OK | os.X_OK) or space.f_flag & os.ST_RDONLY:
         raise SiteError(
             f"AFINA_SCRATCH={value} is not writable by you", "choose a folder of your own or your group's on scratch"
+        )
+    if space.f_bavail * space.f_frsize < _LEAST_FREE or (space.f_files and space.f_favail == 0):
+        free = f"{space.f_bavail * space.f_frsize / 1e6:.0f} MB and {space.f_favail} inodes are free"
+        raise SiteError(
+            f"AFINA_SCRATCH={value} is full: {free}",
+            "remove what is not needed (old runs, caches), or choose another folder",
         )
     return path
 
@@ -211,15 +232,17 @@ def _image(value: str, file: Path | None) -> Path | None:
     return path
 
 
-def _runtime(value: str, image: Path | None, env: Mapping[str, str]) -> Runtime:
+def _runtime(value: str, image: Path | None, env: Mapping[str, str], *, job: bool) -> Runtime:
     if value in ("apptainer", "singularity"):
         return "apptainer" if value == "apptainer" else "singularity"
     if value == "none":
         return "none"
     if value:
         raise SiteError(f"AFINA_RUNTIME={value} is not known", "one of: apptainer, singularity, none")
-    if image is None or env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER"):
+    if image is None or (in_container(env) and not job):
         return "none"
+    if in_container(env):
+        return "apptainer" if env.get("APPTAINER_CONTAINER") else "singularity"
     if not shutil.which("apptainer", path=env.get("PATH")) and shutil.which("singularity", path=env.get("PATH")):
         return "singularity"
     return "apptainer"

@@ -1,0 +1,173 @@
+"""Pure: plan -> the command lines that are run. What is printed by a dry run is what is run.
+
+worker_argv       python -m afina.worker.X …       in the container, or here where the site has none
+container_argv    apptainer exec … <worker_argv>
+accelerate_argv   python -m accelerate.commands.launch … -m afina.worker.train RUN
+sbatch_argv       sbatch … finetune.sbatch RUN
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from afina.errors import EnvironmentProblem
+from afina.plan import Geometry, Plan
+from afina.site import cache_environment, in_container
+
+__all__ = [
+    "accelerate_argv",
+    "batch_script",
+    "container_argv",
+    "sbatch_argv",
+    "slurm_options",
+    "worker_argv",
+    "worker_environment",
+]
+
+
+def worker_argv(plan: Plan, module: str, *arguments: str) -> list[str]:
+    """The command of a worker module, wrapped in the container where the site has one and we are not in it."""
+    if plan.site.runtime == "none" or in_container():
+        return [sys.executable, "-m", f"afina.worker.{module}", *arguments]
+    return container_argv(plan, ["python", "-m", f"afina.worker.{module}", *arguments])
+
+
+def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ()) -> list[str]:
+    """`inner` in the site's container, or as it is where there is none.
+
+    The default environment passes (SLURM_*, NCCL_*, HF_*), the home does not: its `~/.local` would win over the image.
+    Paths go through `--mount`, whose fields can be quoted; `--bind` has no way to say a colon or a comma.
+    """
+    site = plan.site
+    if site.runtime == "none":
+        return list(inner)
+    if site.image is None:
+        raise EnvironmentProblem(
+            f"AFINA_RUNTIME={site.runtime} and no AFINA_IMAGE",
+            "set AFINA_IMAGE to an image made with container/build.sh",
+        )
+    folders = [site.scratch, *([plan.model_folder] if plan.model_folder else []), *_data_folders(plan), *binds]
+    if plan.recipe_file:
+        folders.append(plan.recipe_file.parent)
+    mounts: list[str] = []
+    for folder in _outermost(folders):
+        mounts += ["--mount", _mount(folder)]
+    for bind in site.binds:
+        mounts += ["--bind", bind]
+    gpu = ["--nv"] if plan.geometry.gpus_per_node else []
+    return [site.runtime, "exec", *gpu, "--no-home", *mounts, "--pwd", str(site.scratch), str(site.image), *inner]
+
+
+def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of every worker: caches under scratch, no user packages, and for training no network."""
+    return {
+        **cache_environment(plan.site, env),
+        "PYTHONNOUSERSITE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        # HF_HUB_OFFLINE covers hub, transformers and datasets, but HF_DATASETS_OFFLINE=0 would overrule it.
+        **(
+            {
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_OFFLINE": "1",
+                "HF_EVALUATE_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            if offline
+            else {}
+        ),
+    }
+
+
+def accelerate_argv(
+    geometry: Geometry, *, node: int, head: str, port: int, config: Path, python: str, command: Sequence[str]
+) -> list[str]:
+    """`accelerate launch` for one node. `--multi_gpu` also on CPU: its `--cpu` with several processes expects MPI."""
+    return [
+        python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--multi_gpu",
+        "--num_machines",
+        str(geometry.nodes),
+        "--num_processes",
+        str(geometry.num_processes),
+        "--machine_rank",
+        str(node),
+        "--main_process_ip",
+        head,
+        "--main_process_port",
+        str(port),
+        "--rdzv_backend",
+        "static",
+        "--same_network",
+        "--max_restarts",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        *command,
+    ]
+
+
+def slurm_options(plan: Plan) -> dict[str, str | int]:
+    """What to ask Slurm for, by the long names of sbatch's options. The site's `SBATCH_*` add to it from the environment."""
+    resources, geometry = plan.recipe.resources, plan.geometry
+    options: dict[str, str | int] = {
+        "job-name": plan.recipe.name,
+        "nodes": geometry.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": resources.cpus_per_gpu * geometry.processes_per_node,
+        "time": resources.time,
+    }
+    if geometry.gpus_per_node:
+        options["gpus-per-node"] = geometry.gpus_per_node
+    if resources.mem_gb:
+        options["mem"] = f"{resources.mem_gb}G"
+    return options
+
+
+def sbatch_argv(plan: Plan, run: Path, script: Path, *, wait: bool = False) -> list[str]:
+    """The submission of a claimed run."""
+    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
+    # `%` starts a pattern in sbatch's file names; a doubled one is a plain one.
+    log = str(run / "slurm-%j.out") if "%" not in str(run) else str(run).replace("%", "%%") + "/slurm-%j.out"
+    return ["sbatch", "--parsable", *options, f"--output={log}", *(["--wait"] if wait else []), str(script), str(run)]
+
+
+def batch_script() -> Path:
+    """The one batch script: installed with the package, or beside it in a checkout.
+
+    Raises:
+        EnvironmentProblem: it is in neither place.
+    """
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "_slurm/finetune.sbatch", here.parent.parent / "slurm/finetune.sbatch"):
+        if candidate.is_file():
+            return candidate
+    raise EnvironmentProblem("finetune.sbatch is not installed with afina", "install afina again")
+
+
+def _data_folders(plan: Plan) -> list[Path]:
+    return [path.parent for paths in plan.files.values() for path in paths]
+
+
+def _outermost(folders: Iterable[Path]) -> list[Path]:
+    """Each folder once, none inside another."""
+    kept: list[Path] = []
+    for folder in sorted({f.absolute() for f in folders}, key=lambda f: len(f.parts)):
+        if not any(folder.is_relative_to(outer) for outer in kept):
+            kept.append(folder)
+    return kept
+
+
+def _mount(folder: Path) -> str:
+    """One `--mount` value: comma-separated fields, each quoted as in CSV."""
+    fields = ("type=bind", f"src={folder}", f"dst={folder}")
+    return ",".join('"' + field.replace('"', '""') + '"' for field in fields)

@@ -1,0 +1,179 @@
+"""Once per node, inside the container: read the plan and the allocation, become the training processes.
+
+One process becomes Python itself; several become `accelerate launch` with every option given (it would otherwise read a
+file in the user's cache) and the static rendezvous at the head node. The node's number is read from SLURM_NODEID here, in
+the task: expanded in the batch script every node would be number 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from afina import __version__
+from afina.errors import AfinaError, EnvironmentProblem
+from afina.launch import accelerate_argv, worker_environment
+from afina.plan import Geometry, Plan, check_cores, geometry_for
+from afina.rundir import RunDir, write_atomic
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Replace this process by the node's training processes; returns only on an error."""
+    run = RunDir(argv[0])
+    attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
+    node = _node()
+    try:
+        plan = run.plan()
+        geometry = _geometry(plan)
+        folder = run.begin_attempt(attempt)
+        os.environ.update(worker_environment(plan, offline=True))
+        devices = _devices()
+        if node == 0:
+            write_atomic(folder / "env.json", json.dumps(_facts(geometry), indent=2) + "\n")
+            run.event(
+                "attempt_started",
+                attempt=attempt,
+                nodes=geometry.nodes,
+                processes=geometry.num_processes,
+                devices=devices,
+            )
+        command = _command(run, geometry, node, devices)
+    except AfinaError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if node == 0 and run.attempts.is_dir():
+            run.record_failure(attempt, error, exit_code=error.exit_code)
+        return error.exit_code
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def _in_slurm() -> bool:
+    return os.environ.get("AFINA_LAUNCH") == "slurm" and "SLURM_JOB_ID" in os.environ
+
+
+def _node() -> int:
+    return int(os.environ.get("SLURM_NODEID", "0")) if _in_slurm() else 0
+
+
+def _geometry(plan: Plan) -> Geometry:
+    """The plan's geometry, or that of the allocation where it is another one (then the global batch must still divide)."""
+    if not _in_slurm():
+        if asked := os.environ.get("AFINA_PROCESSES"):
+            return geometry_for(plan.recipe, int(asked), nodes=1)
+        check_cores(plan.geometry.processes_per_node)
+        if plan.geometry.nodes > 1:
+            raise EnvironmentProblem(
+                f"the plan is for {plan.geometry.nodes} nodes and this is one machine",
+                "submit it, or start anew with --num-processes",
+            )
+        return plan.geometry
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
+    gpus = _allocated_gpus()
+    per_node = gpus or (1 if plan.geometry.gpus_per_node else plan.geometry.processes_per_node)
+    if (nodes, per_node) == (plan.geometry.nodes, plan.geometry.processes_per_node):
+        return plan.geometry
+    return geometry_for(plan.recipe, per_node, nodes=nodes)
+
+
+def _allocated_gpus() -> int:
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if on_node.isdigit():
+        return int(on_node)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return len([d for d in visible.split(",") if d.strip()])
+
+
+def _devices() -> str:
+    """`cuda` or `cpu`. GPUs that were allocated and cannot be used are a broken node, where there is a driver.
+
+    Without a driver there is no GPU to lose: then it is the CPU, said aloud. Not measured on a GPU.
+
+    Raises:
+        EnvironmentProblem: the node has an NVIDIA driver and torch cannot use it.
+    """
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.exists():
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        version = driver.read_text().splitlines()[0]
+        raise EnvironmentProblem(
+            f"{platform.node()}: there is an NVIDIA driver, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: {version}",
+            "use an image whose CUDA fits the driver (Apptainer.def, TORCH_INDEX), start it with --nv, or exclude this node",
+        )
+    if _allocated_gpus() and _node() == 0:
+        print(
+            "afina: WARNING: GPUs were allocated, and this node has no NVIDIA driver: training on the CPU",
+            file=sys.stderr,
+            flush=True,
+        )
+    return "cpu"
+
+
+def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // geometry.processes_per_node)))
+    train = ["-m", "afina.worker.train", str(run.path)]
+    if geometry.num_processes == 1:
+        if devices == "cuda":
+            # Plain Python that sees several GPUs would silently use nn.DataParallel.
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return [sys.executable, *train]
+    head, port = os.environ.get("AFINA_HEAD", ""), os.environ.get("AFINA_PORT", "")
+    if geometry.nodes > 1 and not head:
+        raise EnvironmentProblem(
+            "AFINA_HEAD is not set: the other nodes cannot be told where to meet",
+            "start multi-node runs through slurm/finetune.sbatch or afina submit",
+        )
+    # Static rendezvous: torchrun sends USR1 to its own death unless it is told to pass it on.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
+    config = run.attempts / os.environ.get("AFINA_ATTEMPT", "local-1") / f"accelerate.node{node}.yaml"
+    write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
+    return accelerate_argv(
+        geometry,
+        node=node,
+        head=head or "127.0.0.1",
+        port=int(port or _free_port()),
+        config=config,
+        python=sys.executable,
+        command=train,
+    )
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _facts(geometry: Geometry) -> dict[str, object]:
+    """What a reader of the run needs to know of the machine. No value of the environment but Slurm's own."""
+    slurm = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith("SLURM_JOB") or k in ("SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT")
+    }
+    return {
+        "afina": __version__,
+        "started": time.time(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cores": len(os.sched_getaffinity(0)),
+        "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
+        "geometry": geometry.model_dump(),
+        "slurm": slurm,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

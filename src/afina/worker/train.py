@@ -1,0 +1,266 @@
+"""One run on every rank, from top to bottom: build, resume, train, evaluate, save, record.
+
+Reached as `python -m afina.worker.train RUN_DIR`, once per process, by `afina.worker.launch`. Training itself is
+`transformers.Trainer`; this module gives it the batches, the checkpoints, the moment to stop, and writes down what came
+out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; the GPU path was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, AfinaError, TrainingError
+from afina.plan import Geometry, Plan, geometry_for
+from afina.recipe import METRICS
+from afina.rundir import Outcome, RunDir, write_atomic
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Train the run of `argv[0]`; the exit code is also in `attempts/<id>/exit` (accelerate hides it)."""
+    run = RunDir(argv[0])
+    attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
+    rank = int(os.environ.get("RANK", "0"))
+    stop = _StopRequest(run)
+    try:
+        return _train(run, attempt, rank, stop)
+    except Exception as error:
+        expected = isinstance(error, AfinaError)
+        code = error.exit_code if isinstance(error, AfinaError) else EXIT_FAILED
+        said = str(error) if expected else f"{type(error).__name__}: {error}\n  remedy: {_remedy(error)}"
+        if not expected:
+            traceback.print_exc()
+        print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
+        # Every rank may fail, and the first to write says why; the supervisor makes the outcome of it if rank 0 cannot.
+        write_atomic(run.attempts / attempt / f"failed.rank{rank}.json", json.dumps({"exit_code": code, "error": said}))
+        if rank == 0:
+            run.record_failure(attempt, said, exit_code=code, seconds=_seconds(run, attempt))
+        os._exit(code)  # the other ranks may hang in a collective: leave without waiting for them
+
+
+def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
+    plan, prepared = run.plan(), run.prepared()
+    geometry = _geometry(plan)
+    import torch
+    import transformers
+    from transformers import AutoTokenizer
+
+    from afina.worker import checkpoint as checkpoints
+    from afina.worker import store
+    from afina.worker.trainer import RunTrainer, build_arguments, build_model
+
+    transformers.logging.set_verbosity_error()
+    folder = Path(prepared["prepared"])
+    manifest = store.load_manifest(folder)
+    if rank == 0:
+        store.verify(folder, digests=False)
+    task, labels = manifest["task"], manifest["labels"]
+    metric_names = _metric_names(plan, task)
+    best = plan.recipe.train.best_metric or METRICS[task][0]
+    if best not in metric_names:
+        metric_names = [*metric_names, best]
+    splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
+
+    arguments = build_arguments(plan, geometry, run, best, task)
+    resume, notes = checkpoints.newest(run.checkpoints) if rank == 0 else (None, [])
+    resume = _from_rank_zero(resume)
+    transformers.set_seed(plan.recipe.train.seed)
+    model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    trainer = RunTrainer(
+        run=run,
+        attempt=attempt,
+        plan=plan,
+        geometry=geometry,
+        task=task,
+        labels=labels,
+        metric_names=metric_names,
+        pad_token_id=manifest["pad_token_id"],
+        splits=splits,
+        stop=stop,
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+    )
+    if rank == 0:
+        for note in notes:
+            run.event("checkpoint_damaged", attempt=attempt, note=note)
+        _say(*notes)
+        _introduce(plan, geometry, manifest, trainer.args.device, resume)
+        run.stop_file.unlink(missing_ok=True)
+
+    if resume and checkpoints.manifest(resume)["step"] >= trainer.total_steps:
+        trainer.restore(resume)
+    else:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+    step = trainer.state.global_step
+    if trainer.stopped:
+        if rank == 0:
+            outcome = _outcome(run, attempt, trainer, "stopped", EXIT_STOPPED, {})
+            run.record(outcome)
+            _say(
+                f"stopped at step {step} of {trainer.state.max_steps}; a checkpoint is committed",
+                f"continue with: afina resume '{run.path}'",
+            )
+        _leave(torch)
+        return EXIT_STOPPED
+
+    metrics = trainer.conclude()
+    if rank == 0:
+        outcome = _outcome(run, attempt, trainer, "finished", EXIT_FINISHED, metrics)
+        run.record(outcome)
+        run.event("finished", attempt=attempt, step=step)
+        print(_table(run, metric_names), flush=True)
+        _say(f"finished: {step} steps, {outcome.samples_per_second or 0:.1f} examples/s, model in {run.model}")
+    _leave(torch)
+    return EXIT_FINISHED
+
+
+class _StopRequest:
+    """Whether this rank has been asked to stop: by a signal, or (rank 0) by the stop file.
+
+    The handler only sets a flag: Slurm and Apptainer deliver one signal two or three times, and a handler that prints
+    dies of re-entrance.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._file = run.stop_file
+        self._signalled = False
+        self._looked = 0.0
+        self._found = False
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
+            signal.signal(getattr(signal, name), self._hear)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self._signalled = True
+
+    def __call__(self, *, look: bool) -> bool:
+        """Args: look: also look for the stop file, at most every half second (a shared file system answers slowly)."""
+        if look and not self._found and time.monotonic() - self._looked > 0.5:
+            self._looked = time.monotonic()
+            self._found = self._file.exists()
+        return self._signalled or self._found
+
+
+def _geometry(plan: Plan) -> Geometry:
+    """The plan's geometry, or that of the processes that are really here."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world == plan.geometry.num_processes:
+        return plan.geometry
+    return geometry_for(plan.recipe, local, nodes=world // local)
+
+
+def _from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on every rank; the process group is there once TrainingArguments has been built."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _metric_names(plan: Plan, task: str) -> list[str]:
+    names = list(plan.recipe.metrics or METRICS[task][:2])
+    for name in [*names, *([plan.recipe.train.best_metric] if plan.recipe.train.best_metric else [])]:
+        if name not in METRICS[task]:
+            raise TrainingError(
+                f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
+            )
+    return names
+
+
+def _seconds(run: RunDir, attempt: str) -> float:
+    """Wall seconds of all attempts up to now, each from its start to its last event."""
+    started: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    for event in run.lines("events.jsonl"):
+        name = event.get("attempt")
+        if name:
+            started.setdefault(name, event["time"])
+            ended[name] = event["time"]
+    if attempt in started:
+        ended[attempt] = time.time()
+    return round(sum(ended[name] - started[name] for name in started), 3)
+
+
+def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metrics: dict[str, Any]) -> Outcome:
+    clock = trainer.clock
+    return Outcome(
+        outcome=kind,
+        exit_code=code,
+        attempt=attempt,
+        global_step=trainer.state.global_step,
+        metrics=metrics,
+        samples_per_second=round(clock.examples / clock.seconds, 3) if clock.seconds else None,
+        seconds=_seconds(run, attempt),
+        attempts=len(run.attempt_names()),
+        max_steps=trainer.state.max_steps,
+        task=trainer.task,
+        labels=trainer.labels,
+        best_step=trainer.state.best_global_step,
+        model_step=trainer.model_step,
+        world_size=trainer.geometry.num_processes,
+        global_batch=trainer.geometry.global_batch,
+        device=str(trainer.args.device),
+    )
+
+
+def _leave(torch: Any) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "out of memory" in text.lower():
+        return "set train.max_batch_per_device lower; the global batch and the result stay the same"
+    if isinstance(error, OSError) and error.errno in (28, 122):
+        return "free space or quota on the run directory's file system, then `afina resume`"
+    return "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(f"afina: {line}", flush=True)
+
+
+def _introduce(plan: Plan, geometry: Geometry, manifest: dict[str, Any], device: Any, resume: Path | None) -> None:
+    rows = ", ".join(f"{part} {split['rows']}" for part, split in manifest["splits"].items())
+    _say(
+        f"{plan.recipe.name}: {manifest['task']}, {plan.recipe.model}; rows: {rows}",
+        f"{geometry.num_processes} process(es) on {geometry.nodes} node(s), {device.type}; global batch {geometry.global_batch} = "
+        f"{geometry.batch_per_device} × {geometry.accumulation} × {geometry.num_processes}",
+        *([f"resuming from {resume.name}"] if resume else []),
+    )
+
+
+def _table(run: RunDir, metric_names: list[str]) -> str:
+    """The tutorial's table: one line per evaluation, with the training loss logged last before it."""
+    head = ["epoch", "training loss", "validation loss", *metric_names]
+    rows: list[list[str]] = []
+    loss: float | None = None
+    for line in run.metrics():
+        loss = line.get("loss", loss)
+        if "eval_loss" in line:
+            values = [line.get(f"eval_{name}") for name in metric_names]
+            cells = [loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
+            rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,585 @@
+"""`transformers.Trainer` with afina's batches, checkpoints, evaluation and moment to stop.
+
+Trainer keeps what it is good at: optimizer, schedule, mixed precision, gradient clipping, DDP through accelerate. What is
+replaced: the order of batches (`worker.batches`), the loss (summed and divided by the examples of the *global* step, so
+that uneven last steps are exact on any number of processes), evaluation (sorted by length, results in input order,
+identical batches on any number of processes) and saving (`worker.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
+
+from afina import __version__
+from afina.errors import EnvironmentProblem, TrainingError
+from afina.plan import Geometry, Plan
+from afina.rundir import RunDir
+from afina.worker import checkpoint as checkpoints
+from afina.worker.batches import Collator, EvalBatches, Rows, StepBatches
+from afina.worker.store import Split
+from afina.worker.tasks import TASKS, compute_metrics, per_example_loss
+
+__all__ = ["RunTrainer", "build_arguments", "build_model"]
+
+_PROGRESS = "progress.json"
+
+
+def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str) -> TrainingArguments:
+    """TrainingArguments of the plan. Where no GPU can be used the CPU is taken, with gloo between processes."""
+    train = plan.recipe.train
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        **{
+            # What the recipe may overrule.
+            "lr_scheduler_type": "linear",
+            "dataloader_pin_memory": not cpu,
+            "logging_first_step": False,
+            **train.arguments,
+            # What the recipe's own keys, or afina, decide.
+            "output_dir": str(run.path / "trainer"),
+            "per_device_train_batch_size": geometry.batch_per_device,
+            "per_device_eval_batch_size": _eval_batch(plan, geometry),
+            "gradient_accumulation_steps": geometry.accumulation,
+            "num_train_epochs": train.num_epochs,
+            "max_steps": train.max_steps or -1,
+            "learning_rate": train.learning_rate,
+            "seed": train.seed,
+            # The flow is decided by `_Flow`; these only have to be consistent with each other.
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "logging_strategy": "steps",
+            "logging_steps": train.log_every,
+            "logging_nan_inf_filter": False,
+            "metric_for_best_model": best,
+            "greater_is_better": best not in TASKS[task].lower_is_better,
+            "load_best_model_at_end": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "average_tokens_across_devices": True,
+            "use_cpu": cpu,
+            **({"ddp_backend": "gloo"} if cpu and geometry.num_processes > 1 else {}),
+        }
+    )
+
+
+def _eval_batch(plan: Plan, geometry: Geometry) -> int:
+    return plan.recipe.train.eval_batch_size or max(32, geometry.batch_per_device)
+
+
+def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, num_labels: int) -> Any:
+    """The pretrained model with a head for the task, in float32, the label names in its config."""
+    names = labels or [f"LABEL_{i}" for i in range(num_labels)]
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=num_labels,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type=TASKS[task].problem_type,
+        dtype=torch.float32,  # the default takes the checkpoint's dtype: a bf16 one would train in pure bf16
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced
+        trust_remote_code=plan.recipe.trust_remote_code,
+    )
+
+
+@dataclass
+class Clock:
+    """Seconds and examples of training proper, over all attempts: evaluations and saves are left out."""
+
+    seconds: float = 0.0
+    examples: int = 0
+    _since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = None
+
+
+class RunTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer for one run directory.
+
+    Attributes:
+        stopped: the run was asked to stop and left a checkpoint.
+        clock: training time and examples.
+        model_step: the step whose weights `model/` holds.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        *,
+        run: RunDir,
+        attempt: str,
+        plan: Plan,
+        geometry: Geometry,
+        task: str,
+        labels: list[str] | None,
+        metric_names: list[str],
+        pad_token_id: int,
+        splits: dict[str, Split],
+        stop: Any,
+        **trainer: Any,
+    ) -> None:
+        self.run, self.attempt, self.plan, self.geometry, self.task, self.labels = (
+            run,
+            attempt,
+            plan,
+            geometry,
+            task,
+            labels,
+        )
+        self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
+        self.stop_request = stop
+        self.stopped = False
+        self.clock = Clock()
+        self.model_step = 0
+        self._logits: dict[int, np.ndarray[Any, Any]] = {}
+        self._checkpoint: Path | None = None
+        super().__init__(
+            **trainer,
+            train_dataset=Rows(splits["train"]),
+            eval_dataset=Rows(splits["eval"]) if "eval" in splits else None,
+            data_collator=lambda rows: rows,
+            compute_loss_func=self._loss,
+            compute_metrics=lambda _: {},
+        )
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = pad_token_id
+        for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Flow(self))
+        if self.args.process_index == 0:
+            self.add_callback(_Progress())
+
+    @property
+    def rank(self) -> int:
+        return int(self.args.process_index)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.plan.recipe.train
+        return train.max_steps or math.ceil(train.num_epochs * _steps_per_epoch(self))
+
+    # Batches and loss
+
+    def _collator(self, split: Split) -> Collator:
+        tokens = self.plan.recipe.tokens
+        return Collator(split, self.pad_token_id, tokens.max_length if tokens.batching == "padded" else None)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        split = self.splits["train"]
+        sampler = StepBatches(
+            split.lengths, self.geometry, self.rank, self.plan.recipe.train.seed, self.plan.recipe.tokens.batching
+        )
+        return DataLoader(
+            Rows(split),
+            batch_sampler=sampler,
+            collate_fn=self._collator(split),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        split = (eval_dataset or self.eval_dataset).split
+        batches = EvalBatches(
+            split.lengths, self.args.per_device_eval_batch_size, self.rank, self.geometry.num_processes
+        )
+        collate = self._collator(split)
+        return DataLoader(Rows(split), batch_sampler=batches, collate_fn=lambda rows: (rows, collate(rows)))
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.geometry.global_batch
+
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Sum over this rank's examples / examples of the global step (Trainer multiplies by the ranks that DDP averages over)."""
+        each = TASKS[self.task].loss(outputs["logits"], labels)
+        width = labels.shape[-1] if labels.ndim > 1 else 1
+        loss: torch.Tensor = each.mean() if num_items_in_batch is None else each.sum() / (num_items_in_batch / width)
+        return loss
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Logits of every row on every rank, in input order; loss in float64 over rows; the recipe's metrics."""
+        split: Split = dataloader.dataset.split  # type: ignore[attr-defined]
+        self.model.eval()
+        mine: list[tuple[list[int], np.ndarray[Any, Any]]] = []
+        self.callback_handler.eval_dataloader = dataloader
+        with torch.inference_mode():
+            for rows, inputs in dataloader:
+                inputs.pop("labels")
+                logits = self.model(**self._prepare_inputs(inputs))["logits"]
+                mine.append((rows, logits.float().cpu().numpy()))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        everyone: list[Any] = [mine]
+        if self.geometry.num_processes > 1:
+            everyone = [None] * self.geometry.num_processes
+            dist.all_gather_object(everyone, mine)
+        logits_all = np.empty((len(split), self.model.config.num_labels), np.float32)
+        for shares in everyone:
+            for rows, logits in shares:
+                logits_all[rows] = logits
+        labels = np.asarray(split.labels)
+        metrics = {"loss": float(per_example_loss(self.task, logits_all, labels).mean())}
+        metrics |= compute_metrics(self.task, self.metric_names, logits_all, labels, self.model.config.num_labels)
+        self._logits = {self.state.global_step: logits_all}
+        prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        return EvalLoopOutput(predictions=logits_all, label_ids=labels, metrics=prefixed, num_samples=len(split))
+
+    def evaluate_now(self) -> None:
+        """Evaluate, remember the best step."""
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics=metrics, trial=None)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.perf_counter()
+        step = self.state.global_step
+        staging = self.run.checkpoints / f".staging-{step}"
+        if self.rank == 0:
+            checkpoints.stage(self.run.checkpoints, step)
+        self._barrier()
+        self.save_model(str(staging), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(staging))
+        self._save_scaler(str(staging))
+        self._save_rng_state(str(staging))
+        # The part of the logged loss that has been summed up on this rank since the last log line.
+        torch.save(
+            {"tr_loss": self._tr_loss.detach().cpu(), "last_logged": self._globalstep_last_logged},
+            staging / f"loss_{self.rank}.pt",
+        )
+        if self.rank == 0:
+            self.state.stateful_callbacks = {}
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            progress = {
+                "seconds": self.clock.seconds,
+                "examples": self.clock.examples,
+                "evaluation_due": self._evaluation_due(),
+                "metrics_lines": self._metrics_lines(),
+            }
+            (staging / _PROGRESS).write_text(json.dumps(progress))
+        self._barrier()
+        if self.rank == 0:
+            about = {
+                "world_size": self.geometry.num_processes,
+                "geometry": self.geometry.model_dump(),
+                "plan": self.plan.digest,
+                "versions": {
+                    "afina": __version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                },
+            }
+            self._checkpoint = checkpoints.commit(staging, step, about)
+            keep_best = self.state.best_global_step if self.plan.recipe.train.keep == "best" else None
+            checkpoints.rotate(self.run.checkpoints, self.plan.recipe.train.keep_checkpoints, keep_best)
+            size = sum(f["size"] for f in checkpoints.manifest(self._checkpoint)["files"].values())
+            self.run.event(
+                "checkpoint", attempt=self.attempt, step=step, seconds=round(time.perf_counter() - began, 3), bytes=size
+            )
+        self._barrier()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            for name in ("optimizer.pt", "scheduler.pt"):
+                if not (Path(checkpoint) / name).is_file():
+                    raise EnvironmentProblem(
+                        f"{checkpoint}: {name} is missing", "resume from another checkpoint: move this folder away"
+                    )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def restore(self, folder: Path) -> None:
+        """Take over a checkpoint of the last step: nothing is left to train, only to conclude."""
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self._load_weights(folder)
+        self.resumed_from(folder)
+
+    def resumed_from(self, folder: Path) -> None:
+        """Take over what Trainer does not restore: loss since the last log line, training time, evaluation due."""
+        progress = json.loads((folder / _PROGRESS).read_text())
+        self.clock.seconds, self.clock.examples = progress["seconds"], progress["examples"]
+        world = checkpoints.manifest(folder)["world_size"]
+        parts = [torch.load(folder / f"loss_{r}.pt", weights_only=True) for r in range(world)]
+        same = world == self.geometry.num_processes
+        share = parts[self.rank]["tr_loss"] if same else sum(p["tr_loss"] for p in parts) / world
+        self._tr_loss = share.to(self.args.device)
+        self._globalstep_last_logged = parts[0]["last_logged"]
+        if self.rank == 0:
+            _truncate(self.run.metrics_file, progress["metrics_lines"])
+            if not same:
+                print(
+                    f"afina: {world} processes made this checkpoint, {self.geometry.num_processes} resume it: same data, other dropout masks",
+                    flush=True,
+                )
+        self._barrier()
+        if progress["evaluation_due"]:
+            self.evaluate_now()
+
+    def _metrics_lines(self) -> int:
+        return sum(1 for _ in self.run.lines("metrics.jsonl"))
+
+    def _evaluation_due(self) -> bool:
+        """A stop fell on the last step of an epoch (or of an interval) and its evaluation was left to the resumed run."""
+        return self.stopped and _Flow.evaluates_at(self, self.state.global_step)
+
+    def _barrier(self) -> None:
+        if self.geometry.num_processes > 1:
+            dist.barrier()
+
+    # The end
+
+    def conclude(self) -> dict[str, Any]:
+        """Choose the best or last weights, write `model/` and `predictions.parquet`; returns the metrics of that model."""
+        step = self.state.global_step
+        best = self.state.best_global_step
+        self.model_step = best if self.plan.recipe.train.keep == "best" and best else step
+        if self.model_step != step:
+            self._load_weights(self.run.checkpoints / f"step-{self.model_step}")
+        metrics: dict[str, Any] = {}
+        if self.eval_dataset is not None:
+            if self.model_step not in self._logits:
+                self.evaluation_loop(self.get_eval_dataloader(), "Prediction")
+                self._logits = {self.model_step: next(iter(self._logits.values()))}
+            logits = self._logits[self.model_step]
+            labels = np.asarray(self.splits["eval"].labels)
+            metrics["eval_loss"] = float(per_example_loss(self.task, logits, labels).mean())
+            metrics |= {
+                f"eval_{k}": v
+                for k, v in compute_metrics(
+                    self.task, self.metric_names, logits, labels, self.model.config.num_labels
+                ).items()
+            }
+            if self.rank == 0:
+                self._write_predictions("eval", logits, self.run.predictions)
+        if "test" in self.splits:
+            output = self.evaluation_loop(
+                self.get_eval_dataloader(Rows(self.splits["test"])), "Test", metric_key_prefix="test"
+            )
+            metrics |= output.metrics
+            if self.rank == 0:
+                self._write_predictions("test", output.predictions, self.run.path / "predictions_test.parquet")
+        if self.rank == 0:
+            self._export()
+            shutil.rmtree(self.run.path / "trainer", ignore_errors=True)
+        self._barrier()
+        return metrics
+
+    def _load_weights(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        wrong = checkpoints.damage(folder)
+        if wrong:
+            raise EnvironmentProblem(
+                f"{folder}: the best checkpoint is damaged: {wrong}",
+                "set `--set train.keep=last` in a new run, or restore the folder",
+            )
+        self.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.args.device)))
+
+    def _export(self) -> None:
+        staging = self.run.path / ".model.staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.model.save_pretrained(staging)
+        self.processing_class.save_pretrained(staging)
+        if self.run.model.exists():
+            shutil.rmtree(self.run.model)
+        staging.rename(self.run.model)
+
+    def _write_predictions(self, part: str, logits: np.ndarray[Any, Any], path: Path) -> None:
+        """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(Path(self.run.prepared()["prepared"]) / f"{part}.rows.parquet")
+        labels = np.asarray(self.splits[part].labels)
+        decided = TASKS[self.task].decide(logits)
+        if self.task == "regression":
+            columns: dict[str, Any] = {"label": labels, "prediction": decided}
+        else:
+            assert self.labels is not None
+            names = np.array(self.labels, dtype=object)
+            if self.task == "single-label":
+                shifted = np.exp(logits - logits.max(-1, keepdims=True))
+                scores = shifted / shifted.sum(-1, keepdims=True)
+                columns = {"label": names[labels].tolist(), "prediction": names[decided].tolist()}
+            else:
+                scores = 1 / (1 + np.exp(-logits))
+                columns = {
+                    "label": [names[row > 0].tolist() for row in labels],
+                    "prediction": [names[row > 0].tolist() for row in decided],
+                }
+            columns |= {f"score: {name}": scores[:, i] for i, name in enumerate(self.labels)}
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values))
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        pq.write_table(table, aside)
+        os.replace(aside, path)
+
+
+class _Flow(TrainerCallback):  # type: ignore[misc]
+    """When to log, evaluate, save and stop. Stands in for Trainer's DefaultFlowCallback."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+        self.train = trainer.plan.recipe.train
+
+    @staticmethod
+    def evaluates_at(trainer: RunTrainer, step: int) -> bool:
+        every = trainer.plan.recipe.train.evaluate
+        if trainer.eval_dataset is None:
+            return False
+        last = step >= trainer.state.max_steps
+        return last or (step % _steps_per_epoch(trainer) == 0 if every == "epoch" else step % every == 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if trainer.rank == 0:
+            trainer.run.event("training", attempt=trainer.attempt, step=state.global_step, max_steps=state.max_steps)
+        if state.global_step:
+            trainer.resumed_from(trainer.run.checkpoints / f"step-{state.global_step}")
+        elif trainer.rank:
+            # Trainer gives every rank the same seed, and so the same dropout masks on different rows.
+            torch.manual_seed(args.seed + trainer.rank)
+        elif trainer.run.metrics_file.exists():
+            _truncate(trainer.run.metrics_file, 0)
+        trainer.clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        trainer.clock.examples += _examples_of(trainer, step)
+        if trainer.rank == 0 and step == trainer._initial_global_step + 1:
+            trainer.run.event("first_step", attempt=trainer.attempt, step=step)
+        last = step >= state.max_steps
+        control.should_log = step % self.train.log_every == 0 or last
+        if self._asked_to_stop() and not last:
+            trainer.stopped = True
+            control.should_save = control.should_training_stop = True
+            trainer.clock.stop()
+            return
+        by_epoch = step % _steps_per_epoch(trainer) == 0
+        control.should_evaluate = self.evaluates_at(trainer, step)
+        control.should_save = last or (
+            by_epoch if self.train.save_every == "epoch" else step % self.train.save_every == 0
+        )
+        control.should_training_stop = last
+        if control.should_evaluate or control.should_save:
+            trainer.clock.stop()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = dict(logs or {})
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs and not np.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"the loss is {logs['loss']} at step {state.global_step} (learning rate {logs.get('learning_rate')})",
+                "lower train.learning_rate, or look at the rows of that step; the newest checkpoint is from before",
+            )
+        if self.trainer.rank == 0:
+            kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
+            kept.pop("epoch", None)
+            with self.trainer.run.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, "epoch": round(state.epoch, 6), **kept}) + "\n")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.clock._since is None:
+            self.trainer.clock.start()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # All was decided at the end of the step.
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _asked_to_stop(self) -> bool:
+        trainer = self.trainer
+        asked = trainer.stop_request(look=trainer.rank == 0)
+        if trainer.geometry.num_processes == 1:
+            return bool(asked)
+        flag = torch.tensor([int(asked)], device=trainer.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar where there is a terminal, else one line a minute (and at the first step)."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.spoken = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+        elif time.monotonic() - self.spoken > 60:
+            self.spoken = time.monotonic()
+            print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}", flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+        if "eval_loss" in logs:
+            shown = {
+                k: v
+                for k, v in logs.items()
+                if k.startswith("eval_") and isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))
+            }
+            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  " + "  ".join(
+                f"{k} {v:.4f}" for k, v in shown.items()
+            )
+            self.bar.write(line) if self.bar is not None else print(line, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _steps_per_epoch(trainer: RunTrainer) -> int:
+    return -(-len(trainer.splits["train"]) // trainer.geometry.global_batch)
+
+
+def _examples_of(trainer: RunTrainer, step: int) -> int:
+    """Examples of the step that ended: the global batch, or what was left of the epoch."""
+    left = len(trainer.splits["train"]) % trainer.geometry.global_batch
+    return left if left and step % _steps_per_epoch(trainer) == 0 else trainer.geometry.global_batch
+
+
+def _truncate(path: Path, lines: int) -> None:
+    """Keep the first `lines` lines: what a resumed run will write again is taken away."""
+    kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.exists() else []
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(b"".join(kept))
+    os.replace(aside, path)
