@@ -58,6 +58,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
     from afina.worker.trainer import RunTrainer, build_arguments, build_model
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     folder = Path(prepared["prepared"])
     manifest = store.load_manifest(folder)
     if rank == 0:
@@ -213,7 +214,7 @@ def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metr
         model_step=trainer.model_step,
         world_size=trainer.geometry.num_processes,
         global_batch=trainer.geometry.global_batch,
-        device=str(trainer.args.device),
+        device=trainer.args.device.type,
     )
 
 

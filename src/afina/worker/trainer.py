@@ -24,7 +24,13 @@ import torch.distributed as dist
 import transformers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import (
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from afina import __version__
@@ -395,15 +401,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _load_weights(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         wrong = checkpoints.damage(folder)
         if wrong:
             raise EnvironmentProblem(
                 f"{folder}: the best checkpoint is damaged: {wrong}",
                 "set `--set train.keep=last` in a new run, or restore the folder",
             )
-        self.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.args.device)))
+        self._load_from_checkpoint(str(folder))
 
     def _export(self) -> None:
         staging = self.run.path / ".model.staging"

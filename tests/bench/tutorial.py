@@ -1,0 +1,79 @@
+"""The Transformers tutorial's own code, written out as a script: what afina is compared with.
+
+Reads two CSV files instead of `yelp_review_full`, and a model folder instead of `google-bert/bert-base-cased`; all else is
+the tutorial's: shuffle and select, padding to the longest length allowed, `Trainer`, accuracy after each epoch. Writes the
+loss of every step as JSON Lines, so that curves can be laid over each other.
+
+    python tests/bench/tutorial.py --train train.csv --eval eval.csv --model FOLDER --out steps.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--label", default="stars")
+    parser.add_argument("--sample", type=int, default=1000)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--seed", type=int, default=42)
+    options = parser.parse_args()
+
+    import numpy as np
+    from datasets import load_dataset
+    from sklearn.metrics import accuracy_score
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+    dataset = load_dataset("csv", data_files={"train": options.train, "test": options.eval}, keep_default_na=False)
+    names = sorted(set(dataset["train"][options.label]))
+    dataset = dataset.map(lambda row: {"labels": names.index(row[options.label])})
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenized = dataset.map(
+        lambda rows: tokenizer(rows["text"], padding="max_length", truncation=True, max_length=options.max_length),
+        batched=True,
+    )
+    train = tokenized["train"].shuffle(seed=42).select(range(min(options.sample, len(tokenized["train"]))))
+    test = tokenized["test"].shuffle(seed=42).select(range(min(options.sample, len(tokenized["test"]))))
+
+    set_seed(options.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names), dtype="float32")
+    arguments = TrainingArguments(
+        output_dir=str(options.out.with_suffix(".trainer")),
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_steps=1,
+        num_train_epochs=options.epochs,
+        seed=options.seed,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def compute_metrics(output: Any) -> dict[str, float]:
+        logits, labels = output
+        return {"accuracy": float(accuracy_score(labels, np.argmax(logits, axis=-1)))}
+
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=test, compute_metrics=compute_metrics
+    )
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    with options.out.open("w") as out:
+        for line in trainer.state.log_history:
+            out.write(json.dumps(line) + "\n")
+    print(json.dumps({"seconds": round(seconds, 2), "steps": trainer.state.global_step}))
+
+
+if __name__ == "__main__":
+    main()
