@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from afina import __version__
-from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, AfinaError, InputError
+from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, AfinaError, InputError
 
 __all__ = ["cli", "main"]
 
@@ -36,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # The machine said no (permission, quota, a name too long). Without a file it is a defect: keep the traceback.
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}\n  remedy: check the path, its permissions and your quota",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_ENVIRONMENT)
 
 
 @click.group(
@@ -279,7 +288,7 @@ def _minutes(text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        return Resources(time=int(text) if text.isdigit() else text).time  # type: ignore[arg-type]
+        return Resources.model_validate({"time": text}).time
     except ValidationError as error:
         raise InputError(
             f"--time {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}",

@@ -12,6 +12,7 @@ import io
 import random
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +268,8 @@ def run_demo(folder: str | Path) -> int:
 
 def _what_next(recipe: Path, site: Path, run: Path, page: Path) -> str:
     q = {name: shlex.quote(str(path)) for name, path in (("recipe", recipe), ("site", site), ("run", run))}
+    program = Path(sys.executable).with_name("afina")
+    afina = "afina" if shutil.which("afina") or not program.exists() else shlex.quote(str(program))
     return f"""
 The reviews are synthetic: the numbers above show that everything works, not how well a model reads real reviews.
 
@@ -279,10 +282,10 @@ To read
   the recipe                    {recipe}
 
 To run next
-  afina train {q["recipe"]} --site {q["site"]} --set train.epochs=1 --num-processes 2
-  afina resume {q["run"]}       a run that was stopped goes on; this one is finished
-  afina submit {q["recipe"]} --site {q["site"]} --dry-run       exactly what a cluster would be asked
-  afina prefetch slurm/recipes/yelp.yaml       a real one: real reviews, a node with internet, a site.env of yours
+  {afina} train {q["recipe"]} --site {q["site"]} --set train.epochs=1 --num-processes 2
+  {afina} resume {q["run"]}       a run that was stopped goes on; this one is finished
+  {afina} submit {q["recipe"]} --site {q["site"]} --dry-run       exactly what a cluster would be asked
+  {afina} prefetch slurm/recipes/yelp.yaml       a real one: real reviews, a node with internet, a site.env of yours
 """
 
 

@@ -160,7 +160,7 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
         "AFINA_PARENT": "1",
         **({"AFINA_REFRESH": "1"} if refresh else {}),
     }
-    argv = worker_argv(plan, "prepare")
+    argv = worker_argv(plan, "prepare", "--json")
     try:
         worker = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
     except OSError as error:

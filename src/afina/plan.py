@@ -7,6 +7,7 @@ remainder, so that one recipe means the same training on one process and on two 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError, nearest
-from afina.recipe import Recipe
+from afina.recipe import Recipe, Resources
 from afina.site import Site, in_container
 
 __all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "geometry_for", "load_plan", "make_plan"]
@@ -107,8 +108,17 @@ def make_plan(
         InputError: a model folder without weights or tokenizer.
     """
     changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "cpus_per_gpu": cpus_per_process, "time": time_min}
-    resources = recipe.resources.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    given = {k: v for k, v in changes.items() if v is not None}
+    try:
+        resources = Resources.model_validate({**recipe.resources.model_dump(), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"resources.{first['loc'][0]}: {first['msg']}, found {first['input']!r}", "correct the number"
+        ) from None
     recipe = recipe.model_copy(update={"resources": resources})
+    for path in (site.scratch, site.image, recipe_file):
+        _printable(path)
     base = Path(recipe_file).absolute().parent if recipe_file else Path.cwd()
     return Plan(
         afina_version=__version__,
@@ -188,28 +198,45 @@ def check_cores(num_processes: int) -> None:
         )
 
 
-def _find(path: str, base: Path) -> Path:
-    """A path of the recipe: absolute, else beside the recipe, else in the working directory."""
-    given = Path(os.path.expandvars(path)).expanduser()
-    if given.is_absolute():
-        return given
-    beside = (base / given).absolute()
-    return beside if _exists(beside) or not _exists(given.absolute()) else given.absolute()
+def _find(path: str, base: Path) -> list[Path]:
+    """What a path or pattern of the recipe names: absolute, else beside the recipe, else in the working directory.
+
+    Where nothing is there, the first place where it was looked for.
+    """
+    given = Path(os.path.expandvars(path))
+    if path.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # `~nobody`: then it is a name like any other
+            given = given.expanduser()
+    places = [Path("/")] if given.is_absolute() else [base, Path.cwd()]
+    for place in places:
+        # `root_dir` keeps a bracket in a folder's own name from being read as a pattern.
+        whole = (place / given).absolute()
+        found = [whole] if whole.exists() else sorted(place / p for p in glob.glob(str(given), root_dir=place))
+        if found:
+            return found
+    return [(places[0] / given).absolute()]
 
 
-def _exists(path: Path) -> bool:
-    return path.exists() or (glob.has_magic(str(path)) and bool(glob.glob(str(path))))
+def _printable(path: str | Path | None) -> None:
+    """Refuse a path whose bytes are not UTF-8: neither the plan (JSON) nor the model's card could hold it."""
+    if path is None:
+        return
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(path)!r}: this path is not UTF-8", "rename the file or folder") from None
 
 
 def _data_files(recipe: Recipe, base: Path) -> dict[str, tuple[Path, ...]]:
-    files: dict[str, tuple[Path, ...]] = {}
-    for part, paths in (recipe.data.files or {}).items():
-        found = [p for path in paths for p in _expand(part, _find(path, base))]
-        if not found:
-            raise DataError(f"data.files.{part} is empty", "name at least one file")
-        files[part] = tuple(found)
-    folder = (recipe.data.files or {}).get("all", ())
-    if len(folder) == 1 and set(files) == {"all"} and _find(folder[0], base).is_dir():
+    given = recipe.data.files or {}
+    named = {part: [p for path in paths for p in _find(path, base)] for part, paths in given.items()}
+    # A file that two patterns match is read once.
+    files: dict[str, tuple[Path, ...]] = {
+        part: tuple(dict.fromkeys(f for p in paths for f in _expand(part, p))) for part, paths in named.items()
+    }
+    for path in (p for paths in files.values() for p in paths):
+        _printable(path)
+    if set(files) == {"all"} and len(named["all"]) == 1 and named["all"][0].is_dir():
         return _parts_of_folder(files["all"])
     return files
 
@@ -217,7 +244,8 @@ def _data_files(recipe: Recipe, base: Path) -> dict[str, tuple[Path, ...]]:
 def _expand(part: str, path: Path) -> list[Path]:
     where = f"data.files.{part}: {path}"
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file())
+        known = (p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
+        found = sorted(p for p in known if p.is_file())
         if not found:
             raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
         return found
@@ -230,9 +258,6 @@ def _expand(part: str, path: Path) -> list[Path]:
         if not os.access(path, os.R_OK):
             raise DataError(f"{where}: cannot be read by you", f"chmod u+r '{path}'")
         return [path]
-    matched = sorted(Path(p) for p in glob.glob(str(path))) if glob.has_magic(str(path)) else []
-    if matched:
-        return [p for m in matched for p in _expand(part, m)]
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(path.name, siblings)
     bind = "; a path outside the container must be listed in AFINA_BIND" if in_container() else ""
@@ -243,18 +268,29 @@ def _expand(part: str, path: Path) -> list[Path]:
 
 
 def _parts_of_folder(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    """train.csv, test-00000-of-00002.parquet, … in one folder are its parts; files with other names are one whole."""
+    """train.csv, test-00000-of-00002.parquet, … in one folder are its parts; files with other names are one whole.
+
+    Raises:
+        DataError: some are named as parts and some are not: as one whole, test rows would be trained on.
+    """
     parts: dict[str, tuple[Path, ...]] = {}
     for path in paths:
         stem = path.stem.replace("_", "-").split("-")[0].casefold()
         part = _PART_NAMES.get(stem, "all")
         parts[part] = (*parts.get(part, ()), path)
-    return {"all": tuple(paths)} if "all" in parts else parts
+    if "all" in parts and len(parts) > 1:
+        part, other = next(p for p in parts if p != "all"), parts["all"][0]
+        raise DataError(
+            f"data.files.all: {other.parent} holds {parts[part][0].name}, which is {part}, and {other.name}, which is no part",
+            "name the files of each part: `files: {train: …, eval: …, test: …}`",
+        )
+    return parts
 
 
 def _model_folder(model: str, base: Path) -> Path | None:
     """The absolute folder of a local model, or None where `model` is a Hub id."""
-    path = _find(model, base)
+    path = _find(model, base)[0]
+    _printable(path)
     if not path.is_dir():
         local = model.startswith((".", "/", "~", "$")) or model.count("/") > 1
         if path.exists():

@@ -7,6 +7,7 @@ refused with the nearest known one and the line.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,19 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -77,23 +89,38 @@ _RESERVED_ARGUMENTS: dict[str, str] = {
     "ignore_data_skip": "leave it out: a resumed run sees the batches of the uninterrupted one",
 }
 
-_NAME = re.compile(r"[^\x00-\x1f/]{1,100}")
+_NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
+_DIGITS = re.compile(r"[0-9]{1,9}")
+
+
+class _At(ValueError):
+    """A value error of the key `keys` below the one that is being validated."""
+
+    def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.keys, self.remedy = keys, remedy
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ValueError(f"{str(value).lower()} makes no sense here")
+        return value
 
 
 def _slurm_time(value: Any) -> Any:
     """Slurm's time formats to minutes, rounded up: `90`, `90:00`, `1:30:00`, `1-0`, `1-2:30`, `1-2:30:00`."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if not isinstance(value, str):
-        raise ValueError("a time limit is minutes (90) or Slurm's `HH:MM:SS` or `D-HH:MM:SS`")
-    days, dash, rest = value.strip().rpartition("-")
+    days, dash, rest = value.strip().rpartition("-") if isinstance(value, str) else ("", "", "")
     fields = rest.split(":")
-    if not all(f.isdigit() for f in fields) or len(fields) > 3 or (dash and not days.isdigit()):
-        raise ValueError(f"{value!r} is not a time limit: write minutes (90), `HH:MM:SS` or `D-HH:MM:SS`")
+    if not all(_DIGITS.fullmatch(f) for f in fields) or len(fields) > 3 or (dash and not _DIGITS.fullmatch(days)):
+        raise ValueError(f"{_shown(value)} is not a time limit: write minutes (90), `HH:MM:SS` or `D-HH:MM:SS`")
     numbers = [int(f) for f in fields]
     if dash:
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
@@ -108,10 +135,30 @@ def _slurm_time(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be text, or a list of texts, found {_shown(value)}")
+    return value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+def _epoch_or_steps(value: Any) -> Any:
+    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be `epoch`, or a number of optimizer steps (1 or more), found {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, shortened."""
+    if value is None:
+        return "nothing (null)"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
 Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1)]
 
 
@@ -132,10 +179,10 @@ class Part(_Frozen):
 class Data(_Frozen):
     """A Hub data set (`hub`) or local `files`, and which of its columns are text and label."""
 
-    hub: str | None = None
+    hub: Text | None = None
     config: str | None = None
     splits: dict[str, str] | None = None
-    revision: str | None = None
+    revision: Text | None = None
     files: Mapping[Literal["all", "train", "eval", "test"], Names] | None = None
     text: Names
     label: Names
@@ -149,7 +196,13 @@ class Data(_Frozen):
     @field_validator("files", mode="before")
     @classmethod
     def _one_path_is_all(cls, value: Any) -> Any:
-        return {"all": value} if isinstance(value, str | list) else value
+        if isinstance(value, str | list):
+            return {"all": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"must be a path, a list of paths, or a mapping such as {{train: a.csv, eval: b.csv}}, found {_shown(value)}"
+            )
+        return value
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -177,12 +230,30 @@ class Data(_Frozen):
         if self.files is not None:
             for key in ("config", "splits", "revision"):
                 if getattr(self, key) is not None:
-                    raise ValueError(f"`{key}` belongs to a Hub data set; with `files` leave it out")
+                    raise _At("belongs to a Hub data set; with `files` leave it out", key)
             if not self.files:
-                raise ValueError("`files` is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`")
-        total = sum(p.fraction or 0 for p in (self.train, self.eval, self.test) if p is not None)
-        if total > 1 + 1e-9:
-            raise ValueError(f"the fractions of train, eval and test add up to {total:g}; at most 1 is there to give")
+                raise _At("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
+            for part, paths in self.files.items():
+                if not paths:
+                    raise _At("names no file", "files", part)
+        return self._enough_to_give()
+
+    def _enough_to_give(self) -> Data:
+        """Fractions of one source add up to 1 at most, as far as that can be known without the data."""
+        cut: dict[str, list[str]] = {}
+        for name in ("train", "eval", "test"):
+            part: Part | None = getattr(self, name)
+            if part is None or part.fraction is None:
+                continue
+            files = self.files or {}
+            own = name if self.files is None or name in files else "all" if "all" in files else "train"
+            cut.setdefault(part.split or own, []).append(name)
+        for source, names in cut.items():
+            total = sum(getattr(self, name).fraction for name in names)
+            if total > 1 + 1e-9:
+                raise ValueError(
+                    f"the fractions of {' and '.join(names)} add up to {total:g}; at most 1 of `{source}` is there to give"
+                )
         return self
 
 
@@ -203,8 +274,8 @@ class Train(_Frozen):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    evaluate: Literal["epoch"] | Annotated[int, Field(ge=1)] = "epoch"
-    save_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = "epoch"
+    evaluate: EpochOrSteps = "epoch"
+    save_every: EpochOrSteps = "epoch"
     log_every: Annotated[int, Field(ge=1)] = 10
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     keep: Literal["best", "last"] = "best"
@@ -216,7 +287,11 @@ class Train(_Frozen):
     def _reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in value:
             if key in _RESERVED_ARGUMENTS:
-                raise ValueError(f"`{key}` is set by afina: {_RESERVED_ARGUMENTS[key]}")
+                raise _At("is set by afina itself", key, remedy=_RESERVED_ARGUMENTS[key])
+            try:
+                json.dumps(value[key], allow_nan=False)
+            except (TypeError, ValueError):
+                raise _At(f"{_shown(value[key])} is not a plain value; put it in quotes if it is text", key) from None
         return value
 
     @model_validator(mode="after")
@@ -250,8 +325,8 @@ class Recipe(_Frozen):
     """What to train, complete and frozen. Made by `load_recipe`."""
 
     name: str
-    model: str
-    revision: str | None = None
+    model: Text
+    revision: Text | None = None
     trust_remote_code: bool = False
     task: Task = "auto"
     data: Data
@@ -263,32 +338,33 @@ class Recipe(_Frozen):
     @field_validator("name")
     @classmethod
     def _a_file_name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value) or value.startswith((".", "-")):
+        if not _NAME.fullmatch(value) or value.startswith((".", "-")) or len(value.encode()) > 200:
             raise ValueError(
-                f"{value!r} is not usable as a folder's name: at most 100 characters, no slash or control character, "
-                "no dot or dash in front"
+                f"{_shown(value)} is not usable as a folder's name: at most 100 characters, no slash or control "
+                "character, no dot or dash in front"
             )
         return value
 
     @field_validator("metrics", mode="before")
     @classmethod
     def _one_metric(cls, value: Any) -> Any:
-        return _listed(value)
+        return value if value is None else _listed(value)
 
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Recipe:
-        known = [m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms]
-        named = [*(self.metrics or ()), *([self.train.best_metric] if self.train.best_metric else [])]
-        for metric in named:
+        known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
+        named = [(metric, ("metrics", str(i))) for i, metric in enumerate(self.metrics or ())]
+        if self.train.best_metric is not None:
+            named.append((self.train.best_metric, ("train", "best_metric")))
+        for metric, keys in named:
             if metric not in known:
                 hint = nearest(metric, known)
-                raise ValueError(
-                    f"metric `{metric}` is not known; {hint + ' ' if hint else ''}known: {', '.join(dict.fromkeys(known))}"
+                of = "" if self.task == "auto" else f" of a {self.task} task"
+                raise _At(
+                    f"`{metric}` is not a metric{of}; {hint + ' ' if hint else ''}known: {', '.join(known)}", *keys
                 )
         if self.trust_remote_code and self.revision is None:
-            raise ValueError(
-                "`trust_remote_code: true` runs code from the model's repository: pin it with `revision: <commit>`"
-            )
+            raise _At("runs code from the model's repository: pin it with `revision: <commit>`", "trust_remote_code")
         return self
 
 
@@ -324,7 +400,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "rec
     node, tree = _read_yaml(text, source)
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"{source}: a recipe is a mapping of keys, found {type(tree).__name__}",
+            f"{source}: {'is empty' if tree is None else f'a recipe is a mapping of keys, found {_shown(tree)}'}",
             "start from slurm/recipes/yelp.yaml",
         )
     for override in overrides:
@@ -340,15 +416,31 @@ def _read_yaml(text: str, source: str) -> tuple[Node | None, Any]:
     yaml = YAML(typ="safe", pure=True)
     try:
         return yaml.compose(StringIO(text)), yaml.load(StringIO(text))
+    except DuplicateKeyError as error:
+        # ruamel prints values of both, which for a section is only "{}".
+        key = re.search(r'duplicate key "(.*?)" with value', str(error.problem))
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(
+            f"{source}{line}: the key{f' `{key[1]}`' if key else ''} is there already", "keep one of the two"
+        ) from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = " ".join(str(error.problem or error.context).split("\n")[0].split())
-        raise RecipeError(
-            f"{source}{line}: not valid YAML: {problem}", "check the indentation and quotes around that line"
-        ) from None
+        remedy = (
+            "indent with spaces; YAML allows no tabs"
+            if "'\\t'" in problem
+            else "check the indentation and quotes around that line"
+        )
+        raise RecipeError(f"{source}{line}: not valid YAML: {problem}", remedy) from None
     except (YAMLError, ValueError) as error:
-        raise RecipeError(f"{source}: not valid YAML: {error}", "check the file") from None
+        position = getattr(error, "position", None)
+        line = f":{text.count(chr(10), 0, position) + 1}" if isinstance(position, int) else ""
+        raise RecipeError(
+            f"{source}{line}: not valid YAML: {str(error).splitlines()[0]}", "remove that character"
+        ) from None
+    except RecursionError:
+        raise RecipeError(f"{source}: not a recipe: nested too deeply", "start from slurm/recipes/yelp.yaml") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -360,62 +452,96 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = YAML(typ="safe", pure=True).load(text) if text.strip() else None
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         value = text
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)
     here: dict[str, Any] = tree
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1], start=1):
         below = here.get(key)
-        if below is None:
-            below = here[key] = {}
-        if not isinstance(below, dict):
+        if below is not None and not isinstance(below, dict):
             raise RecipeError(
-                f"--set {override}: `{key}` is a value, it has no keys",
-                f"set `{'.'.join(keys[: keys.index(key) + 1])}` itself",
+                f"--set {override}: `{key}` is a value, it has no keys", f"set `{'.'.join(keys[:depth])}` itself"
             )
-        here = below
+        # A copy: what a YAML alias repeats is one object, and only this occurrence is overruled.
+        here[key] = dict(below or {})
+        here = here[key]
     here[keys[-1]] = value
 
 
 def _explain(error: ValidationError, root: Node | None, source: str, overridden: list[str]) -> RecipeError:
     """One message for the first thing that is wrong: file, line, key, what was found, what is allowed."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    keys = [str(k) for k in first["loc"]]
-    dotted = ".".join(
-        k
-        for k in keys
-        if not k.startswith(("function-", "literal[", "constrained-", "tuple[")) and k not in _UNION_TAGS
-    )
-    where = (
-        f"--set {dotted}"
-        if any(dotted == o or dotted.startswith(o + ".") for o in overridden)
-        else f"{source}{_line(root, keys)}"
-    )
-    if first["type"] == "extra_forbidden":
+    cause = first.get("ctx", {}).get("error")
+    keys = [str(k) for k in first["loc"]] + list(cause.keys if isinstance(cause, _At) else ())
+    unknown = first["type"] == "extra_forbidden"
+    if keys and keys[-1] == "[key]":  # a key of a mapping whose keys are a choice
+        keys, unknown = keys[:-1], True
+    dotted = ".".join(keys)
+    where = _where(root, source, keys, overridden)
+    if unknown or first["type"] == "missing":
         known = sorted(_known_keys(keys[:-1]))
+        here = f"known here: {', '.join(known)}"
+        if not unknown:
+            return RecipeError(f"{where}: `{dotted}` is missing", f"add `{keys[-1]}:`; {here}")
         hint = nearest(keys[-1], known)
-        raise RecipeError(
-            f"{where}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}known here: {', '.join(known)}"
-        )
-    if first["type"] == "missing":
-        return RecipeError(
-            f"{where}: `{dotted}` is missing",
-            f"add `{keys[-1]}:`; known here: {', '.join(sorted(_known_keys(keys[:-1])))}",
-        )
-    message = first["msg"].removeprefix("Value error, ")
-    found = "" if first["type"] == "value_error" else f", found {first['input']!r:.80}"
-    named = f"`{dotted}`: " if dotted else ""
-    return RecipeError(
-        f"{where}: {named}{message}{found}", "correct the value, or see the recipe keys in docs/recipe.md"
-    )
+        return RecipeError(f"{where}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}{here}")
+    named = "" if where == f"--set {dotted}" or not dotted else f"`{dotted}`: "
+    message, remedy = _said(first)
+    return RecipeError(f"{where}: {named}{message}", remedy)
 
 
-_UNION_TAGS = {"int", "str", "float", "bool"}
+def _said(error: ErrorDetails) -> tuple[str, str]:
+    """What pydantic found, in the words of a recipe, and what to do."""
+    kind, context, found = error["type"], error.get("ctx", {}), _shown(error["input"])
+    remedy = "correct the value; docs/recipe.md lists the keys"
+    if kind == "value_error":
+        cause = context.get("error")
+        return str(cause), (cause.remedy if isinstance(cause, _At) else "") or remedy
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        return f"must be one of {', '.join(choices)}, found {found}", nearest(str(error["input"]), choices) or remedy
+    if kind == "string_type" and isinstance(error["input"], int | float):
+        return f"must be text, found the number {found}", f"put it in quotes, also for --set: \"'{error['input']}'\""
+    limit = next((context[k] for k in ("gt", "ge", "lt", "le") if k in context), None)
+    for kinds, message in _KINDS.items():
+        if kind in kinds:
+            return f"{message.format(f'{limit:g}' if isinstance(limit, int | float) else limit)}, found {found}", remedy
+    return f"is not usable: {error['msg']}, found {found}", remedy
 
 
-def _line(root: Node | None, keys: Sequence[str]) -> str:
-    node, line = root, None
+_KINDS: dict[tuple[str, ...], str] = {
+    ("int_type", "int_parsing", "int_from_float", "int_parsing_size"): "must be a whole number",
+    ("float_type", "float_parsing", "finite_number"): "must be a number",
+    ("bool_type", "bool_parsing"): "must be true or false",
+    ("string_type", "string_unicode"): "must be text",
+    ("string_too_short",): "must not be empty",
+    ("model_type", "model_attributes_type", "dict_type", "mapping_type"): "must be a mapping of keys",
+    ("tuple_type", "list_type"): "must be a list",
+    ("invalid_key",): "is a key that is not text",
+    ("greater_than",): "must be more than {}",
+    ("greater_than_equal",): "must be {} or more",
+    ("less_than",): "must be less than {}",
+    ("less_than_equal",): "must be {} or less",
+}
+
+
+def _where(root: Node | None, source: str, keys: list[str], overridden: list[str]) -> str:
+    """`--set KEY` where an override gave the value, `FILE:LINE` where the file did, both where they disagree."""
+    dotted = ".".join(keys)
+    for given in reversed(overridden):
+        if dotted == given or dotted.startswith(given + "."):
+            return f"--set {dotted}"
+    line, found = _line(root, keys)
+    below = [given for given in overridden if not dotted or given.startswith(dotted + ".")]
+    if below and not found:
+        return f"--set {below[-1]}"
+    return f"{source}{line}" + (f" with --set {below[-1]}" if below and dotted else "")
+
+
+def _line(root: Node | None, keys: Sequence[str]) -> tuple[str, bool]:
+    """`:LINE` of the deepest key that is in the file, and whether that is the last of `keys`."""
+    node, line, found = root, None, True
     for key in keys:
         if isinstance(node, MappingNode):
             for k, v in node.value:
@@ -423,16 +549,20 @@ def _line(root: Node | None, keys: Sequence[str]) -> str:
                     node, line = v, k.start_mark.line + 1
                     break
             else:
+                found = False
                 break
         elif isinstance(node, SequenceNode) and key.isdigit() and int(key) < len(node.value):
             node = node.value[int(key)]
             line = node.start_mark.line + 1
         else:
+            found = isinstance(node, ScalarNode) and key == "0"  # one text stands for a list of one
             break
-    return f":{line}" if line else ""
+    return f":{line}" if line else "", found
 
 
 def _known_keys(keys: Sequence[str]) -> Iterator[str]:
+    if list(keys) == ["data", "files"]:
+        return iter(("all", "train", "eval", "test"))
     model: type[BaseModel] = Recipe
     for key in keys:
         field = model.model_fields.get(key)

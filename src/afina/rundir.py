@@ -14,8 +14,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import secrets
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +78,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         EnvironmentProblem: no space, no quota, no permission; what was there is untouched.
     """
     raw = data.encode() if isinstance(data, str) else data
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process id alone: processes of two nodes may share one.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with aside.open("wb") as file:
             file.write(raw)
@@ -82,7 +87,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise EnvironmentProblem(
             f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
         ) from error
@@ -122,12 +128,13 @@ class RunDir:
         if path is None or not Path(path).exists():
             return
         here = Path(path)
-        if (here / "attempts").exists():
+        names = {p.name for p in here.iterdir()} if here.is_dir() else {here.name}
+        if "attempts" in names and here.is_dir():
             raise ClaimedError(
                 f"{here}: this run directory is already claimed",
-                f"continue it with `afina resume {_quote(here)}`, or choose another --run DIR",
+                f"continue it with `afina resume {shlex.quote(str(here))}`, or choose another --run DIR",
             )
-        if not here.is_dir() or any(here.iterdir()):
+        if names:
             raise InputError(
                 f"{here}: exists, and is not an empty folder",
                 "choose another --run DIR; nothing that exists is overwritten",
@@ -156,30 +163,40 @@ class RunDir:
             EnvironmentProblem: the directory cannot be made.
         """
         run = cls(path) if path else None
+        made: list[Path] = []
         try:
             if run:
                 cls.check_free(run.path)
-                run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                made = _make_folder(run.path)
             else:
                 run = cls._next(plan)
+                made = [run.path]
             try:
                 run.attempts.mkdir(mode=0o700)
             except FileExistsError:
+                made = []
                 raise ClaimedError(
                     f"{run.path}: claimed by another process just now", "choose another --run DIR"
                 ) from None
+            made.append(run.attempts)
+            run.path.chmod(0o700)
         except OSError as error:
+            _unmake(made)
             where = run.path if run else plan.site.runs
             raise EnvironmentProblem(
                 f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
             ) from error
-        run.path.chmod(0o700)
-        write_atomic(run.path / "recipe.yaml", recipe_text)
-        write_atomic(run.path / "prepared.json", json.dumps(dict(prepared), indent=2) + "\n")
-        write_atomic(
-            run.path / "worker.argv", b"".join(os.fsencode(a.replace("{run}", str(run.path))) + b"\0" for a in argv)
-        )
-        write_atomic(run.plan_file, plan.to_json())
+        try:
+            write_atomic(run.path / "recipe.yaml", recipe_text)
+            write_atomic(run.path / "prepared.json", json.dumps(dict(prepared), indent=2) + "\n")
+            words = (str(run.path) if word == "{run}" else word for word in argv)
+            write_atomic(run.path / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in words))
+            write_atomic(run.plan_file, plan.to_json())
+        except BaseException:
+            for name in ("recipe.yaml", "prepared.json", "worker.argv", "plan.json"):
+                (run.path / name).unlink(missing_ok=True)
+            _unmake(made)
+            raise
         return run
 
     @classmethod
@@ -249,10 +266,14 @@ class RunDir:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one JSON line, in one write, with its time (seconds since the epoch)."""
-        line = json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n"
-        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        line = (json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n").encode()
+        descriptor = os.open(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            # After a torn line, begin a new one: the record would be lost with it.
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            os.write(descriptor, line)
         finally:
             os.close(descriptor)
 
@@ -298,7 +319,25 @@ class RunDir:
         return outcome
 
 
-def _quote(path: Path) -> str:
-    import shlex
+def _make_folder(path: Path) -> list[Path]:
+    """Make `path` and the folders above it; returns those that were not there, the outermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # made by another process just now: not ours to remove
+                folder.mkdir(mode=0o700 if folder == path else 0o777)
+                made.append(folder)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    except OSError:
+        _unmake(made)
+        raise
+    return made
 
-    return shlex.quote(str(path))
+
+def _unmake(folders: Sequence[Path]) -> None:
+    """Remove folders that were just made, the innermost first, as far as they are empty."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -7,7 +7,9 @@ the environment that it leaves is compared with the one it found. Without a site
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +156,7 @@ def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
         done = subprocess.run(
             ["bash", "-c", script, "afina-site", str(file)],
             env=dict(env),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=120,
             check=False,
@@ -166,10 +169,13 @@ def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
         ) from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
+        how = "its last command failed" if done.returncode == 97 else f"it ended bash with exit code {done.returncode}"
         raise SiteError(
-            f"site file {file}: bash stopped with {done.returncode}: {said[-1] if said else 'no message'}",
-            f"try: bash -ec 'source {file}'",
+            f"site file {file}: {how}{f': {said[-1]}' if said else ''}",
+            f"try: bash -xc {shlex.quote(f'source {shlex.quote(str(file))}')}",
         )
+    if not done.stdout:
+        raise SiteError(f"site file {file}: it calls `exit`", "it is sourced: leave `exit` out, or use `return`")
     pairs = (entry.partition("=") for entry in done.stdout.decode(errors="surrogateescape").split("\0") if "=" in entry)
     return {k: v for k, _, v in pairs}
 
@@ -223,11 +229,18 @@ def _image(value: str, file: Path | None) -> Path | None:
         )
     if path.is_file():
         with path.open("rb") as image:
-            head = image.read(64)
-        if b"run-singularity" not in head and b"SIF_MAGIC" not in head:
+            head = image.read(128)
+        if len(head) < 128 or head[32:41] != b"SIF_MAGIC":
             raise SiteError(
                 f"AFINA_IMAGE={value} is not an Apptainer image (SIF)",
                 "build it with container/build.sh; a broken download has the same look",
+            )
+        # The SIF header ends with the offset and the size of its data, little-endian: https://github.com/apptainer/sif
+        whole, size = sum(struct.unpack("<qq", head[112:128])), path.stat().st_size
+        if size < whole:
+            raise SiteError(
+                f"AFINA_IMAGE={value} is cut off: {size} of {whole} bytes are there",
+                "copy or build it again (a full disk or a broken transfer ends like this)",
             )
     return path
 

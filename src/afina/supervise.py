@@ -68,7 +68,10 @@ def settle(run: RunDir, attempt: str, code: int) -> Outcome:
         return known
     folder = run.attempts / attempt
     for failure in sorted(folder.glob("failed.rank*.json")):
-        said = json.loads(failure.read_text())
+        try:
+            said = json.loads(failure.read_text())
+        except ValueError:  # cut off: the disk was full, or the rank was killed while it wrote
+            continue
         return run.record_failure(attempt, said["error"], exit_code=said["exit_code"])
     cause = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
     last = _last_lines(folder)

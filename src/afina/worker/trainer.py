@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_callback import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -34,11 +33,12 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from afina import __version__
-from afina.errors import EnvironmentProblem, TrainingError
+from afina.errors import EnvironmentProblem
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
 from afina.worker.batches import Collator, EvalBatches, Rows, StepBatches
+from afina.worker.flow import Flow, Progress, evaluates_at, steps_per_epoch, truncate_lines
 from afina.worker.store import Split
 from afina.worker.tasks import TASKS, compute_metrics, per_example_loss
 
@@ -67,7 +67,7 @@ def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task
             "max_steps": train.max_steps or -1,
             "learning_rate": train.learning_rate,
             "seed": train.seed,
-            # The flow is decided by `_Flow`; these only have to be consistent with each other.
+            # The flow is decided by `worker.flow`; these only have to be consistent with each other.
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "logging_strategy": "steps",
@@ -175,9 +175,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self.model.config.pad_token_id = pad_token_id
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(_Flow(self))
+        self.add_callback(Flow(self))
         if self.args.process_index == 0:
-            self.add_callback(_Progress())
+            self.add_callback(Progress())
 
     @property
     def rank(self) -> int:
@@ -187,7 +187,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         train = self.plan.recipe.train
-        return train.max_steps or math.ceil(train.num_epochs * _steps_per_epoch(self))
+        return train.max_steps or math.ceil(train.num_epochs * steps_per_epoch(self))
 
     # Batches and loss
 
@@ -341,7 +341,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self._tr_loss = share.to(self.args.device)
         self._globalstep_last_logged = parts[0]["last_logged"]
         if self.rank == 0:
-            _truncate(self.run.metrics_file, progress["metrics_lines"])
+            truncate_lines(self.run.metrics_file, progress["metrics_lines"])
             if not same:
                 print(
                     f"afina: {world} processes made this checkpoint, {self.geometry.num_processes} resume it: same data, other dropout masks",
@@ -356,7 +356,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _evaluation_due(self) -> bool:
         """A stop fell on the last step of an epoch (or of an interval) and its evaluation was left to the resumed run."""
-        return self.stopped and _Flow.evaluates_at(self, self.state.global_step)
+        return self.stopped and evaluates_at(self, self.state.global_step)
 
     def _barrier(self) -> None:
         if self.geometry.num_processes > 1:
@@ -447,143 +447,3 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         pq.write_table(table, aside)
         os.replace(aside, path)
-
-
-class _Flow(TrainerCallback):  # type: ignore[misc]
-    """When to log, evaluate, save and stop. Stands in for Trainer's DefaultFlowCallback."""
-
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
-        self.train = trainer.plan.recipe.train
-
-    @staticmethod
-    def evaluates_at(trainer: RunTrainer, step: int) -> bool:
-        every = trainer.plan.recipe.train.evaluate
-        if trainer.eval_dataset is None:
-            return False
-        last = step >= trainer.state.max_steps
-        return last or (step % _steps_per_epoch(trainer) == 0 if every == "epoch" else step % every == 0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        if trainer.rank == 0:
-            trainer.run.event("training", attempt=trainer.attempt, step=state.global_step, max_steps=state.max_steps)
-        if state.global_step:
-            trainer.resumed_from(trainer.run.checkpoints / f"step-{state.global_step}")
-        elif trainer.rank:
-            # Trainer gives every rank the same seed, and so the same dropout masks on different rows.
-            torch.manual_seed(args.seed + trainer.rank)
-        elif trainer.run.metrics_file.exists():
-            _truncate(trainer.run.metrics_file, 0)
-        trainer.clock.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, step = self.trainer, state.global_step
-        trainer.clock.examples += _examples_of(trainer, step)
-        if trainer.rank == 0 and step == trainer._initial_global_step + 1:
-            trainer.run.event("first_step", attempt=trainer.attempt, step=step)
-        last = step >= state.max_steps
-        control.should_log = step % self.train.log_every == 0 or last
-        if self._asked_to_stop() and not last:
-            trainer.stopped = True
-            control.should_save = control.should_training_stop = True
-            trainer.clock.stop()
-            return
-        by_epoch = step % _steps_per_epoch(trainer) == 0
-        control.should_evaluate = self.evaluates_at(trainer, step)
-        control.should_save = last or (
-            by_epoch if self.train.save_every == "epoch" else step % self.train.save_every == 0
-        )
-        control.should_training_stop = last
-        if control.should_evaluate or control.should_save:
-            trainer.clock.stop()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = dict(logs or {})
-        if "train_runtime" in logs:
-            return
-        if "loss" in logs and not np.isfinite(logs["loss"]):
-            raise TrainingError(
-                f"the loss is {logs['loss']} at step {state.global_step} (learning rate {logs.get('learning_rate')})",
-                "lower train.learning_rate, or look at the rows of that step; the newest checkpoint is from before",
-            )
-        if self.trainer.rank == 0:
-            kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
-            kept.pop("epoch", None)
-            with self.trainer.run.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "epoch": round(state.epoch, 6), **kept}) + "\n")
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.clock._since is None:
-            self.trainer.clock.start()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # All was decided at the end of the step.
-        control.should_log = control.should_evaluate = control.should_save = False
-
-    def _asked_to_stop(self) -> bool:
-        trainer = self.trainer
-        asked = trainer.stop_request(look=trainer.rank == 0)
-        if trainer.geometry.num_processes == 1:
-            return bool(asked)
-        flag = torch.tensor([int(asked)], device=trainer.args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar where there is a terminal, else one line a minute (and at the first step)."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.spoken = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-        elif time.monotonic() - self.spoken > 60:
-            self.spoken = time.monotonic()
-            print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}", flush=True)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
-        if "eval_loss" in logs:
-            shown = {
-                k: v
-                for k, v in logs.items()
-                if k.startswith("eval_") and isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))
-            }
-            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  " + "  ".join(
-                f"{k} {v:.4f}" for k, v in shown.items()
-            )
-            self.bar.write(line) if self.bar is not None else print(line, flush=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _steps_per_epoch(trainer: RunTrainer) -> int:
-    return -(-len(trainer.splits["train"]) // trainer.geometry.global_batch)
-
-
-def _examples_of(trainer: RunTrainer, step: int) -> int:
-    """Examples of the step that ended: the global batch, or what was left of the epoch."""
-    left = len(trainer.splits["train"]) % trainer.geometry.global_batch
-    return left if left and step % _steps_per_epoch(trainer) == 0 else trainer.geometry.global_batch
-
-
-def _truncate(path: Path, lines: int) -> None:
-    """Keep the first `lines` lines: what a resumed run will write again is taken away."""
-    kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.exists() else []
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(b"".join(kept))
-    os.replace(aside, path)

@@ -1,0 +1,261 @@
+"""Prepared data on disk: the one format that the prepare stage writes and training reads.
+
+    <scratch>/prepared/<digest>/
+        manifest.json           what it is, and size and SHA-256 of every other file; written last
+        <part>.tokens.npy       token ids, uint16 or uint32, shape (T,): the rows one after the other
+        <part>.offsets.npy      int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+        <part>.labels.npy       int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
+        <part>.types.npy        token types, uint8 (T,); only where the tokenizer gives any that are not 0
+        <part>.rows.parquet     where each row came from; for eval and test its text too
+        tokenizer/              as `save_pretrained` writes it
+
+Written aside and published by rename; never edited. Readers take no lock. Reading needs numpy only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from afina.errors import SiteError
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "ArrayWriter",
+    "Split",
+    "load_manifest",
+    "open_split",
+    "publish",
+    "seal",
+    "staging",
+    "verify",
+]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_REMEDY = "make it again with `afina prefetch RECIPE` (scratch may have been purged)"
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part, memory-mapped and read-only.
+
+    Attributes:
+        tokens: (T,) uint16 or uint32.
+        offsets: (N + 1,) int64.
+        labels: (N,) int64, (N, L) float32 or (N,) float32, by task.
+        types: (T,) uint8, or None where all token types are 0.
+    """
+
+    tokens: Array
+    offsets: Array
+    labels: Array
+    types: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each row, int64 (N,)."""
+        return np.diff(self.offsets)
+
+
+def open_split(folder: str | Path, part: str) -> Split:
+    """Open `part` (train, eval, test) of prepared data.
+
+    Raises:
+        SiteError: a file is missing or is not what was written.
+    """
+    folder = Path(folder)
+    arrays: dict[str, Array | None] = {}
+    for name in ("tokens", "offsets", "labels", "types"):
+        path = folder / f"{part}.{name}.npy"
+        if name == "types" and not path.exists():
+            arrays[name] = None
+            continue
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
+        except (OSError, ValueError) as error:
+            raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
+    tokens, offsets, labels, types = (arrays[n] for n in ("tokens", "offsets", "labels", "types"))
+    assert tokens is not None and offsets is not None and labels is not None
+    if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
+        raise SiteError(f"prepared data {folder}: the arrays of `{part}` do not fit together", _REMEDY)
+    return Split(tokens, offsets, labels, types)
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Raises:
+        SiteError: there is none, or it is of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
+    except (OSError, ValueError) as error:
+        raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else None
+        raise SiteError(f"prepared data {path}: format {found}, this afina reads {FORMAT}", _REMEDY)
+    return value
+
+
+def verify(folder: str | Path, *, digests: bool = True) -> dict[str, Any]:
+    """Compare every file with the manifest, and return the manifest.
+
+    Args:
+        digests: compare SHA-256 too (reads everything), not only presence and size.
+
+    Raises:
+        SiteError: names the first file that is missing or altered.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                raise SiteError(
+                    f"prepared data {path}: has {size} bytes, {expected['size']} were written", _REMEDY
+                ) from None
+            if digests and _sha256(path) != expected["sha256"]:
+                raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
+        except FileNotFoundError:
+            raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
+        except OSError as error:
+            raise SiteError(f"prepared data {path}: cannot be read: {error.strerror}", _REMEDY) from None
+    return manifest
+
+
+@contextlib.contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """A fresh folder beside `final`, removed on the way out unless it was published.
+
+    Folders that processes of this host left when they were killed are removed too.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for path in final.parent.glob(".staging-*"):
+        name, _, pid = path.name.rpartition("-")
+        if name.endswith(f"-{host}") and pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+    folder = final.with_name(f".staging-{final.name[-8:]}-{host}-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def seal(staging: Path, about: Mapping[str, Any]) -> None:
+    """Flush every file in `staging` to disk and write the manifest: `about`, the format, and all files."""
+    files = {}
+    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+        _flush(path)
+        files[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    with (staging / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **about, "files": files}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    _flush(staging)
+
+
+def publish(staging: Path, final: Path) -> bool:
+    """Rename sealed `staging` to `final`.
+
+    Returns:
+        True if it is now there; False if another process was first: its folder stays and `staging` is removed.
+    """
+    try:
+        staging.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        shutil.rmtree(staging)
+        return False
+    _flush(final.parent)
+    return True
+
+
+class ArrayWriter:
+    """A one-dimensional .npy file that grows by appending; its length is written when it is closed.
+
+    NumPy leaves room in the header for the first axis to grow (`numpy.lib.format`, since 1.23): it is rewritten in place.
+    """
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self._file = path.open("wb")
+        self._length = 0
+        self._start = self._header()
+
+    def _header(self) -> int:
+        shape = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self._length,)}
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, shape)
+        return self._file.tell()
+
+    def append(self, values: Array) -> None:
+        self._file.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        self._length += len(values)
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                end = self._header()
+                assert end == self._start, "the header grew over the data"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""Fixtures of the tests that need a real Slurm: the cluster, the process tracker, a folder of the ordinary user.
+
+Without Slurm, or without root, these tests are skipped with the reason; AFINA_REQUIRE_CLUSTER=1 makes that a failure.
+AFINA_CLUSTER=STATE_DIR uses the cluster that `cluster.py up --state STATE_DIR` has brought up, and leaves it up; without
+it each session brings up its own (about four seconds) and takes it down. A failed test shows `Cluster.diagnose()`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, missing_programs
+
+
+def _unavailable(reason: str) -> None:
+    if os.environ.get("AFINA_REQUIRE_CLUSTER") == "1":
+        pytest.fail(f"AFINA_REQUIRE_CLUSTER=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes n1 and n2 with 4 CPUs and 2 GPUs each, accounting, partitions gpu and urgent."""
+    if missing := missing_programs():
+        _unavailable(f"Slurm is not installed ({', '.join(missing)}): run tests/slurm/install.sh")
+    if os.geteuid() != 0:
+        _unavailable("the test cluster needs root")
+    if existing := os.environ.get("AFINA_CLUSTER"):
+        yield Cluster.attach(Path(existing))
+        return
+    state = Path(tempfile.mkdtemp(prefix="afina-cluster-", dir="/tmp"))
+    try:
+        with Cluster(state) as up:
+            yield up
+    finally:
+        shutil.rmtree(state)
+
+
+@pytest.fixture(scope="session", params=["linuxproc", "cgroup"])
+def tracker(request: pytest.FixtureRequest, cluster: Cluster) -> str:
+    """The cluster under each process tracker in turn: a test that names this fixture runs twice."""
+    if request.param == "cgroup" and (reason := Cluster.cgroup_unavailable()):
+        _unavailable(reason)
+    if cluster.proctrack != request.param:
+        cluster.restart(proctrack=request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty folder of the ordinary user; pytest's own tmp_path is closed to everybody but root."""
+    name = re.sub(r"\W+", "-", request.node.name)
+    path = Path(tempfile.mkdtemp(prefix=f"afina-{name}-", dir="/tmp"))
+    shutil.chown(path, cluster.user, cluster.user)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    up = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(up, Cluster):
+        report.sections.append(("the cluster", up.diagnose()))
+    return report

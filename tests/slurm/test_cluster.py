@@ -1,0 +1,212 @@
+"""The test cluster itself, proved by counting: what the other tests take for granted about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, ClusterError
+
+SRUN = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file that a job writes; none while it is not there."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_lines(path: Path, count: int, timeout: float = 20) -> list[str]:
+    deadline = time.monotonic() + timeout
+    while len(found := lines(path)) < count:
+        assert time.monotonic() < deadline, f"{path.name} holds {found}, not {count} lines, after {timeout:g} s"
+        time.sleep(0.1)
+    return found
+
+
+def gone(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_two_nodes_run_two_tasks_as_the_ordinary_user(cluster: Cluster) -> None:
+    task = 'echo "$(id -un) $SLURM_NODEID $SLURMD_NODENAME $SLURM_CPUS_PER_TASK"'
+    result = cluster.run_as_user([*SRUN, "-N2", "--cpus-per-task=3", "bash", "-c", task], check=True)
+    assert sorted(result.stdout.splitlines()) == [f"{cluster.user} 0 n1 3", f"{cluster.user} 1 n2 3"]
+
+
+def test_a_job_finds_the_address_of_its_nodes(cluster: Cluster, folder: Path) -> None:
+    script = "#!/bin/bash\nfor n in $(scontrol show hostnames); do scontrol show node $n -o; done"
+    job = cluster.sbatch("-N2", "-o", "nodes", script=script, cwd=folder)
+    assert cluster.wait(job) == "COMPLETED"
+    found = lines(folder / "nodes")
+    assert [line.split()[0] for line in found] == ["NodeName=n1", "NodeName=n2"]
+    assert all("NodeAddr=127.0.0.1" in line.split() for line in found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible"), [("--gpus-per-node=2", "0,1"), ("--gres=gpu:2", "0,1"), ("--gpus-per-node=1", "0")]
+)
+def test_gpus_are_allocated(cluster: Cluster, asked: str, visible: str) -> None:
+    result = cluster.run_as_user([*SRUN, "-N2", asked, "bash", "-c", "echo $CUDA_VISIBLE_DEVICES"], check=True)
+    assert result.stdout.splitlines() == [visible] * 2
+
+
+def test_two_jobs_get_different_gpus_and_a_third_gpu_is_refused(cluster: Cluster, folder: Path) -> None:
+    script = "#!/bin/bash\necho $CUDA_VISIBLE_DEVICES >> gpus; while [[ $(wc -l < gpus) -lt 2 ]]; do sleep 0.1; done"
+    jobs = [cluster.sbatch("-w", "n1", "--gpus-per-node=1", script=script, cwd=folder) for _ in range(2)]
+    assert [cluster.wait(job) for job in jobs] == ["COMPLETED"] * 2
+    assert Counter(lines(folder / "gpus")) == {"0": 1, "1": 1}
+    with pytest.raises(ClusterError, match="Requested node configuration is not available"):
+        cluster.sbatch("--gpus-per-node=3", script=script, cwd=folder)
+
+
+def test_one_failing_task_ends_the_step(cluster: Cluster) -> None:
+    began = time.monotonic()
+    task = "[[ $SLURM_NODEID == 1 ]] && exit 7; sleep 60"
+    result = cluster.run_as_user([*SRUN, "-N2", "bash", "-c", task])
+    assert result.returncode != 0 and "task 1: Exited with exit code 7" in result.stderr
+    assert time.monotonic() - began < 20
+
+
+def test_accounting_knows_the_state(cluster: Cluster, folder: Path) -> None:
+    good = cluster.sbatch("-o", "out", script="#!/bin/bash\nsrun true", cwd=folder)
+    bad = cluster.sbatch("-o", "out", script="#!/bin/bash\nexit 3", cwd=folder)
+    assert (cluster.wait(good), cluster.wait(bad)) == ("COMPLETED", "FAILED")
+    time.sleep(1)
+    assert [(step["JobID"], step["State"]) for step in cluster.sacct(good)] == [
+        (str(good), "COMPLETED"),
+        (f"{good}.batch", "COMPLETED"),
+        (f"{good}.0", "COMPLETED"),
+    ]
+    assert cluster.sacct(bad)[0] == {"JobID": str(bad), "State": "FAILED", "ExitCode": "3:0", "NodeList": "n1"}
+
+
+def test_requeue_from_the_batch_script(cluster: Cluster, folder: Path) -> None:
+    script = """#!/bin/bash
+    echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(date +%s)" >> attempts
+    [[ -n "${SLURM_RESTART_COUNT:-}" ]] && exit 0
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60
+    """
+    job = cluster.sbatch("--requeue", "-o", "out", script=script, cwd=folder)
+    assert cluster.wait(job, restarts=1) == "COMPLETED"
+    first, second = (line.split() for line in lines(folder / "attempts"))
+    assert (first[:2], second[:2]) == ([str(job), "0"], [str(job), "1"])
+    assert int(second[2]) - int(first[2]) >= cluster.requeue_delay_s
+
+
+def test_an_urgent_job_preempts_and_the_other_starts_again(cluster: Cluster, folder: Path) -> None:
+    script = "#!/bin/bash\necho low >> order; [[ -n ${SLURM_RESTART_COUNT:-} ]] || sleep 60"
+    low = cluster.sbatch("-N2", "--exclusive", "--requeue", "-o", "out", script=script, cwd=folder)
+    wait_for_lines(folder / "order", 1)
+    script = "#!/bin/bash\necho urgent >> order"
+    urgent = cluster.sbatch("-p", "urgent", "-N2", "--exclusive", "-o", "out", script=script, cwd=folder)
+    assert cluster.wait(urgent) == "COMPLETED"
+    assert cluster.wait(low, restarts=1) == "COMPLETED"
+    assert lines(folder / "order") == ["low", "urgent", "low"]
+    time.sleep(1)
+    argv = ["sacct", "--duplicates", "-X", "-j", str(low), "--parsable2", "--noheader", "--format=State"]
+    assert sorted(cluster.run_as_user(argv, check=True).stdout.split()) == ["COMPLETED", "PREEMPTED"]
+
+
+def test_a_node_that_loses_power_gives_its_job_back(cluster: Cluster, folder: Path) -> None:
+    script = "#!/bin/bash\necho $$ >> attempts; [[ -n ${SLURM_RESTART_COUNT:-} ]] || sleep 60"
+    job = cluster.sbatch("-w", "n2", "--requeue", "-o", "out", script=script, cwd=folder)
+    (pid,) = wait_for_lines(folder / "attempts", 1)
+    cluster.fail_node("n2")
+    try:
+        assert gone(pid)
+        assert cluster.node_state("n2").startswith("down")
+        with pytest.raises(ClusterError, match="not running"):
+            cluster.kill_slurmd("n2")
+    finally:
+        cluster.start_slurmd("n2")
+    assert cluster.wait(job, restarts=1) == "COMPLETED"
+    assert len(lines(folder / "attempts")) == 2
+
+
+PROCESS = """
+trap "echo $1 >> term" TERM
+echo "$1 $$" >> pids
+if [[ $1 == child ]]; then
+    setsid bash process.sh grandchild < /dev/null > /dev/null 2>&1 &
+    (setsid bash process.sh orphan < /dev/null > /dev/null 2>&1 &)
+fi
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+"""
+
+
+def test_what_a_signal_reaches(cluster: Cluster, tracker: str, folder: Path) -> None:
+    """TERM and KILL to a step that has a task, a descendant of it, and one whose parent has gone.
+
+    linuxproc follows parents: the orphan is out of its reach, of KILL's too. Under cgroup TERM is for slurmstepd's
+    own child alone, and KILL for all. Each process is in a session of its own, so that none is reached by its group.
+    """
+    (folder / "process.sh").write_text(PROCESS)
+    job = cluster.sbatch("-o", "out", script="#!/bin/bash\nsrun bash process.sh child", cwd=folder)
+    pids = dict(line.split() for line in wait_for_lines(folder / "pids", 3))
+    assert set(pids) == {"child", "grandchild", "orphan"}
+    cluster.run_as_user(["scancel", "--signal=TERM", f"{job}.0"], check=True)
+    reached = {"linuxproc": {"child", "grandchild"}, "cgroup": {"child"}}[tracker]
+    wait_for_lines(folder / "term", len(reached))
+    time.sleep(1)
+    assert set(lines(folder / "term")) == reached
+    assert not any(map(gone, pids.values()))
+    cluster.run_as_user(["scancel", "--signal=KILL", f"{job}.0"], check=True)
+    assert cluster.wait(job) == "FAILED"
+    survivors = {name for name, pid in pids.items() if not gone(pid)}
+    assert survivors == {"linuxproc": {"orphan"}, "cgroup": set()}[tracker]
+    for name in survivors:
+        os.kill(int(pids[name]), signal.SIGKILL)
+
+
+def test_without_accounting_sacct_fails_and_jobs_run(cluster: Cluster, folder: Path) -> None:
+    cluster.restart(accounting=False)
+    try:
+        job = cluster.sbatch("-o", "out", script="#!/bin/bash\ntrue", cwd=folder)
+        assert cluster.wait(job) == "COMPLETED"
+        result = cluster.run_as_user(["sacct", "-j", str(job)])
+        assert result.returncode != 0 and "accounting storage is disabled" in result.stderr.lower()
+    finally:
+        cluster.restart(accounting=True)
+
+
+def test_a_second_cluster_comes_up_after_an_unclean_end_and_leaves_nothing(
+    cluster: Cluster, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    """Beside the first, whose job is not touched. The mount stands for what a job that was killed leaves on a node."""
+    script = "#!/bin/bash\necho $$ >> pids; while [[ ! -e stop ]]; do sleep 0.1; done"
+    bystander = cluster.sbatch("-o", "out", script=script, cwd=folder)
+    (bystander_pid,) = wait_for_lines(folder / "pids", 1)
+    # munged refuses a folder whose parents belong to anybody else than root.
+    state = Path(tempfile.mkdtemp(prefix="afina-other-", dir="/tmp"))
+    request.addfinalizer(lambda: shutil.rmtree(state))
+    request.addfinalizer(Cluster(state).down)
+    other = Cluster(state, accounting=False, proctrack=cluster.proctrack).up()
+    other.sbatch("-o", "out", script=script, cwd=folder)
+    _, pid = wait_for_lines(folder / "pids", 2)
+    mount = other.state / "spool-n1"
+    subprocess.run(["mount", "-t", "tmpfs", "none", mount], check=True)
+    for daemon in other.daemon_pids().values():
+        os.kill(daemon, signal.SIGKILL)
+    with Cluster(other.state, accounting=False, proctrack=cluster.proctrack) as again:
+        assert gone(pid)
+        assert not os.path.ismount(mount)
+        assert again.run_as_user([*SRUN, "-N2", "echo", "up"], check=True).stdout.split() == ["up", "up"]
+        pids = again.daemon_pids()
+        assert set(pids) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
+    assert all(gone(str(number)) for number in pids.values())
+    assert not again.daemon_pids()
+    again.down()
+    assert not gone(bystander_pid)
+    (folder / "stop").touch()
+    assert cluster.wait(bystander) == "COMPLETED"
