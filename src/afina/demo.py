@@ -33,16 +33,16 @@ _NOISE = 0.06
 _SUBJECTS: dict[str, tuple[str, ...]] = {
     "the blender": ("the motor", "the jug", "the lid", "the cleaning", "the price"),
     "these headphones": ("the sound", "the cable", "the fit", "the battery", "the microphone"),
-    "the backpack": ("the zip", "the fabric", "the straps", "the pockets", "the colour"),
-    "the office chair": ("the armrests", "the cushion", "the assembly", "the wheels", "the back support"),
+    "the backpack": ("the zip", "the fabric", "the shoulder strap", "the front pocket", "the colour"),
+    "the office chair": ("the armrest", "the cushion", "the assembly", "the castor base", "the back support"),
     "the desk lamp": ("the switch", "the brightness", "the stand", "the packaging", "the finish"),
     "the kettle": ("the handle", "the spout", "the base", "the lid", "the delivery"),
-    "the running shoes": ("the sole", "the laces", "the sizing", "the grip", "the look"),
-    "the noodle bar": ("the broth", "the service", "the waiting time", "the portions", "the seating"),
-    "the corner bakery": ("the bread", "the coffee", "the staff", "the prices", "the opening hours"),
-    "the pizza place": ("the crust", "the toppings", "the delivery", "the staff", "the bill"),
-    "the steak house": ("the steak", "the side dishes", "the wine list", "the waiter", "the noise level"),
-    "the tea room": ("the cakes", "the scones", "the view", "the service", "the tables"),
+    "the running shoes": ("the sole", "the lacing", "the sizing", "the grip", "the look"),
+    "the noodle bar": ("the broth", "the service", "the waiting time", "the size of the helping", "the seating"),
+    "the corner bakery": ("the bread", "the coffee", "the staff", "the price", "the queue"),
+    "the pizza place": ("the crust", "the topping", "the delivery", "the staff", "the bill"),
+    "the steak house": ("the steak", "the side salad", "the wine list", "the waiter", "the noise level"),
+    "the tea room": ("the carrot cake", "the scone", "the view", "the service", "the table"),
 }
 _SAID: dict[int, tuple[str, ...]] = {
     1: (
@@ -103,7 +103,8 @@ _ENDINGS: dict[int, tuple[str, ...]] = {
     4: ("I would come back.", "Worth its money.", "Recommended, with small reservations.", "Happy on the whole."),
     5: ("I recommend it to everybody!", "Could not be happier.", "Ten out of ten.", "Perfect."),
 }
-_JOINTS = (". ", ", and ", "; ", ". On the other hand, ", ", but ")
+_ALIKE = (". ", ", and ", "; ", ". Also, ")
+_UNLIKE = (". On the other hand, ", ", but ", "; still, ")
 
 _README = """These reviews are synthetic. `afina.demo` put them together from phrases with a fixed seed; no person wrote them, and no
 shop, product or restaurant is meant. Some say good and bad things at once, and {noise:.0%} of them carry a number of stars that
@@ -186,20 +187,16 @@ def _review(rng: random.Random, stars: int) -> str:
     """Two or three statements near `stars`, sometimes one that is not, and perhaps an ending that sums up."""
     subject = rng.choice(sorted(_SUBJECTS))
     aspects = rng.sample(_SUBJECTS[subject], rng.choice((2, 2, 3)))
-    said: list[str] = []
-    for aspect in aspects:
-        mood = min(5, max(1, stars + rng.choice((-2, -1, 0, 0, 0, 0, 1))))
-        said.append(rng.choice(_SAID[mood]).format(aspect))
-    body = said[0][0].upper() + said[0][1:]
-    for statement in said[1:]:
-        joint = rng.choice(_JOINTS)
-        body += joint + (statement[0].upper() + statement[1:] if joint == ". " else statement)
+    moods = [min(5, max(1, stars + rng.choice((-2, -1, 0, 0, 0, 0, 1)))) for _ in aspects]
+    body, unsaid = "", {mood: rng.sample(phrases, len(phrases)) for mood, phrases in _SAID.items()}
+    for number, (aspect, mood) in enumerate(zip(aspects, moods, strict=True)):
+        joint = "" if number == 0 else rng.choice(_ALIKE if mood == moods[number - 1] else _UNLIKE)
+        said = unsaid[mood].pop().format(aspect)
+        body += joint + (said[0].upper() + said[1:] if joint in ("", ". ") else said)
     parts = [rng.choice(_OPENINGS).format(subject), body + "."]
     if rng.random() < 0.5:
-        parts.append(rng.choice(_ENDINGS[stars]))
-    if rng.random() < 0.15:
-        # The summary first, as some people write.
-        parts.insert(0, parts.pop())
+        # Mostly at the end; some people say it first.
+        parts.insert(0 if rng.random() < 0.2 else 2, rng.choice(_ENDINGS[stars]))
     return " ".join(parts)
 
 

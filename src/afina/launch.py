@@ -57,7 +57,7 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
     for bind in site.binds:
         mounts += ["--bind", bind]
     gpu = ["--nv"] if plan.geometry.gpus_per_node else []
-    return [site.runtime, "exec", *gpu, "--no-home", *mounts, "--pwd", str(site.scratch), str(site.image), *inner]
+    return [site.runtime, "--quiet", "exec", *gpu, "--no-home", *mounts, "--pwd", str(site.scratch), str(site.image), *inner]
 
 
 def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:

