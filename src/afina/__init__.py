@@ -1,3 +1,38 @@
-"""afina fine-tunes a pretrained Hugging Face model on labelled text as a Slurm batch job that survives the cluster."""
+"""afina fine-tunes a pretrained Hugging Face model on labelled text as a Slurm batch job that survives the cluster.
+
+    import afina
+    run = afina.submit("recipe.yaml", nodes=2)
+    run.result().metrics
+
+The names are imported when they are first used: `import afina` is quick and never imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from afina.jobs import Run, resume, submit, train
+    from afina.recipe import Recipe, load_recipe
+    from afina.rundir import Outcome
 
 __version__ = "0.1.0"
+__all__ = ["Outcome", "Recipe", "Run", "__version__", "load_recipe", "resume", "submit", "train"]
+
+_HOMES = {
+    "Outcome": "afina.rundir",
+    "Recipe": "afina.recipe",
+    "Run": "afina.jobs",
+    "load_recipe": "afina.recipe",
+    "resume": "afina.jobs",
+    "submit": "afina.jobs",
+    "train": "afina.jobs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'afina' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

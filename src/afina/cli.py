@@ -266,6 +266,34 @@ def status(run_dir: str, as_json: bool) -> None:
         print(f"  {record['error']}")
 
 
+@cli.command()
+@click.argument("folder", default="demo")
+def demo(folder: str) -> None:
+    """Fine-tune a small BERT on generated reviews in FOLDER (by default demo); needs no network and no Slurm.
+
+    \b
+    Example:
+      afina demo
+    """
+    from afina.demo import run_demo
+
+    sys.exit(run_demo(folder))
+
+
+@cli.command()
+@click.argument("run_dir")
+def report(run_dir: str) -> None:
+    """Write a self-contained page about RUN_DIR, and print its path.
+
+    \b
+    Example:
+      afina report /scratch/me/runs/yelp-1a2b3c4d-1
+    """
+    from afina.report import write_report
+
+    print(write_report(run_dir))
+
+
 def _finish(run: Any, as_json: bool) -> None:
     """Say how the run ended, and exit with its code."""
     outcome = run.outcome

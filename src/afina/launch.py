@@ -57,7 +57,18 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
     for bind in site.binds:
         mounts += ["--bind", bind]
     gpu = ["--nv"] if plan.geometry.gpus_per_node else []
-    return [site.runtime, "--quiet", "exec", *gpu, "--no-home", *mounts, "--pwd", str(site.scratch), str(site.image), *inner]
+    return [
+        site.runtime,
+        "--quiet",
+        "exec",
+        *gpu,
+        "--no-home",
+        *mounts,
+        "--pwd",
+        str(site.scratch),
+        str(site.image),
+        *inner,
+    ]
 
 
 def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -161,7 +172,7 @@ def _data_folders(plan: Plan) -> list[Path]:
 def _outermost(folders: Iterable[Path]) -> list[Path]:
     """Each folder once, none inside another."""
     kept: list[Path] = []
-    for folder in sorted({f.absolute() for f in folders}, key=lambda f: len(f.parts)):
+    for folder in sorted({f.absolute() for f in folders}, key=lambda f: (len(f.parts), str(f))):
         if not any(folder.is_relative_to(outer) for outer in kept):
             kept.append(folder)
     return kept

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +91,7 @@ def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | Non
     named = given or env.get("AFINA_SITE")
     if named:
         path = Path(named).expanduser().absolute()
-        if not path.is_file():
+        if not _may(path.is_file):
             raise SiteError(
                 f"site file {path}: no such file",
                 "give --site FILE or AFINA_SITE the path of your site.env (see slurm/site.example.env)",
@@ -99,7 +99,7 @@ def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | Non
         return path
     home = env.get("HOME")
     for candidate in (Path("slurm/site.env"), *([Path(home) / ".config/afina/site.env"] if home else [])):
-        if candidate.is_file():
+        if _may(candidate.is_file):
             return candidate.absolute()
     return None
 
@@ -149,6 +149,14 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     )
 
 
+def _may(question: Callable[[], bool]) -> bool:
+    """The answer about a path; no, where it cannot be asked (a folder above is closed, a name is too long)."""
+    try:
+        return question()
+    except OSError:
+        return False
+
+
 def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
     """The environment after bash has sourced `file`; its standard output is not ours to read."""
     script = 'set -a; source "$1" >&2 || exit 97; env -0'
@@ -169,9 +177,11 @@ def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
         ) from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
+        # bash repeats the line under a syntax error.
+        last = next((line for line in said if "syntax error" in line), said[-1] if said else "")
         how = "its last command failed" if done.returncode == 97 else f"it ended bash with exit code {done.returncode}"
         raise SiteError(
-            f"site file {file}: {how}{f': {said[-1]}' if said else ''}",
+            f"site file {file}: {how}{f': {last}' if last else ''}",
             f"try: bash -xc {shlex.quote(f'source {shlex.quote(str(file))}')}",
         )
     if not done.stdout:
@@ -193,8 +203,8 @@ def _scratch(value: str, file: Path | None) -> Path:
     path = Path(value).expanduser()
     if not path.is_absolute():
         raise SiteError(f"AFINA_SCRATCH={value} is not an absolute path", where)
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
+    if not _may(path.is_dir):
+        what = "is not a folder" if _may(path.exists) else "does not exist, or a folder above it is closed to you"
         raise SiteError(
             f"AFINA_SCRATCH={value} {what}", f"mkdir -p '{value}' (a mistyped path is never made for you), or {where}"
         )
@@ -218,9 +228,9 @@ def _image(value: str, file: Path | None) -> Path | None:
     path = Path(value).expanduser()
     if not path.is_absolute():
         path = path.absolute()
-    if not path.exists():
+    if not _may(path.exists):
         raise SiteError(
-            f"AFINA_IMAGE={value}: no such image",
+            f"AFINA_IMAGE={value}: no such image, or a folder above it is closed to you",
             "build it with container/build.sh, or correct AFINA_IMAGE" + (f" in {file}" if file else ""),
         )
     if not os.access(path, os.R_OK):

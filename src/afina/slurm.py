@@ -98,6 +98,7 @@ def _submitit_executor(plan: Plan, run: RunDir) -> Any:
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options['cpus_per_task']}"],
         additional_parameters={"requeue": True, "signal": "B:USR1@120"},
         stderr_to_stdout=True,
+        wckey=None,  # submitit names one of its own, which clusters without such keys refuse
     )
     return executor
 

@@ -56,8 +56,10 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
     with (folder / f"node{node}.log").open("ab") as log, hear:
         copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
         copy.start()
-        code = worker.wait()
+        code = _wait(worker, copy)
         copy.join(timeout=10)
+    if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
+        worker.stdout.close()
     return _recorded_code(folder, code)
 
 
@@ -82,6 +84,17 @@ def settle(run: RunDir, attempt: str, code: int) -> Outcome:
         + f"\n  remedy: see {folder}/node*.log; `afina resume` continues from the newest checkpoint",
         exit_code=code if code in (2, 3) else EXIT_FAILED,
     )
+
+
+def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread) -> int:
+    """The worker's exit code. Never blocks for long: a signal that comes just before `waitpid` blocks is not heard until
+    that returns (seen: 10 seconds later, when the worker ended)."""
+    while True:
+        copy.join(timeout=0.5)
+        try:
+            return worker.wait(timeout=0 if copy.is_alive() else 0.5)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 class _Ear:

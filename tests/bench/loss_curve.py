@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 
-def compare(table: Path, model: str, *, sample: int, max_length: int, epochs: float, label: str, seed: int) -> dict[str, Any]:
+def compare(
+    table: Path, model: str, *, sample: int, max_length: int, epochs: float, label: str, seed: int
+) -> dict[str, Any]:
     """Run both in a temporary folder; returns the largest absolute differences and the seconds of each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -35,7 +37,16 @@ def compare(table: Path, model: str, *, sample: int, max_length: int, epochs: fl
         env = {**os.environ, "AFINA_SCRATCH": str(folder), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
         tutorial = [sys.executable, str(Path(__file__).with_name("tutorial.py")), "--train", str(folder / "train.csv")]
         tutorial += ["--eval", str(folder / "eval.csv"), "--model", model, "--out", str(folder / "steps.jsonl")]
-        tutorial += ["--label", label, "--sample", str(sample), "--max-length", str(max_length), "--epochs", str(epochs)]
+        tutorial += [
+            "--label",
+            label,
+            "--sample",
+            str(sample),
+            "--max-length",
+            str(max_length),
+            "--epochs",
+            str(epochs),
+        ]
         tutorial += ["--seed", str(seed)]
         said = subprocess.run(tutorial, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
         recipe = {
@@ -50,7 +61,14 @@ def compare(table: Path, model: str, *, sample: int, max_length: int, epochs: fl
                 "eval": {"sample": sample, "seed": 42},
             },
             "tokens": {"max_length": max_length, "batching": "padded"},
-            "train": {"batch_size": 8, "epochs": epochs, "learning_rate": 5e-5, "seed": seed, "log_every": 1, "keep": "last"},
+            "train": {
+                "batch_size": 8,
+                "epochs": epochs,
+                "learning_rate": 5e-5,
+                "seed": seed,
+                "log_every": 1,
+                "keep": "last",
+            },
             "metrics": ["accuracy"],
         }
         (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -60,7 +78,10 @@ def compare(table: Path, model: str, *, sample: int, max_length: int, epochs: fl
         theirs = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
         ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         outcome = json.loads((run / "outcome.json").read_text())
-    found: dict[str, Any] = {"steps": outcome["global_step"], "tutorial_seconds": json.loads(said.splitlines()[-1])["seconds"]}
+    found: dict[str, Any] = {
+        "steps": outcome["global_step"],
+        "tutorial_seconds": json.loads(said.splitlines()[-1])["seconds"],
+    }
     for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy"):
         pairs = list(zip((x[key] for x in theirs if key in x), (x[key] for x in ours if key in x), strict=True))
         found[f"max_difference_{key}"] = max(abs(a - b) for a, b in pairs)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.conftest import DROP, recipe_dict
 
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError
 from afina.plan import DATA_SUFFIXES, Plan, check_cores, geometry_for, load_plan, make_plan
 from afina.recipe import Recipe
 from afina.site import Site
-from tests.unit.conftest import DROP, recipe_dict
 
 Load = Callable[..., Recipe]
 
@@ -205,7 +205,11 @@ def test_nasty_data_files_and_folders(tmp_path: Path, site: Site, nasty: str) ->
         ("notes.txt", "data.files.all: {base}/notes.txt: format .txt is not known", "known formats: .csv, .tsv"),
         ("README", "data.files.all: {base}/README: format (no suffix) is not known", "known formats"),
         ("empty", "data.files.all: {base}/empty: no data file in this folder", "known formats"),
-        ("~nobody/x.csv", "data.files.all: {base}/~nobody/x.csv: no such file", "looked up beside the recipe"),
+        (
+            "~no_such_user/x.csv",
+            "data.files.all: {base}/~no_such_user/x.csv: no such file",
+            "looked up beside the recipe",
+        ),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, site: Site, given: Any, message: str, remedy: str) -> None:
@@ -354,7 +358,7 @@ def test_plans_that_cannot_be_read(tmp_path: Path, text: str) -> None:
 
 
 def test_a_folder_without_a_plan(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not a run directory, it has no plan.json"):
+    with pytest.raises(InputError, match=r"not a run directory, it has no plan\.json"):
         load_plan(tmp_path / "plan.json")
 
 

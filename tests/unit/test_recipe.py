@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from tests.unit.conftest import DROP, ROOT, recipe_dict
 
 from afina import recipe as module
 from afina.errors import RecipeError
 from afina.recipe import METRICS, Recipe, Resources, load_recipe, parse_recipe
-from tests.unit.conftest import DROP, ROOT, recipe_dict
 
 BASE = """\
 name: stars
@@ -413,7 +413,7 @@ def test_fractions_of_one_source_add_up(parts: dict[str, Any], ok: bool) -> None
     if ok:
         Recipe.model_validate(tree)
     else:
-        with pytest.raises(ValidationError, match="at most 1 of `(all|train)` is there to give"):
+        with pytest.raises(ValidationError, match=r"at most 1 of `(all|train)` is there to give"):
             Recipe.model_validate(tree)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from tests.unit.conftest import NASTY, ROOT, private_mounts, program, sif_bytes
 
 from afina import site as module
 from afina.errors import SiteError
 from afina.site import Site, cache_environment, find_site_file, load_site
-from tests.unit.conftest import NASTY, ROOT, private_mounts, program, sif_bytes
 
 
 def written(folder: Path, text: str, name: str = "site.env") -> Path:
@@ -67,11 +67,10 @@ def test_defaults_that_the_environment_wins_over(tmp_path: Path, scratch: Path) 
 def test_functions_quotes_spaces_and_line_breaks(tmp_path: Path, scratch: Path) -> None:
     file = written(
         tmp_path / "it's a site",
-        f"""\
+        """\
 # a comment
-module() {{ if [ "$2" = apptainer ]; then export LOADED="$1 $2"; fi; }}
+module() { if [ "$2" = apptainer ]; then export LOADED="$1 $2"; fi; }
 module load apptainer
-AFINA_SCRATCH={str(scratch)!r}
 AFINA_SCRATCH="$MY_SCRATCH"
 export SBATCH_COMMENT='two
 lines and a "quote"'
@@ -89,7 +88,7 @@ printf 'SBATCH_EVIL=1\\0'
 
 
 def test_values_of_setup_are_not_kept(tmp_path: Path, scratch: Path) -> None:
-    file = written(tmp_path, f"AFINA_SCRATCH={str(scratch)!r}; AFINA_SCRATCH=$S; HF_TOKEN=hf_secret\n")
+    file = written(tmp_path, "AFINA_SCRATCH=$S; HF_TOKEN=hf_secret\n")
     site = load_site(file, env(S=scratch))
     assert site.setup == ("HF_TOKEN",) and "hf_secret" not in site.model_dump_json()
 
@@ -105,7 +104,7 @@ def test_the_file_does_not_read_our_standard_input(tmp_path: Path, scratch: Path
         ("exit 3\n", "it ended bash with exit code 3"),
         ("exit 0\n", "it calls `exit`"),
         ("AFINA_SCRATCH=/tmp\nfalse\n", "its last command failed"),
-        ("set -e\nls /not/there\n", "it ended bash with exit code 2: ls: "),
+        ("set -e\nls /not/there\n", "its last command failed: ls: "),
         ("set -u\n: $NOT_SET_ANYWHERE\n", "NOT_SET_ANYWHERE: unbound variable"),
         ("if then\n", "syntax error"),
         ("no_such_command_anywhere\n", "no_such_command_anywhere: command not found"),
@@ -126,7 +125,7 @@ def test_unknown_variables_name_the_nearest(tmp_path: Path) -> None:
     error = refused(written(tmp_path, "AFINA_SCRACH=/tmp\n"))
     assert "unknown variable AFINA_SCRACH" in error.message and "did you mean `AFINA_SCRATCH`?" in error.remedy
     error = refused(written(tmp_path, "AFINA_ZZZZ=1\n"))
-    assert error.remedy.startswith("known: AFINA_SCRATCH, AFINA_IMAGE")
+    assert "known: AFINA_SCRATCH, AFINA_IMAGE" in error.remedy
 
 
 def test_the_example_loads(scratch: Path, sif: Path) -> None:
@@ -205,7 +204,7 @@ import os, sys
 from afina.errors import AfinaError
 from afina.site import load_site
 import pydantic
-os.setegid(65534); os.seteuid(65534)
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     print(load_site())
 except AfinaError as error:

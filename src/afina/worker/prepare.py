@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError, SiteError
 from afina.plan import Plan
+from afina.recipe import Recipe
 from afina.site import cache_environment
 
 __all__ = ["main", "prepare"]
@@ -96,32 +97,31 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     from afina.worker import hub, pretrained, store
 
     recipe, site = plan.recipe, plan.site
-    # Both names are resolved before anything large is fetched: a mistyped one costs a second.
+    pins = site.scratch / "pins"
+    # What costs a second is refused before anything large is fetched: mistyped names on the Hub, arguments.
     data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
-    model_pin = None
-    if plan.model_folder is None:
-        model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say)
-        folder = hub.fetch_model(recipe, model_pin, say)
-        try:
-            pretrained.check_files(folder)
-        except InputError as error:
-            say(f"{error.message}; fetching it again")
-            folder = hub.fetch_model(recipe, model_pin, say, again=True)
-            pretrained.check_files(
-                folder, "the repository itself holds a broken file: choose another revision or model"
-            )
-    else:
-        folder = plan.model_folder
+    model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say) if plan.model_folder is None else None
+    if data_pin or model_pin:
+        pretrained.check_arguments(recipe.train.arguments, pins)
+    folder = plan.model_folder
+    if folder is not None:
         pretrained.check_files(folder)
-    late = pretrained.check_model(folder, recipe, site.scratch / "pins")
+    else:
+        assert model_pin is not None
+        folder = _fetched_model(recipe, model_pin, say)
     data = hub.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
     content = _content(plan, folder, data)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     final = site.prepared / digest
     manifest = _find(final, say)
     reused = manifest is not None
+    # Data is checked first: a wrong column is said within a second, transformers takes several to import.
+    examples = None if reused else _examples(plan, data)
+    pretrained.check_model(folder, recipe, pins)
+    late = pretrained.check_arguments(recipe.train.arguments, pins)
     if manifest is None:
-        manifest = _build(plan, folder, data, digest, content, say)
+        assert examples is not None
+        manifest = _build(plan, folder, examples, final, content, say)
     splits = manifest["splits"]
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(
@@ -142,6 +142,19 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "warnings": [*manifest["warnings"], *late],
         "reused": reused,
     }
+
+
+def _fetched_model(recipe: Recipe, pin: Any, say: Say) -> Path:
+    from afina.worker import hub, pretrained
+
+    folder = hub.fetch_model(recipe, pin, say)
+    try:
+        pretrained.check_files(folder)
+    except InputError as error:
+        say(f"{error.message}; fetching it again")
+        folder = hub.fetch_model(recipe, pin, say, again=True)
+        pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
+    return folder
 
 
 def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
@@ -251,26 +264,37 @@ def _set_aside(folder: Path) -> Path:
 # -- making it --------------------------------------------------------------------------------------------------------
 
 
-def _build(plan: Plan, folder: Path, data: Any, digest: str, content: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    from afina.worker import store
+def _examples(plan: Plan, data: Any) -> tuple[Any, dict[str, Any], list[str]]:
+    """Labels, examples by part, and what is doubtful about them."""
     from afina.worker.examples import build_examples, choose_sources
-    from afina.worker.pretrained import load_tokenizer
     from afina.worker.tables import read_files
 
     recipe = plan.recipe
     warnings: list[str] = []
-    known = data.splits if data is not None else plan.files
-    sources = choose_sources(recipe.data, list(known), warnings)
+    sources = choose_sources(recipe.data, list(data.splits if data is not None else plan.files), warnings)
     columns = [*recipe.data.text, *recipe.data.label, *([recipe.data.id] if recipe.data.id else [])]
     tables = {
         source: data.read(source, columns) if data is not None else read_files(plan.files[source], columns)
         for source in dict.fromkeys(sources.values())
     }
-    labels, parts = build_examples(recipe.task, recipe.data, tables, sources, warnings)
-    del tables
+    return *build_examples(recipe.task, recipe.data, tables, sources, warnings), warnings
+
+
+def _build(
+    plan: Plan,
+    folder: Path,
+    found: tuple[Any, dict[str, Any], list[str]],
+    final: Path,
+    content: Mapping[str, Any],
+    say: Say,
+) -> dict[str, Any]:
+    from afina.worker import store
+    from afina.worker.pretrained import load_tokenizer
+
+    recipe = plan.recipe
+    labels, parts, warnings = found
     tokenizer = load_tokenizer(folder, recipe)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    final = plan.site.prepared / digest
     with store.staging(final) as staging:
         _check_room(plan.site.prepared, parts, recipe.tokens.max_length)
         splits = {}
@@ -288,7 +312,7 @@ def _build(plan: Plan, folder: Path, data: Any, digest: str, content: Mapping[st
                     )
         tokenizer.save_pretrained(staging / "tokenizer")
         about = {
-            "digest": digest,
+            "digest": final.name,
             "task": labels.task,
             "labels": list(labels.names) if labels.names is not None else None,
             "num_labels": len(labels.names) if labels.names is not None else 1,
@@ -303,7 +327,7 @@ def _build(plan: Plan, folder: Path, data: Any, digest: str, content: Mapping[st
         }
         store.seal(staging, about)
         if not store.publish(staging, final):
-            say(f"another process prepared {digest[:8]} at the same time; its work is taken")
+            say(f"another process prepared {final.name[:8]} at the same time; its work is taken")
     return store.load_manifest(final)
 
 
@@ -421,14 +445,13 @@ def _full_disk(plan: Plan) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(plan.site.scratch).free
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EnvironmentProblem(
-                f"{error.filename or plan.site.scratch}: {error.strerror}; {_size(free)} are free on the file system of "
+                f"{error.filename or plan.site.scratch}: {error.strerror}; {_size(shutil.disk_usage(plan.site.scratch).free)} are free on the file system of "
                 f"{plan.site.scratch}",
                 "free space or quota (`df -h`, `df -i`, `quota`, `ulimit -f`), then run the same command again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO, errno.ESTALE):
+        if error.filename is not None and str(error.filename).startswith(str(plan.site.scratch)):
             raise EnvironmentProblem(
                 f"{error.filename or plan.site.scratch}: {error.strerror}", "check AFINA_SCRATCH and its permissions"
             ) from error

@@ -14,7 +14,7 @@ import json
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,31 +168,44 @@ def tokenizer_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
-    """Whether transformers can train this folder as the recipe says; returns warnings.
+def check_model(folder: Path, recipe: Recipe, pins: Path) -> None:
+    """Whether transformers can train this folder.
 
     Raises:
         InputError: no sequence classification for this architecture, a config that transformers refuses.
-        RecipeError: `tokens.max_length` beyond the model's positions, `train.arguments` that the installed version refuses.
+        RecipeError: `tokens.max_length` beyond the model's positions.
     """
-    about = [
-        importlib.metadata.version("transformers"),
-        importlib.metadata.version("torch"),
-        hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        recipe.trust_remote_code,
-        recipe.tokens.max_length,
-        recipe.train.arguments,
-        recipe.model,
-    ]
-    record = pins / f"checked-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]}.json"
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length]
+
+    def check() -> list[str]:
+        _check_architecture(folder, recipe)
+        return []
+
+    _recorded(pins, about, check)
+
+
+def check_arguments(arguments: Mapping[str, Any], pins: Path) -> list[str]:
+    """Try `train.arguments` on the installed TrainingArguments; returns its warnings.
+
+    Raises:
+        RecipeError: an unknown name (with what replaces it), a value of the wrong type or that is refused.
+    """
+    return _recorded(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
+
+
+def _recorded(pins: Path, about: list[Any], check: Callable[[], list[str]]) -> list[str]:
+    """Run `check` unless it passed before with the same versions; returns its warnings."""
+    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
+    key = json.dumps([*versions, *about], sort_keys=True)
+    record = pins / f"checked-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
         return [str(w) for w in json.loads(record.read_text(encoding="utf-8"))["warnings"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    _check_architecture(folder, recipe)
-    said = check_arguments(recipe.train.arguments)
+    said = check()
     pins.mkdir(exist_ok=True)
-    write_atomic(record, json.dumps({"warnings": said, "about": about}, indent=1) + "\n")
+    write_atomic(record, json.dumps({"warnings": said, "about": [*versions, *about]}, indent=1) + "\n")
     return said
 
 
@@ -240,12 +253,8 @@ def _positions(config: Any) -> int | None:
     return limit
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> list[str]:
-    """Try `train.arguments` on the installed TrainingArguments; returns its warnings. Leaves no folder, starts no group.
-
-    Raises:
-        RecipeError: an unknown name (with what replaces it), a value of the wrong type or that is refused.
-    """
+def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Leaves no folder behind and forms no process group."""
     import dataclasses
 
     import transformers

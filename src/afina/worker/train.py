@@ -249,13 +249,15 @@ def _introduce(plan: Plan, geometry: Geometry, manifest: dict[str, Any], device:
 
 def _table(run: RunDir, metric_names: list[str]) -> str:
     """The tutorial's table: one line per evaluation, with the training loss logged last before it."""
-    head = ["epoch", "training loss", "validation loss", *metric_names]
+    logged = list(run.metrics())
+    scalar = [m for m in metric_names if any(isinstance(line.get(f"eval_{m}"), float) for line in logged)]
+    head = ["epoch", "training loss", "validation loss", *scalar]
     rows: list[list[str]] = []
     loss: float | None = None
-    for line in run.metrics():
+    for line in logged:
         loss = line.get("loss", loss)
         if "eval_loss" in line:
-            values = [line.get(f"eval_{name}") for name in metric_names]
+            values = [line.get(f"eval_{name}") for name in scalar]
             cells = [loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
             rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]

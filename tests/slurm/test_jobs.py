@@ -1,0 +1,268 @@
+"""Whole runs on the test cluster, in the image: sbatch with a recipe, sbatch with a run, submitit, and afina train.
+
+The model and the reviews are tiny; what is proved is that every way in, on every geometry, is the same training: the same
+global batch, the same steps, metrics side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny 'stars' $(touch never)",
+    "model": "model",
+    "data": {
+        "files": {"all": "reviews.csv"},
+        "text": "text",
+        "label": "stars",
+        "train": {"fraction": 0.8, "seed": 42},
+        "eval": {"fraction": 0.2, "seed": 42},
+    },
+    "tokens": {"max_length": 64},
+    "train": {"batch_size": 16, "epochs": 3, "learning_rate": 0.005, "seed": 1, "keep": "last"},
+    "metrics": ["accuracy", "f1"],
+    "resources": {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
+}
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    path = os.environ.get("AFINA_TEST_IMAGE", "")
+    if not path or not Path(path).is_file():
+        reason = "AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif"
+        if os.environ.get("AFINA_REQUIRE_CLUSTER") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[Path]:
+    """A virtual environment that the ordinary user can read, with afina's host side only: what a login node has."""
+    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
+    folder.chmod(0o755)
+    subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
+    lock = (ROOT / "tests/requirements.txt").read_text()
+    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^ ;\\]+", lock, re.M)))
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "slurm"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
+    subprocess.run(pip, check=True)
+    yield folder / "venv/bin"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def place(cluster: Cluster, image: Path) -> Iterator[Path]:
+    """A project folder of the ordinary user: recipe, reviews, model, site.env, the batch script; scratch below it."""
+    path = Path(tempfile.mkdtemp(prefix='afina it\'s a "project" ', dir="/tmp"))
+    (path / "slurm").mkdir()
+    (path / "scratch").mkdir()
+    tiny.tiny_model(path / "model")
+    tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(700, 1))
+    (path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    shutil.copy(ROOT / "slurm/finetune.sbatch", path / "slurm/finetune.sbatch")
+    scratch = shlex.quote(str(path / "scratch"))
+    (path / "slurm/site.env").write_text(f"AFINA_SCRATCH={scratch}\nAFINA_IMAGE={shlex.quote(str(image))}\n")
+    for name in [path, *path.rglob("*")]:
+        shutil.chown(name, cluster.user, cluster.user)
+    yield path
+    shutil.rmtree(path)
+
+
+def _newest(place: Path) -> Path:
+    return max((place / "scratch/runs").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((run / "outcome.json").read_text())
+    logs = "\n".join(log.read_text(errors="replace") for log in run.glob("attempts/*/node*.log"))
+    assert outcome["outcome"] == "finished", f"{outcome}\n{logs}"
+    return outcome
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _sbatch(cluster: Cluster, place: Path, *arguments: str, expect: str = "COMPLETED") -> Path:
+    job = cluster.sbatch(*arguments, cwd=place)
+    state = cluster.wait(job, timeout=240)
+    log = (place / f"slurm-{job}.out").read_text(errors="replace")
+    assert state == expect, f"{state}\n{log}\n{cluster.diagnose()}"
+    return place / f"slurm-{job}.out"
+
+
+@pytest.fixture(scope="module")
+def single(cluster: Cluster, place: Path) -> Path:
+    """The run that the others are compared with: sbatch with a recipe, one process."""
+    log = _sbatch(cluster, place, "--gpus-per-node=1", "--cpus-per-task=1", "slurm/finetune.sbatch", "recipe.yaml")
+    assert "validation loss" in log.read_text(), "the tutorial's table is not in the job's log"
+    return _newest(place)
+
+
+@pytest.mark.timeout(600)
+def test_a_recipe_through_sbatch_learns(single: Path) -> None:
+    outcome = _finished(single)
+    assert outcome["global_step"] == 105
+    assert outcome["global_batch"] == 16
+    assert outcome["metrics"]["eval_accuracy"] > 0.5
+    assert (single / "model/model.safetensors").is_file()
+    assert (single / "predictions.parquet").is_file()
+    assert single.stat().st_mode & 0o777 == 0o700
+    env = json.loads(next(single.glob("attempts/*/env.json")).read_text())
+    assert env["container"].endswith(".sif")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 2), (2, 2)])
+def test_more_processes_are_the_same_training(
+    cluster: Cluster, place: Path, single: Path, nodes: int, gpus: int
+) -> None:
+    _sbatch(
+        cluster,
+        place,
+        f"--nodes={nodes}",
+        f"--gpus-per-node={gpus}",
+        "--cpus-per-task=2",
+        "slurm/finetune.sbatch",
+        "recipe.yaml",
+        "--set",
+        "train.arguments.weight_decay=0.0",
+    )
+    run = _newest(place)
+    outcome = _finished(run)
+    assert (outcome["world_size"], outcome["global_batch"], outcome["global_step"]) == (nodes * gpus, 16, 105)
+    assert len(list(run.glob("attempts/*/node*.log"))) == nodes
+    first, other = _metrics(single), _metrics(run)
+    assert [line["step"] for line in first] == [line["step"] for line in other]
+    # Other dropout masks, the same batches: the first losses lie close together, and it learns as well.
+    assert other[0]["loss"] == pytest.approx(first[0]["loss"], rel=0.05)
+    assert outcome["metrics"]["eval_accuracy"] > 0.5
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (2, 2)])
+def test_submitit_is_the_same_training(
+    cluster: Cluster, place: Path, host: Path, single: Path, nodes: int, gpus: int
+) -> None:
+    code = (
+        "import afina, json\n"
+        f"run = afina.submit('recipe.yaml', nodes={nodes}, gpus_per_node={gpus})\n"
+        "first = run.state\n"
+        "print(json.dumps([str(run.path), first, run.result(timeout_s=300).model_dump(), run.state]))\n"
+    )
+    said = cluster.run_as_user([str(host / "python"), "-c", code], cwd=place, timeout=400, check=True)
+    path, first, outcome, last = json.loads(said.stdout.splitlines()[-1])
+    assert (first in ("PENDING", "RUNNING"), last) == (True, "FINISHED")
+    assert (outcome["world_size"], outcome["global_batch"]) == (nodes * gpus, 16)
+    if nodes == 1:
+        assert (Path(path) / "metrics.jsonl").read_bytes() == (single / "metrics.jsonl").read_bytes()
+    else:
+        assert outcome["metrics"]["eval_accuracy"] > 0.5
+
+
+@pytest.mark.timeout(600)
+def test_afina_train_and_submit_are_the_same_training(cluster: Cluster, place: Path, host: Path, single: Path) -> None:
+    done = cluster.run_as_user(
+        [str(host / "afina"), "train", "recipe.yaml", "--run", "runs/here"],
+        cwd=place,
+        timeout=300,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _finished(place / "runs/here")
+    done = cluster.run_as_user(
+        [str(host / "afina"), "submit", "recipe.yaml", "--wait", "--json"], cwd=place, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    submitted = Path(json.loads(done.stdout.splitlines()[-1])["run"])
+    for run in (place / "runs/here", submitted):
+        assert (run / "metrics.jsonl").read_bytes() == (single / "metrics.jsonl").read_bytes(), run
+
+
+@pytest.mark.timeout(600)
+def test_the_time_limit_stops_requeues_and_finishes_the_same_run(cluster: Cluster, place: Path) -> None:
+    # USR1 comes 30 to 90 s after the start (Slurm may be 60 s early); start-up and 2,800 steps take longer than that.
+    job = cluster.sbatch(
+        "--gpus-per-node=1",
+        "--cpus-per-task=1",
+        "--time=2",
+        "--signal=B:USR1@30",
+        "slurm/finetune.sbatch",
+        "recipe.yaml",
+        "--set",
+        "name=limited",
+        "--set",
+        "train.epochs=80",
+        "--set",
+        "train.evaluate=700",
+        "--set",
+        "train.save_every=700",
+        cwd=place,
+    )
+    cluster.wait(job, timeout=120, restarts=1, states={"RUNNING"})
+    assert cluster.wait(job, timeout=400) == "COMPLETED", (place / f"slurm-{job}.out").read_text()
+    run = next((place / "scratch/runs").glob("limited-*"))
+    outcome = _finished(run)
+    assert outcome["attempts"] >= 2
+    assert outcome["global_step"] == 2800
+    steps = [(line["step"], "eval_loss" in line) for line in _metrics(run)]
+    assert steps == sorted(set(steps)), "a line is doubled or missing"
+
+
+@pytest.mark.timeout(300)
+def test_bad_input_is_refused_in_the_job_with_its_code(cluster: Cluster, place: Path) -> None:
+    before = sorted((place / "scratch/runs").iterdir())
+    job = cluster.sbatch("slurm/finetune.sbatch", "recipe.yaml", "--set", "data.label=starz", cwd=place)
+    assert cluster.wait(job, timeout=120) == "FAILED"
+    log = (place / f"slurm-{job}.out").read_text()
+    assert "did you mean `stars`?" in log
+    assert "Traceback" not in log
+    assert str(cluster.job(job)["ExitCode"]).startswith("2:")
+    assert sorted((place / "scratch/runs").iterdir()) == before
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_step_is_recorded_as_failed(cluster: Cluster, place: Path) -> None:
+    job = cluster.sbatch(
+        "--gpus-per-node=1",
+        "--cpus-per-task=1",
+        "slurm/finetune.sbatch",
+        "recipe.yaml",
+        "--set",
+        "name=killed",
+        "--set",
+        "train.epochs=500",
+        cwd=place,
+    )
+    cluster.wait(job, timeout=60, states={"RUNNING"})
+    run = None
+    for _ in range(120):
+        run = next((place / "scratch/runs").glob("killed-*"), None)
+        if run and (run / "events.jsonl").exists() and "first_step" in (run / "events.jsonl").read_text():
+            break
+        subprocess.run(["sleep", "0.5"], check=True)
+    assert run is not None
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=True)
+    assert cluster.wait(job, timeout=120) == "FAILED"
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 4)
+    assert "signal 9" in outcome["error"]

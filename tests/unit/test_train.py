@@ -1,0 +1,343 @@
+"""Training for real, with tiny models: every task, both geometries that fit here, stops and resumes, and what is written.
+
+Each run is the command line in a process of its own, as a user starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models (with dropout, and without), reviews in several shapes, and a scratch folder."""
+    place = tmp_path_factory.mktemp("it's a place")
+    (place / "scratch").mkdir()
+    tiny.tiny_model(place / "model")
+    still = place / "still"
+    tiny.tiny_model(still)
+    config = json.loads((still / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps(config))
+    rows = tiny.tiny_reviews(203, 7)
+    tiny.write_csv(place / "reviews.csv", rows)
+    both = [
+        {
+            "text": r["text"],
+            "good": int(r["stars"] > 3),
+            "bad": int(r["stars"] < 3),
+            "extreme": int(r["stars"] in (1, 5)),
+        }
+        for r in rows
+    ]
+    tiny.write_csv(place / "many.csv", both)
+    return place
+
+
+def _recipe(place: Path, **changes: Any) -> dict[str, Any]:
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "model": str(place / "model"),
+        "data": {
+            "files": {"all": str(place / "reviews.csv")},
+            "text": "text",
+            "label": "stars",
+            "train": {"fraction": 0.8, "seed": 42},
+            "eval": {"fraction": 0.2, "seed": 42},
+        },
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "epochs": 2, "learning_rate": 0.003, "seed": 1, "log_every": 1},
+        "metrics": ["accuracy", "f1"],
+    }
+    for key, value in changes.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+    return recipe
+
+
+def _environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> subprocess.Popen[str]:
+    file = run.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe))
+    argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run), *options]
+    return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _train(place: Path, name: str, recipe: dict[str, Any], *options: str, code: int = 0) -> Path:
+    run = place / name
+    process = _start(place, run, recipe, *options)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return run
+
+
+def _resume(place: Path, run: Path, *options: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "afina.cli", "resume", str(run), *options]
+    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _outcome(run: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((run / "outcome.json").read_text())
+    return outcome
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _wait_for_step(run: Path, step: int) -> None:
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """The undisturbed run."""
+    return _train(place, "whole", _recipe(place))
+
+
+def test_a_finished_run_has_all_that_was_promised(whole: Path) -> None:
+    import pyarrow.parquet as pq
+
+    outcome = _outcome(whole)
+    steps = -(-162 // 8) * 2
+    assert (outcome["outcome"], outcome["exit_code"], outcome["attempts"], outcome["global_step"]) == (
+        "finished",
+        0,
+        1,
+        steps,
+    )
+    assert outcome["samples_per_second"] > 0
+    assert outcome["seconds"] > 0
+    table = pq.read_table(whole / "predictions.parquet").to_pydict()
+    assert len(table["text"]) == 41
+    right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
+    assert right / 41 == pytest.approx(outcome["metrics"]["eval_accuracy"])
+    log = (whole / "attempts/local-1/node0.log").read_text()
+    assert "validation loss" in log and "Traceback" not in log
+    assert whole.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_model_loads_in_a_plain_pipeline_and_says_the_users_labels(whole: Path) -> None:
+    code = (
+        "import json, sys\nfrom transformers import pipeline\n"
+        "p = pipeline('text-classification', model=sys.argv[1], top_k=None)\n"
+        "print(json.dumps(sorted(x['label'] for x in p('it was superb'))))\n"
+    )
+    argv = [sys.executable, "-W", "ignore", "-c", code, str(whole / "model")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == STARS
+    assert (whole / "model/model.safetensors").is_file()
+
+
+def test_predictions_of_the_exported_model_are_the_recorded_ones(whole: Path) -> None:
+    code = (
+        "import json, sys, torch\nfrom transformers import AutoTokenizer, AutoModelForSequenceClassification as M\n"
+        "import pyarrow.parquet as pq\n"
+        "t = pq.read_table(sys.argv[1] + '/predictions.parquet').to_pydict()\n"
+        "m = M.from_pretrained(sys.argv[1] + '/model').eval(); k = AutoTokenizer.from_pretrained(sys.argv[1] + '/model')\n"
+        "b = k(t['text'], padding=True, truncation=True, max_length=64, return_tensors='pt')\n"
+        "with torch.no_grad(): p = m(**b).logits.softmax(-1)\n"
+        "print(json.dumps(max(abs(float(p[i, j]) - t['score: ' + m.config.id2label[j]][i]) for i in range(len(p)) for j in range(5))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(whole)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path, whole: Path) -> None:
+    run = place / "stopped"
+    process = _start(place, run, _recipe(place))
+    _wait_for_step(run, 3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert _outcome(run)["outcome"] == "stopped"
+    # The end of an epoch: its evaluation is left to the resumed run. Then a kill without any warning.
+    for step in (21, 30):
+        resumed = subprocess.Popen(
+            [sys.executable, "-m", "afina.cli", "resume", str(run)], env=_environment(place), stdout=subprocess.DEVNULL
+        )
+        if step == 21:
+            _wait_for_step(run, step)
+            resumed.send_signal(signal.SIGTERM)
+            assert resumed.wait(timeout=120) == 75
+        else:
+            _wait_for_step(run, step)
+            subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {run}"], check=True)
+            assert resumed.wait(timeout=120) == 4
+    code, said = _resume(place, run)
+    assert code == 0, said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert _outcome(run)["attempts"] == 4
+    code, said = _resume(place, run)
+    assert code == 0, "a finished run is left as it is"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("batching", ["longest", "grouped"])
+def test_two_processes_and_accumulation_are_the_same_training(place: Path, batching: str) -> None:
+    """Without dropout one process, two, and one with accumulation differ by rounding only, uneven last steps included."""
+    recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching})
+    one = _lines(_train(place, f"one-{batching}", recipe))
+    two = _lines(_train(place, f"two-{batching}", recipe, "--num-processes", "2"))
+    parts = _lines(
+        _train(
+            place,
+            f"parts-{batching}",
+            _recipe(
+                place, model=str(place / "still"), tokens={"batching": batching}, train={"max_batch_per_device": 2}
+            ),
+        )
+    )
+    for other in (two, parts):
+        assert [line["step"] for line in one] == [line["step"] for line in other]
+        for a, b in zip(one, other, strict=True):
+            for key in ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm"):
+                if key in a:
+                    assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
+    run = place / "geometry"
+    process = _start(place, run, _recipe(place, model=str(place / "still")))
+    _wait_for_step(run, 4)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    code, said = _resume(place, run, "--num-processes", "2")
+    assert code == 0, said
+    one, two = _lines(place / "one-longest"), _lines(run)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
+    code, said = _resume(place, run, "--num-processes", "3")
+    assert code in (0, 2), said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        (
+            "regression",
+            {"task": "regression", "data": {"label": "rating"}, "metrics": ["mse", "mae", "pearson", "spearman"]},
+            {"eval_mse", "eval_mae", "eval_pearson", "eval_spearman"},
+        ),
+        (
+            "multi",
+            {"data": {"label": ["good", "bad", "extreme"]}, "metrics": ["f1", "f1_micro", "subset_accuracy"]},
+            {"eval_f1", "eval_f1_micro", "eval_subset_accuracy"},
+        ),
+        (
+            "all metrics",
+            {"metrics": ["accuracy", "precision", "recall", "f1", "mcc", "confusion_matrix"]},
+            {"eval_confusion_matrix", "eval_mcc", "eval_recall_per_class"},
+        ),
+    ],
+)
+def test_every_task_trains_and_measures(place: Path, name: str, changes: dict[str, Any], keys: set[str]) -> None:
+    recipe = _recipe(place, **changes)
+    if name == "multi":
+        recipe["data"]["files"] = {"all": str(place / "many.csv")}
+    run = _train(place, name, recipe)
+    outcome = _outcome(run)
+    assert keys <= set(outcome["metrics"])
+    config = json.loads((run / "model/config.json").read_text())
+    expected = {
+        "regression": "regression",
+        "multi": "multi_label_classification",
+        "all metrics": "single_label_classification",
+    }
+    assert config["problem_type"] == expected[name]
+    if name == "multi":
+        assert list(config["id2label"].values()) == ["good", "bad", "extreme"]
+    first, last = [line["loss"] for line in _lines(run) if "loss" in line][:: len(_lines(run)) - 3][:2]
+    assert last < first
+
+
+def test_the_losses_are_those_of_the_tutorial(place: Path) -> None:
+    """`tests/bench/loss_curve.py`, small: Trainer's own loop and afina give the same loss, step by step."""
+    bench = Path(__file__).parents[1] / "bench/loss_curve.py"
+    argv = [
+        sys.executable,
+        str(bench),
+        "--csv",
+        str(place / "reviews.csv"),
+        "--model",
+        str(place / "model"),
+        "--sample",
+        "64",
+    ]
+    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compared_loss"] == found["steps"] == 16
+    assert found["max_difference_loss"] < 1e-5
+    assert found["max_difference_eval_loss"] < 1e-5
+    assert found["max_difference_eval_accuracy"] < 1e-9
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
+    run = _train(place, "nan", _recipe(place, train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
+    outcome = _outcome(run)
+    assert outcome["outcome"] == "failed"
+    assert "loss is" in outcome["error"] and "remedy" in outcome["error"]
+
+
+def test_a_claimed_run_directory_is_refused_and_left_alone(place: Path, whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    process = _start(place, whole, _recipe(place))
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "afina resume" in said and "Traceback" not in said
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
+    run = place / "damaged"
+    process = _start(place, run, _recipe(place, train={"save_every": 2}))
+    _wait_for_step(run, 9)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    newest, older = sorted((run / "checkpoints").glob("step-*"), key=lambda p: -int(p.name.split("-")[1]))[:2]
+    (newest / "optimizer.pt").unlink()
+    code, said = _resume(place, run)
+    assert code == 0, said
+    assert f"resuming from {older.name}" in said and "optimizer.pt is missing" in said
+    bad = place / "all bad"
+    process = _start(place, bad, _recipe(place, train={"save_every": 2}))
+    _wait_for_step(bad, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    for checkpoint in (bad / "checkpoints").glob("step-*"):
+        with (checkpoint / "model.safetensors").open("r+b") as file:
+            file.seek(5000)
+            byte = file.read(1)
+            file.seek(5000)
+            file.write(bytes([byte[0] ^ 1]))
+    code, said = _resume(place, bad)
+    assert code == 3
+    assert "no checkpoint is usable" in said
