@@ -198,7 +198,7 @@ class Data(_Frozen):
     def _one_path_is_all(cls, value: Any) -> Any:
         if isinstance(value, str | list):
             return {"all": value}
-        if not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, Mapping):
             raise ValueError(
                 f"must be a path, a list of paths, or a mapping such as {{train: a.csv, eval: b.csv}}, found {_shown(value)}"
             )

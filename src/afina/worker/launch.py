@@ -119,6 +119,9 @@ def _devices() -> str:
 
 def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[str]:
     cores = len(os.sched_getaffinity(0))
+    if _in_slurm():
+        # Where Slurm binds no cores, affinity shows the whole node.
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // geometry.processes_per_node)))
     train = ["-m", "afina.worker.train", str(run.path)]
     if geometry.num_processes == 1:
@@ -132,7 +135,9 @@ def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[s
             "AFINA_HEAD is not set: the other nodes cannot be told where to meet",
             "start multi-node runs through slurm/finetune.sbatch or afina submit",
         )
-    # Static rendezvous: torchrun sends USR1 to its own death unless it is told to pass it on.
+    if devices == "cpu":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would warn about find_unused_parameters
+    # torchrun sends USR1 to its own death unless it is told to pass it on.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
     config = run.attempts / os.environ.get("AFINA_ATTEMPT", "local-1") / f"accelerate.node{node}.yaml"
     write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")

@@ -266,6 +266,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         metrics = self._evaluate(None, None)
         self._determine_best_metric(metrics=metrics, trial=None)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
+        if better and self.plan.recipe.train.keep == "best":
+            self.control.should_save = True  # an evaluation need not fall on a step that is saved anyway
+        return better
+
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
