@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from afina.launch import container_argv, worker_argv, worker_environment
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.rundir import Outcome, RunDir, is_run_dir
-from afina.site import load_site
+from afina.site import environment, load_site
 from afina.slurm import cancel, in_queue, need_slurm, sbatch_request, submit_sbatch, submit_submitit, submitit_script
 from afina.supervise import run_node, settle
 
@@ -154,10 +154,11 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
     Raises:
         AfinaError: as the worker said it.
     """
+    here = {**os.environ, **environment(plan.site)}
     env = {
-        **os.environ,
-        **worker_environment(plan, offline=False),
-        "AFINA_PARENT": "1",
+        **here,
+        **worker_environment(plan, offline=False, env=here),
+        **_hub_token(here),
         **({"AFINA_REFRESH": "1"} if refresh else {}),
     }
     argv = worker_argv(plan, "prepare", "--json")
@@ -172,7 +173,10 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
         out, _ = worker.communicate(plan.to_json().encode())
     except BaseException:
         os.killpg(worker.pid, signal.SIGTERM)
-        worker.wait(timeout=30)
+        try:
+            worker.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
         raise
     lines = out.decode(errors="replace").strip().splitlines()
     try:
@@ -186,6 +190,17 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
         raise kind(said["message"], said["remedy"])
     assert isinstance(said, dict)
     return said
+
+
+def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
+    """The token that `hf auth login` left in the home, which the container does not see and the caches have moved from."""
+    if env.get("HF_TOKEN"):
+        return {}
+    home = Path(env.get("HF_HOME") or Path(env.get("HOME", "/")) / ".cache/huggingface")
+    try:
+        return {"HF_TOKEN": Path(env.get("HF_TOKEN_PATH") or home / "token").read_text().strip()}
+    except OSError:
+        return {}
 
 
 def claim(plan: Plan, path: str | Path | None = None) -> RunDir:
@@ -288,7 +303,8 @@ def submit(
 
 def _attempt(directory: RunDir, env: dict[str, str]) -> None:
     folder = directory.begin_attempt()
-    code = run_node(directory, folder.name, env={"AFINA_LAUNCH": "local", **env})
+    site = environment(directory.plan().site)
+    code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env})
     settle(directory, folder.name, code)
 
 

@@ -48,7 +48,7 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
             f"AFINA_RUNTIME={site.runtime} and no AFINA_IMAGE",
             "set AFINA_IMAGE to an image made with container/build.sh",
         )
-    folders = [site.scratch, *([plan.model_folder] if plan.model_folder else []), *_data_folders(plan), *binds]
+    folders = [site.scratch, *_model_folders(plan), *_data_folders(plan), *binds]
     if plan.recipe_file:
         folders.append(plan.recipe_file.parent)
     mounts: list[str] = []
@@ -166,7 +166,21 @@ def batch_script() -> Path:
 
 
 def _data_folders(plan: Plan) -> list[Path]:
-    return [path.parent for paths in plan.files.values() for path in paths]
+    """Folders of the data files, and of what they are links to."""
+    files = [path for paths in plan.files.values() for path in paths]
+    return [folder for path in files for folder in (path.parent, path.resolve().parent)]
+
+
+def _model_folders(plan: Plan) -> list[Path]:
+    """The model folder, and the folders of what its files are links to (a Hub cache is made of links)."""
+    if plan.model_folder is None:
+        return []
+    linked = (
+        [p.resolve().parent for p in plan.model_folder.iterdir() if p.is_symlink()]
+        if plan.model_folder.is_dir()
+        else []
+    )
+    return [plan.model_folder, plan.model_folder.resolve(), *linked]
 
 
 def _outermost(folders: Iterable[Path]) -> list[Path]:

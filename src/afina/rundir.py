@@ -246,9 +246,13 @@ class RunDir:
             return None
 
     def attempt_names(self) -> list[str]:
+        """Names of all attempts, in the order in which they started."""
         if not self.attempts.is_dir():
             return []
-        return [p.name for p in sorted(self.attempts.iterdir(), key=lambda p: p.stat().st_ctime_ns) if p.is_dir()]
+        started = [str(e.get("attempt")) for e in self.lines("events.jsonl") if e.get("event") == "attempt_started"]
+        order = {name: i for i, name in enumerate(dict.fromkeys(started))}
+        names = sorted(p.name for p in self.attempts.iterdir() if p.is_dir())
+        return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def begin_attempt(self, name: str | None = None) -> Path:
         """Make the folder of an attempt; without a name the next `local-<n>`."""

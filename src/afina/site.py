@@ -19,14 +19,17 @@ from pydantic import BaseModel, ConfigDict
 
 from afina.errors import SiteError, nearest
 
-__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "find_site_file", "in_container", "load_site"]
+__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "environment", "find_site_file", "in_container", "load_site"]
 
 #: Bytes that must be free on scratch before anything is begun there.
 _LEAST_FREE = 16_000_000
 
 Runtime = Literal["apptainer", "singularity", "none"]
 
-_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE", "AFINA_CACHE")
+#: What bash sets for itself.
+_SHELLS_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "BASHOPTS", "SHELLOPTS")
+
+_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE")
 
 #: Where each cache goes, under the folder of caches. Left alone, most of them land in HOME and its quota.
 CACHE_VARIABLES: dict[str, str] = {
@@ -79,6 +82,13 @@ def cache_environment(site: Site, env: Mapping[str, str] | None = None) -> dict[
     """Variables that move every cache under scratch; one that the user has set stays as it is."""
     env = os.environ if env is None else env
     return {name: env.get(name) or str(site.cache / sub) for name, sub in CACHE_VARIABLES.items()}
+
+
+def environment(site: Site) -> dict[str, str]:
+    """What the site file changes in the environment (modules, proxies, HF_HOME, NCCL settings): for processes on this host."""
+    if site.file is None or in_container():
+        return {}
+    return {k: v for k, v in _source(site.file, os.environ).items() if os.environ.get(k) != v and k not in _SHELLS_OWN}
 
 
 def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | None = None) -> Path | None:
@@ -144,7 +154,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
         runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found, job=job),
         binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
         sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
-        setup=tuple(k for k in setup if k not in ("_", "SHLVL", "PWD", "OLDPWD")),
+        setup=tuple(k for k in setup if k not in _SHELLS_OWN),
         file=file,
     )
 

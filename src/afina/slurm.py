@@ -60,7 +60,11 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
     """
     argv = sbatch_request(plan, run)
     said = _slurm(argv, env=_environment(plan))
-    job_id = said.strip().splitlines()[-1].split(";")[0]
+    job_id = (said.strip().splitlines() or [""])[-1].split(";")[0]
+    if not job_id.isdigit():
+        raise SlurmError(
+            f"sbatch answered {said.strip()!r}, which is no job id", "look with `squeue --me` whether the job is there"
+        )
     run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
     return job_id
 
@@ -241,8 +245,8 @@ def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None) -> str:
 def _remedy(said: str) -> str:
     lower = said.lower()
     for words, remedy in {
-        "partition": "set SBATCH_PARTITION in site.env; `sinfo -s` lists the partitions",
         "account": "set SBATCH_ACCOUNT in site.env; `sacctmgr show assoc user=$USER` lists yours",
+        "partition": "set SBATCH_PARTITION in site.env; `sinfo -s` lists the partitions",
         "qos": "set SBATCH_QOS in site.env",
         "time limit": "ask for less time: --time",
         "node configuration": "ask for fewer GPUs, cores or memory per node; `sinfo -o '%P %D %c %m %G'` shows what there is",

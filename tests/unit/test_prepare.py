@@ -333,7 +333,7 @@ def test_scratch_that_cannot_be_written(plan: Callable[..., Plan], tmp_path: Pat
 
 
 def test_errors_as_json_for_a_parent(plan: Callable[..., Plan]) -> None:
-    ran = prepare(plan(data={"label": "star"}), "--json", env={"AFINA_PARENT": "1"})
+    ran = prepare(plan(data={"label": "star"}), "--json")
     assert ran.returncode == 2 and "error:" not in ran.stderr
     said = json.loads(ran.stdout.splitlines()[-1])
     assert (
