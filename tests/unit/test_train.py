@@ -227,9 +227,10 @@ def test_two_processes_and_accumulation_are_the_same_training(place: Path, batch
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
-    whole = _train(place, "one", _recipe(place, model=str(place / "still")))
+    recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8})
+    whole = _train(place, "one", recipe)
     run = place / "geometry"
-    process = _start(place, run, _recipe(place, model=str(place / "still")))
+    process = _start(place, run, recipe)
     _wait_for_lines(run, 4)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) and process.returncode == 75
@@ -323,7 +324,7 @@ def test_a_claimed_run_directory_is_refused_and_left_alone(place: Path, whole: P
 
 def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     run = place / "damaged"
-    process = _start(place, run, _recipe(place, train={"save_every": 2}))
+    process = _start(place, run, _recipe(place, train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(run, 9)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) and process.returncode == 75
@@ -333,7 +334,7 @@ def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     assert code == 0, said
     assert f"resuming from {older.name}" in said and "optimizer.pt is missing" in said
     bad = place / "all bad"
-    process = _start(place, bad, _recipe(place, train={"save_every": 2}))
+    process = _start(place, bad, _recipe(place, train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(bad, 3)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) and process.returncode == 75

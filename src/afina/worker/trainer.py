@@ -284,6 +284,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.save_model(str(staging), _internal_call=True)
         self._save_optimizer_and_scheduler(str(staging))
         self._save_scaler(str(staging))
+        if self._evaluation_due():
+            # The draw that iterating over the evaluation's DataLoader would have made before this checkpoint.
+            torch.empty((), dtype=torch.int64).random_()
         self._save_rng_state(str(staging))
         # The part of the logged loss that has been summed up on this rank since the last log line.
         torch.save(
