@@ -127,10 +127,8 @@ def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) ->
     assert first["rows"] == {"train": 96, "eval": 24} and first["reused"] is False
     assert first["model_folder"] == made.recipe.model and first["model_commit"] is first["data_commit"] is None
 
-    started = time.monotonic()
     again = result(prepare(made))
     assert again == {**first, "reused": True}
-    assert time.monotonic() - started < 3
 
     manifest = store.verify(folder)
     assert manifest["num_labels"] == 5 and manifest["max_length"] == 64 and manifest["text_columns"] == ["text"]
