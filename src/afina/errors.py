@@ -53,14 +53,16 @@ class AfinaError(Exception):
     Args:
         message: what was found, where, and what is allowed.
         remedy: what the user can do next; printed on a line of its own.
+        cause: one word for who decides whether to try again (`afina.supervise`): loss, disk, node, claimed, …
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", *, cause: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+        self.cause = cause
 
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any, Literal
 
 from afina import errors
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.launch import container_argv, worker_argv, worker_environment
+from afina.image import check_image
+from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.rundir import Outcome, RunDir, is_run_dir
 from afina.site import environment, load_site
-from afina.slurm import cancel, in_queue, need_slurm, sbatch_request, submit_sbatch, submit_submitit, submitit_script
+from afina.slurm import cancel, in_queue, need_slurm, submit_sbatch, submit_submitit, submitit_script
 from afina.supervise import run_node, settle
 
 __all__ = ["Run", "State", "claim", "dry_run", "plan_for", "prepare", "resume", "submit", "train"]
@@ -206,18 +206,15 @@ def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
 def claim(plan: Plan, path: str | Path | None = None) -> RunDir:
     """Prepare, then claim a run directory: bad data leaves nothing behind."""
     RunDir.check_free(path)
+    check_image(plan.site)
     prepared = prepare(plan)
-    argv = container_argv(
-        plan,
-        [sys.executable if plan.site.runtime == "none" else "python", "-m", "afina.worker.launch", "{run}"],
-        _extra_binds(plan, path),
-    )
+    argv = node_argv(plan, _extra_binds(plan, path))
     text = (
         plan.recipe_file.read_text(encoding="utf-8")
         if plan.recipe_file
         else json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
     )
-    return RunDir.claim(plan, prepared, argv, text, path)
+    return RunDir.claim(plan, prepared, argv, text, path, scripts=job_scripts())
 
 
 def _extra_binds(plan: Plan, path: str | Path | None) -> list[Path]:
@@ -305,7 +302,12 @@ def _attempt(directory: RunDir, env: dict[str, str]) -> None:
     folder = directory.begin_attempt()
     site = environment(directory.plan().site)
     code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env})
-    settle(directory, folder.name, code)
+    outcome = settle(directory, folder.name, code)
+    recorded = directory.outcome()
+    if recorded is None or recorded.attempt != folder.name:
+        # Another attempt works there, or the disk is full: what the directory says is not about this attempt.
+        kind = {2: InputError, 3: EnvironmentProblem}.get(outcome.exit_code, TrainingError)
+        raise kind(*(outcome.error or "").split("\n  remedy: ", 1))
 
 
 def _visible_gpus() -> int:
@@ -323,7 +325,7 @@ def dry_run(plan: Plan, via: Via, path: str | Path | None = None) -> dict[str, A
     run = RunDir(path) if path else RunDir.next_free(plan)
     RunDir.check_free(run.path)
     if via == "sbatch":
-        return {"run": str(run.path), "command": sbatch_request(plan, run)}
+        return {"run": str(run.path), "command": sbatch_argv(plan, run.path)}
     return {
         "run": str(run.path),
         "command": ["sbatch", str(run.path / "submitit/<id>_submission.sh")],

@@ -2,6 +2,7 @@
 
 worker_argv       python -m afina.worker.X …       in the container, or here where the site has none
 container_argv    apptainer exec … <worker_argv>
+node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
 accelerate_argv   python -m accelerate.commands.launch … -m afina.worker.train RUN
 sbatch_argv       sbatch … finetune.sbatch RUN
 """
@@ -18,8 +19,9 @@ from afina.site import cache_environment, in_container
 
 __all__ = [
     "accelerate_argv",
-    "batch_script",
     "container_argv",
+    "job_scripts",
+    "node_argv",
     "sbatch_argv",
     "slurm_options",
     "worker_argv",
@@ -29,9 +31,17 @@ __all__ = [
 
 def worker_argv(plan: Plan, module: str, *arguments: str) -> list[str]:
     """The command of a worker module, wrapped in the container where the site has one and we are not in it."""
-    if plan.site.runtime == "none" or in_container():
-        return [sys.executable, "-m", f"afina.worker.{module}", *arguments]
-    return container_argv(plan, ["python", "-m", f"afina.worker.{module}", *arguments])
+    command = _python(plan, module, *arguments)
+    return [sys.executable, *command[1:]] if in_container() else container_argv(plan, command)
+
+
+def node_argv(plan: Plan, binds: Iterable[Path] = ()) -> list[str]:
+    """The worker of one node as the host starts it, wherever we are: in the image, mounted by `slurm/node.sh`.
+
+    `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are module and run directory.
+    """
+    command = container_argv(plan, _python(plan, "launch", "{run}"), binds)
+    return command if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *command]
 
 
 def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ()) -> list[str]:
@@ -144,25 +154,36 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
     return options
 
 
-def sbatch_argv(plan: Plan, run: Path, script: Path, *, wait: bool = False) -> list[str]:
-    """The submission of a claimed run."""
+def sbatch_argv(plan: Plan, run: Path) -> list[str]:
+    """The submission of a claimed run, with the batch script that was copied into it."""
     options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
     # `%` starts a pattern in sbatch's file names; a doubled one is a plain one.
     log = str(run / "slurm-%j.out") if "%" not in str(run) else str(run).replace("%", "%%") + "/slurm-%j.out"
-    return ["sbatch", "--parsable", *options, f"--output={log}", *(["--wait"] if wait else []), str(script), str(run)]
+    return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
-def batch_script() -> Path:
-    """The one batch script: installed with the package, or beside it in a checkout.
+def job_scripts() -> dict[str, Path]:
+    """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
+
+    A run directory holds copies: a job that waits in the queue does not run what was edited meanwhile.
 
     Raises:
-        EnvironmentProblem: it is in neither place.
+        EnvironmentProblem: one is in neither place.
     """
     here = Path(__file__).resolve().parent
-    for candidate in (here / "_slurm/finetune.sbatch", here.parent.parent / "slurm/finetune.sbatch"):
-        if candidate.is_file():
-            return candidate
-    raise EnvironmentProblem("finetune.sbatch is not installed with afina", "install afina again")
+    found = {}
+    for name in ("finetune.sbatch", "job.sh", "node.sh"):
+        places = [folder / name for folder in (here / "_slurm", here.parent.parent / "slurm")]
+        existing = [place for place in places if place.is_file()]
+        if not existing:
+            raise EnvironmentProblem(f"{name} is not installed with afina", "install afina again")
+        found[name] = existing[0]
+    return found
+
+
+def _python(plan: Plan, module: str, *arguments: str) -> list[str]:
+    python = sys.executable if plan.site.runtime == "none" else "python"
+    return [python, "-m", f"afina.worker.{module}", *arguments]
 
 
 def _data_folders(plan: Plan) -> list[Path]:

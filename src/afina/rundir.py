@@ -2,6 +2,7 @@
 
     plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
+    finetune.sbatch  job.sh                 what a job runs on the host; copies, so that later edits do not reach it
     submissions.jsonl  events.jsonl         what happened, with times
     attempts/<id>/                          env.json  node<k>.log  exit
     metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
@@ -46,6 +47,8 @@ class Outcome(BaseModel):
         seconds: wall time of all attempts up to here, start-up included.
         attempts: how many there were.
         error: what failed, and the remedy.
+        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
+            exception's name.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
     """
@@ -61,6 +64,7 @@ class Outcome(BaseModel):
     seconds: float = 0.0
     attempts: int = 1
     error: str | None = None
+    cause: str | None = None
     max_steps: int | None = None
     best_step: int | None = None
     model_step: int | None = None
@@ -148,15 +152,18 @@ class RunDir:
         argv: Sequence[str],
         recipe_text: str,
         path: str | Path | None = None,
+        *,
+        scripts: Mapping[str, Path] | None = None,
     ) -> RunDir:
         """Claim a run directory and write what the run is.
 
         Args:
             plan: written to `plan.json`.
             prepared: where prepared data and model are, as the prepare stage said.
-            argv: the node worker's command; `{run}` stands for the run directory.
+            argv: the node worker's command; `{run}` stands for the run directory, `{run}/node.sh` for the script in it.
             recipe_text: the recipe as the user wrote it.
             path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
+            scripts: copied into it, by name.
 
         Raises:
             ClaimedError, InputError: as `check_free`.
@@ -186,14 +193,20 @@ class RunDir:
             raise EnvironmentProblem(
                 f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
             ) from error
+        filled = {"{run}": str(run.path), "{run}/node.sh": str(run.path / "node.sh")}
+        words = (filled.get(word, word) for word in argv)
+        contents: dict[str, str | bytes] = {
+            "recipe.yaml": recipe_text,
+            "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
+            "worker.argv": b"".join(os.fsencode(word) + b"\0" for word in words),
+            **{name: script.read_bytes() for name, script in (scripts or {}).items()},
+            "plan.json": plan.to_json(),  # last: it makes the directory a run
+        }
         try:
-            write_atomic(run.path / "recipe.yaml", recipe_text)
-            write_atomic(run.path / "prepared.json", json.dumps(dict(prepared), indent=2) + "\n")
-            words = (str(run.path) if word == "{run}" else word for word in argv)
-            write_atomic(run.path / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in words))
-            write_atomic(run.plan_file, plan.to_json())
+            for name, content in contents.items():
+                write_atomic(run.path / name, content)
         except BaseException:
-            for name in ("recipe.yaml", "prepared.json", "worker.argv", "plan.json"):
+            for name in contents:
                 (run.path / name).unlink(missing_ok=True)
             _unmake(made)
             raise
@@ -255,7 +268,11 @@ class RunDir:
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
     def begin_attempt(self, name: str | None = None) -> Path:
-        """Make the folder of an attempt; without a name the next `local-<n>`."""
+        """Make the folder of an attempt; without a name the next `local-<n>`.
+
+        Raises:
+            EnvironmentProblem: no space, no quota, no permission.
+        """
         number = 1
         while True:
             folder = self.attempts / (name or f"local-{number}")
@@ -266,6 +283,10 @@ class RunDir:
                     return Path(folder)
                 number += 1
                 continue
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{folder}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
+                ) from None
             return Path(folder)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from shlex import quote
 from typing import Any, Literal
 
 from afina.errors import SlurmError
-from afina.launch import batch_script, sbatch_argv, slurm_options
+from afina.launch import sbatch_argv, slurm_options
 from afina.plan import Plan
+from afina.requeue import conclude
 from afina.rundir import RunDir
-from afina.supervise import run_node, settle
+from afina.supervise import run_node
 
 __all__ = [
     "JobState",
@@ -25,7 +28,6 @@ __all__ = [
     "cancel",
     "in_queue",
     "need_slurm",
-    "sbatch_request",
     "submit_sbatch",
     "submit_submitit",
     "submitit_script",
@@ -47,18 +49,13 @@ def need_slurm() -> None:
     _need("sbatch")
 
 
-def sbatch_request(plan: Plan, run: RunDir, *, wait: bool = False) -> list[str]:
-    """The exact command that submits `run`; the dry run prints it."""
-    return sbatch_argv(plan, run.path, batch_script(), wait=wait)
-
-
 def submit_sbatch(plan: Plan, run: RunDir) -> str:
     """Submit through `slurm/finetune.sbatch`; returns the job id.
 
     Raises:
         SlurmError: no sbatch on PATH, or Slurm refused; with what it said.
     """
-    argv = sbatch_request(plan, run)
+    argv = sbatch_argv(plan, run.path)
     said = _slurm(argv, env=_environment(plan))
     job_id = (said.strip().splitlines() or [""])[-1].split(";")[0]
     if not job_id.isdigit():
@@ -85,7 +82,7 @@ class NodeTask:
         code = run_node(run, attempt, env={"AFINA_LAUNCH": "slurm"}, node=node, show=node == 0)
         if node:
             return None
-        return settle(run, attempt, code).model_dump()
+        return conclude(run, attempt, code).model_dump()
 
 
 def _submitit_executor(plan: Plan, run: RunDir) -> Any:
@@ -108,33 +105,19 @@ def _submitit_executor(plan: Plan, run: RunDir) -> Any:
 
 
 def _setup_lines(plan: Plan, run: RunDir) -> list[str]:
-    """Bash in front of submitit's srun: the site, the meeting point, and a shell that hears Slurm while srun runs.
+    """Bash in front of submitit's srun: the site, and a shell that hears Slurm while srun runs (`slurm/job.sh`).
 
     submitit sends its signal to every process of the step, which would kill the image's FUSE mount; here the batch shell
-    hears it instead. bash runs a trap only between commands or in `wait`, so srun goes to the background.
+    hears it instead.
     """
-    from shlex import quote
-
     site = [f"set -a; . {quote(str(plan.site.file))}; set +a"] if plan.site.file else []
     return [
         *site,
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        """address=$(scontrol show node "$head" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)""",
-        'export AFINA_HEAD="${address:-$head}"',
-        "port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_ARRAY_TASK_ID:-0}) % 20000))",
-        'while (exec 3<>"/dev/tcp/$AFINA_HEAD/$port") 2>/dev/null; do port=$((port + 1)); done',
-        "export AFINA_PORT=$port",
-        f"stop={quote(str(run.stop_file))}; limit=0",
-        """trap 'limit=1; touch "$stop"' USR1""",
-        """trap 'touch "$stop"' TERM""",
-        "srun() {",
-        '  command srun "$@" & local step=$! code',
-        '  while :; do wait "$step"; code=$?; kill -0 "$step" 2>/dev/null || break; done',
-        f'  if [ "$limit" = 1 ] && [ "$(cat {quote(str(run.attempts))}/"$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}/exit")" = 75 ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID" && sleep 60',
-        "  fi",
-        '  return "$code"',
-        "}",
+        f"run={quote(str(run.path))}",
+        *([f'{quote(sys.executable)} -m afina.image "$run" || exit 3'] if plan.site.image_key else []),
+        '. "$run/job.sh" || exit 3',
+        "afina_meet",
+        'srun() { afina_step "$@"; [ "$code" = 0 ] || afina_after; return "$code"; }',
     ]
 
 

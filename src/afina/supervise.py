@@ -1,11 +1,12 @@
 """The host's side of one attempt on one node: start the worker, keep its log, hear signals, ask for a stop.
 
-Used by `afina train` and by submitit's task; `slurm/finetune.sbatch` does the same in bash. A signal is answered by
-touching the run's stop file: the ranks then agree on a step, commit a checkpoint and leave.
+Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal is answered by the run's stop
+file: the ranks then agree on a step, commit a checkpoint and leave. When the attempt has ended, its outcome is settled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from afina.errors import EXIT_FAILED, EnvironmentProblem
-from afina.rundir import Outcome, RunDir
+from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem
+from afina.rundir import Outcome, RunDir, write_atomic
 
 __all__ = ["run_node", "settle"]
 
@@ -35,8 +36,10 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
     """
     folder = run.begin_attempt(attempt)
     argv = run.worker_argv()
-    # Written by the attempt before it, if this one takes the name again (a requeue under the same number).
-    (folder / "exit").unlink(missing_ok=True)
+    if node == 0:
+        # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
+        for stale in (run.stop_file, folder / "exit"):
+            stale.unlink(missing_ok=True)
     try:
         worker = subprocess.Popen(
             argv,
@@ -53,7 +56,7 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
         ) from None
     hear = _Ear(run, worker)
     assert worker.stdout is not None
-    with (folder / f"node{node}.log").open("ab") as log, hear:
+    with (folder / f"node{node}.log").open("ab", buffering=0) as log, hear:
         copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
         copy.start()
         code = _wait(worker, copy)
@@ -64,26 +67,55 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
 
 
 def settle(run: RunDir, attempt: str, code: int) -> Outcome:
-    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed here."""
+    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed here.
+
+    Args:
+        code: the exit code of the attempt's first node.
+    """
     known = run.outcome()
     if known is not None and known.attempt == attempt:
         return known
     folder = run.attempts / attempt
-    for failure in sorted(folder.glob("failed.rank*.json")):
+    if code == EXIT_ENVIRONMENT and not list(folder.glob("failed.*.json")) and (full := _is_full(run.path)):
+        return Outcome(outcome="failed", attempt=attempt, exit_code=code, cause="disk", error=full)
+    failures = sorted(folder.glob("failed.*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for failure in failures:
         try:
             said = json.loads(failure.read_text())
         except ValueError:  # cut off: the disk was full, or the rank was killed while it wrote
             continue
-        return run.record_failure(attempt, said["error"], exit_code=said["exit_code"])
+        if said.get("cause") == "claimed":  # the outcome is for the attempt that works there to write
+            return Outcome(outcome="failed", attempt=attempt, **said)
+        return run.record_failure(attempt, said["error"], exit_code=said["exit_code"], cause=said.get("cause"))
     cause = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
+    absent = _absent_nodes(folder)
     last = _last_lines(folder)
     return run.record_failure(
         attempt,
-        f"the worker ended without an outcome ({cause})"
+        (f"{', '.join(absent)}: the worker never started there" if absent else "the worker ended without an outcome")
+        + f" ({cause})"
         + (f"; its last lines:\n{last}" if last else "")
         + f"\n  remedy: see {folder}/node*.log; `afina resume` continues from the newest checkpoint",
-        exit_code=code if code in (2, 3) else EXIT_FAILED,
+        exit_code=EXIT_ENVIRONMENT if absent else code if code in (2, 3) else EXIT_FAILED,
+        cause="node" if absent else "killed",
     )
+
+
+def _is_full(folder: Path) -> str | None:
+    """What to say where not even the outcome can be recorded."""
+    try:
+        write_atomic(folder / ".room", bytes(4096))
+    except EnvironmentProblem as error:
+        return str(error)
+    (folder / ".room").unlink()
+    return None
+
+
+def _absent_nodes(folder: Path) -> list[str]:
+    """Nodes of the allocation on which no worker began, if it did on others."""
+    names = os.environ.get("AFINA_NODES", "").split()
+    absent = [name for number, name in enumerate(names) if not (folder / f"node{number}.json").exists()]
+    return absent if len(absent) < len(names) else []
 
 
 def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread) -> int:
@@ -98,7 +130,7 @@ def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread) -> int:
 
 
 class _Ear:
-    """Signal handlers that touch the stop file, and nothing else: Slurm delivers a signal two or three times."""
+    """Signal handlers that write the stop file, and nothing else: Slurm delivers a signal two or three times."""
 
     _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -118,7 +150,10 @@ class _Ear:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        Path(self.run.stop_file).touch()
+        with contextlib.suppress(OSError):  # there already; or a full disk, where the ranks hear the signal themselves
+            descriptor = os.open(self.run.stop_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            os.write(descriptor, b"asked\n" if number == signal.SIGINT else b"signal\n")
+            os.close(descriptor)
         if number == signal.SIGINT:
             self.interrupts += 1
             if self.interrupts == 1:
@@ -128,9 +163,10 @@ class _Ear:
 
 
 def _tee(source: BinaryIO, log: BinaryIO, show: bool) -> None:
+    """Copy until the end. The log may be lost to a full disk; the worker must not block on a pipe that nobody reads."""
     while block := source.read1(65536) if hasattr(source, "read1") else source.read(65536):
-        log.write(block)
-        log.flush()
+        with contextlib.suppress(OSError):
+            log.write(block)
         if show:
             sys.stdout.write(block.decode(errors="replace"))
             sys.stdout.flush()

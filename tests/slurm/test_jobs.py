@@ -238,8 +238,9 @@ def test_bad_input_is_refused_in_the_job_with_its_code(cluster: Cluster, place: 
     assert sorted((place / "scratch/runs").iterdir()) == before
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_step_is_recorded_as_failed(cluster: Cluster, place: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_killed_rank_is_put_back_into_the_queue(cluster: Cluster, place: Path, single: Path) -> None:
+    """And the model is the one of the run that nobody killed."""
     job = cluster.sbatch(
         "--gpus-per-node=1",
         "--cpus-per-task=1",
@@ -247,13 +248,34 @@ def test_a_killed_step_is_recorded_as_failed(cluster: Cluster, place: Path) -> N
         "recipe.yaml",
         "--set",
         "name=killed",
-        "--set",
-        "train.epochs=500",
         cwd=place,
     )
     run = _wait_for_the_first_step(place, "killed-*")
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=True)
-    assert cluster.wait(job, timeout=120) == "FAILED"
+    assert cluster.wait(job, timeout=300, restarts=1) == "COMPLETED", (place / f"slurm-{job}.out").read_text()
+    ended = [
+        e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "attempt_ended"
+    ]
+    assert [(e["outcome"], e["cause"], e["next"]) for e in ended] == [("failed", "killed", "requeue")]
+    assert _finished(run)["attempts"] == 2
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (run / name).read_bytes() == (single / name).read_bytes(), name
+
+
+@pytest.mark.timeout(600)
+def test_a_failure_that_comes_back_ends_the_job(cluster: Cluster, place: Path) -> None:
+    """The model's weights are cut off after the run was claimed: the same failure twice, without a step in between."""
+    shutil.copytree(place / "model", place / "broken")
+    for name in [place / "broken", *(place / "broken").iterdir()]:
+        shutil.chown(name, cluster.user, cluster.user)
+    settings = ("name=broken", "model=broken", "train.epochs=300")
+    options = [word for setting in settings for word in ("--set", setting)]
+    job = cluster.sbatch(
+        "--gpus-per-node=1", "--cpus-per-task=1", "slurm/finetune.sbatch", "recipe.yaml", *options, cwd=place
+    )
+    run = _wait_for_the_first_step(place, "broken-*")
+    os.truncate(place / "broken/config.json", 10)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=True)
+    assert cluster.wait(job, timeout=300, restarts=1) == "FAILED", (place / f"slurm-{job}.out").read_text()
     outcome = json.loads((run / "outcome.json").read_text())
-    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 4)
-    assert "signal 9" in outcome["error"]
+    assert outcome["outcome"] == "failed" and "remedy" in outcome["error"]

@@ -16,8 +16,8 @@ from tests.unit.conftest import ROOT, program, recipe_dict
 from afina.errors import EnvironmentProblem
 from afina.launch import (
     accelerate_argv,
-    batch_script,
     container_argv,
+    job_scripts,
     sbatch_argv,
     slurm_options,
     worker_argv,
@@ -79,18 +79,18 @@ def site_with(scratch: str = "/scratch/me/afina", **changes: Any) -> Site:
 )
 def test_sbatch_argv(name: str, resources: dict[str, Any]) -> None:
     plan = plan_with(site_with(), resources=resources)
-    golden(f"sbatch-{name}.txt", shown(sbatch_argv(plan, Path("/runs/r-1"), Path("/repo/finetune.sbatch"))))
+    golden(f"sbatch-{name}.txt", shown(sbatch_argv(plan, Path("/runs/r-1"))))
 
 
 def test_sbatch_argv_of_nasty_names() -> None:
     plan = plan_with(site_with(), name="it's; a $(name) ☃")
-    argv = sbatch_argv(plan, Path("/runs/100% it's $(r) ☃"), Path("/re po/finetune.sbatch"), wait=True)
+    argv = sbatch_argv(plan, Path("/runs/100% it's $(r) ☃"))
     golden("sbatch-nasty.txt", shown(argv))
 
 
 def test_site_variables_are_not_repeated_as_options() -> None:
     plan = plan_with(site_with(sbatch={"SBATCH_ACCOUNT": "x"}))
-    assert not [word for word in sbatch_argv(plan, Path("/r"), Path("/s")) if "account" in word]
+    assert not [word for word in sbatch_argv(plan, Path("/r")) if "account" in word]
     assert set(slurm_options(plan)) == {
         "job-name",
         "nodes",
@@ -101,8 +101,8 @@ def test_site_variables_are_not_repeated_as_options() -> None:
     }
 
 
-def test_the_batch_script_is_the_one_of_the_repository() -> None:
-    assert batch_script().name == "finetune.sbatch" and batch_script().read_text().startswith("#!/bin/bash\n")
+def test_the_scripts_are_those_of_the_repository() -> None:
+    assert {name: path.parent for name, path in job_scripts().items()} == dict.fromkeys(("finetune.sbatch", "job.sh"), ROOT / "slurm")
 
 
 # -- container ---------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_dry_run_can_be_pasted_into_a_shell(tmp_path: Path, nasty: str) -> Non
     record = tmp_path / "record"
     fake = program(tmp_path / "bin", "sbatch", f'printf "%s\\0" "$@" >{shlex.quote(str(record))}\n')
     plan = plan_with(site_with(), name=nasty.replace("\n", " ").lstrip(".-"))
-    argv = sbatch_argv(plan, Path("/runs") / nasty, Path("/repo") / nasty / "finetune.sbatch")
+    argv = sbatch_argv(plan, Path("/runs") / nasty)
     subprocess.run(
         ["bash", "-c", shlex.join(argv)], env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}, check=True
     )

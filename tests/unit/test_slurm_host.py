@@ -20,6 +20,7 @@ from tests.unit.conftest import ROOT, Ran, program, tree
 
 from afina import slurm
 from afina.errors import SlurmError
+from afina.launch import job_scripts, sbatch_argv
 from afina.plan import Plan, make_plan
 from afina.recipe import Recipe
 from afina.rundir import RunDir
@@ -41,7 +42,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
     plan = make_plan(recipe(), site, recipe_file=recipe_file())
-    return RunDir.claim(plan, {}, ["echo", "{run}"], "", tmp_path / "runs; it's $(a) 100%")
+    return RunDir.claim(plan, {}, ["echo", "{run}"], "", tmp_path / "runs; it's $(a) 100%", scripts=job_scripts())
 
 
 def no_slurm(tmp_path: Path, *programs: str) -> str:
@@ -90,7 +91,7 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
     )
     plan = run.plan().model_copy(update={"site": site})
     assert slurm.submit_sbatch(plan, run) == "4711"
-    assert argv_file.read_bytes().split(b"\0")[:-1] == [os.fsencode(w) for w in slurm.sbatch_request(plan, run)[1:]]
+    assert argv_file.read_bytes().split(b"\0")[:-1] == [os.fsencode(w) for w in sbatch_argv(plan, run.path)[1:]]
     given = dict(e.split(b"=", 1) for e in env_file.read_bytes().split(b"\0") if b"=" in e)
     assert given[b"SBATCH_ACCOUNT"] == b"a b" and given[b"SBATCH_COMMENT"] == b"two\nlines"
     assert given[b"AFINA_SCRATCH"] == os.fsencode(site.scratch) and given[b"AFINA_IMAGE"] == os.fsencode(
@@ -98,7 +99,7 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
     )
     assert given[b"AFINA_SITE"] == os.fsencode(site.file or "")
     (record,) = run.lines("submissions.jsonl")
-    assert (record["job_id"], record["via"], record["argv"]) == ("4711", "sbatch", slurm.sbatch_request(plan, run))
+    assert (record["job_id"], record["via"], record["argv"]) == ("4711", "sbatch", sbatch_argv(plan, run.path))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
     assert f"# would claim\n{said['run']}\n" in text
     assert f"# would run\n{shlex.join(said['command'])}" in text
     if via == "sbatch":
-        assert said["command"] == slurm.sbatch_request(plan, RunDir(said["run"]))
+        assert said["command"] == sbatch_argv(plan, Path(said["run"]))
     else:
         assert "#SBATCH --nodes=2" in said["script"] and said["script"] in text + "\n"
         checked = subprocess.run(["bash", "-n"], input=said["script"], text=True, capture_output=True, check=False)
@@ -386,7 +387,12 @@ def test_the_exit_code_is_what_the_worker_wrote(slurm_commands: Path, run: RunDi
 
 def test_a_worker_that_said_nothing_is_settled(slurm_commands: Path, plan_for_worker: Plan, scratch: Path) -> None:
     run = RunDir.claim(
-        plan_for_worker, {}, [sys.executable, "-m", "afina.worker.launch", "{run}"], "", scratch / "r un"
+        plan_for_worker,
+        {},
+        [sys.executable, "-m", "afina.worker.launch", "{run}"],
+        "",
+        scratch / "r un",
+        scripts=job_scripts(),
     )
     log = run.attempts / "4242.0/node0.log"
     done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 'out of memory' >>{shlex.quote(str(log))}; exit 137"))
@@ -401,10 +407,25 @@ def plan_for_worker(recipe: Callable[..., Recipe], recipe_file: Callable[..., Pa
     return make_plan(recipe(), site, recipe_file=recipe_file())
 
 
-@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def next_file(run: RunDir, *lines: str) -> str:
+    """Shell words that write `attempts/4242.0/next`, as the worker's settle module does."""
+    path = shlex.quote(str(run.attempts / "4242.0/next"))
+    return f"printf '%s\\n' {' '.join(map(shlex.quote, lines))} >{path}"
+
+
+@pytest.mark.parametrize(
+    ("number", "left", "says"),
+    [
+        (signal.SIGUSR1, "UNLIMITED", "limit"),
+        (signal.SIGUSR1, "1-00:00:00", "limit"),
+        (signal.SIGTERM, "10:00", "signal"),
+    ],
+)
 def test_signals_ask_for_a_stop_by_the_stop_file(
-    slurm_commands: Path, run: RunDir, scratch: Path, number: signal.Signals, requeued: bool
+    slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, number: signal.Signals, left: str, says: str
 ) -> None:
+    program(bin, "squeue", f'case "$*" in *%L*) echo {left} ;; *%T*) echo RUNNING ;; esac\n')
+    run.stop_file.touch()  # of an earlier attempt
     exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
     stop = shlex.quote(str(run.stop_file))
     body = f"for i in {{1..200}}; do [ -e {stop} ] && break; sleep 0.05; done; echo 75 >{exit_file}"
@@ -419,9 +440,54 @@ def test_signals_ask_for_a_stop_by_the_stop_file(
     process.send_signal(number)
     process.send_signal(number)
     said, _ = process.communicate(timeout=30)
-    assert run.stop_file.exists() and process.returncode == 75, said
-    assert (slurm_commands / "requeued").exists() is requeued
-    assert ("go on with: sbatch finetune.sbatch" in said) is requeued
+    assert run.stop_file.read_text() == f"{says}\n" and process.returncode == 75, said
+    assert not (slurm_commands / "requeued").exists(), "nothing has decided so"
+    _, env = recorded(slurm_commands)
+    ends = float(env.get("AFINA_DEADLINE") or 0)
+    assert ends == 0 if left == "UNLIMITED" else abs(ends - time.time() - {"10:00": 600}.get(left, 86400)) < 60
+
+
+@pytest.mark.parametrize(
+    ("lines", "state", "asked", "submitted"),
+    [
+        (("end", "", "it would fail again"), "RUNNING", False, None),
+        (("requeue", "", "go on"), "RUNNING", True, []),
+        (("requeue", "", "go on"), "COMPLETING", False, None),
+        (("requeue", "", "go on"), "PREEMPTED", False, []),
+        (("requeue", "n1,n2", "n1, n2 cannot run this job"), "RUNNING", False, ["--exclude=n1,n2"]),
+    ],
+)
+def test_what_the_worker_decided_is_done(
+    slurm_commands: Path,
+    run: RunDir,
+    bin: Path,
+    scratch: Path,
+    lines: tuple[str, ...],
+    state: str,
+    asked: bool,
+    submitted: list[str] | None,
+) -> None:
+    """Slurm refuses the requeue here: then, and where nodes are to be left out, a new job goes on with the run."""
+    program(bin, "squeue", f'case "$*" in *%L*) echo 10:00 ;; *%T*) echo {state} ;; *%l*) echo 2:00:00 ;; esac\n')
+    argv_file = slurm_commands / "sbatch.argv"
+    program(bin, "sbatch", f'printf "%s\\0" "$@" >{shlex.quote(str(argv_file))}; echo 4300\n')
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    body = f"echo 75 >{exit_file}; {next_file(run, *lines)}"
+    given = in_job(
+        scratch, FAKE_SRUN=body, SLURM_JOB_NAME="it's $(a) job", SLURM_JOB_PARTITION="gpu", SLURM_GPUS_PER_NODE="2"
+    )
+    done = sbatch(run.path, env=given)
+    assert done.returncode == 75 and lines[2] in done.stdout, done
+    assert (slurm_commands / "requeued").exists() is asked
+    if submitted is None:
+        assert not argv_file.exists() and list(run.lines("submissions.jsonl")) == []
+        return
+    argv = [os.fsdecode(w) for w in argv_file.read_bytes().split(b"\0")[:-1]]
+    assert argv[-2:] == [str(run.path / "finetune.sbatch"), str(run.path)]
+    expected = {"--job-name=it's $(a) job", "--nodes=2", "--partition=gpu", "--gpus-per-node=2", "--time=2:00:00"}
+    assert expected | set(submitted) <= set(argv)
+    (record,) = run.lines("submissions.jsonl")
+    assert (record["job_id"], record["via"]) == ("4300", "resubmit")
 
 
 def test_a_recipe_is_claimed_through_the_image(

@@ -100,12 +100,17 @@ class StepBatches(Sampler[list[int]]):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Rows sorted by length, longest first, in batches that do not depend on the number of ranks; dealt out in turn."""
+    """Rows sorted by length, longest first, in batches that do not depend on the number of ranks; dealt out in turn.
+
+    Attributes:
+        most: batches of the rank that has most; another may have one fewer.
+    """
 
     def __init__(self, lengths: np.ndarray[Any, Any], batch_size: int, rank: int, num_processes: int) -> None:
         order = np.argsort(-lengths, kind="stable")
         batches = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
         self.batches = batches[rank::num_processes]
+        self.most = -(-len(batches) // num_processes)
 
     def __len__(self) -> int:
         return len(self.batches)

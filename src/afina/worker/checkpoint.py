@@ -7,9 +7,7 @@ agree with their manifest wins, a damaged one is set aside under a name that say
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import EnvironmentProblem
+from afina.worker import disk
 
-__all__ = ["commit", "complete_steps", "damage", "newest", "rotate", "stage"]
+__all__ = ["commit", "complete_steps", "damage", "manifest", "newest", "rotate", "stage"]
 
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
@@ -38,19 +37,23 @@ def commit(staging: Path, step: int, about: Mapping[str, Any]) -> Path:
     Args:
         about: world size, geometry, versions, …; kept in the manifest.
     """
-    files = {str(p.relative_to(staging)): _describe(p, flush=True) for p in sorted(staging.rglob("*")) if p.is_file()}
-    manifest = staging / _MANIFEST
-    with manifest.open("w", encoding="utf-8") as file:
-        json.dump({"format": 1, "step": step, **about, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(staging)
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+        disk.sync_file(path)
+        files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": disk.sha256(path)}
+    (staging / _MANIFEST).write_text(
+        json.dumps({"format": 1, "step": step, **about, "files": files}, indent=1), encoding="utf-8"
+    )
+    disk.sync_file(staging / _MANIFEST)
+    disk.sync_folder(staging)
     final = staging.parent / f"step-{step}"
-    old = _set_aside(final, "replaced") if final.exists() else None
+    if final.exists():
+        if damage(final) is None:
+            _remove(staging)  # the same step of the same run: what is there stays
+            return final
+        _set_aside(final, "damaged")
     staging.rename(final)
-    _sync(final.parent)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
+    disk.sync_folder(final.parent)
     return final
 
 
@@ -73,7 +76,7 @@ def damage(checkpoint: Path) -> str | None:
         try:
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes, {expected['size']} were written"
-            if _describe(path)["sha256"] != expected["sha256"]:
+            if disk.sha256(path) != expected["sha256"]:
                 return f"{name} differs from what was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -118,9 +121,18 @@ def rotate(folder: Path, keep: int, protected: int | None) -> None:
     steps = complete_steps(folder)
     for step in steps[:-keep]:
         if step != protected:
-            shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
-    for path in folder.glob(".staging-*"):
-        shutil.rmtree(path, ignore_errors=True)
+            _remove(folder / f"step-{step}")
+    for pattern in (".staging-*", ".removed-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash in between does not leave one that looks damaged."""
+    aside = path.with_name(f".removed-{path.name.lstrip('.')}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _set_aside(path: Path, why: str) -> Path:
@@ -129,23 +141,3 @@ def _set_aside(path: Path, why: str) -> Path:
         number += 1
     path.rename(aside)
     return aside
-
-
-def _describe(path: Path, *, flush: bool = False) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            size += len(block)
-        if flush:
-            os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

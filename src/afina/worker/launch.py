@@ -7,6 +7,7 @@ the task: expanded in the batch script every node would be number 0.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> int:
         geometry = _geometry(plan)
         folder = run.begin_attempt(attempt)
         os.environ.update(worker_environment(plan, offline=True))
+        # That a worker began here: a node of the allocation that has none is a broken one.
+        write_atomic(folder / f"node{node}.json", json.dumps({"host": platform.node()}) + "\n")
         devices = _devices()
         if node == 0:
             write_atomic(folder / "env.json", json.dumps(_facts(geometry), indent=2) + "\n")
@@ -46,8 +49,12 @@ def main(argv: list[str]) -> int:
         command = _command(run, geometry, node, devices)
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if node == 0 and run.attempts.is_dir():
-            run.record_failure(attempt, error, exit_code=error.exit_code)
+        if run.attempts.is_dir():
+            said = {"exit_code": error.exit_code, "error": str(error), "cause": error.cause}
+            with contextlib.suppress(AfinaError):
+                write_atomic(run.attempts / attempt / f"failed.node{node}.json", json.dumps(said))
+                if node == 0:
+                    run.record_failure(attempt, error, exit_code=error.exit_code, cause=error.cause)
         return error.exit_code
     sys.stdout.flush()
     os.execv(command[0], command)
@@ -59,6 +66,11 @@ def _in_slurm() -> bool:
 
 def _node() -> int:
     return int(os.environ.get("SLURM_NODEID", "0")) if _in_slurm() else 0
+
+
+def _node_name() -> str:
+    """As Slurm knows this node."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def _geometry(plan: Plan) -> Geometry:
@@ -105,8 +117,9 @@ def _devices() -> str:
             return "cuda"
         version = driver.read_text().splitlines()[0]
         raise EnvironmentProblem(
-            f"{platform.node()}: there is an NVIDIA driver, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: {version}",
+            f"{_node_name()}: there is an NVIDIA driver, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: {version}",
             "use an image whose CUDA fits the driver (Apptainer.def, TORCH_INDEX), start it with --nv, or exclude this node",
+            cause="node",
         )
     if _allocated_gpus() and _node() == 0:
         print(
@@ -139,6 +152,8 @@ def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[s
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would warn about find_unused_parameters
     # torchrun sends USR1 to its own death unless it is told to pass it on.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
+    # It kills its processes 30 seconds after the signal, which may be in the middle of a save.
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "300")
     config = run.attempts / os.environ.get("AFINA_ATTEMPT", "local-1") / f"accelerate.node{node}.yaml"
     write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
     return accelerate_argv(

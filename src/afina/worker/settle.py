@@ -1,21 +1,22 @@
-"""Write down how an attempt ended that could not do so itself: `python -m afina.worker.settle RUN_DIR ATTEMPT CODE`.
+"""Write down how an attempt ended, and what is next: `python -m afina.worker.settle RUN_DIR ATTEMPT CODE`.
 
-The batch script calls it in the container, where the worker left no exit code behind (killed, out of memory, a node gone).
+The batch script calls it in the container after every attempt that did not finish, with the exit code it knows.
 """
 
 from __future__ import annotations
 
 import sys
 
+from afina.requeue import conclude
 from afina.rundir import RunDir
-from afina.supervise import settle
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    outcome = settle(RunDir(argv[0]), argv[1], int(argv[2]))
-    print(f"error: {outcome.error}", file=sys.stderr)
+    outcome = conclude(RunDir(argv[0]), argv[1], int(argv[2]))
+    if outcome.outcome == "failed":
+        print(f"error: {outcome.error}", file=sys.stderr)
     return 0
 
 

@@ -9,19 +9,15 @@
         <part>.rows.parquet     where each row came from; for eval and test its text too
         tokenizer/              as `save_pretrained` writes it
 
-Written aside and published by rename; never edited. Readers take no lock. Reading needs numpy only.
+Written aside and published by rename (`afina.worker.publish`); never edited. Readers take no lock. Reading needs numpy only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,17 +26,17 @@ from typing import Any
 import numpy as np
 
 from afina.errors import SiteError
+from afina.worker.disk import describe, difference, sync_file, sync_folder
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
     "ArrayWriter",
     "Split",
+    "is_whole",
     "load_manifest",
     "open_split",
-    "publish",
     "seal",
-    "staging",
     "verify",
 ]
 
@@ -118,6 +114,8 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else None
         raise SiteError(f"prepared data {path}: format {found}, this afina reads {FORMAT}", _REMEDY)
+    if value.get("sealed") != _seal_of(value):
+        raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
     return value
 
 
@@ -132,82 +130,40 @@ def verify(folder: str | Path, *, digests: bool = True) -> dict[str, Any]:
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != expected["size"]:
-                raise SiteError(
-                    f"prepared data {path}: has {size} bytes, {expected['size']} were written", _REMEDY
-                ) from None
-            if digests and _sha256(path) != expected["sha256"]:
-                raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
-        except FileNotFoundError:
-            raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
-        except OSError as error:
-            raise SiteError(f"prepared data {path}: cannot be read: {error.strerror}", _REMEDY) from None
+    wrong = difference(folder, manifest["files"], digests=digests)
+    if wrong is not None:
+        raise SiteError(f"prepared data {wrong}", _REMEDY)
     return manifest
-
-
-@contextlib.contextmanager
-def staging(final: Path) -> Iterator[Path]:
-    """A fresh folder beside `final`, removed on the way out unless it was published.
-
-    Folders that processes of this host left when they were killed are removed too.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for path in final.parent.glob(".staging-*"):
-        name, _, pid = path.name.rpartition("-")
-        if name.endswith(f"-{host}") and pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-    folder = final.with_name(f".staging-{final.name[-8:]}-{host}-{os.getpid()}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def seal(staging: Path, about: Mapping[str, Any]) -> None:
     """Flush every file in `staging` to disk and write the manifest: `about`, the format, and all files."""
-    files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-        _flush(path)
-        files[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    paths = sorted(p for p in staging.rglob("*") if p.is_file())
+    for path in paths:
+        sync_file(path)
+    files = describe(staging, [path.relative_to(staging).as_posix() for path in paths])
+    body = {"format": FORMAT, **about, "files": files}
     with (staging / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **about, "files": files}, file, indent=1, ensure_ascii=False)
+        json.dump({**body, "sealed": _seal_of(body)}, file, indent=1, ensure_ascii=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    _flush(staging)
+    for folder in {path.parent for path in paths} | {staging}:
+        sync_folder(folder)
 
 
-def publish(staging: Path, final: Path) -> bool:
-    """Rename sealed `staging` to `final`.
+def _seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the manifest itself: an altered one is as bad as an altered array."""
+    body = {key: value for key, value in manifest.items() if key != "sealed"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-    Returns:
-        True if it is now there; False if another process was first: its folder stays and `staging` is removed.
-    """
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds prepared data in which every byte is what was written."""
     try:
-        staging.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        shutil.rmtree(staging)
+        verify(folder)
+    except SiteError:
         return False
-    _flush(final.parent)
     return True
 
 
@@ -243,19 +199,3 @@ class ArrayWriter:
             if kind is None:
                 end = self._header()
                 assert end == self._start, "the header grew over the data"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,19 +7,28 @@ out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; the GPU path w
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, AfinaError, TrainingError
+from afina.errors import (
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    AfinaError,
+    EnvironmentProblem,
+    InputError,
+    TrainingError,
+)
 from afina.plan import Geometry, Plan, geometry_for
 from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
+from afina.worker.lease import Lease
+from afina.worker.watch import StopRequest
 
 __all__ = ["main"]
 
@@ -29,24 +38,58 @@ def main(argv: list[str]) -> int:
     run = RunDir(argv[0])
     attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
     rank = int(os.environ.get("RANK", "0"))
-    stop = _StopRequest(run)
+    stop = StopRequest(run)
+    lease = Lease(run, attempt)
     try:
-        return _train(run, attempt, rank, stop)
-    except Exception as error:
-        expected = isinstance(error, AfinaError)
-        code = error.exit_code if isinstance(error, AfinaError) else EXIT_FAILED
-        said = str(error) if expected else f"{type(error).__name__}: {error}\n  remedy: {_remedy(error)}"
-        if not expected:
-            traceback.print_exc()
-        print(f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
-        # Every rank may fail, and the first to write says why; the supervisor makes the outcome of it if rank 0 cannot.
-        write_atomic(run.attempts / attempt / f"failed.rank{rank}.json", json.dumps({"exit_code": code, "error": said}))
         if rank == 0:
-            run.record_failure(attempt, said, exit_code=code, seconds=_seconds(run, attempt))
-        os._exit(code)  # the other ranks may hang in a collective: leave without waiting for them
+            lease.take()
+        code = _train(run, attempt, rank, stop, lease)
+        if rank == 0:
+            lease.release()
+        return code
+    except Exception as error:
+        _fail(run, attempt, rank, error)
 
 
-def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
+def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
+    """Say and record how this rank failed, and leave without waiting for the others: they may hang in a collective.
+
+    Every rank may fail, and the first to write says why; the supervisor makes the outcome of it. On a full disk nothing can
+    be recorded: then the exit code alone says it.
+    """
+    known = _explained(error)
+    if not isinstance(error, (AfinaError, OSError)):
+        traceback.print_exc()
+    print(f"error: rank {rank}: {known}", file=sys.stderr, flush=True)
+    said = {"exit_code": known.exit_code, "error": str(known), "cause": known.cause}
+    try:
+        write_atomic(run.attempts / attempt / f"failed.rank{rank}.json", json.dumps(said))
+        if rank == 0 and known.cause != "claimed":
+            run.record_failure(
+                attempt, known, exit_code=known.exit_code, cause=known.cause, seconds=_seconds(run, attempt)
+            )
+    except (AfinaError, OSError) as another:
+        print(f"error: rank {rank}: this could not be recorded: {another}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(known.exit_code)
+
+
+def _explained(error: Exception) -> AfinaError:
+    """The error as a user meets it; what afina did not foresee keeps its name."""
+    if isinstance(error, AfinaError):
+        return error
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        remedy = "free space or quota on the run directory's file system, then `afina resume`"
+        return EnvironmentProblem(said, remedy, cause="disk")
+    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+        remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
+        return TrainingError(said, remedy, cause="memory")
+    remedy = "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
+    return TrainingError(said, remedy, cause=type(error).__name__)
+
+
+def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease) -> int:
     plan, prepared = run.plan(), run.prepared()
     geometry = _geometry(plan)
     import torch
@@ -54,15 +97,15 @@ def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
     from transformers import AutoTokenizer
 
     from afina.worker import checkpoint as checkpoints
-    from afina.worker import store
-    from afina.worker.trainer import RunTrainer, build_arguments, build_model
+    from afina.worker import preflight, results, store
+    from afina.worker.trainer import EvaluationAbandoned, RunTrainer, build_arguments, build_model
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(prepared["prepared"])
     manifest = store.load_manifest(folder)
     if rank == 0:
-        store.verify(folder, digests=False)
+        store.verify(folder)
     task, labels = manifest["task"], manifest["labels"]
     metric_names = _metric_names(plan, task)
     best = plan.recipe.train.best_metric or METRICS[task][0]
@@ -87,35 +130,45 @@ def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
         pad_token_id=manifest["pad_token_id"],
         splits=splits,
         stop=stop,
+        lease=lease,
         model=model,
         args=arguments,
         processing_class=tokenizer,
     )
+    trainer.watchdog.start()
+    found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     if rank == 0:
+        found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
+        run.event("preflight", attempt=attempt, **found)
         for note in notes:
             run.event("checkpoint_damaged", attempt=attempt, note=note)
-        _say(*notes)
+        _say(*notes, *(f"WARNING: {warning}" for warning in found["warnings"]))
         _introduce(plan, geometry, manifest, trainer.args.device, resume)
         run.stop_file.unlink(missing_ok=True)
 
-    if resume and checkpoints.manifest(resume)["step"] >= trainer.total_steps:
-        trainer.restore(resume)
-    else:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if resume:
+        _check_origin(plan, checkpoints.manifest(resume), resume)
+    try:
+        if resume and checkpoints.manifest(resume)["step"] >= trainer.total_steps:
+            trainer.restore(resume)
+        else:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except EvaluationAbandoned as abandoned:  # one that an earlier attempt left over: nothing has changed since
+        trainer.stopped = abandoned.cause
+    trainer.saver.finish()
 
     step = trainer.state.global_step
     if trainer.stopped:
         if rank == 0:
-            outcome = _outcome(run, attempt, trainer, "stopped", EXIT_STOPPED, {})
-            run.record(outcome)
+            run.record(_outcome(run, attempt, trainer, "stopped", EXIT_STOPPED, {}))
             _say(
-                f"stopped at step {step} of {trainer.state.max_steps}; a checkpoint is committed",
+                f"stopped at step {step} of {trainer.state.max_steps} ({trainer.stopped}); a checkpoint is committed",
                 f"continue with: afina resume '{run.path}'",
             )
         _leave(torch)
         return EXIT_STOPPED
 
-    metrics = trainer.conclude()
+    metrics = results.conclude(trainer)
     if rank == 0:
         outcome = _outcome(run, attempt, trainer, "finished", EXIT_FINISHED, metrics)
         run.record(outcome)
@@ -126,30 +179,12 @@ def _train(run: RunDir, attempt: str, rank: int, stop: _StopRequest) -> int:
     return EXIT_FINISHED
 
 
-class _StopRequest:
-    """Whether this rank has been asked to stop: by a signal, or (rank 0) by the stop file.
-
-    The handler only sets a flag: Slurm and Apptainer deliver one signal two or three times, and a handler that prints
-    dies of re-entrance.
-    """
-
-    def __init__(self, run: RunDir) -> None:
-        self._file = run.stop_file
-        self._signalled = False
-        self._looked = 0.0
-        self._found = False
-        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"):
-            signal.signal(getattr(signal, name), self._hear)
-
-    def _hear(self, number: int, frame: Any) -> None:
-        self._signalled = True
-
-    def __call__(self, *, look: bool) -> bool:
-        """Args: look: also look for the stop file, at most every half second (a shared file system answers slowly)."""
-        if look and not self._found and time.monotonic() - self._looked > 0.5:
-            self._looked = time.monotonic()
-            self._found = self._file.exists()
-        return self._signalled or self._found
+def _check_origin(plan: Plan, made: dict[str, Any], checkpoint: Path) -> None:
+    if made["plan"] != plan.digest:
+        raise InputError(
+            f"{checkpoint}: was made by another plan ({made['plan'][:8]}; this run is {plan.digest[:8]})",
+            "checkpoints belong to the run that made them: move this folder away",
+        )
 
 
 def _geometry(plan: Plan) -> Geometry:
@@ -204,6 +239,7 @@ def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metr
         attempt=attempt,
         global_step=trainer.state.global_step,
         metrics=metrics,
+        cause=trainer.stopped or None,
         samples_per_second=round(clock.examples / clock.seconds, 3) if clock.seconds else None,
         seconds=_seconds(run, attempt),
         attempts=len(run.attempt_names()),
@@ -221,15 +257,6 @@ def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metr
 def _leave(torch: Any) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _remedy(error: Exception) -> str:
-    text = str(error)
-    if "out of memory" in text.lower():
-        return "set train.max_batch_per_device lower; the global batch and the result stay the same"
-    if isinstance(error, OSError) and error.errno in (28, 122):
-        return "free space or quota on the run directory's file system, then `afina resume`"
-    return "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
 
 
 def _say(*lines: str) -> None:

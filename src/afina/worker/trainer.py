@@ -8,10 +8,10 @@ identical batches on any number of processes) and saving (`worker.checkpoint`).
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,32 @@ from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
 from afina.worker.batches import Collator, EvalBatches, Rows, StepBatches
-from afina.worker.flow import Flow, Progress, evaluates_at, steps_per_epoch, truncate_lines
+from afina.worker.flow import Flow, Progress, agree, evaluates_at, steps_per_epoch, stop_cause, truncate
+from afina.worker.lease import Lease
+from afina.worker.preflight import state_bytes
+from afina.worker.state import (
+    PROGRESS,
+    RANKS,
+    Saver,
+    Snapshot,
+    copied,
+    random_state,
+    read_progress,
+    set_random_state,
+)
 from afina.worker.store import Split
 from afina.worker.tasks import TASKS, compute_metrics, per_example_loss
+from afina.worker.watch import CAUSES, StepTimes, StopRequest, Watchdog
 
-__all__ = ["RunTrainer", "build_arguments", "build_model"]
+__all__ = ["EvaluationAbandoned", "RunTrainer", "build_arguments", "build_model"]
 
-_PROGRESS = "progress.json"
+
+class EvaluationAbandoned(Exception):
+    """A stop was asked for during an evaluation; the next attempt makes it."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str) -> TrainingArguments:
@@ -116,6 +135,10 @@ class Clock:
     def start(self) -> None:
         self._since = time.perf_counter()
 
+    def start_if_stopped(self) -> None:
+        if self._since is None:
+            self.start()
+
     def stop(self) -> None:
         if self._since is not None:
             self.seconds += time.perf_counter() - self._since
@@ -126,8 +149,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for one run directory.
 
     Attributes:
-        stopped: the run was asked to stop and left a checkpoint.
+        stopped: why the run was asked to stop (`watch.CAUSES`); it left a checkpoint. Empty: it was not.
+        abandoned: the stop fell into an evaluation.
         clock: training time and examples.
+        logits, evaluated_step: of the last evaluation, (N, K) float32 in input order.
         model_step: the step whose weights `model/` holds.
     """
 
@@ -145,7 +170,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         metric_names: list[str],
         pad_token_id: int,
         splits: dict[str, Split],
-        stop: Any,
+        stop: StopRequest,
+        lease: Lease,
         **trainer: Any,
     ) -> None:
         self.run, self.attempt, self.plan, self.geometry, self.task, self.labels = (
@@ -157,12 +183,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             labels,
         )
         self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
-        self.stop_request = stop
-        self.stopped = False
+        self.stop_request, self.lease = stop, lease
+        self.stopped = ""
+        self.abandoned = False
         self.clock = Clock()
+        self.times = StepTimes()
         self.model_step = 0
-        self._logits: dict[int, np.ndarray[Any, Any]] = {}
-        self._checkpoint: Path | None = None
+        self.logits = np.empty((0, 0), np.float32)
+        self.evaluated_step: int | None = None
+        train = plan.recipe.train
+        self.saver = Saver(
+            run.checkpoints,
+            train.keep_checkpoints,
+            run.metrics_file,
+            lambda **about: run.event("checkpoint", attempt=attempt, **about),
+        )
         super().__init__(
             **trainer,
             train_dataset=Rows(splits["train"]),
@@ -171,6 +206,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             compute_loss_func=self._loss,
             compute_metrics=lambda _: {},
         )
+        self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
+        self.state_bytes = state_bytes(self.model)
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = pad_token_id
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
@@ -240,12 +277,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.model.eval()
         mine: list[tuple[list[int], np.ndarray[Any, Any]]] = []
         self.callback_handler.eval_dataloader = dataloader
+        batches = iter(dataloader)
         with torch.inference_mode():
-            for rows, inputs in dataloader:
-                inputs.pop("labels")
-                logits = self.model(**self._prepare_inputs(inputs))["logits"]
-                mine.append((rows, logits.float().cpu().numpy()))
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            for number in range(dataloader.batch_sampler.most):  # type: ignore[union-attr]
+                for rows, inputs in itertools.islice(batches, 1):  # none where the other ranks have one more
+                    inputs.pop("labels")
+                    logits = self.model(**self._prepare_inputs(inputs))["logits"]
+                    mine.append((rows, logits.float().cpu().numpy()))
+                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                self.watchdog.beat(f"batch {number + 1} of an evaluation")
+                if self.is_in_train and (cause := agree(self, stop_cause(self))[0]):
+                    raise EvaluationAbandoned(CAUSES[cause])
         everyone: list[Any] = [mine]
         if self.geometry.num_processes > 1:
             everyone = [None] * self.geometry.num_processes
@@ -257,7 +299,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         labels = np.asarray(split.labels)
         metrics = {"loss": float(per_example_loss(self.task, logits_all, labels).mean())}
         metrics |= compute_metrics(self.task, self.metric_names, logits_all, labels, self.model.config.num_labels)
-        self._logits = {self.state.global_step: logits_all}
+        self.logits, self.evaluated_step = logits_all, self.state.global_step
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         return EvalLoopOutput(predictions=logits_all, label_ids=labels, metrics=prefixed, num_samples=len(split))
 
@@ -274,38 +316,63 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     # Checkpoints
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*arguments, **named)
+        except EvaluationAbandoned as stop:
+            self.stopped, self.abandoned = stop.cause, True
+            self.control.should_training_stop = True
+            self._save_checkpoint(None, None)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        began = time.perf_counter()
-        step = self.state.global_step
-        staging = self.run.checkpoints / f".staging-{step}"
-        if self.rank == 0:
-            checkpoints.stage(self.run.checkpoints, step)
-        self._barrier()
-        self.save_model(str(staging), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(staging))
-        self._save_scaler(str(staging))
-        if self._evaluation_due():
+        """Copy the state; rank 0 writes it beside the training. Waits for the disk only at a stop."""
+        began, step = time.monotonic(), self.state.global_step
+        due = bool(self.stopped) and evaluates_at(self, step)
+        if due and not self.abandoned:
             # The draw that iterating over the evaluation's DataLoader would have made before this checkpoint.
             torch.empty((), dtype=torch.int64).random_()
-        self._save_rng_state(str(staging))
-        # The part of the logged loss that has been summed up on this rank since the last log line.
-        torch.save(
-            {"tr_loss": self._tr_loss.detach().cpu(), "last_logged": self._globalstep_last_logged},
-            staging / f"loss_{self.rank}.pt",
-        )
+        mine = {
+            "random": random_state(),
+            # The part of the logged loss that has been summed up on this rank since the last log line.
+            "loss": float(self._tr_loss),
+            "logged": self._globalstep_last_logged,
+        }
+        ranks: list[Any] = [mine]
+        if self.geometry.num_processes > 1:
+            ranks = [None] * self.geometry.num_processes
+            dist.all_gather_object(ranks, mine)
         if self.rank == 0:
-            self.state.stateful_callbacks = {}
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            progress = {
-                "seconds": self.clock.seconds,
-                "examples": self.clock.examples,
-                "evaluation_due": self._evaluation_due(),
-                "metrics_lines": self._metrics_lines(),
-            }
-            (staging / _PROGRESS).write_text(json.dumps(progress))
-        self._barrier()
-        if self.rank == 0:
-            about = {
+            self.saver.finish()
+            self.saver.begin(self._snapshot(step, ranks, due), time.monotonic() - began)
+        self.watchdog.beat(f"the save of step {step}")
+        if self.stopped:
+            self.saver.finish()
+            self.barrier()
+
+    def _snapshot(self, step: int, ranks: list[Any], evaluation_due: bool) -> Snapshot:
+        memory: dict[Any, torch.Tensor] = {}
+        scaler = getattr(self.accelerator, "scaler", None)
+        log = self.run.metrics_file
+        progress = {
+            "seconds": self.clock.seconds,
+            "examples": self.clock.examples,
+            "evaluation_due": evaluation_due,
+            "metrics_bytes": log.stat().st_size if log.exists() else 0,
+        }
+        state = dataclasses.asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
+        model = self.accelerator.unwrap_model(self.model)
+        return Snapshot(
+            step=step,
+            model=lambda folder, weights: model.save_pretrained(folder, state_dict=weights),
+            weights=copied(model.state_dict(), memory),
+            tensors={
+                "optimizer.pt": copied(self.optimizer.state_dict(), memory),
+                "scheduler.pt": copied(self.lr_scheduler.state_dict(), memory),
+                **({"scaler.pt": copied(scaler.state_dict(), memory)} if scaler is not None else {}),
+                RANKS: ranks,
+            },
+            texts={"trainer_state.json": json.dumps(state), PROGRESS: json.dumps(progress)},
+            about={
                 "world_size": self.geometry.num_processes,
                 "geometry": self.geometry.model_dump(),
                 "plan": self.plan.digest,
@@ -314,102 +381,62 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                 },
-            }
-            self._checkpoint = checkpoints.commit(staging, step, about)
-            keep_best = self.state.best_global_step if self.plan.recipe.train.keep == "best" else None
-            checkpoints.rotate(self.run.checkpoints, self.plan.recipe.train.keep_checkpoints, keep_best)
-            size = sum(f["size"] for f in checkpoints.manifest(self._checkpoint)["files"].values())
-            self.run.event(
-                "checkpoint", attempt=self.attempt, step=step, seconds=round(time.perf_counter() - began, 3), bytes=size
-            )
-        self._barrier()
+            },
+            protected=self.state.best_global_step if self.plan.recipe.train.keep == "best" else None,
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            for name in ("optimizer.pt", "scheduler.pt"):
+            for name in ("optimizer.pt", "scheduler.pt", *(["scaler.pt"] if self.accelerator.scaler else [])):
                 if not (Path(checkpoint) / name).is_file():
                     raise EnvironmentProblem(
                         f"{checkpoint}: {name} is missing", "resume from another checkpoint: move this folder away"
                     )
         super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        ranks = torch.load(Path(checkpoint) / RANKS, weights_only=True)
+        if len(ranks) == self.geometry.num_processes:
+            set_random_state(ranks[self.rank]["random"])
+        else:
+            transformers.set_seed(self.args.seed + 1_000_003 * self.state.global_step + self.rank)
+
     def restore(self, folder: Path) -> None:
         """Take over a checkpoint of the last step: nothing is left to train, only to conclude."""
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self._load_weights(folder)
+        self.load_weights(folder)
         self.resumed_from(folder)
 
     def resumed_from(self, folder: Path) -> None:
         """Take over what Trainer does not restore: loss since the last log line, training time, evaluation due."""
-        progress = json.loads((folder / _PROGRESS).read_text())
+        progress = read_progress(folder)
         self.clock.seconds, self.clock.examples = progress["seconds"], progress["examples"]
-        world = checkpoints.manifest(folder)["world_size"]
-        parts = [torch.load(folder / f"loss_{r}.pt", weights_only=True) for r in range(world)]
-        same = world == self.geometry.num_processes
-        share = parts[self.rank]["tr_loss"] if same else sum(p["tr_loss"] for p in parts) / world
-        self._tr_loss = share.to(self.args.device)
-        self._globalstep_last_logged = parts[0]["last_logged"]
+        ranks = torch.load(folder / RANKS, weights_only=True)
+        same = len(ranks) == self.geometry.num_processes
+        share = ranks[self.rank]["loss"] if same else sum(r["loss"] for r in ranks) / len(ranks)
+        self._tr_loss = torch.tensor(share, device=self.args.device)
+        self._globalstep_last_logged = ranks[0]["logged"]
         if self.rank == 0:
-            truncate_lines(self.run.metrics_file, progress["metrics_lines"])
+            log, expected = self.run.metrics_file, progress["metrics_bytes"]
+            if (size := log.stat().st_size if log.exists() else 0) < expected:
+                print(f"afina: WARNING: {log} has {size} bytes, {expected} were written: lines are missing", flush=True)
+            truncate(log, expected)
             if not same:
                 print(
-                    f"afina: {world} processes made this checkpoint, {self.geometry.num_processes} resume it: same data, other dropout masks",
+                    f"afina: {len(ranks)} processes made this checkpoint, {self.geometry.num_processes} resume it: same data, other dropout masks",
                     flush=True,
                 )
-        self._barrier()
+        self.barrier()
         if progress["evaluation_due"]:
             self.evaluate_now()
 
-    def _metrics_lines(self) -> int:
-        return sum(1 for _ in self.run.lines("metrics.jsonl"))
-
-    def _evaluation_due(self) -> bool:
-        """A stop fell on the last step of an epoch (or of an interval) and its evaluation was left to the resumed run."""
-        return self.stopped and evaluates_at(self, self.state.global_step)
-
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
         if self.geometry.num_processes > 1:
             dist.barrier()
 
-    # The end
-
-    def conclude(self) -> dict[str, Any]:
-        """Choose the best or last weights, write `model/` and `predictions.parquet`; returns the metrics of that model."""
-        step = self.state.global_step
-        best = self.state.best_global_step
-        self.model_step = best if self.plan.recipe.train.keep == "best" and best else step
-        if self.model_step != step:
-            self._load_weights(self.run.checkpoints / f"step-{self.model_step}")
-        metrics: dict[str, Any] = {}
-        if self.eval_dataset is not None:
-            if self.model_step not in self._logits:
-                self.evaluation_loop(self.get_eval_dataloader(), "Prediction")
-                self._logits = {self.model_step: next(iter(self._logits.values()))}
-            logits = self._logits[self.model_step]
-            labels = np.asarray(self.splits["eval"].labels)
-            metrics["eval_loss"] = float(per_example_loss(self.task, logits, labels).mean())
-            metrics |= {
-                f"eval_{k}": v
-                for k, v in compute_metrics(
-                    self.task, self.metric_names, logits, labels, self.model.config.num_labels
-                ).items()
-            }
-            if self.rank == 0:
-                self._write_predictions("eval", logits, self.run.predictions)
-        if "test" in self.splits:
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(Rows(self.splits["test"])), "Test", metric_key_prefix="test"
-            )
-            metrics |= output.metrics
-            if self.rank == 0:
-                self._write_predictions("test", output.predictions, self.run.path / "predictions_test.parquet")
-        if self.rank == 0:
-            self._export()
-            shutil.rmtree(self.run.path / "trainer", ignore_errors=True)
-        self._barrier()
-        return metrics
-
-    def _load_weights(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         wrong = checkpoints.damage(folder)
         if wrong:
             raise EnvironmentProblem(
@@ -417,42 +444,3 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 "set `--set train.keep=last` in a new run, or restore the folder",
             )
         self._load_from_checkpoint(str(folder))
-
-    def _export(self) -> None:
-        staging = self.run.path / ".model.staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        self.model.save_pretrained(staging)
-        self.processing_class.save_pretrained(staging)
-        if self.run.model.exists():
-            shutil.rmtree(self.run.model)
-        staging.rename(self.run.model)
-
-    def _write_predictions(self, part: str, logits: np.ndarray[Any, Any], path: Path) -> None:
-        """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(Path(self.run.prepared()["prepared"]) / f"{part}.rows.parquet")
-        labels = np.asarray(self.splits[part].labels)
-        decided = TASKS[self.task].decide(logits)
-        if self.task == "regression":
-            columns: dict[str, Any] = {"label": labels, "prediction": decided}
-        else:
-            assert self.labels is not None
-            names = np.array(self.labels, dtype=object)
-            if self.task == "single-label":
-                shifted = np.exp(logits - logits.max(-1, keepdims=True))
-                scores = shifted / shifted.sum(-1, keepdims=True)
-                columns = {"label": names[labels].tolist(), "prediction": names[decided].tolist()}
-            else:
-                scores = 1 / (1 + np.exp(-logits))
-                columns = {
-                    "label": [names[row > 0].tolist() for row in labels],
-                    "prediction": [names[row > 0].tolist() for row in decided],
-                }
-            columns |= {f"score: {name}": scores[:, i] for i, name in enumerate(self.labels)}
-        for name, values in columns.items():
-            table = table.append_column(name, pa.array(values))
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(table, aside)
-        os.replace(aside, path)

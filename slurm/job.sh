@@ -1,0 +1,90 @@
+# shellcheck shell=bash
+# What every batch job of a run does around srun; sourced from the run directory by finetune.sbatch and by submitit's script.
+# Needs $run (the run directory), inside a job. Uses bash, coreutils and Slurm's commands; no container, no Python.
+# shellcheck disable=SC2154,SC2034 # run comes from who sources this, code goes to it
+
+afina_say() { printf 'afina: %s\n' "$*"; }
+
+# [D-]H:M:S or M:S, as squeue prints times -> seconds; nothing for UNLIMITED, INVALID, NOT_SET
+afina_seconds() {
+  [[ $1 =~ ^(([0-9]+)-)?(([0-9]+):)?([0-9]+):([0-9]+)$ ]] || return 0
+  local -a part=("${BASH_REMATCH[2]:-0}" "${BASH_REMATCH[4]:-0}" "${BASH_REMATCH[5]}" "${BASH_REMATCH[6]}")
+  echo $((((10#${part[0]} * 24 + 10#${part[1]}) * 60 + 10#${part[2]}) * 60 + 10#${part[3]}))
+}
+
+# Where the nodes meet, and when the job ends.
+afina_meet() {
+  local head address port left
+  export AFINA_LAUNCH=slurm AFINA_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+  AFINA_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | tr '\n' ' ')
+  head=${AFINA_NODES%% *}
+  # The first node's address as Slurm knows it; never localhost, which would be each node's own.
+  address=$(scontrol show node "$head" --oneliner 2>/dev/null | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
+  AFINA_HEAD=${address:-$head}
+  # A port of this job's own, then the first from there on that nobody listens on: fixed ones collide on shared nodes.
+  port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_ARRAY_TASK_ID:-0}) % 20000))
+  while (exec 3<>"/dev/tcp/$AFINA_HEAD/$port") 2>/dev/null; do port=$((port + 1)); done
+  # The time that is left, not the hour of the end: this node's clock may differ from Slurm's.
+  left=$(afina_seconds "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L 2>/dev/null)")
+  AFINA_DEADLINE=${left:+$(($(date +%s) + left))}
+  export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
+}
+
+# A signal to this shell becomes a file that the ranks look at. $1: limit (USR1, before the time limit) or signal (TERM).
+afina_hear() {
+  # The ranks know the deadline and how long a save takes: near the end they stop by themselves, as late as they can.
+  if [ "$1" = limit ] && [ -n "${AFINA_DEADLINE:-}" ] && [ $((AFINA_DEADLINE - $(date +%s))) -lt 240 ]; then return; fi
+  [ ! -e "$run/stop" ] || return
+  { printf '%s\n' "$1" >"$run/.stop.$$" && mv -f "$run/.stop.$$" "$run/stop"; } || touch "$run/stop"
+}
+
+# Run srun to its end while signals are heard; sets $code. A trap runs only between commands or in `wait`, and a trapped
+# signal ends `wait` early, with a code above 128: wait again while the step lives.
+afina_step() {
+  local step
+  rm -f "$run/stop" "$run/attempts/$AFINA_ATTEMPT/exit" "$run/attempts/$AFINA_ATTEMPT/next"
+  trap 'afina_hear limit' USR1
+  trap 'afina_hear signal' TERM
+  command srun "$@" &
+  step=$!
+  while :; do
+    wait "$step"
+    code=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+}
+
+# Do what `attempts/<id>/next` says: put the job back into the queue, or a new one where that cannot be.
+afina_after() {
+  local action='' exclude='' why='' state reason job
+  { read -r action; read -r exclude; read -r why; } <"$run/attempts/$AFINA_ATTEMPT/next" || return 0
+  afina_say "$why"
+  [ "$action" = requeue ] || return 0
+  state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states all --format %T 2>/dev/null)
+  case $state in
+    RUNNING | PREEMPTED | '') ;;
+    *)
+      # A cancelled job is over; one that Slurm puts back itself needs nothing.
+      afina_say "Slurm is ending this job itself ($state)"
+      return 0
+      ;;
+  esac
+  if [ -z "$exclude" ] && [ "$state" != PREEMPTED ] && reason=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    sleep 120 # until Slurm ends this shell
+    return 0
+  fi
+  [ -z "${reason:-}" ] || afina_say "no requeue ($reason): submitting a new job"
+  local -a ask=(--job-name="${SLURM_JOB_NAME:-afina}" --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --chdir="$PWD")
+  ask+=(${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
+  ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"})
+  ask+=(${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
+  reason=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states all --format %l 2>/dev/null)
+  ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
+  if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then
+    printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "${job%%;*}" >>"$run/submissions.jsonl"
+    afina_say "job ${job%%;*} goes on with this run"
+  else
+    afina_say "go on with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"
+  fi
+}
