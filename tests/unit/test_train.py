@@ -225,6 +225,65 @@ def test_two_processes_and_accumulation_are_the_same_training(place: Path, batch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, processes: str) -> None:
+    """The evaluation takes seconds, one row at a time; the stop is asked for when its step has been logged."""
+    rows = tiny.tiny_reviews(2400, 11)
+    tiny.write_csv(place / "long.csv", rows)
+    recipe = _recipe(place, train={"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1})
+    recipe["data"] = {
+        "files": {"train": str(place / "reviews.csv"), "eval": str(place / "long.csv")},
+        "text": "text",
+        "label": "stars",
+    }
+    whole = _train(place, f"evaluated-{processes}", recipe, "--num-processes", processes)
+    run = place / f"abandoned-{processes}"
+    process = _start(place, run, recipe, "--num-processes", processes)
+    _wait_for_lines(run, 6)
+    (run / "stop").touch()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the evaluation was not waited for"
+    assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
+    code, said = _resume(place, run, "--num-processes", processes)
+    assert code == 0, said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
+    """The lead is 15 seconds, two saves and three steps: a deadline in 25 seconds leaves some for the training."""
+    recipe = _recipe(place, train={"epochs": 4000, "save_every": 5000, "log_every": 100})
+    run = place / "limited"
+    file = run.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe))
+    deadline = time.time() + 28
+    done = subprocess.run(
+        [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)],
+        env={**_environment(place), "AFINA_DEADLINE": str(deadline)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    outcome = _outcome(run)
+    assert outcome["cause"] == "limit"
+    assert (run / f"checkpoints/step-{outcome['global_step']}/manifest.json").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_an_old_checkpoint_is_followed_by_another_one(place: Path) -> None:
+    recipe = _recipe(place, train={"epochs": 30, "save_every": 5000, "save_minutes": 0.005, "evaluate": 5000})
+    run = _train(place, "old", recipe)
+    saved = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "checkpoint"]
+    assert len(saved) > 2
+    assert all(e["bytes"] > 0 and e["seconds"] > 0 and e["stall_s"] >= 0 for e in saved)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
     recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8})
@@ -310,7 +369,11 @@ def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
     run = _train(place, "nan", _recipe(place, train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
     outcome = _outcome(run)
     assert outcome["outcome"] == "failed"
-    assert "loss is" in outcome["error"] and "remedy" in outcome["error"]
+    assert (outcome["cause"], outcome["exit_code"]) == ("loss", 4)
+    assert "rows of that step: " in outcome["error"] and "remedy" in outcome["error"]
+    step = int(outcome["error"].split("at step ")[1].split()[0])
+    rows = outcome["error"].split("rows of that step: ")[1].splitlines()[0]
+    assert step >= 1 and rows.count("row ") == 8 and "reviews.csv" in rows, rows
 
 
 def test_a_claimed_run_directory_is_refused_and_left_alone(place: Path, whole: Path) -> None:
