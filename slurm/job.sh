@@ -38,20 +38,43 @@ afina_hear() {
   { printf '%s\n' "$1" >"$run/.stop.$$" && mv -f "$run/.stop.$$" "$run/stop"; } || touch "$run/stop"
 }
 
+# Kill srun ($1) when the worker has not renewed its lease for longer than the lease says: a halted process cannot notice it.
+afina_pulse() {
+  local seen='' now='' since=$SECONDS looked=$SECONDS patience
+  trap - USR1 TERM
+  while sleep 15 >/dev/null 2>&1; do # which outlives this shell, and must not hold the log open
+    now=$(cat "$run/lease.json" 2>/dev/null)
+    patience=$(grep -o '"patience_s": [0-9]*' <<<"$now")
+    # A pause of this shell itself (`scontrol suspend`) is not the worker's.
+    if [ "$now" != "$seen" ] || [ -z "$patience" ] || [[ $now != *"\"attempt\": \"$AFINA_ATTEMPT\""* ]] || ((SECONDS - looked > 60)); then
+      seen=$now since=$SECONDS
+    elif ((SECONDS - since > ${patience##* } + 45)); then
+      afina_say "the worker has given no sign of life for $((SECONDS - since)) s: killed"
+      kill -TERM "$1" # srun then kills its tasks at once
+      return
+    fi
+    looked=$SECONDS
+  done
+}
+
 # Run srun to its end while signals are heard; sets $code. A trap runs only between commands or in `wait`, and a trapped
-# signal ends `wait` early, with a code above 128: wait again while the step lives.
+# signal ends `wait` early, with a code above 128: the one that no signal met has srun's.
 afina_step() {
-  local step
+  local step pulse heard
   rm -f "$run/stop" "$run/attempts/$AFINA_ATTEMPT/exit" "$run/attempts/$AFINA_ATTEMPT/next"
-  trap 'afina_hear limit' USR1
-  trap 'afina_hear signal' TERM
+  trap 'heard=1; afina_hear limit' USR1
+  trap 'heard=1; afina_hear signal' TERM
   command srun "$@" &
   step=$!
+  afina_pulse "$step" &
+  pulse=$!
   while :; do
+    heard=''
     wait "$step"
     code=$?
-    kill -0 "$step" 2>/dev/null || break
+    [ -n "$heard" ] || break
   done
+  kill "$pulse" 2>/dev/null
 }
 
 # Do what `attempts/<id>/next` says: put the job back into the queue, or a new one where that cannot be.

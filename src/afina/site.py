@@ -7,6 +7,7 @@ the environment that it leaves is compared with the one it found. Without a site
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -29,7 +30,7 @@ Runtime = Literal["apptainer", "singularity", "none"]
 #: What bash sets for itself.
 _SHELLS_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "BASHOPTS", "SHELLOPTS")
 
-_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE")
+_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_IMAGE_KEY", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE")
 
 #: Where each cache goes, under the folder of caches. Left alone, most of them land in HOME and its quota.
 CACHE_VARIABLES: dict[str, str] = {
@@ -48,6 +49,7 @@ class Site(BaseModel):
     Attributes:
         scratch: shared folder for caches, prepared data and runs.
         image: the Apptainer image, or None where jobs run in the surrounding environment.
+        image_key: who must have signed the image: the path of a PEM public key, or a PGP fingerprint of 40 hex digits.
         runtime: what starts the container on a compute node.
         binds: `SRC[:DST[:OPTIONS]]` each, beside scratch, recipe and data.
         sbatch: Slurm's own `SBATCH_*` variables; they are passed to sbatch as they are.
@@ -59,6 +61,7 @@ class Site(BaseModel):
 
     scratch: Path
     image: Path | None = None
+    image_key: str | None = None
     runtime: Runtime = "none"
     binds: tuple[str, ...] = ()
     sbatch: dict[str, str] = {}
@@ -137,7 +140,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
         if name.startswith("AFINA_") and name not in _KNOWN and name not in env and file:
             hint = nearest(name, _KNOWN)
             raise SiteError(
-                f"site file {file}: unknown variable {name}", f"{hint} known: {', '.join(_KNOWN[:4])}".strip()
+                f"site file {file}: unknown variable {name}", f"{hint} known: {', '.join(_KNOWN[:5])}".strip()
             )
     setup = (
         tuple(
@@ -151,6 +154,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     return Site(
         scratch=_scratch(found.get("AFINA_SCRATCH", ""), file),
         image=image,
+        image_key=_image_key(found.get("AFINA_IMAGE_KEY", ""), file, visible=not (job or in_container(env))),
         runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found, job=job),
         binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
         sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
@@ -263,6 +267,23 @@ def _image(value: str, file: Path | None) -> Path | None:
                 "copy or build it again (a full disk or a broken transfer ends like this)",
             )
     return path
+
+
+def _image_key(value: str, file: Path | None, *, visible: bool) -> str | None:
+    """The key as it is kept: an absolute path, or a fingerprint in lower case. In the container its file may not be seen."""
+    if not value:
+        return None
+    fingerprint = "".join(value.split()).lower()
+    if re.fullmatch("(0x)?[0-9a-f]{40}", fingerprint):
+        return fingerprint.removeprefix("0x")
+    path = Path(value).expanduser().absolute()
+    if visible and not (_may(path.is_file) and os.access(path, os.R_OK)):
+        raise SiteError(
+            f"AFINA_IMAGE_KEY={value} is neither a key file that you can read nor a PGP fingerprint of 40 hex digits",
+            "give the path of a PEM public key that every node sees, or the fingerprint that `apptainer key list` shows"
+            + (f", in {file}" if file else ""),
+        )
+    return str(path)
 
 
 def _runtime(value: str, image: Path | None, env: Mapping[str, str], *, job: bool) -> Runtime:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -59,7 +60,7 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
     with (folder / f"node{node}.log").open("ab", buffering=0) as log, hear:
         copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
         copy.start()
-        code = _wait(worker, copy)
+        code = _wait(worker, copy, _Pulse(run, attempt) if node == 0 else None)
         copy.join(timeout=10)
     if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
         worker.stdout.close()
@@ -118,7 +119,7 @@ def _absent_nodes(folder: Path) -> list[str]:
     return absent if len(absent) < len(names) else []
 
 
-def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread) -> int:
+def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, pulse: _Pulse | None) -> int:
     """The worker's exit code. Never blocks for long: a signal that comes just before `waitpid` blocks is not heard until
     that returns (seen: 10 seconds later, when the worker ended)."""
     while True:
@@ -126,7 +127,42 @@ def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread) -> int:
         try:
             return worker.wait(timeout=0 if copy.is_alive() else 0.5)
         except subprocess.TimeoutExpired:
-            continue
+            if pulse is not None and (silent := pulse.gone()):
+                print(
+                    f"afina: the worker has given no sign of life for {silent:.0f} s: killed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os.killpg(worker.pid, signal.SIGKILL)
+                pulse = None
+
+
+class _Pulse:
+    """Whether the worker of an attempt still renews its lease: one that was halted (SIGSTOP) cannot say so itself."""
+
+    #: More than the beats of a slow file system.
+    _BEYOND_S = 45.0
+
+    def __init__(self, run: RunDir, attempt: str) -> None:
+        self.path, self.attempt = run.path / "lease.json", attempt
+        self._seen: dict[str, object] = {}
+        self._since = self._looked = time.monotonic()
+
+    def gone(self) -> float | None:
+        """Seconds without a beat, if they are more than the lease's own patience."""
+        now, before = time.monotonic(), self._looked
+        if now - before < 5.0:
+            return None
+        self._looked = now
+        try:
+            lease = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            lease = {}
+        # A pause of this process itself (`scontrol suspend`) is not the worker's.
+        if lease != self._seen or lease.get("attempt") != self.attempt or now - before > 60.0:
+            self._seen, self._since = lease, now
+        silent = now - self._since
+        return silent if silent > float(lease.get("patience_s", 1e9)) + self._BEYOND_S else None
 
 
 class _Ear:

@@ -18,6 +18,7 @@ from afina.launch import (
     accelerate_argv,
     container_argv,
     job_scripts,
+    node_argv,
     sbatch_argv,
     slurm_options,
     worker_argv,
@@ -25,6 +26,7 @@ from afina.launch import (
 )
 from afina.plan import Geometry, Plan, make_plan
 from afina.recipe import Recipe
+from afina.rundir import RunDir
 from afina.site import Site
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -102,7 +104,8 @@ def test_site_variables_are_not_repeated_as_options() -> None:
 
 
 def test_the_scripts_are_those_of_the_repository() -> None:
-    assert {name: path.parent for name, path in job_scripts().items()} == dict.fromkeys(("finetune.sbatch", "job.sh"), ROOT / "slurm")
+    names = ("finetune.sbatch", "job.sh", "node.sh")
+    assert {name: path.parent for name, path in job_scripts().items()} == dict.fromkeys(names, ROOT / "slurm")
 
 
 # -- container ---------------------------------------------------------------------------------------------------------
@@ -158,6 +161,32 @@ def test_worker_argv_inside_and_outside(monkeypatch: pytest.MonkeyPatch) -> None
     assert worker_argv(plan, "prepare")[-3:] == ["python", "-m", "afina.worker.prepare"]
     monkeypatch.setenv("APPTAINER_CONTAINER", "/x.sif")
     assert worker_argv(plan, "prepare")[0] == sys.executable
+
+
+def test_node_argv() -> None:
+    plan = plan_with(site_with(image=Path("/ima ge's/$(i).sif")), {"all": (Path("/proj/a.csv"),)})
+    golden("node.txt", shown(node_argv(plan, [Path("/elsewhere")])))
+
+
+def test_node_argv_is_the_hosts_wherever_it_is_made(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    """A batch job claims its run inside the container; the command is for the host."""
+    plan = plan_with(site_with())
+    outside = node_argv(plan)
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/x.sif")
+    assert node_argv(plan) == outside
+    assert outside[:3] == ["bash", "{run}/node.sh", "/images/afina.sif"] and outside.count("/images/afina.sif") == 2
+    assert outside[-4:] == ["python", "-m", "afina.worker.launch", "{run}"]
+    assert node_argv(plan_with(site)) == [sys.executable, "-m", "afina.worker.launch", "{run}"]
+
+
+def test_a_run_keeps_its_own_copies_of_the_scripts(site: Site, tmp_path: Path, nasty: str) -> None:
+    """What waits in the queue does not run edited code, and is found wherever the run is."""
+    plan = plan_with(site)
+    run = RunDir.claim(plan, {}, node_argv(plan_with(site_with())), "", tmp_path / nasty, scripts=job_scripts())
+    argv = run.worker_argv()
+    assert argv[:2] == ["bash", str(tmp_path / nasty / "node.sh")] and argv[-1] == str(tmp_path / nasty)
+    assert Path(argv[1]).read_bytes() == (ROOT / "slurm/node.sh").read_bytes()
+    assert not [word for word in argv if "{run}" in word and "{run}" not in nasty]
 
 
 def test_a_runtime_without_an_image() -> None:

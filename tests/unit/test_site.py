@@ -134,6 +134,47 @@ def test_the_example_loads(scratch: Path, sif: Path) -> None:
     assert (site.scratch, site.image, site.sbatch, site.setup) == (scratch, sif, {}, ())
 
 
+# -- the key of the image ----------------------------------------------------------------------------------------------
+
+FINGERPRINT = "8115a56a6a9775aa2a8bd22621007ed762ca3c2d"
+
+
+def test_no_key_by_default(scratch: Path, sif: Path) -> None:
+    assert load_site(env=env(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif)).image_key is None
+    assert load_site(env=env(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif, AFINA_IMAGE_KEY="")).image_key is None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [FINGERPRINT, FINGERPRINT.upper(), f"0x{FINGERPRINT}", "8115 A56A 6A97 75AA 2A8B  D226 2100 7ED7 62CA 3C2D"],
+)
+def test_a_fingerprint_in_any_spelling(scratch: Path, sif: Path, written: str) -> None:
+    site = load_site(env=env(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif, AFINA_IMAGE_KEY=written))
+    assert site.image_key == FINGERPRINT
+
+
+def test_a_key_file(tmp_path: Path, scratch: Path, sif: Path, nasty: str) -> None:
+    key = tmp_path / f"{nasty}.pem"
+    key.write_text("-----BEGIN PUBLIC KEY-----\n")
+    assert load_site(env=env(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif, AFINA_IMAGE_KEY=key)).image_key == str(key)
+    Path("here.pem").write_text("")
+    relative = load_site(env=env(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif, AFINA_IMAGE_KEY="here.pem"))
+    assert relative.image_key == str(Path.cwd() / "here.pem")
+
+
+@pytest.mark.parametrize("written", ["/no/such.pem", FINGERPRINT[:16], "/", FINGERPRINT + "0"])
+def test_neither_a_key_nor_a_fingerprint(scratch: Path, sif: Path, written: str) -> None:
+    error = refused(AFINA_SCRATCH=scratch, AFINA_IMAGE=sif, AFINA_IMAGE_KEY=written)
+    assert error.message.startswith(f"AFINA_IMAGE_KEY={written} is neither a key file") and "PEM" in error.remedy
+
+
+def test_in_the_job_the_key_need_not_be_seen(scratch: Path) -> None:
+    given = env(
+        AFINA_SCRATCH=scratch, AFINA_IMAGE="/i.sif", AFINA_IMAGE_KEY="/host/only.pem", APPTAINER_CONTAINER="/i.sif"
+    )
+    assert load_site(env=given, job=True).image_key == "/host/only.pem"
+
+
 # -- which file --------------------------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,7 @@ def _facts(geometry: Geometry) -> dict[str, object]:
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
+        "image": os.environ.get("AFINA_IMAGE"),
         "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
         "geometry": geometry.model_dump(),
         "slurm": slurm,

@@ -4,6 +4,8 @@ Locks of shared file systems cannot be relied on (some are local to a node, some
 rank 0 of the attempt replaces every few seconds. Who finds a lease asks whether its holder lives: on the same machine by
 its process, from elsewhere by watching the file. A requeued job takes the lease of its own earlier start at once. Who finds
 his lease in other hands has been given up for dead (a node that lost the network, say) and must not write any more.
+
+The host looks at it too: a process that was halted (SIGSTOP) cannot notice that itself. `patience_s` says how long to wait.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from afina.errors import ClaimedError
 from afina.rundir import RunDir
+from afina.worker.watch import Watchdog
 
 __all__ = ["Lease"]
 
@@ -31,12 +35,14 @@ class Lease:
 
     Attributes:
         lost: another attempt has taken it.
+        patience: seconds that the host waits for the next beat, beyond a few beats.
     """
 
     def __init__(self, run: RunDir, attempt: str) -> None:
         self.path = run.path / "lease.json"
         self.attempt = attempt
         self.lost = False
+        self.patience: Callable[[], float] = lambda: Watchdog.FIRST_S
         self._beats = 0
         self._over = threading.Event()
 
@@ -87,7 +93,7 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        record = {"attempt": self.attempt, "beats": self._beats, **_self()}
+        record = {"attempt": self.attempt, "beats": self._beats, "patience_s": int(self.patience()), **_self()}
         aside = self.path.with_name(f".lease.{self.attempt}.{os.getpid()}")
         aside.write_text(json.dumps(record), encoding="utf-8")
         os.replace(aside, self.path)
@@ -101,7 +107,7 @@ class Lease:
 
     def _mine(self) -> bool:
         held = self._read()
-        return held is None or {k: v for k, v in held.items() if k != "beats"} == {"attempt": self.attempt, **_self()}
+        return held is None or {"attempt": self.attempt, **_self()}.items() <= held.items()
 
     def _is_over(self, holder: dict[str, Any]) -> bool:
         """Whether the holder is known to have ended: an earlier start of this job, or a process of this machine that is gone."""

@@ -1,0 +1,457 @@
+"""slurm/node.sh: the image's file system outlives the signals of the cluster, and leaves nothing on the node.
+
+The real image, mounted by an ordinary user. What Slurm does to a step is done here by hand, to the processes that it would
+reach; tests/slurm/test_signals.py lets Slurm do it. Not covered: a setuid Apptainer but for being refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: The worker: answers each line of its standard input with a line of JSON.
+WORKER = """
+import json, os, signal, sys
+heard = set()
+for name in ("TERM", "USR1", "USR2", "INT", "HUP"):
+    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: heard.add(signal.Signals(number).name[3:]))
+def answer(**said):
+    print(json.dumps(said), flush=True)
+answer(root=os.environ["APPTAINER_CONTAINER"])
+while line := sys.stdin.readline():
+    word, _, rest = line.strip().partition(" ")
+    if word == "heard":
+        answer(heard=sorted(heard))
+    elif word == "import":
+        try:
+            import importlib
+            importlib.import_module(rest)
+            file = __import__("sysconfig").get_path("purelib") + "/torch/version.py"
+            answer(ok=True, read=len(open(file, "rb").read()) == os.path.getsize(file) > 0)
+        except Exception as error:
+            answer(ok=False, error=repr(error))
+    elif word == "exit":
+        sys.exit(int(rest))
+"""
+
+NASTY = [
+    "two words",
+    "it's",
+    'a "quoted" word',
+    "$(touch pwned)",
+    "'; echo foo",
+    "smörgås ☃",
+    "comma, colon: x=1",
+    "[1]*?",
+    "-rf",
+    "#hash & more",
+    "back\\040slash",
+    "100%d %s",
+    "line\nbreak",
+]
+
+
+def _account() -> pwd.struct_passwd:
+    if os.geteuid():
+        return pwd.getpwuid(os.geteuid())
+    return pwd.getpwnam(os.environ.get("AFINA_TEST_USER", "researcher"))
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and all below it, by parent, as proctrack/linuxproc finds them."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for known in found:
+        found += children.get(known, [])
+    return found
+
+
+def kill(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def until(reached: Callable[[], Any], timeout: float = 30) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (value := reached()):
+        assert time.monotonic() < deadline, f"not reached after {timeout:g} s"
+        time.sleep(0.05)
+    return value
+
+
+class Worker:
+    """A running node.sh with WORKER in the image."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdin is not None and process.stdout is not None
+        self.root = Path(self.answer()["root"])
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise EOFError(f"the worker ended with {self.process.wait(30)}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def ask(self, line: str) -> dict[str, Any]:
+        print(line, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def hears(self, *names: str) -> None:
+        until(lambda: set(names) <= set(self.ask("heard")["heard"]))
+
+    def ends(self, code: int) -> int:
+        print(f"exit {code}", file=self.process.stdin, flush=True)
+        return self.process.wait(30)
+
+
+class Node:
+    """A node of the ordinary user: node.sh in a folder that he can read, a TMPDIR of his own."""
+
+    def __init__(self, home: Path, image: Path, temporary: str) -> None:
+        self.home, self.image, self.tmp = home, image, home / temporary
+        self.script = home / "node.sh"
+        self.bin = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.started: list[subprocess.Popen[str]] = []
+        shutil.copy(ROOT / "slurm/node.sh", self.script)
+        self.tmp.mkdir()
+        account = _account()
+        if os.geteuid() == 0:
+            for path in (self.script, self.tmp):
+                shutil.chown(path, account.pw_uid, account.pw_gid)
+
+    def popen(self, argv: list[str], *, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        account = _account()
+        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        process = subprocess.Popen(
+            [*prefix, *argv],
+            env={"PATH": self.bin, "HOME": str(self.home), "TMPDIR": str(self.tmp), "LC_ALL": "C.UTF-8"},
+            cwd=self.home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **({} if prefix else user),  # type: ignore[arg-type]
+        )
+        self.started.append(process)
+        return process
+
+    def run(
+        self, *command: str, image: Path | None = None, prefix: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """node.sh IMAGE COMMAND… to its end."""
+        argv = ["bash", str(self.script), str(image or self.image), *command]
+        with self.popen(argv, prefix=prefix) as process:
+            out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def inside(self, *command: str, image: Path | None = None) -> list[str]:
+        return ["apptainer", "--quiet", "exec", "--no-home", str(image or self.image), *command]
+
+    def worker(self, *, plain: bool = False) -> Worker:
+        command = self.inside("python", "-c", WORKER)
+        return Worker(self.popen(command if plain else ["bash", str(self.script), str(self.image), *command]))
+
+    def mounts(self) -> list[Path]:
+        """What is mounted below TMPDIR, as the kernel says."""
+        points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        plain = [p.encode("latin-1", "replace").decode("unicode_escape") for p in points if "\\" in p]
+        found = [Path(p.encode("latin-1", "ignore").decode(errors="replace")) for p in plain]
+        return [p for p in [*found, *map(Path, points)] if p.is_relative_to(self.tmp)]
+
+    def looks_into(self, path: Path) -> str:
+        """What the user is told; root may not look into a user's mount."""
+        with self.popen(["stat", "--", str(path)]) as process:
+            return process.communicate(timeout=30)[1]
+
+    def holders(self, root: Path) -> list[int]:
+        """The processes outside the tree: the mount's and the watcher's."""
+        words = (str(root).encode(), str(root.parent).encode())
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                given = file.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[0] in given or (b"afina-watch" in given and words[1] in given):
+                found.append(int(file.parent.name))
+        return found
+
+    def clean(self) -> bool:
+        return not self.mounts() and list(self.tmp.iterdir()) == []
+
+
+@pytest.fixture
+def node(home: Path, image: Path) -> Iterator[Node]:
+    yield from _node(home, image, 'tmp "of" it\'s $(touch pwned)')
+
+
+def _node(home: Path, image: Path, temporary: str) -> Iterator[Node]:
+    made = Node(home, image, temporary)
+    yield made
+    for process in made.started:
+        if process.poll() is None:
+            kill(descendants(process.pid), signal.SIGKILL)
+        process.communicate()
+    until(lambda: made.clean())
+    assert not list(home.glob("**/pwned"))
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1", "USR2"])
+def test_a_signal_to_the_whole_step_leaves_the_files(node: Node, name: str) -> None:
+    worker = node.worker()
+    assert worker.root.is_relative_to(node.tmp) and node.mounts() == [worker.root]
+    for _ in range(3):
+        kill(descendants(worker.process.pid), signal.Signals[f"SIG{name}"])
+    worker.hears(name)
+    assert worker.ask("import sqlite3") == {"ok": True, "read": True}
+    assert worker.ask("import sklearn.metrics") == {"ok": True, "read": True}
+    assert worker.ends(75) == 75
+    assert node.clean()
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1", "USR2"])
+def test_without_it_they_are_gone(node: Node, name: str) -> None:
+    """The trap is a real one: Apptainer's own mount, the same signal."""
+    worker = node.worker(plain=True)
+    kill(descendants(worker.process.pid), signal.Signals[f"SIG{name}"])
+    try:
+        worker.hears(name)
+        said = worker.ask("import sqlite3")
+    except (EOFError, BrokenPipeError):
+        return
+    assert said["ok"] is False, said
+
+
+def test_a_signal_to_node_sh_alone_is_passed_on(node: Node) -> None:
+    """As under proctrack/cgroup, where it is the only one that is told."""
+    worker = node.worker()
+    names = ("USR1", "TERM", "USR2", "INT", "HUP")
+    for name in names:
+        os.kill(worker.process.pid, signal.Signals[f"SIG{name}"])
+        worker.hears(name)
+    assert worker.ends(0) == 0
+
+
+def test_killed_as_a_whole_the_mount_goes_too(node: Node) -> None:
+    """All that descends from the step: what SIGKILL reaches under proctrack/linuxproc."""
+    worker = node.worker()
+    assert len(node.holders(worker.root)) >= 2
+    kill(descendants(worker.process.pid), signal.SIGKILL)
+    until(node.clean)
+
+
+def test_node_sh_killed_alone_the_worker_keeps_its_files(node: Node) -> None:
+    worker = node.worker()
+    below = descendants(worker.process.pid)[1:]
+    os.kill(worker.process.pid, signal.SIGKILL)
+    assert worker.ask("import sqlite3") == {"ok": True, "read": True}
+    kill(below, signal.SIGKILL)
+    until(node.clean)
+
+
+def test_a_dead_mount_point_is_cleared_by_the_next_start(node: Node) -> None:
+    """SIGKILL under proctrack/cgroup takes the mount and the watcher too. A mount that lives is left alone."""
+    living, killed = node.worker(), node.worker()
+    outside = [pid for pid in node.holders(killed.root) if pid not in descendants(killed.process.pid)]
+    kill([*outside, *descendants(killed.process.pid)], signal.SIGKILL)
+
+    until(lambda: "not connected" in node.looks_into(killed.root))
+    assert killed.root in node.mounts() and node.looks_into(living.root) == ""
+    done = node.run(*node.inside("true"))
+    assert done.returncode == 0 and done.stderr.count("cleared the dead mount point") == 1, done.stderr
+    assert node.mounts() == [living.root] and not killed.root.parent.exists()
+    assert living.ask("import sqlite3") == {"ok": True, "read": True}
+    assert living.ends(0) == 0
+
+
+def test_a_mount_that_hangs_is_left_alone(node: Node) -> None:
+    worker = node.worker()
+    outside = [pid for pid in node.holders(worker.root) if pid not in descendants(worker.process.pid)]
+    kill(outside, signal.SIGSTOP)
+    done = node.run(*node.inside("true"))
+    kill(outside, signal.SIGCONT)
+    assert (done.returncode, done.stderr) == (0, "") and node.mounts() == [worker.root]
+    assert worker.ask("import sqlite3") == {"ok": True, "read": True}
+    assert worker.ends(0) == 0
+
+
+def test_two_at_once_do_not_meet(node: Node) -> None:
+    first, second = node.worker(), node.worker()
+    assert first.root != second.root and len(node.mounts()) == 2
+    assert first.ends(3) == 3
+    assert node.mounts() == [second.root]
+    assert second.ask("import sqlite3") == {"ok": True, "read": True}
+    assert second.ends(4) == 4
+
+
+# -- exit codes, words, paths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 75, 255])
+def test_the_exit_code_is_the_commands(node: Node, code: int) -> None:
+    done = node.run(*node.inside("sh", "-c", f"echo out; echo err >&2; exit {code}"))
+    assert (done.returncode, done.stdout, done.stderr) == (code, "out\n", "err\n")
+    assert node.clean()
+
+
+def test_killed_by_a_signal_is_as_a_shell_says_it(node: Node) -> None:
+    done = node.run(*node.inside("python", "-c", "import os; os.kill(os.getpid(), 9)"))
+    assert (done.returncode, done.stderr) == (137, "")
+
+
+def test_words_arrive_as_they_are(node: Node) -> None:
+    words = [*NASTY, "", str(node.image) + "x"]
+    done = node.run(*node.inside("python", "-c", "import json, sys; print(json.dumps(sys.argv[1:]))", *words))
+    assert json.loads(done.stdout) == words, done.stderr
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_nasty_paths(home: Path, image: Path, name: str) -> None:
+    """TMPDIR and image by the same nasty name."""
+    for node in _node(home, image, name):
+        link = home / f"{name}.sif"
+        link.symlink_to(image)
+        done = node.run(*node.inside("printenv", "APPTAINER_CONTAINER", image=link), image=link)
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout[:-1]).is_relative_to(node.tmp) and done.stderr == ""
+        assert node.clean()
+
+
+# -- where it cannot be done -------------------------------------------------------------------------------------------
+
+#: An Apptainer that says what it was asked to run; all else it leaves to the real one.
+FAKE = """#!/bin/bash
+case $1 in
+  buildcfg) if [ -e "$HOME/setuid" ]; then echo APPTAINER_SUID_INSTALL=1; else exec {real} "$@"; fi ;;
+  sif) exec {real} "$@" ;;
+  *) printf '%s\\n' "$@"; exit 7 ;;
+esac
+"""
+
+
+def _programs(node: Node, *without: str) -> None:
+    """A PATH with what node.sh calls, and the fake Apptainer; without some."""
+    folder = node.home / "bin"
+    folder.mkdir()
+    names = [
+        "bash",
+        "mkdir",
+        "mktemp",
+        "rm",
+        "rmdir",
+        "setsid",
+        "squashfuse",
+        "squashfuse_ll",
+        "fusermount",
+        "fusermount3",
+    ]
+    for name in [*names, "stat", "timeout", "tr"]:
+        if name not in without and (found := shutil.which(name)):
+            (folder / name).symlink_to(found)
+    fake = folder / "apptainer"
+    fake.write_text(FAKE.replace("{real}", str(shutil.which("apptainer"))))
+    fake.chmod(0o755)
+    node.bin = str(folder)
+
+
+def _left_to_apptainer(node: Node, why: str, image: Path | None = None, **more: Any) -> None:
+    done = node.run("apptainer", "exec", str(image or node.image), "a b", image=image, **more)
+    assert done.returncode == 7 and done.stdout == f"exec\n{image or node.image}\na b\n", done
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("afina: the image is left to apptainer to mount") and why in line
+
+
+@pytest.mark.parametrize(
+    ("without", "why"),
+    [
+        (("squashfuse", "squashfuse_ll"), "no squashfuse"),
+        (("fusermount", "fusermount3"), "no fusermount"),
+        (("setsid",), "squashfuse_ll failed: "),
+    ],
+)
+def test_a_missing_program_is_said(node: Node, without: tuple[str, ...], why: str) -> None:
+    _programs(node, *without)
+    _left_to_apptainer(node, why)
+    assert node.clean()
+
+
+def test_a_setuid_apptainer_mounts_by_itself(node: Node) -> None:
+    _programs(node)
+    (node.home / "setuid").touch()
+    _left_to_apptainer(node, "installed setuid")
+
+
+def test_a_folder_is_used_as_it_is(node: Node) -> None:
+    _programs(node)
+    _left_to_apptainer(node, "not a file", node.home)
+
+
+def test_an_image_without_a_file_system(node: Node) -> None:
+    empty = node.home / "empty.sif"
+    subprocess.run(["apptainer", "sif", "new", str(empty)], check=True, capture_output=True)
+    empty.chmod(0o644)
+    _programs(node)
+    _left_to_apptainer(node, "no squashfs partition", empty)
+
+
+def test_a_mount_that_fails(node: Node) -> None:
+    cut = node.home / "cut.sif"
+    with node.image.open("rb") as whole:
+        cut.write_bytes(whole.read(1_000_000))
+    cut.chmod(0o644)
+    _programs(node)
+    _left_to_apptainer(node, "squashfuse_ll failed: ", cut)
+    assert node.clean()
+
+
+def test_no_room_for_the_mount_point(node: Node) -> None:
+    _programs(node)
+    node.tmp.rmdir()
+    _left_to_apptainer(node, "nothing can be made in")
+    node.tmp.mkdir()
+
+
+def test_no_fuse_device(node: Node) -> None:
+    if os.geteuid():
+        pytest.skip("needs root, to hide /dev/fuse in a mount namespace")
+    hidden = node.home / "closed"
+    hidden.touch(mode=0o600)
+    _programs(node)
+    script = 'PATH=/usr/sbin:/usr/bin:/sbin:/bin; mount --bind "$1" /dev/fuse; shift; exec runuser -u "$@"'
+    hide = [str(shutil.which("unshare")), "--mount", "/bin/sh", "-euc", script, "sh", str(hidden)]
+    prefix = (*hide, _account().pw_name, "--", "/usr/bin/env", f"PATH={node.bin}")
+    _left_to_apptainer(node, "/dev/fuse", prefix=prefix)
+
+
+def test_no_apptainer_is_an_error_with_a_remedy(node: Node) -> None:
+    _programs(node)
+    (node.home / "bin/apptainer").unlink()
+    done = node.run("apptainer", "exec", str(node.image), "true")
+    assert done.returncode == 3 and "apptainer is not on PATH" in done.stderr and "remedy:" in done.stderr
