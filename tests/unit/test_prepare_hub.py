@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 from tests.hub.server import OTHER_TOKEN, TOKEN, HubServer
 from tests.tiny import dataset_card, parquet_bytes, star_names, tiny_model, tiny_reviews
+from tests.unit.conftest import private_mounts
 from tests.unit.test_prepare import refused, result
 
-from afina.errors import EnvironmentProblem, InputError
+from afina.errors import EnvironmentProblem, InputError, SiteError
 from afina.plan import Plan, make_plan
 from afina.recipe import Recipe
 from afina.site import Site
 from afina.worker import store
+from afina.worker.pretrained import verify_model
 
 MODEL, DATA = "me/tiny", "me/reviews"
 Ran = subprocess.CompletedProcess[str]
@@ -132,6 +135,101 @@ def test_a_truncated_cache_is_fetched_again(plan: Callable[..., Plan], hub: HubS
     weights.resolve().unlink()
     assert "afina prefetch RECIPE" in refused(prepare(made, hub, HF_HUB_OFFLINE="1"), EnvironmentProblem.exit_code)
     assert result(prepare(made, hub))["reused"] is True and weights.read_bytes() == whole
+
+
+def flip(path: Path) -> bytes:
+    """Change one bit in the middle, in place, as a bad disk does; returns what was there."""
+    raw = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(len(raw) // 2)
+        file.write(bytes([raw[len(raw) // 2] ^ 1]))
+    return raw
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_one_bit_of_the_cached_model(plan: Callable[..., Plan], hub: HubServer, name: str) -> None:
+    """A large file has its SHA-256 on the Hub, a small one the SHA-1 of git: either is compared."""
+    made = plan()
+    first = result(prepare(made, hub))
+    verify_model(first)
+    path = Path(first["model_folder"]) / name
+    with path.open("rb") as reader:
+        whole = flip(path)
+        with pytest.raises(SiteError) as error:
+            verify_model(first)
+        assert str(path) in error.value.message and "afina prefetch RECIPE" in error.value.remedy
+        said = refused(prepare(made, hub, HF_HUB_OFFLINE="1"), EnvironmentProblem.exit_code)
+        assert "afina prefetch RECIPE" in said and str(path) in said
+        altered = path.read_bytes()
+        ran = prepare(made, hub)
+        assert (
+            result(ran) == {**first, "reused": True} and f"{path}: its content is not what the Hub holds" in ran.stderr
+        )
+        assert path.read_bytes() == whole
+        fetched = {r.path.rpartition("/")[2] for r in hub.requests if r.method == "GET" and "/resolve/" in r.path}
+        assert fetched <= {name}, "only what was damaged"
+        assert reader.read() == altered, "a job that has it open keeps it"
+    verify_model(first)
+
+
+def test_one_bit_of_the_fetched_data(plan: Callable[..., Plan], hub: HubServer) -> None:
+    made = plan()
+    first = result(prepare(made, hub))
+    parquet = next(made.site.cache.glob("datasets/*/*train.parquet"))
+    whole = flip(parquet)
+    assert result(prepare(made, hub))["reused"] is True and not hub.requests, "nobody reads it"
+    ran = prepare(plan(tokens={"max_length": 16}), hub)
+    assert result(ran)["reused"] is False and "again: what is here is damaged" in ran.stderr
+    assert parquet.read_bytes() == whole
+    store.verify(first["prepared"])
+
+
+def test_two_that_fetch_at_once(plan: Callable[..., Plan], hub: HubServer) -> None:
+    made = plan()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "afina.worker.prepare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **hub.env(made.site.cache / "huggingface")},
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(made.to_json().encode())
+        process.stdin.close()
+        process.stdin = None
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 3, said
+    weights = [r for r in hub.requests if r.origin == "cdn" and r.method == "GET" and "model.safetensors" in r.path]
+    assert len(weights) == 1, "each file comes once over the network"
+    assert sum(r.method == "GET" and r.path.endswith("train.parquet") and r.origin == "cdn" for r in hub.requests) == 1
+    assert not [p for folder in ("pins", "prepared", "cache/datasets") for p in (made.site.scratch / folder).glob(".*")]
+
+
+def test_a_read_only_cache_that_lacks_the_model(plan: Callable[..., Plan], hub: HubServer, tmp_path: Path) -> None:
+    home = tmp_path / "caches of the site"
+    home.mkdir()
+    (tmp_path / "plan.json").write_text(plan().to_json())
+    variables = {**hub.env(home), "HF_HOME": str(home)}
+    script = 'mount --bind "$3" "$3"; mount -o remount,bind,ro "$3"; program=$1; plan=$2; shift 3\n'
+    script += 'exec env "$@" "$program" -m afina.worker.prepare < "$plan"'
+    pairs = [f"{name}={value}" for name, value in variables.items()]
+    said = refused(private_mounts(script, sys.executable, tmp_path / "plan.json", home, *pairs), 3)
+    assert str(home) in said and f"the cache does not hold {MODEL}, and cannot be written" in said
+    assert "unset HF_HOME" in said
+
+
+def test_code_of_a_third_party_is_refused(plan: Callable[..., Plan], hub: HubServer, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "somebody/else--configuration.Config"}
+    files: dict[str, bytes | str | Path] = {p.name: p for p in model.iterdir()}
+    commit = hub.add_model("me/code", {**files, "config.json": json.dumps(config)})
+    made = plan(model="me/code", revision=commit, trust_remote_code=True)
+    said = refused(prepare(made, hub), InputError.exit_code)
+    assert "takes code from another repository, whose revision nothing pins" in said
 
 
 FAULTS: list[tuple[str, str, dict[str, Any], dict[str, str], list[str]]] = [

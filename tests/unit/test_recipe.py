@@ -10,9 +10,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from tests.unit.conftest import DROP, ROOT, recipe_dict
 
-from afina import recipe as module
 from afina.errors import RecipeError
 from afina.recipe import METRICS, Recipe, Resources, load_recipe, parse_recipe
+from afina.recipe_errors import model_of
+from afina.reserved import RESERVED_ARGUMENTS
 
 BASE = """\
 name: stars
@@ -283,7 +284,7 @@ WRONG = {
     "metrics=[acuracy]": "`acuracy` is not a metric; did you mean `accuracy`? known: accuracy, f1",
     "train.best_metric=loss": "`loss` is not a metric; ",
     "trust_remote_code=maybe": "must be true or false, found 'maybe'",
-    "trust_remote_code=true": "runs code from the model's repository: pin it with `revision: <commit>`",
+    "trust_remote_code=true": "runs code from the model's repository, `revision` is missing",
 }
 
 
@@ -356,11 +357,11 @@ def test_wrong_times(written: str) -> None:
     assert re.search(r"is not a time limit: write minutes|must be 1 or more|makes no sense", error.message)
 
 
-@pytest.mark.parametrize("argument", sorted(module._RESERVED_ARGUMENTS))
+@pytest.mark.parametrize("argument", sorted(RESERVED_ARGUMENTS))
 def test_reserved_arguments_say_where_it_belongs(argument: str) -> None:
     error = refused(BASE + f"  arguments:\n    weight_decay: 0.1\n    {argument}: 1\n")
     assert error.message == f"r.yaml:11: `train.arguments.{argument}`: is set by afina itself"
-    assert error.remedy == module._RESERVED_ARGUMENTS[argument]
+    assert error.remedy == RESERVED_ARGUMENTS[argument]
     for key in re.findall(r"`((?:train|tokens)\.\w+)", error.remedy):
         section, name = key.split(".")
         assert name in Recipe.model_fields[section].annotation.model_fields, f"the remedy names {key}"  # type: ignore[union-attr]
@@ -525,7 +526,7 @@ def test_every_key_has_a_type_that_is_explained() -> None:
     def walk(model: type[BaseModel], above: str) -> list[str]:
         found = []
         for key, field in model.model_fields.items():
-            below = module._model_of(field.annotation)
+            below = model_of(field.annotation)
             found += walk(below, f"{above}{key}.") if below else [above + key]
         return found
 
@@ -539,3 +540,62 @@ def test_every_key_has_a_type_that_is_explained() -> None:
 def test_the_helper_recipe_is_the_interface() -> None:
     assert Recipe.model_validate({**recipe_dict(), "model": "path-or-hub-id"}) == parse_recipe(INTERFACE)
     assert math.isclose(parse_recipe(INTERFACE).train.learning_rate, 5e-5)
+
+
+# -- secrets and foreign code ------------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aBcDeFgH1jKlMnOpQrStUvWxYz012345678"[:34]
+SECRET_URL = "https://me:s3cr3t-pw@hub.example.org/owner/name"
+
+
+@pytest.mark.parametrize("secret", [TOKEN, SECRET_URL], ids=["token", "url"])
+@pytest.mark.parametrize(
+    "key",
+    ["model", "revision", "data.hub", "data.id", "train.arguments.run_name", "train.batch_size", "train.arguments"],
+)
+def test_a_secret_is_refused_and_not_repeated(key: str, secret: str) -> None:
+    value = f'{{project: ["{secret}"]}}' if key == "train.arguments" else f'"{secret}"'
+    error = refused(BASE, f"{key}={value}")
+    assert error.message.startswith(f"--set {key}") and "holds a token or a password" in error.message
+    assert "HF_TOKEN in the environment" in error.remedy
+    assert TOKEN[3:] not in str(error) and "s3cr3t-pw" not in str(error)
+
+
+def test_a_secret_in_the_file_names_its_line() -> None:
+    error = refused(BASE + f"  arguments:\n    weight_decay: 0.1\n    logging_name: {TOKEN}\n")
+    assert error.message == "r.yaml:11: `train.arguments.logging_name`: holds a token or a password"
+
+
+def test_the_hubs_token_is_not_an_argument() -> None:
+    error = refused(BASE, f"train.arguments.hub_token={TOKEN}")
+    assert error.remedy == "set HF_TOKEN in the environment" and TOKEN not in str(error)
+    malformed = refused(BASE, f"model.sub={TOKEN}")
+    assert TOKEN not in str(malformed) and "has no keys" in malformed.message
+
+
+def test_a_recipe_from_python_does_not_repeat_a_secret() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({**recipe_dict(), "model": TOKEN})
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hf_style", "token", "a@b", "https://example.org/a@b", "hf_" + "x" * 8, "keyword"])
+def test_ordinary_words_are_no_secrets(name: str) -> None:
+    assert parse_recipe(BASE, [f'data.text="{name}"']).data.text == (name,)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT[:12], COMMIT.upper(), COMMIT + "0", f"refs/pr/{COMMIT}"])
+def test_foreign_code_needs_a_full_commit(revision: str) -> None:
+    error = refused(BASE + f"trust_remote_code: true\nrevision: {revision}\n")
+    assert error.message.startswith("r.yaml:9: `trust_remote_code`: runs code from the model's repository")
+    assert f"`{revision}` may mean other code tomorrow" in error.message and "40 hex digits" in error.remedy
+
+
+def test_foreign_code_that_is_pinned_or_local() -> None:
+    assert parse_recipe(BASE, ["trust_remote_code=true", f"revision='{COMMIT}'"]).trust_remote_code
+    for folder in ("./model", "/data/model", "~/model", "$HOME/model", "../a/b"):
+        assert parse_recipe(BASE, ["trust_remote_code=true", f"model='{folder}'"]).trust_remote_code
+    assert parse_recipe(BASE).trust_remote_code is False

@@ -13,6 +13,7 @@ import pytest
 
 from afina.errors import SiteError
 from afina.worker import store
+from afina.worker.publish import publish, staging
 
 
 def write_part(folder: Path, part: str, rows: list[list[int]], labels: np.ndarray, types: bool = False) -> None:
@@ -30,13 +31,13 @@ def write_part(folder: Path, part: str, rows: list[list[int]], labels: np.ndarra
 def final(tmp_path: Path) -> Path:
     """A published folder, its name a nasty one."""
     final = tmp_path / 'it\'s a "store", ünï' / "abc123"
-    with store.staging(final) as staging:
-        write_part(staging, "train", [[5, 6, 7], [8], [9, 65535]], np.array([0, 1, 0]), types=True)
-        write_part(staging, "eval", [[1]], np.array([1]))
-        (staging / "tokenizer").mkdir()
-        (staging / "tokenizer" / "tokenizer.json").write_text("{}")
-        store.seal(staging, {"digest": "abc123", "labels": ["één", "twee, drie"]})
-        assert store.publish(staging, final)
+    with staging(final) as aside:
+        write_part(aside, "train", [[5, 6, 7], [8], [9, 65535]], np.array([0, 1, 0]), types=True)
+        write_part(aside, "eval", [[1]], np.array([1]))
+        (aside / "tokenizer").mkdir()
+        (aside / "tokenizer" / "tokenizer.json").write_text("{}")
+        store.seal(aside, {"digest": "abc123", "labels": ["één", "twee, drie"]})
+        assert publish(aside, final, store.is_whole)
     return final
 
 
@@ -113,53 +114,12 @@ def test_another_format_is_refused(final: Path) -> None:
         store.load_manifest(final)
 
 
-def test_the_first_to_publish_wins(final: Path) -> None:
-    before = (final / "manifest.json").read_bytes()
-    with store.staging(final) as staging:
-        write_part(staging, "train", [[1]], np.array([0]))
-        store.seal(staging, {"digest": "other"})
-        assert not store.publish(staging, final)
-        assert not staging.exists()
-    assert (final / "manifest.json").read_bytes() == before
-
-
-def test_staging_is_removed_on_failure(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), store.staging(tmp_path / "x") as staging:
-        (staging / "half").write_text("half")
-        raise RuntimeError
-    assert not list(tmp_path.glob(".staging-*")) and not (tmp_path / "x").exists()
-
-
-def test_staging_of_a_killed_process_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
-    code = (
-        "import sys, time, pathlib; from afina.worker import store\n"
-        "with store.staging(pathlib.Path(sys.argv[1])) as s:\n"
-        "    (s / 'half').write_text('x'); print(s, flush=True); time.sleep(60)\n"
-    )
-    children = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path / name], stdout=subprocess.PIPE, text=True)
-        for name in ("dead", "alive")
-    ]
-    try:
-        folders = []
-        for child in children:
-            assert child.stdout is not None
-            folders.append(Path(child.stdout.readline().strip()))
-        children[0].kill()
-        children[0].wait()
-        assert all(folder.is_dir() for folder in folders)
-        foreign = tmp_path / ".staging-0123abcd-another-host-1"
-        foreign.mkdir()
-        with store.staging(tmp_path / "mine"):
-            pass
-        assert [folder.exists() for folder in folders] == [False, True]
-        assert foreign.exists()
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            assert child.stdout is not None
-            child.stdout.close()
+def test_an_altered_manifest_is_named(final: Path) -> None:
+    path = final / "manifest.json"
+    path.write_text(path.read_text().replace("twee, drie", "twee, vier"))
+    with pytest.raises(SiteError, match=r"manifest\.json: its content differs"):
+        store.load_manifest(final)
+    assert not store.is_whole(final)
 
 
 def test_reading_imports_no_torch() -> None:

@@ -395,7 +395,7 @@ def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     (newest / "optimizer.pt").unlink()
     code, said = _resume(place, run)
     assert code == 0, said
-    assert f"resuming from {older.name}" in said and "optimizer.pt is missing" in said
+    assert f"resuming from {older.name}" in said and "optimizer.pt: is missing" in said
     bad = place / "all bad"
     process = _start(place, bad, _recipe(place, train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(bad, 3)

@@ -71,18 +71,7 @@ def damage(checkpoint: Path) -> str | None:
         return "no manifest"
     except (OSError, ValueError, KeyError, AssertionError) as error:
         return f"manifest cannot be read: {error}"
-    for name, expected in files.items():
-        path = checkpoint / name
-        try:
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size} bytes, {expected['size']} were written"
-            if disk.sha256(path) != expected["sha256"]:
-                return f"{name} differs from what was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+    return disk.difference(checkpoint, files)
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -1,28 +1,33 @@
-"""Is this model folder one that the recipe can train? Files, weights, tokenizer, head, positions, arguments.
+"""Is this model folder one that the recipe can train? Files, weights, tokenizer, head, positions; and is it still the same?
 
-What needs transformers (seconds to import) is checked once: a pass is recorded under `<scratch>/pins/` and holds as long
-as the model's files, the recipe's arguments and the installed version stay the same.
+What needs transformers (seconds to import) is checked once, see `afina.worker.passed`.
 
-Not covered: whether the weights are any good, and what only a GPU can tell (`bf16`, `tf32`, `torch_compile`).
+Not covered: whether the weights are any good.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import types
-import typing
-import warnings
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError, RecipeError, nearest
+from afina.errors import InputError, RecipeError, SiteError
 from afina.recipe import Recipe
-from afina.rundir import write_atomic
+from afina.worker.disk import FileRecord, describe, difference, sha256
+from afina.worker.passed import recorded
 
-__all__ = ["check_arguments", "check_files", "check_model", "load_tokenizer", "tokenizer_identity"]
+__all__ = [
+    "check_files",
+    "check_model",
+    "load_tokenizer",
+    "record_model",
+    "tokenizer_identity",
+    "verify_model",
+    "wanted_files",
+]
 
 #: Files of which at least one makes a tokenizer.
 _TOKENIZER_FILES = (
@@ -43,6 +48,11 @@ _TOKENIZER_SETTINGS = (
     "bpe.codes",
 )
 
+_SAVE_AGAIN = "download the model again, or save it with `save_pretrained`"
+_SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+_SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
+
 #: Position tables of these models begin at pad_token_id + 1.
 _SHIFTED_POSITIONS = {
     "camembert",
@@ -58,37 +68,8 @@ _SHIFTED_POSITIONS = {
     "xmod",
 }
 
-#: Names that TrainingArguments once had, and what to write instead.
-_GONE = {
-    "warmup_ratio": "use `warmup_steps`: a value below 1 is a share of all steps",
-    "group_by_length": "set `tokens.batching: grouped`",
-    "overwrite_output_dir": "leave it out: nothing that exists is overwritten; give `--run DIR`",
-    "logging_dir": "leave it out: metrics are in `metrics.jsonl`",
-    "save_safetensors": "leave it out: models are always saved as safetensors",
-    "evaluation_strategy": "set `train.evaluate`",
-    "no_cuda": "leave it out: the device follows from the allocation",
-    "tokenizer": "leave it out: the tokenizer comes with the model",
-    "split_batches": "leave it out: afina shards the batches itself",
-    "dispatch_batches": "leave it out: afina shards the batches itself",
-    "per_gpu_train_batch_size": "set `train.batch_size`, the global batch",
-    "per_gpu_eval_batch_size": "set `train.eval_batch_size`",
-    "adafactor": "use `optim: adafactor`",
-    "fp16_opt_level": "leave it out: `fp16: true` is enough",
-    "fp16_backend": "leave it out: `fp16: true` is enough",
-    "half_precision_backend": "leave it out: `fp16: true` or `bf16: true` is enough",
-    "use_mps_device": "leave it out: the device follows from the allocation",
-    "batch_size": "set `train.batch_size`, the global batch",
-    "epochs": "set `train.epochs`",
-    "dropout": "it belongs to the model's config, not to the training arguments",
-}
-#: Whether these work is for the compute node to say, not for the node that prepares; only their type is checked.
-_HARDWARE = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile", "torch_compile_backend",
-             "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"}  # fmt: skip
 
-
-def check_files(
-    folder: Path, remedy: str = "download the model again, or save it with `save_pretrained`"
-) -> dict[str, Any]:
+def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     """Cheap checks of a model folder: config, tokenizer files, and that the weights are whole. Returns config.json.
 
     Raises:
@@ -154,6 +135,54 @@ def _check_weights(path: Path, remedy: str) -> None:
         ) from None
 
 
+def wanted_files(files: Iterable[str], recipe: Recipe) -> list[str]:
+    """Of a model's files those that training reads: config, tokenizer, weights, and code where the recipe trusts it.
+
+    Safetensors where there are any, pickled weights only where not. Empty if there are no weights.
+    """
+    files = list(files)
+    top = [name for name in files if "/" not in name]
+    weights = [n for n in top if _SAFETENSORS.fullmatch(n)] or [n for n in top if _PICKLES.fullmatch(n)]
+    if not weights:
+        return []
+    pickled = not _SAFETENSORS.fullmatch(weights[0])
+    small = [
+        name
+        for name in top
+        if name.endswith(_SMALL) and not (name.endswith(".index.json") and pickled != name.startswith("pytorch_model"))
+    ]
+    code = [name for name in files if name.endswith(".py")] if recipe.trust_remote_code else []
+    return sorted({*small, *weights, *code})
+
+
+def record_model(folder: Path, recipe: Recipe) -> dict[str, FileRecord]:
+    """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all of them."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    weights = [path.relative_to(folder).as_posix() for path in _weights(folder, _SAVE_AGAIN)]
+    return describe(folder, sorted({*wanted_files(names, recipe), *weights}))
+
+
+def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
+    """Compare the model that a run was claimed with and what is in its folder now.
+
+    Args:
+        prepared: what the prepare stage said, `prepared.json` of the run.
+        digests: compare SHA-256 too (reads everything), not only presence and size.
+
+    Raises:
+        SiteError: names the first file that is missing or altered, and what mends it.
+    """
+    wrong = difference(Path(prepared["model_folder"]), prepared.get("model_files", {}), digests=digests)
+    if wrong is None:
+        return
+    if prepared.get("model_commit"):
+        raise SiteError(f"model {wrong}", "fetch it again with `afina prefetch RECIPE` (scratch may have been purged)")
+    raise SiteError(
+        f"model {wrong}",
+        "put the file back; `afina prefetch RECIPE` checks the folder, and a changed model needs a new run",
+    )
+
+
 def tokenizer_identity(folder: Path) -> str:
     """SHA-256 of everything in `folder` that decides how text becomes tokens."""
     digest = hashlib.sha256()
@@ -164,7 +193,7 @@ def tokenizer_identity(folder: Path) -> str:
     for name in sorted({*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS, *code}):
         path = folder / name
         if path.is_file():
-            digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+            digest.update(f"{name}\0{sha256(path)}\0".encode())
     return digest.hexdigest()
 
 
@@ -172,41 +201,35 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> None:
     """Whether transformers can train this folder.
 
     Raises:
-        InputError: no sequence classification for this architecture, a config that transformers refuses.
+        InputError: no sequence classification for this architecture, a config that transformers refuses, foreign code
+            that nothing pins.
         RecipeError: `tokens.max_length` beyond the model's positions.
     """
-    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    if recipe.trust_remote_code:
+        _check_code(folder)
+    config = sha256(folder / "config.json")
     about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length]
 
     def check() -> list[str]:
         _check_architecture(folder, recipe)
         return []
 
-    _recorded(pins, about, check)
+    recorded(pins, about, check)
 
 
-def check_arguments(arguments: Mapping[str, Any], pins: Path) -> list[str]:
-    """Try `train.arguments` on the installed TrainingArguments; returns its warnings.
-
-    Raises:
-        RecipeError: an unknown name (with what replaces it), a value of the wrong type or that is refused.
-    """
-    return _recorded(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
-
-
-def _recorded(pins: Path, about: list[Any], check: Callable[[], list[str]]) -> list[str]:
-    """Run `check` unless it passed before with the same versions; returns its warnings."""
-    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
-    key = json.dumps([*versions, *about], sort_keys=True)
-    record = pins / f"checked-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    try:
-        return [str(w) for w in json.loads(record.read_text(encoding="utf-8"))["warnings"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    said = check()
-    pins.mkdir(exist_ok=True)
-    write_atomic(record, json.dumps({"warnings": said, "about": [*versions, *about]}, indent=1) + "\n")
-    return said
+def _check_code(folder: Path) -> None:
+    """Refuse `auto_map` entries of the form `owner/name--module.Class`: that code is of no pinned revision."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        mapped = value.get("auto_map") if isinstance(value, dict) else None
+        if mapped and "--" in json.dumps(mapped):
+            raise InputError(
+                f"model: {path} takes code from another repository, whose revision nothing pins",
+                "copy that code into the model folder and name it in `auto_map` without `owner/name--`",
+            )
 
 
 def _check_architecture(folder: Path, recipe: Recipe) -> None:
@@ -221,7 +244,7 @@ def _check_architecture(folder: Path, recipe: Recipe) -> None:
         if own_code and not recipe.trust_remote_code:
             raise InputError(
                 f"model: {recipe.model} needs Python code from its own repository",
-                "read that code, then set `trust_remote_code: true` and pin it with `revision: <commit>`",
+                "read that code, then set `trust_remote_code: true` and `revision:` to its full commit",
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -251,77 +274,6 @@ def _positions(config: Any) -> int | None:
     if config.model_type in _SHIFTED_POSITIONS:
         limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
     return limit
-
-
-def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
-    """Leaves no folder behind and forms no process group."""
-    import dataclasses
-
-    import transformers
-    from transformers import TrainingArguments
-
-    installed = f"transformers {transformers.__version__}"
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    hints = typing.get_type_hints(TrainingArguments)
-    for name, value in arguments.items():
-        if name not in known:
-            raise RecipeError(
-                f"train.arguments.{name}: TrainingArguments of {installed} has no such argument",
-                _GONE.get(name) or nearest(name, known) or "see the documentation of transformers.TrainingArguments",
-            )
-        if not _fits(value, hints[name]):
-            wanted = " or ".join(t.__name__ for t in _plain_types(hints[name]))
-            raise RecipeError(
-                f"train.arguments.{name}: {value!r} is {_a(type(value).__name__)}, {wanted} is wanted",
-                "correct the value",
-            )
-    tried = {name: value for name, value in arguments.items() if name not in _HARDWARE}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            # `output_dir` is not created before training begins.
-            TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **tried)
-        except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            named = next((n for n in tried if n in reason), None) or next(
-                (n for n, v in tried.items() if isinstance(v, str) and v in reason), None
-            )
-            raise RecipeError(
-                f"train.arguments{f'.{named}' if named else ''}: {installed} refuses: {reason}", "correct the value"
-            ) from None
-    return [f"train.arguments: {w.message}" for w in caught if issubclass(w.category, FutureWarning)]
-
-
-def _a(name: str) -> str:
-    return {
-        "str": "a text",
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "NoneType": "empty",
-    }.get(name, f"a {name}")
-
-
-def _plain_types(hint: Any) -> tuple[type, ...]:
-    """The types that a hint allows; empty if it allows more than plain values (enums, parsers of text, …)."""
-    members = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
-    plain = (int, float, bool, str, type(None))
-    return tuple(members) if all(m in plain for m in members) else ()
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    allowed = _plain_types(hint)
-    if not allowed:
-        return True
-    if isinstance(value, bool):
-        return bool in allowed
-    if isinstance(value, int) and float in allowed:
-        return True
-    return isinstance(value, allowed)
 
 
 def load_tokenizer(folder: Path, recipe: Recipe) -> Any:

@@ -86,6 +86,10 @@ class _Score(evaluate.Metric):  # type: ignore[misc]
             features=datasets.Features({"predictions": feature, "references": feature}),
         )
 
+    def _build_data_dir(self) -> str:
+        """No folder: evaluate makes one in its cache, which may be read-only, and with `keep_in_memory` never uses it."""
+        return str(self._data_dir_root)
+
     def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
         with warnings.catch_warnings():
             # scikit-learn and SciPy warn of classes without examples and of constant input; the value says it (0 or NaN).

@@ -98,6 +98,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
 
     from afina.worker import checkpoint as checkpoints
     from afina.worker import preflight, results, store
+    from afina.worker.pretrained import verify_model
     from afina.worker.trainer import EvaluationAbandoned, RunTrainer, build_arguments, build_model
 
     transformers.logging.set_verbosity_error()
@@ -106,6 +107,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     manifest = store.load_manifest(folder)
     if rank == 0:
         store.verify(folder)
+        verify_model(prepared)
     task, labels = manifest["task"], manifest["labels"]
     metric_names = _metric_names(plan, task)
     best = plan.recipe.train.best_metric or METRICS[task][0]
