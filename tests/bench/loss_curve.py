@@ -68,6 +68,7 @@ def compare(
                 "seed": seed,
                 "log_every": 1,
                 "keep": "last",
+                "fast_dropout": False,
             },
             "metrics": ["accuracy"],
         }

@@ -201,7 +201,7 @@ def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("batching", ["longest", "grouped"])
+@pytest.mark.parametrize("batching", ["longest", "grouped", "packed"])
 def test_two_processes_and_accumulation_are_the_same_training(place: Path, batching: str) -> None:
     """Without dropout one process, two, and one with accumulation differ by rounding only, uneven last steps included."""
     recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching})

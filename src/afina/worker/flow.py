@@ -140,7 +140,7 @@ def _broken_loss(trainer: RunTrainer, step: int, learning_rate: float) -> Traini
         trainer.geometry.global_batch,
         recipe.train.seed,
         (step - 1) // per_epoch,
-        recipe.tokens.batching,
+        trainer.batching,
     )
     rows = steps[(step - 1) % per_epoch]
     return TrainingError(

@@ -30,7 +30,7 @@ import torch
 
 from afina.errors import EnvironmentProblem
 from afina.worker import checkpoint as checkpoints
-from afina.worker import disk
+from afina.worker import disk, dropout
 
 __all__ = ["PROGRESS", "RANKS", "Saver", "Snapshot", "copied", "random_state", "read_progress", "set_random_state"]
 
@@ -161,7 +161,10 @@ def copied(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Random states of this process: Python, NumPy, torch on the CPU, and the GPU in use; plain values and tensors only."""
+    """Random states of this process: Python, NumPy, torch on the CPU, the fast dropout, and the GPU in use.
+
+    Plain values and tensors only.
+    """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -174,6 +177,7 @@ def random_state() -> dict[str, Any]:
             float(cached),
         ],
         "cpu": torch.random.get_rng_state(),
+        "dropout": dropout.state(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -187,6 +191,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.random.set_rng_state(state["cpu"])
+    dropout.set_state(state["dropout"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

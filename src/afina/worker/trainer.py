@@ -37,7 +37,8 @@ from afina.errors import EnvironmentProblem
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
-from afina.worker.batches import Collator, EvalBatches, Rows, StepBatches
+from afina.worker import dropout, memory, packed
+from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
 from afina.worker.flow import Flow, Progress, agree, evaluates_at, steps_per_epoch, stop_cause, truncate
 from afina.worker.lease import Lease
 from afina.worker.preflight import state_bytes
@@ -121,6 +122,7 @@ def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, nu
         dtype=torch.float32,  # the default takes the checkpoint's dtype: a bf16 one would train in pure bf16
         ignore_mismatched_sizes=True,  # a head for other labels is replaced
         trust_remote_code=plan.recipe.trust_remote_code,
+        **packed.attention_dropout(plan.recipe, folder),
     )
 
 
@@ -154,6 +156,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         clock: training time and examples.
         logits, evaluated_step: of the last evaluation, (N, K) float32 in input order.
         model_step: the step whose weights `model/` holds.
+        batching: how batches are made: the recipe's word, or what the model can take.
     """
 
     control: TrainerControl
@@ -206,6 +209,12 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             compute_loss_func=self._loss,
             compute_metrics=lambda _: {},
         )
+        if self.args.device.type == "cpu":
+            memory.keep_freed()
+        dropout.seed(train.seed, self.rank)
+        self.batching, notes = packed.prepare(self.model, plan.recipe, self.args)
+        for note in notes if self.rank == 0 else ():
+            print(f"afina: {note}", flush=True)
         self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
         self.state_bytes = state_bytes(self.model)
         if self.model.config.pad_token_id is None:
@@ -228,14 +237,29 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     # Batches and loss
 
-    def _collator(self, split: Split) -> Collator:
-        tokens = self.plan.recipe.tokens
-        return Collator(split, self.pad_token_id, tokens.max_length if tokens.batching == "padded" else None)
+    def _collator(self, split: Split) -> Collator | PackedCollator:
+        if self.batching == "packed":
+            config = self.model.config
+            offset = packed.PROVEN[config.model_type].offset
+            return PackedCollator(
+                split,
+                self.model.base_model.embeddings.padding_idx if offset else self.pad_token_id,
+                config.num_attention_heads,
+                offset,
+                self.args.device.type,
+            )
+        longest = self.plan.recipe.tokens.max_length
+        return Collator(split, self.pad_token_id, longest if self.batching == "padded" else None)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         split = self.splits["train"]
         sampler = StepBatches(
-            split.lengths, self.geometry, self.rank, self.plan.recipe.train.seed, self.plan.recipe.tokens.batching
+            split.lengths,
+            self.geometry,
+            self.rank,
+            self.plan.recipe.train.seed,
+            self.batching,
+            getattr(self.model.config, "hidden_size", 768),
         )
         return DataLoader(
             Rows(split),
@@ -246,9 +270,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         split = (eval_dataset or self.eval_dataset).split
-        batches = EvalBatches(
-            split.lengths, self.args.per_device_eval_batch_size, self.rank, self.geometry.num_processes
-        )
+        size = self.args.per_device_eval_batch_size
+        max_tokens = size * TOKENS_PER_ROW if self.batching == "packed" else None
+        batches = EvalBatches(split.lengths, size, self.rank, self.geometry.num_processes, max_tokens)
         collate = self._collator(split)
         return DataLoader(Rows(split), batch_sampler=batches, collate_fn=lambda rows: (rows, collate(rows)))
 
@@ -401,7 +425,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         if len(ranks) == self.geometry.num_processes:
             set_random_state(ranks[self.rank]["random"])
         else:
-            transformers.set_seed(self.args.seed + 1_000_003 * self.state.global_step + self.rank)
+            seed = self.args.seed + 1_000_003 * self.state.global_step
+            transformers.set_seed(seed + self.rank)
+            dropout.seed(seed, self.rank)
 
     def restore(self, folder: Path) -> None:
         """Take over a checkpoint of the last step: nothing is left to train, only to conclude."""

@@ -1,0 +1,83 @@
+"""Small file systems that fill up, fail and lose power. Needs root.
+
+`tmpfs` is one with a size, `ext4` lies in a file behind a loop device. ext4 can be told to stop (EXT4_IOC_SHUTDOWN, the
+ioctl that xfstests uses): from then on everything on it fails with EIO, as on a disk that has gone; what had not
+reached the journal and the disk by then is lost, as after a power cut. Mounted again it is in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+__all__ = ["Disk"]
+
+# _IOR('X', 125, __u32), and flags: flush the journal first, or do not.
+_SHUTDOWN = 0x8004587D
+_FLUSH, _NO_FLUSH = 1, 2
+
+
+class Disk:
+    """A mounted file system of `size_mb`; `folder` is open to everybody, as /tmp is."""
+
+    def __init__(self, folder: Path, kind: str, size_mb: int = 48) -> None:
+        self.folder, self.kind, self.size_mb = folder, kind, size_mb
+        self.image = folder.with_name(f"{folder.name}.ext4")
+        self.filler = folder / "filler"
+
+    def __enter__(self) -> Disk:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.kind == "ext4":
+            with self.image.open("wb") as file:
+                file.truncate(self.size_mb << 20)
+            subprocess.run(["mkfs.ext4", "-q", "-E", "lazy_itable_init=0", str(self.image)], check=True)
+        self.mount()
+        self.folder.chmod(0o1777)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=False)
+        self.image.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def mount(self) -> None:
+        if self.kind == "tmpfs":
+            what = ["-t", "tmpfs", "-o", f"size={self.size_mb}m", "tmpfs"]
+        else:
+            what = ["-o", "loop", str(self.image)]
+        subprocess.run(["mount", *what, str(self.folder)], check=True)
+
+    def fill(self, leave: int = 0) -> None:
+        """Write until nothing fits any more, then give back `leave` bytes."""
+        descriptor = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            for size in (1 << 20, 1 << 12):
+                block = b"\0" * size
+                with contextlib.suppress(OSError):
+                    while os.write(descriptor, block) == size:
+                        pass
+            if leave:
+                os.ftruncate(descriptor, max(0, os.fstat(descriptor).st_size - leave))
+        finally:
+            os.close(descriptor)
+
+    def free(self) -> None:
+        self.filler.unlink()
+
+    def fail(self, *, power_cut: bool = False) -> None:
+        """Everything on it fails with EIO from now on; with `power_cut` what was not flushed to the disk is lost."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _NO_FLUSH if power_cut else _FLUSH))
+        finally:
+            os.close(descriptor)
+
+    def mend(self) -> None:
+        """Mount it again: the journal is replayed. Nobody may hold a file on it open."""
+        subprocess.run(["umount", str(self.folder)], check=True)
+        self.mount()

@@ -1,0 +1,184 @@
+"""A run as a batch job in the image, on the test cluster of tests/slurm: `sbatch finetune.sbatch` and Slurm's commands.
+
+Both nodes of that cluster are this machine, so that a rank is found by its command line on whichever node it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.faults.live import Live, Missed, Setting, freeze, records, signal_all
+from tests.faults.place import ROOT, overrides
+
+sys.path.insert(0, str(ROOT / "tests/slurm"))  # its modules name each other without a package
+import slurm_machine as machine
+from cluster import TERMINAL, Cluster, ClusterError
+
+__all__ = ["Cluster", "ClusterError", "SlurmRun", "hand_over"]
+
+#: So long a job must have been over to be believed: one that requeues itself is briefly in a state that looks like it.
+_SETTLED_S = 3.0
+
+
+def hand_over(place: Path, image: Path, cluster: Cluster) -> None:
+    """Make a project folder one of the cluster's user: site.env, the batch script, his name on every file."""
+    (place / "slurm").mkdir(exist_ok=True)
+    for script in (*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh")):
+        shutil.copy(script, place / "slurm" / script.name)
+    scratch = shlex.quote(str(place / "scratch"))
+    (place / "slurm/site.env").write_text(f"AFINA_SCRATCH={scratch}\nAFINA_IMAGE={shlex.quote(str(image))}\n")
+    (place / "scratch/runs").mkdir(exist_ok=True)
+    for path in (place, *place.rglob("*")):
+        shutil.chown(path, cluster.user, cluster.user)
+    place.chmod(0o755)
+
+
+class SlurmRun(Live):
+    def __init__(self, place: Path, name: str, setting: Setting, cluster: Cluster) -> None:
+        self.place, self.name, self.setting, self.cluster = place, name, setting, cluster
+        self.run = place / "scratch/runs" / name  # until the job has claimed it under its full name
+        self.jobs: list[int] = []
+        self._over_since: float | None = None
+        self._looked = 0.0
+        self._said: str | None = None
+
+    @property
+    def job(self) -> int:
+        return self.jobs[-1]
+
+    def start(self, changes: Mapping[str, Any], limit_min: int = 0) -> None:
+        limit = [f"--time={limit_min}"] if limit_min else []
+        self._submit(
+            *limit, script=["slurm/finetune.sbatch", "recipe.yaml", *overrides({"name": self.name, **changes})]
+        )
+        runs = self.place / "scratch/runs"
+        found = self.until(lambda: list(runs.glob(f"{self.name}-*/plan.json")), "the run directory", pause_s=0.1)
+        self.run = found[0].parent
+
+    def resume(self) -> None:
+        self.mark()
+        self._submit(script=["slurm/finetune.sbatch", str(self.run)])
+
+    def ended(self) -> str | None:
+        """Asks Slurm twice a second at most; in between the last answer holds."""
+        if time.monotonic() - self._looked >= 0.5:
+            self._looked = time.monotonic()
+            self._said = self._ended()
+        return self._said
+
+    def _ended(self) -> str | None:
+        job = self.cluster.job(self.job)
+        if job["JobState"] not in TERMINAL:
+            self._over_since = None
+            return None
+        self._over_since = self._over_since or self._looked
+        if self._looked - self._over_since < _SETTLED_S or self._follow():
+            return None
+        return f"job {job['JobState']} ({job['ExitCode']}, {job['Restarts']} restarts)"
+
+    def _follow(self) -> bool:
+        """Whether the job has submitted another one that goes on with the run, where a requeue could not be."""
+        for record in records(self.run / "submissions.jsonl"):
+            job = int(record["job_id"]) if str(record.get("job_id")).isdigit() else 0
+            if job and job not in self.jobs:
+                self.jobs.append(job)
+                self._over_since = None
+                return True
+        return False
+
+    def second(self) -> str:
+        before = list(self.jobs)
+        self._submit(script=["slurm/finetune.sbatch", str(self.run)])
+        job = self.job
+        self.jobs = [job, *before]  # known, and not the one to look at
+        try:
+            state = self.cluster.wait(job, timeout=300)
+        except ClusterError as error:
+            self._user("scancel", str(job))
+            return f"the second one hung: {error}"
+        log = self.place / f"slurm-{job}.out"
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+        return f"the second job ended {state}" + (f" ({said[0]})" if said else "")
+
+    def signal_host(self, number: signal.Signals) -> None:
+        if number == signal.SIGKILL:
+            signal_all([self._batch_shell()], number)
+        else:
+            self._user("scancel", "--batch", f"--signal={number.name.removeprefix('SIG')}", str(self.job))
+
+    def signal_step(self, number: signal.Signals) -> None:
+        self._user("scancel", f"--signal={number.name.removeprefix('SIG')}", str(self.job))
+
+    def kill_everything(self) -> None:
+        """All that carries the job's number, the image's file system process included; slurmstepd lives and reports."""
+        pids = self._carriers()
+        if not pids:
+            raise Missed("nothing runs yet, or any more")
+        freeze(pids)
+        signal_all(pids, signal.SIGKILL)
+
+    def clean_up(self) -> None:
+        if self.jobs:
+            self._user("scancel", *map(str, self.jobs))
+            for job in self.jobs:
+                with contextlib.suppress(ClusterError):
+                    self.cluster.wait(job, timeout=60)
+
+    # Slurm's own.
+
+    def scancel(self) -> None:
+        self._user("scancel", str(self.job))
+
+    def requeue(self) -> None:
+        self._user("scontrol", "requeue", str(self.job))
+
+    def preempt(self) -> None:
+        argv = ["--partition=urgent", f"--nodes={self.cluster.nodes}", "--exclusive", "--output=/dev/null"]
+        urgent = self.cluster.sbatch(*argv, script="#!/bin/bash\nsleep 1\n", cwd=self.place)
+        self.cluster.wait(urgent, timeout=180)
+
+    def nodes(self) -> list[str]:
+        names = self.cluster.job(self.job)["NodeList"]
+        return self.cluster.root(["scontrol", "show", "hostnames", names]).stdout.split()
+
+    def fail_node(self, node: str) -> None:
+        """It is back at once: where every node is needed nothing else could go on."""
+        try:
+            self.cluster.fail_node(node)
+        finally:
+            self.cluster.start_slurmd(node)
+
+    def _submit(self, *options: str, script: list[str]) -> None:
+        nodes, per_node = self.setting.nodes, self.setting.per_node
+        geometry = [f"--nodes={nodes}", f"--gpus-per-node={per_node}", f"--cpus-per-task={per_node}"]
+        self.jobs.append(self.cluster.sbatch(*geometry, *options, *script, cwd=self.place))
+        self._over_since = self._said = None
+
+    def _user(self, *argv: str) -> None:
+        self.cluster.run_as_user(argv, cwd=self.place)
+
+    def _carriers(self) -> list[int]:
+        number = str(self.job)
+        return [
+            pid
+            for pid in machine.pids()
+            if machine.environ(pid).get("SLURM_JOB_ID") == number
+            and machine.environ(pid).get("SLURM_CONF") == str(self.cluster.conf)
+            and not machine.comm(pid).startswith("slurmstepd")
+        ]
+
+    def _batch_shell(self) -> int:
+        for pid in self._carriers():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if len(words) > 1 and words[1].endswith(b"slurm_script"):
+                    return pid
+        raise Missed("the batch script is not there")

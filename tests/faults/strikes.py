@@ -1,0 +1,381 @@
+"""What is done to a live run, and how it is mended: acts that take a `Scene` and say in words what they did.
+
+Each chooses its moment, its rank, its byte with the scene's generator, so that a seed repeats the choices. What they
+meet depends on the machine: a step takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.disks import Disk
+from tests.faults.here import HereRun
+from tests.faults.live import STAGES, Live, complete_steps, freeze, signal_all
+from tests.faults.on_slurm import SlurmRun
+from tests.faults.place import SAVE_EVERY, STEPS
+
+
+@dataclass
+class Scene:
+    """What a strike or a mend works on."""
+
+    live: Live
+    rng: random.Random
+    disk: Disk | None = None
+    #: Checkpoints were damaged on purpose.
+    damaged: bool = False
+    #: What a mend put aside for the next.
+    kept: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def here(self) -> HereRun:
+        assert isinstance(self.live, HereRun)
+        return self.live
+
+    @property
+    def slurm(self) -> SlurmRun:
+        assert isinstance(self.live, SlurmRun)
+        return self.live
+
+    @property
+    def small_disk(self) -> Disk:
+        assert self.disk is not None
+        return self.disk
+
+
+Act = Callable[[Scene], str]
+
+
+# Moments
+
+
+def _some_step(scene: Scene, low: int = 5, high: int = STEPS // 2) -> int:
+    """A random step, well before the end so that a busy machine does not miss it; and a moment within it."""
+    seen = scene.live.wait_for_step(scene.rng.randint(low, high))
+    time.sleep(scene.rng.uniform(0, 0.01))
+    return seen
+
+
+def _saved_step(scene: Scene, checkpoints: int = 1) -> int:
+    """A random step after so many committed checkpoints."""
+    seen = _some_step(scene, (checkpoints + 1) * SAVE_EVERY, (checkpoints + 4) * SAVE_EVERY)
+    scene.live.until(lambda: len(complete_steps(scene.live.run)) >= checkpoints, f"{checkpoints} checkpoint(s)")
+    return seen
+
+
+def _some_rank(scene: Scene) -> int:
+    return scene.rng.randrange(scene.live.setting.processes)
+
+
+# Strikes
+
+
+def kill_rank(scene: Scene) -> str:
+    rank, step = _some_rank(scene), _some_step(scene)
+    signal_all([scene.live.rank(rank)], signal.SIGKILL)
+    return f"SIGKILL to rank {rank} at step {step}"
+
+
+def kill_all(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.live.kill_everything()
+    return f"SIGKILL to every process at step {step}"
+
+
+def kill_all_saved(scene: Scene) -> str:
+    step = _saved_step(scene, 2)
+    scene.live.kill_everything()
+    return f"SIGKILL to every process at step {step}, after two checkpoints"
+
+
+def kill_host(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.live.signal_host(signal.SIGKILL)
+    return f"SIGKILL to the host's process at step {step}"
+
+
+def kill_starting(scene: Scene) -> str:
+    pause = scene.rng.uniform(0, 5)
+    time.sleep(pause)
+    scene.live.kill_everything()
+    return f"SIGKILL to every process {pause:.1f} s after the start"
+
+
+def kill_ending(scene: Scene) -> str:
+    """After the last step, while the model is written."""
+    scene.live.wait_for_step(STEPS)
+    pause = scene.rng.uniform(0, 0.1)
+    time.sleep(pause)
+    scene.live.kill_everything()
+    return f"SIGKILL to every process {1000 * pause:.0f} ms after the last step"
+
+
+def kill_at(stage: str) -> Act:
+    def strike(scene: Scene) -> str:
+        after = scene.rng.randrange(2 * SAVE_EVERY, STEPS // 2)
+        ranks = scene.live.freeze_at(stage, after)
+        one = scene.rng.random() < 0.5
+        if one:
+            signal_all([scene.live.rank(0)], signal.SIGKILL)
+            signal_all(ranks, signal.SIGCONT)
+        else:
+            scene.live.kill_everything()
+        return f"SIGKILL to {'rank 0' if one else 'every process'} with a save {stage}, after step {after}"
+
+    return strike
+
+
+def signal_host(number: signal.Signals) -> Act:
+    def strike(scene: Scene) -> str:
+        step = _some_step(scene)
+        scene.live.signal_host(number)
+        return f"{number.name} to the host's process at step {step}"
+
+    return strike
+
+
+def signal_step(number: signal.Signals) -> Act:
+    def strike(scene: Scene) -> str:
+        step = _some_step(scene)
+        scene.live.signal_step(number)
+        return f"{number.name} to the step at step {step}"
+
+    return strike
+
+
+def term_rank(scene: Scene) -> str:
+    rank, step = _some_rank(scene), _some_step(scene)
+    signal_all([scene.live.rank(rank)], signal.SIGTERM)
+    return f"SIGTERM to rank {rank} alone at step {step}"
+
+
+def term_skewed(scene: Scene) -> str:
+    """The second rank is frozen for the pause: steps take milliseconds, and the run would be over before it ends."""
+    step = _some_step(scene)
+    ranks = scene.live.ranks()
+    order = scene.rng.sample(sorted(ranks), len(ranks))
+    pause = scene.rng.uniform(1, 3)
+    signal_all([ranks[order[0]]], signal.SIGTERM)
+    freeze(ranks[rank] for rank in order[1:])
+    time.sleep(pause)
+    signal_all([ranks[rank] for rank in order[1:]], signal.SIGTERM)
+    signal_all([ranks[rank] for rank in order[1:]], signal.SIGCONT)
+    return f"SIGTERM to rank {order[0]} at step {step}, to the others {pause:.1f} s later"
+
+
+def touch_stop(scene: Scene) -> str:
+    step = _some_step(scene)
+    (scene.live.run / "stop").touch()
+    return f"the stop file at step {step}"
+
+
+def fill_disk(leave: int) -> Act:
+    """With some bytes left log lines still fit, and the next save does not."""
+
+    def strike(scene: Scene) -> str:
+        step = _saved_step(scene)
+        scene.small_disk.fill(leave)
+        return f"file system full (but {leave} bytes) from step {step} on"
+
+    return strike
+
+
+def fail_disk(scene: Scene) -> str:
+    step = _saved_step(scene)
+    scene.small_disk.fail()
+    return f"EIO for everything on the file system from step {step} on"
+
+
+def cut_power(scene: Scene) -> str:
+    step = _saved_step(scene, 2)
+    freeze(scene.live.ranks().values())
+    scene.small_disk.fail(power_cut=True)
+    scene.live.kill_everything()
+    return f"power cut at step {step}: what was not flushed to the disk is lost"
+
+
+def stop_rank(scene: Scene) -> str:
+    rank, step, pause = _some_rank(scene), _some_step(scene), scene.rng.uniform(2, 4)
+    pid = scene.live.rank(rank)
+    freeze([pid])
+    time.sleep(pause)
+    signal_all([pid], signal.SIGCONT)
+    return f"rank {rank} stood still for {pause:.1f} s at step {step}"
+
+
+def stop_rank_for_good(scene: Scene) -> str:
+    rank, step = _some_rank(scene), _some_step(scene)
+    freeze([scene.live.rank(rank)])
+    return f"rank {rank} stands still from step {step} on"
+
+
+def cut_network(scene: Scene) -> str:
+    step, pause = _some_step(scene), scene.rng.uniform(2, 4)
+    scene.here.cut_network()
+    time.sleep(pause)
+    scene.here.mend_network()
+    return f"no network between the ranks for {pause:.1f} s at step {step}"
+
+
+def cut_network_for_good(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.here.cut_network()
+    return f"no network between the ranks from step {step} on"
+
+
+def nothing(scene: Scene) -> str:
+    return "nothing more"
+
+
+def second_start(scene: Scene) -> str:
+    """Before the first has begun to train, so that both would train side by side."""
+    return f"started a second time at once: {scene.live.second()}"
+
+
+def scancel(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.slurm.scancel()
+    return f"scancel at step {step}"
+
+
+def requeue(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.slurm.requeue()
+    return f"scontrol requeue at step {step}"
+
+
+def preempt(scene: Scene) -> str:
+    step = _some_step(scene)
+    scene.slurm.preempt()
+    return f"preempted by a job of a higher partition at step {step}"
+
+
+def fail_node(scene: Scene) -> str:
+    step = _some_step(scene)
+    node = scene.rng.choice(scene.slurm.nodes())
+    scene.slurm.fail_node(node)
+    return f"node {node} lost power at step {step}"
+
+
+def wait_for_limit(scene: Scene) -> str:
+    scene.live.wait_for_training()
+    return "one minute of time limit"
+
+
+# Mends
+
+
+def free_disk(scene: Scene) -> str:
+    scene.small_disk.free()
+    return "space freed"
+
+
+def mount_again(scene: Scene) -> str:
+    scene.live.clean_up()
+    scene.small_disk.mend()
+    return "file system mounted again"
+
+
+def _newest(scene: Scene) -> Path:
+    return scene.live.run / "checkpoints" / f"step-{complete_steps(scene.live.run)[-1]}"
+
+
+def damage(how: str, file: str = "") -> Act:
+    """One file of the newest checkpoint, chosen at random unless it is named."""
+
+    def mend(scene: Scene) -> str:
+        folder = _newest(scene)
+        names = sorted(p.name for p in folder.iterdir() if p.name != "manifest.json" and p.stat().st_size)
+        path = folder / (file or scene.rng.choice(names))
+        _damage(path, how, scene.rng)
+        scene.damaged = True
+        return f"{path.name} of {folder.name} {how}"
+
+    return mend
+
+
+def _damage(path: Path, how: str, rng: random.Random) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        with path.open("r+b") as file:
+            file.truncate(rng.randrange(path.stat().st_size))
+    else:
+        with path.open("r+b") as file:
+            file.seek(rng.randrange(path.stat().st_size))
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+def damage_all(scene: Scene) -> str:
+    checkpoints = scene.live.run / "checkpoints"
+    scene.kept["copy"] = scene.live.run.with_name(f"{scene.live.run.name}.kept")
+    shutil.copytree(checkpoints, scene.kept["copy"])
+    for folder in checkpoints.glob("step-*"):
+        _damage(folder / "model.safetensors", "bit-flipped", scene.rng)
+    scene.damaged = True
+    return "every checkpoint bit-flipped"
+
+
+def restore_all(scene: Scene) -> str:
+    """With the owner that they had: the run may belong to another user than the suite."""
+    checkpoints = scene.live.run / "checkpoints"
+    owner = checkpoints.stat()
+    shutil.rmtree(checkpoints)
+    scene.kept["copy"].rename(checkpoints)
+    for path in (checkpoints, *checkpoints.rglob("*")):
+        shutil.chown(path, owner.st_uid, owner.st_gid)
+    scene.damaged = False
+    return "checkpoints restored"
+
+
+# The soak
+
+
+def random_kill(scene: Scene, share: float, last: bool) -> str:
+    """SIGKILL at a random instant of an attempt: while it starts, trains, saves or ends; to one rank, the host, or all.
+
+    Args:
+        share: the part of the whole run that an attempt goes on for, on average, before it is killed in training.
+        last: no kill comes after it, so that it may come at the end.
+    """
+    rng, live = scene.rng, scene.live
+    moment = rng.choices(("training", "save", "start", "end"), (6, 2, 1, 3 if last else 0))[0]
+    victim = rng.choices(("all", "rank", "host"), (3, 3, 1))[0]
+    if moment == "start":
+        pause = rng.uniform(0, 6)
+        time.sleep(pause)
+        said = f"{pause:.1f} s after the start"
+    elif moment == "end":
+        live.wait_for_step(STEPS)
+        time.sleep(rng.uniform(0, 0.1))
+        said = "after the last step"
+    elif moment == "save":
+        first = live.wait_for_training()
+        stage = rng.choice(STAGES)
+        live.freeze_at(stage, first + rng.randrange(SAVE_EVERY))
+        said = f"with a save {stage}"
+    else:
+        first = live.wait_for_training()
+        step = live.wait_for_step(first + rng.randrange(max(2, int(2 * share * STEPS))))
+        time.sleep(rng.uniform(0, 0.01))
+        said = f"at step {step}"
+    ranks = live.ranks()
+    if victim == "rank" and ranks:
+        number = rng.choice(sorted(ranks))
+        signal_all([ranks.pop(number)], signal.SIGKILL)
+        signal_all(ranks.values(), signal.SIGCONT)
+        return f"rank {number} {said}"
+    if victim == "host":
+        live.signal_host(signal.SIGKILL)
+        signal_all(ranks.values(), signal.SIGCONT)
+        return f"host {said}"
+    live.kill_everything()
+    return f"all {said}"

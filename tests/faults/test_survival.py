@@ -1,0 +1,95 @@
+"""The suite of faults at its smallest: each case that needs no cluster once, and twenty random kills.
+
+Two runs side by side, as many as the machine of CI has cores. AFINA_FAULTS_SEED repeats the choices of an earlier
+session; what they meet differs, for the machine decides it. A strike that comes too late proves nothing and is tried
+again once. Cases that need root (small disks, networks of their own) are left out without it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.faults import stories
+from tests.faults.cases import CASES, Case
+from tests.faults.live import Setting
+from tests.faults.run import KILLS_PER_RUN, Suite, here_suite, main
+from tests.faults.stories import Story
+
+SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
+KILLS = 20
+_SOAKS = [f"soak-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
+_BY_NAME = {fault.name: fault for fault in CASES if "here" in fault.where and not fault.slow}
+
+Tell = Callable[[str], Story]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("it's a place")
+
+
+@pytest.fixture(scope="module")
+def suites(place: Path) -> dict[int, Suite]:
+    return {n: here_suite(place, Setting(per_node=n)) for n in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def tell(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Iterator[Tell]:
+    """The story of a case, or of a run of the soak. All that are selected run in a pool, in the order of the tests."""
+    names: list[str] = []
+    for item in request.session.items:
+        if (call := getattr(item, "callspec", None)) and "story" in call.params:
+            names.append(call.params["story"])
+        elif item.name == test_twenty_random_kills_change_nothing.__name__:
+            names += _SOAKS
+    with ThreadPoolExecutor(2) as pool:
+        told = {name: pool.submit(_story, suites, name) for name in names}
+        yield lambda name: told[name].result()
+        for future in told.values():
+            future.cancel()
+
+
+def _story(suites: dict[int, Suite], name: str) -> Story:
+    if name.startswith("soak-"):
+        return suites[1].soak(SEED, int(name.removeprefix("soak-")), KILLS_PER_RUN)
+    fault = _BY_NAME[name]
+    suite = suites[fault.num_processes]
+    story = suite.tell(fault, SEED)
+    return story if story.struck else suite.tell(fault, SEED + "/again")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("story", _BY_NAME)
+def test_a_run_survives(suites: dict[int, Suite], tell: Tell, story: str) -> None:
+    fault: Case = _BY_NAME[story]
+    if reason := suites[fault.num_processes].applies(fault):
+        pytest.skip(reason)
+    told = tell(story)
+    print(f"AFINA_FAULTS_SEED={SEED}\n{stories.table([told])}\n{told.difference}")
+    assert not told.broken
+    assert told.struck
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], tell: Tell) -> None:
+    told = [tell(name) for name in _SOAKS]
+    while sum(story.kills for story in told) < KILLS:  # one that came too late is made up for
+        told.append(_story(suites, f"soak-{len(told)}"))
+    print(f"AFINA_FAULTS_SEED={SEED}\n{stories.table(told)}\n" + "\n".join(story.difference for story in told))
+    assert not [story.broken for story in told if story.broken]
+
+
+def test_the_command_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [fault.name for fault in CASES]
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "python tests/faults/run.py --kills 200" in capsys.readouterr().out
