@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -285,8 +286,8 @@ def submit(
     """
 
     need_slurm()
-    if not isinstance(recipe, Recipe) and is_run_dir(recipe):
-        handle = Run(recipe)
+    handle = None if isinstance(recipe, Recipe) or not is_run_dir(recipe) else Run(recipe)
+    if handle is not None:
         directory, plan = handle.dir, handle.dir.plan()
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
@@ -296,7 +297,12 @@ def submit(
             recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
         )
         directory = claim(plan, run)
-    (submit_sbatch if via == "sbatch" else submit_submitit)(plan, directory)
+    try:
+        (submit_sbatch if via == "sbatch" else submit_submitit)(plan, directory)
+    except AfinaError:
+        if handle is None:  # claimed a moment ago, for this submission
+            shutil.rmtree(directory.path)
+        raise
     return Run(directory.path)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import ROOT, Ran, program, tree
 
 from afina import slurm
@@ -251,6 +252,21 @@ def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
 def test_a_dry_run_needs_no_slurm(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     done = afina("submit", recipe_file(), "--dry-run", env={"PATH": no_slurm(tmp_path)})
     assert done.returncode == 0 and "# would run\nsbatch --parsable" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("via", ["sbatch", "submitit"])
+def test_a_refused_submission_leaves_no_run_behind(
+    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
+) -> None:
+    for name in ("sbatch", "srun"):
+        program(bin, name, "echo 'sbatch: error: invalid partition specified: gqu' >&2; exit 1\n")
+    path = recipe_file(model=str(tiny_model(tmp_path / "model")))
+    write_csv(path.parent / "reviews.csv", tiny_reviews(40))
+    settings = ("data.train={fraction: 0.5}", "data.eval={fraction: 0.5}", "tokens.max_length=32")
+    done = afina("submit", path, "--via", via, *[word for setting in settings for word in ("--set", setting)])
+    assert done.returncode == 3 and "invalid partition specified" in done.stderr, done
+    assert "  remedy: " in done.stderr and "Traceback" not in done.stderr
+    assert not list((scratch / "runs").iterdir())
 
 
 # -- the batch script --------------------------------------------------------------------------------------------------
