@@ -28,17 +28,6 @@ FOUR = ("kill-rank", "term-step", "node-fail")
 
 
 @pytest.fixture(scope="module")
-def image() -> Path:
-    path = os.environ.get("AFINA_TEST_IMAGE", "")
-    if not Path(path).is_file():
-        reason = "AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif"
-        if os.environ.get("AFINA_REQUIRE_CLUSTER") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return Path(path).resolve()
-
-
-@pytest.fixture(scope="module")
 def folder(image: Path) -> Iterator[Path]:
     """The project folder; pytest's own is closed to everybody but root."""
     path = Path(tempfile.mkdtemp(prefix="afina's faults ", dir="/tmp"))

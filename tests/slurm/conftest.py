@@ -52,6 +52,15 @@ def tracker(request: pytest.FixtureRequest, cluster: Cluster) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def image() -> Path:
+    """The image that the jobs run in, readable by the ordinary user."""
+    path = os.environ.get("AFINA_TEST_IMAGE", "")
+    if not Path(path).is_file():
+        _unavailable("AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif")
+    return Path(path).resolve()
+
+
 @pytest.fixture
 def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     """An empty folder of the ordinary user; pytest's own tmp_path is closed to everybody but root."""

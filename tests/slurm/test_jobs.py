@@ -42,17 +42,6 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def image() -> Path:
-    path = os.environ.get("AFINA_TEST_IMAGE", "")
-    if not path or not Path(path).is_file():
-        reason = "AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif"
-        if os.environ.get("AFINA_REQUIRE_CLUSTER") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return Path(path).resolve()
-
-
-@pytest.fixture(scope="session")
 def host() -> Iterator[Path]:
     """A virtual environment that the ordinary user can read, with afina's host side only: what a login node has."""
     folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))

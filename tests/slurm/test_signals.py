@@ -6,7 +6,6 @@ tests/apptainer/test_mount.py does the same by hand, in more cases, and shows wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -48,17 +47,6 @@ trap : TERM USR1
 srun bash "$PWD/node.sh" "$IMAGE" apptainer --quiet exec --no-home "$IMAGE" "$@" &
 while kill -0 $! 2>/dev/null; do wait $!; done
 """
-
-
-@pytest.fixture
-def image() -> Path:
-    path = os.environ.get("AFINA_TEST_IMAGE", "")
-    if not Path(path).is_file():
-        reason = "AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif"
-        if os.environ.get("AFINA_REQUIRE_CLUSTER") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return Path(path).resolve()
 
 
 class Step:
