@@ -31,6 +31,7 @@ FOUR = ("kill-rank", "term-step", "node-fail")
 def folder(image: Path) -> Iterator[Path]:
     """The project folder; pytest's own is closed to everybody but root."""
     path = Path(tempfile.mkdtemp(prefix="afina's faults ", dir="/tmp"))
+    path.chmod(0o755)
     yield path
     shutil.rmtree(path)
 

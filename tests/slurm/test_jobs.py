@@ -66,6 +66,10 @@ def place(cluster: Cluster, image: Path) -> Iterator[Path]:
     (path / "slurm").mkdir()
     (path / "scratch").mkdir()
     tiny.tiny_model(path / "model")
+    config = path / "model/config.json"
+    # Without dropout, whose masks depend on the number of processes: then that must make no difference.
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | still))
     tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(700, 1))
     (path / "recipe.yaml").write_text(json.dumps(RECIPE))
     shutil.copy(ROOT / "slurm/finetune.sbatch", path / "slurm/finetune.sbatch")
@@ -143,8 +147,8 @@ def test_more_processes_are_the_same_training(
     assert len(list(run.glob("attempts/*/node*.log"))) == nodes
     first, other = _metrics(single), _metrics(run)
     assert [line["step"] for line in first] == [line["step"] for line in other]
-    # Other dropout masks, the same batches: the first losses lie close together, and it learns as well.
-    assert other[0]["loss"] == pytest.approx(first[0]["loss"], rel=0.05)
+    # The same batches: the first losses lie close together (later ones drift apart by rounding), and it learns as well.
+    assert other[0]["loss"] == pytest.approx(first[0]["loss"], rel=0.01)
     assert outcome["metrics"]["eval_accuracy"] > 0.5
 
 
