@@ -231,7 +231,8 @@ def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, proc
     """The evaluation takes seconds, one row at a time; the stop is asked for when its step has been logged."""
     rows = tiny.tiny_reviews(2400, 11)
     tiny.write_csv(place / "long.csv", rows)
-    recipe = _recipe(place, train={"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1})
+    one_by_one = {"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1}
+    recipe = _recipe(place, train=one_by_one, tokens={"batching": "longest"})
     recipe["data"] = {
         "files": {"train": str(place / "reviews.csv"), "eval": str(place / "long.csv")},
         "text": "text",

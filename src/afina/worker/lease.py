@@ -35,7 +35,7 @@ class Lease:
 
     Attributes:
         lost: another attempt has taken it.
-        patience: seconds that the host waits for the next beat, beyond a few beats.
+        patience: seconds that the host waits for the next beat, beyond a few beats; at first for the start-up.
     """
 
     def __init__(self, run: RunDir, attempt: str) -> None:
@@ -44,6 +44,7 @@ class Lease:
         self.lost = False
         self.patience: Callable[[], float] = lambda: Watchdog.FIRST_S
         self._beats = 0
+        self._writing = threading.Lock()
         self._over = threading.Event()
 
     def take(self, wait_s: float = DEAD_S) -> None:
@@ -76,6 +77,11 @@ class Lease:
             )
         threading.Thread(target=self._keep, name="afina-lease", daemon=True).start()
 
+    def expect(self, patience: Callable[[], float]) -> None:
+        """Let the host wait as long as `patience` says from now on."""
+        self.patience = patience
+        self._write()
+
     def release(self) -> None:
         self._over.set()
         if self._mine():
@@ -92,11 +98,12 @@ class Lease:
                 continue  # a full disk or a server that is away: the next beat may come through
 
     def _write(self) -> None:
-        self._beats += 1
-        record = {"attempt": self.attempt, "beats": self._beats, "patience_s": int(self.patience()), **_self()}
-        aside = self.path.with_name(f".lease.{self.attempt}.{os.getpid()}")
-        aside.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(aside, self.path)
+        with self._writing:
+            self._beats += 1
+            record = {"attempt": self.attempt, "beats": self._beats, "patience_s": int(self.patience()), **_self()}
+            aside = self.path.with_name(f".lease.{self.attempt}.{os.getpid()}")
+            aside.write_text(json.dumps(record), encoding="utf-8")
+            os.replace(aside, self.path)
 
     def _read(self) -> dict[str, Any] | None:
         try:

@@ -138,7 +138,8 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         processing_class=tokenizer,
     )
     trainer.watchdog.start()
-    lease.patience = lambda: trainer.watchdog.limit_s
+    if rank == 0:
+        lease.expect(lambda: trainer.watchdog.limit_s)
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
