@@ -23,8 +23,8 @@ from tests.faults.run import Suite, slurm_suite
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 
 #: What the two trackers treat differently, and the causes of a requeue; the rest is for the night.
-ONE = ("kill-host", "term-step", "requeue", "preempt")
-FOUR = ("kill-rank", "term-step", "node-fail")
+ONE = ("kill-host", "term-step", "preempt")
+FOUR = ("term-step", "node-fail")
 
 
 @pytest.fixture(scope="module")
