@@ -21,6 +21,7 @@ from typing import Any
 
 from afina.errors import ClaimedError
 from afina.rundir import RunDir
+from afina.worker.turns import started
 from afina.worker.watch import Watchdog
 
 __all__ = ["Lease"]
@@ -121,11 +122,11 @@ class Lease:
         job = self.attempt.rpartition(".")[0]
         if job and holder["attempt"].rpartition(".")[0] == job and holder["attempt"] != self.attempt:
             return True
-        return _here(holder) and _started(holder["pid"]) != holder["started"]
+        return _here(holder) and started(holder["pid"]) != holder["started"]
 
 
 def _self() -> dict[str, Any]:
-    return {"host": platform.node(), "boot": _boot(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"host": platform.node(), "boot": _boot(), "pid": os.getpid(), "started": started(os.getpid())}
 
 
 def _here(holder: dict[str, Any]) -> bool:
@@ -134,12 +135,3 @@ def _here(holder: dict[str, Any]) -> bool:
 
 def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in clock ticks since boot; None if there is none (or only its remains). A number is used again, this is not."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

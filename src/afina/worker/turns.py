@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["BEAT_S", "PATIENCE_S", "Beat", "Process", "turn"]
+__all__ = ["BEAT_S", "PATIENCE_S", "Beat", "Process", "started", "turn"]
 
 BEAT_S = 5.0
 #: More than an NFS client keeps a file's time to itself (60 s), and many beats.
@@ -49,7 +49,7 @@ class Process:
 
     @classmethod
     def here(cls) -> Process:
-        return cls(socket.gethostname(), _space(), os.getpid(), _started(os.getpid()) or 0)
+        return cls(socket.gethostname(), _space(), os.getpid(), started(os.getpid()) or 0)
 
     @classmethod
     def parse(cls, text: str) -> Process | None:
@@ -66,9 +66,9 @@ class Process:
         """None if that cannot be seen from here."""
         if (self.host, self.space) != (socket.gethostname(), _space()):
             return None
-        started = _started(self.pid)
-        if started is not None:
-            return bool(self.started) and started != self.started
+        now = started(self.pid)
+        if now is not None:
+            return bool(self.started) and now != self.started
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -205,8 +205,8 @@ def _space() -> int:
         return 0
 
 
-def _started(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat (proc(5)); None if there is no such process, or only what is left of it."""
+def started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the machine did: field 22 of /proc/PID/stat (proc(5)); None if there is no such process, or only what is left of it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
