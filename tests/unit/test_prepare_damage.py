@@ -19,6 +19,7 @@ import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import private_mounts, tree
 from tests.unit.test_prepare import leftovers, prepare, refused, result
+from tests.unit.test_prepare_hub import flip
 
 from afina.errors import SiteError
 from afina.plan import Plan, make_plan
@@ -78,15 +79,6 @@ def start(plan: Plan) -> subprocess.Popen[str]:
     process.stdin.close()
     process.stdin = None
     return process
-
-
-def flip(path: Path) -> bytes:
-    """Change one bit in the middle, in place, as a bad disk does; returns what was there."""
-    raw = path.read_bytes()
-    with path.open("r+b") as file:
-        file.seek(len(raw) // 2)
-        file.write(bytes([raw[len(raw) // 2] ^ 1]))
-    return raw
 
 
 # -- beside itself, and killed ----------------------------------------------------------------------------------------
