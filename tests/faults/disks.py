@@ -12,6 +12,7 @@ import fcntl
 import os
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 __all__ = ["Disk"]
@@ -77,7 +78,30 @@ class Disk:
         finally:
             os.close(descriptor)
 
-    def mend(self) -> None:
-        """Mount it again: the journal is replayed. Nobody may hold a file on it open."""
-        subprocess.run(["umount", str(self.folder)], check=True)
+    def mend(self, patience_s: float = 30) -> None:
+        """Mount it again: the journal is replayed. Waits for the killed processes to let go of their files on it.
+
+        Raises:
+            RuntimeError: somebody still holds a file on it open; with who.
+        """
+        until = time.monotonic() + patience_s
+        while subprocess.run(["umount", str(self.folder)], capture_output=True, check=False).returncode:
+            if time.monotonic() > until:
+                raise RuntimeError(f"{self.folder} is still in use after {patience_s:g} s, by {self._holders()}")
+            time.sleep(0.1)
         self.mount()
+
+    def _holders(self) -> list[str]:
+        """Commands of the processes that have a file, a folder or a mapping on it."""
+        holders = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                links = [
+                    process / "cwd",
+                    process / "root",
+                    *(process / "fd").iterdir(),
+                    *(process / "map_files").iterdir(),
+                ]
+                if any(str(link.readlink()).startswith(f"{self.folder}/") for link in links):
+                    holders.append(f"{process.name} {(process / 'cmdline').read_bytes()[:200]!r}")
+        return holders

@@ -1,0 +1,68 @@
+"""The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
+
+    run       prefetch, train, resume, submit, demo
+    watch     status, report
+
+Everything heavy is imported inside the commands: `afina --help` starts in a blink.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from afina import __version__
+from afina.cli import run, watch
+from afina.errors import EXIT_ENVIRONMENT, AfinaError
+
+__all__ = ["cli", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The `afina` command. Exit codes: 0 finished, 2 your input, 3 the environment, 4 training failed, 75 stopped and resumable."""
+    try:
+        cli.main(args=None if argv is None else list(argv), standalone_mode=False)
+    except AfinaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("afina: interrupted; nothing half-made is left behind", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        # The machine said no (permission, quota, a name too long). Without a file it is a defect: keep the traceback.
+        if error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}\n  remedy: check the path, its permissions and your quota",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_ENVIRONMENT)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 finished · 2 your input · 3 the environment · 4 the training failed · 75 stopped, resumable.",
+)
+@click.version_option(__version__, prog_name="afina")
+def cli() -> None:
+    """Fine-tune a pretrained Hugging Face model on labelled text as a Slurm batch job that survives the cluster.
+
+    \b
+    Examples:
+      afina train recipe.yaml                       train here
+      afina submit recipe.yaml --nodes 2            as a Slurm job
+      afina prefetch recipe.yaml                    fetch and prepare, on a node with internet
+      afina status RUN_DIR                          how it goes
+    """
+
+
+for _command in (*run.COMMANDS, *watch.COMMANDS):
+    cli.add_command(_command)

@@ -1,0 +1,6 @@
+"""`python -m afina.cli` is the `afina` command."""
+
+from afina.cli import main
+
+if __name__ == "__main__":
+    main()
