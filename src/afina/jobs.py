@@ -22,12 +22,13 @@ from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
+from afina.record import make_record
 from afina.rundir import Outcome, RunDir, is_run_dir
 from afina.site import environment, load_site
 from afina.slurm import cancel, in_queue, need_slurm, submit_sbatch, submit_submitit, submitit_script
 from afina.supervise import run_node, settle
 
-__all__ = ["Run", "State", "claim", "dry_run", "plan_for", "prepare", "resume", "submit", "train"]
+__all__ = ["Run", "State", "claim", "dry_run", "plan_for", "prepare", "resume", "submit", "train", "visible_gpus"]
 
 State = Literal["PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UNKNOWN"]
 Via = Literal["sbatch", "submitit"]
@@ -204,18 +205,24 @@ def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
         return {}
 
 
-def claim(plan: Plan, path: str | Path | None = None) -> RunDir:
-    """Prepare, then claim a run directory: bad data leaves nothing behind."""
+def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:
+    """Prepare, then claim a run directory: bad data leaves nothing behind.
+
+    Args:
+        text: the recipe's text, where it is not what the plan's recipe file holds now.
+    """
     RunDir.check_free(path)
     check_image(plan.site)
     prepared = prepare(plan)
     argv = node_argv(plan, _extra_binds(plan, path))
-    text = (
-        plan.recipe_file.read_text(encoding="utf-8")
-        if plan.recipe_file
-        else json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
-    )
-    return RunDir.claim(plan, prepared, argv, text, path, scripts=job_scripts())
+    if text is None:
+        text = (
+            plan.recipe_file.read_text(encoding="utf-8")
+            if plan.recipe_file
+            else json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
+        )
+    record = make_record(plan, prepared, text)
+    return RunDir.claim(plan, prepared, argv, text, path, scripts=job_scripts(), record=record)
 
 
 def _extra_binds(plan: Plan, path: str | Path | None) -> list[Path]:
@@ -239,9 +246,9 @@ def train(
         run: the run directory; by default one under `$AFINA_SCRATCH/runs/`.
         num_processes: processes on this machine; by default one per visible GPU, or one.
     """
-    processes = num_processes if num_processes is not None else _visible_gpus() or 1
+    processes = num_processes if num_processes is not None else visible_gpus() or 1
     check_cores(processes)
-    plan = plan_for(recipe, overrides=overrides, site=site, num_processes=processes, gpus_per_node=_visible_gpus())
+    plan = plan_for(recipe, overrides=overrides, site=site, num_processes=processes, gpus_per_node=visible_gpus())
     directory = claim(plan, run)
     print(f"afina: run {directory.path}", flush=True)
     _attempt(directory, {})
@@ -318,7 +325,7 @@ def _attempt(directory: RunDir, env: dict[str, str]) -> None:
         raise kind(*(outcome.error or "").split("\n  remedy: ", 1))
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """GPUs this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else the driver's list. Not measured on a GPU."""
     if not Path("/proc/driver/nvidia/version").exists():
         return 0

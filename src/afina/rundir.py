@@ -155,6 +155,7 @@ class RunDir:
         path: str | Path | None = None,
         *,
         scripts: Mapping[str, Path] | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> RunDir:
         """Claim a run directory and write what the run is.
 
@@ -165,6 +166,7 @@ class RunDir:
             recipe_text: the recipe as the user wrote it.
             path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
             scripts: copied into it, by name.
+            record: written to `record.json` (see `afina.record`).
 
         Raises:
             ClaimedError, InputError: as `check_free`.
@@ -201,6 +203,7 @@ class RunDir:
             "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
             "worker.argv": b"".join(os.fsencode(word) + b"\0" for word in words),
             **{name: script.read_bytes() for name, script in (scripts or {}).items()},
+            **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
             "plan.json": plan.to_json(),  # last: it makes the directory a run
         }
         try:

@@ -1,6 +1,6 @@
 """The only module that runs sbatch, squeue, sacct and scancel, or imports submitit.
 
-Covers submission, states and cancelling. A query that fails says `UNKNOWN`, never `FAILED`: clusters without accounting have no
+Covers submission, states, cancelling and what accounting says. A query that fails says `UNKNOWN`, never `FAILED`: clusters without accounting have no
 sacct, and a busy slurmctld does not answer.
 """
 
@@ -25,12 +25,14 @@ from afina.supervise import run_node
 __all__ = [
     "JobState",
     "NodeTask",
+    "accounting",
     "cancel",
     "in_queue",
     "need_slurm",
     "submit_sbatch",
     "submit_submitit",
     "submitit_script",
+    "version",
 ]
 
 JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
@@ -167,6 +169,27 @@ def in_queue(job_ids: Sequence[str]) -> dict[str, JobState]:
         state = found.get(job)
         states[job] = "GONE" if state is None else ("PENDING" if state in _QUEUED else "RUNNING")
     return states
+
+
+def accounting(job_ids: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]] | None:
+    """Rows of sacct about these jobs and their steps, one more for each restart; None where there is no accounting."""
+    if not job_ids:
+        return None
+    what = [f"--format={','.join(fields)}", f"--jobs={','.join(job_ids)}"]
+    try:
+        said = _slurm(["sacct", "--duplicates", "--noheader", "--parsable2", *what])
+    except SlurmError:
+        return None
+    rows = [line.split("|") for line in said.splitlines()]
+    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+
+
+def version() -> str | None:
+    """What Slurm says it is, e.g. `slurm 23.11.4`, or None where there is none."""
+    try:
+        return _slurm(["sbatch", "--version"]).strip() or None
+    except SlurmError:
+        return None
 
 
 def cancel(job_id: str) -> None:

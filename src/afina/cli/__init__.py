@@ -1,7 +1,8 @@
 """The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
 
     run       prefetch, train, resume, submit, demo
-    watch     status, report
+    watch     status
+    report    report, compare, rerun
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import run, watch
+from afina.cli import report, run, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -64,5 +65,5 @@ def cli() -> None:
     """
 
 
-for _command in (*run.COMMANDS, *watch.COMMANDS):
+for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS):
     cli.add_command(_command)

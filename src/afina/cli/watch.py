@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing in them: status, report."""
+"""Commands that look at runs and change nothing in them: status."""
 
 from __future__ import annotations
 
@@ -43,18 +43,4 @@ def status(run_dir: str, as_json: bool) -> None:
         print(f"  {record['error']}")
 
 
-@click.command()
-@click.argument("run_dir")
-def report(run_dir: str) -> None:
-    """Write a self-contained page about RUN_DIR, and print its path.
-
-    \b
-    Example:
-      afina report /scratch/me/runs/yelp-1a2b3c4d-1
-    """
-    from afina.report import write_report
-
-    print(write_report(run_dir))
-
-
-COMMANDS = (status, report)
+COMMANDS = (status,)

@@ -8,9 +8,11 @@ the task: expanded in the batch script every node would be number 0.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -189,11 +191,44 @@ def _facts(geometry: Geometry) -> dict[str, object]:
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cores": len(os.sched_getaffinity(0)),
+        "versions": _versions(),
+        "hardware": _hardware(),
         "image": os.environ.get("AFINA_IMAGE"),
         "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
         "geometry": geometry.model_dump(),
         "slurm": slurm,
     }
+
+
+def _versions() -> dict[str, str]:
+    """What is installed, without importing it."""
+    found = {}
+    for name in ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, object]:
+    """Processor, memory, GPUs and their driver, as Linux and NVIDIA's driver write them under /proc. GPUs: not measured on one."""
+    cpu = re.search(r"(?m)^model name\s*: (.+)$", _proc("/proc/cpuinfo"))
+    memory = re.search(r"(?m)^MemTotal:\s*(\d+) kB", _proc("/proc/meminfo"))
+    driver = re.search(r"Kernel Module(?:\s+for \S+)?\s+(\S+)", _proc("/proc/driver/nvidia/version"))
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [match[1] for card in cards if (match := re.search(r"(?m)^Model:\s*(.+)$", _proc(str(card))))]
+    return {
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "memory_gb": round(int(memory[1]) / 1024**2, 1) if memory else None,
+        "gpus": models,
+        "driver": driver[1] if driver else None,
+    }
+
+
+def _proc(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

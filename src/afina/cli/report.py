@@ -1,0 +1,247 @@
+"""Commands about runs that are there: report, compare, rerun."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from afina.cli.options import finish, minutes_of
+
+__all__ = ["COMMANDS"]
+
+#: More runs than this are not tested unless it is asked for: each test reads predictions.
+_MOST_TESTED = 20
+#: More runs than this stand below each other.
+_MOST_BESIDE = 4
+
+
+@click.command()
+@click.argument("path", metavar="RUN_DIR|SWEEP")
+@click.option("--png", is_flag=True, help="Also write the charts as PNG files (needs matplotlib).")
+@click.option("--each", is_flag=True, help="For a folder of runs: write the page of every run, too.")
+@click.option("--no-text", is_flag=True, help="Leave the texts of mistaken rows out; their rows and ids stay.")
+@click.option("--json", "as_json", is_flag=True, help="Print the path of the page as JSON.")
+def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> None:
+    """Write a self-contained page about a run, or about the runs of a sweep, and print its path.
+
+    The page is RUN_DIR/report/index.html: no network, no script; its charts lie beside it as SVG files.
+
+    \b
+    Examples:
+      afina report /scratch/me/runs/yelp-1a2b3c4d-1
+      afina report /scratch/me/sweeps/rates --each --png
+    """
+    from afina.report import write_report
+
+    page = write_report(path, png=png, texts=not no_text, each=each)
+    print(json.dumps({"report": str(page)}) if as_json else page)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option("--metric", metavar="NAME", help="The score to test; by default what chooses the best checkpoint.")
+@click.option(
+    "--test/--no-test",
+    "test",
+    default=None,
+    help=f"Paired tests of each run against the first; by default for up to {_MOST_TESTED} runs.",
+)
+@click.option("--json", "as_json", is_flag=True)
+def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_json: bool) -> None:
+    """Set runs side by side: what differs between their recipes, their scores, and whether that is more than chance.
+
+    A folder stands for the runs below it. Each run is tested against the first on the same eval rows: McNemar's exact test for
+    accuracy, the paired bootstrap for other scores, Wilcoxon's test for absolute errors.
+
+    \b
+    Examples:
+      afina compare runs/base runs/longer
+      afina compare sweeps/rates --no-test --json
+    """
+    from afina import compare as comparing
+    from afina.errors import EnvironmentProblem
+
+    found = comparing.compare(runs)
+    tests, missing = None, ""
+    if test or (test is None and len(found.runs) <= _MOST_TESTED):
+        try:
+            tests = comparing.tested(found, metric)
+        except EnvironmentProblem as error:
+            if test:
+                raise
+            missing = str(error)
+    if as_json:
+        print(json.dumps(comparing.to_json(found, tests), ensure_ascii=False))
+        return
+    _print(found, tests, missing)
+
+
+@click.command()
+@click.argument("run_dir")
+@click.option("--run", metavar="DIR", help="The new run directory; by default one under $AFINA_SCRATCH/runs/.")
+@click.option("--submit", is_flag=True, help="As a Slurm job, instead of here.")
+@click.option("--via", type=click.Choice(["sbatch", "submitit"]), default="sbatch", show_default=True)
+@click.option("--site", metavar="FILE", help="Site file; by default as for `afina train`.")
+@click.option(
+    "--nodes", type=click.IntRange(1), metavar="N", help="With --submit: other resources than the first time."
+)
+@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N")
+@click.option("--time", "time_limit", metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS.")
+@click.option(
+    "--num-processes", type=click.IntRange(1), metavar="N", help="Here: by default as many as the first time."
+)
+@click.option("--dry-run", is_flag=True, help="Say what differs now and print the plan; change nothing.")
+@click.option("--json", "as_json", is_flag=True)
+def rerun(
+    run_dir: str,
+    run: str | None,
+    submit: bool,
+    via: Any,
+    site: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    time_limit: str | None,
+    num_processes: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make RUN_DIR once more, as a new run: the same recipe, overrides and revisions, on the site of today.
+
+    What differs from the first time (image, versions, git commit, data, processes) is said first.
+
+    \b
+    Examples:
+      afina rerun /scratch/me/runs/yelp-1a2b3c4d-1
+      afina rerun /scratch/me/runs/yelp-1a2b3c4d-1 --submit --time 2:00:00
+    """
+    from afina.errors import InputError
+    from afina.rerun import plan_again
+    from afina.rerun import rerun as run_again
+
+    if not submit and (nodes is not None or time_limit is not None or gpus_per_node is not None):
+        raise InputError("--nodes, --gpus-per-node and --time are for a job", "add --submit, or leave them out")
+    if submit and num_processes is not None:
+        raise InputError("--num-processes is for this machine", "with --submit use --nodes and --gpus-per-node")
+    options: dict[str, Any] = {
+        "site": site,
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "time_min": minutes_of(time_limit),
+        "num_processes": num_processes,
+    }
+    if dry_run:
+        again = plan_again(run_dir, local=not submit, **options)
+        if as_json:
+            shown = {"plan": again.plan.model_dump(mode="json"), "overrides": again.overrides, "differs": again.notes}
+            print(json.dumps(shown, ensure_ascii=False))
+            return
+        for note in again.notes:
+            print(f"afina: differs: {note}")
+        print(again.plan.to_json().rstrip())
+        return
+
+    def say(line: str) -> None:
+        print(f"afina: {line}", flush=True)
+
+    made = run_again(run_dir, path=run, submit=submit, via=via, say=say, **options)
+    if not submit:
+        finish(made, as_json)
+    elif as_json:
+        print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via}))
+    else:
+        print(f"afina: submitted job {made.job_id} through {via}")
+
+
+def _print(found: Any, tests: Any, missing: str) -> None:
+    """Tables on the terminal; on a pipe as wide as they are."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
+    rows = {**found.recipe, **found.metrics, **found.about}
+    kinds = {**dict.fromkeys(found.recipe, "recipe"), **dict.fromkeys(found.metrics, "score")}
+    beside = len(found.runs) <= _MOST_BESIDE
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    if beside:
+        for head in ("", "", *found.names):
+            table.add_column(head, overflow="fold")
+        last = ""
+        for key, values in rows.items():
+            kind = kinds.get(key, "run")
+            table.add_row(kind if kind != last else "", key, *map(_shown, values))
+            last = kind
+    else:
+        for head in ("run", *rows):
+            table.add_column(head, overflow="fold")
+        for i, name in enumerate(found.names):
+            table.add_row(name, *(_shown(values[i]) for values in rows.values()))
+    if not found.recipe:
+        console.print("The recipes are the same.")
+    console.print(table)
+    if missing:
+        console.print(f"\nNot tested: {missing}")
+    if tests:
+        console.print()
+        console.print(_tests(tests))
+        console.print(
+            "Difference: run minus the first. The tests know the choice of the rows, not the chance in training:"
+        )
+        console.print("seeds of one recipe may differ as much.")
+
+
+def _tests(tests: Any) -> Any:
+    from rich.table import Table
+
+    several = len(tests) > 1
+    heads = [
+        "against " + tests[0].against,
+        "score",
+        "first",
+        "run",
+        "difference",
+        "95 % interval",
+        "p",
+        *(["p (Holm)"] if several else []),
+        "test",
+    ]
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for test in tests:
+        if test.paired is None:
+            table.add_row(test.run, f"not possible: {test.why_not}", *[""] * (len(heads) - 2))
+            continue
+        for number, d in enumerate(test.paired.differences):
+            corrected = [_p(test.p_corrected) if number == 0 else ""] if several else []
+            table.add_row(
+                f"{test.run} ({test.paired.rows} rows)" if number == 0 else "",
+                d.metric,
+                f"{d.first:.4f}",
+                f"{d.second:.4f}",
+                f"{d.second - d.first:+.4f}",
+                f"{d.low:+.4f} to {d.high:+.4f}",
+                _p(d.p),
+                *corrected,
+                d.test
+                + (f" ({test.paired.only_first} : {test.paired.only_second})" if d.test.startswith("McNemar") else ""),
+            )
+    return table
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+COMMANDS = (report, compare, rerun)

@@ -1,0 +1,166 @@
+"""Runs side by side: what differs between their recipes, their scores and speed, and whether a difference is more than chance.
+
+`compare` reads plans and outcomes and is quick for a thousand runs; `tested` reads predictions and tests each run against the first (`afina.paired`).
+A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.errors import InputError
+from afina.glance import Glance, differing, find_runs, glance, names_of
+from afina.paired import Paired, compare_paired, holm
+from afina.predictions import Predictions, read_predictions
+
+__all__ = ["Comparison", "Tested", "compare", "tested", "to_json"]
+
+#: Fields of the outcome that are set side by side, after the scores.
+_FIELDS = ("outcome", "global_step", "samples_per_second", "seconds", "attempts", "device", "world_size")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        names: short and different.
+        recipe: key -> one value per run (None: not set), only where they differ.
+        metrics: score -> one value per run.
+        about: fields of the outcome -> one value per run.
+    """
+
+    runs: tuple[Glance, ...]
+    names: tuple[str, ...]
+    recipe: dict[str, list[Any]]
+    metrics: dict[str, list[float | None]]
+    about: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A run against the first one: the paired tests, or why there are none.
+
+    Attributes:
+        p_corrected: of the first difference (the score that was asked for), after Holm over all runs that were tested.
+    """
+
+    run: str
+    against: str
+    paired: Paired | None
+    why_not: str | None = None
+    p_corrected: float | None = None
+
+
+def compare(paths: Iterable[str | Path]) -> Comparison:
+    """Read runs; a folder stands for the runs below it.
+
+    Raises:
+        InputError: a path that is no run directory and has none below it; fewer than two runs.
+    """
+    found: list[Path] = []
+    for path in paths:
+        below = find_runs(Path(path))
+        if not below:
+            raise InputError(
+                f"{path}: not a run directory, and there is none below it",
+                "give run directories, or folders with some in them",
+            )
+        found += below
+    unique = list({path.absolute(): path for path in found}.values())
+    if len(unique) < 2:
+        raise InputError(
+            "one run alone cannot be compared", "give two run directories or more, or the folder of a sweep"
+        )
+    runs = [glance(path) for path in unique]
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics)
+    return Comparison(
+        runs=tuple(runs),
+        names=tuple(names_of(unique)),
+        recipe={key: [run.recipe.get(key) for run in runs] for key in differing(runs)},
+        metrics={name: [run.metrics.get(name) for run in runs] for name in metrics},
+        about={
+            name: [run.outcome.get(name) for run in runs]
+            for name in _FIELDS
+            if any(run.outcome.get(name) is not None for run in runs)
+        },
+    )
+
+
+def tested(comparison: Comparison, metric: str | None = None) -> list[Tested]:
+    """Each run against the first, on the predictions for its eval rows.
+
+    Args:
+        metric: comes first among the differences, and is the one that is corrected; by default what chooses the best checkpoint.
+
+    Raises:
+        EnvironmentProblem: NumPy, pyarrow or SciPy is not installed here.
+        InputError: no such score.
+    """
+    metric = metric or comparison.runs[0].metric
+    names, found = comparison.names, [_predictions(run.path) for run in comparison.runs]
+    first = found[0]
+    results: list[Tested] = []
+    for name, other in zip(names[1:], found[1:], strict=True):
+        why = next((reason for reason in (first, other) if isinstance(reason, str)), None)
+        paired: Paired | None = None
+        if isinstance(first, Predictions) and isinstance(other, Predictions):
+            try:
+                paired = _with_first(compare_paired(first, other), metric)
+            except InputError as error:
+                why = error.message
+        results.append(Tested(name, names[0], paired, why))
+    known = [i for i, result in enumerate(results) if result.paired and not math.isnan(result.paired.differences[0].p)]
+    corrected = dict(zip(known, holm([results[i].paired.differences[0].p for i in known]), strict=True))  # type: ignore[union-attr]
+    return [Tested(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
+
+
+def _with_first(paired: Paired, metric: str | None) -> Paired:
+    named = [d for d in paired.differences if d.metric == metric]
+    if metric is not None and not named:
+        known = ", ".join(d.metric for d in paired.differences)
+        raise InputError(f"`{metric}` is not a score that can be tested", f"choose from: {known}")
+    return Paired(
+        paired.rows,
+        paired.only_first,
+        paired.only_second,
+        (*named, *(d for d in paired.differences if d.metric != metric)),
+    )
+
+
+def _predictions(run: Path) -> Predictions | str:
+    try:
+        return read_predictions(run / "predictions.parquet")
+    except InputError as error:
+        return error.message
+
+
+def to_json(comparison: Comparison, tests: Sequence[Tested] | None) -> dict[str, Any]:
+    """What `afina compare --json` prints; NaN becomes None."""
+    runs = [
+        {
+            "name": name,
+            "run": str(run.path.absolute()),
+            "recipe": {key: values[i] for key, values in comparison.recipe.items()},
+            "metrics": dict(run.metrics),
+            "about": {key: values[i] for key, values in comparison.about.items()},
+        }
+        for i, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))
+    ]
+    said: dict[str, Any] = {"runs": runs}
+    if tests is not None:
+        said["tests"] = [asdict(test) for test in tests]
+    clean: dict[str, Any] = _finite(said)
+    return clean
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

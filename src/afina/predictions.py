@@ -1,0 +1,125 @@
+"""`predictions.parquet` of a run as arrays: what each row was, what the model said, and how sure it was.
+
+Reads what the worker wrote (`afina.worker.results`). NumPy and pyarrow are imported inside the functions: a login node may have
+neither, and is told so. Texts stay in the table until one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afina.errors import DataError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Predictions", "need", "read_predictions"]
+
+_SCORE = "score: "
+#: Columns that say which row it is; the others are what the model said.
+_ABOUT = ("row", "file", "id", "text", "text_pair")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions of one part (eval or test), in the order of the prepared data.
+
+    Attributes:
+        task: single-label, multi-label or regression.
+        labels: the label names in the order of the model's outputs; none for regression.
+        truth: int64 (N,) single-label; bool (N, L) multi-label; float64 (N,) regression.
+        predicted: as `truth`.
+        scores: float64 (N, L), probabilities; None for regression.
+        table: the pyarrow table, for row, file, id and text.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    truth: np.ndarray[Any, Any]
+    predicted: np.ndarray[Any, Any]
+    scores: np.ndarray[Any, Any] | None
+    table: Any
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def about(self, index: int) -> dict[str, Any]:
+        """Row, file, id and texts of one example, as far as they are there."""
+        names = [name for name in _ABOUT if name in self.table.column_names]
+        return {name: self.table.column(name)[index].as_py() for name in names}
+
+
+def need(what: str, *modules: str) -> None:
+    """Say that `what` needs modules that are not installed here.
+
+    Raises:
+        EnvironmentProblem: names those that are missing.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise EnvironmentProblem(
+            f"{what} needs {' and '.join(missing)}, which {are} not installed here",
+            f"pip install {' '.join(missing)}, or run the same command in the image: apptainer run afina.sif report RUN_DIR",
+        )
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read one `predictions*.parquet`.
+
+    Raises:
+        EnvironmentProblem: NumPy or pyarrow is not installed here.
+        DataError: the file is missing, damaged or not what a run writes.
+    """
+    need("reading predictions", "numpy", "pyarrow")
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    remedy = "`afina resume RUN_DIR` on a finished run does not write it again; start the run anew with `afina rerun RUN_DIR`"
+    try:
+        table = pq.read_table(path)
+        labels = tuple(name.removeprefix(_SCORE) for name in table.column_names if name.startswith(_SCORE))
+        truth, predicted = table.column("label"), table.column("prediction")
+        if not labels:
+            found = [np.asarray(column.to_numpy(), np.float64) for column in (truth, predicted)]
+            return Predictions("regression", (), found[0], found[1], None, table)
+        scores = np.stack([np.asarray(table.column(_SCORE + name).to_numpy(), np.float64) for name in labels], axis=1)
+        several = pa.types.is_list(truth.type) or pa.types.is_large_list(truth.type)
+        found = [(_flags if several else _numbers)(column, labels) for column in (truth, predicted)]
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing", "a run writes it when it finishes") from None
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read as predictions: {reason}", remedy) from None
+    return Predictions("multi-label" if several else "single-label", labels, found[0], found[1], scores, table)
+
+
+def _numbers(column: Any, labels: Sequence[str]) -> Any:
+    """Label names to their numbers, int64 (N,)."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.index_in(column, value_set=pa.array(labels, column.type))
+    if found.null_count:
+        at = int(np.argmax(np.asarray(found.is_null().to_numpy())))
+        raise ValueError(f"label {column[at].as_py()!r} in row {at} has no column of scores")
+    return np.asarray(found.to_numpy(), np.int64)
+
+
+def _flags(column: Any, labels: Sequence[str]) -> Any:
+    """Lists of label names to bool (N, L)."""
+    import numpy as np
+
+    whole = column.combine_chunks()
+    lengths = np.asarray(whole.value_lengths().to_numpy(zero_copy_only=False), np.int64)
+    flags = np.zeros((len(whole), len(labels)), bool)
+    if lengths.sum():
+        flags[np.repeat(np.arange(len(whole)), lengths), _numbers(whole.flatten(), labels)] = True
+    return flags
