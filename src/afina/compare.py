@@ -1,6 +1,6 @@
 """Runs side by side: what differs between their recipes, their scores and speed, and whether a difference is more than chance.
 
-`compare` reads plans and outcomes and is quick for a thousand runs; `tested` reads predictions and tests each run against the first (`afina.paired`).
+`compare` reads plans and outcomes and is quick for a thousand runs; `verdicts` reads predictions and tests each run against the first (`afina.paired`).
 A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not an error.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError
+from afina.errors import DataError, InputError
 from afina.glance import Glance, differing, find_runs, glance, names_of
 from afina.paired import Paired, compare_paired, holm
 from afina.predictions import Predictions, read_predictions
 
-__all__ = ["Comparison", "Tested", "compare", "tested", "to_json"]
+__all__ = ["Comparison", "Verdict", "compare", "to_json", "verdicts"]
 
 #: Fields of the outcome that are set side by side, after the scores.
 _FIELDS = ("outcome", "global_step", "samples_per_second", "seconds", "attempts", "device", "world_size")
@@ -42,7 +42,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Verdict:
     """A run against the first one: the paired tests, or why there are none.
 
     Attributes:
@@ -91,7 +91,7 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
     )
 
 
-def tested(comparison: Comparison, metric: str | None = None) -> list[Tested]:
+def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]:
     """Each run against the first, on the predictions for its eval rows.
 
     Args:
@@ -104,19 +104,21 @@ def tested(comparison: Comparison, metric: str | None = None) -> list[Tested]:
     metric = metric or comparison.runs[0].metric
     names, found = comparison.names, [_predictions(run.path) for run in comparison.runs]
     first = found[0]
-    results: list[Tested] = []
+    results: list[Verdict] = []
     for name, other in zip(names[1:], found[1:], strict=True):
         why = next((reason for reason in (first, other) if isinstance(reason, str)), None)
         paired: Paired | None = None
         if isinstance(first, Predictions) and isinstance(other, Predictions):
             try:
-                paired = _with_first(compare_paired(first, other), metric)
-            except InputError as error:
+                paired = compare_paired(first, other)
+            except DataError as error:
                 why = error.message
-        results.append(Tested(name, names[0], paired, why))
+        if paired is not None:
+            paired = _with_first(paired, metric)
+        results.append(Verdict(name, names[0], paired, why))
     known = [i for i, result in enumerate(results) if result.paired and not math.isnan(result.paired.differences[0].p)]
     corrected = dict(zip(known, holm([results[i].paired.differences[0].p for i in known]), strict=True))  # type: ignore[union-attr]
-    return [Tested(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
+    return [Verdict(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
 
 
 def _with_first(paired: Paired, metric: str | None) -> Paired:
@@ -135,11 +137,11 @@ def _with_first(paired: Paired, metric: str | None) -> Paired:
 def _predictions(run: Path) -> Predictions | str:
     try:
         return read_predictions(run / "predictions.parquet")
-    except InputError as error:
+    except DataError as error:
         return error.message
 
 
-def to_json(comparison: Comparison, tests: Sequence[Tested] | None) -> dict[str, Any]:
+def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str, Any]:
     """What `afina compare --json` prints; NaN becomes None."""
     runs = [
         {

@@ -13,7 +13,7 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.predictions import Predictions, need
-from afina.scores import DRAWS, contributions, resample, sums_of
+from afina.scores import DRAWS, contributions, limits, resample, sums_of
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
 
@@ -125,7 +125,7 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS) 
             continue
         a, b = float(value[0]), float(points[1][name][0])
         by = spread[1][name] - spread[0][name]
-        low, high = (float(v) for v in np.nanpercentile(by, [2.5, 97.5])) if np.isfinite(by).any() else (np.nan, np.nan)
+        low, high = (float(v) for v in limits(by))
         p, test = _bootstrap_p(by), "paired bootstrap"
         if name in ("accuracy", "subset_accuracy") and right is not None:
             p, test = _mcnemar(*right), "McNemar exact"

@@ -20,6 +20,8 @@ __all__ = [
     "Interval",
     "Scores",
     "calibrate",
+    "contributions",
+    "limits",
     "mistakes",
     "resample",
     "score",
@@ -81,8 +83,6 @@ class Calibration:
 
 def score(predictions: Predictions, draws: int = DRAWS) -> Scores:
     """Scores with intervals; the same predictions give the same intervals on every machine of one NumPy."""
-    import numpy as np
-
     kinds, counts = _kinds(predictions.task, len(predictions.labels), predictions.truth, predictions.predicted)
     drawn = resample(kinds, counts, draws)
     sums = (counts @ kinds)[None, :]
@@ -93,7 +93,7 @@ def score(predictions: Predictions, draws: int = DRAWS) -> Scores:
     support = _support(sums, width)[0].astype(int).tolist() if width else []
     seen = (sums[0, :width] + sums[0, width : 2 * width] + support) > 0 if width else []
     for name, value in values.items():
-        low, high = np.nanpercentile(resampled[name], [2.5, 97.5], axis=0)
+        low, high = limits(resampled[name])
         if value.ndim == 1:
             overall[name] = Interval(float(value[0]), float(low), float(high))
         else:
@@ -119,6 +119,15 @@ def resample(kinds: Array, counts: Array, draws: int = DRAWS, seed: int = _SEED)
     block = max(1, _BLOCK // len(counts))
     parts = [rng.multinomial(size, share, size=min(block, draws - start)) @ kinds for start in range(0, draws, block)]
     return np.concatenate(parts)
+
+
+def limits(drawn: Array) -> Array:
+    """Where the middle 95 % of resamples (B, …) lie: (2, …). NaN where no resample has a value."""
+    import numpy as np
+
+    if not np.isfinite(drawn).any():
+        return np.full((2, *drawn.shape[1:]), np.nan)
+    return np.nanpercentile(drawn, [2.5, 97.5], axis=0)
 
 
 def _kinds(task: str, width: int, truth: Array, predicted: Array) -> tuple[Array, Array]:

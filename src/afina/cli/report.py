@@ -67,7 +67,7 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
     tests, missing = None, ""
     if test or (test is None and len(found.runs) <= _MOST_TESTED):
         try:
-            tests = comparing.tested(found, metric)
+            tests = comparing.verdicts(found, metric)
         except EnvironmentProblem as error:
             if test:
                 raise

@@ -18,14 +18,18 @@ from pathlib import Path
 from afina.errors import AfinaError, EnvironmentProblem, InputError
 from afina.predictions import need
 from afina.report import quality, sections, work
-from afina.report.charts import Chart, svg
+from afina.report.charts import Chart
 from afina.report.collection import collection_page, find_runs
 from afina.report.facts import Facts, read_facts
 from afina.report.figures import Matrix, write_figures
-from afina.report.page import document
+from afina.report.page import document, figure
 from afina.rundir import RunDir, is_run_dir, write_atomic
 
 __all__ = ["main", "write_report"]
+
+
+#: Where nothing is a probability.
+_CALIBRATION = {"regression": "Predicted and true values"}
 
 
 def write_report(path: str | Path, *, png: bool = False, texts: bool = True, each: bool = False) -> Path:
@@ -90,7 +94,7 @@ def _page(facts: Facts, *, texts: bool) -> tuple[str, list[Chart], list[Matrix]]
         ("Scores", quality.overall(facts)),
         ("Each class", quality.classes(facts)),
         ("Confusion matrix", quality.confusion(facts)),
-        ("Calibration", _drawn(reliability) + calibration),
+        (_CALIBRATION.get(facts.task, "Calibration"), _drawn(reliability) + calibration),
         ("Worst mistakes", quality.worst(facts, texts=texts)),
         ("Data", sections.data(facts)),
         ("Lengths and padding", lengths + _drawn(histogram)),
@@ -114,7 +118,7 @@ def _page(facts: Facts, *, texts: bool) -> tuple[str, list[Chart], list[Matrix]]
 
 
 def _drawn(charts: list[Chart]) -> str:
-    return "".join(f"<figure>{svg(chart)}</figure>" for chart in charts if chart)
+    return "".join(map(figure, charts))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -235,7 +235,8 @@ def _marks(chart: Chart, across: object, top: int, bottom: int) -> list[str]:
 
 def _ranges(chart: Chart) -> tuple[str, int]:
     """Values with their intervals, one row each, as a dot and a bar."""
-    left, right, top = 250, 640, 26
+    longest = max(len(r[0]) for r in chart.ranges)
+    left, right, top = 30 + 7 * min(34, max(6, longest)), 640, 26
     low, high = min(r[1] for r in chart.ranges), max(r[3] for r in chart.ranges)
     if high == low:
         low, high = low - 0.5, high + 0.5

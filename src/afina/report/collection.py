@@ -14,9 +14,9 @@ from urllib.parse import quote
 from afina.errors import AfinaError
 from afina.glance import Glance, differing, find_runs, glance, names_of
 from afina.predictions import read_predictions
-from afina.report.charts import Chart, svg
+from afina.report.charts import Chart
 from afina.report.facts import read_json
-from afina.report.page import document, note, pairs, seconds, table, tiles
+from afina.report.page import document, figure, note, pairs, seconds, table, tiles
 from afina.scores import Interval, score
 
 __all__ = ["collection_page", "find_runs"]
@@ -79,8 +79,13 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
     without = sum(not (run.path / "report/index.html").is_file() for run in runs)
     hint = f"{without} of the runs have no page of their own yet: `afina report --each` writes them." if without else ""
     body = [
-        ("Runs", table(heads, rows, "The best first") + note("; ".join(filter(None, (why, hint)))) if rows else ""),
-        ("Scores", f"<figure>{svg(chart)}</figure>" if chart else ""),
+        (
+            "Runs",
+            table(heads, rows, "The best first", links=links) + note("; ".join(filter(None, (why, hint))))
+            if rows
+            else "",
+        ),
+        ("Scores", figure(chart)),
         (
             "Sweep",
             pairs(

@@ -84,6 +84,11 @@ class Facts:
         return list((self.outcome.labels if self.outcome else None) or self.prepared.get("labels") or [])
 
     @property
+    def task(self) -> str:
+        """single-label, multi-label, regression, or auto where nobody knows yet."""
+        return str((self.outcome.task if self.outcome else None) or self.prepared.get("task") or self.plan.recipe.task)
+
+    @property
     def evaluations(self) -> list[Mapping[str, Any]]:
         return [line for line in self.metrics if "eval_loss" in line]
 

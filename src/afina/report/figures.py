@@ -72,6 +72,7 @@ def png_bytes(chart: Chart) -> bytes:
         spread = [[v - a for v, a in zip(value, low, strict=True)], [b - v for v, b in zip(value, high, strict=True)]]
         axes.errorbar(value, places, xerr=spread, fmt="o", color=_COLOURS[0], markersize=4)
         axes.set_yticks(places, [_plain(name) for name in names], fontsize=8)
+        axes.set_ylim(-0.6, rows - 0.4)
         axes.grid(axis="x", alpha=0.3)
     else:
         _draw(axes, chart)

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-__all__ = ["FIGURE_STYLE", "cell", "document", "note", "number", "pairs", "pre", "seconds", "table", "tiles"]
+from afina.report.charts import Chart, svg
+
+__all__ = ["FIGURE_STYLE", "cell", "document", "figure", "note", "number", "pairs", "pre", "seconds", "table", "tiles"]
 
 _LIGHT = """--text: #1c2024; --soft: #56606a; --page: #fff; --rule: #d5dade; --card: #f4f6f8; --cell: 26, 93, 171;
   --line-1: #1a5dab; --line-2: #b3470b; --line-3: #2a7a3b; --line-4: #8a3c9c; --line-5: #6a5a00;"""
@@ -33,20 +35,21 @@ table {{ border-collapse: collapse; margin: .5rem 0; }} caption {{ text-align: l
 th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }}
 th {{ color: var(--soft); font-weight: 600; }} thead th {{ white-space: nowrap; overflow-wrap: normal; }}
 tbody tr {{ border-top: 1px solid var(--rule); }} .pairs th {{ min-width: 11rem; }}
-.numbers td, .numbers thead th {{ text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+.numbers td, .numbers thead th {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .numbers td:first-child, .numbers thead th:first-child {{ text-align: left; }}
 .scroll {{ overflow-x: auto; }}
 .matrix td, .matrix th {{ padding: .4rem .8rem; }} .matrix td {{ border: 1px solid var(--rule); }}
-.text td:last-child {{ min-width: 18rem; white-space: pre-wrap; }}
+.text td {{ overflow-wrap: break-word; }} .text td:last-child {{ overflow-wrap: anywhere; min-width: 18rem; white-space: pre-wrap; }}
 pre {{ overflow: auto; max-height: 32rem; padding: .8rem; border: 1px solid var(--rule); background: var(--card); font-size: 14px; }}
 dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }}
 .tiles div {{ background: var(--card); border-radius: .5rem; padding: .6rem .9rem; }}
 .tiles dt {{ color: var(--soft); font-size: .85rem; }} .tiles dd {{ margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }}
 .tiles small {{ display: block; font-size: .8rem; color: var(--soft); }}
-figure {{ margin: 1rem 0; }} svg {{ width: 100%; height: auto; }}
+figure {{ margin: 1.2rem 0; }} figcaption {{ color: var(--soft); }} svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
 svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }} svg .axis, svg .mark {{ fill: var(--soft); }}
 .soft {{ color: var(--soft); }}
-@media print {{ body {{ max-width: none; margin: 0; font-size: 11pt; }} nav {{ display: none; }} pre {{ max-height: none; white-space: pre-wrap; }}
+@media (max-width: 40rem) {{ .pairs th {{ min-width: 0; }} }}
+@media print {{ svg {{ min-width: 0; }} body {{ max-width: none; margin: 0; font-size: 11pt; }} nav {{ display: none; }} pre {{ max-height: none; white-space: pre-wrap; }}
   .scroll {{ overflow: visible; }} h2, h3 {{ break-after: avoid; }} svg, .tiles div {{ break-inside: avoid; }} tr {{ break-inside: avoid; }}
   svg, td, .tiles div {{ print-color-adjust: exact; }} }}
 """
@@ -132,6 +135,14 @@ def tiles(rows: Mapping[str, tuple[str, str]]) -> str:
         for name, (value, below) in rows.items()
     )
     return f'<dl class="tiles">{cells}</dl>' if cells else ""
+
+
+def figure(chart: Chart) -> str:
+    """A chart with its title under it; an empty string where there is nothing to draw."""
+    drawn = svg(chart)
+    return (
+        f"<figure>{scroll(drawn, chart.title)}<figcaption>{escape(chart.title)}</figcaption></figure>" if drawn else ""
+    )
 
 
 def pre(text: str, name: str) -> str:

@@ -182,6 +182,8 @@ def _scatter(found: Predictions, part: str) -> Chart:
     points = [(float(x), float(y)) for x, y in zip(found.truth[::step], found.predicted[::step], strict=True)]
     shown = f"{len(points):,} of {len(found):,} rows" if step > 1 else f"{len(points):,} rows"
     bias = float((found.predicted - found.truth).mean())
+    ends = [v for point in points for v in point]
+    both = (min(ends), max(ends)) if max(ends) > min(ends) else (ends[0] - 0.5, ends[0] + 0.5)
     return Chart(
         f"scatter-{part}",
         f"Predicted against true values on {part}",
@@ -189,6 +191,7 @@ def _scatter(found: Predictions, part: str) -> Chart:
         y="predicted",
         dots=points,
         diagonal=True,
+        frame=(both, both),
         said=f"{shown}; predictions are {bias:+.4g} off on average.",
     )
 
@@ -244,7 +247,7 @@ def _cut(text: str) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.4f}"
+    return f"{value:.4f}" if value == value else "–"
 
 
 def _label(labels: Sequence[str], index: int) -> str:

@@ -180,7 +180,8 @@ def attempts(facts: Facts) -> str:
 
 def record(facts: Facts) -> str:
     """What is needed to say later how this was made."""
-    kept, newest = facts.record, next((a.facts for a in reversed(facts.attempts) if a.facts), {})
+    kept, known = facts.record, [a.facts for a in reversed(facts.attempts) if a.facts]
+    newest = next((found for found in known if found.get("versions")), known[0] if known else {})
     image, git = (kept.get(name) or {} for name in ("image", "git"))
     model, source = kept.get("model") or {}, kept.get("data") or {}
     hardware = newest.get("hardware") or {}
