@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,34 @@ def test_the_cost_of_saving_counts_the_same_saves_for_both(tmp_path: Path) -> No
         assert figures["seconds in saves per run"]["median"] > 0
         assert figures["MB per checkpoint"]["median"] > 1
     assert "| percent of training in saves |" in said
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@pytest.mark.timeout(200)
+def test_a_page_that_fetches_speaks_or_is_too_wide_is_noticed(tmp_path: Path) -> None:
+    pages = {
+        "fine": "<p>text</p>",
+        "wrong": '<p style="width: 3000px">wide</p><img src="other.png" alt=""><script>console.error("loud")</script>',
+    }
+    found = {}
+    for name, body in pages.items():
+        (tmp_path / f"{name}.html").write_text(
+            f'<!DOCTYPE html><html lang="en"><title>t</title><body><main>{body}</main>'
+        )
+        argv = [
+            sys.executable,
+            str(_BENCH / "page.py"),
+            str(tmp_path / f"{name}.html"),
+            "--axe",
+            "none",
+            "--out",
+            str(tmp_path / name),
+        ]
+        found[name] = subprocess.run(argv, capture_output=True, text=True, timeout=90, check=False)
+    assert found["fine"].returncode == 0 and "0 requests, 0 console lines" in found["fine"].stdout, found["fine"]
+    said = found["wrong"].stdout
+    assert found["wrong"].returncode == 1 and "WRONG request to file://" in said and "loud" in said, found["wrong"]
+    assert "WRONG narrow: " in said and "px wider than the screen" in said
+    for name in ("light", "dark", "narrow"):
+        assert (tmp_path / f"fine/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "fine/print.pdf").read_bytes().startswith(b"%PDF")

@@ -17,7 +17,7 @@ from afina.recipe import Recipe
 from afina.rundir import Outcome, RunDir
 from afina.site import Site
 
-COMMANDS = ["train", "resume", "submit", "prefetch", "status"]
+COMMANDS = ["train", "resume", "submit", "prefetch", "status", "report", "compare", "rerun"]
 
 
 @pytest.fixture

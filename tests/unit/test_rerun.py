@@ -34,6 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(120, 7))
     changes = {"model": "model", "data__id": "rating", "train__log_every": 2, "resources": {"gpus_per_node": 0}}
     changes |= {
+        "tokens__max_length": 64,
         "data__train": {"fraction": 0.7},
         "data__eval": {"fraction": 0.3},
         "metrics": ["accuracy", "confusion_matrix"],

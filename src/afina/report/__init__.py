@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem, InputError
+from afina.glance import find_runs
 from afina.predictions import need
 from afina.report import quality, sections, work
 from afina.report.charts import Chart
-from afina.report.collection import collection_page, find_runs
+from afina.report.collection import collection_page
 from afina.report.facts import Facts, read_facts
 from afina.report.figures import Matrix, write_figures
 from afina.report.page import document, figure

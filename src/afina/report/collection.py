@@ -12,14 +12,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from afina.errors import AfinaError
-from afina.glance import Glance, differing, find_runs, glance, names_of
+from afina.glance import Glance, differing, glance, names_of
 from afina.predictions import read_predictions
 from afina.report.charts import Chart
 from afina.report.facts import read_json
 from afina.report.page import document, figure, note, pairs, seconds, table, tiles
 from afina.scores import Interval, score
 
-__all__ = ["collection_page", "find_runs"]
+__all__ = ["collection_page"]
 
 #: More runs than this are not drawn, and their intervals take too long.
 _MOST_DRAWN = 60

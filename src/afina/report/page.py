@@ -13,7 +13,20 @@ from typing import Any
 
 from afina.report.charts import Chart, svg
 
-__all__ = ["FIGURE_STYLE", "cell", "document", "figure", "note", "number", "pairs", "pre", "seconds", "table", "tiles"]
+__all__ = [
+    "FIGURE_STYLE",
+    "cell",
+    "document",
+    "figure",
+    "note",
+    "number",
+    "pairs",
+    "pre",
+    "scroll",
+    "seconds",
+    "table",
+    "tiles",
+]
 
 _LIGHT = """--text: #1c2024; --soft: #56606a; --page: #fff; --rule: #d5dade; --card: #f4f6f8; --cell: 26, 93, 171;
   --line-1: #1a5dab; --line-2: #b3470b; --line-3: #2a7a3b; --line-4: #8a3c9c; --line-5: #6a5a00;"""
