@@ -419,6 +419,14 @@ def test_attempts_are_marked_and_their_time_is_told(make_run: MakeRun) -> None:
     assert ["7.1", "1:30 min", "10 s", "2 s", "20", "30", "1", "4 s", "0.5 s"] in page.rows
     assert "Tokens per second by step" in page.source and "Memory in GB by step" in page.source
     assert ["torch", "2.13"] in page.rows
+    said = json.loads(run.outcome_file.read_text())
+    used = {"real_token_share": 0.5, "mfu": 0.25, "peak_flops": 2e12, "peak_source": "measured", "peak_memory_gb": 3.5}
+    used["seconds_by_part"] = {"input": 1.0, "forward_backward": 3.0}  # type: ignore[assignment]
+    run.outcome_file.write_text(json.dumps({**said, "utilisation": used}))
+    page = Page(write_report(run.path))
+    assert ["model FLOP utilisation", "25.0%"] in page.rows and ["of a peak of", "2 TFLOP/s (measured)"] in page.rows
+    assert ["forward and backward", "3 s", "75.0%"] in page.rows
+    assert next(row for row in page.rows if row[0].startswith("memory per node"))[2] == "3.5 GB"
 
 
 SACCT = """#!/bin/bash
@@ -522,7 +530,9 @@ def test_many_runs_have_one_page(make_run: MakeRun, tmp_path: Path) -> None:
             finish(run, metrics={"eval_accuracy": accuracy}, task="single-label", seconds=60.0)
         (tmp_path / "sw eep/runs").mkdir(parents=True, exist_ok=True)
         run.path.rename(tmp_path / f"sw eep/runs/cell {number}")
-    (tmp_path / "sw eep/sweep.json").write_text(json.dumps({"grid": {"train.learning_rate": [1, 2, 3]}, "seeds": 1}))
+    (tmp_path / "sw eep/sweep.json").write_text(
+        json.dumps({"grid": {"train.learning_rate": ["1e-5", "2e-5"]}, "seeds": [1, 2], "plan": {"a": "b"}})
+    )
     page = Page(write_report(tmp_path / "sw eep"))
     table = [row for row in page.rows if row[0].startswith("cell")]
     assert [row[:4] for row in table] == [
@@ -531,6 +541,7 @@ def test_many_runs_have_one_page(make_run: MakeRun, tmp_path: Path) -> None:
         ["cell 3", "3e-05", "no outcome", "–"],
     ]
     assert "3 of the runs have no page" in page.text and not any("cell" in link for link in page.links)
+    assert ["train.learning_rate", "1e-5, 2e-5"] in page.rows and ["seeds", "1, 2"] in page.rows
     page = Page(write_report(tmp_path / "sw eep", each=True))
     linked = [link for link in page.links if not link.startswith("#")]
     assert linked[0] == "../runs/cell%202/report/index.html" and len(linked) == 3

@@ -7,8 +7,9 @@ says; two runs on the same rows are tested against each other by `afina compare`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from afina.errors import AfinaError
@@ -36,7 +37,6 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
     metric = next((run.metric for run in runs if run.metric), None)
     intervals, why = _intervals(runs, metric)
     order = _ranked(runs, metric)
-    sweep = read_json(folder / "sweep.json")
     rows, links = [], {}
     for i in order:
         run, found = runs[i], intervals.get(i)
@@ -86,20 +86,21 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
             else "",
         ),
         ("Scores", figure(chart)),
-        (
-            "Sweep",
-            pairs(
-                {
-                    key: _shown(value)
-                    for key, value in sweep.items()
-                    if isinstance(value, str | int | float | list | dict)
-                }
-            ),
-        ),
+        ("Sweep", _sweep(read_json(folder / "sweep.json"))),
     ]
     common = {str(run.recipe.get("model")) for run in runs}
     about = f"{len(runs)} runs, {', '.join(sorted(common))}" if len(common) <= 3 else f"{len(runs)} runs"
     return document(folder.name, about, tiles(lead), body), [chart]
+
+
+def _sweep(record: Mapping[str, Any]) -> str:
+    """The grid and the seeds, or the space of a search, as `sweep.json` says."""
+    grid, search = record.get("grid"), record.get("search")
+    rows = {str(key): _shown(values) for key, values in grid.items()} if isinstance(grid, Mapping) else {}
+    rows |= {"seeds": _shown(record.get("seeds") or None)}
+    if isinstance(search, Mapping):
+        rows |= {key: _shown(search[key]) for key in ("metric", "direction", "trials", "space") if key in search}
+    return pairs(rows)
 
 
 def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:

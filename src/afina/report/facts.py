@@ -63,6 +63,7 @@ class Facts:
         predictions, scores: part -> what was found, or in words why not; parts that the run has no predictions for are left out.
         lengths: part -> as above.
         jobs: what accounting says; None where there is none.
+        utilisation: of the outcome: tokens per second, memory, seconds by part, …; empty where nobody measured them.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Facts:
     scores: Mapping[str, Scores]
     lengths: Mapping[str, Lengths | str]
     jobs: Sequence[Used] | None
+    utilisation: Mapping[str, Any]
 
     @property
     def labels(self) -> list[str]:
@@ -130,7 +132,13 @@ def read_facts(run: RunDir) -> Facts:
         },
         lengths=_lengths(prepared, plan),
         jobs=used(rows) if rows is not None else None,
+        utilisation=_utilisation(run),
     )
+
+
+def _utilisation(run: RunDir) -> dict[str, Any]:
+    found = read_json(run.outcome_file).get("utilisation")
+    return found if isinstance(found, dict) else {}
 
 
 def _objects(run: RunDir, name: str) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def lengths(facts: Facts) -> tuple[str, list[Chart]]:
 
 def speed(facts: Facts) -> tuple[str, list[Chart]]:
     """Throughput, utilisation and memory, as far as the run wrote them down."""
-    utilisation = dict(getattr(facts.outcome, "utilisation", None) or {})
+    utilisation = facts.utilisation
     rows: dict[str, Any] = {
         "training examples per second": facts.outcome.samples_per_second if facts.outcome else None,
         "tokens per second": utilisation.get("tokens_per_second"),
@@ -74,17 +74,16 @@ def speed(facts: Facts) -> tuple[str, list[Chart]]:
 
 def time_spent(facts: Facts) -> str:
     """Where the wall time went: by part of the training, and by attempt."""
-    utilisation = dict(getattr(facts.outcome, "utilisation", None) or {})
     parts = {
-        str(k).replace("_", " "): v
-        for k, v in (utilisation.get("seconds_by_part") or {}).items()
+        str(k).replace("_", " and "): v
+        for k, v in (facts.utilisation.get("seconds_by_part") or {}).items()
         if isinstance(v, int | float)
     }
     total = sum(parts.values()) or 1.0
     html = table(
         ["part", "time", "share"],
         [[name, seconds(s), f"{s / total:.1%}"] for name, s in parts.items()],
-        "Of the training, last attempt included",
+        "Of all attempts, as far as checkpoints carry it on",
     )
     rows = []
     for attempt in facts.attempts:
@@ -129,7 +128,7 @@ def asked_and_used(facts: Facts) -> str:
     if spent:
         share = f"{max(spent) / (resources.time * 60):.0%}"
         rows.append(["time of the longest attempt", f"{resources.time} min", seconds(max(spent)), share])
-    memory = _largest([job.memory_gb for job in jobs]) or _memory_of_events(facts)
+    memory = _largest([job.memory_gb for job in jobs]) or _memory_measured(facts)
     asked = resources.mem_gb or _largest([job.asked_memory_gb for job in jobs])
     if memory is not None:
         rows.append(
@@ -181,13 +180,11 @@ def _job(job: Used) -> list[Any]:
     ]
 
 
-def _memory_of_events(facts: Facts) -> float | None:
-    found = [
-        e.get("memory_gb")
-        for e in facts.events
-        if e.get("event") == "pace" and isinstance(e.get("memory_gb"), int | float)
-    ]
-    return _largest([float(v) for v in found if v is not None])
+def _memory_measured(facts: Facts) -> float | None:
+    """The largest that the worker itself saw, GB."""
+    found = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
+    found.append(facts.utilisation.get("peak_memory_gb"))
+    return _largest([float(v) for v in found if isinstance(v, int | float)])
 
 
 def _largest(values: list[float | None]) -> float | None:
