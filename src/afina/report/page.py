@@ -45,9 +45,9 @@ a {{ color: var(--line-1); }} a:focus-visible, [tabindex]:focus-visible {{ outli
 nav ul {{ display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; margin: 1rem 0 0; list-style: none;
   border-block: 1px solid var(--rule); }}
 table {{ border-collapse: collapse; margin: .5rem 0; }} caption {{ text-align: left; color: var(--soft); padding-bottom: .3rem; }}
-th, td {{ padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }}
+th, td {{ padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }}
 th {{ color: var(--soft); font-weight: 600; }} thead th {{ white-space: nowrap; overflow-wrap: normal; }}
-tbody tr {{ border-top: 1px solid var(--rule); }} .pairs th {{ min-width: 11rem; }}
+tbody tr {{ border-top: 1px solid var(--rule); }} .pairs th {{ min-width: 11rem; overflow-wrap: break-word; }}
 .numbers td, .numbers thead th {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
 .numbers td:first-child, .numbers thead th:first-child {{ text-align: left; }}
 .scroll {{ overflow-x: auto; }}
