@@ -1,0 +1,52 @@
+"""What a job used, from a real sacct: a job that was put back into the queue, an array's task, and no accounting at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+
+from afina.slurm import accounting, version
+from afina.usage import FIELDS, used
+
+_BUSY = "#!/bin/bash\nsrun python3 -c 'import time\nbegan = time.process_time()\nwhile time.process_time() - began < 2: pass'\nsleep 1\n"
+
+
+def test_used_time_and_resources_are_those_of_the_jobs(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    script = folder / "busy.sh"
+    script.write_text(_BUSY)
+    options = ["sbatch", "--parsable", "--time=5", "--mem=500M", f"--output={folder}/log"]
+    plain = [*options, "--requeue", "--cpus-per-task=2", "--gpus-per-node=2", "--partition=gpu", str(script)]
+    job = cluster.run_as_user(plain).stdout.strip()
+    array = cluster.run_as_user([*options, "--array=1-2", str(script)]).stdout.strip()
+    cluster.wait(job, states=("RUNNING",))
+    cluster.root(["scontrol", "requeue", job])
+    cluster.wait(job, states=("PENDING",))
+    cluster.root(["scontrol", "update", f"JobId={job}", "StartTime=now"])
+    for each in (job, f"{array}_1", f"{array}_2"):
+        assert cluster.wait(each) == "COMPLETED"
+    rows = accounting([job], FIELDS)
+    assert rows is not None
+    first, second = used(rows)
+    assert (first.state, second.state) == ("REQUEUED", "COMPLETED") and first.job == second.job == job
+    assert (second.cpus, second.gpus, second.nodes, second.limit_min) == (2, 2, 1, 5.0)
+    assert second.asked_memory_gb == pytest.approx(500 / 1024)
+    assert second.cpu_s is not None and 1.5 < second.cpu_s < 6 and second.elapsed_s >= 3
+    assert second.cpu_share is not None and 0 < second.cpu_share <= 1 and second.energy_j is None
+    tasks = used(accounting([f"{array}_1", f"{array}_2"], FIELDS) or [])
+    assert sorted(task.job for task in tasks) == [f"{array}_1", f"{array}_2"]
+    assert str(version()).startswith("slurm")
+
+
+def test_without_accounting_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    (tmp_path / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert accounting(["1"], FIELDS) is None
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert accounting(["1"], FIELDS) is None and version() is None and accounting([], FIELDS) is None
