@@ -102,6 +102,7 @@ afina_after() {
   ask+=(${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
   ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"})
   ask+=(${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
+  ask+=(${SBATCH_MAIL_TYPE:+--mail-type="$SBATCH_MAIL_TYPE"} ${SBATCH_MAIL_USER:+--mail-user="$SBATCH_MAIL_USER"})
   reason=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states all --format %l 2>/dev/null)
   ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then

@@ -12,19 +12,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afina.jobs import Run, resume, submit, train
+    from afina.jobs import Run, Runs, resume, runs, submit, train
+    from afina.overview import RunSummary
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
 
 __version__ = "0.1.0"
-__all__ = ["Outcome", "Recipe", "Run", "__version__", "load_recipe", "resume", "submit", "train"]
+__all__ = [
+    "Outcome",
+    "Recipe",
+    "Run",
+    "RunSummary",
+    "Runs",
+    "__version__",
+    "load_recipe",
+    "resume",
+    "runs",
+    "submit",
+    "train",
+]
 
 _HOMES = {
     "Outcome": "afina.rundir",
     "Recipe": "afina.recipe",
     "Run": "afina.jobs",
+    "RunSummary": "afina.overview",
+    "Runs": "afina.jobs",
     "load_recipe": "afina.recipe",
     "resume": "afina.jobs",
+    "runs": "afina.jobs",
     "submit": "afina.jobs",
     "train": "afina.jobs",
 }

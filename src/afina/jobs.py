@@ -11,26 +11,45 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from afina import errors
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
+from afina.logs import Choice, log_lines
+from afina.overview import RunSummary, State, find_runs, known_runs, summarise, summary_of
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.record import make_record
 from afina.rundir import Outcome, RunDir, is_run_dir
 from afina.site import environment, load_site
-from afina.slurm import cancel, in_queue, need_slurm, submit_sbatch, submit_submitit, submitit_script
+from afina.slurm import need_slurm, submit_sbatch, submit_submitit, submitit_script
 from afina.supervise import run_node, settle
 
-__all__ = ["Run", "State", "claim", "dry_run", "plan_for", "prepare", "resume", "submit", "train", "visible_gpus"]
+if TYPE_CHECKING:
+    import pandas
 
-State = Literal["PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UNKNOWN"]
+__all__ = [
+    "Run",
+    "Runs",
+    "claim",
+    "dry_run",
+    "plan_for",
+    "prepare",
+    "resume",
+    "runs",
+    "submit",
+    "train",
+    "visible_gpus",
+]
+
 Via = Literal["sbatch", "submitit"]
 
 
@@ -64,18 +83,12 @@ class Run:
     @property
     def state(self) -> State:
         """PLANNED, PENDING, RUNNING, FINISHED, STOPPED, FAILED; UNKNOWN where Slurm does not answer."""
-        outcome, job = self.outcome, self.job_id
-        if outcome is not None and outcome.outcome == "finished":
-            return "FINISHED"
-        recorded: State | None = None if outcome is None else ("STOPPED" if outcome.outcome == "stopped" else "FAILED")
-        if job is None:
-            return recorded or ("UNKNOWN" if self.dir.attempt_names() else "PLANNED")
-        queued = in_queue([job])[job]
-        if queued == "UNKNOWN":
-            return recorded or "UNKNOWN"
-        if queued != "GONE":
-            return queued
-        return recorded or "FAILED"
+        return self.summary.state
+
+    @property
+    def summary(self) -> RunSummary:
+        """State, step, loss, best metric, speed, time left and why it waits, at this moment; asks Slurm if need be."""
+        return summary_of(self.path)
 
     def wait(self, timeout_s: float | None = None) -> State:
         """Block until the run is neither queued nor running; returns its state.
@@ -116,13 +129,109 @@ class Run:
             f"{self.path}: {state}: {cause}", f"afina resume '{self.path}' continues from the newest checkpoint"
         )
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`: `step`, `epoch` and either `loss` and `learning_rate`, or `eval_*`."""
         return self.dir.metrics()
 
-    def cancel(self) -> None:
-        """Cancel the queued or running job."""
-        if self.job_id:
-            cancel(self.job_id)
+    def metrics(self) -> pandas.DataFrame:
+        """The records as a pandas DataFrame: one row a step, one column a number; NaN where a step has none.
+
+        Lists (`eval_f1_per_class`, …) are left to `records`.
+
+        Raises:
+            EnvironmentProblem: pandas is not installed.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        for record in self.records():
+            row = rows.setdefault(int(record["step"]), {})
+            row.update({name: value for name, value in record.items() if not isinstance(value, list | dict)})
+        return _pandas().DataFrame(list(rows.values())).set_index("step") if rows else _pandas().DataFrame()
+
+    def log(
+        self,
+        *,
+        attempt: str | None = None,
+        node: int | None = None,
+        rank: int | None = None,
+        last: int | None = None,
+    ) -> str:
+        """The log of an attempt, by default the newest, of node 0; `last` lines of it, or all.
+
+        Raises:
+            InputError: no such attempt, node or rank; or nothing was logged yet.
+        """
+        return "".join(log_lines(self.dir, Choice(attempt, node, rank), last))
+
+    def cancel(self) -> Cancelled:
+        """Cancel its jobs, or ask it to stop where it trains outside of Slurm; returns what was done.
+
+        Raises:
+            SlurmError: Slurm does not answer, or refused.
+        """
+        return cancel_runs([self.path])[0]
+
+    def _repr_html_(self) -> str:
+        return _html([self.summary])
+
+
+class Runs(list[Run]):
+    """Several runs; a notebook shows them as a table."""
+
+    def summaries(self) -> list[RunSummary]:
+        """The summary of each, with one question to Slurm for all."""
+        return summarise([run.path for run in self])
+
+    def table(self) -> pandas.DataFrame:
+        """The summaries as a pandas DataFrame, one row a run.
+
+        Raises:
+            EnvironmentProblem: pandas is not installed.
+        """
+        rows = [{k: v for k, v in s.to_dict().items() if k not in ("metrics", "sync")} for s in self.summaries()]
+        return _pandas().DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        return _html(self.summaries())
+
+
+def runs(path: str | Path | None = None) -> Runs:
+    """The runs below a folder (a sweep's, a folder of runs, one run directory), by default all of yours on scratch.
+
+    Raises:
+        InputError: no such folder, or no run in it.
+        SiteError: no folder given, and scratch is not known.
+    """
+    return Runs(Run(found) for found in (known_runs() if path is None else find_runs([path])))
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise EnvironmentProblem(
+            "pandas is not installed here",
+            f"{sys.executable} -m pip install pandas; or use Run.records(), which needs nothing",
+        ) from None
+    return pandas
+
+
+_SHOWN = ("state", "step", "max_steps", "epoch", "loss", "best_value", "tokens_per_s", "attempts", "job_id", "why")
+
+
+def _html(summaries: Sequence[RunSummary]) -> str:
+    """A table without style or script of its own."""
+    heads = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in _SHOWN)
+    rows = "".join(
+        f'<tr><th scope="row" title="{escape(str(s.run))}">{escape(s.run.name)}</th>'
+        + "".join(f"<td>{_cell(getattr(s, name))}</td>" for name in _SHOWN)
+        + "</tr>"
+        for s in summaries
+    )
+    return f'<table><thead><tr><th scope="col">run</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def plan_for(

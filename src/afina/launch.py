@@ -151,6 +151,10 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
         options["gpus-per-node"] = geometry.gpus_per_node
     if resources.mem_gb:
         options["mem"] = f"{resources.mem_gb}G"
+    # sbatch (22.05 to 25.05) reads no variables for these two; in the site they are named as if it did.
+    for option in ("mail-type", "mail-user"):
+        if value := plan.site.sbatch.get(f"SBATCH_{option.upper().replace('-', '_')}"):
+            options[option] = value
     return options
 
 

@@ -80,8 +80,8 @@ class Plan(_Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is trained: the recipe and its files, not the site nor the geometry."""
-        what = self.recipe.model_dump(mode="json", exclude={"resources", "name"})
+        """SHA-256 of what is trained: the recipe and its files, not the site, the geometry or where records go."""
+        what = self.recipe.model_dump(mode="json", exclude={"resources", "name", "trackers"})
         files = {part: [str(p) for p in paths] for part, paths in self.files.items()}
         return hashlib.sha256(json.dumps([what, files], sort_keys=True).encode()).hexdigest()
 

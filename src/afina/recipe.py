@@ -30,6 +30,7 @@ from afina.recipe_errors import At, explain, shown
 from afina.recipe_text import apply_override, read_yaml
 from afina.redact import looks_secret
 from afina.reserved import RESERVED_ARGUMENTS
+from afina.trackers import TRACKERS
 
 __all__ = ["METRICS", "Data", "Part", "Recipe", "Resources", "Tokens", "Train", "load_recipe", "parse_recipe"]
 
@@ -284,6 +285,7 @@ class Recipe(_Frozen):
     tokens: Tokens = Tokens()
     train: Train = Train()
     metrics: tuple[str, ...] | None = None
+    trackers: tuple[str, ...] = ()
     resources: Resources = Resources()
 
     @field_validator("name")
@@ -300,6 +302,22 @@ class Recipe(_Frozen):
     @classmethod
     def _one_metric(cls, value: Any) -> Any:
         return value if value is None else _listed(value)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return () if value is None else _listed(value)
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, name in enumerate(value):
+            if name not in TRACKERS:
+                hint = nearest(name, TRACKERS)
+                raise At(
+                    f"`{name}` is not a tracker; {hint + ' ' if hint else ''}known: {', '.join(TRACKERS)}", str(number)
+                )
+        return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Recipe:

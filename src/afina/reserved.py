@@ -46,7 +46,7 @@ RESERVED_ARGUMENTS: dict[str, str] = {
     "do_train": "leave it out",
     "do_eval": "leave it out",
     "do_predict": "leave it out",
-    "report_to": "leave it out: metrics are in `metrics.jsonl`",
+    "report_to": "set `trackers`; metrics are in `metrics.jsonl` anyway",
     "ddp_backend": "leave it out: it follows from the device",
     "local_rank": "leave it out: it follows from the launch",
     "deepspeed": "leave it out: sharded training is not supported",

@@ -20,7 +20,16 @@ from pydantic import BaseModel, ConfigDict
 
 from afina.errors import SiteError, nearest
 
-__all__ = ["CACHE_VARIABLES", "Site", "cache_environment", "environment", "find_site_file", "in_container", "load_site"]
+__all__ = [
+    "CACHE_VARIABLES",
+    "Site",
+    "cache_environment",
+    "environment",
+    "find_site_file",
+    "in_container",
+    "load_site",
+    "scratch_of",
+]
 
 #: Bytes that must be free on scratch before anything is begun there.
 _LEAST_FREE = 16_000_000
@@ -163,6 +172,17 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     )
 
 
+def scratch_of(given: str | Path | None = None, env: Mapping[str, str] | None = None) -> Path:
+    """Only where scratch is, to look at what is there: it may be full, or closed for writing.
+
+    Raises:
+        SiteError: none is named, or it is not there; a site file that fails.
+    """
+    env = dict(os.environ if env is None else env)
+    file = None if in_container(env) and env.get("AFINA_SCRATCH") and not given else find_site_file(given, env)
+    return _existing_scratch((_source(file, env) if file else env).get("AFINA_SCRATCH", ""), file)[0]
+
+
 def _may(question: Callable[[], bool]) -> bool:
     """The answer about a path; no, where it cannot be asked (a folder above is closed, a name is too long)."""
     try:
@@ -204,7 +224,8 @@ def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, _, v in pairs}
 
 
-def _scratch(value: str, file: Path | None) -> Path:
+def _existing_scratch(value: str, file: Path | None) -> tuple[Path, str]:
+    """The folder, and what to say of where it is named."""
     where = (
         f"set AFINA_SCRATCH in {file}"
         if file
@@ -222,6 +243,11 @@ def _scratch(value: str, file: Path | None) -> Path:
         raise SiteError(
             f"AFINA_SCRATCH={value} {what}", f"mkdir -p '{value}' (a mistyped path is never made for you), or {where}"
         )
+    return path, where
+
+
+def _scratch(value: str, file: Path | None) -> Path:
+    path, _ = _existing_scratch(value, file)
     space = os.statvfs(path)
     if not os.access(path, os.W_OK | os.X_OK) or space.f_flag & os.ST_RDONLY:
         raise SiteError(

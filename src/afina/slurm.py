@@ -1,17 +1,19 @@
 """The only module that runs sbatch, squeue, sacct and scancel, or imports submitit.
 
-Covers submission, states, cancelling and what accounting says. A query that fails says `UNKNOWN`, never `FAILED`: clusters without accounting have no
-sacct, and a busy slurmctld does not answer.
+Covers submission, states, cancelling and what accounting says. A query that fails says `UNKNOWN`, never `FAILED`: clusters without
+accounting have no sacct, and a busy slurmctld does not answer. Jobs of other users, and of other clusters (`--clusters`), are not looked for.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
 
@@ -23,12 +25,13 @@ from afina.rundir import RunDir
 from afina.supervise import run_node
 
 __all__ = [
+    "Job",
     "JobState",
     "NodeTask",
     "accounting",
     "cancel",
-    "in_queue",
     "need_slurm",
+    "query",
     "submit_sbatch",
     "submit_submitit",
     "submitit_script",
@@ -37,13 +40,58 @@ __all__ = [
 
 JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
 
-_QUEUED = {
-    "PENDING": "PENDING",
-    "CONFIGURING": "PENDING",
-    "REQUEUED": "PENDING",
-    "REQUEUE_HOLD": "PENDING",
-    "SUSPENDED": "PENDING",
-}
+#: Slurm's states in which a job waits.
+_WAITS = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "SUSPENDED",
+    "STOPPED",
+    "RESV_DEL_HOLD",
+)
+#: Those that a job does not leave by itself; what is in neither list runs (RUNNING, COMPLETING, SIGNALING, STAGE_OUT, …).
+_ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+)
+#: One argument of a command may have 131,072 bytes on Linux.
+_LONGEST = 100_000
+#: Seconds to wait for an answer about states: somebody looks at the screen.
+_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm knows of a job.
+
+    Attributes:
+        job_id: as it was asked for: `123`, or `123_4` for a task of an array.
+        state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
+        said: Slurm's own word for the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
+        reason: why it waits, in Slurm's word; `afina.pending` explains it.
+        time_left_s: seconds to its time limit.
+        start: when it started, or when Slurm thinks that it will, in seconds since the epoch.
+        nodes: the nodes that it runs on, as Slurm abbreviates them.
+    """
+
+    job_id: str
+    state: JobState
+    said: str = ""
+    reason: str = ""
+    time_left_s: int | None = None
+    start: float | None = None
+    nodes: str = ""
 
 
 def need_slurm() -> None:
@@ -155,20 +203,36 @@ def submit_submitit(plan: Plan, run: RunDir) -> str:
     return str(job.job_id)
 
 
-def in_queue(job_ids: Sequence[str]) -> dict[str, JobState]:
-    """State of each job by one call of squeue: PENDING, RUNNING, GONE (not in the queue any more), or UNKNOWN."""
+def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -> dict[str, Job]:
+    """What Slurm knows of each job: one call of squeue, and at most one of sacct for jobs that have left the queue.
+
+    Args:
+        job_ids: `123`, or `123_4` for a task of an array. An array's task is also found by the number of its own that it has
+            while it runs (SLURM_JOB_ID).
+        account: those whose end sacct is asked for; by default all. Without accounting their `said` stays empty.
+    """
     if not job_ids:
         return {}
+    # Times as seconds since the epoch: no time zone, no hour that comes twice.
+    ask = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%L|%S|%N|%r"]
     try:
-        said = _slurm(["squeue", "--noheader", "--format=%i %T", "--me"])
+        said = _slurm(ask, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=_PATIENCE_S)
     except SlurmError:
-        return dict.fromkeys(job_ids, "UNKNOWN")
-    found = dict(line.split(maxsplit=1) for line in said.splitlines() if " " in line.strip())
-    states: dict[str, JobState] = {}
-    for job in job_ids:
-        state = found.get(job)
-        states[job] = "GONE" if state is None else ("PENDING" if state in _QUEUED else "RUNNING")
-    return states
+        return {job_id: Job(job_id, "UNKNOWN") for job_id in job_ids}
+    found: dict[str, Job] = {}
+    for line in said.splitlines():
+        fields = line.strip().split("|", 6)
+        if len(fields) < 7:
+            continue
+        job_id, own, state, left, start, nodes, reason = fields
+        job = Job(job_id, _state(state), state, reason, _seconds(left), _number(start), nodes)
+        found[job_id] = job
+        # Tasks of an array that have not begun share its number; the last one to begin keeps it as its own.
+        found.setdefault(own, job)
+    missing = [job_id for job_id in job_ids if job_id not in found]
+    ended = _accounted([j for j in missing if account is None or j in account]) if missing else {}
+    gone = {job_id: Job(job_id, "GONE", ended.get(job_id, "")) for job_id in missing}
+    return {job_id: gone[job_id] if job_id in gone else found[job_id] for job_id in job_ids}
 
 
 def accounting(job_ids: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]] | None:
@@ -192,13 +256,61 @@ def version() -> str | None:
         return None
 
 
-def cancel(job_id: str) -> None:
-    """Cancel a job.
+def _state(said: str) -> JobState:
+    return "PENDING" if said in _WAITS else "GONE" if said in _ENDED else "RUNNING"
+
+
+def _accounted(job_ids: Sequence[str]) -> dict[str, str]:
+    """How jobs ended, as sacct says: COMPLETED, TIMEOUT, CANCELLED, …; empty where it says nothing."""
+    ended: dict[str, str] = {}
+    for part in _parts(job_ids):
+        ask = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State", f"--jobs={part}"]
+        try:
+            said = _slurm(ask, timeout_s=_PATIENCE_S)
+        except SlurmError:
+            return ended
+        for line in said.splitlines():
+            fields = line.split("|")
+            if len(fields) == 3 and fields[2].split():
+                state = fields[2].split()[0]  # `CANCELLED by 1000`
+                ended[fields[0]] = state
+                ended.setdefault(fields[1], state)
+    return ended
+
+
+def _parts(job_ids: Sequence[str]) -> Iterator[str]:
+    """The ids, joined by commas, in pieces that fit into one argument: a thousand are one piece."""
+    piece = ""
+    for job_id in job_ids:
+        if piece and len(piece) + len(job_id) >= _LONGEST:
+            yield piece
+            piece = ""
+        piece = f"{piece},{job_id}" if piece else job_id
+    if piece:
+        yield piece
+
+
+def _seconds(text: str) -> int | None:
+    """`[D-]H:M:S` or `M:S` to seconds; None for UNLIMITED, INVALID, NOT_SET."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text.strip().isdigit() else None
+
+
+def cancel(*job_ids: str) -> None:
+    """Cancel jobs by one call of scancel; one that has ended meanwhile is no error.
 
     Raises:
         SlurmError: Slurm refused.
     """
-    _slurm(["scancel", job_id])
+    if job_ids:
+        _slurm(["scancel", *job_ids])
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -234,14 +346,21 @@ def _need(command: str) -> None:
         )
 
 
-def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
     _need(argv[0])
     try:
         done = subprocess.run(
-            list(argv), env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, check=False
+            list(argv),
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{argv[0]} did not answer for 120 s", "slurmctld may be busy; try again") from None
+        raise SlurmError(
+            f"{argv[0]} did not answer for {timeout_s:.0f} s", "slurmctld may be busy; try again"
+        ) from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise SlurmError(f"{argv[0]} refused: {said}", _remedy(said))

@@ -17,7 +17,7 @@ from afina.recipe import Recipe
 from afina.rundir import Outcome, RunDir
 from afina.site import Site
 
-COMMANDS = ["train", "resume", "submit", "prefetch", "status", "report", "compare", "rerun"]
+COMMANDS = ["train", "resume", "submit", "prefetch", "status", "list", "logs", "cancel", "report", "compare", "rerun"]
 
 
 @pytest.fixture
@@ -55,7 +55,12 @@ def test_every_command_shows_an_example(afina: Callable[..., Ran], command: str)
         ["submit", "r.yaml", "--via", "pbs"],
         ["submit", "r.yaml", "--nodes", "0"],
         ["submit", "r.yaml", "--gpus-per-node", "-1"],
-        ["status"],
+        ["status", "--no-such-option"],
+        ["list", "--sort", "color"],
+        ["list", "--state", "broken"],
+        ["logs"],
+        ["logs", "r", "--rank", "-1"],
+        ["cancel"],
         ["resume"],
     ],
 )
@@ -108,7 +113,7 @@ def test_status(afina: Callable[..., Ran], run: RunDir) -> None:
         Outcome(outcome="finished", exit_code=0, attempt="local-1", global_step=7, metrics={"eval_accuracy": 0.75})
     )
     done = afina("status", run.path)
-    assert done.stdout == f"FINISHED  step 7  job -  {run.path}\n  eval_accuracy 0.750000\n"
+    assert done.stdout == f"FINISHED  step 7  job -  {run.path}\n  loss 0.5000\n  eval_accuracy 0.750000\n"
 
 
 def test_status_of_a_failure(afina: Callable[..., Ran], run: RunDir) -> None:
@@ -118,7 +123,7 @@ def test_status_of_a_failure(afina: Callable[..., Ran], run: RunDir) -> None:
     assert "the loss is not finite" in done.stdout and "remedy: " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["status", "resume"])
+@pytest.mark.parametrize("command", ["status", "resume", "list", "logs", "cancel"])
 def test_what_is_no_run_directory(afina: Callable[..., Ran], tmp_path: Path, command: str) -> None:
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("long" * 100)):
         done = afina(command, path)

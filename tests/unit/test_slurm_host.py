@@ -153,21 +153,68 @@ def test_an_answer_without_a_job_number_is_refused(bin: Path, run: RunDir, body:
 
 def test_states_come_from_one_call(bin: Path, tmp_path: Path) -> None:
     calls = tmp_path / "calls"
+    lines = [
+        "1|1|RUNNING|1-02:03:04|1795627570|n[1-2]|None",
+        "2|2|PENDING|UNLIMITED|N/A||Resources",
+        "3|3|COMPLETING|0:00|1795627570|n1|None",
+        "4|4|CONFIGURING|1:30|1795627570|n1|None",
+        "5|5|SUSPENDED|59:59|1795627570|n1|None",
+        "7|7|TIMEOUT|0:00|1795627570|n1|TimeLimit",
+        "8|8|PENDING|INVALID|1795631170||(ReqNodeNotAvail, UnavailableNodes:n[1-3]|4)",
+        "squeue: a line of a wrapper that greets",
+    ]
+    words = " ".join(map(shlex.quote, lines))
     program(
         bin,
         "squeue",
-        f'echo call >>{shlex.quote(str(calls))}; printf "%s\\n" "1 RUNNING" "2 PENDING" "3 COMPLETING" "4 CONFIGURING" "5 SUSPENDED"\n',
+        f'echo "$SLURM_TIME_FORMAT $*" >>{shlex.quote(str(calls))}; printf "%s\\n" {words}\n',
     )
-    assert slurm.in_queue(["1", "2", "3", "4", "5", "6"]) == {
+    program(
+        bin, "sacct", f'echo "$*" >>{shlex.quote(str(calls))}; printf "%s\\n" "6|6|CANCELLED by 1000" "9_1|12|FAILED"\n'
+    )
+    jobs = slurm.query(["1", "2", "3", "4", "5", "6", "7", "8", "9_1"])
+    assert {job_id: job.state for job_id, job in jobs.items()} == {
         "1": "RUNNING",
         "2": "PENDING",
         "3": "RUNNING",
         "4": "PENDING",
         "5": "PENDING",
         "6": "GONE",
+        "7": "GONE",
+        "8": "PENDING",
+        "9_1": "GONE",
     }
-    assert calls.read_text() == "call\n"
-    assert slurm.in_queue([]) == {}
+    assert jobs["1"] == slurm.Job("1", "RUNNING", "RUNNING", "None", 93784, 1795627570.0, "n[1-2]")
+    assert (jobs["2"].time_left_s, jobs["2"].start, jobs["5"].time_left_s) == (None, None, 3599)
+    assert jobs["8"].reason == "(ReqNodeNotAvail, UnavailableNodes:n[1-3]|4)"
+    assert (jobs["6"].said, jobs["7"].said, jobs["9_1"].said) == ("CANCELLED", "TIMEOUT", "FAILED")
+    called = calls.read_text().splitlines()
+    assert len(called) == 2 and called[0].startswith("%s --me") and called[1].endswith("--jobs=6,9_1")
+    assert slurm.query([]) == {} and len(calls.read_text().splitlines()) == 2
+
+
+def test_tasks_of_an_array_are_found_by_both_their_numbers(bin: Path) -> None:
+    """Once it has begun a task has a number of its own; the last one to begin has that of the array."""
+    lines = (
+        "40_0|41|RUNNING|10:00|1|n1|None",
+        "40_1|40|PENDING|20:00|1||BeginTime",
+        "50_0|51|RUNNING|20:00|1|n2|None",
+        "50_1|50|PENDING|30:00|N/A||JobArrayTaskLimit",
+        "50_2|50|PENDING|30:00|N/A||JobArrayTaskLimit",
+    )
+    program(bin, "squeue", f'printf "%s\\n" {" ".join(map(shlex.quote, lines))}\n')
+    program(bin, "sacct", "exit 1\n")
+    jobs = slurm.query(["40_0", "41", "40_1", "40", "50_0", "50_2", "50_3"])
+    assert {job_id: (job.state, job.time_left_s) for job_id, job in jobs.items()} == {
+        "40_0": ("RUNNING", 600),
+        "41": ("RUNNING", 600),
+        "40_1": ("PENDING", 1200),
+        "40": ("PENDING", 1200),
+        "50_0": ("RUNNING", 1200),
+        "50_2": ("PENDING", 1800),
+        "50_3": ("GONE", None),
+    }
+    assert jobs["50_2"].reason == "JobArrayTaskLimit"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +223,14 @@ def test_states_come_from_one_call(bin: Path, tmp_path: Path) -> None:
 )
 def test_a_query_that_fails_is_unknown_never_failed(bin: Path, body: str) -> None:
     program(bin, "squeue", body)
-    assert slurm.in_queue(["1", "2"]) == {"1": "UNKNOWN", "2": "UNKNOWN"}
+    assert {job_id: job.state for job_id, job in slurm.query(["1", "2"]).items()} == {"1": "UNKNOWN", "2": "UNKNOWN"}
+
+
+@pytest.mark.parametrize("body", ["exit 1\n", "echo 'Slurm accounting storage is disabled' >&2; exit 1\n", ""])
+def test_without_accounting_gone_is_gone(bin: Path, body: str) -> None:
+    program(bin, "squeue", "true\n")
+    program(bin, "sacct", body)
+    assert slurm.query(["1"]) == {"1": slurm.Job("1", "GONE")}
 
 
 def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
@@ -185,8 +239,9 @@ def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
     handle = Run(run.path)
     assert handle.state == "PLANNED"
     run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
-    for said, state in (("7 PENDING", "PENDING"), ("7 RUNNING", "RUNNING"), ("8 RUNNING", "FAILED")):
-        program(bin, "squeue", f"echo {said}\n")
+    program(bin, "sacct", "exit 1\n")
+    for job, said, state in ((7, "PENDING", "PENDING"), (7, "RUNNING", "RUNNING"), (8, "RUNNING", "FAILED")):
+        program(bin, "squeue", f"echo '{job}|{job}|{said}|10:00|N/A|n1|Priority'\n")
         assert handle.state == state
     program(bin, "squeue", "exit 1\n")
     assert handle.state == "UNKNOWN"
@@ -194,7 +249,7 @@ def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
 
 def test_no_squeue_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", no_slurm(tmp_path))
-    assert slurm.in_queue(["1"]) == {"1": "UNKNOWN"}
+    assert slurm.query(["1"]) == {"1": slurm.Job("1", "UNKNOWN")}
     with pytest.raises(SlurmError, match="sbatch is not on PATH: no Slurm here"):
         slurm.need_slurm()
 
@@ -202,8 +257,8 @@ def test_no_squeue_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_cancel_passes_the_job(bin: Path, tmp_path: Path) -> None:
     record = tmp_path / "record"
     program(bin, "scancel", f'printf "%s\\n" "$@" >{shlex.quote(str(record))}\n')
-    slurm.cancel("12")
-    assert record.read_text() == "12\n"
+    slurm.cancel("12", "13_4")
+    assert record.read_text() == "12\n13_4\n"
     program(bin, "scancel", "echo 'Invalid job id' >&2; exit 1\n")
     with pytest.raises(SlurmError, match="Invalid job id"):
         slurm.cancel("12")

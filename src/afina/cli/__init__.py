@@ -1,7 +1,7 @@
 """The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
 
     run       prefetch, train, resume, submit, demo
-    watch     status
+    watch     status, list, logs, cancel
     report    report, compare, rerun
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.

@@ -33,6 +33,7 @@ from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError, 
 from afina.plan import Plan
 from afina.redact import RedactedStream, redact
 from afina.site import cache_environment
+from afina.trackers import check_trackers
 
 __all__ = ["main", "prepare"]
 
@@ -102,6 +103,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     pins = site.scratch / "pins"
     for folder in (pins, site.prepared, site.cache / "datasets"):
         sweep(folder, now=time.time())
+    check_trackers(recipe.trackers)
     # What costs a second is refused before anything large is fetched: mistyped names on the Hub, arguments.
     data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
     model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say) if plan.model_folder is None else None

@@ -28,6 +28,7 @@ from afina.plan import Geometry, Plan, geometry_for
 from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
 from afina.worker.lease import Lease
+from afina.worker.marks import mark_lines
 from afina.worker.watch import StopRequest
 
 __all__ = ["main"]
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     run = RunDir(argv[0])
     attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
     rank = int(os.environ.get("RANK", "0"))
+    mark_lines(rank)
     stop = StopRequest(run)
     lease = Lease(run, attempt)
     try:
@@ -99,6 +101,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     from afina.worker import checkpoint as checkpoints
     from afina.worker import preflight, results, store
     from afina.worker.pretrained import verify_model
+    from afina.worker.tracking import track
     from afina.worker.trainer import EvaluationAbandoned, RunTrainer, build_arguments, build_model
 
     transformers.logging.set_verbosity_error()
@@ -136,6 +139,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         model=model,
         args=arguments,
         processing_class=tokenizer,
+        callbacks=track(run, plan, checkpoints.manifest(resume)["step"] if resume else 0) if rank == 0 else [],
     )
     trainer.watchdog.start()
     if rank == 0:
@@ -148,7 +152,9 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
             run.event("checkpoint_damaged", attempt=attempt, note=note)
         _say(*notes, *(f"WARNING: {warning}" for warning in found["warnings"]))
         _introduce(plan, geometry, manifest, trainer.args.device, resume)
-        run.stop_file.unlink(missing_ok=True)
+        if "AFINA_LAUNCH" not in os.environ:
+            # Whoever launches an attempt clears the way first; a stop that was asked for since then is meant.
+            run.stop_file.unlink(missing_ok=True)
 
     if resume:
         _check_origin(plan, checkpoints.manifest(resume), resume)

@@ -1,0 +1,211 @@
+"""The log of a run's attempt: `attempts/<id>/node<k>.log`, whole, its end, or as it grows, from attempt to attempt.
+
+All processes of a node write into one file. A line of a rank other than 0 begins with `[rank K] `; what a library writes past
+Python has no such mark, and is shown with rank 0. Before the first attempt there is only Slurm's log of the job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from afina.errors import InputError, nearest
+from afina.overview import summary_of
+from afina.rundir import RunDir
+
+__all__ = ["Choice", "follow", "log_lines"]
+
+_MARK = re.compile(rb"\[rank ([0-9]+)\] ")
+#: Seconds between two looks at a file that does not grow, and between two questions to Slurm about it.
+_LOOK_S = 1.0
+_ASK_S = 15.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which lines: an attempt (by default the newest), and a node or a rank (by default node 0)."""
+
+    attempt: str | None = None
+    node: int | None = None
+    rank: int | None = None
+
+
+def log_lines(run: RunDir, choice: Choice, last: int | None = None) -> Iterator[str]:
+    """The lines of an attempt's log, or its last ones; before the first attempt Slurm's own log of the job.
+
+    Raises:
+        InputError: no such attempt, node or rank; or nothing was ever logged.
+    """
+    names = run.attempt_names()
+    if not names and choice.attempt is None:
+        slurm_log = _job_log(run.path)
+        if slurm_log is None:
+            summary = summary_of(run.path)
+            raise InputError(
+                f"{run.path}: no attempt has begun, there is no log ({summary.state}{f': {summary.why}' if summary.why else ''})",
+                summary.remedy or "`afina logs RUN -f` waits for it",
+            )
+        yield f"afina: no attempt has begun; this is {slurm_log}\n"
+        with slurm_log.open("rb") as file:
+            yield from _chosen(file, None, last)
+        return
+    attempt = _attempt(names, choice.attempt)
+    path, rank = _place(run, attempt, choice)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        yield from _chosen(file, rank, last)
+
+
+def follow(
+    run: RunDir, choice: Choice, last: int | None = None, *, pause: Callable[[float], None] = time.sleep
+) -> Iterator[str]:
+    """As `log_lines`, then what is added, through later attempts too, until the run has ended.
+
+    With an attempt named, only that one's log. The end is seen in the run directory and, at most every 15 seconds, asked of Slurm.
+
+    Raises:
+        InputError: as `log_lines`; that nothing was logged yet is none.
+    """
+    current = _first_attempt(run, choice, pause)
+    if current is None:
+        yield f"afina: the run has ended before an attempt began: {summary_of(run.path).state}\n"
+        yield from log_lines(run, choice, last)
+        return
+    end = _End(run)
+    path, rank = _place(run, current, choice)
+    position, torn = 0, b""
+    while True:
+        over = end.reached()  # before the last look: what was written until then is shown
+        grown, position = _grown(path, position)
+        if grown:
+            lines = (torn + grown).splitlines(keepends=True)
+            torn = b"" if lines[-1].endswith(b"\n") else lines.pop()
+            yield from _chosen(lines, rank, last)
+        last = None
+        following = None if choice.attempt else _after(run, current)
+        if not grown and following:
+            outcome = run.outcome()
+            how = (
+                f"{outcome.outcome}: {outcome.cause}"
+                if outcome and outcome.attempt == current
+                else "without an outcome"
+            )
+            yield f"afina: attempt {current} has ended ({how}); attempt {following} goes on\n"
+            current, torn, position = following, b"", 0
+            path, rank = _place(run, current, choice)
+        elif not grown and (over or (choice.attempt and _after(run, current))):
+            break
+        elif not grown:
+            pause(_LOOK_S)
+    yield f"afina: {end.state}\n"
+
+
+class _End:
+    """Whether the run has ended: looked up when an outcome appears, and now and then."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.state = run, "UNKNOWN"
+        self._seen: int | None = None
+        self._asked = float("-inf")
+
+    def reached(self) -> bool:
+        try:
+            written: int | None = self.run.outcome_file.stat().st_mtime_ns
+        except OSError:
+            written = None
+        if written != self._seen or time.monotonic() - self._asked > _ASK_S:
+            self._seen, self._asked = written, time.monotonic()
+            self.state = summary_of(self.run.path).state
+        return self.state in ("FINISHED", "STOPPED", "FAILED", "PLANNED")
+
+
+def _first_attempt(run: RunDir, choice: Choice, pause: Callable[[float], None]) -> str | None:
+    """The attempt to begin with; waits for the first one; None if the run ends before."""
+    end = _End(run)
+    while not (names := run.attempt_names()):
+        if choice.attempt is not None or end.reached():
+            return _attempt(names, choice.attempt) if choice.attempt else None
+        pause(_LOOK_S)
+    return _attempt(names, choice.attempt)
+
+
+def _attempt(names: list[str], asked: str | None) -> str:
+    if asked is None:
+        return names[-1]
+    if asked in names:
+        return asked
+    raise InputError(
+        f"there is no attempt {asked}; there are: {', '.join(names) or 'none'}",
+        nearest(asked, names) or "choose one of them",
+    )
+
+
+def _after(run: RunDir, attempt: str) -> str | None:
+    names = run.attempt_names()
+    later = names[names.index(attempt) + 1 :] if attempt in names else []
+    return later[0] if later else None
+
+
+def _place(run: RunDir, attempt: str, choice: Choice) -> tuple[Path, int | None]:
+    """The file, and the rank whose lines are wanted of it."""
+    folder = run.attempts / attempt
+    nodes, per_node = _layout(run, folder)
+    if choice.rank is not None and not 0 <= choice.rank < nodes * per_node:
+        raise InputError(
+            f"there is no rank {choice.rank}: attempt {attempt} has {nodes * per_node} process(es)",
+            f"choose 0 to {nodes * per_node - 1}",
+        )
+    node = choice.node or 0
+    if choice.rank is not None:
+        node = choice.rank // per_node
+    if not 0 <= node < nodes:
+        raise InputError(f"there is no node {node}: attempt {attempt} has {nodes}", f"choose 0 to {nodes - 1}")
+    return folder / f"node{node}.log", choice.rank
+
+
+def _layout(run: RunDir, folder: Path) -> tuple[int, int]:
+    """Nodes and processes per node of an attempt; those of the plan where it has not said yet."""
+    for file in (folder / "env.json", run.plan_file):
+        try:
+            geometry = json.loads(file.read_bytes())["geometry"]
+            return int(geometry["nodes"]), int(geometry["processes_per_node"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return 1, 1
+
+
+def _job_log(run: Path) -> Path | None:
+    logs = [*run.glob("slurm-*.out"), *run.glob("submitit/*_log.out")]
+    return max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _grown(path: Path, position: int) -> tuple[bytes, int]:
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            grown = file.read()
+    except FileNotFoundError:
+        return b"", position
+    return grown, position + len(grown)
+
+
+def _chosen(lines: Iterator[bytes] | list[bytes], rank: int | None, last: int | None) -> Iterator[str]:
+    """The lines of a rank, without its mark; of all, where none is asked for."""
+    kept: Iterator[bytes] = (found for line in lines if (found := _of_rank(line, rank)) is not None)
+    for line in kept if last is None else deque(kept, maxlen=last):
+        yield line.decode(errors="replace")
+
+
+def _of_rank(line: bytes, rank: int | None) -> bytes | None:
+    if rank is None:
+        return line
+    mark = _MARK.match(line)
+    if mark is None:
+        return line if rank == 0 else None
+    return line[mark.end() :] if int(mark[1]) == rank else None
