@@ -39,7 +39,7 @@ STATES: tuple[State, ...] = ("PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPP
 
 #: How deep below a folder runs are looked for: sweeps/<sweep>/runs/<cell> is four below scratch.
 _DEPTH = 4
-#: Opening files of a shared file system waits for its server: several at a time. More than eight gained nothing on a local disk.
+#: Opening files of a shared file system waits for its server: several at a time. On a local disk it gains nothing.
 _READERS = 8
 #: Slurm's guess of a start that is further away says only that it has none.
 _GUESS_S = 30 * 86400
@@ -166,11 +166,12 @@ def _place(folder: str | Path) -> Path:
         hint = nearest(path.name, _names(path.parent))
         raise InputError(f"{folder}: no such folder", hint or "`afina list` names the runs on scratch")
     first, *rest = path.parts or (".",)
-    inside = [scratch / "sweeps" / first / "runs" / Path(*rest)] if rest else []
-    for place in (scratch / path, scratch / "runs" / path, scratch / "sweeps" / path, *inside):
+    cell = scratch / "sweeps" / first / "runs" / Path(*rest)
+    for place in (scratch / path, scratch / "runs" / path, scratch / "sweeps" / path, cell):
         if _is_there(place):
             return place
-    hint = nearest(path.name, [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)])
+    known = _names(cell.parent) or [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)]
+    hint = nearest(path.name, known)
     raise InputError(
         f"{folder}: no such folder, and no run or sweep of that name below {scratch}",
         hint or "`afina list` names the runs on scratch",

@@ -363,7 +363,10 @@ def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s:
         ) from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        raise SlurmError(f"{argv[0]} refused: {said}", _remedy(said))
+        remedy = (
+            _remedy(said) if argv[0] == "sbatch" else "try again; `squeue --me` shows what Slurm knows of your jobs"
+        )
+        raise SlurmError(f"{argv[0]} refused: {said}", remedy)
     return done.stdout
 
 
