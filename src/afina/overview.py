@@ -225,7 +225,7 @@ def _below(folder: Path, depth: int) -> list[Path]:
             for entry in entries:
                 if entry.name == "plan.json":
                     return [folder]
-                if not entry.name.startswith(".") and entry.is_dir():
+                if not entry.name.startswith(".") and _is_folder(entry):
                     inside.append(entry.name)
     except OSError:  # closed to us, or gone meanwhile
         return found
@@ -233,6 +233,13 @@ def _below(folder: Path, depth: int) -> list[Path]:
         for name in sorted(inside, key=_natural):
             found += _below(folder / name, depth - 1)
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -142,7 +142,7 @@ def test_every_state_with_one_question_each_to_squeue_and_sacct(slurm: Slurm, ru
         "waits-again": "PENDING",
     }
     squeue, sacct = slurm.calls()
-    assert (squeue[0] == "squeue" and sacct[0] == "sacct" and sacct[-1] == "--jobs=10,8,9,7"[: len(sacct[-1])]) or True
+    assert (squeue[0], sacct[0]) == ("squeue", "sacct")
     assert set(sacct[-1].removeprefix("--jobs=").split(",")) == {"7", "8", "9", "10"}, (
         "only those whose end is not written down"
     )
@@ -334,12 +334,16 @@ def test_runs_are_found_below_any_folder_and_by_their_short_names(slurm: Slurm, 
         find_runs([scratch / "sweeps/my sweep/runs/lr=1e-5/attempts"])
 
 
-def test_other_peoples_runs_are_left_out(slurm: Slurm, runs: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("no folder is closed to root")
+def test_what_cannot_be_looked_into_hides_nothing_else(slurm: Slurm, runs: Path) -> None:
+    """Another user's runs are closed (0700); a link may lead in a circle."""
     make(runs / "mine")
-    (runs / "theirs").mkdir(mode=0)
-    assert known_runs() == [runs / "mine"]
+    (runs / "a circle").symlink_to(runs / "a circle")
+    (runs / "nowhere").symlink_to(runs / "gone")
+    make(runs / "theirs/run")
+    (runs / "theirs").chmod(0)
+    open_to_us = os.access(runs / "theirs", os.R_OK)  # as everything is to root
+    assert known_runs() == [runs / "mine", *([runs / "theirs/run"] if open_to_us else [])]
+    (runs / "theirs").chmod(0o700)
 
 
 def test_nasty_names(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
