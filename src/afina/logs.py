@@ -88,8 +88,11 @@ def follow(
             torn = b"" if lines[-1].endswith(b"\n") else lines.pop()
             yield from _chosen(lines, rank, last)
         last = None
-        following = None if choice.attempt else _after(run, current)
-        if not grown and following:
+        following = _after(run, current)
+        if not grown and torn and (following or over):
+            yield from _chosen([torn + b"\n"], rank, None)
+            torn = b""
+        if not grown and following and not choice.attempt:
             outcome = run.outcome()
             how = (
                 f"{outcome.outcome}: {outcome.cause}"
@@ -97,9 +100,9 @@ def follow(
                 else "without an outcome"
             )
             yield f"afina: attempt {current} has ended ({how}); attempt {following} goes on\n"
-            current, torn, position = following, b"", 0
+            current, position = following, 0
             path, rank = _place(run, current, choice)
-        elif not grown and (over or (choice.attempt and _after(run, current))):
+        elif not grown and (following or over):
             break
         elif not grown:
             pause(_LOOK_S)

@@ -1,7 +1,7 @@
 """Where a run's records may go besides the run directory: TensorBoard, Weights & Biases, MLflow. Names, places, commands.
 
     <run>/tracking/tensorboard/      event files
-    <run>/tracking/wandb/            offline runs, one an attempt, all of one id
+    <run>/tracking/wandb/            an offline run of the newest attempt; one id for all
     <run>/tracking/mlflow.db         an SQLite store
 
 A job writes files only and opens no connection: compute nodes have no internet. The commands here bring the records to a
@@ -70,6 +70,7 @@ def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str
         "WANDB_CONSOLE": "off",
         "MLFLOW_EXPERIMENT_NAME": name,
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
     }
     fixed = {
         "WANDB_DIR": str(folder),

@@ -1,7 +1,9 @@
 """The records of a run for TensorBoard, Weights & Biases and MLflow: transformers' own callbacks, with two promises added.
 
 A run that goes on from a checkpoint makes steps anew that were recorded before. They must not appear twice: TensorBoard is told
-to forget them (its purge step); the other two have no such thing where there is no server, and get each step once.
+to forget them (its purge step); MLflow's store is asked which it has; Weights & Biases has no such thing without its server, so
+each attempt records the whole run from `metrics.jsonl` on, under one id, and the files of the attempt before are set aside. Nor is
+anything missing that a killed job's library still held in memory.
 
 A tracker that fails (a full disk, a service that died) is left out with a warning: it is not worth a training.
 
@@ -10,9 +12,12 @@ Only scalars are recorded. Only rank 0 records. Not covered: artifacts and model
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,51 +45,59 @@ def track(run: RunDir, plan: Plan, resumed_step: int) -> list[TrainerCallback]:
     mlflow_id = folder / "mlflow.id"
     if mlflow_id.is_file():
         os.environ["MLFLOW_RUN_ID"] = mlflow_id.read_text().strip()
-    return [Tracked(name, folder, resumed_step) for name in names]
+    return [Tracked(name, run, resumed_step) for name in names]
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
     """One of transformers' callbacks, guarded: each record once, and no error of its own ends the training."""
 
-    def __init__(self, name: str, folder: Path, resumed_step: int) -> None:
-        self.name, self.folder, self.resumed_step = name, folder, resumed_step
+    def __init__(self, name: str, run: RunDir, resumed_step: int) -> None:
+        self.name, self.run, self.resumed_step = name, run, resumed_step
+        self.folder = run.path / "tracking"
         self._inner: Any = None
-        self._dead = False
-        self._steps = _Steps(folder / f"{name}.steps") if name != "tensorboard" else None
+        self._dead = self._uploaded = False
+        self._known: dict[str, set[int]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._call("on_train_begin", args, state, control, **named)
-        if self.name == "mlflow" and not self._dead and not (self.folder / "mlflow.id").exists():
-            import mlflow
-
-            if active := mlflow.active_run():
-                write_atomic(self.folder / "mlflow.id", active.info.run_id + "\n")
+        with self._guarded():
+            self._inner = self._make()
+            self._inner.on_train_begin(args, state, control, **named)
+            if self.name == "mlflow":
+                self._known = _name_and_steps(self.folder, self.run.path.name)
+            if self.name != "tensorboard" and not self._uploaded:
+                self._catch_up(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **named: Any) -> None:
         scalars = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        if scalars and (self._steps is None or self._steps.is_new(scalars, int(state.global_step))):
-            self._call("on_log", args, state, control, logs=scalars, **named)
+        kind, step = _kind(scalars), int(state.global_step)
+        if scalars and self._inner is not None and step not in self._known.get(kind, ()):
+            with self._guarded():
+                self._inner.on_log(args, state, control, logs=scalars, **named)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        self._call("on_train_end", args, state, control, **named)
-        for command in [] if self._dead else sync_commands(self.folder.parent, [self.name]):
+        with self._guarded():
+            if self._inner is not None:
+                self._inner.on_train_end(args, state, control, **named)
+        for command in [] if self._dead else sync_commands(self.run.path, [self.name]):
             print(f"afina: {self.name}: {command}", flush=True)
 
-    def _call(self, event: str, *arguments: Any, **named: Any) -> None:
-        if self._dead:
-            return
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            if self._inner is None:
-                self._inner = self._make()
-            getattr(self._inner, event)(*arguments, **named)
+            yield
         except Exception as error:
             # Whatever it is, in a library that is not ours: the training matters more.
-            self._dead = True
-            print(
-                f"afina: WARNING: {self.name} records no more: {type(error).__name__}: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._dead, self._inner = True, None
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"afina: WARNING: {self.name} records no more: {said}", file=sys.stderr, flush=True)
+
+    def _catch_up(self, args: Any, state: Any, control: Any) -> None:
+        """Record what earlier attempts logged up to the checkpoint, where the tracker does not have it."""
+        for record in self.run.lines("metrics.jsonl"):
+            if int(record["step"]) <= self.resumed_step:
+                then = copy.copy(state)
+                then.global_step, then.epoch = int(record["step"]), record.get("epoch")
+                self.on_log(args, then, control, {k: v for k, v in record.items() if k != "step"})
 
     def _make(self) -> Any:
         from transformers.integrations import MLflowCallback, TensorBoardCallback, WandbCallback
@@ -95,31 +108,37 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
             # Records of this step itself were written before its checkpoint was made.
             purge = self.resumed_step + 1 if self.resumed_step else None
             return TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge))
-        return WandbCallback() if self.name == "wandb" else MLflowCallback()
+        if self.name == "mlflow":
+            return MLflowCallback()
+        self._uploaded = _set_aside(self.folder / "wandb")
+        return WandbCallback()
 
 
-class _Steps:
-    """The last step that was recorded of each kind of record, in a file of fixed length that is written in place.
+def _kind(record: dict[str, Any]) -> str:
+    return "end" if "train_runtime" in record else "eval_loss" if "eval_loss" in record else "loss"
 
-    A job that is killed between a record and this note records that step twice; one that is killed while the library still
-    holds records in memory loses those.
+
+def _name_and_steps(folder: Path, name: str) -> dict[str, set[int]]:
+    """Name the run at MLflow and keep its id for later attempts; which steps its store has, of each kind of record."""
+    import mlflow
+
+    run_id = mlflow.active_run().info.run_id
+    write_atomic(folder / "mlflow.id", run_id + "\n")
+    mlflow.set_tag("mlflow.runName", name)
+    client = mlflow.MlflowClient()
+    return {key: {metric.step for metric in client.get_metric_history(run_id, key)} for key in ("loss", "eval_loss")}
+
+
+def _set_aside(folder: Path) -> bool:
+    """Rename the offline runs of earlier attempts: this one records anew what they hold. Whether one was uploaded already.
+
+    That one stays as it is, and this attempt then records only what is new; steps that both made are at the server twice.
     """
-
-    _KINDS = ("train", "eval", "end")
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fields = os.pread(self._descriptor, 64, 0).split()
-        last = [int(field) for field in fields] if len(fields) == len(self._KINDS) else [-1] * len(self._KINDS)
-        self._last = dict(zip(self._KINDS, last, strict=True))
-
-    def is_new(self, record: dict[str, Any], step: int) -> bool:
-        kind = "end" if "train_runtime" in record else "eval" if "eval_loss" in record else "train"
-        if step <= self._last[kind]:
-            return False
-        self._last[kind] = step
-        os.pwrite(self._descriptor, "".join(f"{self._last[k]:>12}" for k in self._KINDS).encode() + b"\n", 0)
-        return True
+    old = list(folder.glob("offline-run-*"))
+    uploaded = any(list(one.glob("*.wandb.synced")) for one in old)
+    for one in [] if uploaded else old:
+        one.rename(one.with_name(f"replaced-{one.name}"))
+    return uploaded
 
 
 def _id(path: Path) -> str:
