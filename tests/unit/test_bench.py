@@ -95,3 +95,16 @@ def test_a_page_that_fetches_speaks_or_is_too_wide_is_noticed(tmp_path: Path) ->
     for name in ("light", "dark", "narrow"):
         assert (tmp_path / f"fine/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "fine/print.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.timeout(120)
+def test_looking_at_many_runs_asks_slurm_once(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    said = _bench("many_runs.py", "--runs", "60", "--rounds", "1", "--json", found)
+    costs = {cost["command"]: cost for cost in json.loads(found.read_text())}
+    assert {"status", "list", "list --size", "status --json"} <= set(costs)
+    assert costs["status --json"]["runs"] == 60 and costs["status"]["runs"] == 62 and costs["list"]["runs"] == 61
+    for command in ("status", "list", "status --json"):
+        assert (costs[command]["squeue_calls"], costs[command]["sacct_calls"]) == (1, 1), command
+        assert costs[command]["seconds"] > 0 and costs[command]["peak_mb"] > 5
+    assert len(said.strip().splitlines()) == 2 + len(costs)
