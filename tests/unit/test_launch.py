@@ -275,3 +275,17 @@ def test_a_dry_run_can_be_pasted_into_a_shell(tmp_path: Path, nasty: str) -> Non
         ["bash", "-c", shlex.join(argv)], env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}, check=True
     )
     assert record.read_bytes().split(b"\0")[:-1] == [os.fsencode(word) for word in argv[1:]]
+
+
+def test_mail_of_the_site_becomes_options_of_sbatch(
+    recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], scratch: Path
+) -> None:
+    """sbatch reads SBATCH_ACCOUNT from the environment, and has no variables for mail."""
+    mail = {"SBATCH_ACCOUNT": "a", "SBATCH_MAIL_TYPE": "END,FAIL", "SBATCH_MAIL_USER": "me@example.org"}
+    plan = make_plan(recipe(), Site(scratch=scratch, sbatch=mail), recipe_file=recipe_file())
+    options = slurm_options(plan)
+    assert (options["mail-type"], options["mail-user"]) == ("END,FAIL", "me@example.org") and "account" not in options
+    argv = sbatch_argv(plan, scratch / "run")
+    assert "--mail-type=END,FAIL" in argv and "--mail-user=me@example.org" in argv
+    plain = make_plan(recipe(), Site(scratch=scratch), recipe_file=recipe_file())
+    assert not [word for word in sbatch_argv(plain, scratch / "run") if word.startswith("--mail")]

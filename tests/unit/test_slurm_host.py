@@ -545,7 +545,12 @@ def test_what_the_worker_decided_is_done(
     exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
     body = f"echo 75 >{exit_file}; {next_file(run, *lines)}"
     given = in_job(
-        scratch, FAKE_SRUN=body, SLURM_JOB_NAME="it's $(a) job", SLURM_JOB_PARTITION="gpu", SLURM_GPUS_PER_NODE="2"
+        scratch,
+        FAKE_SRUN=body,
+        SLURM_JOB_NAME="it's $(a) job",
+        SLURM_JOB_PARTITION="gpu",
+        SLURM_GPUS_PER_NODE="2",
+        SBATCH_MAIL_TYPE="END,FAIL",
     )
     done = sbatch(run.path, env=given)
     assert done.returncode == 75 and lines[2] in done.stdout, done
@@ -555,7 +560,14 @@ def test_what_the_worker_decided_is_done(
         return
     argv = [os.fsdecode(w) for w in argv_file.read_bytes().split(b"\0")[:-1]]
     assert argv[-2:] == [str(run.path / "finetune.sbatch"), str(run.path)]
-    expected = {"--job-name=it's $(a) job", "--nodes=2", "--partition=gpu", "--gpus-per-node=2", "--time=2:00:00"}
+    expected = {
+        "--job-name=it's $(a) job",
+        "--mail-type=END,FAIL",
+        "--nodes=2",
+        "--partition=gpu",
+        "--gpus-per-node=2",
+        "--time=2:00:00",
+    }
     assert expected | set(submitted) <= set(argv)
     (record,) = run.lines("submissions.jsonl")
     assert (record["job_id"], record["via"]) == ("4300", "resubmit")
