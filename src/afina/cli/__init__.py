@@ -61,7 +61,8 @@ def cli() -> None:
       afina train recipe.yaml                       train here
       afina submit recipe.yaml --nodes 2            as a Slurm job
       afina prefetch recipe.yaml                    fetch and prepare, on a node with internet
-      afina status RUN_DIR                          how it goes
+      afina status                                  how it goes: all runs, or `afina status RUN`
+      afina logs RUN -f                             what it prints
     """
 
 

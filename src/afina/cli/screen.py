@@ -154,7 +154,7 @@ def page(s: RunSummary) -> list[str]:
     if s.error and s.state == "FAILED":
         lines = [line for line in lines if line != f"  {s.why}"] + [f"  {s.error}"]
     elif s.remedy:
-        lines.append(f"  remedy: {s.remedy}")
+        lines.append(f"  to do: {s.remedy}")
     lines += [f"  records: {command}" for command in s.sync]
     return lines
 
