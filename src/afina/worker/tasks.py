@@ -1,7 +1,7 @@
 """What differs between tasks: the head, the loss, the metrics. A table, not a class tree.
 
-Metrics are `evaluate.Metric`s of our own that compute through scikit-learn and SciPy: `evaluate.load` would fetch a script
-from the Hub and fail on a node without internet.
+Metrics compute through scikit-learn and SciPy, which are imported with the first evaluation. Not through `evaluate`:
+`evaluate.load` would fetch a script from the Hub and fail on a node without internet, and its import brings pipelines of all kinds.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from torch.nn import functional
 
 from afina.recipe import METRICS
 
-__all__ = ["TASKS", "Task", "compute_metrics", "per_example_loss"]
+__all__ = ["TASKS", "Task", "compute_metrics", "decisions", "per_example_loss"]
 
 Array = np.ndarray[Any, Any]
 
@@ -68,33 +66,6 @@ def per_example_loss(task: str, logits: Array, labels: Array) -> Array:
     """Loss of each example, float64 (N,), from logits (N, K) and labels."""
     loss = TASKS[task].loss(torch.from_numpy(logits), torch.from_numpy(np.array(labels)))
     return np.asarray(loss.double().numpy())
-
-
-class _Score(evaluate.Metric):  # type: ignore[misc]
-    """One named metric. `_compute` returns a dict whose values are floats, or lists with one entry per class."""
-
-    def __init__(self, name: str, kind: str, score: Callable[..., dict[str, Any]], **settings: Any) -> None:
-        self._name, self._kind, self._score, self._settings = name, kind, score, settings
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> Any:
-        value = datasets.Value("float64" if self._kind == "regression" else "int64")
-        feature = datasets.Sequence(value) if self._kind == "multi-label" else value
-        return evaluate.MetricInfo(
-            description=f"{self._name} ({self._kind})",
-            citation="",
-            features=datasets.Features({"predictions": feature, "references": feature}),
-        )
-
-    def _build_data_dir(self) -> str:
-        """No folder: evaluate makes one in its cache, which may be read-only, and with `keep_in_memory` never uses it."""
-        return str(self._data_dir_root)
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            # scikit-learn and SciPy warn of classes without examples and of constant input; the value says it (0 or NaN).
-            warnings.simplefilter("ignore")
-            return self._score(np.asarray(references), np.asarray(predictions), **self._settings)
 
 
 def _prf(name: str) -> Callable[..., dict[str, Any]]:
@@ -173,14 +144,25 @@ _SCORES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def compute_metrics(task: str, names: Sequence[str], logits: Array, labels: Array, num_labels: int) -> dict[str, Any]:
-    """The named metrics of `task` (see `afina.recipe.METRICS`) for logits (N, K) against labels; NaN becomes None."""
-    predictions = TASKS[task].decide(logits)
-    references = labels.astype(np.float64 if task == "regression" else np.int64)
-    predictions = predictions.astype(references.dtype)
+def decisions(task: str, logits: Array) -> Array:
+    """What logits (N, K) say: class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
+    kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}[task]
+    return np.asarray(TASKS[task].decide(logits).astype(kind))
+
+
+def compute_metrics(
+    task: str, names: Sequence[str], predictions: Array, labels: Array, num_labels: int
+) -> dict[str, Any]:
+    """The named metrics of `task` (see `afina.recipe.METRICS`) for `decisions` against labels; NaN becomes None.
+
+    Values are floats, or lists with one entry per class.
+    """
+    references = labels.astype(np.float64) if task == "regression" else labels.astype(predictions.dtype)
     found: dict[str, Any] = {}
-    for name in names:
-        assert name in METRICS[task], name
-        metric = _Score(name, task, _SCORES[name], num_labels=num_labels)
-        found |= metric.compute(predictions=predictions, references=references)
+    with warnings.catch_warnings():
+        # scikit-learn and SciPy warn of classes without examples and of constant input; the value says it (0 or NaN).
+        warnings.simplefilter("ignore")
+        for name in names:
+            assert name in METRICS[task], name
+            found |= _SCORES[name](references, predictions, num_labels=num_labels)
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in found.items()}
