@@ -97,19 +97,17 @@ def forward_flops(config: Any, lengths: Array, matrix_parameters: int = 0) -> Ar
     kind = getattr(config, "model_type", "")
     if kind == "distilbert":
         return _encoder(each, config.dim, config.hidden_dim, config.n_layers, config.num_labels)
+    if kind not in (*_BERTS, "modernbert"):
+        return np.asarray(2.0 * matrix_parameters * each)
+    width, layers = config.hidden_size, config.num_hidden_layers
     if kind == "modernbert":
         local = sum(layer == "sliding_attention" for layer in config.layer_types)
-        found = _encoder(
-            each, config.hidden_size, 1.5 * config.intermediate_size, config.num_hidden_layers, config.num_labels
-        )
-        return found - 4 * config.hidden_size * local * (each**2 - _near_pairs(each, config.sliding_window))
-    if kind in _BERTS:
-        found = _encoder(
-            each, config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_labels
-        )
-        narrow = getattr(config, "embedding_size", config.hidden_size)
-        return found if narrow == config.hidden_size else np.asarray(found + 2 * narrow * config.hidden_size * each)
-    return 2.0 * matrix_parameters * each
+        whole = _encoder(each, width, 1.5 * config.intermediate_size, layers, config.num_labels)
+        unseen = each**2 - _near_pairs(each, config.sliding_window)
+        return np.asarray(whole - 4 * width * local * unseen)
+    narrow = getattr(config, "embedding_size", width)
+    widened = 0 if narrow == width else 2 * narrow * width * each
+    return np.asarray(_encoder(each, width, config.intermediate_size, layers, config.num_labels) + widened)
 
 
 def _encoder(lengths: Array, width: int, inner: float, layers: int, labels: int) -> Array:

@@ -28,6 +28,7 @@ from afina.plan import Geometry, Plan, geometry_for
 from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
 from afina.worker.lease import Lease
+from afina.worker.spared import without
 from afina.worker.spoken import introduce, say, table, utilisation
 from afina.worker.watch import StopRequest
 
@@ -95,14 +96,14 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     geometry = _geometry(plan)
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
-    from afina.worker import checkpoint as checkpoints
-    from afina.worker import preflight, results, store
-    from afina.worker.build import build_arguments, build_model
-    from afina.worker.evaluation import EvaluationAbandoned
-    from afina.worker.pretrained import verify_model
-    from afina.worker.trainer import RunTrainer
+    with without("datasets", "scipy"):
+        from afina.worker import checkpoint as checkpoints
+        from afina.worker import preflight, results, store
+        from afina.worker.build import build_arguments, build_model
+        from afina.worker.evaluation import EvaluationAbandoned
+        from afina.worker.pretrained import verify_model
+        from afina.worker.trainer import RunTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -123,7 +124,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     resume = _from_rank_zero(resume)
     transformers.set_seed(plan.recipe.train.seed)
     model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     trainer = RunTrainer(
         run=run,
         attempt=attempt,
