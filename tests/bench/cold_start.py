@@ -1,8 +1,7 @@
 """From the command to the end of the first step, by part: `afina train` and the tutorial's script on the same texts and model.
 
-Both run once before, so that data is prepared (or cached) and files are in the page cache. afina's parts are read from the events of
-the run; within its worker and the tutorial's script a probe says when torch, transformers and the rest were imported and how many
-modules there were at the first step. In turn, several rounds; medians and ranges, in seconds.
+Both run once before, so that data is prepared (or cached) and files are in the page cache. A probe in every Python says how
+long imports took and how many modules there were at the first step. In turn, several rounds; medians and ranges, in seconds.
 
     AFINA_TEST_DATA=FOLDER python tests/bench/cold_start.py [--rounds 3] [--json found.json] [--quick]
 """
@@ -26,30 +25,38 @@ from peers import HERE, environment_of, recipe_of, spread  # type: ignore[import
 PROBE = """
 import importlib.abc, importlib.util, json, os, sys, time
 BEGAN = time.time()
-WATCHED = {"torch", "transformers", "transformers.trainer", "datasets", "sklearn", "afina.worker.trainer"}
-STAMPS = {}
+ROOTS = {"torch", "transformers", "datasets", "sklearn", "scipy", "accelerate", "pandas", "pyarrow", "numpy", "afina"}
+SECONDS, ASKED, WITHIN = {}, set(), []
 class Timed(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name not in WATCHED:
+        root = name.partition(".")[0]
+        if root not in ROOTS or name in ASKED:
             return None
-        WATCHED.discard(name)
+        ASKED.add(name)
         spec = importlib.util.find_spec(name)
+        ASKED.discard(name)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
         def timed(module):
-            began = time.time()
-            execute(module)
-            STAMPS[name] = round(time.time() - began, 3)
+            # What is imported while another module is, counts as that one's.
+            began, outermost = time.time(), not WITHIN
+            WITHIN.append(name)
+            try:
+                execute(module)
+            finally:
+                WITHIN.pop()
+            if outermost:
+                SECONDS[root] = SECONDS.get(root, 0.0) + time.time() - began
             if name == "transformers.trainer":
                 usual = module.Trainer.training_step
                 def first(self, *arguments, **named):
                     module.Trainer.training_step = usual
-                    at = time.time()
+                    at, imports = time.time(), dict(SECONDS)
                     found = usual(self, *arguments, **named)
                     with open(os.environ["COLD_START"], "a") as file:
                         file.write(json.dumps({"process": BEGAN, "step_begins": at, "step_ends": time.time(),
-                                               "modules": len(sys.modules), "imports": STAMPS}) + "\\n")
+                                               "modules": len(sys.modules), "imports": imports}) + "\\n")
                     return found
                 module.Trainer.training_step = first
         spec.loader.exec_module = timed
@@ -59,19 +66,17 @@ sys.meta_path.insert(0, Timed())
 
 
 def once(argv: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a command; seconds of the command until its worker's process begins, until the first step, and of that step."""
+    """Run a command; the seconds until its first step has ended, by part."""
     note = folder / "probe.jsonl"
     note.unlink(missing_ok=True)
     began = time.time()
     subprocess.run(argv, env={**environment, "COLD_START": str(note)}, check=True, stdout=subprocess.DEVNULL)
     said = json.loads(note.read_text().splitlines()[0])
-    imports = said["imports"]
+    imports = sum(said["imports"].values())
     return {
         "before the process that trains": said["process"] - began,
-        "importing torch": imports["torch"],
-        # What is imported while another module is, counts as that one's.
-        "importing transformers.trainer": imports["transformers.trainer"],
-        "until the first step, imports included": said["step_begins"] - said["process"],
+        "imports": imports,
+        "reading, building, measuring": said["step_begins"] - said["process"] - imports,
         "the first step, without the optimizer": said["step_ends"] - said["step_begins"],
         "all": said["step_ends"] - began,
         "modules": said["modules"],

@@ -1,7 +1,8 @@
 """What differs between tasks: the head, the loss, the metrics. A table, not a class tree.
 
-Metrics compute through scikit-learn and SciPy, which are imported with the first evaluation. Not through `evaluate`:
-`evaluate.load` would fetch a script from the Hub and fail on a node without internet, and its import brings pipelines of all kinds.
+Metrics of classes follow from counts: a confusion matrix, or hits per label. They equal scikit-learn's (tests/unit/test_tasks.py)
+without its import, which takes a second and brings 1,400 modules. Not through `evaluate` either:
+`evaluate.load` would fetch a script from the Hub and fail on a node without internet. Correlations are SciPy's.
 """
 
 from __future__ import annotations
@@ -68,16 +69,39 @@ def per_example_loss(task: str, logits: Array, labels: Array) -> Array:
     return np.asarray(loss.double().numpy())
 
 
-def _prf(name: str) -> Callable[..., dict[str, Any]]:
-    def score(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
-        from sklearn.metrics import precision_recall_fscore_support
+@dataclass(frozen=True)
+class _Counts:
+    """Per class, float64 (K,): examples rightly given it, all that were given it, all that have it."""
 
-        labels = list(range(num_labels))
-        index = ("precision", "recall", "f1").index(name)
-        each = precision_recall_fscore_support(references, predictions, labels=labels, average=None, zero_division=0)[
-            index
-        ]
-        return {name: float(np.mean(each)), f"{name}_per_class": [float(v) for v in each]}
+    right: Array
+    given: Array
+    true: Array
+
+
+def _confusion(references: Array, predictions: Array, num_labels: int) -> Array:
+    """Rows are the labels, columns the predictions, int64 (K, K)."""
+    joint = references.astype(np.int64) * num_labels + predictions
+    return np.bincount(joint, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+
+def _counts(references: Array, predictions: Array, num_labels: int) -> _Counts:
+    if references.ndim == 1:
+        table = _confusion(references, predictions, num_labels)
+        found = (np.diag(table), table.sum(0), table.sum(1))
+    else:
+        found = tuple(x.sum(0, dtype=np.int64) for x in (references * predictions, predictions, references))
+    return _Counts(*(x.astype(np.float64) for x in found))
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """0 where there is nothing to divide by."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+
+
+def _per_class(name: str, each: Callable[[_Counts], Array]) -> Callable[..., dict[str, Any]]:
+    def score(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
+        found = each(_counts(references, predictions, num_labels))
+        return {name: float(np.mean(found)), f"{name}_per_class": [float(v) for v in found]}
 
     return score
 
@@ -87,21 +111,21 @@ def _accuracy(references: Array, predictions: Array, num_labels: int) -> dict[st
 
 
 def _mcc(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
-    from sklearn.metrics import matthews_corrcoef
+    """Matthews' correlation for many classes (Gorodkin 2004); 0 where one side is constant."""
+    counts, count = _counts(references, predictions, num_labels), float(len(references))
+    both = counts.right.sum() * count - counts.true @ counts.given
+    spreads = (count**2 - counts.true @ counts.true) * (count**2 - counts.given @ counts.given)
+    return {"mcc": float(both / np.sqrt(spreads)) if spreads else 0.0}
 
-    return {"mcc": float(matthews_corrcoef(references, predictions))}
 
-
-def _confusion(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
-    from sklearn.metrics import confusion_matrix
-
-    return {"confusion_matrix": confusion_matrix(references, predictions, labels=list(range(num_labels))).tolist()}
+def _confusion_matrix(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
+    return {"confusion_matrix": _confusion(references, predictions, num_labels).tolist()}
 
 
 def _f1_micro(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
-    from sklearn.metrics import f1_score
-
-    return {"f1_micro": float(f1_score(references, predictions, average="micro", zero_division=0))}
+    counts = _counts(references, predictions, num_labels)
+    below = float((counts.given + counts.true).sum())
+    return {"f1_micro": float(2 * counts.right.sum() / below) if below else 0.0}
 
 
 def _subset(references: Array, predictions: Array, num_labels: int) -> dict[str, Any]:
@@ -130,11 +154,11 @@ def _correlation(name: str) -> Callable[..., dict[str, Any]]:
 
 _SCORES: dict[str, Callable[..., dict[str, Any]]] = {
     "accuracy": _accuracy,
-    "precision": _prf("precision"),
-    "recall": _prf("recall"),
-    "f1": _prf("f1"),
+    "precision": _per_class("precision", lambda c: _ratio(c.right, c.given)),
+    "recall": _per_class("recall", lambda c: _ratio(c.right, c.true)),
+    "f1": _per_class("f1", lambda c: _ratio(2 * c.right, c.given + c.true)),
     "mcc": _mcc,
-    "confusion_matrix": _confusion,
+    "confusion_matrix": _confusion_matrix,
     "f1_micro": _f1_micro,
     "subset_accuracy": _subset,
     "mse": _mse,
@@ -160,7 +184,7 @@ def compute_metrics(
     references = labels.astype(np.float64) if task == "regression" else labels.astype(predictions.dtype)
     found: dict[str, Any] = {}
     with warnings.catch_warnings():
-        # scikit-learn and SciPy warn of classes without examples and of constant input; the value says it (0 or NaN).
+        # SciPy warns of constant input; the value says it (NaN).
         warnings.simplefilter("ignore")
         for name in names:
             assert name in METRICS[task], name
