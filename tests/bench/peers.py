@@ -24,6 +24,7 @@ Not covered: GPUs, more than one machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -112,13 +113,11 @@ def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: 
 def measured(argv: Sequence[str], environment: dict[str, str]) -> tuple[str, float, float]:
     """Run a command: its standard output, wall seconds, and the most memory of all its processes together, in GB."""
     began, most, over = time.perf_counter(), [0], threading.Event()
-    with subprocess.Popen(
-        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
 
         def watch() -> None:
             while not over.wait(0.5):
-                most[0] = max(most[0], _session_bytes(process.pid))
+                most[0] = max(most[0], _bytes_below(process.pid))
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -130,20 +129,24 @@ def measured(argv: Sequence[str], environment: dict[str, str]) -> tuple[str, flo
     return said, time.perf_counter() - began, most[0] / 1e9
 
 
-def _session_bytes(session: int) -> int:
-    """Proportional set size of all processes of a session (proc(5))."""
-    total = 0
+def _bytes_below(root: int) -> int:
+    """Proportional set size of a process and all its descendants (proc(5))."""
+    parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) != session:
-                continue
-            for line in (folder / "smaps_rollup").read_text().splitlines():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    wanted, grown = {root}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in wanted} - wanted
+        wanted |= more
+        grown = bool(more)
+    total = 0
+    for pid in wanted:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
-        except (OSError, ValueError, IndexError):
-            continue
     return total
 
 
