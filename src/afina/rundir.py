@@ -45,6 +45,9 @@ class Outcome(BaseModel):
         global_step: optimizer steps done.
         metrics: `eval_*` (and `test_*`) of the model in `model/`.
         samples_per_second: training examples per second of training, evaluations and saves left out.
+        utilisation: how the machine was used, over all attempts as far as checkpoints carry it on: real tokens per second,
+            the share of real tokens among those computed, mfu (model-FLOP utilisation) and the peak (FLOP/s of all processes) it
+            refers to, the most memory of a process, examples per step, wall seconds by part.
         seconds: wall time of all attempts up to here, start-up included.
         attempts: how many there were.
         error: what failed, and the remedy.
@@ -62,6 +65,7 @@ class Outcome(BaseModel):
     global_step: int = 0
     metrics: dict[str, Any] = {}
     samples_per_second: float | None = None
+    utilisation: dict[str, Any] = {}
     seconds: float = 0.0
     attempts: int = 1
     error: str | None = None

@@ -108,3 +108,51 @@ def test_looking_at_many_runs_asks_slurm_once(tmp_path: Path) -> None:
         assert (costs[command]["squeue_calls"], costs[command]["sacct_calls"]) == (1, 1), command
         assert costs[command]["seconds"] > 0 and costs[command]["peak_mb"] > 5
     assert len(said.strip().splitlines()) == 2 + len(costs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_peers_train_the_same_epochs_and_an_interrupted_bench_goes_on(tmp_path: Path) -> None:
+    options = [
+        "--out",
+        tmp_path,
+        "--quick",
+        "--rows",
+        "32",
+        "--lengths",
+        "short",
+        "--peers",
+        "tutorial",
+        "native",
+        "afina",
+    ]
+    said = _bench("peers.py", *options)
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
+    cells = {cell["peer"]: cell for cell in map(json.loads, lines)}
+    assert set(cells) == {"tutorial", "native", "afina"}
+    for cell in cells.values():
+        assert cell["steps"] == 4 and 0 < cell["mfu"] < 1 and cell["memory_gb"] > 0.1
+        assert cell["training_seconds"] < cell["seconds"] < cell["wall_seconds"]
+    assert cells["afina"]["said_by_itself"]["real_token_share"] == 1.0
+    # The same useful work over afina's own clock: its MFU and the bench's differ by the peaks they were measured against.
+    afina = cells["afina"]
+    own = afina["said_by_itself"]
+    assert own["mfu"] * own["peak_flops"] == pytest.approx(afina["mfu"] * afina["peak_flops"], rel=0.02)
+    assert "| tiny, short, 1 | afina |" in said
+    (tmp_path / "cells.jsonl").write_text("".join(lines[:-1]))
+    _bench("peers.py", *options)
+    again = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [c["peer"] for c in again] == [json.loads(line)["peer"] for line in lines]
+    assert again[0]["wall_seconds"] == json.loads(lines[0])["wall_seconds"], "what was done is not done again"
+    summary = json.loads((tmp_path / "peers.json").read_text())["rows"]
+    assert summary[0]["peer"] == "tutorial" and summary[0]["speed_training_seconds"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_evaluation_of_afina_and_one_of_trainer_give_the_same_probabilities(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    _bench("evaluation.py", "--quick", "--rows", "40", "--rounds", "1", "--lengths", "yelp", "--json", found)
+    rates = json.loads(found.read_text())["yelp"]
+    assert 0 <= rates["largest_difference"] < 1e-5
+    assert all(rates[kind][0] > 0 for kind in ("padded", "dynamic", "afina"))

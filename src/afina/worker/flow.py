@@ -1,4 +1,4 @@
-"""When to log, evaluate, save and stop, and what is seen of it: the callbacks of `worker.trainer`.
+"""When to log, evaluate, save and stop: the callback that stands in for Trainer's own flow.
 
 At the end of each step the ranks agree, by one all-reduce of three numbers, whether to stop, whether to save because the last
 checkpoint is old, and whether the loss of any of them is not finite.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from afina.worker.watch import CAUSES, lead
 if TYPE_CHECKING:
     from afina.worker.trainer import RunTrainer
 
-__all__ = ["Flow", "Progress", "agree", "evaluates_at", "steps_per_epoch", "stop_cause", "truncate"]
+__all__ = ["Flow", "agree", "evaluates_at", "examples_of", "steps_per_epoch", "stop_cause", "truncate"]
 
 
 class Flow(TrainerCallback):  # type: ignore[misc]
@@ -47,11 +46,9 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             torch.manual_seed(args.seed + trainer.rank)
         elif trainer.run.metrics_file.exists():
             truncate(trainer.run.metrics_file, 0)
-        trainer.clock.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.times.begin()
-        self.trainer.clock.start_if_stopped()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.learning_rate = float(self.trainer._get_learning_rate())
@@ -60,8 +57,10 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         trainer, step = self.trainer, state.global_step
         trainer.times.end()
         trainer.watchdog.beat(f"step {step}")
-        trainer.clock.examples += _examples_of(trainer, step)
+        if args.device.type == "cpu":
+            trainer.meter.enter("other")
         if trainer.rank == 0:
+            trainer.meter.did(*trainer.work(step))
             trainer.saver.check()
             if trainer.lease.lost:
                 raise ClaimedError(
@@ -77,6 +76,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             int(trainer.rank == 0 and _is_old(trainer, self.train.save_minutes)),
             int(not torch.isfinite(trainer._tr_loss)),
         )
+        trainer.meter.enter("other")  # on a GPU only now: the question about the loss has waited for it
         if broken:
             raise _broken_loss(trainer, step, self.learning_rate)
         last = step >= state.max_steps
@@ -84,7 +84,6 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         if cause and not last:
             trainer.stopped = CAUSES[cause]
             control.should_save = control.should_training_stop = True
-            trainer.clock.stop()
             return
         by_epoch = step % steps_per_epoch(trainer) == 0
         control.should_evaluate = evaluates_at(trainer, step)
@@ -92,8 +91,6 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             last or save_due or (by_epoch if self.train.save_every == "epoch" else step % self.train.save_every == 0)
         )
         control.should_training_stop = last
-        if control.should_evaluate or control.should_save:
-            trainer.clock.stop()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = dict(logs or {})
@@ -159,52 +156,12 @@ def _named(trainer: RunTrainer, rows: np.ndarray[Any, Any]) -> str:
     return "; ".join(" ".join(f"{k} {v}" for k, v in row.items()) for row in chosen)
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar where there is a terminal, else one line a minute (and at the first step)."""
-
-    def __init__(self) -> None:
-        self.bar: Any = None
-        self.spoken = float("-inf")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-        elif time.monotonic() - self.spoken > 60:
-            self.spoken = time.monotonic()
-            print(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}", flush=True)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
-        if "eval_loss" in logs:
-            shown = {
-                k: v
-                for k, v in logs.items()
-                if k.startswith("eval_") and isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))
-            }
-            line = f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  " + "  ".join(
-                f"{k} {v:.4f}" for k, v in shown.items()
-            )
-            self.bar.write(line) if self.bar is not None else print(line, flush=True)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def steps_per_epoch(trainer: RunTrainer) -> int:
     return -(-len(trainer.splits["train"]) // trainer.geometry.global_batch)
 
 
-def _examples_of(trainer: RunTrainer, step: int) -> int:
-    """Examples of the step that ended: the global batch, or what was left of the epoch."""
+def examples_of(trainer: RunTrainer, step: int) -> int:
+    """Examples of a step, over all ranks: the global batch, or what is left of the epoch."""
     left = len(trainer.splits["train"]) % trainer.geometry.global_batch
     return left if left and step % steps_per_epoch(trainer) == 0 else trainer.geometry.global_batch
 

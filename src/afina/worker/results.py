@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from afina.worker.batches import Rows
-from afina.worker.tasks import TASKS, compute_metrics, per_example_loss
+from afina.worker.evaluation import scores
+from afina.worker.tasks import decisions
 
 if TYPE_CHECKING:
     from afina.worker.trainer import RunTrainer
@@ -19,9 +20,12 @@ __all__ = ["conclude"]
 
 Array = np.ndarray[Any, Any]
 
+#: Rows of a row group of predictions.
+_ROWS = 65_536
+
 
 def conclude(trainer: RunTrainer) -> dict[str, Any]:
-    """Choose the best or last weights, write `model/` and `predictions.parquet`; returns the metrics of that model.
+    """Choose the best or last weights, write `model/` and `predictions.parquet`; returns the metrics of that model, on rank 0.
 
     Collective. May be repeated: a run that was killed here is concluded by its next attempt.
     """
@@ -33,17 +37,16 @@ def conclude(trainer: RunTrainer) -> dict[str, Any]:
     if trainer.eval_dataset is not None:
         if trainer.evaluated_step != trainer.model_step:
             trainer.evaluation_loop(trainer.get_eval_dataloader(), "Prediction")
-        logits, labels = trainer.logits, np.asarray(trainer.splits["eval"].labels)
-        scores = {"loss": float(per_example_loss(trainer.task, logits, labels).mean())}
-        scores |= compute_metrics(trainer.task, trainer.metric_names, logits, labels, trainer.model.config.num_labels)
-        metrics |= {f"eval_{name}": value for name, value in scores.items()}
         if trainer.rank == 0:
+            logits, labels = trainer.logits, np.asarray(trainer.splits["eval"].labels)
+            found = scores(trainer.task, trainer.metric_names, logits, labels)
+            metrics |= {f"eval_{name}": value for name, value in found.items()}
             _write_predictions(trainer, "eval", logits, run.predictions)
     if "test" in trainer.splits:
         rows = trainer.get_eval_dataloader(Rows(trainer.splits["test"]))
         output = trainer.evaluation_loop(rows, "Test", metric_key_prefix="test")
-        metrics |= output.metrics
         if trainer.rank == 0:
+            metrics |= output.metrics
             _write_predictions(trainer, "test", output.predictions, run.path / "predictions_test.parquet")
     if trainer.rank == 0:
         _export(trainer)
@@ -66,31 +69,55 @@ def _export(trainer: RunTrainer) -> None:
 
 
 def _write_predictions(trainer: RunTrainer, part: str, logits: Array, path: Path) -> None:
-    """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label."""
+    """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label.
+
+    In row groups, each of which is in memory for its time only.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(Path(trainer.run.prepared()["prepared"]) / f"{part}.rows.parquet")
     labels = np.asarray(trainer.splits[part].labels)
-    decided = TASKS[trainer.task].decide(logits)
-    if trainer.task == "regression":
-        columns: dict[str, Any] = {"label": labels, "prediction": decided}
-    else:
-        assert trainer.labels is not None
-        names = np.array(trainer.labels, dtype=object)
-        if trainer.task == "single-label":
-            shifted = np.exp(logits - logits.max(-1, keepdims=True))
-            scores = shifted / shifted.sum(-1, keepdims=True)
-            columns = {"label": names[labels].tolist(), "prediction": names[decided].tolist()}
-        else:
-            scores = 1 / (1 + np.exp(-logits))
-            columns = {
-                "label": [names[row > 0].tolist() for row in labels],
-                "prediction": [names[row > 0].tolist() for row in decided],
-            }
-        columns |= {f"score: {name}": scores[:, i] for i, name in enumerate(trainer.labels)}
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
+    source = pq.ParquetFile(Path(trainer.run.prepared()["prepared"]) / f"{part}.rows.parquet")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, aside)
+    writer: Any = None
+    try:
+        done = 0
+        for batch in source.iter_batches(_ROWS):
+            table = pa.Table.from_batches([batch])
+            block = slice(done, done := done + len(table))
+            for name, values in _columns(trainer.task, trainer.labels, logits[block], labels[block]).items():
+                table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
+            writer = writer or pq.ParquetWriter(aside, table.schema)
+            writer.write_table(table, row_group_size=_ROWS)
+        assert done == len(labels), "the rows and the logits do not fit together"
+    finally:
+        if writer is not None:
+            writer.close()
     os.replace(aside, path)
+
+
+def _columns(task: str, known: list[str] | None, logits: Array, labels: Array) -> dict[str, Any]:
+    """What is said of a block of rows, by the name of its column."""
+    import pyarrow as pa
+
+    decided = decisions(task, logits)
+    if task == "regression":
+        return {"label": labels, "prediction": decided}
+    assert known is not None
+    names = pa.array(known, pa.string())
+    if task == "single-label":
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities = shifted / shifted.sum(-1, keepdims=True)
+        columns = {"label": names.take(pa.array(labels)), "prediction": names.take(pa.array(decided))}
+    else:
+        probabilities = 1 / (1 + np.exp(-logits))
+        columns = {"label": _lists(names, labels > 0), "prediction": _lists(names, decided > 0)}
+    return columns | {f"score: {name}": probabilities[:, i] for i, name in enumerate(known)}
+
+
+def _lists(names: Any, chosen: Array) -> Any:
+    """For each row of a (N, K) mask the names that it chooses."""
+    import pyarrow as pa
+
+    ends = np.concatenate([[0], np.cumsum(chosen.sum(-1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), names.take(pa.array(np.nonzero(chosen)[1])))

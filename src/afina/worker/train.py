@@ -29,6 +29,8 @@ from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
 from afina.worker.lease import Lease
 from afina.worker.marks import mark_lines
+from afina.worker.spared import without
+from afina.worker.spoken import introduce, say, table, utilisation
 from afina.worker.watch import StopRequest
 
 __all__ = ["main"]
@@ -96,13 +98,15 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     geometry = _geometry(plan)
     import torch
     import transformers
-    from transformers import AutoTokenizer
 
-    from afina.worker import checkpoint as checkpoints
-    from afina.worker import preflight, results, store
-    from afina.worker.pretrained import verify_model
-    from afina.worker.tracking import track
-    from afina.worker.trainer import EvaluationAbandoned, RunTrainer, build_arguments, build_model
+    with without("datasets", "scipy"):
+        from afina.worker import checkpoint as checkpoints
+        from afina.worker import preflight, results, store
+        from afina.worker.build import build_arguments, build_model
+        from afina.worker.evaluation import EvaluationAbandoned
+        from afina.worker.pretrained import verify_model
+        from afina.worker.tracking import track
+        from afina.worker.trainer import RunTrainer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -123,7 +127,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     resume = _from_rank_zero(resume)
     transformers.set_seed(plan.recipe.train.seed)
     model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     trainer = RunTrainer(
         run=run,
         attempt=attempt,
@@ -145,13 +149,14 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     if rank == 0:
         lease.expect(lambda: trainer.watchdog.limit_s)
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
+    trainer.find_peak()
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
         run.event("preflight", attempt=attempt, **found)
         for note in notes:
             run.event("checkpoint_damaged", attempt=attempt, note=note)
-        _say(*notes, *(f"WARNING: {warning}" for warning in found["warnings"]))
-        _introduce(plan, geometry, manifest, trainer.args.device, resume)
+        say(*notes, *(f"WARNING: {warning}" for warning in found["warnings"]))
+        introduce(plan, geometry, manifest, trainer.args.device, resume)
         if "AFINA_LAUNCH" not in os.environ:
             # Whoever launches an attempt clears the way first; a stop that was asked for since then is meant.
             run.stop_file.unlink(missing_ok=True)
@@ -165,13 +170,15 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except EvaluationAbandoned as abandoned:  # one that an earlier attempt left over: nothing has changed since
         trainer.stopped = abandoned.cause
+    trainer.meter.enter("saving")
     trainer.saver.finish()
 
     step = trainer.state.global_step
     if trainer.stopped:
+        trainer.agree_on_memory()
         if rank == 0:
             run.record(_outcome(run, attempt, trainer, "stopped", EXIT_STOPPED, {}))
-            _say(
+            say(
                 f"stopped at step {step} of {trainer.state.max_steps} ({trainer.stopped}); a checkpoint is committed",
                 f"continue with: afina resume '{run.path}'",
             )
@@ -179,12 +186,13 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         return EXIT_STOPPED
 
     metrics = results.conclude(trainer)
+    trainer.agree_on_memory()
     if rank == 0:
         outcome = _outcome(run, attempt, trainer, "finished", EXIT_FINISHED, metrics)
         run.record(outcome)
         run.event("finished", attempt=attempt, step=step)
-        print(_table(run, metric_names), flush=True)
-        _say(f"finished: {step} steps, {outcome.samples_per_second or 0:.1f} examples/s, model in {run.model}")
+        print(table(run, metric_names), flush=True)
+        say(*utilisation(outcome), f"finished: {step} steps, model in {run.model}")
     _leave(torch)
     return EXIT_FINISHED
 
@@ -242,7 +250,7 @@ def _seconds(run: RunDir, attempt: str) -> float:
 
 
 def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metrics: dict[str, Any]) -> Outcome:
-    clock = trainer.clock
+    meter = trainer.meter
     return Outcome(
         outcome=kind,
         exit_code=code,
@@ -250,7 +258,8 @@ def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metr
         global_step=trainer.state.global_step,
         metrics=metrics,
         cause=trainer.stopped or None,
-        samples_per_second=round(clock.examples / clock.seconds, 3) if clock.seconds else None,
+        samples_per_second=round(meter.examples / meter.training_s, 3) if meter.training_s else None,
+        utilisation=meter.summary(trainer.state.global_step),
         seconds=_seconds(run, attempt),
         attempts=len(run.attempt_names()),
         max_steps=trainer.state.max_steps,
@@ -267,39 +276,6 @@ def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metr
 def _leave(torch: Any) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(f"afina: {line}", flush=True)
-
-
-def _introduce(plan: Plan, geometry: Geometry, manifest: dict[str, Any], device: Any, resume: Path | None) -> None:
-    rows = ", ".join(f"{part} {split['rows']}" for part, split in manifest["splits"].items())
-    _say(
-        f"{plan.recipe.name}: {manifest['task']}, {plan.recipe.model}; rows: {rows}",
-        f"{geometry.num_processes} process(es) on {geometry.nodes} node(s), {device.type}; global batch {geometry.global_batch} = "
-        f"{geometry.batch_per_device} × {geometry.accumulation} × {geometry.num_processes}",
-        *([f"resuming from {resume.name}"] if resume else []),
-    )
-
-
-def _table(run: RunDir, metric_names: list[str]) -> str:
-    """The tutorial's table: one line per evaluation, with the training loss logged last before it."""
-    logged = list(run.metrics())
-    scalar = [m for m in metric_names if any(isinstance(line.get(f"eval_{m}"), float) for line in logged)]
-    head = ["epoch", "training loss", "validation loss", *scalar]
-    rows: list[list[str]] = []
-    loss: float | None = None
-    for line in logged:
-        loss = line.get("loss", loss)
-        if "eval_loss" in line:
-            values = [line.get(f"eval_{name}") for name in scalar]
-            cells = [loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
-            rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 Trainer keeps what it is good at: optimizer, schedule, mixed precision, gradient clipping, DDP through accelerate. What is
 replaced: the order of batches (`worker.batches`), the loss (summed and divided by the examples of the *global* step, so
-that uneven last steps are exact on any number of processes), evaluation (sorted by length, results in input order,
-identical batches on any number of processes) and saving (`worker.checkpoint`).
+that uneven last steps are exact on any number of processes), evaluation (`worker.evaluation`) and saving (`worker.checkpoint`).
+What Trainer counts anew in every step, and the plan knows, is not counted: examples (by a collective) and parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -39,9 +37,12 @@ from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
 from afina.worker import dropout, memory, packed
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
-from afina.worker.flow import Flow, Progress, agree, evaluates_at, steps_per_epoch, stop_cause, truncate
+from afina.worker.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
+from afina.worker.flops import Peak, forward_flops, peak_of
+from afina.worker.flow import Flow, agree, evaluates_at, examples_of, steps_per_epoch, truncate
 from afina.worker.lease import Lease
 from afina.worker.preflight import state_bytes
+from afina.worker.progress import Progress
 from afina.worker.state import (
     PROGRESS,
     RANKS,
@@ -53,98 +54,11 @@ from afina.worker.state import (
     set_random_state,
 )
 from afina.worker.store import Split
-from afina.worker.tasks import TASKS, compute_metrics, per_example_loss
-from afina.worker.watch import CAUSES, StepTimes, StopRequest, Watchdog
+from afina.worker.tasks import TASKS
+from afina.worker.utilisation import Meter, Work, launched, peak_memory_bytes
+from afina.worker.watch import StepTimes, StopRequest, Watchdog
 
-__all__ = ["EvaluationAbandoned", "RunTrainer", "build_arguments", "build_model"]
-
-
-class EvaluationAbandoned(Exception):
-    """A stop was asked for during an evaluation; the next attempt makes it."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
-
-
-def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str) -> TrainingArguments:
-    """TrainingArguments of the plan. Where no GPU can be used the CPU is taken, with gloo between processes."""
-    train = plan.recipe.train
-    cpu = not torch.cuda.is_available()
-    return TrainingArguments(
-        **{
-            # What the recipe may overrule.
-            "lr_scheduler_type": "linear",
-            "dataloader_pin_memory": not cpu,
-            "logging_first_step": False,
-            **train.arguments,
-            # What the recipe's own keys, or afina, decide.
-            "output_dir": str(run.path / "trainer"),
-            "per_device_train_batch_size": geometry.batch_per_device,
-            "per_device_eval_batch_size": _eval_batch(plan, geometry),
-            "gradient_accumulation_steps": geometry.accumulation,
-            "num_train_epochs": train.num_epochs,
-            "max_steps": train.max_steps or -1,
-            "learning_rate": train.learning_rate,
-            "seed": train.seed,
-            # The flow is decided by `worker.flow`; these only have to be consistent with each other.
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "logging_strategy": "steps",
-            "logging_steps": train.log_every,
-            "logging_nan_inf_filter": False,
-            "metric_for_best_model": best,
-            "greater_is_better": best not in TASKS[task].lower_is_better,
-            "load_best_model_at_end": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "average_tokens_across_devices": True,
-            "use_cpu": cpu,
-            **({"ddp_backend": "gloo"} if cpu and geometry.num_processes > 1 else {}),
-        }
-    )
-
-
-def _eval_batch(plan: Plan, geometry: Geometry) -> int:
-    return plan.recipe.train.eval_batch_size or max(32, geometry.batch_per_device)
-
-
-def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, num_labels: int) -> Any:
-    """The pretrained model with a head for the task, in float32, the label names in its config."""
-    names = labels or [f"LABEL_{i}" for i in range(num_labels)]
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=num_labels,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type=TASKS[task].problem_type,
-        dtype=torch.float32,  # the default takes the checkpoint's dtype: a bf16 one would train in pure bf16
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced
-        trust_remote_code=plan.recipe.trust_remote_code,
-        **packed.attention_dropout(plan.recipe, folder),
-    )
-
-
-@dataclass
-class Clock:
-    """Seconds and examples of training proper, over all attempts: evaluations and saves are left out."""
-
-    seconds: float = 0.0
-    examples: int = 0
-    _since: float | None = None
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def start_if_stopped(self) -> None:
-        if self._since is None:
-            self.start()
-
-    def stop(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-        self._since = None
+__all__ = ["RunTrainer"]
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
@@ -153,8 +67,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     Attributes:
         stopped: why the run was asked to stop (`watch.CAUSES`); it left a checkpoint. Empty: it was not.
         abandoned: the stop fell into an evaluation.
-        clock: training time and examples.
-        logits, evaluated_step: of the last evaluation, (N, K) float32 in input order.
+        meter: where the time went, and what was done in it.
+        logits, evaluated_step: of the last evaluation, (N, K) float32 in input order; logits on rank 0 only.
         model_step: the step whose weights `model/` holds.
         batching: how batches are made: the recipe's word, or what the model can take.
     """
@@ -189,7 +103,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.stop_request, self.lease = stop, lease
         self.stopped = ""
         self.abandoned = False
-        self.clock = Clock()
+        self.meter = Meter(launched(run.attempts / attempt))
         self.times = StepTimes()
         self.model_step = 0
         self.logits = np.empty((0, 0), np.float32)
@@ -217,13 +131,21 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             print(f"afina: {note}", flush=True)
         self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
         self.state_bytes = state_bytes(self.model)
+        split = splits["train"]
+        self.work = Work(
+            lengths := split.lengths,
+            forward_flops(self.model.config, lengths, self.model.num_parameters(exclude_embeddings=True)),
+            geometry.global_batch,
+            train.seed,
+            self.batching,
+        )
         if self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = pad_token_id
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(Flow(self))
         if self.args.process_index == 0:
-            self.add_callback(Progress())
+            self.add_callback(Progress(self))
 
     @property
     def rank(self) -> int:
@@ -282,9 +204,50 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Sum over this rank's examples / examples of the global step (Trainer multiplies by the ranks that DDP averages over)."""
         each = TASKS[self.task].loss(outputs["logits"], labels)
-        width = labels.shape[-1] if labels.ndim > 1 else 1
-        loss: torch.Tensor = each.mean() if num_items_in_batch is None else each.sum() / (num_items_in_batch / width)
+        loss: torch.Tensor = each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
         return loss
+
+    # Steps
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
+        with self.meter.within("input"):
+            found = super().get_batch_samples(*arguments, **named)
+            self.meter.saw(found[0])
+        return found
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Examples of the step over all ranks: the plan knows them, Trainer would gather them."""
+        return torch.tensor(examples_of(self, self.state.global_step + 1), device=device)
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        self.meter.enter("forward_backward")
+        loss: torch.Tensor = super().training_step(*arguments, **named)
+        if self.args.device.type == "cpu":
+            self.meter.enter("optimizer")
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `worker.flops`
+
+    def find_peak(self) -> None:
+        """Measure what the processes' devices could do, all of them at the same moment. Collective."""
+        arguments = self.args
+        tf32 = arguments.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        self.barrier()
+        mine = peak_of(
+            arguments.device,
+            "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "tf32" if tf32 else "float32",
+        )
+        ranks = self.geometry.num_processes
+        if ranks > 1:
+            total = torch.tensor(mine.flops, dtype=torch.float64, device=arguments.device)
+            dist.all_reduce(total)
+            mine = Peak(float(total), f"{mine.source}; the sum of {ranks} processes")
+        self.meter.peak = mine
+
+    def agree_on_memory(self) -> None:
+        """The most memory that any rank has used. Collective."""
+        self.meter.memory_bytes = agree(self, max(self.meter.memory_bytes, peak_memory_bytes()))[0]
 
     # Evaluation
 
@@ -296,36 +259,17 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Logits of every row on every rank, in input order; loss in float64 over rows; the recipe's metrics."""
+        """Logits of every row on rank 0, in input order; the loss and the recipe's metrics on every rank."""
         split: Split = dataloader.dataset.split  # type: ignore[attr-defined]
-        self.model.eval()
-        mine: list[tuple[list[int], np.ndarray[Any, Any]]] = []
-        self.callback_handler.eval_dataloader = dataloader
-        batches = iter(dataloader)
-        with torch.inference_mode():
-            for number in range(dataloader.batch_sampler.most):  # type: ignore[union-attr]
-                for rows, inputs in itertools.islice(batches, 1):  # none where the other ranks have one more
-                    inputs.pop("labels")
-                    logits = self.model(**self._prepare_inputs(inputs))["logits"]
-                    mine.append((rows, logits.float().cpu().numpy()))
-                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-                self.watchdog.beat(f"batch {number + 1} of an evaluation")
-                if self.is_in_train and (cause := agree(self, stop_cause(self))[0]):
-                    raise EvaluationAbandoned(CAUSES[cause])
-        everyone: list[Any] = [mine]
-        if self.geometry.num_processes > 1:
-            everyone = [None] * self.geometry.num_processes
-            dist.all_gather_object(everyone, mine)
-        logits_all = np.empty((len(split), self.model.config.num_labels), np.float32)
-        for shares in everyone:
-            for rows, logits in shares:
-                logits_all[rows] = logits
         labels = np.asarray(split.labels)
-        metrics = {"loss": float(per_example_loss(self.task, logits_all, labels).mean())}
-        metrics |= compute_metrics(self.task, self.metric_names, logits_all, labels, self.model.config.num_labels)
-        self.logits, self.evaluated_step = logits_all, self.state.global_step
+        with self.meter.within("evaluation"):
+            logits = logits_of(self, dataloader)
+            metrics = scores(self.task, self.metric_names, logits, labels) if self.rank == 0 else {}
+            metrics = on_every_rank(self, metrics)
+        self.meter.evaluations += 1
+        self.logits, self.evaluated_step = logits, self.state.global_step
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
-        return EvalLoopOutput(predictions=logits_all, label_ids=labels, metrics=prefixed, num_samples=len(split))
+        return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=prefixed, num_samples=len(split))
 
     def evaluate_now(self) -> None:
         """Evaluate, remember the best step."""
@@ -350,6 +294,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy the state; rank 0 writes it beside the training. Waits for the disk only at a stop."""
+        with self.meter.within("saving"):
+            self._save()
+
+    def _save(self) -> None:
         began, step = time.monotonic(), self.state.global_step
         due = bool(self.stopped) and evaluates_at(self, step)
         if due and not self.abandoned:
@@ -378,8 +326,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         scaler = getattr(self.accelerator, "scaler", None)
         log = self.run.metrics_file
         progress = {
-            "seconds": self.clock.seconds,
-            "examples": self.clock.examples,
+            "utilisation": self.meter.state(),
             "evaluation_due": evaluation_due,
             "metrics_bytes": log.stat().st_size if log.exists() else 0,
         }
@@ -438,7 +385,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def resumed_from(self, folder: Path) -> None:
         """Take over what Trainer does not restore: loss since the last log line, training time, evaluation due."""
         progress = read_progress(folder)
-        self.clock.seconds, self.clock.examples = progress["seconds"], progress["examples"]
+        self.meter.take_over(progress["utilisation"])
         ranks = torch.load(folder / RANKS, weights_only=True)
         same = len(ranks) == self.geometry.num_processes
         share = ranks[self.rank]["loss"] if same else sum(r["loss"] for r in ranks) / len(ranks)

@@ -1,0 +1,115 @@
+"""Does it learn as much? Accuracy and macro-F1 of the tutorial's script and of `afina train`, over seeds, on the same texts.
+
+Each seed has both train on the same 1,000 rows and judge the same 1,000 others, once: the seed sets the new head, the order and
+dropout. Shown are means with 95 % intervals (Student's t over the seeds), and of the differences between the two within a seed. Every
+finished run is a line of OUT/cells.jsonl: the same command goes on where it was interrupted.
+
+    AFINA_TEST_DATA=FOLDER python tests/bench/accuracy.py --out FOLDER [--seeds 5] [--rows 1000] [--epochs 3]
+    ... --quick                  tiny texts and a tiny model: that it works
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import reviews  # type: ignore[import-not-found]
+from peers import HERE, environment_of, recipe_of  # type: ignore[import-not-found]
+
+PEERS = ("tutorial", "afina")
+
+
+def run_cell(options: argparse.Namespace, peer: str, lengths: str, seed: int) -> dict[str, Any]:
+    folder = options.out
+    model = reviews.model_for("tiny" if options.quick else "minilm", folder)
+    environment = environment_of(folder, options.threads)
+    if peer == "tutorial":
+        argv = [sys.executable, str(HERE / "tutorial.py"), "--model", str(model), "--seed", str(seed)]
+        for part in ("train", "eval"):
+            argv += [f"--{part}", str(folder / f"{lengths}-{part}.csv")]
+        argv += [
+            "--out",
+            str(folder / "tutorial.jsonl"),
+            "--epochs",
+            str(options.epochs),
+            "--sample",
+            str(options.rows),
+        ]
+        argv += ["--max-length", "64" if options.quick else "512"]
+        said = subprocess.run(argv, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(said.splitlines()[-1])
+        return {"accuracy": found["accuracy"], "f1": found["f1"]}
+    recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
+    run = folder / "runs" / f"{lengths}-{seed}"
+    run.parent.mkdir(exist_ok=True)
+    # One that was interrupted goes on.
+    argv = [sys.executable, "-m", "afina.cli"]
+    begun = (run / "plan.json").exists()
+    argv += ["resume", str(run)] if begun else ["train", str(recipe), "--run", str(run), "--set", f"train.seed={seed}"]
+    subprocess.run(argv, env=environment, check=True, stdout=subprocess.DEVNULL)
+    metrics = json.loads((run / "outcome.json").read_text())["metrics"]
+    return {"accuracy": metrics["eval_accuracy"], "f1": metrics["eval_f1"]}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return statistics.mean(values), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--lengths", nargs="+", choices=reviews.LENGTHS, default=list(reviews.LENGTHS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    options.out = options.out.absolute()
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "cells.jsonl"
+    cells = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for lengths in options.lengths:
+        reviews.write_parts(options.out, lengths, options.rows, quick=options.quick)
+    for seed in range(1, options.seeds + 1):
+        for lengths in options.lengths:
+            for peer in PEERS:
+                about = {"peer": peer, "lengths": lengths, "seed": seed, "rows": options.rows, "epochs": options.epochs}
+                if any(about.items() <= cell.items() for cell in cells):
+                    continue
+                cells.append({**about, **run_cell(options, peer, lengths, seed)})
+                with log.open("a") as file:
+                    file.write(json.dumps(cells[-1]) + "\n")
+                print(cells[-1], flush=True)
+    print("| texts | metric | tutorial | afina | afina − tutorial |\n|---|---|---|---|---|")
+    for lengths in options.lengths:
+        for metric in ("accuracy", "f1"):
+            by_seed = {
+                peer: {
+                    c["seed"]: c[metric]
+                    for c in cells
+                    if (c["peer"], c["lengths"], c["rows"], c["epochs"])
+                    == (peer, lengths, options.rows, options.epochs)
+                }
+                for peer in PEERS
+            }
+            seeds = sorted(by_seed["tutorial"].keys() & by_seed["afina"].keys())
+            columns = [[by_seed[peer][seed] for seed in seeds] for peer in PEERS]
+            columns.append([b - a for a, b in zip(*columns, strict=True)])
+            shown = [f"{mean:.4f} ± {half:.4f}" for mean, half in map(interval, columns)]
+            print(f"| {lengths}, {len(seeds)} seeds | {metric} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()
