@@ -30,6 +30,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -153,6 +154,8 @@ def _bytes_below(root: int) -> int:
 def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, peak: float) -> dict[str, Any]:
     """Run one peer once; what was found."""
     argv = _argv(cell["peer"], options, cell, number)
+    if cell["peer"] == "afina":
+        shutil.rmtree(argv[argv.index("--run") + 1], ignore_errors=True)  # of a bench that was interrupted
     threads = max(1, options.threads // cell["processes"])
     load = os.getloadavg()[0]
     said, wall, memory = measured(argv, environment_of(options.out, threads))
