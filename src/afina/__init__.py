@@ -12,8 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from afina.exporting import export
     from afina.jobs import Run, Runs, resume, runs, submit, train
+    from afina.loading import load
     from afina.overview import RunSummary
+    from afina.predicting import predict
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
 
@@ -25,7 +28,10 @@ __all__ = [
     "RunSummary",
     "Runs",
     "__version__",
+    "export",
+    "load",
     "load_recipe",
+    "predict",
     "resume",
     "runs",
     "submit",
@@ -38,7 +44,10 @@ _HOMES = {
     "Run": "afina.jobs",
     "RunSummary": "afina.overview",
     "Runs": "afina.jobs",
+    "export": "afina.exporting",
+    "load": "afina.loading",
     "load_recipe": "afina.recipe",
+    "predict": "afina.predicting",
     "resume": "afina.jobs",
     "runs": "afina.jobs",
     "submit": "afina.jobs",

@@ -19,9 +19,11 @@ from afina.site import cache_environment, in_container
 
 __all__ = [
     "accelerate_argv",
+    "array_argv",
     "container_argv",
     "job_scripts",
     "node_argv",
+    "predict_argv",
     "sbatch_argv",
     "slurm_options",
     "worker_argv",
@@ -29,10 +31,10 @@ __all__ = [
 ]
 
 
-def worker_argv(plan: Plan, module: str, *arguments: str) -> list[str]:
+def worker_argv(plan: Plan, module: str, *arguments: str, binds: Iterable[Path] = ()) -> list[str]:
     """The command of a worker module, wrapped in the container where the site has one and we are not in it."""
     command = _python(plan, module, *arguments)
-    return [sys.executable, *command[1:]] if in_container() else container_argv(plan, command)
+    return [sys.executable, *command[1:]] if in_container() else container_argv(plan, command, binds)
 
 
 def node_argv(plan: Plan, binds: Iterable[Path] = ()) -> list[str]:
@@ -42,6 +44,12 @@ def node_argv(plan: Plan, binds: Iterable[Path] = ()) -> list[str]:
     """
     command = container_argv(plan, _python(plan, "launch", "{run}"), binds)
     return command if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *command]
+
+
+def predict_argv(plan: Plan, parts: Path, binds: Iterable[Path] = ()) -> list[str]:
+    """The worker of a prediction in a job, without its share; as `node_argv` for training."""
+    command = container_argv(plan, _python(plan, "predict", "run", str(parts)), binds)
+    return command if plan.site.runtime == "none" else ["bash", str(parts / "node.sh"), str(plan.site.image), *command]
 
 
 def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ()) -> list[str]:
@@ -161,12 +169,36 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
 def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     """The submission of a claimed run, with the batch script that was copied into it."""
     options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
-    # `%` starts a pattern in sbatch's file names; a doubled one is a plain one.
-    log = str(run / "slurm-%j.out") if "%" not in str(run) else str(run).replace("%", "%%") + "/slurm-%j.out"
+    log = f"{_plain(run)}/slurm-%j.out"
     return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
-def job_scripts() -> dict[str, Path]:
+def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, log: Path) -> list[str]:
+    """The submission of a script as a job array of so many tasks, or as a plain job where one is enough.
+
+    Args:
+        log: the jobs' logs are called like this file, `.slurm-<job>` behind it.
+    """
+    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
+    number = "%A_%a" if tasks > 1 else "%j"
+    array = [f"--array=0-{tasks - 1}"] if tasks > 1 else []
+    return [
+        "sbatch",
+        "--parsable",
+        *options,
+        *array,
+        f"--output={_plain(log)}.slurm-{number}.out",
+        str(script),
+        *arguments,
+    ]
+
+
+def _plain(path: Path) -> str:
+    """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one."""
+    return str(path).replace("%", "%%")
+
+
+def job_scripts(names: Sequence[str] = ("finetune.sbatch", "job.sh", "node.sh")) -> dict[str, Path]:
     """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
 
     A run directory holds copies: a job that waits in the queue does not run what was edited meanwhile.
@@ -176,7 +208,7 @@ def job_scripts() -> dict[str, Path]:
     """
     here = Path(__file__).resolve().parent
     found = {}
-    for name in ("finetune.sbatch", "job.sh", "node.sh"):
+    for name in names:
         places = [folder / name for folder in (here / "_slurm", here.parent.parent / "slurm")]
         existing = [place for place in places if place.is_file()]
         if not existing:

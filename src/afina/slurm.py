@@ -32,6 +32,7 @@ __all__ = [
     "cancel",
     "need_slurm",
     "query",
+    "submit_array",
     "submit_sbatch",
     "submit_submitit",
     "submitit_script",
@@ -106,13 +107,23 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
         SlurmError: no sbatch on PATH, or Slurm refused; with what it said.
     """
     argv = sbatch_argv(plan, run.path)
+    job_id = submit_array(plan, argv)
+    run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
+    return job_id
+
+
+def submit_array(plan: Plan, argv: Sequence[str]) -> str:
+    """Run a command of sbatch with `--parsable`, a job's or an array's; returns the job id.
+
+    Raises:
+        SlurmError: as `submit_sbatch`.
+    """
     said = _slurm(argv, env=_environment(plan))
     job_id = (said.strip().splitlines() or [""])[-1].split(";")[0]
     if not job_id.isdigit():
         raise SlurmError(
             f"sbatch answered {said.strip()!r}, which is no job id", "look with `squeue --me` whether the job is there"
         )
-    run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
     return job_id
 
 

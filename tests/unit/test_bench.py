@@ -156,3 +156,22 @@ def test_an_evaluation_of_afina_and_one_of_trainer_give_the_same_probabilities(t
     rates = json.loads(found.read_text())["yelp"]
     assert 0 <= rates["largest_difference"] < 1e-5
     assert all(rates[kind][0] > 0 for kind in ("padded", "dynamic", "afina"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_predicting_is_compared_with_the_pipeline_and_survives_kills(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    options = ["--tiny", "--rows", "9000", "--growing", "9000", "--sample", "600", "--rounds", "1", "--kills", "1"]
+    options += ["--batch-sizes", "8", "--tried", "100", "--chunk-rows", "150"]
+    said = _bench("predict.py", *options, "--json", found)
+    measured: dict[str, Any] = json.loads(found.read_text())
+    assert measured["difference"]["rows"] == 600
+    assert measured["difference"]["largest_of_a_score"] < 1e-5 and measured["difference"]["other_label"] == 0
+    for peer in ("pipeline", "afina"):
+        assert measured["peers"][peer]["rows/s"]["median"] > 0 and measured["peers"][peer]["peak MB"]["median"] > 100
+    killed = measured["killed"]
+    assert killed["identical"] and 0 < killed["parts_after_each_kill"][0] < killed["parts"] == 60
+    assert killed["rows_done_before"] == killed["parts_after_each_kill"][0] * 150
+    assert [each["rows"] for each in measured["growing"]] == [9000]
+    assert "the same file" in said

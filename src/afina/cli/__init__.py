@@ -3,6 +3,7 @@
     run       prefetch, train, resume, submit, demo
     watch     status, list, logs, cancel
     report    report, compare, rerun
+    use       predict, export
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, watch
+from afina.cli import report, run, use, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -63,8 +64,9 @@ def cli() -> None:
       afina prefetch recipe.yaml                    fetch and prepare, on a node with internet
       afina status                                  how it goes: all runs, or `afina status RUN`
       afina logs RUN -f                             what it prints
+      afina predict RUN new.csv                     use the model
     """
 
 
-for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS):
+for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS, *use.COMMANDS):
     cli.add_command(_command)

@@ -23,6 +23,7 @@ __all__ = [
     "check_files",
     "check_model",
     "load_tokenizer",
+    "positions",
     "record_model",
     "tokenizer_identity",
     "verify_model",
@@ -256,7 +257,7 @@ def _check_architecture(folder: Path, recipe: Recipe) -> None:
             f"model: transformers has no sequence classification for architecture `{config.model_type}`",
             "use a text encoder or a causal language model: bert, roberta, deberta-v2, modernbert, llama, …",
         )
-    limit = _positions(config)
+    limit = positions(config)
     if limit is not None and recipe.tokens.max_length > limit:
         raise RecipeError(
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
@@ -264,7 +265,7 @@ def _check_architecture(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _positions(config: Any) -> int | None:
+def positions(config: Any) -> int | None:
     """Longest input in tokens; None where positions are relative or not stated."""
     if getattr(config, "position_biased_input", True) is False:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from afina.worker.batches import Rows
 from afina.worker.evaluation import scores
-from afina.worker.tasks import decisions
+from afina.worker.outputs import columns_of, listed
 
 if TYPE_CHECKING:
     from afina.worker.trainer import RunTrainer
@@ -100,24 +100,10 @@ def _columns(task: str, known: list[str] | None, logits: Array, labels: Array) -
     """What is said of a block of rows, by the name of its column."""
     import pyarrow as pa
 
-    decided = decisions(task, logits)
     if task == "regression":
-        return {"label": labels, "prediction": decided}
-    assert known is not None
-    names = pa.array(known, pa.string())
-    if task == "single-label":
-        shifted = np.exp(logits - logits.max(-1, keepdims=True))
-        probabilities = shifted / shifted.sum(-1, keepdims=True)
-        columns = {"label": names.take(pa.array(labels)), "prediction": names.take(pa.array(decided))}
+        said: Any = labels
     else:
-        probabilities = 1 / (1 + np.exp(-logits))
-        columns = {"label": _lists(names, labels > 0), "prediction": _lists(names, decided > 0)}
-    return columns | {f"score: {name}": probabilities[:, i] for i, name in enumerate(known)}
-
-
-def _lists(names: Any, chosen: Array) -> Any:
-    """For each row of a (N, K) mask the names that it chooses."""
-    import pyarrow as pa
-
-    ends = np.concatenate([[0], np.cumsum(chosen.sum(-1))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), names.take(pa.array(np.nonzero(chosen)[1])))
+        assert known is not None
+        names = pa.array(known, pa.string())
+        said = names.take(pa.array(labels)) if task == "single-label" else listed(names, labels > 0)
+    return {"label": said, **columns_of(task, known, logits)}
