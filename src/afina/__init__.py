@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from afina.overview import RunSummary
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
+    from afina.sweeps import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "Run",
     "RunSummary",
     "Runs",
+    "Sweep",
     "__version__",
     "load_recipe",
     "resume",
     "runs",
     "submit",
+    "sweep",
     "train",
 ]
 
@@ -38,10 +41,12 @@ _HOMES = {
     "Run": "afina.jobs",
     "RunSummary": "afina.overview",
     "Runs": "afina.jobs",
+    "Sweep": "afina.sweeps",
     "load_recipe": "afina.recipe",
     "resume": "afina.jobs",
     "runs": "afina.jobs",
     "submit": "afina.jobs",
+    "sweep": "afina.sweeps",
     "train": "afina.jobs",
 }
 

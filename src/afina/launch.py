@@ -5,6 +5,7 @@ container_argv    apptainer exec … <worker_argv>
 node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
 accelerate_argv   python -m accelerate.commands.launch … -m afina.worker.train RUN
 sbatch_argv       sbatch … finetune.sbatch RUN
+array_argv        sbatch … --array=… finetune.sbatch SWEEP FIRST
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from afina.site import cache_environment, in_container
 
 __all__ = [
     "accelerate_argv",
+    "array_argv",
     "container_argv",
     "job_scripts",
     "node_argv",
@@ -35,12 +37,12 @@ def worker_argv(plan: Plan, module: str, *arguments: str) -> list[str]:
     return [sys.executable, *command[1:]] if in_container() else container_argv(plan, command)
 
 
-def node_argv(plan: Plan, binds: Iterable[Path] = ()) -> list[str]:
+def node_argv(plan: Plan, binds: Iterable[Path] = (), module: str = "launch") -> list[str]:
     """The worker of one node as the host starts it, wherever we are: in the image, mounted by `slurm/node.sh`.
 
     `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are module and run directory.
     """
-    command = container_argv(plan, _python(plan, "launch", "{run}"), binds)
+    command = container_argv(plan, _python(plan, module, "{run}"), binds)
     return command if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *command]
 
 
@@ -166,6 +168,22 @@ def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
+def array_argv(
+    plan: Plan, sweep: Path, tasks: Sequence[int], *, first: int = 0, at_once: int | None = None
+) -> list[str]:
+    """The submission of some of a sweep's cells as one job array.
+
+    Args:
+        tasks: the array's tasks; task n is cell `first + n`.
+        at_once: how many of them may run at the same time; None is as many as Slurm lets.
+    """
+    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
+    array = _ranges(tasks) + (f"%{at_once}" if at_once else "")
+    log = str(sweep).replace("%", "%%") + "/logs/%A_%a.out"
+    script = [str(sweep / "finetune.sbatch"), str(sweep), *([str(first)] if first else [])]
+    return ["sbatch", "--parsable", *options, f"--array={array}", f"--output={log}", *script]
+
+
 def job_scripts() -> dict[str, Path]:
     """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
 
@@ -183,6 +201,17 @@ def job_scripts() -> dict[str, Path]:
             raise EnvironmentProblem(f"{name} is not installed with afina", "install afina again")
         found[name] = existing[0]
     return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in spans)
 
 
 def _python(plan: Plan, module: str, *arguments: str) -> list[str]:

@@ -30,8 +30,10 @@ __all__ = [
     "NodeTask",
     "accounting",
     "cancel",
+    "max_array_size",
     "need_slurm",
     "query",
+    "submit_array",
     "submit_sbatch",
     "submit_submitit",
     "submitit_script",
@@ -106,13 +108,37 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
         SlurmError: no sbatch on PATH, or Slurm refused; with what it said.
     """
     argv = sbatch_argv(plan, run.path)
+    job_id = _sbatch(plan, argv)
+    run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
+    return job_id
+
+
+def submit_array(plan: Plan, argv: Sequence[str]) -> str:
+    """Submit a job array that `launch.array_argv` made; returns its id. Where it is noted is the caller's business.
+
+    Raises:
+        SlurmError: as `submit_sbatch`.
+    """
+    return _sbatch(plan, argv)
+
+
+def max_array_size() -> int:
+    """One more than the highest number that an array task may have here; Slurm's default where Slurm does not answer."""
+    try:
+        said = _slurm(["scontrol", "show", "config"])
+    except SlurmError:
+        return 1001
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    return max(1, int(found[1])) if found else 1001
+
+
+def _sbatch(plan: Plan, argv: Sequence[str]) -> str:
     said = _slurm(argv, env=_environment(plan))
     job_id = (said.strip().splitlines() or [""])[-1].split(";")[0]
     if not job_id.isdigit():
         raise SlurmError(
             f"sbatch answered {said.strip()!r}, which is no job id", "look with `squeue --me` whether the job is there"
         )
-    run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
     return job_id
 
 
@@ -373,6 +399,7 @@ def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s:
 def _remedy(said: str) -> str:
     lower = said.lower()
     for words, remedy in {
+        "submit limit": "fewer jobs at once: wait for some to end, then the same command again; `sacctmgr show qos` shows the limits",
         "account": "set SBATCH_ACCOUNT in site.env; `sacctmgr show assoc user=$USER` lists yours",
         "partition": "set SBATCH_PARTITION in site.env; `sinfo -s` lists the partitions",
         "qos": "set SBATCH_QOS in site.env",
