@@ -110,7 +110,7 @@ afina_after() {
   ask+=(${SBATCH_MAIL_TYPE:+--mail-type="$SBATCH_MAIL_TYPE"} ${SBATCH_MAIL_USER:+--mail-user="$SBATCH_MAIL_USER"})
   reason=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
   ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
-  # The new job is no task of the array, and sbatch passes on what it finds.
+  # The new job is no task of the array, and sbatch would pass on these variables (22.05.8).
   unset "${!SLURM_ARRAY_@}"
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then
     printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "${job%%;*}" >>"$run/submissions.jsonl"

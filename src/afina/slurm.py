@@ -374,14 +374,17 @@ def _need(command: str) -> None:
 
 def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
     _need(argv[0])
+    # Called in a task of an array, sbatch would pass its number on to a job that is none (22.05.8).
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
     try:
         done = subprocess.run(
             list(argv),
-            env={**os.environ, **(env or {})},
+            env={**own, **(env or {})},
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
+            start_new_session=True,  # Ctrl-C is for afina: it writes down first what Slurm took
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(

@@ -117,7 +117,9 @@ def sweep(
         shown = sweeps.dry_run(draft, max_parallel)
         print(json.dumps(shown, indent=2, ensure_ascii=False) if as_json else _dry(shown))
         return
-    made = sweeps.carry_out(draft, max_parallel=max_parallel, num_processes=num_processes, say=_say)
+    made = sweeps.carry_out(
+        draft, max_parallel=max_parallel, num_processes=num_processes, say=_say if as_json else _tell
+    )
     if wait and not local:
         _wait(made)
     wanted = [draft.record.cells[number].name for number in draft.wanted]
@@ -200,6 +202,10 @@ def _wait(made: Any) -> None:
     except KeyboardInterrupt:
         _say(f"left waiting; the jobs run on. Its table: afina sweep {shlex.quote(str(made.path))}")
         sys.exit(130)
+
+
+def _tell(line: str) -> None:
+    print(f"afina: {line}", flush=True)
 
 
 def _say(line: str) -> None:
