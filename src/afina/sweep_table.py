@@ -188,7 +188,7 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
         notes.append("Provisional: no point has finished all its runs.")
     if not others:
         return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else _INTERVALS]
-    after = others[0]
+    after = next((row for row in others if row.p is not None), others[0])
     test, count = after.against_best, sum(row.p is not None for row in others)
     said = f"Best: {best.point}. "
     if test is None or after.p is None:
@@ -201,6 +201,10 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
             f"{said}It is {better} from the next ({after.point}): paired over {test.difference.count} seeds, "
             f"{_p(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
         )
+    if early := [
+        f"{row.point} ({len(row.values)} of {row.runs})" for row in others if row.p is None and row is not after
+    ]:
+        notes.append(f"Not judged, too few finished runs: {', '.join(early)}.")
     alike = [row.point for row in others if row.p is not None and row.p >= _LEVEL]
     if len(alike) > 1:
         notes.append(f"Nor is it from: {', '.join(alike[1:])}.")

@@ -120,7 +120,7 @@ class SweepDir:
         """
         try:
             return SweepRecord.model_validate_json(self.file.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             self._check_free()
             return None
         except ValidationError as error:
