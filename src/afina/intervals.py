@@ -1,4 +1,4 @@
-"""What a few seeds can tell: mean and interval, a paired test, a correction for many tests. Standard library only.
+"""What a few seeds can tell: mean and interval, and a paired test. Standard library only.
 
 Student's t is computed here because a login node has no scipy: the distribution function through the regularised
 incomplete beta function (its continued fraction, DLMF 8.17.22, by the modified Lentz method), the quantile by bisection.
@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Interval", "PairedTest", "holm", "mean_interval", "paired_t_test", "t_cdf", "t_quantile"]
+__all__ = ["Interval", "PairedTest", "mean_interval", "paired_t_test", "t_cdf", "t_quantile"]
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,6 @@ def paired_t_test(first: Sequence[float], second: Sequence[float], level: float 
         return PairedTest(interval, None, None)
     t = interval.mean / (interval.deviation / math.sqrt(interval.count))
     return PairedTest(interval, t, 2 * t_cdf(-abs(t), interval.count - 1))
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in their order (Holm 1979: the chance of even one false finding is kept)."""
-    corrected = [0.0] * len(ps)
-    highest = 0.0
-    for rank, at in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        highest = max(highest, min(1.0, (len(ps) - rank) * ps[at]))
-        corrected[at] = highest
-    return corrected
 
 
 def t_cdf(t: float, df: float) -> float:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from afina.errors import InputError, nearest
-from afina.intervals import Interval, PairedTest, holm, mean_interval, paired_t_test
+from afina.intervals import Interval, PairedTest, mean_interval, paired_t_test
+from afina.paired import holm
 from afina.recipe import METRICS
 from afina.rundir import Outcome
 from afina.sweepdir import SweepRecord

@@ -20,7 +20,8 @@ import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,10 +33,22 @@ from afina.plan import Plan
 from afina.rundir import Outcome, RunDir, is_run_dir, write_atomic
 from afina.space import Space
 
-__all__ = ["CellRecord", "SearchRecord", "SweepDir", "SweepRecord", "differences", "given_up", "is_sweep_dir"]
+__all__ = [
+    "SCRIPTS",
+    "CellRecord",
+    "SearchRecord",
+    "SweepDir",
+    "SweepRecord",
+    "differences",
+    "given_up",
+    "is_sweep_dir",
+    "record_of",
+]
 
+#: What the jobs of a sweep run; every run directory gets a copy.
+SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
 #: What may lie in a sweep directory whose making was cut short.
-_OURS = {".lock", "cells", "finetune.sbatch", "job.sh", "logs", "node.sh", "runs", "trial.argv"}
+_OURS = {".lock", "cells", "logs", "runs", "trial.argv", *SCRIPTS}
 
 
 class _Frozen(BaseModel):
@@ -56,7 +69,7 @@ class CellRecord(_Frozen):
 
 
 class SearchRecord(_Frozen):
-    """What a search needs in the job: the space, and all that a run directory is made from."""
+    """What a search needs in the job: the space, and all that a run directory is made from (`run_record`: its record.json)."""
 
     space: Space
     trials: int
@@ -66,6 +79,7 @@ class SearchRecord(_Frozen):
     recipe_text: str
     overrides: tuple[str, ...]
     prepared: dict[str, Any]
+    run_record: dict[str, Any]
     worker_argv: tuple[str, ...]
 
 
@@ -192,6 +206,21 @@ def differences(before: Plan, now: Plan) -> list[str]:
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     ]
+
+
+def record_of(shared: Mapping[str, Any], plan: Plan, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's `record.json`: what its sweep has in common, with the run's own plan, files and overrides (behind the common ones)."""
+    common = shared["recipe"]["overrides"]
+    return {
+        **shared,
+        "claimed": round(time.time(), 3),
+        "plan": plan.digest,
+        "recipe": {**shared["recipe"], "overrides": None if common is None else [*common, *overrides]},
+        "data": {
+            **shared["data"],
+            "files": {part: [str(path) for path in paths] for part, paths in plan.files.items()},
+        },
+    }
 
 
 def given_up(run: RunDir, outcome: Outcome | None) -> bool:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from afina.intervals import holm, mean_interval, paired_t_test, t_cdf, t_quantile
+from afina.intervals import mean_interval, paired_t_test, t_cdf, t_quantile
 
 FREEDOM = (1, 2, 3, 4, 5, 9, 14, 29, 100, 1000)
 
@@ -78,10 +78,3 @@ def test_differences_that_do_not_vary_are_not_tested() -> None:
         assert found.p is None and found.t is None
     with pytest.raises(ValueError):
         paired_t_test([1.0], [1.0, 2.0])
-
-
-def test_holm() -> None:
-    """The example is worked out by hand: 0.01·4, 0.02·3, 0.03·2, 0.04·1, never falling, at most 1."""
-    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == [] and holm([0.2]) == [0.2]

@@ -21,13 +21,15 @@ import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, program, tree
 
-from afina import jobs, sweeps
+from afina import jobs
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
 from afina.grid import parse_grid
 from afina.launch import array_argv
+from afina.recipe import parse_recipe
 from afina.rundir import Outcome, RunDir
 from afina.space import parse_search
-from afina.sweeps import Sweep
+from afina.sweep_draft import draft_sweep, dry_run
+from afina.sweeps import Sweep, carry_out
 from afina.worker import tasks
 
 GRID = "train.learning_rate=5e-3,1e-3"
@@ -41,7 +43,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program(
         folder,
         "sbatch",
-        f'printf "%s\\0" "$@" >>{calls}; printf "\\n\\0" >>{calls}; echo $((99 + $(tr -cd "\\n" <{calls} | wc -c)))\n',
+        f'[ "$1" != --version ] || exec echo slurm 22.05.8; printf "%s\\0" "$@" >>{calls}; printf "\\n\\0" >>{calls}; echo $((99 + $(tr -cd "\\n" <{calls} | wc -c)))\n',
     )
     program(folder, "squeue", "exit 0\n")
     program(folder, "scontrol", "exit 1\n")
@@ -90,8 +92,8 @@ def sweep(
         changes = options.pop("changes", {})
         if "search" in options:
             options["search"] = parse_search(options["search"])
-        draft = sweeps.draft_sweep(recipe_file(**changes), grid=parse_grid(grid), **options)
-        return sweeps.carry_out(draft, max_parallel=max_parallel)
+        draft = draft_sweep(recipe_file(**changes), grid=parse_grid(grid), **options)
+        return carry_out(draft, max_parallel=max_parallel)
 
     return run
 
@@ -147,6 +149,24 @@ def test_a_sweep_is_claimed_and_submitted_as_one_array(
     assert len({run.dir.plan().digest for run in made.runs}) == 4
 
 
+def test_every_run_can_be_made_again_from_its_record(
+    sweep: Callable[..., Sweep], recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of a cell, and of a trial, gives its recipe back, with what the whole sweep was given."""
+    common = ["train.arguments.weight_decay=0.2"]
+    made = sweep(
+        "train.learning_rate=5e-3,1e-3", "data.files.all=reviews.csv,./reviews.csv", overrides=common, time_min=7
+    )
+    found = sweep(search=SEARCH[:1], trials=1, overrides=common, time_min=7, directory="s")
+    runs = [*(run.dir for run in made.runs), ask(found, 0)]
+    for run in runs:
+        record = json.loads((run.path / "record.json").read_text())
+        recipe = parse_recipe((run.path / "recipe.yaml").read_text(), record["recipe"]["overrides"])
+        assert recipe == run.plan().recipe and recipe.train.arguments["weight_decay"] == 0.2
+        assert record["plan"] == run.plan().digest
+    assert len({json.loads((run.path / "record.json").read_text())["plan"] for run in runs}) == len(runs)
+
+
 def test_a_grid_over_what_is_prepared_prepares_each_once(sweep: Callable[..., Sweep], prepared: list[Any]) -> None:
     made = sweep("tokens.max_length=32,64", "train.epochs=1,2", seeds=3)
     assert [plan.recipe.tokens.max_length for plan in prepared] == [32, 64]
@@ -160,7 +180,7 @@ def test_a_dry_run_shows_the_command_and_changes_nothing(
 ) -> None:  # fmt: skip
     recipe_file()
     before = tree(tmp_path)
-    shown = sweeps.dry_run(sweeps.draft_sweep(recipe_file(), grid=parse_grid([GRID]), seeds=2), 3)
+    shown = dry_run(draft_sweep(recipe_file(), grid=parse_grid([GRID]), seeds=2), 3)
     assert tree(tmp_path) == before
     made = sweep(GRID, seeds=2, max_parallel=3)
     assert shown["sweep"] == str(made.path) and [command[1:] for command in shown["commands"]] == submitted()

@@ -33,7 +33,9 @@ __all__ = ["COMMANDS"]
 @click.option("--time", "time_limit", metavar="TIME", help="Of each run: minutes, HH:MM:SS or D-HH:MM:SS.")
 @click.option("--local", is_flag=True, help="Train here, one run after another, without Slurm.")
 @click.option("--num-processes", type=click.IntRange(1), metavar="N", help="Processes of each run, with --local.")
-@click.option("--dry-run", is_flag=True, help="Print the cells and exactly what would be submitted; change nothing.")
+@click.option(
+    "--dry-run", "dry", is_flag=True, help="Print the cells and exactly what would be submitted; change nothing."
+)
 @click.option("--wait", "wait", is_flag=True, help="Wait for the end of all runs, then print the table.")
 @click.option("--metric", metavar="NAME", help="Another metric for the table, e.g. f1 or test_accuracy.")
 @click.option("--json", "as_json", is_flag=True)
@@ -56,7 +58,7 @@ def sweep(
     time_limit: str | None,
     local: bool,
     num_processes: int | None,
-    dry_run: bool,
+    dry: bool,
     wait: bool,
     metric: str | None,
     as_json: bool,
@@ -75,10 +77,11 @@ def sweep(
     """
     from pathlib import Path
 
-    from afina import sweeps
     from afina.grid import parse_grid
     from afina.space import parse_search
+    from afina.sweep_draft import draft_sweep, dry_run
     from afina.sweepdir import is_sweep_dir
+    from afina.sweeps import carry_out
 
     if Path(recipe).is_dir() and is_sweep_dir(recipe):
         _look(recipe, context, metric, wait, as_json)
@@ -97,7 +100,7 @@ def sweep(
             if _given(context, option):
                 name = option.replace("_", "-")
                 raise InputError(f"--{name}: is for Slurm, and --local runs here", "leave one of the two out")
-    draft = sweeps.draft_sweep(
+    draft = draft_sweep(
         recipe,
         grid=parse_grid(grid),
         seeds=seeds,
@@ -113,13 +116,11 @@ def sweep(
         local=local,
         num_processes=num_processes,
     )
-    if dry_run:
-        shown = sweeps.dry_run(draft, max_parallel)
+    if dry:
+        shown = dry_run(draft, max_parallel)
         print(json.dumps(shown, indent=2, ensure_ascii=False) if as_json else _dry(shown))
         return
-    made = sweeps.carry_out(
-        draft, max_parallel=max_parallel, num_processes=num_processes, say=_say if as_json else _tell
-    )
+    made = carry_out(draft, max_parallel=max_parallel, num_processes=num_processes, say=_say if as_json else _tell)
     if wait and not local:
         _wait(made)
     wanted = [draft.record.cells[number].name for number in draft.wanted]

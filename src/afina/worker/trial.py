@@ -30,13 +30,12 @@ from afina.plan import geometry_for
 from afina.recipe import parse_recipe
 from afina.rundir import RunDir, is_run_dir
 from afina.space import Choices, Space, value_text
-from afina.sweepdir import SearchRecord, SweepDir, SweepRecord, given_up
+from afina.sweepdir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
 
 __all__ = ["main", "open_study", "take_trial", "tell_what_ended"]
 
 #: A trial that was asked for and is of no run after this long was lost in between.
 _LOST_AFTER = timedelta(minutes=15)
-_SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
 
 
 def main(argv: list[str]) -> int:
@@ -172,8 +171,9 @@ def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunD
     recipe = recipe.model_copy(update={"resources": base.recipe.resources})
     geometry = geometry_for(recipe, base.geometry.processes_per_node, nodes=base.geometry.nodes)
     plan = base.model_copy(update={"recipe": recipe, "geometry": geometry})
-    scripts = {name: sweep.path / name for name in _SCRIPTS}
-    RunDir.claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts)
+    scripts = {name: sweep.path / name for name in SCRIPTS}
+    about = record_of(search.run_record, plan, overrides)
+    RunDir.claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
         run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
