@@ -16,10 +16,12 @@ from afina import jobs
 from afina.errors import InputError, RecipeError, SlurmError
 from afina.grid import Cell, expand_sweep, parse_seeds
 from afina.launch import array_argv
+from afina.overview import State, summarise
 from afina.plan import Plan, check_cores, make_plan
 from afina.recipe import Recipe, parse_recipe, read_recipe
+from afina.rundir import is_run_dir
 from afina.site import load_site
-from afina.slurm import in_queue, max_array_size
+from afina.slurm import max_array_size, query
 from afina.space import Space, corners
 from afina.sweepdir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
 
@@ -152,31 +154,26 @@ def dry_run(draft: Draft, max_parallel: int | None = None) -> dict[str, Any]:
     return {"sweep": str(draft.home.path), "cells": cells, "commands": commands}
 
 
-def cell_states(home: SweepDir, cells: Sequence[CellRecord]) -> list[jobs.State]:
-    """The state of each cell; a finished one asks nobody."""
-    arrays = home.jobs_of()
-    asked: dict[int, list[str]] = {}
-    states: list[jobs.State] = []
-    for number, cell in enumerate(cells):
-        run = home.run(cell.name)
-        outcome = run.outcome()
-        if outcome is not None and outcome.outcome == "finished":
-            states.append("FINISHED")
-            continue
-        ids = [*arrays.get(number, ()), *(str(line["job_id"]) for line in run.lines("submissions.jsonl"))]
-        if ids:
-            asked[number] = ids
-        if outcome is not None:
-            states.append("STOPPED" if outcome.outcome == "stopped" else "FAILED")
-        elif ids:
-            states.append("FAILED")  # lost: it left the queue and recorded nothing
-        else:
-            states.append("UNKNOWN" if run.attempt_names() else "PLANNED")
-    queue = in_queue(sorted({job for ids in asked.values() for job in ids}))
-    for number, ids in asked.items():
-        found = {queue[job] for job in ids}
-        under_way: tuple[jobs.State, ...] = ("RUNNING", "PENDING", "UNKNOWN")
-        states[number] = next((state for state in under_way if state in found), states[number])
+def cell_states(home: SweepDir, cells: Sequence[CellRecord]) -> list[State]:
+    """The state of each cell, as `afina status` says it; one call of squeue for all, and one for trials not made yet."""
+    runs = [home.run(cell.name) for cell in cells]
+    claimed = [number for number, run in enumerate(runs) if is_run_dir(run.path)]
+    states: list[State] = ["PLANNED"] * len(runs)
+    for number, summary in zip(claimed, summarise([runs[number].path for number in claimed]), strict=True):
+        states[number] = summary.state
+    # Tasks that the run itself does not know: it is not made yet, or the command died before it could note them there.
+    unnoted: dict[int, list[str]] = {}
+    for number, jobs_of_cell in home.jobs_of().items():
+        if number < len(runs) and states[number] not in ("FINISHED", *BUSY):
+            known = {str(line["job_id"]) for line in runs[number].lines("submissions.jsonl")}
+            if unknown := [job for job in jobs_of_cell if job not in known]:
+                unnoted[number] = unknown
+    queue = query([job for ids in unnoted.values() for job in ids], account=())
+    for number, ids in unnoted.items():
+        found = {queue[job].state for job in ids}
+        under_way: tuple[State, ...] = ("RUNNING", "PENDING", "UNKNOWN")
+        lost: State = "FAILED" if states[number] == "PLANNED" else states[number]
+        states[number] = next((state for state in under_way if state in found), lost)
     return states
 
 

@@ -28,6 +28,7 @@ from afina import jobs
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.grid import grid_of
 from afina.launch import worker_environment
+from afina.overview import State
 from afina.plan import Plan
 from afina.recipe import Recipe
 from afina.rundir import RunDir, is_run_dir
@@ -73,12 +74,12 @@ class Sweep:
         return found
 
     @property
-    def runs(self) -> list[jobs.Run]:
+    def runs(self) -> jobs.Runs:
         """The runs that have been claimed, in the order of the cells."""
         paths = [self.dir.runs / cell.name for cell in self.record.cells]
-        return [jobs.Run(path) for path in paths if is_run_dir(path)]
+        return jobs.Runs(jobs.Run(path) for path in paths if is_run_dir(path))
 
-    def states(self) -> dict[str, jobs.State]:
+    def states(self) -> dict[str, State]:
         """The state of every cell by its name, with one call of squeue for all of them."""
         cells = self.record.cells
         return dict(zip((cell.name for cell in cells), cell_states(self.dir, cells), strict=True))
@@ -277,7 +278,7 @@ def _run_here(home: SweepDir, record: SweepRecord, wanted: Sequence[int], num_pr
         if states[number] == "FINISHED":
             continue
         if states[number] in BUSY:
-            say(f"{cell.name}: is {states[number]} in Slurm, left alone")
+            say(f"{cell.name}: is {states[number]} elsewhere, left alone")
             continue
         run = home.run(cell.name)
         if record.search is not None and not is_run_dir(run.path):

@@ -109,6 +109,12 @@ def end(run: RunDir, kind: str, accuracy: float = 0.5, *, cause: str = "", code:
     )  # fmt: skip
 
 
+def queue(bin: Path, *jobs: str) -> None:
+    """Let squeue say `<array>_<task> STATE` of these."""
+    words = [f"{job}|4242|{state}|10:00|N/A|n1|None" for job, _, state in (job.partition(" ") for job in jobs)]
+    program(bin, "squeue", f"printf '%s\\n' {' '.join(map(shlex.quote, words))}\n")
+
+
 def array_of(words: list[str]) -> str:
     return next(word for word in words if word.startswith("--array=")).removeprefix("--array=")
 
@@ -243,8 +249,8 @@ def test_the_same_command_submits_what_is_missing_and_no_more(
     end(runs[6], "failed", code=4, cause="killed")
     end(runs[7], "failed", code=4, cause="node")
     runs[7].append("submissions.jsonl", {"job_id": "77", "via": "resubmit"})
-    queue = ["100_4 RUNNING", "100_5 PENDING", "100_6 PENDING", "77 PENDING", "55_1 RUNNING", "1 RUNNING"]
-    program(bin, "squeue", f"printf '%s\\n' {' '.join(map(shlex.quote, queue))}\n")
+    others = ("100_4 RUNNING", "100_5 PENDING", "100_6 PENDING", "77 PENDING", "55_1 RUNNING", "1 RUNNING")
+    queue(bin, *others, "100_0 COMPLETED", "100_3 NODE_FAIL")
     expected = ["FINISHED", "STOPPED", "FAILED", "FAILED", "RUNNING", "PENDING", "PENDING", "PENDING"]
     assert list(first.states().values()) == expected
     again = sweep("train.learning_rate=1e-2,5e-3,1e-3,5e-4", seeds=2, max_parallel=6)
@@ -252,13 +258,20 @@ def test_the_same_command_submits_what_is_missing_and_no_more(
     assert [array_of(words) for words in submitted()] == ["0-7%4", "1-3%2"] and again.submitted == ("101",)
     assert len(prepared) == 1, "nothing was claimed, nothing is prepared"
     assert [run.job_id for run in again.runs] == ["100_0", "101_1", "101_2", "101_3", "100_4", "100_5", "100_6", "77"]
-    program(
-        bin,
-        "squeue",
-        "printf '%s\\n' '101_1 PENDING' '101_2 PENDING' '101_3 PENDING' " + " ".join(map(shlex.quote, queue)) + "\n",
-    )
+    queue(bin, "101_1 PENDING", "101_2 PENDING", "101_3 CONFIGURING", *others)
     assert sweep("train.learning_rate=1e-2,5e-3,1e-3,5e-4", seeds=2).submitted == ()
     assert len(submitted()) == 2
+
+
+def test_a_run_that_was_claimed_in_a_task_of_an_array_is_found_by_it(sweep: Callable[..., Sweep], bin: Path) -> None:
+    """`sbatch --array=… finetune.sbatch RECIPE`: only the names of its attempts tell the job."""
+    run = sweep(GRID).runs[0]
+    (run.path / "submissions.jsonl").unlink()
+    run.dir.begin_attempt("12_3.0")
+    run.dir.begin_attempt("12_10.0")
+    for task, state in ((3, "FAILED"), (10, "PENDING")):
+        queue(bin, f"12_{task} PENDING")
+        assert (run.state == "PENDING") is (state == "PENDING"), task
 
 
 def test_squeue_without_an_answer_submits_nothing_twice(
@@ -344,8 +357,7 @@ def test_a_large_sweep_is_several_arrays(
     made = Sweep(home)
     assert [run.job_id for run in made.runs] == [*(f"{a}_{t}" for a in (100, 101) for t in range(3)), None, None]
     program(bin, "sbatch", real.removeprefix("#!/bin/bash\n"))
-    running = " ".join(f"'{run.job_id} RUNNING'" for run in made.runs[:6])
-    program(bin, "squeue", f"printf '%s\\n' {running}\n")
+    queue(bin, *(f"{run.job_id} RUNNING" for run in made.runs[:6]))
     again = sweep("train.learning_rate=1e-2,5e-3,1e-3,5e-4", seeds=2, max_parallel=6)
     assert (array_of(submitted()[-1]), submitted()[-1][-1], again.runs[7].job_id) == ("0-1%1", "6", "102_1")
 
@@ -375,7 +387,7 @@ def test_the_table(sweep: Callable[..., Sweep], bin: Path) -> None:
     for number, run in enumerate(made.runs[:15]):
         end(run.dir, "finished", [v for values in ACCURACIES.values() for v in values][number])
     end(made.runs[15].dir, "finished", 0.99)  # one lucky seed of five
-    program(bin, "squeue", "printf '%s\\n' '100_16 RUNNING' '100_17 PENDING'\n")
+    queue(bin, "100_16 RUNNING", "100_17 PENDING")
     table = made.table()
     assert (table.metric, table.direction) == ("eval_accuracy", "maximize")
     assert [row.point for row in table.rows] == [f"learning_rate={v}" for v in ("5e-3", "9e-9", "1e-3", "1e-4")]
@@ -520,7 +532,7 @@ def test_a_search_asks_tells_and_replaces(
         ("COMPLETE", 0.75), ("FAIL", None), ("RUNNING", None), ("RUNNING", None),
     ]  # fmt: skip
     # The same command: what failed by its own fault is replaced, what was killed goes on, what waits is left alone.
-    program(bin, "squeue", "echo '100_3 RUNNING'\n")
+    queue(bin, "100_3 RUNNING")
     again = sweep(search=SEARCH, trials=4, max_parallel=2, directory="search it's")
     assert array_of(submitted()[-1]) == "2,4%1" and again.record.cells[-1].name == "trial-004"
     assert len(prepared) == 2
