@@ -3,6 +3,11 @@
 # Needs $run (the run directory), inside a job. Uses bash, coreutils and Slurm's commands; no container, no Python.
 # shellcheck disable=SC2154,SC2034 # run comes from who sources this, code goes to it
 
+# An array's task is named by both numbers: the job id of one of its tasks is also that of the whole array.
+afina_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+afina_job=${afina_job:-$SLURM_JOB_ID}
+export AFINA_ATTEMPT="$afina_job.${SLURM_RESTART_COUNT:-0}"
+
 afina_say() { printf 'afina: %s\n' "$*"; }
 
 # [D-]H:M:S or M:S, as squeue prints times -> seconds; nothing for UNLIMITED, INVALID, NOT_SET
@@ -15,7 +20,7 @@ afina_seconds() {
 # Where the nodes meet, and when the job ends.
 afina_meet() {
   local head address port left
-  export AFINA_LAUNCH=slurm AFINA_ATTEMPT="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+  export AFINA_LAUNCH=slurm
   AFINA_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | tr '\n' ' ')
   head=${AFINA_NODES%% *}
   # The first node's address as Slurm knows it; never localhost, which would be each node's own.
@@ -25,7 +30,7 @@ afina_meet() {
   port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_ARRAY_TASK_ID:-0}) % 20000))
   while (exec 3<>"/dev/tcp/$AFINA_HEAD/$port") 2>/dev/null; do port=$((port + 1)); done
   # The time that is left, not the hour of the end: this node's clock may differ from Slurm's.
-  left=$(afina_seconds "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %L 2>/dev/null)")
+  left=$(afina_seconds "$(squeue --noheader --jobs "$afina_job" --format %L 2>/dev/null)")
   AFINA_DEADLINE=${left:+$(($(date +%s) + left))}
   export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
 }
@@ -83,7 +88,7 @@ afina_after() {
   { read -r action; read -r exclude; read -r why; } <"$run/attempts/$AFINA_ATTEMPT/next" || return 0
   afina_say "$why"
   [ "$action" = requeue ] || return 0
-  state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states all --format %T 2>/dev/null)
+  state=$(squeue --noheader --jobs "$afina_job" --states all --format %T 2>/dev/null)
   case $state in
     RUNNING | PREEMPTED | '') ;;
     *)
@@ -92,7 +97,7 @@ afina_after() {
       return 0
       ;;
   esac
-  if [ -z "$exclude" ] && [ "$state" != PREEMPTED ] && reason=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+  if [ -z "$exclude" ] && [ "$state" != PREEMPTED ] && reason=$(scontrol requeue "$afina_job" 2>&1); then
     sleep 120 # until Slurm ends this shell
     return 0
   fi
@@ -103,8 +108,10 @@ afina_after() {
   ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"})
   ask+=(${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
   ask+=(${SBATCH_MAIL_TYPE:+--mail-type="$SBATCH_MAIL_TYPE"} ${SBATCH_MAIL_USER:+--mail-user="$SBATCH_MAIL_USER"})
-  reason=$(squeue --noheader --jobs "$SLURM_JOB_ID" --states all --format %l 2>/dev/null)
+  reason=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
   ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
+  # The new job is no task of the array, and sbatch would pass on these variables (22.05.8).
+  unset "${!SLURM_ARRAY_@}"
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then
     printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "${job%%;*}" >>"$run/submissions.jsonl"
     afina_say "job ${job%%;*} goes on with this run"

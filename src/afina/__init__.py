@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from afina.predicting import predict
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
+    from afina.sweeps import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Run",
     "RunSummary",
     "Runs",
+    "Sweep",
     "__version__",
     "export",
     "load",
@@ -35,6 +37,7 @@ __all__ = [
     "resume",
     "runs",
     "submit",
+    "sweep",
     "train",
 ]
 
@@ -44,6 +47,7 @@ _HOMES = {
     "Run": "afina.jobs",
     "RunSummary": "afina.overview",
     "Runs": "afina.jobs",
+    "Sweep": "afina.sweeps",
     "export": "afina.exporting",
     "load": "afina.loading",
     "load_recipe": "afina.recipe",
@@ -51,6 +55,7 @@ _HOMES = {
     "resume": "afina.jobs",
     "runs": "afina.jobs",
     "submit": "afina.jobs",
+    "sweep": "afina.sweeps",
     "train": "afina.jobs",
 }
 

@@ -314,15 +314,27 @@ def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
         return {}
 
 
-def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:
+def claim(
+    plan: Plan,
+    path: str | Path | None = None,
+    *,
+    text: str | None = None,
+    prepared: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    scripts: Mapping[str, Path] | None = None,
+) -> RunDir:
     """Prepare, then claim a run directory: bad data leaves nothing behind.
 
     Args:
         text: the recipe's text, where it is not what the plan's recipe file holds now.
+        prepared: what `prepare` said, where the caller has called it: the runs of a sweep share it.
+        record: likewise of `make_record`.
+        scripts: what the job runs; by default `job_scripts()`.
     """
     RunDir.check_free(path)
-    check_image(plan.site)
-    prepared = prepare(plan)
+    if prepared is None:
+        check_image(plan.site)
+        prepared = prepare(plan)
     argv = node_argv(plan, _extra_binds(plan, path))
     if text is None:
         text = (
@@ -330,8 +342,8 @@ def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None
             if plan.recipe_file
             else json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
         )
-    record = make_record(plan, prepared, text)
-    return RunDir.claim(plan, prepared, argv, text, path, scripts=job_scripts(), record=record)
+    record = record or make_record(plan, prepared, text)
+    return RunDir.claim(plan, prepared, argv, text, path, scripts=scripts or job_scripts(), record=record)
 
 
 def _extra_binds(plan: Plan, path: str | Path | None) -> list[Path]:

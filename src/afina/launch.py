@@ -5,6 +5,7 @@ container_argv    apptainer exec … <worker_argv>
 node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
 accelerate_argv   python -m accelerate.commands.launch … -m afina.worker.train RUN
 sbatch_argv       sbatch … finetune.sbatch RUN
+array_argv        sbatch … --array=… finetune.sbatch SWEEP FIRST
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "predict_argv",
     "sbatch_argv",
     "slurm_options",
+    "sweep_argv",
     "worker_argv",
     "worker_environment",
 ]
@@ -37,12 +39,12 @@ def worker_argv(plan: Plan, module: str, *arguments: str, binds: Iterable[Path] 
     return [sys.executable, *command[1:]] if in_container() else container_argv(plan, command, binds)
 
 
-def node_argv(plan: Plan, binds: Iterable[Path] = ()) -> list[str]:
+def node_argv(plan: Plan, binds: Iterable[Path] = (), module: str = "launch") -> list[str]:
     """The worker of one node as the host starts it, wherever we are: in the image, mounted by `slurm/node.sh`.
 
     `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are module and run directory.
     """
-    command = container_argv(plan, _python(plan, "launch", "{run}"), binds)
+    command = container_argv(plan, _python(plan, module, "{run}"), binds)
     return command if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *command]
 
 
@@ -193,6 +195,22 @@ def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, l
     ]
 
 
+def sweep_argv(
+    plan: Plan, sweep: Path, tasks: Sequence[int], *, first: int = 0, at_once: int | None = None
+) -> list[str]:
+    """The submission of some of a sweep's cells as one job array.
+
+    Args:
+        tasks: the array's tasks; task n is cell `first + n`.
+        at_once: how many of them may run at the same time; None is as many as Slurm lets.
+    """
+    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
+    array = _ranges(tasks) + (f"%{at_once}" if at_once else "")
+    log = _plain(sweep) + "/logs/%A_%a.out"
+    script = [str(sweep / "finetune.sbatch"), str(sweep), *([str(first)] if first else [])]
+    return ["sbatch", "--parsable", *options, f"--array={array}", f"--output={log}", *script]
+
+
 def _plain(path: Path) -> str:
     """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one."""
     return str(path).replace("%", "%%")
@@ -215,6 +233,17 @@ def job_scripts(names: Sequence[str] = ("finetune.sbatch", "job.sh", "node.sh"))
             raise EnvironmentProblem(f"{name} is not installed with afina", "install afina again")
         found[name] = existing[0]
     return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in spans)
 
 
 def _python(plan: Plan, module: str, *arguments: str) -> list[str]:

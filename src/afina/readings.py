@@ -25,7 +25,8 @@ _TAIL = 65536
 _FRESH_S = 60.0
 #: Metrics of which the least is best.
 _LESS_IS_BETTER = ("mse", "mae")
-_OF_A_JOB = re.compile(r"([0-9]+)\.[0-9]+")
+#: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
+_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 
 Sign = Literal["alive", "fresh", "dead", "silent"]
 
@@ -188,7 +189,8 @@ def _job_ids(submissions: list[dict[str, Any]], attempts: tuple[str, ...]) -> tu
     """As they were submitted; a run that was claimed inside its job is known by the names of its attempts only."""
     known = [str(s["job_id"]) for s in submissions if s.get("job_id")]
     if not known:
-        known = sorted((m[1] for name in attempts if (m := _OF_A_JOB.fullmatch(name))), key=int)
+        found = (m[1] for name in attempts if (m := _OF_A_JOB.fullmatch(name)))
+        known = sorted(found, key=lambda job: [int(number) for number in job.split("_")])
     return tuple(dict.fromkeys(known))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,19 @@ from afina.redact import looks_secret
 from afina.reserved import RESERVED_ARGUMENTS
 from afina.trackers import TRACKERS
 
-__all__ = ["METRICS", "Data", "Part", "Recipe", "Resources", "Tokens", "Train", "load_recipe", "parse_recipe"]
+__all__ = [
+    "METRICS",
+    "Data",
+    "Part",
+    "Recipe",
+    "Resources",
+    "Tokens",
+    "Train",
+    "load_recipe",
+    "parse_recipe",
+    "parse_recipes",
+    "read_recipe",
+]
 
 Task = Literal["auto", "single-label", "multi-label", "regression"]
 
@@ -358,9 +370,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with the file, the line, what was found and what is allowed.
     """
+    return parse_recipe(read_recipe(path), overrides, source=str(Path(path)))
+
+
+def read_recipe(path: str | Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RecipeError: it cannot be read; with the nearest name where there is none.
+    """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise RecipeError(
@@ -372,21 +393,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {file}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None
     except OSError as error:
         raise RecipeError(f"recipe {file}: {error.strerror}", "check the path and its permissions") from None
-    return parse_recipe(text, overrides, source=str(file))
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
     """As `load_recipe`, from text; `source` is what messages call it."""
+    return next(parse_recipes(text, [overrides], source=source))
+
+
+def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "recipe") -> Iterator[Recipe]:
+    """As `parse_recipe`, once for each of several lists of overrides; the text is read once."""
     node, tree = read_yaml(text, source)
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{source}: {'is empty' if tree is None else f'a recipe is a mapping of keys, found {shown(tree)}'}",
             "start from slurm/recipes/yelp.yaml",
         )
-    for override in overrides:
-        apply_override(tree, override)
-    overridden = [o.partition("=")[0].strip() for o in overrides]
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise explain(error, Recipe, node, source, overridden) from None
+    for overrides in many:
+        changed = dict(tree)  # an override copies the mappings that it changes below this one
+        for override in overrides:
+            apply_override(changed, override)
+        overridden = [o.partition("=")[0].strip() for o in overrides]
+        try:
+            recipe = Recipe.model_validate(changed)
+        except ValidationError as error:
+            raise explain(error, Recipe, node, source, overridden) from None
+        yield recipe

@@ -30,6 +30,7 @@ __all__ = [
     "NodeTask",
     "accounting",
     "cancel",
+    "max_array_size",
     "need_slurm",
     "query",
     "submit_array",
@@ -110,6 +111,16 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
     job_id = submit_array(plan, argv)
     run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
     return job_id
+
+
+def max_array_size() -> int:
+    """One more than the highest number that an array task may have here; Slurm's default where Slurm does not answer."""
+    try:
+        said = _slurm(["scontrol", "show", "config"])
+    except SlurmError:
+        return 1001
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.MULTILINE)
+    return max(1, int(found[1])) if found else 1001
 
 
 def submit_array(plan: Plan, argv: Sequence[str]) -> str:
@@ -359,14 +370,17 @@ def _need(command: str) -> None:
 
 def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
     _need(argv[0])
+    # Called in a task of an array, sbatch would pass its number on to a job that is none (22.05.8).
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_ARRAY_")}
     try:
         done = subprocess.run(
             list(argv),
-            env={**os.environ, **(env or {})},
+            env={**own, **(env or {})},
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
+            start_new_session=True,  # Ctrl-C is for afina: it writes down first what Slurm took
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(
@@ -384,6 +398,7 @@ def _slurm(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s:
 def _remedy(said: str) -> str:
     lower = said.lower()
     for words, remedy in {
+        "submit limit": "fewer jobs at once: wait for some to end, then the same command again; `sacctmgr show qos` shows the limits",
         "account": "set SBATCH_ACCOUNT in site.env; `sacctmgr show assoc user=$USER` lists yours",
         "partition": "set SBATCH_PARTITION in site.env; `sinfo -s` lists the partitions",
         "qos": "set SBATCH_QOS in site.env",

@@ -112,7 +112,7 @@ def job_ids(submissions: Iterable[Mapping[str, Any]], attempts: Iterable[str]) -
     """The Slurm jobs of a run: those that were submitted for it, and those that its attempts are named after (`<job>.<restart>`)."""
     named = [match[1] for name in attempts if (match := re.fullmatch(r"(\d+(?:_\d+)?)\.\d+", name))]
     given = [str(s["job_id"]) for s in submissions if s.get("job_id")]
-    # The attempts of an array task are named after its own number, which the array's `<id>_<task>` stands for already.
+    # A run that was claimed inside its job was never submitted: only its attempts name the job.
     return list(dict.fromkeys(given or named))
 
 

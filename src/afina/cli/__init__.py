@@ -1,6 +1,7 @@
 """The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
 
     run       prefetch, train, resume, submit, demo
+    sweep     sweep
     watch     status, list, logs, cancel
     report    report, compare, rerun
     use       predict, export
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, use, watch
+from afina.cli import report, run, sweep, use, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -68,5 +69,5 @@ def cli() -> None:
     """
 
 
-for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS, *use.COMMANDS):
+for _command in (*run.COMMANDS, *sweep.COMMANDS, *watch.COMMANDS, *report.COMMANDS, *use.COMMANDS):
     cli.add_command(_command)

@@ -1,0 +1,172 @@
+"""From a draft to a sweep directory: prepare what is not prepared, claim the cells that are not there, publish the list.
+
+What is shared is made once: prepared data and the reproducibility record for all cells of the same data and model. Everything
+that is made is noted with how to take it back, until the caller says that it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from afina import jobs
+from afina.errors import ClaimedError, InputError
+from afina.image import check_image
+from afina.launch import job_scripts, node_argv
+from afina.plan import Plan
+from afina.recipe import parse_recipes
+from afina.record import make_record, overrides_of
+from afina.rundir import is_run_dir, write_atomic
+from afina.space import corners
+from afina.sweep_draft import Draft
+from afina.sweep_table import LOWER_IS_BETTER, best_metric
+from afina.sweepdir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
+
+__all__ = ["claim_cells", "make_home", "prepare_cells"]
+
+Say = Callable[[str], None]
+
+
+def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
+    """Prepare once for all cells that share data, model and arguments; what was prepared, by `_share`."""
+    plans: dict[str, tuple[str, Plan]] = {}
+    if draft.record.search is not None:
+        if draft.before is not None and draft.before.search is not None:
+            return {"": draft.before.search.prepared}
+        search, plan = draft.record.search, draft.record.plan
+        many = parse_recipes(search.recipe_text, [[*search.overrides, *words] for words in corners(search.space)])
+        for recipe in many:
+            probe = plan.model_copy(update={"recipe": recipe.model_copy(update={"resources": plan.recipe.resources})})
+            plans.setdefault(_share(probe), ("", probe))
+    else:
+        for number, plan in draft.plans.items():
+            cell = draft.record.cells[number]
+            if not is_run_dir(draft.home.runs / cell.name):
+                plans.setdefault(_share(plan), (cell.point, plan))
+    if plans:
+        check_image(draft.record.plan.site)
+    found = {}
+    for count, (share, (point, plan)) in enumerate(plans.items(), start=1):
+        if len(plans) > 1:
+            say(f"preparing {count} of {len(plans)}{f': {point}' if point else ''}")
+        try:
+            found[share] = jobs.prepare(plan)
+        except InputError as error:
+            if len(plans) > 1 and point:
+                raise type(error)(f"cell {point}: {error.message}", error.remedy) from None
+            raise
+    return {"": next(iter(found.values()))} if draft.record.search is not None else found
+
+
+def _share(plan: Plan) -> str:
+    """Equal for plans that prepare the same, and for which preparing checks the same."""
+    recipe = plan.recipe
+    what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data"})
+    files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
+    return json.dumps([what, files, recipe.tokens.max_length, recipe.train.arguments], sort_keys=True)
+
+
+def make_home(home: SweepDir, undo: contextlib.ExitStack) -> None:
+    missing = [folder for folder in (home.path, *home.path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True, mode=0o700 if folder == home.path else 0o777)
+        undo.callback(_remove_empty, folder)
+    if missing:
+        undo.callback(lambda: (home.path / ".lock").unlink(missing_ok=True))
+
+
+def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.ExitStack, say: Say) -> SweepRecord:
+    """Claim the cells that are not there, and publish them; `undo` takes it all back."""
+    home, record = draft.home, draft.record
+    scripts = {name: home.path / name for name in SCRIPTS}
+    for name, source in job_scripts().items():
+        if not scripts[name].is_file():
+            undo.callback(scripts[name].unlink, missing_ok=True)
+            write_atomic(scripts[name], source.read_bytes())
+    for folder in (home.runs, home.logs):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700)
+            undo.callback(_remove_empty, folder)
+    if record.search is not None:
+        record = record.model_copy(update={"search": _search_record(draft, prepared[""], say)})
+        if not home.trial_argv.is_file():
+            undo.callback(home.trial_argv.unlink, missing_ok=True)
+            write_atomic(
+                home.trial_argv, b"".join(os.fsencode(word) + b"\0" for word in _trial_argv(home, record.plan))
+            )
+    shared: dict[str, dict[str, Any]] = {}
+    for count, number in enumerate(draft.plans, start=1):
+        cell, plan = record.cells[number], draft.plans[number]
+        run = home.run(cell.name)
+        if is_run_dir(run.path):
+            if run.plan().digest != plan.digest:
+                raise ClaimedError(f"{run.path}: is a run of another recipe", "choose another --sweep DIR")
+            continue
+        if run.path.exists() and not any(run.attempts.glob("*")):
+            shutil.rmtree(run.path)  # its claiming was cut short: a plan is written last, and nothing ran without one
+        share = _share(plan)
+        if share not in shared:
+            shared[share] = _shared_record(draft, plan, prepared[share], say)
+        about = record_of(shared[share], plan, cell.overrides)
+        jobs.claim(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
+        undo.callback(shutil.rmtree, run.path, ignore_errors=True)
+        if count % 100 == 0:
+            say(f"{count} of {len(draft.plans)} run directories made")
+    if record != draft.before:
+        undo.callback(_restore, home, draft.before)
+        home.write(record)
+    return record
+
+
+def _shared_record(draft: Draft, plan: Plan, prepared: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The reproducibility record of the runs that share data and model: with the overrides that all cells have."""
+    record = make_record(plan, prepared, draft.text, say)
+    record["recipe"]["overrides"] = overrides_of(draft.text, draft.record.plan.recipe)
+    return record
+
+
+def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> SearchRecord:
+    search = draft.record.search
+    assert search is not None
+    if draft.before is not None and draft.before.search is not None:
+        return draft.before.search.model_copy(update={"trials": search.trials})
+    metric = best_metric(draft.record, str(prepared["task"]))
+    name = metric.partition("_")[2]
+    plan = draft.record.plan
+    return search.model_copy(
+        update={
+            "metric": metric,
+            "direction": "minimize" if name in LOWER_IS_BETTER else "maximize",
+            "prepared": dict(prepared),
+            "run_record": _shared_record(draft, plan, prepared, say),
+            "worker_argv": tuple(node_argv(plan, _outside(draft.home, plan))),
+        }
+    )
+
+
+def _trial_argv(home: SweepDir, plan: Plan) -> list[str]:
+    """The command that makes the run directory of a trial; that directory is to be its last word."""
+    words = node_argv(plan, _outside(home, plan), "trial")[:-1]
+    return [str(home.path / "node.sh") if word == "{run}/node.sh" else word for word in words]
+
+
+def _outside(home: SweepDir, plan: Plan) -> list[Path]:
+    return [] if home.path.is_relative_to(plan.site.scratch) else [home.path]
+
+
+def _restore(home: SweepDir, before: SweepRecord | None) -> None:
+    if before is not None:
+        home.write(before)
+    else:
+        home.file.unlink(missing_ok=True)
+        home.cells_file.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

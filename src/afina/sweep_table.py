@@ -1,0 +1,310 @@
+"""What a sweep found: for each point of the grid the mean over seeds and its interval, the best point, and how sure that is.
+
+Pure: outcomes and states in, a table out. Points are compared with the best one by a paired t-test over the seeds that both
+have finished, because a seed moves all points together; p-values are Holm-corrected over those comparisons. That the best was
+picked by the same numbers is not corrected for, and the table says so. Of a search the trials are listed by their value:
+with one run each there is no spread to test with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from afina.errors import InputError, nearest
+from afina.intervals import Interval, PairedTest, mean_interval, paired_t_test
+from afina.paired import holm
+from afina.recipe import METRICS
+from afina.rundir import Outcome
+from afina.sweepdir import SweepRecord
+
+__all__ = ["LOWER_IS_BETTER", "Row", "Table", "best_metric", "tabulate"]
+
+#: Metrics of which the least is best.
+LOWER_IS_BETTER = frozenset({"loss", "mae", "mse"})
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of the grid, or a trial.
+
+    Attributes:
+        point: its name.
+        overrides: its values, `key: text`.
+        values: the metric of each finished seed (a trial's seed is the recipe's).
+        states: how many of its runs are in which state.
+        interval: mean over `values` with the 95 % interval; None before the first is finished.
+        against_best: `this - best` over the shared seeds; None for the best itself, or without a shared seed.
+        p: Holm-corrected; None where there is nothing to test with.
+    """
+
+    point: str
+    overrides: Mapping[str, str]
+    values: Mapping[int, float]
+    states: Mapping[str, int]
+    interval: Interval | None = None
+    against_best: PairedTest | None = None
+    p: float | None = None
+
+    @property
+    def runs(self) -> int:
+        return sum(self.states.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, the best first; points without a finished run last. `str()` is what the command prints."""
+
+    sweep: str
+    metric: str
+    direction: Literal["maximize", "minimize"]
+    rows: tuple[Row, ...]
+    best: Row | None
+    search: bool
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        better = "lower" if self.direction == "minimize" else "higher"
+        head = f"{self.sweep}\n{self.metric} ({better} is better)"
+        return "\n".join([head, "", *_lines(self), "", *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "sweep": self.sweep,
+            "metric": self.metric,
+            "direction": self.direction,
+            "best": self.best.point if self.best else None,
+            "rows": [_row_dict(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+
+def best_metric(record: SweepRecord, task: str | None, given: str | None = None) -> str:
+    """The column of `Outcome.metrics` to compare by: `eval_f1` for `f1`; by default the one that chooses the checkpoint.
+
+    Raises:
+        InputError: a metric that no task knows.
+    """
+    recipe = record.plan.recipe
+    if given is not None:
+        part, name = (given[:4], given[5:]) if given.startswith(("eval_", "test_")) else ("eval", given)
+        known = sorted({metric for metrics in METRICS.values() for metric in metrics} - {"confusion_matrix"} | {"loss"})
+        if name not in known:
+            hint = nearest(name, known)
+            raise InputError(
+                f"--metric {given}: is not a metric", f"{hint + ' ' if hint else ''}known: {', '.join(known)}"
+            )
+        return f"{part}_{name}"
+    task = task or (recipe.task if recipe.task != "auto" else "single-label")
+    return f"eval_{recipe.train.best_metric or METRICS[task][0]}"
+
+
+def tabulate(
+    record: SweepRecord,
+    outcomes: Sequence[Outcome | None],
+    states: Sequence[str],
+    *,
+    sweep: str = "",
+    metric: str | None = None,
+    tried: Sequence[Mapping[str, str]] = (),
+) -> Table:
+    """The table of a sweep.
+
+    Args:
+        outcomes: of each cell, in the order of `record.cells`.
+        states: of each cell: PLANNED, PENDING, RUNNING, FINISHED, STOPPED, FAILED, UNKNOWN.
+        metric: another metric than the one that chooses the checkpoint.
+        tried: of a search, what each trial tries.
+    """
+    finished = [outcome for outcome in outcomes if outcome is not None and outcome.outcome == "finished"]
+    column = best_metric(record, finished[0].task if finished else None, metric)
+    lower = column.partition("_")[2] in LOWER_IS_BETTER
+    grouped: dict[str, list[int]] = {}
+    for number, cell in enumerate(record.cells):
+        grouped.setdefault(cell.name if record.search else cell.point, []).append(number)
+    rows = []
+    for point, numbers in grouped.items():
+        values: dict[int, float] = {}
+        for number in numbers:
+            value = _value(outcomes[number], column)
+            if value is not None:
+                values[record.cells[number].seed or 0] = value
+        words = [word for word in record.cells[numbers[0]].overrides if not word.startswith("train.seed=")]
+        overrides = tried[numbers[0]] if record.search and tried else dict(word.split("=", 1) for word in words)
+        counted = dict(sorted(Counter(states[number] for number in numbers).items()))
+        interval = mean_interval(list(values.values())) if values else None
+        rows.append(Row(point or "the recipe", overrides, values, counted, interval))
+    rows.sort(key=lambda row: math.inf if row.interval is None else row.interval.mean if lower else -row.interval.mean)
+    best = _best(rows)
+    if best is not None and not record.search:
+        rows = [best, *_compared([row for row in rows if row is not best], best)]
+    notes = _search_notes(rows, best) if record.search else _notes(rows, best)
+    direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
+    return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes))
+
+
+def _value(outcome: Outcome | None, column: str) -> float | None:
+    if outcome is None or outcome.outcome != "finished":
+        return None
+    value = outcome.metrics.get(column)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None  # type: ignore[arg-type]
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """The first of the points that all their runs have finished; without any, of all: a single lucky seed is no winner."""
+    measured = [row for row in rows if row.interval is not None]
+    complete = [row for row in measured if len(row.values) == row.runs]
+    return next(iter(complete or measured), None)
+
+
+def _compared(rows: Sequence[Row], best: Row) -> list[Row]:
+    tests: list[PairedTest | None] = []
+    for row in rows:
+        shared = sorted(row.values.keys() & best.values.keys())
+        tests.append(
+            paired_t_test([row.values[seed] for seed in shared], [best.values[seed] for seed in shared])
+            if shared
+            else None
+        )
+    ps = {at: test.p for at, test in enumerate(tests) if test is not None and test.p is not None}
+    corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
+    return [
+        Row(row.point, row.overrides, row.values, row.states, row.interval, tests[at], corrected.get(at))
+        for at, row in enumerate(rows)
+    ]
+
+
+def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
+    if best is None:
+        return ["No run has finished yet."]
+    others = [row for row in rows if row is not best and row.interval is not None]
+    notes = []
+    if len(best.values) < best.runs:
+        notes.append("Provisional: no point has finished all its runs.")
+    if not others:
+        return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else _INTERVALS]
+    after = next((row for row in others if row.p is not None), others[0])
+    test, count = after.against_best, sum(row.p is not None for row in others)
+    said = f"Best: {best.point}. "
+    if test is None or after.p is None:
+        seeds = test.difference.count if test else 0
+        why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished seed{'s' * (seeds != 1)}"
+        notes.append(f"{said}Whether it is better than the next ({after.point}) cannot be told: {why}.")
+    else:
+        better = "distinguishable" if after.p < _LEVEL else "NOT distinguishable"
+        notes.append(
+            f"{said}It is {better} from the next ({after.point}): paired over {test.difference.count} seeds, "
+            f"{_p(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
+        )
+    if early := [
+        f"{row.point} ({len(row.values)} of {row.runs})" for row in others if row.p is None and row is not after
+    ]:
+        notes.append(f"Not judged, too few finished runs: {', '.join(early)}.")
+    alike = [row.point for row in others if row.p is not None and row.p >= _LEVEL]
+    if len(alike) > 1:
+        notes.append(f"Nor is it from: {', '.join(alike[1:])}.")
+    notes += [_INTERVALS, _PICKED]
+    return notes
+
+
+_INTERVALS = "Intervals: 95 %, t-distribution over seeds; p: paired t-test over the shared seeds, Holm-corrected."
+_PICKED = "The best was picked by these very numbers, so the p-values flatter it: confirm it with new seeds or on the test part."
+
+
+def _search_notes(rows: Sequence[Row], best: Row | None) -> list[str]:
+    if best is None:
+        return ["No trial has finished yet."]
+    count = sum(row.interval is not None for row in rows)
+    words = " ".join(f"{key}={value}" for key, value in best.overrides.items())
+    return [
+        f"Best of {count} finished: {best.point} ({words}).",
+        "The best of many single runs looks better than it is: compare it with its neighbours over seeds (--grid … --seeds 5).",
+    ]
+
+
+def _lines(table: Table) -> list[str]:
+    if table.search:
+        keys = list(dict.fromkeys(key for row in table.rows for key in row.overrides))
+        head = ["trial", "value", *keys, "state"]
+        body = [
+            [
+                row.point,
+                _number(row.interval.mean) if row.interval else "-",
+                *(row.overrides.get(k, "-") for k in keys),
+                _states(row),
+            ]
+            for row in table.rows
+        ]
+    else:
+        head = ["point", "mean", "95 % interval", "seeds", "against the best", "p", "not finished"]
+        body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _states(row)] for row in table.rows]
+        if len(table.rows) == 1:
+            head, body = head[:4] + head[6:], [cells[:4] + cells[6:] for cells in body]
+    widths = [max(len(line[at]) for line in [head, *body]) for at in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *body]
+    ]
+
+
+def _measured(row: Row) -> list[str]:
+    seeds = f"{len(row.values)}/{row.runs}"
+    if row.interval is None:
+        return ["-", "-", seeds]
+    return [_number(row.interval.mean), _span(row.interval), seeds]
+
+
+def _against(row: Row, table: Table) -> str:
+    if table.best is not None and row.point == table.best.point:
+        return "best"
+    if row.against_best is None:
+        return "-"
+    difference = row.against_best.difference
+    return f"{difference.mean:+.4f}" + ("" if difference.low is None else f" {_span(difference)}")
+
+
+def _p_cell(row: Row) -> str:
+    return "" if row.p is None else _p(row.p).removeprefix("p ").removeprefix("= ")
+
+
+def _states(row: Row) -> str:
+    left = {state: count for state, count in row.states.items() if state != "FINISHED"}
+    if row.runs == 1:
+        return next(iter(left), "" if not row.states else "finished").lower()
+    return ", ".join(f"{count} {state.lower()}" for state, count in left.items())
+
+
+def _span(interval: Interval) -> str:
+    return (
+        "-" if interval.low is None or interval.high is None else f"[{_number(interval.low)}, {_number(interval.high)}]"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3e}"
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    interval, test = row.interval, row.against_best
+    return {
+        "point": row.point,
+        "overrides": dict(row.overrides),
+        "values": {str(seed): value for seed, value in row.values.items()},
+        "states": dict(row.states),
+        "mean": interval.mean if interval else None,
+        "interval": [interval.low, interval.high] if interval else None,
+        "standard_deviation": interval.deviation if interval else None,
+        "difference_to_best": test.difference.mean if test else None,
+        "difference_interval": [test.difference.low, test.difference.high] if test else None,
+        "p_holm": row.p,
+    }

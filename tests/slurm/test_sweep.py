@@ -1,0 +1,145 @@
+"""Sweeps on the test cluster, in the image: one array, cells that are killed and a node that dies, one command that mends it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from tests import tiny
+
+RECIPE: dict[str, Any] = {
+    "name": "sweep it's $(touch never)",
+    "model": "model",
+    "data": {
+        "files": {"all": "reviews.csv"},
+        "text": "text",
+        "label": "stars",
+        "train": {"fraction": 0.8},
+        "eval": {"fraction": 0.2},
+    },
+    "tokens": {"max_length": 32},
+    "train": {"batch_size": 16, "epochs": 40, "seed": 1, "evaluate": 800, "save_every": 50},
+    "metrics": ["accuracy"],
+    "resources": {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def place(cluster: Cluster, image: Path) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="afina swe'ep ", dir="/tmp"))
+    (path / "slurm").mkdir()
+    (path / "scratch").mkdir()
+    tiny.tiny_model(path / "model")
+    tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(400, 1))
+    (path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    scratch = shlex.quote(str(path / "scratch"))
+    (path / "slurm/site.env").write_text(f"AFINA_SCRATCH={scratch}\nAFINA_IMAGE={shlex.quote(str(image))}\n")
+    for name in [path, *path.rglob("*")]:
+        shutil.chown(name, cluster.user, cluster.user)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def afina(cluster: Cluster, place: Path, host: Path) -> Callable[..., dict[str, Any]]:
+    """`afina sweep … --json` as the ordinary user; the exit code must be that."""
+
+    def run(*words: str, code: int = 0) -> dict[str, Any]:
+        done = cluster.run_as_user([str(host / "afina"), "sweep", *words, "--json"], cwd=place, timeout=400)
+        assert done.returncode == code, done.stdout + done.stderr + cluster.diagnose()
+        found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        return found
+
+    return run
+
+
+def _wait(reached: Callable[[], bool], what: str, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.25)
+
+
+def _events(run: Path, kind: str) -> list[dict[str, Any]]:
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.timeout(900)
+def test_one_command_mends_a_sweep_with_a_killed_run_and_a_dead_node(
+    cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]
+) -> None:
+    command = ("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "2", "--max-parallel", "4")
+    first = afina(*command)
+    home = Path(first["sweep"])
+    cells = json.loads((home / "sweep.json").read_text())["cells"]
+    runs = [home / "runs" / cell["name"] for cell in cells]
+    assert len(runs) == 4 and list(first["states"].values()) <= ["PENDING", "RUNNING"] * 4
+    (array,) = first["jobs"]
+    jobs = [f"{array}_{task}" for task in range(4)]
+    for run in runs:
+        _wait(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), f"{run} saved nothing")  # type: ignore[misc]
+
+    # The process that trains, of the task whose job id is the array's: its shell puts back this task and no other.
+    last = next(task for task in range(4) if cluster.job(jobs[task])["JobId"] == array)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(runs[last]))}"], check=True)
+    # A whole run, its shell included: nobody is left to put it back.
+    lost = next(task for task in range(4) if task != last)
+    cluster.run_as_user(["scancel", "--signal=KILL", "--batch", jobs[lost]], check=True)
+    _wait(lambda: int(cluster.job(jobs[last])["Restarts"]) == 1, "the killed rank's task was not put back")
+    assert [cluster.job(job)["Restarts"] for job in jobs] == ["1" if task == last else "0" for task in range(4)]
+    cluster.wait(jobs[lost], timeout=60)
+    node = cluster.job(jobs[next(task for task in range(4) if task not in (last, lost))])["NodeList"]
+    cluster.fail_node(node)
+    try:
+        mended = afina(*command)
+        assert len(mended["jobs"]) == 1 and mended["jobs"] != first["jobs"]
+        submitted = [json.loads(line) for line in (home / "submissions.jsonl").read_text().splitlines()]
+        assert [line["tasks"] for line in submitted] == [[0, 1, 2, 3], [lost]]
+        table = afina(*command, "--wait")
+    finally:
+        cluster.start_slurmd(node)
+    assert sorted(row["states"]["FINISHED"] for row in table["rows"]) == [2, 2]
+    for run in runs:
+        outcome = json.loads((run / "outcome.json").read_text())
+        assert (outcome["outcome"], outcome["global_step"]) == ("finished", 800), outcome
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [(line["step"], "eval_loss" in line) for line in lines]
+        assert steps == sorted(set(steps)), "a line is doubled"
+    for task in (lost, last):
+        began = _events(runs[task], "training")
+        assert len(began) == 2 and began[1]["step"] > 0, "it began anew"
+    assert {path.name for path in runs[last].glob("attempts/*")} == {f"{jobs[last]}.0", f"{jobs[last]}.1"}
+
+    # Finished cells are not run again; a grid that grows runs its new ones only.
+    assert afina(*command)["jobs"] == []
+    grown = afina("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "3", "--wait")
+    assert [len(row["values"]) for row in grown["rows"]] == [3, 3]
+    assert json.loads((home / "submissions.jsonl").read_text().splitlines()[-1])["tasks"] == [4, 5]
+    assert len({json.loads((run / "prepared.json").read_text())["digest"] for run in (home / "runs").iterdir()}) == 1
+
+
+@pytest.mark.timeout(600)
+def test_array_tasks_ask_for_their_trials(cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]) -> None:
+    command = ("recipe.yaml", "--search", "train.learning_rate=1e-4..1e-2:log", "--set", "train.epochs=4")
+    table = afina(*command, "--trials", "3", "--max-parallel", "2", "--sweep", "sear ch", "--wait")
+    assert [row["states"] for row in table["rows"]] == [{"FINISHED": 1}] * 3
+    tried = [float(row["overrides"]["train.learning_rate"]) for row in table["rows"]]
+    assert len(set(tried)) == 3 and all(1e-4 <= rate <= 1e-2 for rate in tried)
+    # Values are told by whoever asks next: the third trial told at least one of the first two.
+    told = [json.loads(line) for line in (place / "sear ch/journal.log").read_text().splitlines()]
+    assert [line["values"] for line in told if line.get("values")]
+    assert not list(place.rglob("never"))
