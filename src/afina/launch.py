@@ -166,8 +166,8 @@ def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
-def job_scripts() -> dict[str, Path]:
-    """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
+def job_scripts(*more: str) -> dict[str, Path]:
+    """What a job runs outside the container, by name (and `more` of that folder); installed with the package, or beside it in a checkout.
 
     A run directory holds copies: a job that waits in the queue does not run what was edited meanwhile.
 
@@ -176,7 +176,7 @@ def job_scripts() -> dict[str, Path]:
     """
     here = Path(__file__).resolve().parent
     found = {}
-    for name in ("finetune.sbatch", "job.sh", "node.sh"):
+    for name in ("finetune.sbatch", "job.sh", "node.sh", *more):
         places = [folder / name for folder in (here / "_slurm", here.parent.parent / "slurm")]
         existing = [place for place in places if place.is_file()]
         if not existing:

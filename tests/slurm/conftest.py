@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _unavailable(reason: str) -> None:
@@ -59,6 +62,24 @@ def image() -> Path:
     if not Path(path).is_file():
         _unavailable("AFINA_TEST_IMAGE names no image: run tests/apptainer/build_image.sh OUT.sif")
     return Path(path).resolve()
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[Path]:
+    """A virtual environment that the ordinary user can read, with afina's host side only: what a login node has."""
+    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
+    folder.chmod(0o755)
+    subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
+    lock = (ROOT / "tests/requirements.txt").read_text()
+    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^ ;\\]+", lock, re.M)))
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "slurm"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
+    subprocess.run(pip, check=True)
+    yield folder / "venv/bin"
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -41,24 +41,6 @@ RECIPE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def host() -> Iterator[Path]:
-    """A virtual environment that the ordinary user can read, with afina's host side only: what a login node has."""
-    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
-    folder.chmod(0o755)
-    subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
-    lock = (ROOT / "tests/requirements.txt").read_text()
-    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^ ;\\]+", lock, re.M)))
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "slurm"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
-    subprocess.run(pip, check=True)
-    yield folder / "venv/bin"
-    shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, image: Path) -> Iterator[Path]:
     """A project folder of the ordinary user: recipe, reviews, model, site.env, the batch script; scratch below it."""

@@ -1,5 +1,6 @@
 """The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
 
+    start     init, doctor, rehearse
     run       prefetch, train, resume, submit, demo
     watch     status, list, logs, cancel
     report    report, compare, rerun
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, watch
+from afina.cli import report, run, start, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -66,5 +67,5 @@ def cli() -> None:
     """
 
 
-for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS):
+for _command in (*start.COMMANDS, *run.COMMANDS, *watch.COMMANDS, *report.COMMANDS):
     cli.add_command(_command)
