@@ -22,7 +22,7 @@ from afina.errors import AfinaError, EnvironmentProblem
 from afina.estimate import Earlier, Measured, Shape
 from afina.launch import worker_argv, worker_environment
 from afina.plan import Plan, geometry_for
-from afina.rundir import RunDir
+from afina.rundir import Outcome, RunDir
 from afina.site import environment
 
 __all__ = ["earlier_runs", "parameters_of", "rehearse", "shape_of"]
@@ -33,6 +33,8 @@ _LEAST_STEPS = 2
 _MOST_STEPS = 60
 #: The newest so many run directories are looked at for runs of the same shape.
 _LOOKED_AT = 300
+#: Of a run that does not say how long its start took.
+_STARTUP_S = 20.0
 
 
 def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECONDS) -> Measured:
@@ -182,26 +184,21 @@ def _alike(plan: Plan, other: Plan) -> bool:
     return shape(plan) == shape(other)
 
 
-def _earlier(run: RunDir, plan: Plan, outcome: Any) -> Earlier:
-    events = list(run.lines("events.jsonl"))
-    started = {e["attempt"]: e["time"] for e in events if e.get("event") == "attempt_started"}
-    startups = [
-        e["time"] - started[e["attempt"]]
-        for e in events
-        if e.get("event") == "first_step" and e.get("attempt") in started
-    ]
+def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:
     rows = run.prepared()["rows"]
     evaluations = sum("eval_loss" in line for line in run.metrics())
     epochs = plan.recipe.train.num_epochs
     steps = outcome.global_step
     examples = steps * plan.geometry.global_batch if plan.recipe.train.max_steps else epochs * rows["train"]
+    speed = outcome.samples_per_second or 0.0
+    startup = outcome.utilisation.get("seconds_by_part", {}).get("startup", _STARTUP_S) / outcome.attempts
     return Earlier(
         name=run.path.name,
         device=outcome.device or "cpu",
-        examples_per_second=outcome.samples_per_second,
-        startup_seconds=startups[-1] if startups else 20.0,
-        # What is left of the wall time is evaluations and saves; it grows with the rows that are evaluated.
-        other_seconds=max(0.0, outcome.seconds - sum(startups) - examples / outcome.samples_per_second),
+        examples_per_second=speed,
+        startup_seconds=startup,
+        # What is left of the wall time is evaluations, saves and the end; it grows with the rows that are evaluated.
+        other_seconds=max(0.0, outcome.seconds - startup * outcome.attempts - examples / speed),
         evaluated_rows=evaluations * rows.get("eval", 0),
-        peak_gb=getattr(outcome, "utilisation", {}).get("peak_memory_gb"),
+        peak_gb=outcome.utilisation.get("peak_memory_gb"),
     )

@@ -28,10 +28,11 @@ from afina.recipe import METRICS
 from afina.rundir import RunDir
 from afina.worker import store
 from afina.worker.batches import TOKENS_PER_ROW, EvalBatches, Rows, StepBatches, costs
+from afina.worker.build import build_arguments, build_model
 from afina.worker.lease import Lease
 from afina.worker.pretrained import verify_model
 from afina.worker.store import Split
-from afina.worker.trainer import RunTrainer, build_arguments, build_model
+from afina.worker.trainer import RunTrainer
 from afina.worker.watch import StopRequest
 
 __all__ = ["rehearse"]
@@ -228,8 +229,6 @@ class Budget(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step == 1
-        if control.should_save:
-            self.trainer.clock.stop()
 
 
 def _real(rows: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from afina.errors import AfinaError, TrainingError
 from afina.plan import Geometry
 from afina.rundir import RunDir
 from afina.worker.network import cut_network, interfaces
+from afina.worker.spared import without
 
 __all__ = ["main"]
 
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> int:
     is_cut = cut_network()
     run, geometry = RunDir(argv[0]), Geometry.model_validate(question["geometry"])
     try:
-        from afina.worker.rehearsal import rehearse
+        with without("datasets", "scipy"):
+            from afina.worker.rehearsal import rehearse
 
         said = rehearse(run, geometry, question["steps"], question["seconds"], began)
     except AfinaError as error:
