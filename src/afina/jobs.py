@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from afina import errors
+from afina.ask import ask_worker
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.foresight import check_possible, write_forecast
 from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
@@ -170,6 +169,15 @@ class Run:
         """
         return cancel_runs([self.path])[0]
 
+    @property
+    def estimate(self) -> dict[str, Any] | None:
+        """What was foreseen when the run was submitted, `estimate.json`; None where nothing was."""
+        try:
+            said = json.loads((self.path / "estimate.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return said if isinstance(said, dict) else None
+
     def _repr_html_(self) -> str:
         return _html([self.summary])
 
@@ -272,35 +280,7 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
         **_hub_token(here),
         **({"AFINA_REFRESH": "1"} if refresh else {}),
     }
-    argv = worker_argv(plan, "prepare", "--json")
-    try:
-        worker = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True)
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{argv[0]}: {error.strerror}",
-            "install Apptainer, or load its module in site.env (AFINA_RUNTIME=none runs without)",
-        ) from None
-    try:
-        out, _ = worker.communicate(plan.to_json().encode())
-    except BaseException:
-        os.killpg(worker.pid, signal.SIGTERM)
-        try:
-            worker.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(worker.pid, signal.SIGKILL)
-        raise
-    lines = out.decode(errors="replace").strip().splitlines()
-    try:
-        said = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        raise EnvironmentProblem(
-            f"the prepare stage ended with {worker.returncode} and said nothing", "see the lines above"
-        ) from None
-    if "error" in said:
-        kind = getattr(errors, str(said["error"]), AfinaError)
-        raise kind(said["message"], said["remedy"])
-    assert isinstance(said, dict)
-    return said
+    return ask_worker(worker_argv(plan, "prepare", "--json"), plan.to_json(), env, "the prepare stage")
 
 
 def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
@@ -406,8 +386,12 @@ def submit(
     nodes: int | None = None,
     gpus_per_node: int | None = None,
     time_min: int | None = None,
+    rehearse: bool = False,
 ) -> Run:
     """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run directory: it is submitted again.
+
+    Args:
+        rehearse: first make a few steps and a save here, with the network cut; what fails is not submitted.
 
     Raises:
         AfinaError: what would have failed in the queue is refused here.
@@ -424,7 +408,9 @@ def submit(
         plan = plan_for(
             recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
         )
+        found = check_possible(plan)
         directory = claim(plan, run)
+        write_forecast(plan, directory, found, rehearsed=rehearse)
     try:
         (submit_sbatch if via == "sbatch" else submit_submitit)(plan, directory)
     except AfinaError:

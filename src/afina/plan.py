@@ -22,7 +22,7 @@ from afina.errors import DataError, InputError, RecipeError, nearest
 from afina.recipe import Recipe, Resources
 from afina.site import Site, in_container
 
-__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "geometry_for", "load_plan", "make_plan"]
+__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "geometry_for", "load_plan", "make_plan", "part_of"]
 
 DATA_SUFFIXES: dict[str, str] = {
     ".csv": "csv",
@@ -267,6 +267,11 @@ def _expand(part: str, path: Path) -> list[Path]:
     )
 
 
+def part_of(path: Path) -> str | None:
+    """The part that a data file is named after (`train.csv`, `validation-00000-of-00002.parquet`, …), or None."""
+    return _PART_NAMES.get(path.stem.replace("_", "-").split("-")[0].casefold())
+
+
 def _parts_of_folder(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     """train.csv, test-00000-of-00002.parquet, … in one folder are its parts; files with other names are one whole.
 
@@ -275,8 +280,7 @@ def _parts_of_folder(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     """
     parts: dict[str, tuple[Path, ...]] = {}
     for path in paths:
-        stem = path.stem.replace("_", "-").split("-")[0].casefold()
-        part = _PART_NAMES.get(stem, "all")
+        part = part_of(path) or "all"
         parts[part] = (*parts.get(part, ()), path)
     if "all" in parts and len(parts) > 1:
         part, other = next(p for p in parts if p != "all"), parts["all"][0]

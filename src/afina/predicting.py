@@ -36,7 +36,7 @@ from afina.prediction import (
 )
 from afina.rundir import RunDir, write_atomic
 from afina.site import Site, environment, find_site_file, load_site
-from afina.slurm import need_slurm, query, submit_array
+from afina.slurm import need_slurm, query, submit_script
 from afina.stages import call, call_all
 
 __all__ = ["compose", "predict", "site_for", "submission", "submit_prediction", "worker_env"]
@@ -210,7 +210,7 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
         words = predict_argv(job.plan, parts, _binds(job))
         write_atomic(parts / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in words))
         argv = submission(job, tasks)
-        job_id = submit_array(job.plan, argv)
+        job_id = submit_script(job.plan, argv)
     except AfinaError:
         if about["state"] == "begun":  # a moment ago, for this submission
             shutil.rmtree(parts)

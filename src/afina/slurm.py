@@ -1,7 +1,8 @@
-"""The only module that runs sbatch, squeue, sacct and scancel, or imports submitit.
+"""The only module that runs sbatch, squeue, sacct, scancel, sinfo, scontrol and sacctmgr, or imports submitit.
 
-Covers submission, states, cancelling and what accounting says. A query that fails says `UNKNOWN`, never `FAILED`: clusters without
-accounting have no sacct, and a busy slurmctld does not answer. Jobs of other users, and of other clusters (`--clusters`), are not looked for.
+Covers submission, states, cancelling, what accounting says, and what the cluster says of itself. A query that fails says `UNKNOWN`,
+never `FAILED`: clusters without accounting have no sacct, and a busy slurmctld does not answer. Jobs of other users, and of other
+clusters (`--clusters`), are not looked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any, Literal
 
+from afina import cluster
 from afina.errors import SlurmError
 from afina.launch import sbatch_argv, slurm_options
 from afina.plan import Plan
@@ -29,12 +31,14 @@ __all__ = [
     "JobState",
     "NodeTask",
     "accounting",
+    "ask_cluster",
     "cancel",
+    "heard",
     "max_array_size",
     "need_slurm",
     "query",
-    "submit_array",
     "submit_sbatch",
+    "submit_script",
     "submit_submitit",
     "submitit_script",
     "version",
@@ -108,7 +112,7 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
         SlurmError: no sbatch on PATH, or Slurm refused; with what it said.
     """
     argv = sbatch_argv(plan, run.path)
-    job_id = submit_array(plan, argv)
+    job_id = submit_script(plan, argv)
     run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
     return job_id
 
@@ -123,8 +127,8 @@ def max_array_size() -> int:
     return max(1, int(found[1])) if found else 1001
 
 
-def submit_array(plan: Plan, argv: Sequence[str]) -> str:
-    """Run a command of sbatch with `--parsable`, a job's or an array's; returns the job id.
+def submit_script(plan: Plan, argv: Sequence[str]) -> str:
+    """Run `argv`, an `sbatch --parsable …`, in the plan's site; returns the job id.
 
     Raises:
         SlurmError: as `submit_sbatch`.
@@ -333,6 +337,32 @@ def cancel(*job_ids: str) -> None:
     """
     if job_ids:
         _slurm(["scancel", *job_ids])
+
+
+def heard(argv: Sequence[str], *, timeout_s: float = 20.0, env: Mapping[str, str] | None = None) -> str | None:
+    """What one of Slurm's commands answers; None where it is missing, refuses or is silent. For what can be done without."""
+    try:
+        return _slurm(argv, env, timeout_s)
+    except (SlurmError, OSError):
+        return None
+
+
+def ask_cluster(*, accounting: bool = True) -> cluster.Cluster:
+    """What the cluster says of itself: four short commands; what one does not answer is left empty.
+
+    Args:
+        accounting: also ask for this user's accounts and for the QOS, where a cluster has accounting.
+    """
+    partitions = cluster.parse_partitions(heard(cluster.SINFO_ARGV) or "")
+    if not partitions:
+        return cluster.Cluster()
+    config = cluster.parse_config(heard(["scontrol", "show", "config"]) or "")
+    if not accounting:
+        return cluster.Cluster(partitions, config)
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
+    said = heard([*cluster.ASSOC_ARGV, f"user={user}"]) or ""
+    associations = cluster.parse_associations(said, config.get("ClusterName"))
+    return cluster.Cluster(partitions, config, associations, cluster.parse_qos(heard(cluster.QOS_ARGV) or ""))
 
 
 def _environment(plan: Plan) -> dict[str, str]:

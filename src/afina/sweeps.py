@@ -33,7 +33,7 @@ from afina.plan import Plan
 from afina.recipe import Recipe
 from afina.rundir import RunDir, is_run_dir
 from afina.site import environment
-from afina.slurm import need_slurm, submit_array
+from afina.slurm import need_slurm, submit_script
 from afina.space import space_of
 from afina.sweep_claim import claim_cells, make_home, prepare_cells
 from afina.sweep_draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo
@@ -235,7 +235,7 @@ def _submit(
     for argv, first, tasks in arrays(draft, missing, max_parallel, busy):
         plan = draft.plans[first + tasks[0]] if draft.plans else record.plan
         with _uninterrupted():
-            job = submit_array(plan, argv)
+            job = submit_script(plan, argv)
             undo.pop_all()
             draft.home.append(job, first, tasks)
             for task in tasks:

@@ -175,3 +175,18 @@ def test_predicting_is_compared_with_the_pipeline_and_survives_kills(tmp_path: P
     assert killed["rows_done_before"] == killed["parts_after_each_kill"][0] * 150
     assert [each["rows"] for each in measured["growing"]] == [9000]
     assert "the same file" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_was_foreseen_stands_beside_what_was_used(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    said = _bench("estimates.py", "--quick", "--shapes", "1", "--threads", "1", "--json", found)
+    (one,) = json.loads(found.read_text())
+    assert one["foreseen"]["basis"] == "rehearsal" and one["later_foreseen"]["basis"] == "earlier runs"
+    assert one["foreseen"]["total_steps"] == one["used"]["steps"] == 3 and one["later_used"]["steps"] == 6
+    for memory in (one["foreseen"]["host_gb"], one["by_numbers_gb"], one["used"]["host_gb"]):
+        assert 0.3 < memory < 3
+    # The same libraries, model and batches: what the rehearsal saw is what the run used, nearly.
+    assert one["foreseen"]["host_gb"] == pytest.approx(one["used"]["host_gb"], rel=0.25)
+    assert len(said.strip().splitlines()) == 3

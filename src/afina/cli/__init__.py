@@ -1,5 +1,6 @@
 """The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
 
+    start     init, doctor, rehearse
     run       prefetch, train, resume, submit, demo
     sweep     sweep
     watch     status, list, logs, cancel
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, sweep, use, watch
+from afina.cli import report, run, start, sweep, use, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -69,5 +70,12 @@ def cli() -> None:
     """
 
 
-for _command in (*run.COMMANDS, *sweep.COMMANDS, *watch.COMMANDS, *report.COMMANDS, *use.COMMANDS):
+for _command in (
+    *start.COMMANDS,
+    *run.COMMANDS,
+    *sweep.COMMANDS,
+    *watch.COMMANDS,
+    *report.COMMANDS,
+    *use.COMMANDS,
+):
     cli.add_command(_command)

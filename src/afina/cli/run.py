@@ -65,6 +65,7 @@ def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
 @click.option("--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU.")
 @click.option("--time", "time_limit", metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and exactly what would be submitted; change nothing.")
+@click.option("--rehearse", is_flag=True, help="First a few steps and a save here, with the network cut; then submit.")
 @click.option("--wait", "wait", is_flag=True, help="Wait for the end of the run; exit as it did.")
 @click.option("--json", "as_json", is_flag=True)
 def submit(
@@ -77,6 +78,7 @@ def submit(
     gpus_per_node: int | None,
     time_limit: str | None,
     dry_run: bool,
+    rehearse: bool,
     wait: bool,
     as_json: bool,
 ) -> None:
@@ -89,6 +91,7 @@ def submit(
       afina submit RUN_DIR --wait
     """
     from afina import jobs
+    from afina.estimate import describe
 
     minutes = minutes_of(time_limit)
     if dry_run:
@@ -111,14 +114,17 @@ def submit(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         time_min=minutes,
+        rehearse=rehearse,
     )
+    if made.estimate and not as_json:
+        print("\n".join(f"afina: {line}" for line in describe(made.estimate)))
     if not (as_json and not wait):
         print(f"afina: run {made.path}\nafina: submitted job {made.job_id} through {via}", flush=True)
     if wait:
         made.wait()
         finish(made, as_json)
     elif as_json:
-        print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via}))
+        print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via, "estimate": made.estimate}))
 
 
 @click.command()

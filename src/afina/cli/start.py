@@ -1,0 +1,389 @@
+"""Commands before the first job: init, doctor, rehearse."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from afina.cli.options import minutes_of, recipe_options
+from afina.errors import EXIT_ENVIRONMENT, InputError
+
+if TYPE_CHECKING:
+    from afina.look import Column, Examined
+
+__all__ = ["COMMANDS"]
+
+
+@click.command()
+@click.argument("folder", default=".", metavar="[FOLDER]")
+@click.option(
+    "--data", metavar="FILE|FOLDER|HUB_ID", help="Labelled texts: CSV, TSV, JSON Lines, Parquet, or on the Hub."
+)
+@click.option("--config", metavar="NAME", help="The Hub data set's configuration.")
+@click.option("--text", "texts", multiple=True, metavar="COL", help="The text column; twice for pairs of texts.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="COL", help="The label column; several 0/1 columns for multi-label."
+)
+@click.option("--model", metavar="HUB_ID|FOLDER", help="The pretrained model.")
+@click.option("--name", help="The run's name.")
+@click.option("--scratch", metavar="FOLDER", help="A folder on shared scratch; it is made if need be.")
+@click.option("--image", metavar="FILE", help="The Apptainer image.")
+@click.option("--site-only", is_flag=True, help="Write only the site file.")
+@click.option("--yes", is_flag=True, help="Ask nothing: take the guesses.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; asks nothing.")
+def init(
+    folder: str,
+    data: str | None,
+    config: str | None,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...],
+    model: str | None,
+    name: str | None,
+    scratch: str | None,
+    image: str | None,
+    site_only: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Look into labelled data and at this cluster, and write recipe.yaml and slurm/site.env into FOLDER.
+
+    Asks for what the options leave open, with a guess to accept. Every choice in the recipe has its reason as a comment.
+    Nothing that exists is overwritten: a recipe.yaml that is there is refused, a site file that is there is used.
+
+    \b
+    Examples:
+      afina init
+      afina init project --data reviews.csv --yes
+      afina init --data train.parquet --text sentence --label class --model ./model
+    """
+    from afina import init as start
+    from afina import look
+    from afina.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
+    from afina.site import find_site_file, load_site
+    from afina.slurm import ask_cluster
+
+    ask = _Asker(yes or as_json)
+    base = Path(folder)
+    recipe_path = None if site_only else start.check_new(base)
+    if site_only and (base / start.SITE).exists():
+        raise InputError(f"{base / start.SITE} is there already, and is not overwritten", "use it, or move it away")
+    cluster = ask_cluster()
+
+    # The site first: Parquet and the Hub may need its image and its scratch.
+    site_path = None if site_only else find_site_file()
+    if site_path is None and (base / start.SITE).is_file():
+        site_path = base / start.SITE
+    written: list[str] = []
+    if site_path is None:
+        host = start.find_host(base, os.environ, scratch, image)
+        if not scratch and (other := ask("Scratch folder, which every node sees", host.scratch)) != host.scratch:
+            host = start.find_host(base, os.environ, other, image)
+        site_path, site = start.write_site(base, host, cluster)
+        written.append(str(site_path))
+    else:
+        site = load_site(site_path)
+    if recipe_path is None:
+        _tell(written, None, None, [], base, cluster.partitions != (), site, as_json)
+        return
+
+    here = start.data_files_here(base) or start.data_files_here(Path())
+    data = data or ask("Data: a file, a folder, or the id of a Hub data set", str(here[0]) if here else None, "--data")
+    found = start.find_data(data, site, config)
+    columns = look.columns_of(found.main)
+    ask.show(_table(columns))
+    text, label, row_id = look.guess_columns(columns)
+    texts = texts or (ask("Text column", text, "--text"),)
+    look.check_named(columns, texts, "--text", found.what)
+    if label in texts:
+        label = None
+    labels = labels or (ask("Label column", label, "--label"),)
+    look.check_named(columns, labels, "--label", found.what)
+    if len(texts) > 2 or set(texts) & set(labels):
+        raise InputError("--text: one column, or two for pairs, and none of them a label", "name each column once")
+    examined = _with_bar(
+        lambda tick: start.examine_all(found, texts, labels, tick),
+        sum((s.total_rows or 0) for s in found.sources.values()),
+    )
+    usual = MULTILINGUAL_MODEL if examined[0].foreign > 0.3 else DEFAULT_MODEL
+    model = model or ask("Model: a Hub id or a folder", usual)
+    about = start.find_model(model, examined[0].sample, look.count_pieces)
+    name = name or ask("Name of the run", start.usual_name(found, base))
+    row_id = row_id if row_id not in (*texts, *labels) else None
+    proposal = start.compose(found, name, texts, labels, row_id, about, examined, cluster, base)
+    start.write_recipe(recipe_path, proposal, site, found)
+    written.append(str(recipe_path))
+    _tell(written, recipe_path, examined[0], start.doubts(proposal), base, cluster.partitions != (), site, as_json)
+
+
+class _Asker:
+    """Asks, with a guess to accept; takes the guess where nothing is to be asked."""
+
+    def __init__(self, silent: bool) -> None:
+        self.silent = silent
+
+    def __call__(self, question: str, guess: str | None, option: str = "") -> str:
+        if not self.silent:
+            return str(click.prompt(question, default=guess, err=True))
+        if guess is None:
+            raise InputError(f"nothing to guess from: {question}", f"say it with {option}")
+        return guess
+
+    def show(self, text: str) -> None:
+        if not self.silent:
+            print(text, file=sys.stderr)
+
+
+def _table(columns: tuple[Column, ...]) -> str:
+    width = max(len(c.name) for c in columns)
+    lines = [f"  {c.name:<{width}}  {c.distinct:>5} different in {c.rows:,} rows   {c.example}" for c in columns]
+    return "\n".join(["Columns:", *lines])
+
+
+def _with_bar(work: Any, total: int) -> Any:
+    """Run `work(tick)`; a bar where there is a terminal and the rows are known to be many."""
+    if not sys.stderr.isatty() or total < 20_000:
+        return work(None)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking into the data", total=total)
+        return work(lambda rows: bar.update(task, completed=rows))
+
+
+def _tell(
+    written: list[str],
+    recipe: Path | None,
+    examined: Examined | None,
+    doubts: list[str],
+    folder: Path,
+    slurm: bool,
+    site: Any,
+    as_json: bool,
+) -> None:
+    """What was written, what was noticed, what to run next."""
+    following = _next_commands(recipe, slurm, site, folder)
+    if as_json:
+        about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
+        print(json.dumps({"written": written, **about, "warnings": doubts, "next": following}, ensure_ascii=False))
+        return
+    print("\n".join(f"wrote {path}" for path in written))
+    if examined is not None:
+        print(f"{examined.rows:,} rows, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe")
+    print("\n".join(f"warning: {doubt}" for doubt in doubts), end="\n" if doubts else "")
+    print("\n".join(["next:", *(f"  {command}" for command in following)]))
+
+
+def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) -> list[str]:
+    # The site file is looked for from the working directory.
+    enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
+    if recipe is None:
+        return [*enter, "afina doctor", "afina init"]
+    name = shlex.quote(recipe.name)
+    image = ["container/build.sh --output afina.sif    # where site.env says"] if site is None else []
+    run = f"afina submit {name}" if slurm else f"afina train {name}"
+    return [*enter, *image, f"afina doctor {name}", f"afina prefetch {name}", f"afina rehearse {name}", run]
+
+
+@click.command()
+@recipe_options
+@click.option("--nodes", type=click.IntRange(1), metavar="N")
+@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU.")
+@click.option("--time", "time_limit", metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS.")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about so long."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the forecast and what was measured as JSON.")
+def rehearse(
+    recipe: str,
+    overrides: tuple[str, ...],
+    site: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    time_limit: str | None,
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Make a few steps, a save and an evaluation of RECIPE here, network cut, and tell what the run will take.
+
+    Nothing stays of it. Where it runs is where it measures: for a GPU, call it inside an allocation.
+
+    \b
+    Examples:
+      afina rehearse recipe.yaml
+      srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
+    """
+    from afina import jobs
+    from afina import rehearse as measure
+    from afina.estimate import describe
+    from afina.foresight import foresee
+    from afina.image import check_image
+    from afina.slurm import ask_cluster
+
+    plan = jobs.plan_for(
+        recipe,
+        overrides=overrides,
+        site=site,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time_min=minutes_of(time_limit),
+    )
+    check_image(plan.site)
+    prepared = jobs.prepare(plan)
+    measured = measure.rehearse(plan, prepared, seconds=seconds)
+    said = foresee(plan, prepared, ask_cluster(accounting=False), measured)
+    if as_json:
+        print(json.dumps({**said.to_json(), "measured": measured.model_dump()}))
+        return
+    steps, step = len(measured.seconds), sum(measured.seconds) / len(measured.seconds)
+    memory = f"{measured.peak_bytes / 1e9:.2f} GB"
+    if measured.gpu_peak_bytes is not None:
+        memory += f", {measured.gpu_peak_bytes / 1e9:.2f} GB of the GPU"
+    cut = (
+        "network cut"
+        if measured.network == "cut"
+        else "network not cut: the kernel refuses; offline variables were set"
+    )
+    print(f"rehearsed on {measured.device_name} ({measured.device}, {measured.threads} threads), {cut}")
+    print(
+        f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
+        f"batch; checkpoint {(measured.checkpoint_bytes or 0) / 1e9:.3f} GB in {measured.save_seconds or 0:.1f} s"
+    )
+    print("\n".join(describe(said.to_json())))
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option(
+    "--site", metavar="FILE", help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env."
+)
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Overrule a key of the recipe.")
+@click.option(
+    "--inside", "is_inside", is_flag=True, help="Only what holds in the image (or here, where there is none)."
+)
+@click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that goes the way of a run.")
+@click.option("--nodes", type=click.IntRange(1), metavar="N", help="Of that job; by default the recipe's, or one.")
+@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N")
+@click.option(
+    "--wait-minutes",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Give the job up if it waits longer.",
+)
+@click.option("--json", "as_json", is_flag=True)
+def doctor(
+    recipe: str | None,
+    site: str | None,
+    overrides: tuple[str, ...],
+    is_inside: bool,
+    with_job: bool,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    wait_minutes: float,
+    as_json: bool,
+) -> None:
+    """Check the way that a job will go: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
+
+    With RECIPE also whether its partition can run it. Exit code 3 if something failed.
+
+    \b
+    Examples:
+      afina doctor
+      afina doctor recipe.yaml --job
+      afina doctor --inside
+    """
+    from afina import doctor as checks
+    from afina.doctor.finding import Finding
+    from afina.doctor.job import try_job
+
+    patient = _patient(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside)
+    found: list[Any] = []
+
+    def say(findings: Any) -> None:
+        for finding in findings:
+            found.append(finding)
+            if not as_json:
+                _clear()
+                _print_finding(finding)
+
+    if is_inside:
+        say(checks.inside(patient))
+    else:
+        say(checks.examine(patient))
+        if with_job:
+            if patient.site is None or not patient.has_slurm:
+                say([Finding("job", "failed", "no job can be tried: see above", "mend the site first")])
+            else:
+                job = try_job(patient, wait_s=wait_minutes * 60, progress=_progress)
+                with contextlib.closing(job):
+                    say(job)
+    _clear()
+    count = {level: sum(f.level == level for f in found) for level in ("ok", "warning", "failed")}
+    if as_json:
+        print(json.dumps({**count, "findings": [f.to_json() for f in found]}, ensure_ascii=False))
+    else:
+        print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
+    sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
+
+
+def _patient(
+    recipe: str | None,
+    site: str | None,
+    overrides: tuple[str, ...],
+    nodes: int | None,
+    gpus_per_node: int | None,
+    *,
+    quick: bool,
+) -> Any:
+    """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
+    from afina import jobs
+    from afina.cluster import Cluster
+    from afina.doctor.finding import Patient
+    from afina.errors import AfinaError
+    from afina.init import bare_plan
+    from afina.site import environment, load_site
+    from afina.slurm import ask_cluster
+
+    where = plan = error = None
+    env = dict(os.environ)
+    try:
+        where = load_site(site)
+        env |= environment(where)
+        if recipe is not None:
+            plan = jobs.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node)
+        elif nodes or gpus_per_node:
+            plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
+    except AfinaError as problem:
+        error = problem
+    return Patient(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None)
+
+
+_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def _print_finding(finding: Any) -> None:
+    level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
+    click.echo(f"{level} {finding.check:<11} {finding.said}")
+    if finding.remedy and finding.level != "ok":
+        click.echo(f"{'':<20} remedy: {finding.remedy}")
+
+
+def _progress(said: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{said}", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+COMMANDS = (init, doctor, rehearse)

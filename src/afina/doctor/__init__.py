@@ -1,0 +1,104 @@
+"""Will a job go its way here? Checks as a plain list of functions; each finding is ok, a warning or a failure, with its remedy.
+
+What can be tried is tried: locks and renames are done in a temporary file on scratch, the container is started. Nothing is left
+behind, and no secret is printed. The batch job's part is `afina.doctor.job`, what holds in the image `afina.worker.doctor`.
+
+Not covered: quotas of file systems whose tools (`quota`, `lfs`) are not here, and limits that Slurm keeps to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from afina.doctor.container import check_binds, check_image_file, check_runtime
+from afina.doctor.disk import (
+    check_caches,
+    check_clock,
+    check_locks,
+    check_quota,
+    check_recipe,
+    check_scratch,
+    check_site,
+    check_token,
+)
+from afina.doctor.finding import Finding, Patient
+from afina.doctor.queue import check_account, check_after_the_end, check_partitions, check_slurm
+from afina.errors import AfinaError, EnvironmentProblem
+from afina.launch import worker_argv, worker_environment
+
+__all__ = ["CHECKS", "examine", "inside"]
+
+CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
+    check_site,
+    check_recipe,
+    check_scratch,
+    check_quota,
+    check_locks,
+    check_caches,
+    check_token,
+    check_clock,
+    check_image_file,
+    check_runtime,
+    check_binds,
+    check_slurm,
+    check_partitions,
+    check_account,
+    check_after_the_end,
+)
+_WITHOUT_SITE = (check_site, check_token, check_slurm, check_after_the_end)
+
+
+def examine(patient: Patient, checks: Sequence[Callable[[Patient], list[Finding]]] | None = None) -> Iterator[Finding]:
+    """The findings, as they come. Without a site only what needs none is looked at."""
+    for check in checks if checks is not None else CHECKS:
+        if patient.site is None and check not in _WITHOUT_SITE:
+            continue
+        try:
+            yield from check(patient)
+        except AfinaError as error:
+            yield Finding(_named(check), "failed", error.message, error.remedy)
+        except OSError as error:
+            yield Finding(
+                _named(check),
+                "failed",
+                f"{error.filename or ''}: {error.strerror}".lstrip(": "),
+                "see what the path is",
+            )
+
+
+def _named(check: Callable[[Patient], list[Finding]]) -> str:
+    return check.__name__.removeprefix("check_").replace("_", " ")
+
+
+def inside(p: Patient) -> Iterator[Finding]:
+    """What `afina.worker.doctor` finds in the container, or here where we are in it or there is none.
+
+    Raises:
+        EnvironmentProblem: it cannot be started, or says nothing.
+    """
+    env = dict(p.env)
+    if p.where is None:
+        argv = [sys.executable, "-m", "afina.worker.doctor"]
+    else:
+        argv = worker_argv(p.where, "doctor")
+        env |= worker_environment(p.where, offline=True, env=env)
+    try:
+        worker = subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise EnvironmentProblem(f"{argv[0]}: {error.strerror}", "load its module in site.env") from None
+    any_line = False
+    with worker:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                said = json.loads(line)
+                any_line = True
+                yield Finding(said["check"], said["level"], said["said"], said["remedy"])
+    if not any_line or worker.returncode not in (0, 3):
+        raise EnvironmentProblem(f"the checks in the image ended with {worker.returncode}", "see the lines above")

@@ -1,0 +1,73 @@
+"""What a check says, and whom it looks at: the two values that all checks share."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from afina.cluster import Cluster
+from afina.errors import AfinaError
+from afina.init import bare_plan
+from afina.plan import Plan
+from afina.site import Site
+
+__all__ = ["ANSWER_S", "Finding", "Level", "Patient", "answer_of"]
+
+Level = Literal["ok", "warning", "failed"]
+
+ANSWER_S = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line: which check, how it came out, what was found, and what to do about it."""
+
+    check: str
+    level: Level
+    said: str
+    remedy: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patient:
+    """What is examined. `site` and `plan` are None where they could not be read; the error says why."""
+
+    env: Mapping[str, str]
+    cluster: Cluster
+    site: Site | None = None
+    plan: Plan | None = None
+    error: AfinaError | None = None
+    has_recipe: bool = False
+
+    @property
+    def where(self) -> Plan | None:
+        """A plan for commands in the container: the recipe's, else one that only knows the site."""
+        return self.plan or (bare_plan(self.site) if self.site is not None else None)
+
+    @property
+    def has_slurm(self) -> bool:
+        return shutil.which("sbatch", path=self.env.get("PATH")) is not None
+
+
+def answer_of(argv: Sequence[str], env: Mapping[str, str]) -> str | None:
+    """What a command says, None where it is missing, fails or is silent for long."""
+    try:
+        done = subprocess.run(
+            list(argv),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,173 @@
+"""Checks of Slurm: its commands, the partitions that jobs go to, account and QOS, what happens to a job at its end."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+from afina.cluster import Partition, ask_of, refusal, words_of_minutes
+from afina.doctor.finding import Finding, Patient
+from afina.slurm import heard
+
+__all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
+
+
+def check_slurm(p: Patient) -> list[Finding]:
+    if not p.has_slurm:
+        return [
+            Finding(
+                "slurm",
+                "warning",
+                "sbatch is not on PATH: no Slurm here",
+                "call this on a login node of the cluster; `afina train` needs no Slurm",
+            )
+        ]
+    missing = [
+        c for c in ("squeue", "scontrol", "scancel", "srun", "sinfo") if not shutil.which(c, path=p.env.get("PATH"))
+    ]
+    if missing:
+        return [
+            Finding(
+                "slurm",
+                "failed",
+                f"not on PATH: {', '.join(missing)}",
+                "load Slurm's module, also in site.env: jobs need them too",
+            )
+        ]
+    if not p.cluster.partitions:
+        return [Finding("slurm", "failed", "sinfo does not answer", "is slurmctld up? `scontrol ping`")]
+    version = p.cluster.config.get("SLURM_VERSION", "")
+    found = [Finding("slurm", "ok", f"cluster {p.cluster.name or '?'}, Slurm {version or '?'}")]
+    if heard(["squeue", "--noheader", "--me", "--format=%i"]) is None:
+        found.append(
+            Finding(
+                "squeue",
+                "failed",
+                "does not answer: states of runs would be UNKNOWN",
+                "is slurmctld up? `scontrol ping`",
+            )
+        )
+    accounted = heard(["sacct", "--noheader", "--allocations", "--starttime=now-1hours", "--format=JobID"]) is not None
+    found.append(
+        Finding("sacct", "ok", "works" if accounted else "does not work here; afina reads run directories instead")
+    )
+    return found
+
+
+def check_partitions(p: Patient) -> list[Finding]:
+    asked = _asked(p)
+    found = [Finding("partition", "ok", _described(x)) for x in asked if x.up]
+    found += [
+        Finding(
+            "partition",
+            "warning",
+            f"{_described(x)}: it is not up",
+            "jobs wait until it is; `sinfo -s` lists the others",
+        )
+        for x in asked
+        if not x.up
+    ]
+    if p.plan is not None and p.cluster.partitions:
+        refused = refusal(ask_of(p.plan, p.env), p.cluster)
+        ask = ask_of(p.plan, p.env)
+        if refused is not None:
+            found.append(Finding("resources", "failed", *refused))
+        else:
+            memory = f", {ask.mem_gb} GB" if ask.mem_gb else ""
+            found.append(
+                Finding(
+                    "resources",
+                    "ok",
+                    f"{ask.nodes} × ({ask.gpus} GPUs, {ask.cpus} cores{memory}) for {words_of_minutes(ask.minutes)}",
+                )
+            )
+    elif (
+        p.cluster.partitions
+        and not asked
+        and (name := {**p.env, **(p.site.sbatch if p.site else {})}.get("SBATCH_PARTITION"))
+    ):
+        known = ", ".join(x.name for x in p.cluster.partitions)
+        found.append(Finding("partition", "failed", f"SBATCH_PARTITION={name}: no such partition", f"known: {known}"))
+    return found
+
+
+def _asked(p: Patient) -> list[Partition]:
+    """The partitions that jobs go to."""
+    named = {**p.env, **(p.site.sbatch if p.site else {})}.get("SBATCH_PARTITION", "")
+    if named:
+        return [x for x in p.cluster.partitions if x.name in named.split(",")]
+    return [p.cluster.default] if p.cluster.default else []
+
+
+def _described(x: Partition) -> str:
+    away = sum(kind.count for kind in x.nodes if kind.away)
+    limit = "no time limit" if x.max_minutes is None else f"up to {words_of_minutes(x.max_minutes)}"
+    gpus = f", {x.gpus_per_node} GPUs per node at most" if x.gpus_per_node else ", no GPUs"
+    return f"{x.name}: {x.num_nodes} nodes{f' ({away} out of service)' if away else ''}{gpus}, {limit}"
+
+
+def check_account(p: Patient) -> list[Finding]:
+    """The account and the QOS that jobs go under, against what accounting has of this user."""
+    given = {**p.env, **(p.site.sbatch if p.site else {})}
+    known = p.cluster.associations
+    if not known:
+        return []
+    found = []
+    accounts = sorted({a.account for a in known})
+    account = given.get("SBATCH_ACCOUNT")
+    if account and account.lower() not in [a.lower() for a in accounts]:
+        return [Finding("account", "failed", f"SBATCH_ACCOUNT={account} is not yours", f"yours: {', '.join(accounts)}")]
+    found.append(Finding("account", "ok", account or f"Slurm's default of yours: {', '.join(accounts)}"))
+    qos = given.get("SBATCH_QOS")
+    allowed = sorted({q for a in known if not account or a.account.lower() == account.lower() for q in a.qos})
+    if qos and allowed and qos not in allowed:
+        found.append(
+            Finding("qos", "failed", f"SBATCH_QOS={qos} is not allowed for you", f"allowed: {', '.join(allowed)}")
+        )
+    elif qos:
+        found.append(Finding("qos", "ok", qos))
+    return found
+
+
+def check_after_the_end(p: Patient) -> list[Finding]:
+    """What Slurm does with a job at its limit and at a preemption."""
+    config = p.cluster.config
+    if not config:
+        return []
+    found = []
+    mode = config.get("PreemptMode", "OFF").upper()
+    if "CANCEL" in mode:
+        found.append(
+            Finding(
+                "preemption",
+                "warning",
+                f"PreemptMode={mode}: a preempted job is cancelled, not put back",
+                "`afina submit RUN_DIR` goes on from its checkpoint",
+            )
+        )
+    else:
+        found.append(Finding("preemption", "ok", f"PreemptMode={mode}"))
+    requeue = config.get("JobRequeue", "1")
+    found.append(
+        Finding(
+            "requeue",
+            "ok",
+            "jobs may be put back into the queue"
+            if requeue != "0"
+            else "JobRequeue=0; the batch script asks for --requeue itself",
+        )
+    )
+    wait = re.match(r"\d+", config.get("KillWait", ""))
+    if wait and int(wait[0]) < 30:
+        found.append(
+            Finding(
+                "kill wait",
+                "warning",
+                f"KillWait={wait[0]} s between TERM and KILL: too short for a large checkpoint",
+                "the stop before the time limit needs no such grace; a preemption may cost what was done since the last save: train.save_minutes",
+            )
+        )
+    elif wait:
+        over = config.get("OverTimeLimit", "0 min")
+        found.append(Finding("kill wait", "ok", f"KillWait={wait[0]} s, OverTimeLimit={over}"))
+    return found

@@ -1,0 +1,101 @@
+"""Rows of Parquet files and of Hub data sets as JSON Lines, for the host: `python -m afina.worker.look`.
+
+Standard input: {"files": [...]} or {"site": a site, "hub": id, "config": name or null, "revision": …}, and "limit", rows of each
+part at most. Standard output: {"part": name, "rows": how many there are} before the rows of each part, {"row": {…}} for each
+row; an error as the last line, as `afina.errors` writes it. A data set from the Hub is fetched whole, to where
+`afina prefetch` finds it again. Labels that the file names (`ClassLabel`) come by their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from afina.errors import AfinaError, DataError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    question = json.loads(sys.stdin.read())
+    try:
+        parts = _hub_parts(question) if question.get("hub") else {"all": [Path(name) for name in question["files"]]}
+        for part, paths in parts.items():
+            _tell(part, paths, question["limit"])
+    except AfinaError as error:
+        print(error.to_json(), flush=True)
+        return error.exit_code
+    except BrokenPipeError:  # the host has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _hub_parts(question: dict[str, Any]) -> dict[str, list[Path]]:
+    from afina.recipe import Data
+    from afina.site import Site
+    from afina.worker import hub, hub_data
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    site = Site.model_validate(question["site"])
+    data = Data(hub=question["hub"], config=question.get("config"), text=("text",), label=("label",))
+    pin = hub.pin(site, "dataset", question["hub"], question.get("revision"), say)
+    found = hub_data.fetch_data(site, data, pin, say)
+    return {split: [found.folder / name] for split, name in found.splits.items()}
+
+
+def _tell(part: str, paths: list[Path], limit: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        files = [pq.ParquetFile(path) for path in paths]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"not a readable Parquet file: {str(error).splitlines()[0]}: {', '.join(map(str, paths))}",
+            "copy or write the file again",
+        ) from None
+    print(json.dumps({"part": part, "rows": sum(file.metadata.num_rows for file in files)}))
+    left = limit
+    for file in files:
+        for row in _rows(file):
+            if not left:
+                return
+            left -= 1
+            print(json.dumps({"row": row}, ensure_ascii=False, default=str))
+
+
+def _rows(file: Any) -> Iterator[dict[str, Any]]:
+    names = _class_names(file.schema_arrow.metadata or {})
+    for batch in file.iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            for column, classes in names.items():
+                value = row.get(column)
+                if isinstance(value, int):
+                    row[column] = classes[value] if 0 <= value < len(classes) else None
+                elif isinstance(value, list):
+                    row[column] = [classes[v] if isinstance(v, int) and 0 <= v < len(classes) else v for v in value]
+            yield row
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of labels by column, where `datasets` left them in the schema."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    found = {}
+    for name, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            found[name] = [str(n) for n in inner["names"]]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
