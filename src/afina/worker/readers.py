@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 
 #: A batch ends at so many rows or characters, whichever comes first.
 _BATCH_ROWS = 2048
-_BATCH_CHARACTERS = 4 << 20
+_BATCH_CHARACTERS = 1 << 20
 _BLOCK_BYTES = 1 << 20
 _UTF8 = "save the file as UTF-8 (a spreadsheet calls it `CSV UTF-8`; or: iconv -f latin1 -t utf-8 FILE > NEW)"
 
@@ -397,7 +397,8 @@ class _Parquet:
                 schema = file.schema_arrow
                 _check_columns(self.path, wanted, schema.names)
                 names = _class_names(schema.metadata or {})
-                for batch in file.iter_batches(_BATCH_ROWS, columns=list(wanted), use_threads=False):
+                size = _batch_size(file.metadata, wanted)
+                for batch in file.iter_batches(size, columns=list(wanted), use_threads=False):
                     yield self._batch(wanted, batch, names, done)
                     done += len(batch)
                 if not done:
@@ -421,6 +422,17 @@ class _Parquet:
                 [None if v is None or v != v else _number_text(v) for v in column.to_pylist()], pa.large_string()
             )
         return column if pa.types.is_large_string(column.type) else as_text(column)
+
+
+def _batch_size(metadata: Any, wanted: Sequence[str]) -> int:
+    """Rows of a batch, by what they have on average in the row group where they have most."""
+    most = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted)
+        most = max(most, size // max(1, group.num_rows))
+    return max(1, min(_BATCH_ROWS, _BATCH_CHARACTERS // most))
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
