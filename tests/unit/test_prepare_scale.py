@@ -34,7 +34,8 @@ from afina.worker.pretrained import load_tokenizer
 from afina.worker.progress import Progress
 from afina.worker.tables import Source
 
-#: Read before the test environment forgets it.
+#: Read before the test environment forgets them.
+KILLS = max(1, int(os.environ.get("AFINA_TEST_KILLS", "8")) // 8)
 SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
 
 Making = Callable[..., tokenise._Making]
@@ -280,19 +281,25 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan
     undisturbed = tree(final)
     assert of_pieces(plan) == [] and list(tokenise.work_folder(plan).iterdir()) == []
     shutil.rmtree(final)
-    there = 0
-    for threads in "3", "2":
-        process = start(plan, RAYON_NUM_THREADS=threads)
-        wanted = there + chance.randint(1, 5)
+    there = landed = 0
+    for _ in range(5 * KILLS):
+        process = start(plan, RAYON_NUM_THREADS=chance.choice("123"))
+        wanted = there + chance.randint(1, 3)
         deadline = time.monotonic() + 100
         while len(of_pieces(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
             pass
         time.sleep(chance.uniform(0, 0.01))
         process.kill()
         process.communicate(timeout=60)
-        assert there < len(of_pieces(plan)), "a killed one left nothing"
+        if final.exists():  # too late, on a busy machine: once more from the beginning
+            shutil.rmtree(final)
+        else:
+            assert len(of_pieces(plan)) >= wanted
+            landed += 1
         there = len(of_pieces(plan))
-    assert not final.exists() and there < 40
+        if landed >= KILLS and there:
+            break
+    assert there, "every kill came too late"
     damaged = chance.choice(of_pieces(plan))
     damaged.write_bytes(damaged.read_bytes()[:-7])
     stamps = {path: path.stat().st_mtime_ns for path in of_pieces(plan) if path != damaged}

@@ -167,7 +167,7 @@ def sweep(parent: Path, *, now: float) -> None:
     Args:
         now: the file system's time, seconds since 1970.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         for folder in parent.iterdir():
             with contextlib.suppress(OSError):
                 if now - folder.stat().st_mtime > ABANDONED_S:
