@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import tiny_model, tiny_reviews, write_csv
 
 _BENCH = Path(__file__).parents[1] / "bench"
 
@@ -190,3 +191,19 @@ def test_what_was_foreseen_stands_beside_what_was_used(tmp_path: Path) -> None:
     # The same libraries, model and batches: what the rehearsal saw is what the run used, nearly.
     assert one["foreseen"]["host_gb"] == pytest.approx(one["used"]["host_gb"], rel=0.25)
     assert len(said.strip().splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_peers_prepare_the_same_tokens(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    source = write_csv(tmp_path / "reviews.csv", tiny_reviews(200))
+    options = ["--quick", "--csv", source, "--model", tiny_model(tmp_path / "model"), "--json", found]
+    said = _bench("prepare.py", *options, "--peers", "afina", "map", "--only", "peers", "reading")
+    measured: dict[str, Any] = json.loads(found.read_text())
+    afina, peer = measured["peers"]
+    assert (afina["peer"], peer["peer"]) == ("afina", "map") and afina["tokens"] == peer["tokens"] > 400 * 20
+    assert 2 * afina["tokens"] < afina["bytes"] < peer["bytes"] + 100_000
+    assert min(afina["peak_memory"], peer["peak_memory"]) > 50 << 20
+    assert all(low <= middle <= high for middle, low, high in measured["reading"]["us_per_batch"].values())
+    assert "| ids: flat arrays |" in said and "| 400 | afina |" in said

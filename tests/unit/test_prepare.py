@@ -28,6 +28,14 @@ from afina.worker import store
 #: Read before the test environment forgets it.
 TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 
+#: The prepare stage with pieces so small that little data has many.
+SMALL_PIECES = """
+import sys
+from afina.worker import pieces, prepare, tokenise
+pieces.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
+sys.exit(prepare.main([]))
+"""
+
 Ran = subprocess.CompletedProcess[str]
 Prepare = Callable[..., Ran]
 
@@ -162,6 +170,7 @@ def test_the_same_input_gives_the_same_bytes(plan: Callable[..., Plan]) -> None:
         "MASTER_ADDR": "nowhere",
         "LC_ALL": "C.UTF-8",
         "TOKENIZERS_PARALLELISM": "false",
+        "SLURM_CPUS_PER_TASK": "1",
     }
     assert Path(result(prepare(made, env=env))["prepared"]) == folder
     assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
@@ -262,13 +271,13 @@ def test_two_at_once_publish_one(plan: Callable[..., Plan]) -> None:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_nothing_behind(
+def test_a_signal_leaves_nothing_half_made_behind(
     plan: Callable[..., Plan], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    big = write_csv(tmp_path / "big.csv", tiny_reviews(100_000))
+    big = write_csv(tmp_path / "big.csv", tiny_reviews(30_000))
     made = plan(data={"files": {"all": str(big)}})
     child = subprocess.Popen(
-        [sys.executable, "-m", "afina.worker.prepare"],
+        [sys.executable, "-c", SMALL_PIECES],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -281,14 +290,15 @@ def test_a_signal_leaves_nothing_behind(
     child.stdin.close()
     child.stdin = None
     deadline = time.monotonic() + 60
-    while not (made.site.prepared.is_dir() and list(made.site.prepared.glob(".staging-*/train.tokens.npy"))):
+    while not list(made.site.cache.glob("prepare/*/*.npz")):
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.02)
     child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert child.returncode == code, err
-    assert out == "" and "Traceback" not in err
+    assert out == "" and "Traceback" not in err and "what was tokenised is kept for the next time" in err
     assert leftovers(made) == []
+    assert {path.suffix for path in made.site.cache.glob("prepare/*/*")} == {".npz"}
 
 
 def test_a_limit_while_writing_is_one_message(plan: Callable[..., Plan], tmp_path: Path) -> None:
@@ -300,7 +310,7 @@ def test_a_limit_while_writing_is_one_message(plan: Callable[..., Plan], tmp_pat
 
     said = refused(prepare(made, preexec_fn=limit), 3)
     assert "File too large" in said and "are free on the file system of" in said
-    assert leftovers(made) == []
+    assert leftovers(made) == [] and list(made.site.cache.glob("prepare/*")) == []
 
 
 def test_a_full_disk_is_refused_before_writing(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import private_mounts, tree
-from tests.unit.test_prepare import leftovers, prepare, refused, result
+from tests.unit.test_prepare import SMALL_PIECES, leftovers, prepare, refused, result
 from tests.unit.test_prepare_hub import flip
 
 from afina.errors import SiteError
@@ -66,7 +66,7 @@ def plan(site: Site, model: Path, tmp_path: Path, checked: dict[str, bytes]) -> 
 
 def start(plan: Plan) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "afina.worker.prepare"],
+        [sys.executable, "-c", SMALL_PIECES],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -100,9 +100,11 @@ def test_the_second_waits_and_finds_it_done(plan: Plan) -> None:
     assert leftovers(plan) == [folder.name]
 
 
-#: What appears below prepared/ while it works, in this order.
+#: What appears beside and below prepared/ while it works, in this order.
 STAGES = (
     ".turn-*",
+    "../cache/prepare/*",
+    "../cache/prepare/*/0-00002.npz",
     ".staging-*",
     ".staging-*/train.tokens.npy",
     ".staging-*/train.rows.parquet",
@@ -142,6 +144,7 @@ def test_killed_at_any_instant(plan: Plan) -> None:
     assert result(ran)["prepared"] == str(final) and "waiting" not in ran.stderr
     store.verify(final)
     assert leftovers(plan) == [final.name], f"after {KILLS} kills, {finished} of them too late"
+    assert list(plan.site.cache.glob("prepare/*")) == []
 
 
 # -- purged, altered ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def build(
     warnings: list[str] = []
     sources = choose_sources(spec, list(paths), warnings)
     tables: dict[str, Table] = {
-        source: read_files([paths[source]], [*spec.text, *spec.label, *([spec.id] if spec.id else [])])
+        source: read_files([paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text)
         for source in set(sources.values())
     }
     labels, parts = build_examples(task, spec, tables, sources, warnings)
@@ -173,7 +173,7 @@ def test_a_source_without_rows(tmp_path: Path) -> None:
     data = Data.model_validate(
         {"files": {p: str(tmp_path / f"{p}.csv") for p in ("train", "eval")}, "text": "text", "label": "label"}
     )
-    tables = {p: read_files([tmp_path / f"{p}.csv"], ["text", "label"]) for p in ("train", "eval")}
+    tables = {p: read_files([tmp_path / f"{p}.csv"], ["label"], ["text"]) for p in ("train", "eval")}
     with pytest.raises(DataError, match=r"eval\.csv: no rows"):
         build_examples("auto", data, tables, {"train": "train", "eval": "eval"}, [])
 
@@ -335,7 +335,7 @@ def test_pairs_are_the_same_only_if_both_texts_are(tmp_path: Path) -> None:
     others = [{**r, "more": f"other {i}"} for i, r in enumerate(rows)]
     _, parts, warnings = build(tmp_path, {"train": rows, "eval": others}, text=["text", "more"])
     assert warnings == []
-    assert parts["train"].pairs is not None and parts["train"].pairs.to_pylist() == [r["more"] for r in rows]
+    assert parts["train"].sizes.tolist() == [len(r["text"] + r["more"]) for r in rows]
     rows[3]["more"] = ""
     assert "empty text (`more`)" in refused(tmp_path, {"train": rows, "eval": others}, text=["text", "more"]).message
 

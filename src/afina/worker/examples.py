@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe import Data, Part
 from afina.worker.labels import LabelColumns, Labels, find_labels, label_array, listed
-from afina.worker.tables import Table, as_text, examples_of
+from afina.worker.tables import Table, examples_of
 
 __all__ = ["Examples", "Labels", "build_examples", "choose_sources", "cut", "sample_rows"]
 
@@ -40,15 +40,18 @@ class Examples:
     """One part, ready to be tokenised.
 
     Attributes:
-        table: its rows, for where they came from.
-        texts: large_string (N,); `pairs` the second text of each row, or None.
+        source: the key of the table that its rows are of.
+        rows: their indices in it, int64 (N,).
+        table: its rows, for where they came from; no columns.
+        sizes: bytes of the text of each row, of both texts of a pair, int64 (N,).
         labels: int64 (N,) single-label, float32 (N, L) multi-label, float32 (N,) regression.
         ids: large_string (N,), or None where the recipe names no id column.
     """
 
+    source: str
+    rows: Array
     table: Table
-    texts: pa.Array
-    pairs: pa.Array | None
+    sizes: Array
     labels: Array
     ids: pa.Array | None
 
@@ -199,7 +202,7 @@ def build_examples(
 
     Args:
         task: as the recipe says it.
-        tables: by source.
+        tables: by source; of `data.text` they hold what the checks need.
         sources: the source of each part, from `choose_sources`.
         warnings: what is doubtful is appended here.
 
@@ -213,26 +216,24 @@ def build_examples(
     labels = find_labels(task, data, list(columns.values()))
     rows = _choose_rows(data, columns, labels, sources, warnings)
     parts: dict[str, Examples] = {}
+    keys: dict[str, Array] = {}
     for part, chosen in rows.items():
         column = columns[sources[part]]
+        table = column.table
         _check_rows(part, column, data, chosen)
-        table = column.table.take(chosen)
-        texts = [as_given(table.columns[name]) for name in data.text]
+        ids = table.columns[data.id].take(pa.array(chosen)) if data.id else None
         parts[part] = Examples(
-            table=table,
-            texts=texts[0],
-            pairs=texts[1] if len(texts) > 1 else None,
+            source=sources[part],
+            rows=chosen,
+            table=table.places(chosen),
+            sizes=np.sum([table.texts[name].sizes[chosen] for name in data.text], axis=0),
             labels=label_array(column, labels, chosen),
-            ids=pc.fill_null(table.columns[data.id].cast(pa.large_string()), "") if data.id else None,
+            ids=pc.fill_null(ids.cast(pa.large_string()), "") if ids is not None else None,
         )
+        keys[part] = np.hstack([table.texts[name].keys[chosen] for name in data.text])
     _check_labels(labels, parts, warnings)
-    _check_duplicates(labels, parts, warnings)
+    _check_duplicates(labels, parts, keys, warnings)
     return labels, parts
-
-
-def as_given(column: pa.Array) -> pa.Array:
-    """A text column as large_string, untrimmed: the tokenizer sees what the user wrote."""
-    return column if pa.types.is_large_string(column.type) else as_text(column)
 
 
 def _choose_rows(
@@ -283,13 +284,7 @@ def _check_rows(part: str, column: LabelColumns, data: Data, rows: Array) -> Non
             "label these rows or remove them",
         )
     for name in data.text:
-        cells = table.columns[name]
-        if pa.types.is_list(cells.type):
-            raise DataError(
-                f"{table.where(0)}: column `{name}` holds lists, a text is wanted", "name a column of texts"
-            )
-        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(as_given(cells)), ""), True)
-        empty = rows[blank.to_numpy(zero_copy_only=False)[rows]]
+        empty = rows[table.texts[name].blank[rows]]
         if len(empty):
             raise DataError(
                 f"{part}: {len(empty):,} rows have an empty text (`{name}`): {examples_of(table, np.sort(empty))}",
@@ -342,13 +337,14 @@ def _check_labels(labels: Labels, parts: Mapping[str, Examples], warnings: list[
         warnings.append(f"{more} more labels occur once in train")
 
 
-def _keys(examples: Examples) -> pa.Array:
-    keys = pc.utf8_trim_whitespace(examples.texts)
-    if examples.pairs is None:
-        return keys
-    return pc.binary_join_element_wise(
-        keys, pc.utf8_trim_whitespace(examples.pairs), pa.scalar("\x00", pa.large_string())
-    )
+def _first_alike(keys: Array) -> Array:
+    """For each row the first one with the same key, int64 (N,); keys are uint64 (N, K)."""
+    order = np.lexsort(keys.T)  # stable: rows that are alike stay in their order
+    new = np.ones(len(keys), bool)
+    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[new][np.cumsum(new) - 1]
+    return first
 
 
 def _beside(table: Table, index: int, train: Table, twin: int) -> str:
@@ -358,27 +354,28 @@ def _beside(table: Table, index: int, train: Table, twin: int) -> str:
     return f"{table.where(index)} = {there}"
 
 
-def _check_duplicates(labels: Labels, parts: Mapping[str, Examples], warnings: list[str]) -> None:
-    train_keys = _keys(parts["train"])
+def _check_duplicates(
+    labels: Labels, parts: Mapping[str, Examples], keys: Mapping[str, Array], warnings: list[str]
+) -> None:
     train = parts["train"].table
     for part, examples in parts.items():
         if part == "train":
             continue
-        found = pc.index_in(_keys(examples), train_keys)
-        both = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
+        twins = _first_alike(np.concatenate([keys["train"], keys[part]]))[len(train) :]
+        both = np.flatnonzero(twins < len(train))
         if len(both):
-            shown = "; ".join(_beside(examples.table, int(i), train, found[int(i)].as_py()) for i in both[:_SHOWN])
+            shown = "; ".join(_beside(examples.table, int(i), train, int(twins[i])) for i in both[:_SHOWN])
             warnings.append(
                 f"{len(both):,} of {len(examples):,} rows of {part} are in train too, word for word: {shown}"
             )
     if labels.task == "regression":
         return
-    codes = train_keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    codes = _first_alike(keys["train"])
     values = parts["train"].labels
     if values.ndim == 2:
         values = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
-    pairs = np.unique(np.stack([codes, values], 1), axis=0)
-    texts, times = np.unique(pairs[:, 0], return_counts=True)
+    pairs = np.unique(codes * (int(values.max()) + 1) + values)
+    texts, times = np.unique(pairs // (int(values.max()) + 1), return_counts=True)
     conflicting = texts[times > 1]
     if len(conflicting):
         groups = [examples_of(train, np.flatnonzero(codes == code)) for code in conflicting[:_SHOWN]]

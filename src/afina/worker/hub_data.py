@@ -14,11 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from afina.errors import DataError, HubError, InputError, RecipeError, nearest
+from afina.errors import HubError, InputError, RecipeError, nearest
 from afina.recipe import Data
 from afina.rundir import write_atomic
 from afina.site import Site
@@ -26,7 +26,7 @@ from afina.worker.disk import describe, difference, sync_file
 from afina.worker.hub import Pin, slug
 from afina.worker.hub_errors import bound_waits, hub_errors, persist
 from afina.worker.publish import publish, staging
-from afina.worker.tables import Table, read_files
+from afina.worker.tables import Source
 from afina.worker.turns import turn
 
 __all__ = ["HubData", "fetch_data"]
@@ -53,14 +53,9 @@ class HubData:
     folder: Path
     splits: dict[str, str]
 
-    def read(self, split: str, columns: Sequence[str]) -> Table:
-        """As `tables.read_files`; rows are called `<id>/<split>, row n`."""
-        path, name = self.folder / self.splits[split], f"{self.id}/{split}"
-        try:
-            table = read_files([path], columns)
-        except DataError as error:
-            raise DataError(error.message.replace(str(path), name), error.remedy) from None
-        return Table(table.columns, table.classes, (name,), table.source, table.row)
+    def source(self, split: str) -> Source:
+        """Its rows are called `<id>/<split>, row n`."""
+        return Source((self.folder / self.splits[split],), f"{self.id}/{split}")
 
 
 def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = False) -> HubData:

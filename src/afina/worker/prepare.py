@@ -5,8 +5,9 @@ Pins revisions, loads, checks the data, maps labels, tokenises once and publishe
 that work that was done is found again. The last line of standard output is one JSON object, the result; messages for
 people go to standard error. With `--json` an error is the last line of standard output instead.
 
-One process, one node; of several that would prepare the same, one works and the others wait for it (see
-`afina.worker.turns`) and find it done. What is found is compared with its digests first: what is damaged is made again.
+One process, one node, all cores that it may use; of several that would prepare the same, one works and the others wait for it
+(see `afina.worker.turns`) and find it done. One that is killed leaves what it has tokenised for the next (see
+`afina.worker.pieces`); one whose parent has died stops. What is found is compared with its digests first: what is damaged is made again.
 Nothing here trains, nothing needs the network where data and model are local or already fetched, and nothing is written
 where all is there. Tokens and passwords are blackened in whatever this stage says.
 """
@@ -18,11 +19,14 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
+import stat
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,6 +47,8 @@ _RECIPE_FORMAT = 1
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK",
              "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")  # fmt: skip
 
+_LEFT = "nothing half-made is left; what was tokenised is kept for the next time"
+
 Say = Callable[[str], None]
 
 
@@ -61,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return InputError.exit_code
     previous = signal.signal(signal.SIGTERM, _terminate)
+    _stop_with_reader()
     try:
         plan = _read_plan(sys.stdin.read())
         set_environment(plan, os.environ)
@@ -78,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: nothing half-made is left", file=sys.stderr)
+        print(f"interrupted: {_LEFT}", file=sys.stderr)
         return 130
     except _Terminated:
-        print("terminated: nothing half-made is left", file=sys.stderr)
+        print(f"terminated: {_LEFT}", file=sys.stderr)
         return 143
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -93,16 +100,17 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
-    from afina.worker import hub, hub_data, pretrained, store
+    from afina.worker import hub, hub_data, pieces, pretrained, store
     from afina.worker.arguments import check_arguments
     from afina.worker.publish import sweep
-    from afina.worker.tokenise import build
+    from afina.worker.tokenise import build, work_folder
     from afina.worker.turns import turn
 
     recipe, site = plan.recipe, plan.site
     pins = site.scratch / "pins"
     for folder in (pins, site.prepared, site.cache / "datasets"):
         sweep(folder, now=time.time())
+    pieces.sweep(work_folder(plan), now=time.time())
     check_trackers(recipe.trackers)
     # What costs a second is refused before anything large is fetched: mistyped names on the Hub, arguments.
     data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
@@ -119,6 +127,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         folder, model_files = fetched.folder, fetched.files
         pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
     data = hub_data.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
+    states = _states(plan)
     content = _content(plan, folder, data)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     final = site.prepared / digest
@@ -134,10 +143,10 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
                 if data_pin:
                     data = hub_data.fetch_data(site, recipe.data, data_pin, say, digests=True)
                 # Data is checked first: a wrong column is said within a second, transformers takes several to import.
-                examples = _examples(plan, data)
+                checked = _check(plan, data, states, say)
                 pretrained.check_model(folder, recipe, pins)
                 late = check_arguments(recipe.train.arguments, pins)
-                manifest = build(plan, folder, examples, final, content, say)
+                manifest = build(plan, folder, checked, final, content, say)
     if late is None:
         pretrained.check_model(folder, recipe, pins)
         late = check_arguments(recipe.train.arguments, pins)
@@ -176,6 +185,10 @@ def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
     for name in _LAUNCHER:
         env.pop(name, None)
     env["TOKENIZERS_PARALLELISM"] = "true"
+    given = env.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdigit() and int(given) < len(os.sched_getaffinity(0)):
+        # Where Slurm does not bind a task to its cores, its tokenizer's threads keep to their number.
+        env.setdefault("RAYON_NUM_THREADS", given)
     env["TRANSFORMERS_VERBOSITY"] = "error"
     # datasets otherwise sends a request to a counter beside the Hub at each load.
     env["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
@@ -192,6 +205,21 @@ def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _stop_with_reader() -> None:
+    """Stop when the process that waits for the result is gone, killed perhaps: a pipe that nobody reads reports an error."""
+    output = sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
+    if output < 0 or not stat.S_ISFIFO(os.fstat(output).st_mode):
+        return
+    poll = select.poll()
+    poll.register(output, 0)
+
+    def wait() -> None:
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="reader", daemon=True).start()
 
 
 def _read_plan(text: str) -> Plan:
@@ -235,6 +263,16 @@ def _content(plan: Plan, folder: Path, data: Any) -> dict[str, Any]:
     }
 
 
+def _states(plan: Plan) -> dict[str, Any]:
+    """Of the files of each key of `data.files`, before anything is read."""
+    from afina.worker.tables import Source
+
+    try:
+        return {key: Source(tuple(paths)).state() for key, paths in plan.files.items()}
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}", "check the path and its permissions") from None
+
+
 def _digest(path: Path) -> str:
     from afina.worker.disk import sha256
 
@@ -261,20 +299,25 @@ def _find(final: Path, say: Say | None = None) -> dict[str, Any] | None:
 # -- making it --------------------------------------------------------------------------------------------------------
 
 
-def _examples(plan: Plan, data: Any) -> tuple[Any, dict[str, Any], list[str]]:
-    """Labels, examples by part, and what is doubtful about them."""
+def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
+    """Read the data once, and see that they can be trained on."""
     from afina.worker.examples import build_examples, choose_sources
-    from afina.worker.tables import read_files
+    from afina.worker.progress import Progress
+    from afina.worker.tables import Source
+    from afina.worker.tokenise import Checked
 
-    recipe = plan.recipe
+    spec = plan.recipe.data
     warnings: list[str] = []
-    sources = choose_sources(recipe.data, list(data.splits if data is not None else plan.files), warnings)
-    columns = [*recipe.data.text, *recipe.data.label, *([recipe.data.id] if recipe.data.id else [])]
-    tables = {
-        source: data.read(source, columns) if data is not None else read_files(plan.files[source], columns)
-        for source in dict.fromkeys(sources.values())
-    }
-    return *build_examples(recipe.task, recipe.data, tables, sources, warnings), warnings
+    chosen = choose_sources(spec, list(data.splits if data is not None else plan.files), warnings)
+    keys = list(dict.fromkeys(chosen.values()))
+    sources = {key: data.source(key) if data is not None else Source(tuple(plan.files[key])) for key in keys}
+    if data is not None:
+        states = {key: source.state() for key, source in sources.items()}
+    columns = [*spec.label, *([spec.id] if spec.id else [])]
+    with Progress("reading", "read", "rows", None, say) as progress:
+        tables = {key: source.read(columns, spec.text, progress.advance) for key, source in sources.items()}
+    labels, parts = build_examples(plan.recipe.task, spec, tables, chosen, warnings)
+    return Checked(labels, parts, warnings, sources, states)
 
 
 @contextlib.contextmanager

@@ -1,226 +1,310 @@
-"""Examples to prepared data: tokenised batch by batch into arrays that grow on disk, sealed, published.
+"""Examples to prepared data: tokenised piece by piece on all cores, put together, sealed, published.
 
-Memory stays that of the texts and one batch of tokens. What is written where: see `afina.worker.store`.
+Of a row only numbers stay in memory; the texts are read again in batches. What was tokenised is kept in pieces until it is
+published (`afina.worker.pieces`): a prepare that is killed is gone on with by the next one. What is written where: see
+`afina.worker.store`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.plan import Plan
 from afina.worker import store
+from afina.worker.assemble import TEXTS, write_part
 from afina.worker.disk import readable_size
+from afina.worker.encode import Encoded, Encoder
+from afina.worker.examples import Examples, Labels
+from afina.worker.pieces import Missing, Piece, Pieces, cut_pieces
 from afina.worker.pretrained import load_tokenizer
+from afina.worker.progress import Progress
 from afina.worker.publish import publish, staging
+from afina.worker.tables import Source
 
-__all__ = ["build"]
+__all__ = ["Checked", "build", "work_folder"]
 
-_BATCH = 1000
+#: Texts that are tokenised at once, and their bytes: a signal is answered between two batches.
+_BATCH_ROWS = 4096
+_BATCH_BYTES = 1 << 20
 _TRUNCATED_SHARE = 0.01
-#: Bytes for each token while it is estimated how much room is needed: its id, and as much again for slack.
+#: Bytes for each token while it is estimated how much room is needed: its id in a piece, and in what is published.
 _BYTES_PER_TOKEN = 4
+#: How often pieces may be missing when they are put together before it is no accident.
+_TRIES = 5
 
+Array = np.ndarray[Any, Any]
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Data that can be trained on.
+
+    Attributes:
+        sources: where the rows of each source can be read again.
+        states: of the files of each source, from before they were read.
+    """
+
+    labels: Labels
+    parts: Mapping[str, Examples]
+    warnings: list[str]
+    sources: Mapping[str, Source]
+    states: Mapping[str, Any]
+
+
+def work_folder(plan: Plan) -> Path:
+    """Where pieces are kept."""
+    return plan.site.cache / "prepare"
+
+
 def build(
-    plan: Plan,
-    folder: Path,
-    found: tuple[Any, dict[str, Any], list[str]],
-    final: Path,
-    content: Mapping[str, Any],
-    say: Say,
+    plan: Plan, folder: Path, checked: Checked, final: Path, content: Mapping[str, Any], say: Say
 ) -> dict[str, Any]:
-    """Tokenise `found` (labels, examples by part, warnings) and publish it at `final`; returns the manifest.
+    """Tokenise what was checked and publish it at `final`; returns the manifest.
 
     Args:
         folder: the model's, for its tokenizer and vocabulary.
         content: what the digest in `final`'s name is over.
 
     Raises:
-        DataError: a text of which the tokenizer makes nothing.
+        DataError: a text of which the tokenizer makes nothing; a file that was written into meanwhile.
         EnvironmentProblem: the file system has less room than the estimate.
         InputError: the tokenizer gives tokens that the model does not have.
     """
     recipe = plan.recipe
-    labels, parts, warnings = found
     tokenizer = load_tokenizer(folder, recipe)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    with staging(final) as aside:
-        _check_room(plan.site.prepared, parts, recipe.tokens.max_length)
-        splits = {}
-        progress = _Progress(sum(len(e) for e in parts.values()), say)
-        with progress:
-            for part, examples in parts.items():
-                splits[part], truncated = _tokenise(
-                    aside, part, examples, tokenizer, recipe.tokens.max_length, config, progress
-                )
-                _write_rows(aside, part, examples)
-                if truncated / len(examples) > _TRUNCATED_SHARE:
-                    warnings.append(
-                        f"{truncated:,} of {len(examples):,} texts of {part} ({truncated / len(examples):.1%}) are longer "
-                        f"than tokens.max_length {recipe.tokens.max_length} and were cut"
-                    )
-        tokenizer.save_pretrained(aside / "tokenizer")
-        about = {
-            "digest": final.name,
-            "task": labels.task,
-            "labels": list(labels.names) if labels.names is not None else None,
-            "num_labels": len(labels.names) if labels.names is not None else 1,
-            "text_columns": list(recipe.data.text),
-            "source": content["source"],
-            "max_length": recipe.tokens.max_length,
-            "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            "splits": splits,
-            "warnings": warnings,
-            "made_with": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")},
-            "content": content,
-        }
-        store.seal(aside, about)
-        if not publish(aside, final, store.is_whole):
-            say(f"another process prepared {final.name[:8]} at the same time; its work is taken")
+    size = config.get("vocab_size")
+    making = _Making(
+        checked,
+        recipe.data.text,
+        Encoder(tokenizer, recipe.tokens.max_length),
+        size if isinstance(size, int) else None,
+        np.uint16 if max(len(tokenizer), size if isinstance(size, int) else 0) <= 1 << 16 else np.uint32,
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
+    made = Pieces(work_folder(plan), {"content": content, "versions": versions})
+    try:
+        _check_room(plan.site.prepared, checked.parts, recipe.tokens.max_length, made.size())
+        for _ in range(_TRIES):
+            making.make(made, say)
+            with staging(final) as aside:
+                try:
+                    splits, warnings = making.put_together(made, aside, recipe.tokens.max_length)
+                except Missing:  # another process may have published, and tidied up
+                    if store.is_whole(final):
+                        break
+                    continue
+                tokenizer.save_pretrained(aside / "tokenizer")
+                about = {
+                    "digest": final.name,
+                    "task": checked.labels.task,
+                    "labels": list(checked.labels.names) if checked.labels.names is not None else None,
+                    "num_labels": len(checked.labels.names) if checked.labels.names is not None else 1,
+                    "text_columns": list(recipe.data.text),
+                    "source": content["source"],
+                    "max_length": recipe.tokens.max_length,
+                    "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+                    "splits": splits,
+                    "warnings": [*checked.warnings, *warnings],
+                    "made_with": versions,
+                    "content": content,
+                }
+                store.seal(aside, about)
+                if not publish(aside, final, store.is_whole):
+                    say(f"another process prepared {final.name[:8]} at the same time; its work is taken")
+                break
+        else:
+            raise EnvironmentProblem(
+                f"{made.folder}: what was written there has gone again, {_TRIES} times",
+                "look for what empties that folder, then run the same command again",
+            )
+    except Exception:
+        made.remove()
+        raise
+    made.remove()
     return store.load_manifest(final)
 
 
-def _tokenise(
-    aside: Path,
-    part: str,
-    examples: Any,
-    tokenizer: Any,
-    max_length: int,
-    config: Mapping[str, Any],
-    progress: _Progress,
-) -> tuple[dict[str, int], int]:
-    """Write the arrays of a part; returns what the manifest says of it, and the number of texts that were cut."""
-    size = config.get("vocab_size")
-    dtype = np.uint16 if max(len(tokenizer), size if isinstance(size, int) else 0) <= 1 << 16 else np.uint32
-    lengths = np.zeros(len(examples), np.int64)
-    truncated, any_type = 0, False
-    types_file = aside / f"{part}.types.npy"
-    with (
-        store.ArrayWriter(aside / f"{part}.tokens.npy", dtype) as tokens,
-        store.ArrayWriter(types_file, np.uint8) as types,
-    ):
-        for start in range(0, len(examples), _BATCH):
-            texts = examples.texts.slice(start, _BATCH).to_pylist()
-            pairs = examples.pairs.slice(start, _BATCH).to_pylist() if examples.pairs is not None else None
-            batch = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
-            ids = batch["input_ids"]
-            lengths[start : start + len(ids)] = [len(row) for row in ids]
-            flat = np.fromiter((i for row in ids for i in row), np.int64)
-            empty = next((i for i, row in enumerate(ids) if not row), None)
-            if empty is not None:
-                raise DataError(
-                    f"{part}: {examples.table.where(start + empty)}: the tokenizer makes no token of this text",
-                    "remove this row",
+class _Making:
+    """How the pieces are made, and what is made of them.
+
+    Args:
+        names: the text columns.
+        size: of the model's vocabulary, if its config says so.
+        dtype: of token ids.
+    """
+
+    def __init__(self, checked: Checked, names: Sequence[str], encoder: Encoder, size: int | None, dtype: Any) -> None:
+        self.checked, self.names, self.encoder, self.size, self.dtype = checked, names, encoder, size, dtype
+        self.pieces = {source: _pieces(number, source, checked.parts) for number, source in enumerate(checked.sources)}
+
+    def make(self, made: Pieces, say: Say) -> None:
+        """Tokenise and save the pieces that are missing."""
+        pieces = [piece for each in self.pieces.values() for piece in each]
+        missing = [piece for piece in pieces if not made.has(piece)]
+        total, left = (sum(map(len, some)) for some in (pieces, missing))
+        if not missing:
+            return
+        if left < total:
+            say(f"going on where a prepare was stopped: {total - left:,} of {total:,} texts are tokenised")
+        with (
+            Progress("tokenising", "tokenised", "texts", total, say, before=total - left) as progress,
+            contextlib.closing(self.encoder.encode(self._batches(missing))) as batches,
+        ):
+            encoded: list[Encoded] = []
+            for (piece, columns, is_last), found in batches:
+                self._check(piece, sum(len(e.lengths) for e in encoded), found)
+                encoded.append(found)
+                progress.advance(len(found.lengths))
+                if is_last:
+                    made.save(piece, _arrays(piece, columns, encoded, self.dtype))
+                    encoded = []
+
+    def put_together(self, made: Pieces, aside: Path, max_length: int) -> tuple[dict[str, dict[str, int]], list[str]]:
+        """Write all parts into `aside`; what the manifest says of them, and warnings.
+
+        Raises:
+            Missing: a piece has gone.
+        """
+        splits, warnings = {}, []
+        for part, examples in self.checked.parts.items():
+            texts = TEXTS[: len(self.names)] if part != "train" else ()
+            pieces = self.pieces[examples.source]
+            splits[part], cut = write_part(aside, part, examples, pieces, made, self.dtype, texts)
+            if cut / len(examples) > _TRUNCATED_SHARE:
+                warnings.append(
+                    f"{cut:,} of {len(examples):,} texts of {part} ({cut / len(examples):.1%}) are longer "
+                    f"than tokens.max_length {max_length} and were cut"
                 )
-            if isinstance(size, int) and flat.max() >= size:
-                raise InputError(
-                    f"model: its tokenizer gives token {flat.max()}, its config has vocab_size {size}",
-                    "tokenizer and weights do not belong together: take both from one model",
-                )
-            tokens.append(flat)
-            if "token_type_ids" in batch:
-                flat_types = np.fromiter((i for row in batch["token_type_ids"] for i in row), np.uint8)
-                types.append(flat_types)
-                any_type |= bool(flat_types.any())
-            truncated += _count_truncated(batch, ids, max_length)
-            progress.advance(len(ids))
-    if not any_type:
-        types_file.unlink()
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    np.save(aside / f"{part}.offsets.npy", offsets)
-    np.save(aside / f"{part}.labels.npy", np.ascontiguousarray(examples.labels))
-    return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(lengths.max())}, truncated
+        return splits, warnings
+
+    def _batches(
+        self, missing: Sequence[Piece]
+    ) -> Iterator[tuple[tuple[Piece, list[pa.Array], bool], list[list[str]]]]:
+        """Batches of texts of the missing pieces: the piece, its text columns, whether it is its last batch; the texts."""
+        for source, rows in self.checked.sources.items():
+            wanted = [piece for piece in missing if piece.source == source]
+            for piece, columns in _gather(rows, self.names, wanted):
+                ends = np.cumsum(piece.sizes)
+                start = 0
+                while start < len(piece):
+                    before = int(ends[start - 1]) if start else 0
+                    stop = int(np.searchsorted(ends, before + _BATCH_BYTES, side="right"))
+                    stop = min(max(stop, start + 1), start + _BATCH_ROWS, len(piece))
+                    texts = [column.slice(start, stop - start).to_pylist() for column in columns]
+                    yield (piece, columns, stop == len(piece)), texts
+                    start = stop
+            if rows.state() != self.checked.states[source]:
+                raise _written_into(rows)
+
+    def _check(self, piece: Piece, done: int, found: Encoded) -> None:
+        empty = np.flatnonzero(found.lengths == 0)
+        if len(empty):
+            row = piece.rows[done + empty[0]]
+            part, examples = next(
+                (p, e) for p, e in self.checked.parts.items() if e.source == piece.source and row in e.rows
+            )
+            place = examples.table.where(int(np.flatnonzero(examples.rows == row)[0]))
+            raise DataError(f"{part}: {place}: the tokenizer makes no token of this text", "remove this row")
+        if self.size is not None and found.tokens.max() >= self.size:
+            raise InputError(
+                f"model: its tokenizer gives token {found.tokens.max()}, its config has vocab_size {self.size}",
+                "tokenizer and weights do not belong together: take both from one model",
+            )
 
 
-def _count_truncated(batch: Any, ids: list[list[int]], max_length: int) -> int:
-    encodings = getattr(batch, "encodings", None)
-    full = [i for i, row in enumerate(ids) if len(row) >= max_length]
-    return sum(1 for i in full if encodings is None or encodings[i].overflowing)
+def _pieces(number: int, source: str, parts: Mapping[str, Examples]) -> list[Piece]:
+    """The rows of a source that any part uses, in pieces."""
+    mine = {part: examples for part, examples in parts.items() if examples.source == source}
+    if not mine:
+        return []
+    rows, first = np.unique(np.concatenate([e.rows for e in mine.values()]), return_index=True)
+    sizes = np.concatenate([e.sizes for e in mine.values()])[first]
+    kept = np.isin(rows, np.concatenate([e.rows for part, e in mine.items() if part != "train"] or [rows[:0]]))
+    return cut_pieces(number, source, rows, sizes, kept)
 
 
-def _write_rows(aside: Path, part: str, examples: Any) -> None:
-    """Where each row came from: `row` (see `afina.worker.tables`), `file`, `id`; the text of eval and test rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _gather(source: Source, names: Sequence[str], pieces: Sequence[Piece]) -> Iterator[tuple[Piece, list[pa.Array]]]:
+    """The texts of `pieces`, which ascend; the source is read as far as they go.
 
-    table = examples.table
-    columns = {
-        "row": pa.array(table.row, pa.int64()),
-        "file": pa.DictionaryArray.from_arrays(
-            pa.array(table.source, pa.int32()), pa.array(table.sources, pa.string())
-        ),
+    Raises:
+        DataError: the source has fewer rows than it had.
+    """
+    waiting = iter(pieces)
+    piece = next(waiting, None)
+    taken: list[list[pa.Array]] = [[] for _ in names]
+    start = 0
+    for batch in source.stream(names) if piece is not None else ():
+        stop = start + len(batch[0])
+        while piece is not None and piece.rows[0] < stop:
+            low, high = np.searchsorted(piece.rows, [start, stop])
+            for column, pieces_of in zip(batch, taken, strict=True):
+                pieces_of.append(column.take(pa.array(piece.rows[low:high] - start)))
+            if high < len(piece):
+                break
+            yield piece, [pa.concat_arrays(each) for each in taken]
+            taken = [[] for _ in names]
+            piece = next(waiting, None)
+        if piece is None:
+            return
+        start = stop
+    if piece is not None:
+        raise _written_into(source)
+
+
+def _written_into(source: Source) -> DataError:
+    return DataError(
+        f"{', '.join(map(str, source.paths))}: was written into while it was read",
+        "run the same command again when nobody writes there",
+    )
+
+
+def _arrays(piece: Piece, columns: Sequence[pa.Array], encoded: Sequence[Encoded], dtype: Any) -> dict[str, Array]:
+    arrays = {
+        "tokens": np.concatenate([e.tokens for e in encoded]).astype(dtype),
+        "lengths": np.concatenate([e.lengths for e in encoded]),
+        "cut": np.concatenate([e.cut for e in encoded]),
     }
-    if examples.ids is not None:
-        columns["id"] = examples.ids
-    if part != "train":
-        columns["text"] = examples.texts
-        if examples.pairs is not None:
-            columns["text_pair"] = examples.pairs
-    pq.write_table(pa.table(columns), aside / f"{part}.rows.parquet", compression="zstd")
+    if any(e.types is not None for e in encoded):
+        arrays["types"] = np.concatenate(
+            [np.zeros(len(e.tokens), np.uint8) if e.types is None else e.types for e in encoded]
+        )
+    if piece.kept.any():
+        for name, column in zip(TEXTS, columns, strict=False):
+            texts = column.filter(pa.array(piece.kept)).cast(pa.large_binary())
+            arrays[name] = np.frombuffer(b"".join(texts.to_pylist()), np.uint8)
+            arrays[f"{name}_lengths"] = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+    return arrays
 
 
-def _check_room(folder: Path, parts: Mapping[str, Any], max_length: int) -> None:
-    """Refuse before writing where the file system has less room than the estimate: a token for every three bytes of text."""
-    needed = 1 << 20
+def _check_room(folder: Path, parts: Mapping[str, Examples], max_length: int, there: int) -> None:
+    """Refuse before writing where the file system has less room than the estimate: a token for every three bytes of text.
+
+    Args:
+        there: bytes of pieces that are there already.
+    """
+    needed = (1 << 20) - there
     for part, examples in parts.items():
-        columns = [column for column in (examples.texts, examples.pairs) if column is not None]
-        size = sum(column.nbytes for column in columns)
+        size = int(examples.sizes.sum())
         needed += _BYTES_PER_TOKEN * min(size // 3 + 3 * len(examples), len(examples) * max_length)
-        needed += 0 if part == "train" else size
+        # Texts of eval and test stay beside their tokens, and in the piece until then.
+        needed += 0 if part == "train" else 2 * size
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise EnvironmentProblem(
             f"{folder}: about {readable_size(needed)} are needed, {readable_size(free)} are free",
             "remove old runs and prepared data there, or point AFINA_SCRATCH at a larger file system",
         )
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds."""
-
-    def __init__(self, total: int, say: Say) -> None:
-        self.total, self.say, self.done = total, say, 0
-        self._started = self._last = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("tokenising"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.add_task("tokenising", total=self.total)
-            self._bar.start()
-        return self
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0], count)
-        elif time.monotonic() - self._last >= 10:
-            self._last = time.monotonic()
-            rate = self.done / (self._last - self._started)
-            self.say(f"tokenised {self.done:,} of {self.total:,} texts, {rate:,.0f} per second")
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -41,8 +41,8 @@ from afina.worker.evaluation import EvaluationAbandoned, logits_of, on_every_ran
 from afina.worker.flops import Peak, forward_flops, peak_of
 from afina.worker.flow import Flow, agree, evaluates_at, examples_of, steps_per_epoch, truncate
 from afina.worker.lease import Lease
+from afina.worker.pace import Pace
 from afina.worker.preflight import state_bytes
-from afina.worker.progress import Progress
 from afina.worker.state import (
     PROGRESS,
     RANKS,
@@ -145,7 +145,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self.remove_callback(callback)
         self.add_callback(Flow(self))
         if self.args.process_index == 0:
-            self.add_callback(Progress(self))
+            self.add_callback(Pace(self))
 
     @property
     def rank(self) -> int:
