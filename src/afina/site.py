@@ -26,9 +26,11 @@ __all__ = [
     "cache_environment",
     "environment",
     "find_site_file",
+    "image_key",
     "in_container",
     "load_site",
     "scratch_of",
+    "site_image",
 ]
 
 #: Bytes that must be free on scratch before anything is begun there.
@@ -163,7 +165,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     return Site(
         scratch=_scratch(found.get("AFINA_SCRATCH", ""), file),
         image=image,
-        image_key=_image_key(found.get("AFINA_IMAGE_KEY", ""), file, visible=not (job or in_container(env))),
+        image_key=image_key(found.get("AFINA_IMAGE_KEY", ""), file, visible=not (job or in_container(env))),
         runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found, job=job),
         binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
         sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
@@ -181,6 +183,22 @@ def scratch_of(given: str | Path | None = None, env: Mapping[str, str] | None = 
     env = dict(os.environ if env is None else env)
     file = None if in_container(env) and env.get("AFINA_SCRATCH") and not given else find_site_file(given, env)
     return _existing_scratch((_source(file, env) if file else env).get("AFINA_SCRATCH", ""), file)[0]
+
+
+def site_image(
+    given: str | Path | None = None, env: Mapping[str, str] | None = None
+) -> tuple[str, str | None, Runtime, dict[str, str]]:
+    """AFINA_IMAGE as it is written, its key, the runtime and the environment of the site, wherever scratch may be.
+
+    Raises:
+        SiteError: the site file fails, or the key is neither a file nor a fingerprint.
+    """
+    env = dict(os.environ if env is None else env)
+    file = find_site_file(given, env)
+    found = _source(file, env) if file else env
+    named = found.get("AFINA_IMAGE", "")
+    key = image_key(found.get("AFINA_IMAGE_KEY", ""), file)
+    return named, key, _runtime(found.get("AFINA_RUNTIME", ""), Path(named or "afina.sif"), found, job=False), found
 
 
 def _may(question: Callable[[], bool]) -> bool:
@@ -295,7 +313,7 @@ def _image(value: str, file: Path | None) -> Path | None:
     return path
 
 
-def _image_key(value: str, file: Path | None, *, visible: bool) -> str | None:
+def image_key(value: str, file: Path | None = None, *, visible: bool = True) -> str | None:
     """The key as it is kept: an absolute path, or a fingerprint in lower case. In the container its file may not be seen."""
     if not value:
         return None

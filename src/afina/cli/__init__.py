@@ -3,6 +3,7 @@
     run       prefetch, train, resume, submit, demo
     watch     status, list, logs, cancel
     report    report, compare, rerun
+    image     image info, image verify
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, watch
+from afina.cli import image, report, run, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -66,5 +67,5 @@ def cli() -> None:
     """
 
 
-for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS):
+for _command in (*run.COMMANDS, *watch.COMMANDS, *report.COMMANDS, *image.COMMANDS):
     cli.add_command(_command)
