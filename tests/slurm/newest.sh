@@ -57,7 +57,7 @@ if [[ ! -f $root.packages || $(cat "$root.packages") != "${packages[*]}" ]]; the
         root=$1
         shift 2
         export DEBIAN_FRONTEND=noninteractive
-        chroot "$root" apt-get -qq update
+        chroot "$root" apt-get -qq -o Acquire::Check-Valid-Until=false update
         chroot "$root" apt-get -qq -y --no-install-recommends install "$@" >/dev/null
         chroot "$root" bash /afina/install.sh' newest "$root" "$here" "${packages[@]}" >>"$root.log" 2>&1 ||
         { tail -n 20 "$root.log" >&2; die 'the packages could not be installed'; }
