@@ -171,6 +171,20 @@ fi
 options=(--fakeroot --build-arg-file "$work/arguments" "${bind_options[@]}" ${mksquashfs[@]+"${mksquashfs[@]}"})
 if [[ -z $test ]]; then options+=(--notest); fi
 
+# Apptainer looks for mksquashfs on PATH. This one is the last to see the files, and the first that can: the label with the time
+# of the build is written after %post. Where Apptainer is told to look elsewhere, the label keeps that time.
+if [[ $epoch ]] && mksquashfs_path=$(PATH=$PATH:/usr/sbin:/sbin command -v mksquashfs); then
+    mkdir "$work/bin"
+    {
+        printf '#!/bin/sh\nbuilt=%s\n' "$(date -u -d "@$epoch" +%Y-%m-%dT%H:%M:%SZ)"
+        # shellcheck disable=SC2016
+        printf '%s\n' 'if [ -f "$1/.singularity.d/labels.json" ]; then' \
+            '    sed -E -i "s/(\"org.label-schema.build-date\": \")[^\"]*/\1$built/" "$1/.singularity.d/labels.json"' 'fi'
+        printf 'exec %q "$@"\n' "$mksquashfs_path"
+    } >"$work/bin/mksquashfs"
+    chmod 755 "$work/bin/mksquashfs"
+    PATH=$work/bin:$PATH
+fi
 cd "$root"
 if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
     if ((EUID == 0)); then

@@ -84,7 +84,13 @@ def python_components(known: dict[str, str]) -> Iterator[dict[str, Any]]:
         about = package.metadata
         name, version = canonical(about["Name"]), about["Version"]
         address = f"pkg:pypi/{name}@{quote(version, safe='.-_~')}"
-        component: dict[str, Any] = {"type": "library", "bom-ref": address, "name": name, "version": version, "purl": address}
+        component: dict[str, Any] = {
+            "type": "library",
+            "bom-ref": address,
+            "name": name,
+            "version": version,
+            "purl": address,
+        }
         if digest := known.get(name):
             component["hashes"] = [{"alg": "SHA-256", "content": digest}]
         if said := licences(about):
@@ -96,7 +102,10 @@ def debian_components() -> Iterator[dict[str, Any]]:
     if shutil.which("dpkg-query") is None:
         return
     listed = subprocess.run(
-        ["dpkg-query", "--show", "--showformat=${Package}\\t${Version}\\t${Architecture}\\n"], capture_output=True, text=True, check=True
+        ["dpkg-query", "--show", "--showformat=${Package}\\t${Version}\\t${Architecture}\\n"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     release = platform.freedesktop_os_release() if hasattr(platform, "freedesktop_os_release") else {}
     for line in listed.splitlines():
@@ -111,7 +120,9 @@ def sbom(known: str, out: str) -> None:
     components = [*python_components(json.loads(Path(known).read_text(encoding="utf-8"))), *debian_components()]
     components.sort(key=lambda component: str(component["bom-ref"]))
     version = importlib.metadata.version("afina")
-    made: dict[str, Any] = {"component": {"type": "container", "bom-ref": "afina-image", "name": "afina", "version": version}}
+    made: dict[str, Any] = {
+        "component": {"type": "container", "bom-ref": "afina-image", "name": "afina", "version": version}
+    }
     if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
         made["timestamp"] = datetime.fromtimestamp(int(epoch), timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     serial = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([made, components], sort_keys=True))
@@ -126,13 +137,13 @@ def sbom(known: str, out: str) -> None:
     Path(out).write_text(json.dumps(bill, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def size_of(path: Path) -> int:
-    """Bytes of the files below a path, links not followed, other file systems left out."""
+def size_of(path: Path, mounts: frozenset[str] = frozenset()) -> int:
+    """Bytes of the files below a path, links not followed, `mounts` left out."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
-    total, device = 0, path.stat().st_dev
+    total = 0
     for here, names, files in os.walk(path):
-        names[:] = [n for n in names if Path(here, n).lstat().st_dev == device]
+        names[:] = [name for name in names if str(Path(here, name)) not in mounts]
         total += sum(Path(here, file).lstat().st_size for file in files)
     return total
 
@@ -148,13 +159,12 @@ def sizes() -> dict[str, int]:
     found = dict.fromkeys((group for group, _ in GROUPS), 0)
     for entry in site.iterdir():
         found[owner.get(entry.name, "other Python packages")] += size_of(entry)
-    found["Python"] = size_of(Path(sysconfig.get_path("stdlib"))) - sum(
-        size_of(Path(sysconfig.get_path("stdlib"), name)) for name in ("dist-packages", "site-packages") if Path(sysconfig.get_path("stdlib"), name).is_dir()
-    )
-    # The rest: Debian, and this Python's programs.
-    skipped = {"proc", "sys", "dev", "mnt", "tmp", "run"}
-    whole = sum(size_of(Path("/", name)) for name in os.listdir("/") if name not in skipped)
-    found["Debian"] = max(0, whole - sum(found.values()))
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    apart = frozenset(str(stdlib / name) for name in ("dist-packages", "site-packages"))
+    found["Python"] = size_of(stdlib, apart)
+    # The rest: Debian, and this Python's programs. A build machine's folders are mounted here too.
+    mounted = frozenset(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()) - {"/"}
+    found["Debian"] = max(0, size_of(Path("/"), mounted) - sum(found.values()))
     return dict(sorted(((group, size) for group, size in found.items() if size), key=lambda pair: -pair[1]))
 
 

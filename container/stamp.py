@@ -3,21 +3,32 @@
     stamp.py IMAGE SECONDS        SECONDS since 1970, usually SOURCE_DATE_EPOCH
 
 Apptainer (before 1.5's --reproducible) draws a random identity and writes the time of the build into the header of the file and
-into each entry of its table (SIF, all little-endian: https://github.com/apptainer/sif). Both are part of what a signature
-covers: stamp first, sign then. Nothing of what is in the image is touched.
+into each entry of its table (SIF, all little-endian: https://github.com/apptainer/sif), and the time once more into the labels that are kept
+beside the file system; build.sh has put the same text into those within it. All of it is what a signature covers: stamp first,
+sign then.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 import sys
+import time
 import uuid
 from pathlib import Path
 
 IDENTITY, TIMES = 48, 64  # in the header: 16 bytes, then created and modified
 TABLE = 96  # offset and size of the table of objects
 ENTRY_SIZE, ENTRY_TIMES = 585, 41
+ENTRY_DATA = 17  # offset, size, size with the padding in front of it
+ENTRY_NAME = 73
+METADATA = b"inspect-metadata.json"
+BUILT = re.compile(rb'("org\.label-schema\.build-date":\s*")[^"]*')
+
+
+def date(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def stamp(path: Path, seconds: int) -> str:
@@ -31,8 +42,18 @@ def stamp(path: Path, seconds: int) -> str:
         file.seek(offset)
         table = bytearray(file.read(size))
         for entry in range(0, size - ENTRY_SIZE + 1, ENTRY_SIZE):
-            if table[entry + 4]:  # in use
-                table[entry + ENTRY_TIMES : entry + ENTRY_TIMES + 16] = times
+            if not table[entry + 4]:  # not in use
+                continue
+            table[entry + ENTRY_TIMES : entry + ENTRY_TIMES + 16] = times
+            if table[entry + ENTRY_NAME : entry + ENTRY_NAME + 128].rstrip(b"\0") == METADATA:
+                place, length, padded = struct.unpack_from("<3q", table, entry + ENTRY_DATA)
+                file.seek(place)
+                text = BUILT.sub(rb"\g<1>" + date(seconds).encode(), file.read(length))
+                if len(text) > length:
+                    raise SystemExit(f"{path}: its labels have no room for the time")
+                file.seek(place)
+                file.write(text.ljust(length, b"\0"))
+                struct.pack_into("<3q", table, entry + ENTRY_DATA, place, len(text), padded - length + len(text))
         head[TIMES : TIMES + 16] = times
         head[IDENTITY : IDENTITY + 16] = bytes(16)
         digest = hashlib.sha256(head + table)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from afina import errors
+from afina.devices import DRIVER_FILE, mig_slices, visible
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
 from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
@@ -436,11 +437,11 @@ def _attempt(directory: RunDir, env: dict[str, str]) -> None:
 
 def visible_gpus() -> int:
     """GPUs this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else the driver's list. Not measured on a GPU."""
-    if not Path("/proc/driver/nvidia/version").exists():
+    if not DRIVER_FILE.exists():
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    named = visible(os.environ)
+    if named is not None:
+        return 1 if named and mig_slices(os.environ) else len(named)  # one process uses one slice, and no more
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 

@@ -138,8 +138,11 @@ def accelerate_argv(
 
 
 def slurm_options(plan: Plan) -> dict[str, str | int]:
-    """What to ask Slurm for, by the long names of sbatch's options. The site's `SBATCH_*` add to it from the environment."""
-    resources, geometry = plan.recipe.resources, plan.geometry
+    """What to ask Slurm for, by the long names of sbatch's options; True is one without a value.
+
+    The site's `SBATCH_*` add to it from the environment, and its spelling of GPUs, extras and omissions are in it.
+    """
+    resources, geometry, site = plan.recipe.resources, plan.geometry, plan.site
     options: dict[str, str | int] = {
         "job-name": plan.recipe.name,
         "nodes": geometry.nodes,
@@ -148,19 +151,34 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
         "time": resources.time,
     }
     if geometry.gpus_per_node:
-        options["gpus-per-node"] = geometry.gpus_per_node
+        options |= _gpu_options(site.gpu_request, geometry.gpus_per_node)
     if resources.mem_gb:
         options["mem"] = f"{resources.mem_gb}G"
     # sbatch (22.05 to 25.05) reads no variables for these two; in the site they are named as if it did.
     for option in ("mail-type", "mail-user"):
         if value := plan.site.sbatch.get(f"SBATCH_{option.upper().replace('-', '_')}"):
             options[option] = value
+    options = {name: value for name, value in options.items() if name not in site.sbatch_omit}
+    for line in site.sbatch_extra:
+        name, equals, value = line.removeprefix("--").partition("=")
+        if name == "gres" and "gres" in options:
+            value = f"{options['gres']},{value}"  # sbatch takes the last --gres alone
+        options[name] = value if equals else True
     return options
+
+
+def _gpu_options(request: str, count: int) -> dict[str, str | int]:
+    """`gres:a100` and 2 -> `--gres=gpu:a100:2`: older Slurm, and sites that name a type, want that spelling."""
+    kind, _, name = request.partition(":")
+    number: str | int = f"{name}:{count}" if name else count
+    if kind == "none":
+        return {}
+    return {"gres": f"gpu:{number}"} if kind == "gres" else {"gpus-per-node": number}
 
 
 def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     """The submission of a claimed run, with the batch script that was copied into it."""
-    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
+    options = [f"--{name}" if value is True else f"--{name}={value}" for name, value in slurm_options(plan).items()]
     # `%` starts a pattern in sbatch's file names; a doubled one is a plain one.
     log = str(run / "slurm-%j.out") if "%" not in str(run) else str(run).replace("%", "%%") + "/slurm-%j.out"
     return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]

@@ -25,11 +25,27 @@ def main() -> int:
         folder = Path(name)
         recipe = _write(folder)
         # The caller's site, allocation and caches are not what is tested.
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("AFINA_", "SLURM_", "SBATCH_", "HF_", "CUDA_VISIBLE"))}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("AFINA_", "SLURM_", "SBATCH_", "HF_", "CUDA_VISIBLE"))
+        }
         env |= {"AFINA_SCRATCH": str(folder), "AFINA_RUNTIME": "none", "HOME": name, "CUDA_VISIBLE_DEVICES": ""}
         env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        argv = [sys.executable, "-m", "afina.cli", "train", str(recipe), "--run", str(folder / "run"), "--num-processes", "1"]
-        done = subprocess.run(argv, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        argv = [
+            sys.executable,
+            "-m",
+            "afina.cli",
+            "train",
+            str(recipe),
+            "--run",
+            str(folder / "run"),
+            "--num-processes",
+            "1",
+        ]
+        done = subprocess.run(
+            argv, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         if done.returncode:
             print(done.stdout, end="", file=sys.stderr)
             return done.returncode

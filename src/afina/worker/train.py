@@ -27,6 +27,7 @@ from afina.errors import (
 from afina.plan import Geometry, Plan, geometry_for
 from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
+from afina.worker import stage
 from afina.worker.lease import Lease
 from afina.worker.marks import mark_lines
 from afina.worker.spared import without
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             lease.take()
         code = _train(run, attempt, rank, stop, lease)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            stage.remove(os.environ)
         if rank == 0:
             lease.release()
         return code
@@ -94,7 +97,7 @@ def _explained(error: Exception) -> AfinaError:
 
 
 def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease) -> int:
-    plan, prepared = run.plan(), run.prepared()
+    plan, prepared = run.plan(), stage.staged(run.prepared(), os.environ)
     geometry = _geometry(plan)
     import torch
     import transformers
