@@ -104,7 +104,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
 
     with without("datasets", "scipy"):
         from afina.worker import checkpoint as checkpoints
-        from afina.worker import preflight, results, store
+        from afina.worker import precision, preflight, results, store
         from afina.worker.build import build_arguments, build_model
         from afina.worker.evaluation import EvaluationAbandoned
         from afina.worker.pretrained import verify_model
@@ -153,6 +153,8 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         lease.expect(lambda: trainer.watchdog.limit_s)
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     trainer.find_peak()
+    attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
+    _say(*precision.announce(run, attempt, precision.of_run(run, plan.recipe.train), attention))
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
         run.event("preflight", attempt=attempt, **found)
