@@ -151,7 +151,8 @@ afina_after() {
     word=${word#"${word%%[![:space:]]*}"}
     case $word in --gres=* | '') ;; --*) ask+=("${word%"${word##*[![:space:]]}"}") ;; esac
   done <<<"${AFINA_SBATCH_EXTRA:-}"
-  for word in ${AFINA_SBATCH_OMIT//,/ }; do
+  word=${AFINA_SBATCH_OMIT:-}
+  for word in ${word//,/ }; do
     for i in "${!ask[@]}"; do case ${ask[i]} in "--${word#--}"=*) unset 'ask[i]' ;; esac done
   done
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then

@@ -2,9 +2,10 @@
 # Runs tests of tests/slurm against the newest Slurm and Apptainer that a Debian suite holds, in a root file system of its own.
 # As root on a Debian machine. Takes minutes the first time and about 2.5 GB of disk; not part of CI.
 #
-#   tests/slurm/newest.sh [--suite sid] [--root DIR] [--print] [PYTEST ARGUMENT…]
+#   tests/slurm/newest.sh [--suite sid] [--root DIR] [--no-accounting] [--print] [PYTEST ARGUMENT…]
 #
-# Without arguments for pytest it runs the selection below. --print only says the versions. The image is AFINA_TEST_IMAGE
+# Without arguments for pytest it runs the selection below. --print only says the versions. --no-accounting: without slurmdbd and
+# sacct, where the suite's slurmdbd and MariaDB do not get on (26.05.5 with 11.8.9: "null result from query"). The image is AFINA_TEST_IMAGE
 # (/var/tmp/afina-test/afina.sif), made on this machine; the virtual environment is this checkout's .venv: its Python runs
 # on a newer C library as it is. The suite's packages come from the mirror of this machine's own apt sources; apt verifies what it hands out.
 #
@@ -14,7 +15,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repository=$(cd "$here/../.." && pwd)
-suite=sid root='' only_print=''
+suite=sid root='' only_print='' accounting=1
 selection=(tests/slurm/test_cluster.py tests/slurm/test_signals.py tests/slurm/test_jobs.py tests/slurm/test_variants.py)
 readonly packages=(ca-certificates python3-venv squashfs-tools squashfuse fuse3 fuse-overlayfs apptainer openssl)
 
@@ -25,11 +26,16 @@ while (($#)); do
         --suite) suite=$2; shift 2 ;;
         --root) root=$2; shift 2 ;;
         --print) only_print=1; shift ;;
+        --no-accounting) accounting=0; shift ;;
         -h | --help) sed -n '2,/^set -e/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
         *) break ;;
     esac
 done
-if (($#)); then selection=("$@"); fi
+if (($#)); then
+    selection=("$@")
+elif ((accounting == 0)); then
+    selection+=(-k 'not accounting and not preempt')
+fi
 ((EUID == 0)) || die 'run it as root: it makes a root file system and mounts'
 root=$(realpath -m "${root:-/var/tmp/afina-newest/$suite}")
 image=$(realpath -m "${AFINA_TEST_IMAGE:-/var/tmp/afina-test/afina.sif}")
@@ -64,6 +70,7 @@ if [[ ! -f $root.packages || $(cat "$root.packages") != "${packages[*]}" ]]; the
     printf '%s\n' "${packages[*]}" >"$root.packages"
 fi
 # --- inside -----------------------------------------------------------------------------------------------------------
+# shellcheck disable=SC2016
 versions='printf "%s, Apptainer %s, %s, Linux %s\n" "$(slurmctld -V)" "$(apptainer version)" "$(. /etc/os-release; echo "$PRETTY_NAME")" "$(uname -r)"'
 if [[ $only_print ]]; then exec chroot "$root" bash -c "$versions"; fi
 [[ -f $image ]] || die "there is no image $image: tests/apptainer/build_image.sh $image"
@@ -109,5 +116,6 @@ exec unshare --mount --pid --fork --propagation private bash -euc '
     umount -l /afina/old
     bash -c "$versions"
     exec "$@"' newest "$root" "$image" "$bundle" "$versions" "${#folders[@]}" "${folders[@]}" \
-    env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$image" \
+    env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 AFINA_REQUIRE_CLUSTER=1 AFINA_CLUSTER_ACCOUNTING="$accounting" \
+    AFINA_TEST_IMAGE="$image" \
     ${settings[@]+"${settings[@]}"} "$repository/.venv/bin/python" -m pytest -p no:cacheprovider "${selection[@]}"
