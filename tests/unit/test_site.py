@@ -402,3 +402,18 @@ AFINA_STAGE=1
 def test_variants_that_are_refused(scratch: Path, name: str, value: str, what: str) -> None:
     error = refused(AFINA_SCRATCH=scratch, **{name: value})
     assert name in error.message and what in error.remedy
+
+
+@pytest.mark.parametrize("name", ["csc-roihu", "mila", "alliance-canada"])
+def test_the_sites_that_are_only_read_about_load_and_say_so(name: str, tmp_path: Path, sif: Path) -> None:
+    file = ROOT / f"slurm/sites/{name}.env"
+    text = file.read_text()
+    assert "Not run by us" in text and "https://github.com/" in text and "read 20" in text
+    asked = {"AFINA_SCRATCH": tmp_path, "AFINA_IMAGE": sif, "USER": "someone"}
+    site = load_site(file, env(**asked))
+    assert site.gpu_request.startswith("gres") and site.setup == ()
+    assert load_site(file, env(**asked, SLURM_TMPDIR="/local")).stage == "1"
+
+
+def test_every_site_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "slurm/sites").glob("*")} == {"csc-roihu", "mila", "alliance-canada"}
