@@ -156,3 +156,16 @@ def test_an_evaluation_of_afina_and_one_of_trainer_give_the_same_probabilities(t
     rates = json.loads(found.read_text())["yelp"]
     assert 0 <= rates["largest_difference"] < 1e-5
     assert all(rates[kind][0] > 0 for kind in ("padded", "dynamic", "afina"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_parts_of_a_start_are_all_there(tmp_path: Path) -> None:
+    """Without an image, which these tests do not have; the ways differ in how Python is reached alone."""
+    found = tmp_path / "found.json"
+    said = _bench("startup.py", "--rounds", "1", "--json", found)
+    (record,) = json.loads(found.read_text())["records"]
+    parts = ("container", "interpreter", "imports", "model", "group", "step", "afina")
+    assert [name for name in record if name not in ("way", "round")] == list(parts)
+    assert all(record[part] > 0 for part in parts) and record["imports"] > record["interpreter"]
+    assert record["afina"] > record["imports"] and said.startswith("| way | container |")
