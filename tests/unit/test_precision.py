@@ -109,6 +109,21 @@ def test_unlike_gpus_are_refused_or_named() -> None:
     assert "AFINA_GPU_REQUEST" in caught.value.remedy
 
 
+def test_the_setting_that_trainer_makes_can_be_read_back() -> None:
+    """In a process of its own: torch keeps the setting, and refuses to be asked in the old way after it."""
+    code = """
+from transformers.utils.import_utils import enable_tf32
+from afina.worker.precision import products_in_tf32
+said = [products_in_tf32()]
+for on in (True, False):
+    enable_tf32(on)
+    said.append(products_in_tf32())
+print(said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[False, True, False]\n"
+
+
 # -- for real ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import time
+from pathlib import Path
 
 from afina import __version__
 from afina.devices import DRIVER_FILE, driver_version, mig_slices, visible
@@ -220,14 +221,13 @@ def _hardware() -> dict[str, object]:
     """Processor, memory, GPUs and their driver, as Linux and NVIDIA's driver write them under /proc. GPUs: not measured on one."""
     cpu = re.search(r"(?m)^model name\s*: (.+)$", _proc("/proc/cpuinfo"))
     memory = re.search(r"(?m)^MemTotal:\s*(\d+) kB", _proc("/proc/meminfo"))
-    driver = re.search(r"Kernel Module(?:\s+for \S+)?\s+(\S+)", _proc("/proc/driver/nvidia/version"))
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [match[1] for card in cards if (match := re.search(r"(?m)^Model:\s*(.+)$", _proc(str(card))))]
     return {
         "cpu": cpu[1] if cpu else platform.machine(),
         "memory_gb": round(int(memory[1]) / 1024**2, 1) if memory else None,
         "gpus": models,
-        "driver": driver[1] if driver else None,
+        "driver": driver_version(),
     }
 
 

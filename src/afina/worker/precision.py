@@ -23,7 +23,7 @@ from afina.errors import EnvironmentProblem
 from afina.recipe import Train
 from afina.rundir import RunDir
 
-__all__ = ["Choice", "Device", "announce", "arguments", "choose", "difference", "here", "of_run"]
+__all__ = ["Choice", "Device", "announce", "arguments", "choose", "difference", "here", "of_run", "products_in_tf32"]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -152,6 +152,17 @@ def of_run(run: RunDir, train: Train) -> Choice:
     """The choice for this process, which keeps to what the run's earlier attempts computed in."""
     before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
     return choose(train, here(), before[-1] if before else None)
+
+
+def products_in_tf32() -> bool:
+    """Whether products of float32 matrices on a GPU are computed in TF32 now.
+
+    `torch.get_float32_matmul_precision` raises once the newer setting has been used, as Transformers does (torch 2.13).
+    """
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
