@@ -40,7 +40,7 @@ check: $(STAMP) ## ruff, mypy, the import layers, shellcheck
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports
-	git ls-files -z '*.sh' '*.sbatch' .ci/run slurm/site.example.env | xargs -0 $(VENV)/bin/shellcheck --shell=bash --external-sources
+	git ls-files -z '*.sh' '*.sbatch' .ci/run slurm/site.example.env 'slurm/sites/*.env' | xargs -0 $(VENV)/bin/shellcheck --shell=bash --external-sources
 
 clean: ## remove the virtual environment, the test image, caches; demo/ and your runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist /var/tmp/afina-test

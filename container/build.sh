@@ -11,7 +11,7 @@ Builds the image from Apptainer.def, as the calling user (apptainer build --fake
   --output FILE          the image to write (afina.sif); replaced only when the new one is complete
   --cpu                  PyTorch for the CPU, and no InfiniBand libraries or compiler; needs one of --torch-index,
                          --torch-wheels, or a folder of wheels in pip's configuration (find-links)
-  --from NAME            another base from a registry (python:3.12-slim-bookworm)
+  --from NAME            another base from a registry (python:3.12-slim-bookworm); NAME@sha256:… is one base for ever
   --base-rootfs DIR      a base that is a folder, where no registry can be reached: Debian with python3 and
                          python3-venv, owned by you (tests/apptainer/rootfs.sh makes one)
   --update IMAGE         start from an afina image; from the same lock only afina itself is installed, in seconds
@@ -19,20 +19,27 @@ Builds the image from Apptainer.def, as the calling user (apptainer build --fake
   --torch-index URL      the package index to take PyTorch from, e.g. PyTorch's own for CUDA 12 (older drivers)
   --torch-wheels DIR     …or a folder with the wheels of PyTorch and its CUDA libraries; no index is asked for them
   --apt-packages "A B"   Debian packages to add; "" for none
-  --compress gzip|zstd   gzip (default) opens everywhere; zstd packs 15 times faster, old installations cannot open it
+  --compress KIND        gzip (default) opens everywhere; zstd packs 15 times faster, old installations cannot open it.
+                         With a level: gzip:1 to gzip:9, zstd:1 to zstd:22 (gzip:9, zstd:3)
+  --sign KEY             sign it: the file of a PEM private key, or the number of a PGP key (apptainer key list --secret)
   --commit TEXT          the revision to label the image with (git's HEAD)
-  --no-test              do not run %test at the end
+  --no-test              do not run %test at the end: imports, and two steps of training on the CPU
   -h, --help
 
-Temporary files take about twice the image: APPTAINER_TMPDIR, or else TMPDIR, must be on a local disk, not on Lustre,
-GPFS or NFS. What is downloaded for a registry base is kept in APPTAINER_CACHEDIR (default: under the same folder).
-pip's index, proxy and certificates of this machine are used inside the build; they do not stay in the image.
+Beside the image: FILE.sha256 and FILE.cdx.json, the bill of materials (CycloneDX), which is also in the image.
+
+Temporary files take about twice the image: APPTAINER_TMPDIR, or else SLURM_TMPDIR or TMPDIR, must be on a local disk, not on
+Lustre, GPFS or NFS. Packages and base layers that were downloaded are kept in APPTAINER_CACHEDIR (default: under the
+same folder), so that a build that broke off goes on from them. pip's index, proxy and certificates of this machine are
+used inside the build; they do not stay in the image. The same commit on the same base gives the same file; its time is
+SOURCE_DATE_EPOCH, by default the commit's.
 
 examples:
   container/build.sh                                             CUDA 13.0, drivers 580 and newer
   container/build.sh --torch-index "$PYTORCH_CUDA12_INDEX"       CUDA 12, drivers 525 and newer
   container/build.sh --cpu --torch-wheels wheels --output cpu.sif
   container/build.sh --update afina.sif                          after a change in src/
+  container/build.sh --compress zstd:19 --sign private.pem       small, and signed
 TEXT
 }
 
@@ -42,7 +49,7 @@ fail() { printf 'build: %s\n' "$2" >&2; exit "$1"; }
 
 caller=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-output=afina.sif device=cuda bootstrap=docker from=python:3.12-slim-bookworm compress=gzip commit='' test=1
+output=afina.sif device=cuda bootstrap=docker from=python:3.12-slim-bookworm compress=gzip commit='' test=1 sign=''
 torch_version='' torch_index='' torch_wheels='' apt_packages=default update=''
 
 while (($#)); do
@@ -51,7 +58,7 @@ while (($#)); do
         --no-test) test='' ;;
         -h | --help) usage; exit 0 ;;
         --output | --from | --base-rootfs | --update | --torch-version | --torch-index | --torch-wheels | \
-            --apt-packages | --compress | --commit)
+            --apt-packages | --compress | --compression | --commit | --sign)
             (($# > 1)) || fail 2 "$1 wants a value; --help shows examples"
             case $1 in
                 --output) output=$2 ;;
@@ -62,7 +69,8 @@ while (($#)); do
                 --torch-index) torch_index=$2 ;;
                 --torch-wheels) torch_wheels=$2 ;;
                 --apt-packages) apt_packages=$2 ;;
-                --compress) compress=$2 ;;
+                --compress | --compression) compress=$2 ;;
+                --sign) sign=$2 ;;
                 --commit) commit=$2 ;;
             esac
             shift
@@ -75,18 +83,43 @@ done
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) printf '%s/%s' "$caller" "$1" ;; esac; }
 output=$(absolute "$output")
 [[ -d $(dirname "$output") && -w $(dirname "$output") ]] || fail 2 "cannot write in $(dirname "$output"): make it, or name another --output"
-case $compress in
-    gzip) mksquashfs=() ;;
-    zstd) mksquashfs=(--mksquashfs-args '-comp zstd -Xcompression-level 3') ;;
-    *) fail 2 "--compress $compress: gzip or zstd" ;;
+kind=${compress%%:*} level=''
+if [[ $compress == *:* ]]; then level=${compress#*:}; fi
+case $kind,${level:-3} in
+    gzip,[1-9]) mksquashfs=(--mksquashfs-args "-comp gzip -Xcompression-level ${level:-9}") ;;
+    zstd,[1-9] | zstd,1[0-9] | zstd,2[0-2]) mksquashfs=(--mksquashfs-args "-comp zstd -Xcompression-level ${level:-3}") ;;
+    *) fail 2 "--compress $compress: gzip, gzip:1 to gzip:9, zstd, zstd:1 to zstd:22" ;;
 esac
+signing=()
+if [[ $sign =~ ^[0-9]+$ ]]; then
+    signing=(--keyidx "$sign")
+elif [[ $sign ]]; then
+    sign=$(absolute "$sign")
+    [[ -f $sign && -r $sign ]] || fail 2 "--sign $sign: no such key file; a PEM private key, or the number of a PGP key"
+    signing=(--key "$sign")
+fi
 command -v apptainer >/dev/null || fail 3 'apptainer is not on PATH: load its module, or install Apptainer 1.2 or newer'
 command -v python3 >/dev/null || fail 3 'python3 is not on PATH: it reads the configuration of pip for the build'
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/afina-build.XXXXXX")
+export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+export APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$APPTAINER_TMPDIR/apptainer-cache-$(id -u)}
+[[ -d $APPTAINER_TMPDIR && -w $APPTAINER_TMPDIR ]] || fail 3 "cannot write in $APPTAINER_TMPDIR: set APPTAINER_TMPDIR to a folder on a local disk"
+disk=$(stat --file-system --format %T "$APPTAINER_TMPDIR")
+case $disk in
+    lustre | nfs | gpfs | beegfs | panfs | ceph | afs)
+        fail 3 "$APPTAINER_TMPDIR is on $disk, where a build as an ordinary user fails: set APPTAINER_TMPDIR to a folder on a local disk"
+        ;;
+esac
+if [[ $device == cuda ]]; then needed=14 files=130000; else needed=4 files=80000; fi
+read -r free inodes < <(df --output=avail,iavail --block-size=1G "$APPTAINER_TMPDIR" | tail -n 1)
+((free >= needed)) || say "only $free GB are free in $APPTAINER_TMPDIR; about $needed are needed"
+[[ $inodes == - || $inodes == 0 ]] || ((inodes >= files)) || say "only $inodes inodes are free in $APPTAINER_TMPDIR; about $files are needed"
+mkdir -p "$APPTAINER_CACHEDIR/pip"
+
+work=$(mktemp -d "$APPTAINER_TMPDIR/afina-build.XXXXXX")
 # The unfinished image lies beside the final one, so that the last step is a rename within one file system.
 unfinished="$output.$$.unfinished"
-trap 'rm -rf "$work" "$unfinished"' EXIT
+trap 'rm -rf "$work" "$unfinished"*' EXIT
 
 if [[ $bootstrap == localimage ]]; then
     from=$(absolute "$from")
@@ -104,26 +137,54 @@ if [[ $torch_wheels ]]; then
 elif [[ $device == cpu && -z $torch_index && -z $update ]] && ! grep -q '^find-links' "$work/host/pip.conf"; then
     fail 2 '--cpu: the package index serves PyTorch for CUDA; name PyTorch'"'"'s index for the CPU with --torch-index'
 fi
-bind_options=(--bind "$work/host:/mnt:ro")
+mkdir "$work/host/cache"
+bind_options=(--bind "$work/host:/mnt:ro" --bind "$APPTAINER_CACHEDIR/pip:/mnt/cache")
 for bind in "${binds[@]}"; do [[ -z $bind ]] || bind_options+=(--bind "$bind"); done
 
 if [[ $apt_packages == default && $device == cpu ]]; then apt_packages=''; fi
 if [[ -z $commit ]]; then
     commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) || commit=unknown
 fi
+epoch=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null)} || epoch=''
+[[ $epoch =~ ^[0-9]*$ ]] || fail 2 "SOURCE_DATE_EPOCH=$epoch: seconds since 1970 are wanted"
+if [[ $epoch ]]; then export SOURCE_DATE_EPOCH=$epoch; else say 'no commit and no SOURCE_DATE_EPOCH: the image holds the times of this build'; fi
+
+# What the base is, for the labels: an afina image has said so already, and a folder is known by its list of packages.
+base_name='' base_digest=''
+if [[ $bootstrap == docker ]]; then
+    base_name=${from%@*}
+    if [[ $from == *@sha256:* ]]; then base_digest=${from##*@}; else say "the tag $base_name moves: --from NAME@sha256:… names one base for ever"; fi
+elif [[ -z $update ]]; then
+    base_name=$(basename "$from")
+    if [[ -f $from/var/lib/dpkg/status ]]; then base_digest=dpkg-status:$(sha256sum <"$from/var/lib/dpkg/status" | cut -d' ' -f1); fi
+fi
+
 # A file: on the command line Apptainer splits a build argument at its commas.
 {
     printf 'BOOTSTRAP=%s\nFROM=%s\nDEVICE=%s\nCOMMIT=%s\n' "$bootstrap" "$from" "$device" "$commit"
+    printf 'BASE_NAME=%s\nBASE_DIGEST=%s\nEPOCH=%s\n' "$base_name" "$base_digest" "$epoch"
     if [[ $torch_version ]]; then printf 'TORCH_VERSION=%s\n' "$torch_version"; fi
     if [[ $torch_index ]]; then printf 'TORCH_INDEX=%s\n' "$torch_index"; fi
     if [[ $apt_packages != default ]]; then printf 'APT_PACKAGES=%s\n' "$apt_packages"; fi
 } >"$work/arguments"
 
-export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}
-export APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$APPTAINER_TMPDIR/apptainer-cache-$(id -u)}
 options=(--fakeroot --build-arg-file "$work/arguments" "${bind_options[@]}" ${mksquashfs[@]+"${mksquashfs[@]}"})
 if [[ -z $test ]]; then options+=(--notest); fi
 
+# Apptainer looks for mksquashfs on PATH. This one is the last to see the files, and the first that can: the label with the time
+# of the build is written after %post. Where Apptainer is told to look elsewhere, the label keeps that time.
+if [[ $epoch ]] && mksquashfs_path=$(PATH=$PATH:/usr/sbin:/sbin command -v mksquashfs); then
+    mkdir "$work/bin"
+    {
+        printf '#!/bin/sh\nbuilt=%s\n' "$(date -u -d "@$epoch" +%Y-%m-%dT%H:%M:%SZ)"
+        # shellcheck disable=SC2016
+        printf '%s\n' 'if [ -f "$1/.singularity.d/labels.json" ]; then' \
+            '    sed -E -i "s/(\"org.label-schema.build-date\": \")[^\"]*/\1$built/" "$1/.singularity.d/labels.json"' 'fi'
+        printf 'exec %q "$@"\n' "$mksquashfs_path"
+    } >"$work/bin/mksquashfs"
+    chmod 755 "$work/bin/mksquashfs"
+    PATH=$work/bin:$PATH
+fi
 cd "$root"
 if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
     if ((EUID == 0)); then
@@ -133,5 +194,17 @@ if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
         say 'you have no line in /etc/subuid: without one, apt-get fails in the build (usermod --add-subuids, by an administrator)'
     fail 3 'the build failed; nothing was written'
 fi
+# The file's identity and times, before the signature that covers them.
+if [[ $epoch ]]; then python3 "$root/container/stamp.py" "$unfinished" "$epoch" >/dev/null; fi
+apptainer --quiet exec --no-home "$unfinished" cat /opt/afina/sbom.cdx.json >"$unfinished.cdx.json" || fail 3 'the new image does not start; nothing was written'
+if ((${#signing[@]})); then
+    apptainer --quiet sign "${signing[@]}" "$unfinished" || fail 3 'the image could not be signed; nothing was written'
+fi
+digest=$(sha256sum <"$unfinished" | cut -d' ' -f1)
+printf '%s  %s\n' "$digest" "$(basename "$output")" >"$unfinished.sha256"
+# An image never lies beside the checksum of another one.
+rm -f "$output.sha256" "$output.cdx.json"
 mv -f "$unfinished" "$output"
-printf '%s: %d MB in %d s\n' "$output" "$(($(stat -c %s "$output") / 1000000))" "$SECONDS"
+mv -f "$unfinished.cdx.json" "$output.cdx.json"
+mv -f "$unfinished.sha256" "$output.sha256"
+printf '%s: %d MB in %d s, sha256 %s\n' "$output" "$(($(stat -c %s "$output") / 1000000))" "$SECONDS" "$digest"

@@ -17,11 +17,34 @@ afina_seconds() {
   echo $((((10#${part[0]} * 24 + 10#${part[1]}) * 60 + 10#${part[2]}) * 60 + 10#${part[3]}))
 }
 
+# A list of nodes as Slurm writes it (n[1-3,07],gpu[1-2]r1) -> one name a line, in order; where there is no scontrol.
+afina_expand() {
+  local list=$1 item before after low i
+  local -a ranges
+  while [ -n "$list" ]; do
+    # Up to a comma that is in no brackets.
+    [[ $list =~ ^(([^][,]|\[[^][]*\])+),?(.*)$ ]] || return 1
+    item=${BASH_REMATCH[1]} list=${BASH_REMATCH[3]}
+    if [[ $item =~ ^([^[]*)\[([^]]*)\](.*)$ ]]; then
+      before=${BASH_REMATCH[1]} after=${BASH_REMATCH[3]}
+      IFS=, read -ra ranges <<<"${BASH_REMATCH[2]}"
+      for item in "${ranges[@]}"; do
+        low=${item%%-*}
+        for ((i = 10#$low; i <= 10#${item##*-}; i++)); do
+          afina_expand "$before$(printf '%0*d' "${#low}" "$i")$after" || return 1
+        done
+      done
+    else
+      printf '%s\n' "$item"
+    fi
+  done
+}
+
 # Where the nodes meet, and when the job ends.
 afina_meet() {
   local head address port left
   export AFINA_LAUNCH=slurm
-  AFINA_NODES=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | tr '\n' ' ')
+  AFINA_NODES=$({ scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null || afina_expand "${SLURM_JOB_NODELIST:-}"; } | tr '\n' ' ')
   head=${AFINA_NODES%% *}
   # The first node's address as Slurm knows it; never localhost, which would be each node's own.
   address=$(scontrol show node "$head" --oneliner 2>/dev/null | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
@@ -32,7 +55,16 @@ afina_meet() {
   # The time that is left, not the hour of the end: this node's clock may differ from Slurm's.
   left=$(afina_seconds "$(squeue --noheader --jobs "$afina_job" --format %L 2>/dev/null)")
   AFINA_DEADLINE=${left:+$(($(date +%s) + left))}
+  : "${AFINA_DEADLINE:=${SLURM_JOB_END_TIME:-}}" # where there is no squeue; from Slurm 23.02 on
   export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
+  # Where each node keeps a copy of model and data; the container must see it (binds of the environment add to its own).
+  if [ -n "${AFINA_STAGE:-}" ] && [ "$AFINA_STAGE" != 0 ]; then
+    if [ "$AFINA_STAGE" = 1 ]; then AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}; fi
+    case $AFINA_STAGE in
+      *[,:]*) afina_say "AFINA_STAGE=$AFINA_STAGE: a comma or colon cannot be bound; nothing is staged" && AFINA_STAGE='' ;;
+      *) export AFINA_STAGE APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$AFINA_STAGE" SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$AFINA_STAGE" ;;
+    esac
+  fi
 }
 
 # A signal to this shell becomes a file that the ranks look at. $1: limit (USR1, before the time limit) or signal (TERM).
@@ -84,7 +116,7 @@ afina_step() {
 
 # Do what `attempts/<id>/next` says: put the job back into the queue, or a new one where that cannot be.
 afina_after() {
-  local action='' exclude='' why='' state reason job
+  local action='' exclude='' why='' state reason job gres word i
   { read -r action; read -r exclude; read -r why; } <"$run/attempts/$AFINA_ATTEMPT/next" || return 0
   afina_say "$why"
   [ "$action" = requeue ] || return 0
@@ -105,11 +137,29 @@ afina_after() {
   local -a ask=(--job-name="${SLURM_JOB_NAME:-afina}" --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --chdir="$PWD")
   ask+=(${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
-  ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"})
-  ask+=(${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
+  ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
   ask+=(${SBATCH_MAIL_TYPE:+--mail-type="$SBATCH_MAIL_TYPE"} ${SBATCH_MAIL_USER:+--mail-user="$SBATCH_MAIL_USER"})
+  # GPUs in the spelling that the job had: gres:gpu:a100:2 in Slurm 22.05, gres/gpu:a100:2 since.
+  gres=$(squeue --noheader --jobs "$afina_job" --states all --format %b 2>/dev/null)
+  if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then
+    ask+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
+  elif [[ $gres == gres[:/]* ]]; then
+    ask+=(--gres="${gres//gres[:\/]/}")
+  fi
   reason=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
+  if [ -z "$reason" ] && [ -n "${SLURM_JOB_END_TIME:-}" ] && [ -n "${SLURM_JOB_START_TIME:-}" ]; then
+    reason=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 59) / 60))
+  fi
   ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
+  # What the site wants and does not want.
+  while IFS= read -r word; do
+    word=${word#"${word%%[![:space:]]*}"}
+    case $word in --gres=* | '') ;; --*) ask+=("${word%"${word##*[![:space:]]}"}") ;; esac
+  done <<<"${AFINA_SBATCH_EXTRA:-}"
+  word=${AFINA_SBATCH_OMIT:-}
+  for word in ${word//,/ }; do
+    for i in "${!ask[@]}"; do case ${ask[i]} in "--${word#--}"=*) unset 'ask[i]' ;; esac done
+  done
   # The new job is no task of the array, and sbatch would pass on these variables (22.05.8).
   unset "${!SLURM_ARRAY_@}"
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then

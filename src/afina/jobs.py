@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from afina.ask import ask_worker
+from afina.devices import DRIVER_FILE, mig_slices, visible
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
 from afina.foresight import check_possible, write_forecast
 from afina.halt import Cancelled, cancel_runs
@@ -434,11 +435,11 @@ def _attempt(directory: RunDir, env: dict[str, str]) -> None:
 
 def visible_gpus() -> int:
     """GPUs this process may use, without importing torch: CUDA_VISIBLE_DEVICES, else the driver's list. Not measured on a GPU."""
-    if not Path("/proc/driver/nvidia/version").exists():
+    if not DRIVER_FILE.exists():
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    named = visible(os.environ)
+    if named is not None:
+        return 1 if named and mig_slices(os.environ) else len(named)  # one process uses one slice, and no more
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "node_argv",
     "predict_argv",
     "sbatch_argv",
+    "sbatch_options",
     "slurm_options",
     "sweep_argv",
     "worker_argv",
@@ -148,8 +149,11 @@ def accelerate_argv(
 
 
 def slurm_options(plan: Plan) -> dict[str, str | int]:
-    """What to ask Slurm for, by the long names of sbatch's options. The site's `SBATCH_*` add to it from the environment."""
-    resources, geometry = plan.recipe.resources, plan.geometry
+    """What to ask Slurm for, by the long names of sbatch's options; True is one without a value.
+
+    The site's `SBATCH_*` add to it from the environment, and its spelling of GPUs, extras and omissions are in it.
+    """
+    resources, geometry, site = plan.recipe.resources, plan.geometry, plan.site
     options: dict[str, str | int] = {
         "job-name": plan.recipe.name,
         "nodes": geometry.nodes,
@@ -158,21 +162,41 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
         "time": resources.time,
     }
     if geometry.gpus_per_node:
-        options["gpus-per-node"] = geometry.gpus_per_node
+        options |= _gpu_options(site.gpu_request, geometry.gpus_per_node)
     if resources.mem_gb:
         options["mem"] = f"{resources.mem_gb}G"
     # sbatch (22.05 to 25.05) reads no variables for these two; in the site they are named as if it did.
     for option in ("mail-type", "mail-user"):
         if value := plan.site.sbatch.get(f"SBATCH_{option.upper().replace('-', '_')}"):
             options[option] = value
+    options = {name: value for name, value in options.items() if name not in site.sbatch_omit}
+    for line in site.sbatch_extra:
+        name, equals, value = line.removeprefix("--").partition("=")
+        if name == "gres" and "gres" in options:
+            value = f"{options['gres']},{value}"  # sbatch takes the last --gres alone
+        options[name] = value if equals else True
     return options
+
+
+def _gpu_options(request: str, count: int) -> dict[str, str | int]:
+    """`gres:a100` and 2 -> `--gres=gpu:a100:2`: older Slurm, and sites that name a type, want that spelling."""
+    kind, _, name = request.partition(":")
+    number: str | int = f"{name}:{count}" if name else count
+    if kind == "none":
+        return {}
+    return {"gres": f"gpu:{number}"} if kind == "gres" else {"gpus-per-node": number}
+
+
+def sbatch_options(plan: Plan, changes: Mapping[str, str | int] | None = None) -> list[str]:
+    """`slurm_options`, with some of them changed, as sbatch's words; an option without a value is True there."""
+    options = {**slurm_options(plan), **(changes or {})}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
 
 def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     """The submission of a claimed run, with the batch script that was copied into it."""
-    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
     log = f"{_plain(run)}/slurm-%j.out"
-    return ["sbatch", "--parsable", *options, f"--output={log}", str(run / "finetune.sbatch"), str(run)]
+    return ["sbatch", "--parsable", *sbatch_options(plan), f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
 def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, log: Path) -> list[str]:
@@ -181,13 +205,12 @@ def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, l
     Args:
         log: the jobs' logs are called like this file, `.slurm-<job>` behind it.
     """
-    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
     number = "%A_%a" if tasks > 1 else "%j"
     array = [f"--array=0-{tasks - 1}"] if tasks > 1 else []
     return [
         "sbatch",
         "--parsable",
-        *options,
+        *sbatch_options(plan),
         *array,
         f"--output={_plain(log)}.slurm-{number}.out",
         str(script),
@@ -204,11 +227,10 @@ def sweep_argv(
         tasks: the array's tasks; task n is cell `first + n`.
         at_once: how many of them may run at the same time; None is as many as Slurm lets.
     """
-    options = [f"--{name}={value}" for name, value in slurm_options(plan).items()]
     array = _ranges(tasks) + (f"%{at_once}" if at_once else "")
     log = _plain(sweep) + "/logs/%A_%a.out"
     script = [str(sweep / "finetune.sbatch"), str(sweep), *([str(first)] if first else [])]
-    return ["sbatch", "--parsable", *options, f"--array={array}", f"--output={log}", *script]
+    return ["sbatch", "--parsable", *sbatch_options(plan), f"--array={array}", f"--output={log}", *script]
 
 
 def _plain(path: Path) -> str:

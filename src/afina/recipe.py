@@ -242,6 +242,8 @@ class Train(_Frozen):
     best_metric: str | None = None
     fast_dropout: bool = True
     attention_dropout: Literal[0] | None = None
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    compile: bool = False
     arguments: dict[str, Any] = {}
 
     @field_validator("arguments")
@@ -262,6 +264,22 @@ class Train(_Frozen):
     def _one_end(self) -> Train:
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("give `epochs` or `max_steps`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Train:
+        for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
+            if key in self.arguments:
+                raise At(
+                    "says another time what `train.precision` says", "arguments", key, remedy="leave one of them out"
+                )
+        if self.compile and "torch_compile" in self.arguments:
+            raise At(
+                "says another time what `train.compile` says",
+                "arguments",
+                "torch_compile",
+                remedy="leave one of them out",
+            )
         return self
 
     @property

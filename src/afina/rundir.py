@@ -20,6 +20,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shlex
 import time
@@ -206,7 +207,7 @@ class RunDir:
             "recipe.yaml": recipe_text,
             "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
             "worker.argv": b"".join(os.fsencode(word) + b"\0" for word in words),
-            **{name: script.read_bytes() for name, script in (scripts or {}).items()},
+            **{name: _without(script.read_bytes(), plan.site.sbatch_omit) for name, script in (scripts or {}).items()},
             **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
             "plan.json": plan.to_json(),  # last: it makes the directory a run
         }
@@ -351,6 +352,19 @@ class RunDir:
         )
         self.record(outcome)
         return outcome
+
+
+def _without(script: bytes, options: Sequence[str]) -> bytes:
+    """A batch script without the `#SBATCH` lines of these options: what sbatch's command line can set, it cannot take back."""
+    unwanted = tuple(f"#SBATCH --{name}".encode() for name in options)
+    lines = script.splitlines(keepends=True)
+    return (
+        b"".join(
+            line for line in lines if not (line.startswith(unwanted) and re.match(rb"#SBATCH --[a-z-]+(=|\s)", line))
+        )
+        if unwanted
+        else script
+    )
 
 
 def _make_folder(path: Path) -> list[Path]:

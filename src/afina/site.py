@@ -26,9 +26,11 @@ __all__ = [
     "cache_environment",
     "environment",
     "find_site_file",
+    "image_key",
     "in_container",
     "load_site",
     "scratch_of",
+    "site_image",
 ]
 
 #: Bytes that must be free on scratch before anything is begun there.
@@ -39,7 +41,45 @@ Runtime = Literal["apptainer", "singularity", "none"]
 #: What bash sets for itself.
 _SHELLS_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "BASHOPTS", "SHELLOPTS")
 
-_KNOWN = ("AFINA_SCRATCH", "AFINA_IMAGE", "AFINA_IMAGE_KEY", "AFINA_BIND", "AFINA_RUNTIME", "AFINA_SITE")
+_KNOWN = (
+    "AFINA_SCRATCH",
+    "AFINA_IMAGE",
+    "AFINA_IMAGE_KEY",
+    "AFINA_BIND",
+    "AFINA_RUNTIME",
+    "AFINA_GPU_REQUEST",
+    "AFINA_SBATCH_EXTRA",
+    "AFINA_SBATCH_OMIT",
+    "AFINA_STAGE",
+    "AFINA_SITE",
+)
+
+#: What AFINA_SBATCH_OMIT may leave out: options of afina's own that some clusters refuse.
+OMITTABLE = ("job-name", "ntasks-per-node", "cpus-per-task", "time", "mem", "requeue", "open-mode", "signal")
+
+#: Options of sbatch that AFINA_SBATCH_EXTRA may not hold, and where to say it instead.
+_TAKEN = {
+    "nodes": "set resources.nodes in the recipe",
+    "gpus-per-node": "set resources.gpus_per_node in the recipe, and its spelling in AFINA_GPU_REQUEST",
+    "gpus": "set resources.gpus_per_node in the recipe",
+    "ntasks": "leave it out: one task starts on each node",
+    "ntasks-per-node": "leave it out: one task starts on each node",
+    "cpus-per-task": "set resources.cpus_per_gpu in the recipe",
+    "cpus-per-gpu": "set resources.cpus_per_gpu in the recipe",
+    "mem": "set resources.mem_gb in the recipe",
+    "time": "set resources.time in the recipe",
+    "job-name": "set name in the recipe",
+    "array": "leave it out: afina makes the arrays of a sweep",
+    "chdir": "leave it out: relative paths would be other ones",
+    "output": "leave it out: logs are in the run directory",
+    "error": "leave it out: logs are in the run directory",
+    "export": "leave it out: the job needs the environment of its submission",
+    "parsable": "leave it out",
+    "wrap": "leave it out",
+    "requeue": "leave it out; AFINA_SBATCH_OMIT=requeue, where it is forbidden",
+    "signal": "leave it out: afina asks for the signal it hears",
+    "open-mode": "leave it out: logs are appended to",
+}
 
 #: Where each cache goes, under the folder of caches. Left alone, most of them land in HOME and its quota.
 CACHE_VARIABLES: dict[str, str] = {
@@ -61,6 +101,10 @@ class Site(BaseModel):
         image_key: who must have signed the image: the path of a PEM public key, or a PGP fingerprint of 40 hex digits.
         runtime: what starts the container on a compute node.
         binds: `SRC[:DST[:OPTIONS]]` each, beside scratch, recipe and data.
+        gpu_request: how GPUs are asked for: `gpus-per-node`, `gres` (each with `:TYPE`, if one is to be named) or `none`.
+        sbatch_extra: further options of sbatch, `--name=value` or `--name` each.
+        sbatch_omit: options of afina's own that this cluster refuses, by name; of `OMITTABLE`.
+        stage: copy model and prepared data to each node first: its local folder, or `1` for the node's own temporary one.
         sbatch: Slurm's own `SBATCH_*` variables; they are passed to sbatch as they are.
         setup: variables that the site file set beside the known ones (NCCL settings, proxies, …); names only.
         file: the site file, or None.
@@ -73,6 +117,10 @@ class Site(BaseModel):
     image_key: str | None = None
     runtime: Runtime = "none"
     binds: tuple[str, ...] = ()
+    gpu_request: str = "gpus-per-node"
+    sbatch_extra: tuple[str, ...] = ()
+    sbatch_omit: tuple[str, ...] = ()
+    stage: str | None = None
     sbatch: dict[str, str] = {}
     setup: tuple[str, ...] = ()
     file: Path | None = None
@@ -149,7 +197,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
         if name.startswith("AFINA_") and name not in _KNOWN and name not in env and file:
             hint = nearest(name, _KNOWN)
             raise SiteError(
-                f"site file {file}: unknown variable {name}", f"{hint} known: {', '.join(_KNOWN[:5])}".strip()
+                f"site file {file}: unknown variable {name}", f"{hint} known: {', '.join(_KNOWN[:-1])}".strip()
             )
     setup = (
         tuple(
@@ -163,9 +211,13 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     return Site(
         scratch=_scratch(found.get("AFINA_SCRATCH", ""), file),
         image=image,
-        image_key=_image_key(found.get("AFINA_IMAGE_KEY", ""), file, visible=not (job or in_container(env))),
+        image_key=image_key(found.get("AFINA_IMAGE_KEY", ""), file, visible=not (job or in_container(env))),
         runtime=_runtime(found.get("AFINA_RUNTIME", ""), image, found, job=job),
         binds=tuple(b for b in found.get("AFINA_BIND", "").split(",") if b),
+        gpu_request=_gpu_request(found.get("AFINA_GPU_REQUEST", "")),
+        sbatch_extra=_sbatch_extra(found.get("AFINA_SBATCH_EXTRA", "")),
+        sbatch_omit=_sbatch_omit(found.get("AFINA_SBATCH_OMIT", "")),
+        stage=_stage(found.get("AFINA_STAGE", "")),
         sbatch={k: v for k, v in sorted(found.items()) if k.startswith("SBATCH_")},
         setup=tuple(k for k in setup if k not in _SHELLS_OWN),
         file=file,
@@ -181,6 +233,22 @@ def scratch_of(given: str | Path | None = None, env: Mapping[str, str] | None = 
     env = dict(os.environ if env is None else env)
     file = None if in_container(env) and env.get("AFINA_SCRATCH") and not given else find_site_file(given, env)
     return _existing_scratch((_source(file, env) if file else env).get("AFINA_SCRATCH", ""), file)[0]
+
+
+def site_image(
+    given: str | Path | None = None, env: Mapping[str, str] | None = None
+) -> tuple[str, str | None, Runtime, dict[str, str]]:
+    """AFINA_IMAGE as it is written, its key, the runtime and the environment of the site, wherever scratch may be.
+
+    Raises:
+        SiteError: the site file fails, or the key is neither a file nor a fingerprint.
+    """
+    env = dict(os.environ if env is None else env)
+    file = find_site_file(given, env)
+    found = _source(file, env) if file else env
+    named = found.get("AFINA_IMAGE", "")
+    key = image_key(found.get("AFINA_IMAGE_KEY", ""), file)
+    return named, key, _runtime(found.get("AFINA_RUNTIME", ""), Path(named or "afina.sif"), found, job=False), found
 
 
 def _may(question: Callable[[], bool]) -> bool:
@@ -295,7 +363,7 @@ def _image(value: str, file: Path | None) -> Path | None:
     return path
 
 
-def _image_key(value: str, file: Path | None, *, visible: bool) -> str | None:
+def image_key(value: str, file: Path | None = None, *, visible: bool = True) -> str | None:
     """The key as it is kept: an absolute path, or a fingerprint in lower case. In the container its file may not be seen."""
     if not value:
         return None
@@ -326,3 +394,50 @@ def _runtime(value: str, image: Path | None, env: Mapping[str, str], *, job: boo
     if not shutil.which("apptainer", path=env.get("PATH")) and shutil.which("singularity", path=env.get("PATH")):
         return "singularity"
     return "apptainer"
+
+
+def _gpu_request(value: str) -> str:
+    if value and not re.fullmatch(r"(gpus-per-node|gres)(:[\w.-]+)?|none", value):
+        raise SiteError(
+            f"AFINA_GPU_REQUEST={value} is not known",
+            "one of: gpus-per-node, gpus-per-node:TYPE, gres, gres:TYPE, none; `sinfo -o '%P %G'` shows the types there are",
+        )
+    return value or "gpus-per-node"
+
+
+def _sbatch_extra(value: str) -> tuple[str, ...]:
+    """One option a line: nothing is split at spaces, and bash reads the same."""
+    lines = tuple(line.strip() for line in value.splitlines() if line.strip())
+    for line in lines:
+        if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", line):
+            raise SiteError(
+                f"AFINA_SBATCH_EXTRA: {line!r} is no option of sbatch as it is wanted here",
+                "write each on a line of its own, in its long form with `=`: --constraint=a100, or --exclusive",
+            )
+        name = line[2:].partition("=")[0]
+        if name in _TAKEN:
+            raise SiteError(f"AFINA_SBATCH_EXTRA: --{name} is not the site's to set", _TAKEN[name])
+    return lines
+
+
+def _sbatch_omit(value: str) -> tuple[str, ...]:
+    names = tuple(name.removeprefix("--") for name in value.replace(",", " ").split())
+    for name in names:
+        if name not in OMITTABLE:
+            hint = nearest(name, OMITTABLE)
+            raise SiteError(
+                f"AFINA_SBATCH_OMIT: {name} cannot be left out",
+                f"{hint} these can: {', '.join(OMITTABLE)}; GPUs with AFINA_GPU_REQUEST=none".strip(),
+            )
+    return names
+
+
+def _stage(value: str) -> str | None:
+    if value in ("", "0"):
+        return None
+    if value != "1" and (not value.startswith("/") or re.search(r"[,:\n]", value)):
+        raise SiteError(
+            f"AFINA_STAGE={value} is neither 1 nor the absolute path of a folder on the nodes",
+            "1 takes $SLURM_TMPDIR, else $TMPDIR, else /tmp; a path may hold no comma, colon or line break",
+        )
+    return value

@@ -168,12 +168,16 @@ def _submitit_executor(plan: Plan, run: RunDir) -> Any:
     _need("srun")
     folder = run.path / "submitit"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1_000_000)
-    options = {name.replace("-", "_"): value for name, value in slurm_options(plan).items()}
+    asked, omit = slurm_options(plan), plan.site.sbatch_omit
+    options = {name.replace("-", "_"): value for name, value in asked.items()}
+    known = executor._valid_parameters()
+    ours = {name: value for name, value in (("requeue", True), ("signal", "B:USR1@120")) if name not in omit}
+    cores = asked.get("cpus-per-task", "$SLURM_CPUS_PER_TASK")
     executor.update_parameters(
-        **options,
+        **{name: value for name, value in options.items() if name in known},
         setup=_setup_lines(plan, run),
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={options['cpus_per_task']}"],
-        additional_parameters={"requeue": True, "signal": "B:USR1@120"},
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cores}"],
+        additional_parameters={**ours, **{name: value for name, value in options.items() if name not in known}},
         stderr_to_stdout=True,
         wckey=None,  # submitit names one of its own, which clusters without such keys refuse
     )

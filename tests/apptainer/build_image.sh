@@ -21,7 +21,7 @@ user=${AFINA_TEST_USER:-researcher}
 readonly out root user
 readonly aside=$out.d
 readonly packed=(pyproject.toml README.md LICENSE src slurm container/requirements.txt)
-readonly recipe=(Apptainer.def container/build.sh container/pip_settings.py)
+readonly recipe=(Apptainer.def container/build.sh container/pip_settings.py container/contents.py container/stamp.py)
 cd "$root"
 
 # digest FILE-OR-FOLDER…: of names and contents.
@@ -47,9 +47,10 @@ for path in "${packed[@]}" "${recipe[@]}"; do cp -R "$path" "$aside/checkout/$pa
 chown -R "$user:" "$aside/checkout"
 
 commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) || commit=unknown
+epoch=$(git -C "$root" log -1 --format=%ct 2>/dev/null) || epoch=0
 options=(--cpu --compress zstd --commit "$commit" --output "$aside/new.sif")
 if [[ -n ${AFINA_TORCH_INDEX:-} ]]; then options+=(--torch-index "$AFINA_TORCH_INDEX"); fi
-dependencies=$aside/base-$(digest container/requirements.txt Apptainer.def tests/apptainer/rootfs.sh).sif
+dependencies=$aside/base-$(digest container/requirements.txt container/contents.py Apptainer.def tests/apptainer/rootfs.sh).sif
 if [[ -f $dependencies ]]; then
     options+=(--update "$dependencies")
 else
@@ -60,9 +61,11 @@ fi
 # The user's own HOME and a PATH that it can read, and root's pip settings, whose files it cannot.
 mapfile -t -d '' settings < <(python3 container/pip_settings.py variables)
 home=$(getent passwd "$user" | cut -d: -f6)
-runuser -u "$user" -- env HOME="$home" PATH=/usr/local/bin:/usr/bin:/bin TMPDIR="$aside/tmp" \
+runuser -u "$user" -- env HOME="$home" PATH=/usr/local/bin:/usr/bin:/bin TMPDIR="$aside/tmp" SOURCE_DATE_EPOCH="$epoch" \
     ${settings[@]+"${settings[@]}"} "$aside/checkout/container/build.sh" "${options[@]}" >&2
 [[ -f $dependencies ]] || ln "$aside/new.sif" "$dependencies"
 mv -f "$aside/new.sif" "$out"
+for beside in sha256 cdx.json; do mv -f "$aside/new.sif.$beside" "$out.$beside"; done
+sed -i "s/  .*/  $(basename "$out")/" "$out.sha256"
 printf '%s\n' "$inputs" >"$aside/inputs"
 printf '%s: %d MB in %d s\n' "$out" "$(($(stat -c %s "$out") / 1000000))" "$SECONDS"

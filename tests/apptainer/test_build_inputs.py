@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +114,10 @@ def test_pip_settings_reach_uv(tmp_path: Path) -> None:
         (["--cpus"], "unknown option --cpus"),
         (["--output"], "--output wants a value"),
         (["--output", "/nowhere/afina.sif"], "cannot write in /nowhere"),
-        (["--compress", "xz"], "gzip or zstd"),
+        (["--compress", "xz"], "gzip, gzip:1 to gzip:9"),
+        (["--compress", "gzip:10"], "gzip, gzip:1 to gzip:9"),
+        (["--compression", "zstd:23"], "gzip, gzip:1 to gzip:9"),
+        (["--sign", "/no/such.pem"], "no such key file"),
         (["--update", "nothing.sif"], "is not there"),
         (["--torch-wheels", "."], "no torch-*.whl in"),
         (["--cpu"], "--torch-index"),
@@ -128,4 +133,93 @@ def test_build_refuses(options: list[str], said: str, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "reached" not in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["apptainer"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"apptainer", f"apptainer-cache-{os.getuid()}"}
+
+
+def test_a_disk_that_cannot_hold_a_build_is_refused(tmp_path: Path) -> None:
+    for name, text in {
+        "apptainer": "exit 9",
+        "stat": 'if [ "$1" = --file-system ]; then echo lustre; else exec /usr/bin/stat "$@"; fi',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    argv = [CONTAINER / "build.sh", "--output", tmp_path / "afina.sif"]
+    done = call(*argv, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_TMPDIR=str(tmp_path), TMPDIR="/nowhere")
+    assert done.returncode == 3 and f"{tmp_path} is on lustre" in done.stderr
+
+
+# -- what is in it -----------------------------------------------------------------------------------------------------
+
+
+def test_only_suites_of_tests_are_pruned(tmp_path: Path) -> None:
+    kept = [
+        "numpy/testing/utils.py",
+        "torch/testing/__init__.py",
+        "package/test/data.txt",
+        "tests/test_top.py",
+        "a/latest/test_x.py",
+    ]
+    gone = ["numpy/tests/test_a.py", "scipy/stats/tests/data/test_b.csv", "torch/test/binary", "x/test/deep/test_c.py"]
+    for name in (*kept, *gone):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    done = call(sys.executable, CONTAINER / "contents.py", "prune", tmp_path)
+    assert done.returncode == 0 and "removed" in done.stdout
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
+
+
+def test_hashes_come_without_addresses(tmp_path: Path) -> None:
+    """pip 23.0 says `hash`, later ones `hashes`; the address may hold a password."""
+    installed = [
+        {
+            "metadata": {"name": "Zope.Interface"},
+            "download_info": {"url": "https://me:pw@x", "archive_info": {"hash": "sha256=aa"}},
+        },
+        {
+            "metadata": {"name": "torch"},
+            "download_info": {"url": "file:///x", "archive_info": {"hashes": {"sha256": "bb"}}},
+        },
+        {"metadata": {"name": "local"}, "download_info": {"url": "file:///y", "dir_info": {}}},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps({"install": installed}))
+    done = call(sys.executable, CONTAINER / "contents.py", "hashes", tmp_path / "r.json")
+    assert json.loads(done.stdout) == {"zope-interface": "aa", "torch": "bb"}
+
+
+def test_the_bill_of_materials_is_the_same_twice(tmp_path: Path) -> None:
+    (tmp_path / "hashes.json").write_text('{"click": "' + "ab" * 32 + '"}')
+    bills = []
+    for name in ("one", "two"):
+        done = call(
+            sys.executable, CONTAINER / "contents.py", "sbom", tmp_path / "hashes.json", tmp_path / name, SOURCE_DATE_EPOCH="1700000000"
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        bills.append((tmp_path / name).read_bytes())
+    assert bills[0] == bills[1]
+    bill = json.loads(bills[0])
+    assert bill["metadata"]["timestamp"] == "2023-11-14T22:13:20Z"
+    (click,) = [c for c in bill["components"] if c["name"] == "click" and c["purl"].startswith("pkg:pypi/")]
+    assert click["hashes"] == [{"alg": "SHA-256", "content": "ab" * 32}] and click["licenses"]
+
+
+def test_a_stamped_image_does_not_know_when_it_was_built(tmp_path: Path) -> None:
+    """Two that differ in identity, times and the label of the build, whose text may have another length."""
+    for name, built, when in (
+        ("one", "Wednesday_25_November_2026_17:40:45_UTC", 5),
+        ("two", "Friday_1_May_2026_7:4:5_UTC", 9),
+    ):
+        metadata = json.dumps(
+            {"data": {"attributes": {"labels": {"org.label-schema.build-date": built, "a": "b"}}}},
+            separators=(",", ":"),
+        )
+        entry = struct.pack("<i?III7q128s384s", 0x4006, True, 2, 1, 0, 1500, len(metadata), len(metadata), when, when, 0, 0, b"inspect-metadata.json", b"")  # fmt: skip
+        head = b"#!launch\n".ljust(32, b"\0") + b"SIF_MAGIC\0" + b"01\0" + b"02\0" + os.urandom(16)
+        head += struct.pack("<8q", when, when, 47, 48, 128, 2 * len(entry), 1500, 2596)
+        whole = (head + entry + bytes(len(entry))).ljust(1500, b"\0") + metadata.encode()
+        (tmp_path / name).write_bytes(whole.ljust(4096, b"\0") + b"files")
+        done = call(sys.executable, CONTAINER / "stamp.py", tmp_path / name, "1700000000")
+        assert done.returncode == 0, done.stderr
+    stamped = (tmp_path / "one").read_bytes()
+    assert stamped == (tmp_path / "two").read_bytes()
+    assert b"2023-11-14T22:13:20Z" in stamped and stamped.endswith(b"files")
+    assert call(sys.executable, CONTAINER / "stamp.py", "/etc/passwd", "0").returncode == 1

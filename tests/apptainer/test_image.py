@@ -35,6 +35,7 @@ def test_its_own_test_passes(image: Path, apptainer: Apptainer) -> None:
     done = apptainer("test", image)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^torch \d", done.stdout, re.M) and re.search(r"^afina ?", done.stdout, re.M), done.stdout
+    assert re.search(r"^selftest: 2 steps trained on the CPU, losses \d\.\d+ \d\.\d+$", done.stdout, re.M), done.stdout
 
 
 def test_run_is_afina(image: Path, apptainer: Apptainer) -> None:

@@ -2,7 +2,8 @@
 
 Without Slurm, or without root, these tests are skipped with the reason; AFINA_REQUIRE_CLUSTER=1 makes that a failure.
 AFINA_CLUSTER=STATE_DIR uses the cluster that `cluster.py up --state STATE_DIR` has brought up, and leaves it up; without
-it each session brings up its own (about four seconds) and takes it down. A failed test shows `Cluster.diagnose()`.
+it each session brings up its own (about four seconds) and takes it down; AFINA_CLUSTER_ACCOUNTING=0 leaves slurmdbd and sacct
+out. A failed test shows `Cluster.diagnose()`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _unavailable(reason: str) -> None:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Two nodes n1 and n2 with 4 CPUs and 2 GPUs each, accounting, partitions gpu and urgent."""
-    if missing := missing_programs():
+    accounting = os.environ.get("AFINA_CLUSTER_ACCOUNTING") != "0"
+    if missing := missing_programs(accounting):
         _unavailable(f"Slurm is not installed ({', '.join(missing)}): run tests/slurm/install.sh")
     if os.geteuid() != 0:
         _unavailable("the test cluster needs root")
@@ -39,7 +41,7 @@ def cluster() -> Iterator[Cluster]:
         return
     state = Path(tempfile.mkdtemp(prefix="afina-cluster-", dir="/tmp"))
     try:
-        with Cluster(state) as up:
+        with Cluster(state, accounting=accounting) as up:
             yield up
     finally:
         shutil.rmtree(state)

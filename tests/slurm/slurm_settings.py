@@ -33,7 +33,7 @@ class Settings:
 
     `grace_s` is the GraceTime of the partition `gpu`: on preemption the tasks, not the batch script, get TERM that
     long before the job is killed and requeued. `requeue_delay_s` is the pause before a requeued job starts again (120
-    in production). `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
+    in production). `gpu_type` names the GPUs (`gpu:a100:2`); with `job_requeue` 0 no job may be put back. `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
     """
 
     state: Path
@@ -43,6 +43,8 @@ class Settings:
     nodes: int = 2
     cpus: int = 4
     gpus: int = 2
+    gpu_type: str = ""
+    job_requeue: int = 1
     mem_mb: int = 16000
     user: str = field(default_factory=lambda: os.environ.get("AFINA_TEST_USER", "researcher"))
     requeue_delay_s: int = 10
@@ -109,7 +111,8 @@ class Settings:
                 f"AccountingStoragePass={self.state}/run/munge.sock",
                 "AccountingStorageTRES=gres/gpu",
             ]
-        resources = f"CPUs={self.cpus} RealMemory={self.mem_mb} Gres=gpu:{self.gpus}"
+        kind = f"{self.gpu_type}:" if self.gpu_type else ""
+        resources = f"CPUs={self.cpus} RealMemory={self.mem_mb} Gres=gpu:{kind}{self.gpus}"
         values = {
             "HOST": host,
             "STATE": self.state,
@@ -118,6 +121,7 @@ class Settings:
             "FIRST_JOB_ID": 1 + (self.port - FIRST_PORT) // PORTS_PER_CLUSTER * 1000,
             "PROCTRACK": self.proctrack,
             "REQUEUE_DELAY": self.requeue_delay_s,
+            "JOB_REQUEUE": self.job_requeue,
             "KILL_WAIT": self.kill_wait_s,
             "GRACE": self.grace_s,
             "NODE_TIMEOUT": self.node_timeout_s,
@@ -133,7 +137,8 @@ class Settings:
             text = re.sub(r"@([A-Z_]+)@", lambda m: str(values[m[1]]), template.read_text())
             self._write(template.name.removesuffix(".in"), text, 0o600 if "slurmdbd" in template.name else 0o644)
         devices = [f"{self.state}/dev/fakegpu{i}" for i in range(self.gpus)]
-        gres = [f"NodeName={name} Name=gpu File={device}\n" for name in self.node_names for device in devices]
+        typed = f" Type={self.gpu_type}" if self.gpu_type else ""
+        gres = [f"NodeName={name} Name=gpu{typed} File={device}\n" for name in self.node_names for device in devices]
         self._write("gres.conf", "".join(gres), 0o644)
 
     def _write(self, name: str, text: str, mode: int) -> None:

@@ -207,3 +207,16 @@ def test_peers_prepare_the_same_tokens(tmp_path: Path) -> None:
     assert min(afina["peak_memory"], peer["peak_memory"]) > 50 << 20
     assert all(low <= middle <= high for middle, low, high in measured["reading"]["us_per_batch"].values())
     assert "| ids: flat arrays |" in said and "| 400 | afina |" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_parts_of_a_start_are_all_there(tmp_path: Path) -> None:
+    """Without an image, which these tests do not have; the ways differ in how Python is reached alone."""
+    found = tmp_path / "found.json"
+    said = _bench("startup.py", "--rounds", "1", "--json", found)
+    (record,) = json.loads(found.read_text())["records"]
+    parts = ("container", "interpreter", "imports", "model", "group", "step", "afina")
+    assert [name for name in record if name not in ("way", "round")] == list(parts)
+    assert all(record[part] > 0 for part in parts) and record["imports"] > record["interpreter"]
+    assert record["afina"] > record["imports"] and said.startswith("| way | container |")

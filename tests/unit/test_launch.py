@@ -90,6 +90,36 @@ def test_sbatch_argv_of_nasty_names() -> None:
     golden("sbatch-nasty.txt", shown(argv))
 
 
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("gres", {"gpu_request": "gres"}),
+        (
+            "gres-type",
+            {"gpu_request": "gres:a100", "sbatch_extra": ("--gres=nvme:100", "--constraint=ib&gpu", "--exclusive")},
+        ),
+        ("gpus-type", {"gpu_request": "gpus-per-node:h100"}),
+        ("gpus-none", {"gpu_request": "none", "sbatch_extra": ("--partition=a100", "--comment=it's; $(no) 2 words")}),
+        ("omit", {"sbatch_omit": ("ntasks-per-node", "mem", "cpus-per-task", "requeue")}),
+    ],
+)
+def test_sbatch_argv_of_other_clusters(name: str, site: dict[str, Any]) -> None:
+    plan = plan_with(site_with(**site), resources={"nodes": 2, "gpus_per_node": 2, "mem_gb": 64})
+    golden(f"sbatch-{name}.txt", shown(sbatch_argv(plan, Path("/runs/r-1"))))
+
+
+def test_what_is_left_out_is_not_in_the_script_either(tmp_path: Path) -> None:
+    """The command line cannot take back what a header of the batch script says."""
+    plan = plan_with(site_with(sbatch_omit=("requeue", "signal", "time", "mem")))
+    run = RunDir.claim(plan, {}, ["x"], "", tmp_path / "r", scripts=job_scripts())
+    whole = (ROOT / "slurm/finetune.sbatch").read_text().splitlines()
+    kept = (run.path / "finetune.sbatch").read_text().splitlines()
+    gone = ("#SBATCH --requeue", "#SBATCH --signal=", "#SBATCH --time=")
+    assert kept == [line for line in whole if not line.startswith(gone)] and len(whole) - len(kept) == 3
+    assert (run.path / "job.sh").read_bytes() == (ROOT / "slurm/job.sh").read_bytes()
+    assert subprocess.run(["bash", "-n", run.path / "finetune.sbatch"], check=False).returncode == 0
+
+
 def test_site_variables_are_not_repeated_as_options() -> None:
     plan = plan_with(site_with(sbatch={"SBATCH_ACCOUNT": "x"}))
     assert not [word for word in sbatch_argv(plan, Path("/r")) if "account" in word]

@@ -357,3 +357,63 @@ def test_caches_go_to_scratch_unless_they_were_placed(site: Site) -> None:
 
 def test_nasty_names_are_nasty() -> None:
     assert len(set(NASTY)) == len(NASTY) and all("/" not in n and "\0" not in n for n in NASTY)
+
+
+# -- what clusters want and do not want --------------------------------------------------------------------------------
+
+
+def test_variants_are_read(tmp_path: Path, scratch: Path) -> None:
+    text = """\
+AFINA_SCRATCH="$S"
+AFINA_GPU_REQUEST=gres:a100_3g.20gb
+AFINA_SBATCH_EXTRA="
+  --constraint=a100&ib
+  --comment=two words, it's \\$(not run)
+--exclusive"
+AFINA_SBATCH_OMIT='requeue, --mem'
+AFINA_STAGE=1
+"""
+    site = load_site(written(tmp_path, text), env(S=scratch))
+    assert site.gpu_request == "gres:a100_3g.20gb" and site.stage == "1" and site.sbatch_omit == ("requeue", "mem")
+    assert site.sbatch_extra == ("--constraint=a100&ib", "--comment=two words, it's $(not run)", "--exclusive")
+    assert Site.model_validate_json(site.model_dump_json()) == site
+    plain = load_site(env=env(AFINA_SCRATCH=scratch, AFINA_STAGE="0", AFINA_SBATCH_EXTRA="\n"))
+    assert (plain.gpu_request, plain.sbatch_extra, plain.sbatch_omit, plain.stage) == ("gpus-per-node", (), (), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("AFINA_GPU_REQUEST", "gpu:2", "one of: gpus-per-node"),
+        ("AFINA_GPU_REQUEST", "gres:a100:2", "one of: gpus-per-node"),
+        ("AFINA_GPU_REQUEST", "none:a100", "one of: gpus-per-node"),
+        ("AFINA_SBATCH_EXTRA", "-A project", "in its long form"),
+        ("AFINA_SBATCH_EXTRA", "--account project", "in its long form"),
+        ("AFINA_SBATCH_EXTRA", "--qos=a\n--time=10", "resources.time"),
+        ("AFINA_SBATCH_EXTRA", "--gpus-per-node=2", "AFINA_GPU_REQUEST"),
+        ("AFINA_SBATCH_EXTRA", "--export=NONE", "the environment of its submission"),
+        ("AFINA_SBATCH_OMIT", "requeu", "did you mean `requeue`?"),
+        ("AFINA_SBATCH_OMIT", "gpus-per-node", "AFINA_GPU_REQUEST=none"),
+        ("AFINA_SBATCH_OMIT", "nodes", "these can: job-name"),
+        ("AFINA_STAGE", "yes", "$SLURM_TMPDIR"),
+        ("AFINA_STAGE", "/a,b", "no comma"),
+    ],
+)
+def test_variants_that_are_refused(scratch: Path, name: str, value: str, what: str) -> None:
+    error = refused(AFINA_SCRATCH=scratch, **{name: value})
+    assert name in error.message and what in error.remedy
+
+
+@pytest.mark.parametrize("name", ["csc-roihu", "mila", "alliance-canada"])
+def test_the_sites_that_are_only_read_about_load_and_say_so(name: str, tmp_path: Path, sif: Path) -> None:
+    file = ROOT / f"slurm/sites/{name}.env"
+    text = file.read_text()
+    assert "Not run by us" in text and "https://github.com/" in text and "read 20" in text
+    asked = {"AFINA_SCRATCH": tmp_path, "AFINA_IMAGE": sif, "USER": "someone"}
+    site = load_site(file, env(**asked))
+    assert site.gpu_request.startswith("gres") and site.setup == ()
+    assert load_site(file, env(**asked, SLURM_TMPDIR="/local")).stage == "1"
+
+
+def test_every_site_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "slurm/sites").glob("*")} == {"csc-roihu", "mila", "alliance-canada"}

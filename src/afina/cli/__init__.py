@@ -6,6 +6,7 @@
     watch     status, list, logs, cancel
     report    report, compare, rerun
     use       predict, export
+    image     image info, image verify
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import click
 
 from afina import __version__
-from afina.cli import report, run, start, sweep, use, watch
+from afina.cli import image, report, run, start, sweep, use, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 
 __all__ = ["cli", "main"]
@@ -77,5 +78,6 @@ for _command in (
     *watch.COMMANDS,
     *report.COMMANDS,
     *use.COMMANDS,
+    *image.COMMANDS,
 ):
     cli.add_command(_command)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from afina.doctor.finding import Finding, Level, Patient
 from afina.errors import AfinaError, SlurmError
-from afina.launch import container_argv, job_scripts, slurm_options, worker_argv
+from afina.launch import container_argv, job_scripts, sbatch_options, worker_argv
 from afina.pending import explain
 from afina.plan import Plan
 from afina.rundir import write_atomic
@@ -72,10 +72,16 @@ def _prepare(plan: Plan, folder: Path) -> list[str]:
         about = (str(plan.site.image), str(plan.site.image.stat().st_size), plan.site.runtime)
         (folder / "image").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in about))
     write_atomic(folder / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in worker))
-    options = {**slurm_options(plan), "job-name": "afina-doctor", "time": min(_TIME_MIN, plan.recipe.resources.time)}
+    changes = {"job-name": "afina-doctor", "time": min(_TIME_MIN, plan.recipe.resources.time)}
     log = str(folder / "slurm-%j.out") if "%" not in str(folder) else str(folder).replace("%", "%%") + "/slurm-%j.out"
-    words = [f"--{name}={value}" for name, value in options.items()]
-    return ["sbatch", "--parsable", *words, f"--output={log}", str(folder / "doctor.sbatch"), str(folder)]
+    return [
+        "sbatch",
+        "--parsable",
+        *sbatch_options(plan, changes),
+        f"--output={log}",
+        str(folder / "doctor.sbatch"),
+        str(folder),
+    ]
 
 
 def _follow(job: str, folder: Path, wait_s: float, progress: Callable[[str], None]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
-from afina.worker import packed
+from afina.worker import packed, precision
 from afina.worker.tasks import TASKS
 
 __all__ = ["build_arguments", "build_model"]
@@ -25,6 +25,7 @@ def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task
             "lr_scheduler_type": "linear",
             "dataloader_pin_memory": not cpu,
             "logging_first_step": False,
+            **precision.arguments(precision.of_run(run, train)),
             **train.arguments,
             # What the recipe's own keys, or afina, decide.
             "output_dir": str(run.path / "trainer"),

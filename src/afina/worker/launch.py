@@ -18,10 +18,12 @@ import time
 from pathlib import Path
 
 from afina import __version__
+from afina.devices import DRIVER_FILE, driver_version, mig_slices, visible
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.launch import accelerate_argv, worker_environment
 from afina.plan import Geometry, Plan, check_cores, geometry_for
 from afina.rundir import RunDir, write_atomic
+from afina.worker.stage import stage
 
 __all__ = ["main"]
 
@@ -48,6 +50,8 @@ def main(argv: list[str]) -> int:
                 processes=geometry.num_processes,
                 devices=devices,
             )
+        if _in_slurm() and (told := stage(run.prepared(), os.environ, attempt)):
+            print(f"afina: {_node_name()}: {told}", flush=True)
         command = _command(run, geometry, node, devices)
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -99,8 +103,7 @@ def _allocated_gpus() -> int:
     on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
     if on_node.isdigit():
         return int(on_node)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return len([d for d in visible.split(",") if d.strip()])
+    return len(visible(os.environ) or ())
 
 
 def _devices() -> str:
@@ -111,16 +114,15 @@ def _devices() -> str:
     Raises:
         EnvironmentProblem: the node has an NVIDIA driver and torch cannot use it.
     """
-    driver = Path("/proc/driver/nvidia/version")
-    if driver.exists():
+    if DRIVER_FILE.exists():
         import torch
 
         if torch.cuda.is_available():
             return "cuda"
-        version = driver.read_text().splitlines()[0]
         raise EnvironmentProblem(
-            f"{_node_name()}: there is an NVIDIA driver, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: {version}",
-            "use an image whose CUDA fits the driver (Apptainer.def, TORCH_INDEX), start it with --nv, or exclude this node",
+            f"{_node_name()}: there is an NVIDIA driver ({driver_version() or 'version unknown'}), and torch {torch.__version__} "
+            f"(CUDA {torch.version.cuda}) cannot use it",
+            "use an image whose CUDA fits the driver (afina image info), start it with --nv, or exclude this node",
             cause="node",
         )
     if _allocated_gpus() and _node() == 0:
@@ -139,10 +141,16 @@ def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[s
         cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // geometry.processes_per_node)))
     train = ["-m", "afina.worker.train", str(run.path)]
+    if geometry.num_processes > 1 and devices == "cuda" and (slices := mig_slices(os.environ)):
+        # A process sees the first slice that is named to it and no other, and NCCL joins no slices. Read, not measured.
+        raise EnvironmentProblem(
+            f"{_node_name()}: {geometry.num_processes} processes on slices of GPUs (MIG: {', '.join(slices)}), which cannot work together",
+            "ask for one slice (resources.gpus_per_node: 1), or for whole GPUs (AFINA_GPU_REQUEST=gres:TYPE)",
+        )
     if geometry.num_processes == 1:
         if devices == "cuda":
             # Plain Python that sees several GPUs would silently use nn.DataParallel.
-            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            os.environ["CUDA_VISIBLE_DEVICES"] = (visible(os.environ) or ("0",))[0]
         return [sys.executable, *train]
     head, port = os.environ.get("AFINA_HEAD", ""), os.environ.get("AFINA_PORT", "")
     if geometry.nodes > 1 and not head:
@@ -213,14 +221,13 @@ def _hardware() -> dict[str, object]:
     """Processor, memory, GPUs and their driver, as Linux and NVIDIA's driver write them under /proc. GPUs: not measured on one."""
     cpu = re.search(r"(?m)^model name\s*: (.+)$", _proc("/proc/cpuinfo"))
     memory = re.search(r"(?m)^MemTotal:\s*(\d+) kB", _proc("/proc/meminfo"))
-    driver = re.search(r"Kernel Module(?:\s+for \S+)?\s+(\S+)", _proc("/proc/driver/nvidia/version"))
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [match[1] for card in cards if (match := re.search(r"(?m)^Model:\s*(.+)$", _proc(str(card))))]
     return {
         "cpu": cpu[1] if cpu else platform.machine(),
         "memory_gb": round(int(memory[1]) / 1024**2, 1) if memory else None,
         "gpus": models,
-        "driver": driver[1] if driver else None,
+        "driver": driver_version(),
     }
 
 

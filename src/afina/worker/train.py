@@ -27,6 +27,7 @@ from afina.errors import (
 from afina.plan import Geometry, Plan, geometry_for
 from afina.recipe import METRICS
 from afina.rundir import Outcome, RunDir, write_atomic
+from afina.worker import stage
 from afina.worker.lease import Lease
 from afina.worker.marks import mark_lines
 from afina.worker.spared import without
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             lease.take()
         code = _train(run, attempt, rank, stop, lease)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            stage.remove(os.environ)
         if rank == 0:
             lease.release()
         return code
@@ -94,14 +97,14 @@ def _explained(error: Exception) -> AfinaError:
 
 
 def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease) -> int:
-    plan, prepared = run.plan(), run.prepared()
+    plan, prepared = run.plan(), stage.staged(run.prepared(), os.environ)
     geometry = _geometry(plan)
     import torch
     import transformers
 
     with without("datasets", "scipy"):
         from afina.worker import checkpoint as checkpoints
-        from afina.worker import preflight, results, store
+        from afina.worker import precision, preflight, results, store
         from afina.worker.build import build_arguments, build_model
         from afina.worker.evaluation import EvaluationAbandoned
         from afina.worker.pretrained import verify_model
@@ -150,6 +153,8 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         lease.expect(lambda: trainer.watchdog.limit_s)
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     trainer.find_peak()
+    attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
+    say(*precision.announce(run, attempt, precision.of_run(run, plan.recipe.train), attention))
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
         run.event("preflight", attempt=attempt, **found)

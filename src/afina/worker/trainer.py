@@ -35,7 +35,7 @@ from afina.errors import EnvironmentProblem
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
-from afina.worker import dropout, memory, packed
+from afina.worker import dropout, memory, packed, precision
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
 from afina.worker.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
 from afina.worker.flops import Peak, forward_flops, peak_of
@@ -232,7 +232,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def find_peak(self) -> None:
         """Measure what the processes' devices could do, all of them at the same moment. Collective."""
         arguments = self.args
-        tf32 = arguments.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        tf32 = arguments.device.type == "cuda" and precision.products_in_tf32()
         self.barrier()
         mine = peak_of(
             arguments.device,

@@ -1,0 +1,190 @@
+"""What the real image holds and says of itself: labels, bill of materials, bytecode, what was left out; and `afina image`.
+
+Runs nothing of a GPU. That two builds of one commit are the same file is shown by compare_images.sh, outside CI: it takes two builds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny
+
+from afina.image import fit, summary
+from afina.sif import read_image
+
+Apptainer = Callable[..., subprocess.CompletedProcess[str]]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOCK = (REPOSITORY / "container/requirements.txt").read_text()
+
+
+def labels_of(image: Path, apptainer: Apptainer) -> dict[str, str]:
+    labels: dict[str, str] = json.loads(apptainer("inspect", "--json", "--labels", image).stdout)["data"]["attributes"][
+        "labels"
+    ]
+    return labels
+
+
+def test_labels_read_from_the_file_are_those_that_apptainer_shows(image: Path, apptainer: Apptainer) -> None:
+    read = read_image(image)
+    assert read.labels == labels_of(image, apptainer)
+    assert read.size_bytes == read.promised_bytes == image.stat().st_size
+    assert read.file_system is not None and read.file_system.files > 10_000
+
+
+def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
+    about = summary(read_image(image))
+    code = "import json, platform, torch; print(json.dumps([torch.__version__, torch.version.cuda, platform.python_version()]))"
+    done = apptainer("exec", image, "python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert [about["torch"], about["cuda"], about["python"]] == json.loads(done.stdout)
+    assert about["device"] == ("cuda" if about["cuda"] else "cpu")
+    assert about["base"] and about["base_digest"] and "PyTorch" in about["contents"]
+    assert [f.answer for f in fit(read_image(image)) if f.question == "version"] == ["ok"]
+
+
+def test_the_time_of_the_build_is_nowhere(image: Path, apptainer: Apptainer) -> None:
+    """All times are the commit's: of the file, of its file system, of the labels."""
+    read = read_image(image)
+    assert read.file_system is not None and read.created == read.file_system.made
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", labels_of(image, apptainer)["org.label-schema.build-date"])
+    done = apptainer("exec", image, "find", "/opt", "/usr", "-xdev", "-newermt", f"@{read.created}")
+    assert done.stdout.split() == [], done.stdout[:500]
+
+
+def test_inside_it_speaks_of_itself(image: Path, apptainer: Apptainer) -> None:
+    done = apptainer("run", image, "image", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    inside, outside = json.loads(done.stdout), summary(read_image(image))
+    for name in ("version", "revision", "lock", "torch", "python", "base_digest", "contents"):
+        assert inside[name] == outside[name]
+
+
+def test_a_run_in_the_image_is_the_run_outside(image: Path, home: Path, apptainer: Apptainer) -> None:
+    """The same recipe in the plain environment of these tests: the same metrics, byte for byte."""
+    tiny.tiny_model(home / "model")
+    tiny.write_csv(home / "reviews.csv", tiny.tiny_reviews(60, 3))
+    (home / "scratch").mkdir()
+    part = {"fraction": 0.5, "seed": 1}
+    data = {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part}
+    train = {"batch_size": 8, "max_steps": 4, "log_every": 1, "learning_rate": 0.003}
+    recipe = {"name": "same", "model": "model", "data": data, "tokens": {"max_length": 64}, "train": train}
+    (home / "recipe.yaml").write_text(json.dumps(recipe))
+    if os.geteuid() == 0:
+        for path in home.rglob("*"):
+            shutil.chown(path, os.environ.get("AFINA_TEST_USER", "researcher"))
+    env = {"AFINA_SCRATCH": str(home / "scratch"), "OMP_NUM_THREADS": "1"}
+    command = ("train", "recipe.yaml", "--num-processes", "1", "--run")
+    done = apptainer("run", image, *command, "inside", environment=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    argv = [sys.executable, "-m", "afina.cli", *command, "outside"]
+    here = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "HF_", "CUDA_VISIBLE"))}
+    subprocess.run(argv, cwd=home, env={**here, **env}, check=True, capture_output=True)
+    assert (home / "inside/metrics.jsonl").read_bytes() == (home / "outside/metrics.jsonl").read_bytes()
+
+
+def test_the_bill_of_materials_is_the_lock(image: Path, apptainer: Apptainer) -> None:
+    """Every pin with the hash of the one file that was installed, which the lock allows; Debian's packages; licences."""
+    inside = apptainer("exec", image, "cat", "/opt/afina/sbom.cdx.json").stdout
+    bill: dict[str, Any] = json.loads(inside)
+    assert (bill["bomFormat"], bill["specVersion"], bill["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(r"urn:uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", bill["serialNumber"])
+    beside = image.with_name(image.name + ".cdx.json")
+    assert not beside.exists() or beside.read_text() == inside
+    references = [component["bom-ref"] for component in bill["components"]]
+    assert len(set(references)) == len(references) and references == sorted(references)
+    python = {c["name"]: c for c in bill["components"] if c["purl"].startswith("pkg:pypi/")}
+    debian = [c for c in bill["components"] if c["purl"].startswith("pkg:deb/")]
+    assert len(debian) > 50 and {"libc6", "python3"} <= {component["name"] for component in debian}
+    pins = re.findall(
+        r"^([a-z0-9-]+)==([\w.]+)(?: ;[^\n]*)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", LOCK, re.M
+    )
+    assert len(pins) == len(re.findall(r"^[a-z0-9-]+==", LOCK, re.M))
+    # One package may be pinned to several versions, each for other Pythons or machines.
+    installed = [pin for pin in pins if python.get(pin[0], {}).get("version") == pin[1]]
+    assert len({name for name, _, _ in installed}) == len({name for name, _, _ in pins} & python.keys()) > 50
+    for name, _, hashes in installed:
+        (digest,) = python[name]["hashes"]
+        assert digest["alg"] == "SHA-256" and digest["content"] in hashes, name
+    assert all(c.get("licenses") for c in python.values() if c["name"] != "afina")
+    assert "://" not in json.dumps([c["purl"] for c in bill["components"]])
+
+
+def test_bytecode_asks_for_no_source_and_tests_are_left_out(image: Path, apptainer: Apptainer) -> None:
+    code = """
+import json, pathlib, sysconfig
+site = pathlib.Path(sysconfig.get_path("purelib"))
+flags = {path.read_bytes()[4:8].hex() for path in site.rglob("*.pyc")}
+left = [str(p) for p in site.rglob("*") if p.is_dir() and p.name in ("test", "tests") and p.parent != site and any(p.glob("test_*.py"))]
+print(json.dumps([sorted(flags), left, (site / "torch/test").exists()]))
+"""
+    done = apptainer("exec", image, "python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    # PEP 552: 1 is "by hash, unchecked".
+    assert json.loads(done.stdout) == [["01000000"], [], False]
+
+
+def test_no_log_and_no_cache_is_left(image: Path, apptainer: Apptainer) -> None:
+    done = apptainer("exec", image, "sh", "-c", "ls -d /var/log/dpkg.log /var/log/apt /root/.cache /var/cache/ldconfig/aux-cache /opt/afina-source 2>/dev/null; find / -xdev -name .git 2>/dev/null; true")  # fmt: skip
+    assert done.stdout == ""
+
+
+# -- afina image verify ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_the_user(home: Path) -> dict[str, str]:
+    """An environment whose `apptainer` is the ordinary user's, as it must be where root cannot start a container."""
+    folder = home / "bin"
+    folder.mkdir()
+    real = str(shutil.which("apptainer"))
+    user = os.environ.get("AFINA_TEST_USER", "researcher")
+    start = f"runuser -u {user} -- " if os.geteuid() == 0 else ""
+    (folder / "apptainer").write_text(f'#!/bin/sh\nexec {start}{real} "$@"\n')
+    (folder / "apptainer").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "APPTAINER"))}
+    return {**kept, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(home)}
+
+
+def verified(image: Path, env: dict[str, str], *options: str) -> tuple[int, dict[str, str]]:
+    argv = [sys.executable, "-m", "afina.cli", "image", "verify", str(image), "--json", *options]
+    done = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, {f["question"]: f["answer"] for f in json.loads(done.stdout)["findings"]}
+
+
+def test_verify_a_good_image_and_a_damaged_one(image: Path, home: Path, as_the_user: dict[str, str]) -> None:
+    for make in (
+        ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key"],
+        ["ec", "-in", "key", "-pubout", "-out", "key.pub"],
+    ):
+        subprocess.run(["openssl", *make], cwd=home, check=True, capture_output=True)
+    copy = home / "it's a copy.sif"
+    shutil.copy(image, copy)
+    subprocess.run(["apptainer", "sign", "--key", "key", str(copy)], cwd=home, check=True, capture_output=True)
+    (home / "key.pub").chmod(0o644)
+    copy.chmod(0o644)
+    digest = subprocess.run(["sha256sum", copy.name], cwd=home, check=True, capture_output=True, text=True).stdout
+    copy.with_name(copy.name + ".sha256").write_text(digest)
+    assert len(read_image(copy).signatures) == 1
+
+    code, answers = verified(copy, as_the_user, "--key", str(home / "key.pub"))
+    assert code == 0 and {answers[q] for q in ("whole", "checksum", "signature", "starts", "version")} == {"ok"}, (
+        answers
+    )
+    with copy.open("r+b") as file:
+        file.seek(copy.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    code, answers = verified(copy, as_the_user, "--key", str(home / "key.pub"))
+    assert code == 3 and (answers["checksum"], answers["signature"]) == ("failed", "failed")

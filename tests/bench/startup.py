@@ -1,0 +1,254 @@
+"""Where the seconds go from `apptainer exec` to the first step, for an image in several shapes and for no image at all, in turn.
+
+    container     until a shell runs in the container: namespaces, and the mount
+    interpreter   until Python's first line
+    imports       torch, transformers and what a run of afina needs of them
+    model         from_pretrained of the model, from shared storage
+    group         a process group (gloo, one process: what it costs to make one at all)
+    step          one step of training on a batch of 8 texts of 128 tokens: the first, which allocates
+    afina         a real run, from its start on the host to its `first_step`: checks, checkpoints and data included
+
+Ways: `plain` (this environment), `image` (the file, mounted by Apptainer), `node.sh` (the file, mounted once as jobs do), `sandbox`
+(unpacked on local disk), `gzip`, `zstd:3`, `zstd:19`, … (packed again with that compression). Clocks are read on both sides of each
+boundary; the container has the host's. --cold drops the page cache before each run (root), so that every byte comes from the disk.
+
+    python tests/bench/startup.py --image afina.sif [--ways plain,image,sandbox,gzip,zstd:3] [--rounds 5] [--cold]
+                                  [--model FOLDER] [--user NAME] [--json found.json]
+
+Not covered: a shared file system, many nodes at once, GPUs (CUDA's own start is in none of the parts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests import tiny
+
+__all__ = ["PARTS", "main", "table"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("container", "interpreter", "imports", "model", "group", "step")
+
+#: Prints the clock at each boundary; its first line is the first that Python runs.
+PROBE = """
+import time
+clock = [time.time()]
+import json, os, sys
+import torch, transformers
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+import afina.worker.trainer
+clock.append(time.time())
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=5, dtype=torch.float32)
+clock.append(time.time())
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+clock.append(time.time())
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+ids = torch.randint(5, model.config.vocab_size, (8, min(128, model.config.max_position_embeddings - 2)))
+model.train()
+model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+optimizer.step()
+clock.append(time.time())
+print(json.dumps([float(os.environ["AFINA_BENCH_SHELL"]), *clock]))
+"""
+
+SHELL = 'AFINA_BENCH_SHELL=$(date +%s.%N); export AFINA_BENCH_SHELL; exec "$@"'
+
+
+class Place:
+    """A folder with the model, a claimed run, the probe, and the shapes of the image; everything in it may be thrown away."""
+
+    def __init__(self, folder: Path, image: Path | None, model: Path | None, user: str | None) -> None:
+        self.folder, self.image, self.user = folder, image, user
+        self.model = folder / "model"
+        if model is None:
+            tiny.tiny_model(self.model)
+        else:
+            shutil.copytree(model, self.model)
+        (folder / "probe.py").write_text(PROBE)
+        self.run = self._claim()
+        self.give()
+
+    def _claim(self) -> Path:
+        tiny.write_csv(self.folder / "reviews.csv", tiny.tiny_reviews(120, 3))
+        (self.folder / "scratch").mkdir()
+        part = {"fraction": 0.5, "seed": 1}
+        data = {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part}
+        train = {"batch_size": 8, "max_steps": 2, "log_every": 1, "evaluate": 2, "keep": "last"}
+        resources = {"gpus_per_node": 0}
+        recipe = {
+            "name": "startup",
+            "model": "model",
+            "data": data,
+            "tokens": {"max_length": 64},
+            "train": train,
+            "resources": resources,
+        }
+        (self.folder / "recipe.yaml").write_text(json.dumps(recipe))
+        env = {**os.environ, "AFINA_SCRATCH": str(self.folder / "scratch"), "AFINA_RUNTIME": "none"}
+        argv = [sys.executable, "-m", "afina.cli", "claim", "--pointer", str(self.folder / "pointer"), "recipe.yaml"]
+        subprocess.run(argv, cwd=self.folder, env=env, check=True, stdout=subprocess.DEVNULL)
+        return Path((self.folder / "pointer").read_text())
+
+    def give(self) -> None:
+        """Everything to the user who will run it."""
+        if self.user:
+            account = pwd.getpwnam(self.user)
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+
+    def as_user(self, argv: Sequence[str]) -> list[str]:
+        return ["runuser", "-u", self.user, "--", *argv] if self.user else list(argv)
+
+    def shape(self, way: str) -> Path:
+        """The image in one of its shapes, made when it is first asked for."""
+        assert self.image is not None
+        if way in ("image", "node.sh"):
+            return self.image
+        unpacked = self.folder / "sandbox"
+        if not unpacked.exists():
+            offset = next(
+                line.split("|")[3].split("-")[0]
+                for line in _said(["apptainer", "sif", "list", str(self.image)]).splitlines()
+                if "FS (Squashfs/*System" in line
+            )
+            argv = [
+                "unsquashfs",
+                "-quiet",
+                "-no-progress",
+                "-no-xattrs",
+                "-offset",
+                offset.strip(),
+                "-dest",
+                str(unpacked),
+            ]
+            subprocess.run(self.as_user([*argv, str(self.image)]), stdout=subprocess.DEVNULL, check=False)
+        if way == "sandbox":
+            return unpacked
+        packed = self.folder / f"{way.replace(':', '-')}.sqfs"
+        if not packed.exists():
+            kind, _, level = way.partition(":")
+            argv = ["mksquashfs", str(unpacked), str(packed), "-quiet", "-no-progress", "-comp", kind]
+            subprocess.run(self.as_user([*argv, *(["-Xcompression-level", level] if level else [])]), check=True)
+        return packed
+
+    def argv(self, way: str, command: Sequence[str]) -> list[str]:
+        if way == "plain":
+            return [sys.executable, *command]
+        shape = str(self.shape(way))
+        inside = ["apptainer", "--quiet", "exec", "--no-home", "--bind", str(self.folder), shape, "python", *command]
+        if way == "node.sh":
+            return ["bash", str(ROOT / "slurm/node.sh"), shape, *inside]
+        return inside
+
+    def probe(self, way: str) -> dict[str, float]:
+        command = self.argv(way, [str(self.folder / "probe.py"), str(self.model)])
+        # The shell that reads the clock is in the container: before `python`, the word after the image.
+        place = command.index("python") if way != "plain" else 0
+        command[place:place] = ["sh", "-c", SHELL, "sh"]
+        began = time.time()
+        said = _said(command if way == "plain" else self.as_user(command), self._environment())
+        clocks = [began, *json.loads(said.splitlines()[-1])]
+        return {part: after - before for part, before, after in zip(PARTS, clocks, clocks[1:], strict=False)}
+
+    def real(self, way: str, number: int) -> float:
+        run = self.folder / f"run-{way.replace(':', '-')}-{number}"
+        shutil.copytree(self.run, run)
+        self.give()
+        began = time.time()
+        env = {**self._environment(), "AFINA_ATTEMPT": "bench-1", "AFINA_LAUNCH": "local"}
+        command = self.argv(way, ["-m", "afina.worker.launch", str(run)])
+        _said(command if way == "plain" else self.as_user(command), env)
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        return float(next(e["time"] for e in events if e["event"] == "first_step") - began)
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name.startswith(("PATH", "LANG", "LC_", "OMP_"))}
+        return {**kept, "HOME": str(self.folder), "TMPDIR": str(self.folder), "HF_HUB_OFFLINE": "1"}
+
+
+def _said(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _drop_caches() -> None:
+    subprocess.run(["sync"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def measure(place: Place, ways: Sequence[str], rounds: int, *, cold: bool = False) -> list[dict[str, Any]]:
+    """One record per way and round: seconds by part, and of the real run. Another way begins each round."""
+    for way in ways:
+        if way != "plain":
+            place.shape(way)
+    place.give()
+    records = []
+    for number in range(rounds):
+        for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
+            if cold:
+                _drop_caches()
+            parts = place.probe(way)
+            if cold:
+                _drop_caches()
+            parts["afina"] = place.real(way, number)
+            records.append({"way": way, "round": number, **{name: round(s, 4) for name, s in parts.items()}})
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    return records
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Medians in seconds, one line a way; `all` is the sum of the parts."""
+    ways = list(dict.fromkeys(record["way"] for record in records))
+    lines = ["| way | " + " | ".join(PARTS) + " | all | afina |", "|---|" + "---|" * (len(PARTS) + 2)]
+    for way in ways:
+        mine = [record for record in records if record["way"] == way]
+        medians = [statistics.median(record[part] for record in mine) for part in PARTS]
+        whole = statistics.median(sum(record[part] for part in PARTS) for record in mine)
+        cells = [*medians, whole, statistics.median(record["afina"] for record in mine)]
+        lines.append(f"| {way} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--image", type=Path, help="a .sif; without it only the way `plain`")
+    parser.add_argument("--ways", default="plain,image,node.sh,sandbox,gzip,zstd:3", help="separated by commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="drop the page cache before each run; as root")
+    parser.add_argument("--model", type=Path, help="a model folder; by default a tiny random one")
+    parser.add_argument("--user", help="who runs the container, where root cannot")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    ways = options.ways.split(",") if options.image else ["plain"]
+    with tempfile.TemporaryDirectory(prefix="afina-startup-") as name:
+        Path(name).chmod(0o755)
+        place = Place(Path(name), options.image and options.image.resolve(), options.model, options.user)
+        records = measure(place, ways, options.rounds, cold=options.cold)
+        sizes = {way: place.shape(way).stat().st_size for way in ways if way not in ("plain", "sandbox")}
+    if options.json:
+        options.json.write_text(
+            json.dumps({"records": records, "size_bytes": sizes, "cores": os.cpu_count()}, indent=1)
+        )
+    print(table(records))
+    for way, size in sizes.items():
+        print(f"{way}: {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

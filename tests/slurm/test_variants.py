@@ -1,0 +1,230 @@
+"""What clusters do differently: GPUs by --gres, options more or fewer, no requeue, no scontrol. Real jobs, no training.
+
+The worker is a script that writes down what it was given and stops once, as a preempted run does; everything around it is the batch
+script and the command line of a real submission.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+
+from afina.launch import job_scripts, sbatch_argv
+from afina.plan import Plan, make_plan
+from afina.recipe import Recipe
+from afina.rundir import RunDir
+from afina.site import Site
+
+#: `bash worker.sh MODULE RUN …`, as `python -m MODULE RUN …` would be called: the launch of a node, and the settling at the end.
+WORKER = """
+case $1 in
+  afina.worker.launch)
+    env -0 >"$2/env.$AFINA_ATTEMPT.${SLURM_NODEID:-0}"
+    echo host >"$2/attempts/$AFINA_ATTEMPT/node$SLURM_NODEID.json"
+    [ "$SLURM_NODEID" = 0 ] || exit 0
+    if [ -e "$2/stopped" ]; then code=0; else touch "$2/stopped"; code=75; fi
+    echo $code >"$2/attempts/$AFINA_ATTEMPT/exit"
+    ;;
+  afina.worker.settle)
+    printf 'requeue\\n\\nstopped: to be continued\\n' >"$2/attempts/$3/next"
+    ;;
+esac
+"""
+
+#: What the batch script calls, Slurm's commands apart.
+TOOLS = [
+    "bash",
+    "cat",
+    "cut",
+    "date",
+    "dirname",
+    "env",
+    "grep",
+    "hostname",
+    "mkdir",
+    "mv",
+    "rm",
+    "sed",
+    "sleep",
+    "tail",
+    "touch",
+    "tr",
+    "srun",
+    "sbatch",
+    "squeue",
+]
+
+
+class Variant:
+    """A folder of the ordinary user with a claimed run whose site is a special one."""
+
+    def __init__(self, cluster: Cluster, folder: Path, site: dict[str, Any], resources: dict[str, Any]) -> None:
+        self.cluster, self.folder = cluster, folder
+        (folder / "scratch").mkdir()
+        (folder / "worker.sh").write_text(WORKER)
+        (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
+        part = {"fraction": 0.5, "seed": 1}
+        data = {
+            "files": {"all": str(folder / "reviews.csv")},
+            "text": "text",
+            "label": "stars",
+            "train": part,
+            "eval": part,
+        }
+        recipe = {
+            "name": "variant",
+            "model": "owner/model",
+            "data": data,
+            "resources": {"cpus_per_gpu": 1, "time": 5, **resources},
+        }
+        self.plan: Plan = make_plan(Recipe.model_validate(recipe), Site(scratch=folder / "scratch", **site))
+        argv = ["bash", str(folder / "worker.sh"), "afina.worker.launch", "{run}"]
+        self.run = RunDir.claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
+        for path in (folder, *folder.rglob("*")):
+            shutil.chown(path, cluster.user, cluster.user)
+
+    def submit(self, **env: str) -> int:
+        argv = sbatch_argv(self.plan, self.run.path)
+        given = {"AFINA_SCRATCH": str(self.folder / "scratch"), "AFINA_RUNTIME": "none", **env}
+        return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
+
+    def log(self, job: int) -> str:
+        return (self.run.path / f"slurm-{job}.out").read_text()
+
+    def environment(self, attempt: str, node: int = 0) -> dict[str, str]:
+        text = (self.run.path / f"env.{attempt}.{node}").read_text()
+        return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
+
+    def next_job(self, first: int) -> int:
+        """The job that went on with the run, submitted by the first one."""
+        self.cluster.wait(first)
+        lines = list(self.run.lines("submissions.jsonl"))
+        assert [line["via"] for line in lines] == ["resubmit"], self.log(first)
+        job = int(lines[0]["job_id"])
+        assert self.cluster.wait(job) == "COMPLETED", self.log(job)
+        return job
+
+
+@pytest.fixture
+def variant(cluster: Cluster, folder: Path) -> Iterator[Callable[..., Variant]]:
+    yield lambda site, **resources: Variant(cluster, folder, site, resources)
+    cluster.cancel_all()
+
+
+@pytest.fixture
+def no_requeue(cluster: Cluster) -> Iterator[None]:
+    cluster.restart(job_requeue=0)
+    yield
+    cluster.restart(job_requeue=1)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("request_", ["gpus-per-node", "gres"])
+def test_gpus_in_either_spelling_come_back_after_a_requeue(
+    cluster: Cluster, variant: Callable[..., Variant], request_: str
+) -> None:
+    made = variant({"gpu_request": request_}, nodes=2, gpus_per_node=2)
+    job = made.submit()
+    assert cluster.wait(job, restarts=1) == "COMPLETED", made.log(job)
+    for attempt in (f"{job}.0", f"{job}.1"):
+        for node in (0, 1):
+            seen = made.environment(attempt, node)
+            assert (seen["SLURM_GPUS_ON_NODE"], seen["CUDA_VISIBLE_DEVICES"], seen["AFINA_NODES"].split()) == (
+                "2",
+                "0,1",
+                ["n1", "n2"],
+            )
+
+
+@pytest.mark.timeout(180)
+def test_a_type_of_gpu_and_no_requeue(cluster: Cluster, variant: Callable[..., Variant]) -> None:
+    """Where no job may be put back the run goes on in a new job, which asks for the same GPUs and options."""
+    cluster.restart(job_requeue=0, gpu_type="a100")
+    try:
+        extra = ("--comment=two words, 'quoted'", "--nice=7")
+        site = {"gpu_request": "gres:a100", "sbatch_extra": extra, "sbatch_omit": ("requeue", "mem")}
+        made = variant(site, gpus_per_node=2, mem_gb=1)
+        assert "#SBATCH --requeue" not in (made.run.path / "finetune.sbatch").read_text()
+        first = made.submit(AFINA_SBATCH_EXTRA="\n".join(extra), AFINA_SBATCH_OMIT="requeue,mem")
+        second = made.next_job(first)
+        assert "no requeue" in made.log(first) and "disabled" in made.log(first)
+        for job in (first, second):
+            about = cluster.job(job)
+            assert about["Requeue"] == "0" and about["Nice"] == "7" and about["Comment"] == extra[0][10:], about
+            assert about["TresPerNode"].replace("/", ":") == "gres:gpu:a100:2", about
+            assert about.get("MinMemoryNode", "0") == "0", about
+            assert made.environment(f"{job}.0")["SLURM_GPUS_ON_NODE"] == "2"
+    finally:
+        cluster.restart(job_requeue=1, gpu_type="")
+
+
+@pytest.mark.timeout(180)
+def test_no_scontrol_on_the_nodes(cluster: Cluster, variant: Callable[..., Variant]) -> None:
+    made = variant({}, nodes=2, gpus_per_node=1)
+    tools = made.folder / "bin"
+    tools.mkdir()
+    for name in TOOLS:
+        (tools / name).symlink_to(str(shutil.which(name)))
+    first = made.submit(PATH=str(tools))
+    second = made.next_job(first)
+    assert "scontrol: command not found" in made.log(first)
+    for job in (first, second):
+        seen = made.environment(f"{job}.0", 1)
+        assert (seen["AFINA_NODES"].split(), seen["AFINA_HEAD"]) == (["n1", "n2"], "n1")
+        assert seen["SLURM_GPUS_ON_NODE"] == "1"
+
+
+@pytest.mark.timeout(180)
+def test_nothing_of_slurm_on_the_nodes_but_srun(cluster: Cluster, variant: Callable[..., Variant]) -> None:
+    """Then the job cannot put itself back, and says how to go on."""
+    made = variant({}, gpus_per_node=0)
+    tools = made.folder / "bin"
+    tools.mkdir()
+    for name in TOOLS:
+        if name not in ("sbatch", "squeue"):
+            (tools / name).symlink_to(str(shutil.which(name)))
+    # sbatch itself is found by the submission's own PATH, which is the job's too: by its whole name, then.
+    argv = [str(shutil.which("sbatch")), f"--export=ALL,PATH={tools}", *sbatch_argv(made.plan, made.run.path)[1:]]
+    given = {"AFINA_SCRATCH": str(made.folder / "scratch"), "AFINA_RUNTIME": "none"}
+    job = int(cluster.run_as_user(argv, env=given, cwd=made.folder, check=True).stdout.split(";")[0])
+    assert cluster.wait(job) == "FAILED"
+    assert "go on with: sbatch" in made.log(job)
+    seen = made.environment(f"{job}.0")
+    # From Slurm 23.02 on the job knows its end without asking.
+    assert seen["AFINA_DEADLINE"] == seen.get("SLURM_JOB_END_TIME", "")
+
+
+@pytest.mark.timeout(60)
+def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster: Cluster) -> None:
+    lists = [
+        "n1",
+        "n[1-3,07]",
+        "gpu-[08-11],login1,x[1-2]y[3,5-6]",
+        "a[001-003]",
+        "n[9-11]",
+        "rack1gpu2,rack[10-11]gpu[7-8]",
+    ]
+    source = 'set -u; run=/; . "$0"; for list in "$@"; do afina_expand "$list"; done'
+    script = Path(__file__).resolve().parents[2] / "slurm/job.sh"
+    ours = subprocess.run(
+        ["bash", "-c", source, str(script), *lists], capture_output=True, text=True, check=True
+    ).stdout
+    theirs = "".join(cluster.root(["scontrol", "show", "hostnames", names]).stdout for names in lists)
+    assert ours == theirs and len(ours.split()) == 27
+
+
+@pytest.mark.timeout(180)
+def test_the_place_of_a_copy_is_bound(cluster: Cluster, variant: Callable[..., Variant]) -> None:
+    made = variant({"stage": "1"}, gpus_per_node=0)
+    job = made.submit(AFINA_STAGE="1", TMPDIR=str(made.folder), APPTAINER_BIND="/opt")
+    assert cluster.wait(job, restarts=1) == "COMPLETED", made.log(job)
+    seen = made.environment(f"{job}.0")
+    assert (seen["AFINA_STAGE"], seen["APPTAINER_BIND"]) == (str(made.folder), f"/opt,{made.folder}")
+    assert os.environ.get("AFINA_STAGE") is None

@@ -1,0 +1,201 @@
+"""Which numbers a run computes in: the table, on devices that are only described; and real runs in those that a CPU has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from tests import tiny
+
+from afina.errors import EnvironmentProblem
+from afina.recipe import Train
+from afina.worker.precision import Choice, Device, arguments, choose, difference
+
+CPU = Device("cpu", "CPU")
+V100, T4 = Device("cuda", "Tesla V100", (7, 0)), Device("cuda", "Tesla T4", (7, 5))
+P100, A100, H100 = Device("cuda", "Tesla P100", (6, 0)), Device("cuda", "A100", (8, 0)), Device("cuda", "H100", (9, 0))
+MI250 = Device("cuda", "MI250", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "made"),
+    [
+        (CPU, "fp32", {}),
+        (P100, "fp32", {}),
+        (V100, "fp16", {"fp16": True}),
+        (T4, "fp16", {"fp16": True}),
+        (A100, "bf16", {"bf16": True, "tf32": True}),
+        (H100, "bf16", {"bf16": True, "tf32": True}),
+        (MI250, "fp32", {}),
+    ],
+)
+def test_auto_follows_the_device(device: Device, precision: str, made: dict[str, bool]) -> None:
+    choice = choose(Train(), device)
+    assert (choice.precision, choice.compile, arguments(choice)) == (precision, False, made)
+    assert choice.why
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "made"),
+    [
+        ("fp32", A100, {"tf32": False}),
+        ("tf32", A100, {"tf32": True}),
+        ("fp16", A100, {"fp16": True, "tf32": False}),
+        ("bf16", CPU, {"bf16": True}),
+        ("fp32", V100, {}),
+        ("bf16", MI250, {"bf16": True}),
+    ],
+)
+def test_what_the_recipe_asks_for(asked: Any, device: Device, made: dict[str, bool]) -> None:
+    assert arguments(choose(Train(precision=asked), device)) == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "device"), [("fp16", CPU), ("tf32", CPU), ("bf16", V100), ("tf32", T4), ("tf32", MI250), ("bf16", P100)]
+)
+def test_what_is_not_to_be_had_is_refused(asked: Any, device: Device) -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        choose(Train(precision=asked), device)
+    assert asked in caught.value.message and device.name in caught.value.message and "auto" in caught.value.remedy
+
+
+def test_a_run_keeps_what_it_began_with() -> None:
+    kept = choose(Train(), A100, "fp32")
+    assert (kept.precision, kept.why) == ("fp32", "the attempts before computed in it")
+    assert choose(Train(), H100, "fp16").precision == "fp16"
+    with pytest.raises(EnvironmentProblem, match="computes in bf16 since its first attempt") as caught:
+        choose(Train(), V100, "bf16")
+    assert "here it would be fp16" in caught.value.remedy
+    assert choose(Train(precision="fp32"), A100, "bf16").precision == "fp32"
+
+
+def test_train_arguments_count_and_are_not_said_twice() -> None:
+    choice = choose(Train(arguments={"bf16": True}), CPU)
+    assert (choice.precision, arguments(choice), choice.why) == (None, {}, "the recipe's train.arguments (bf16)")
+    for clash in (
+        {"precision": "fp16", "arguments": {"bf16": True}},
+        {"compile": True, "arguments": {"torch_compile": False}},
+    ):
+        with pytest.raises(ValidationError, match="says another time"):
+            Train.model_validate(clash)
+
+
+def test_compiling_needs_a_compiler(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="needs a C\\+\\+ compiler") as caught:
+        choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})
+    assert "--apt-packages" in caught.value.remedy
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert arguments(choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})) == {"torch_compile": True}
+    assert choose(Train(), CPU, env={"PATH": ""}).compile is False
+
+
+def test_unlike_gpus_are_refused_or_named() -> None:
+    def chosen(*devices: Device) -> list[Choice]:
+        return [choose(Train(), device) for device in devices]
+
+    assert difference(chosen(A100, A100), ["n1", "n2"]) == []
+    (warning,) = difference(chosen(A100, H100), ["n1", "n2"])
+    assert "A100" in warning and "H100" in warning and "on n2" in warning
+    with pytest.raises(EnvironmentProblem, match="unlike GPUs") as caught:
+        difference(chosen(A100, V100), ["n1", "n2"])
+    assert "AFINA_GPU_REQUEST" in caught.value.remedy
+
+
+def test_the_setting_that_trainer_makes_can_be_read_back() -> None:
+    """In a process of its own: torch keeps the setting, and refuses to be asked in the old way after it."""
+    code = """
+from transformers.utils.import_utils import enable_tf32
+from afina.worker.precision import products_in_tf32
+said = [products_in_tf32()]
+for on in (True, False):
+    enable_tf32(on)
+    said.append(products_in_tf32())
+print(said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[False, True, False]\n"
+
+
+# -- for real ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("precision")
+    (place / "scratch").mkdir()
+    tiny.tiny_model(place / "model")
+    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(80, 3))
+    part = {"fraction": 0.5, "seed": 1}
+    recipe = {
+        "name": "tiny",
+        "model": "model",
+        "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 0.003, "log_every": 1, "keep": "last"},
+    }
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    return place
+
+
+def trained(place: Path, name: str, *settings: str, code: int = 0) -> tuple[Path, str]:
+    options = [word for setting in settings for word in ("--set", setting)]
+    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", name, *options]
+    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        argv, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout
+    return place / name, done.stdout
+
+
+def losses(run: Path) -> list[float]:
+    return [
+        line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    (found,) = [event for event in events if event["event"] == "precision"]
+    return dict(found)
+
+
+def test_bfloat16_on_the_cpu_is_close_and_another(place: Path) -> None:
+    plain, said = trained(place, "plain")
+    assert "afina: precision fp32 (the CPU)" in said
+    about = recorded(plain)
+    assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
+    half, said = trained(place, "half", "train.precision=bf16")
+    assert "afina: precision bf16 (the recipe asks for it)" in said and recorded(half)["precision"] == "bf16"
+    assert losses(half) != losses(plain)
+    assert losses(half) == pytest.approx(losses(plain), rel=0.02)
+
+
+def test_what_a_cpu_cannot_ends_with_three(place: Path) -> None:
+    run, said = trained(place, "refused", "train.precision=fp16", code=3)
+    assert "train.precision: fp16 is not to be had on the CPU" in said and "Traceback" not in said
+    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 3
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_training(place: Path) -> None:
+    """Grouped, as a compiled run is; without dropout, whose masks a compiled model draws in another order."""
+    config = json.loads((place / "model/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (place / "model/config.json").write_text(json.dumps(config))
+    same = ("tokens.batching=grouped", "train.max_steps=2")
+    plain, _ = trained(place, "grouped", *same)
+    # Through dynamo and autograd; without inductor, whose C++ takes minutes to compile for a model of this size.
+    backend = "train.arguments.torch_compile_backend=aot_eager"
+    compiled, said = trained(place, "compiled", *same, "train.compile=true", backend)
+    assert ", compiled" in said and recorded(compiled)["compile"] is True
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert (compiled / "model/model.safetensors").is_file()
