@@ -72,7 +72,7 @@ def _prepare(plan: Plan, folder: Path) -> list[str]:
         about = (str(plan.site.image), str(plan.site.image.stat().st_size), plan.site.runtime)
         (folder / "image").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in about))
     write_atomic(folder / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in worker))
-    changes = {"job-name": "afina-doctor", "time": min(_TIME_MIN, plan.recipe.resources.time)}
+    changes: dict[str, str | int] = {"job-name": "afina-doctor", "time": min(_TIME_MIN, plan.recipe.resources.time)}
     log = str(folder / "slurm-%j.out") if "%" not in str(folder) else str(folder).replace("%", "%%") + "/slurm-%j.out"
     return [
         "sbatch",
