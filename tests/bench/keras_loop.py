@@ -65,7 +65,8 @@ def main() -> None:
     train, test = load(options.prepared, "train"), load(options.prepared, "eval")
     names = json.loads((options.prepared / "manifest.json").read_text())["labels"]
     backbone = keras_hub.models.BertBackbone.from_preset(options.model, dtype="float32")
-    model = keras_hub.models.BertTextClassifier(backbone, num_classes=len(names), preprocessor=None, dropout=0.1)
+    task = keras_hub.models.BertTextClassifier(backbone, num_classes=len(names), preprocessor=None, dropout=0.1)
+    model = keras.Model(task.inputs, task.outputs[0])  # the task's own `fit` wants texts, and tf.data or grain for them
     rows = Batches(train, options.batch_size, options.seed, train=True)
     steps = options.epochs * len(rows)
     model.compile(
