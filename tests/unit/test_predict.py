@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -177,12 +178,22 @@ def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: 
     assert any("3 of 5 rows" in line and ", row 3" in line for line in worker._warnings(made["summary"]))
 
 
-def test_a_pipe(run: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "afina.cli", "predict", str(run), "-"]
-    texts = "what a great thing\n\nit was awful, broken\n"
-    done = subprocess.run(argv, input=texts, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def test_a_pipe(run: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers in this process, to save their starts: other tests start them."""
+
+    def call(argv: list[str], env: Any, data: str = "") -> dict[str, Any]:
+        stage, *words = argv[argv.index("afina.worker.predict") + 1 :]
+        return worker.plan(Prediction.model_validate_json(data)) if stage == "plan" else worker.merge(words[0])
+
+    def call_all(argvs: list[list[str]], envs: Any, hear: Any) -> list[dict[str, Any]]:
+        return [worker.run(argv[argv.index("run") + 1], 0, 1, and_merge=False, progress="log") for argv in argvs]
+
+    monkeypatch.setattr(predicting, "call", call)
+    monkeypatch.setattr(predicting, "call_all", call_all)
+    texts = "what a great thing\n\nit was awful, broken ☃\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(texts.encode())))
+    main(["predict", str(run), "-"])
+    lines = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
     assert [line["text"] for line in lines] == texts.splitlines()
     assert [line["prediction"] is None for line in lines] == [False, True, False]
     assert sum(lines[0][f"score: {label}"] for label in LABELS) == pytest.approx(1, abs=1e-5)
@@ -448,16 +459,30 @@ def test_a_wrong_command_is_one_message_with_a_remedy(
     assert not list(reviews.parent.glob("*.parts"))
 
 
-def test_a_full_disk_keeps_what_is_done(run: Path, reviews: Path, tmp_path: Path) -> None:
-    from tests.unit.conftest import private_mounts
+def test_a_full_disk_keeps_what_is_done(
+    run: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes, which merging is the first to meet."""
+    out = tmp_path / "out.csv"
+    about = worker.plan(predicting.compose(run, [reviews], out, chunk_rows=20))
+    worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
+    before = tree(Path(about["parts"]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+        code = worker.main(["merge", about["parts"], "--json"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = json.loads(capsys.readouterr().out)
+    assert code == 3 and "File too large" in said["message"] and "goes on where it was" in said["remedy"]
+    assert tree(Path(about["parts"])) == before and not out.exists()
+    here(run, reviews, out, chunk_rows=20)
+    assert len(rows_of_csv(out)) == 203
 
-    data = _large(reviews, 30)
-    script = 'mount -t tmpfs -o size=192k tmpfs "$1"; set +e; "$2" -m afina.cli predict "$3" "$4" -o "$1/out.csv" --chunk-rows 500; echo "code $?"; ls "$1"'
-    (tmp_path / "small").mkdir()
-    done = private_mounts(script, tmp_path / "small", sys.executable, run, data)
-    assert "code 3" in done.stdout, done.stderr
-    assert "No space left" in done.stderr and "goes on where it was" in done.stderr and "Traceback" not in done.stderr
-    assert "out.csv.parts" in done.stdout.splitlines()
+
+def rows_of_csv(path: Path) -> list[Any]:
+    table: pa.Table = pa_csv.read_csv(path, parse_options=pa_csv.ParseOptions(newlines_in_values=True))
+    return list(table.to_pylist())
 
 
 # -- as Slurm jobs ----------------------------------------------------------------------------------------------------
@@ -487,12 +512,11 @@ def test_submitted_shares_are_one_prediction(
     refused = afina("predict", run, reviews, *options)
     assert refused.returncode == 2 and "job 4711 still works on this" in refused.stderr
     (tmp_path / "queue").write_text("")
-    for task in ("1", "0"):
-        env = {**os.environ, "SLURM_JOB_ID": f"471{task}", "SLURM_ARRAY_TASK_ID": task}
-        ran = subprocess.run(["bash", *argv[-3:]], env=env, capture_output=True, text=True, timeout=120, check=False)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert f"share {task} of 2 ended with 0" in ran.stdout
-        assert out.exists() == (task == "0")
+    assert not worker.run(str(parts), 1, 2, and_merge=True, progress="log")["merged"]
+    env = {**os.environ, "SLURM_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "0"}
+    ran = subprocess.run(["bash", *argv[-3:]], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "share 0 of 2 ended with 0" in ran.stdout
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     script = shutil.copy(ROOT / "slurm/predict.sbatch", tmp_path / "spooled")
     late = subprocess.run(
