@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Writes the two locked requirement files, with a hash for every file that may be installed:
 #
-#   tests/requirements.txt        what `make test` and `make demo` install: the extras train, demo and dev
-#   container/requirements.txt    what the image holds: the extra train and the build backend; versions as above
+#   tests/requirements.txt        what `make test` and `make demo` install: the extras train, trackers, onnx, demo and dev
+#   container/requirements.txt    what the image holds: the extras train and trackers and the build backend; versions as above
 #
 # Both are for Python 3.10 and newer on any platform, and leave out torch and its CUDA libraries: which build of torch
 # is right depends on the machine, so it is installed by itself. Its ordinary dependencies are in, and its version is
@@ -43,7 +43,7 @@ print("python", sys.argv[1], sys.argv[2])
 for name, requirements in {
     "build": data["build-system"]["requires"],
     "project": data["project"]["dependencies"],
-    **{extra: data["project"]["optional-dependencies"][extra] for extra in ("train", "demo", "dev")},
+    **{extra: data["project"]["optional-dependencies"][extra] for extra in ("train", "trackers", "onnx", "demo", "dev")},
 }.items():
     for requirement in sorted(requirements):
         print(name, requirement)
@@ -89,7 +89,7 @@ compile() {
     echo "lock: $output: $(grep -c '^[^ #]' "$output") requirements" >&2
 }
 
-compile tests/requirements.txt 'Everything for tests and demo (extras train, demo, dev) but torch and its CUDA libraries.' \
-    --extra train --extra demo --extra dev "$@"
+compile tests/requirements.txt 'Everything for tests and demo (extras train, trackers, onnx, demo, dev) but torch and its CUDA libraries.' \
+    --extra train --extra trackers --extra onnx --extra demo --extra dev "$@"
 compile container/requirements.txt 'Everything in the image but torch, its CUDA libraries and afina itself.' \
-    --extra train --constraints tests/requirements.txt "$@"
+    --extra train --extra trackers --constraints tests/requirements.txt "$@"
