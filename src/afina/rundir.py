@@ -1,6 +1,7 @@
 """The run directory as a type: everything that crosses from one process, node or attempt to the next is a file in it.
 
     plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
+    record.json                             how the run was made: versions, image digest, git commit and changes
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
     finetune.sbatch  job.sh  node.sh        what a job runs on the host; copies, so that later edits do not reach it
     submissions.jsonl  events.jsonl         what happened, with times
