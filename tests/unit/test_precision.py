@@ -132,13 +132,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("precision")
     (place / "scratch").mkdir()
     tiny.tiny_model(place / "model")
+    # Without dropout, whose masks a compiled model draws in another order; grouped, as a compiled run is.
+    config = json.loads((place / "model/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (place / "model/config.json").write_text(json.dumps(config))
     tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(80, 3))
     part = {"fraction": 0.5, "seed": 1}
     recipe = {
         "name": "tiny",
         "model": "model",
         "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
-        "tokens": {"max_length": 64},
+        "tokens": {"max_length": 64, "batching": "grouped"},
         "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 0.003, "log_every": 1, "keep": "last"},
     }
     (place / "recipe.yaml").write_text(json.dumps(recipe))
@@ -168,7 +172,8 @@ def recorded(run: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def test_bfloat16_on_the_cpu_is_close_and_another(place: Path) -> None:
+@pytest.mark.slow
+def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
     plain, said = trained(place, "plain")
     assert "afina: precision fp32 (the CPU)" in said
     about = recorded(plain)
@@ -177,25 +182,15 @@ def test_bfloat16_on_the_cpu_is_close_and_another(place: Path) -> None:
     assert "afina: precision bf16 (the recipe asks for it)" in said and recorded(half)["precision"] == "bf16"
     assert losses(half) != losses(plain)
     assert losses(half) == pytest.approx(losses(plain), rel=0.02)
+    # Through dynamo and autograd; without inductor, whose C++ takes minutes to compile for a model of this size.
+    backend = "train.arguments.torch_compile_backend=aot_eager"
+    compiled, said = trained(place, "compiled", "train.compile=true", backend)
+    assert ", compiled" in said and recorded(compiled)["compile"] is True
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert (compiled / "model/model.safetensors").is_file()
 
 
 def test_what_a_cpu_cannot_ends_with_three(place: Path) -> None:
     run, said = trained(place, "refused", "train.precision=fp16", code=3)
     assert "train.precision: fp16 is not to be had on the CPU" in said and "Traceback" not in said
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 3
-
-
-@pytest.mark.slow
-def test_a_compiled_run_is_the_same_training(place: Path) -> None:
-    """Grouped, as a compiled run is; without dropout, whose masks a compiled model draws in another order."""
-    config = json.loads((place / "model/config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (place / "model/config.json").write_text(json.dumps(config))
-    same = ("tokens.batching=grouped", "train.max_steps=2")
-    plain, _ = trained(place, "grouped", *same)
-    # Through dynamo and autograd; without inductor, whose C++ takes minutes to compile for a model of this size.
-    backend = "train.arguments.torch_compile_backend=aot_eager"
-    compiled, said = trained(place, "compiled", *same, "train.compile=true", backend)
-    assert ", compiled" in said and recorded(compiled)["compile"] is True
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
-    assert (compiled / "model/model.safetensors").is_file()
