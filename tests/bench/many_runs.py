@@ -180,7 +180,7 @@ def measure(scratch: Path, programs: Path, rounds: int) -> list[Cost]:
     """Each command `rounds` times, in turn; everything was read once before."""
     commands = [["status"], ["list"], ["list", "--size"], ["status", "--json"]]
     if _has("compare"):
-        commands.append(["compare", *map(str, sorted(scratch.glob("sweeps/*/runs/*"))[:200])])
+        commands.append(["compare", str(scratch)])
     env = {**os.environ, "AFINA_SCRATCH": str(scratch), "PATH": f"{programs}:{os.environ['PATH']}", "COLUMNS": "200"}
     seconds: dict[int, list[float]] = {i: [] for i in range(len(commands))}
     last: dict[int, tuple[float, list[str], int]] = {}
@@ -204,7 +204,7 @@ def measure(scratch: Path, programs: Path, rounds: int) -> list[Cost]:
             last[i] = (used.ru_maxrss / 1000, calls, runs)
     return [
         Cost(
-            " ".join(words[:3]),
+            " ".join(word for word in words if word != str(scratch)),
             statistics.median(seconds[i]),
             last[i][0],
             last[i][1].count("squeue"),
