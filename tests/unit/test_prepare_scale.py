@@ -96,7 +96,7 @@ def test_pieces_put_together_are_what_one_call_gives(
     rows = [{**row, "more": f"it was {row['rating']}"} for row in tiny_reviews(400)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     make = making(path, arch, text=text, **PARTS)
-    made = Pieces(tmp_path / "made", {})
+    made = Pieces(tmp_path, "made", {})
     make.make(made, print)
     assert len(list(made.folder.iterdir())) > 8
     splits, warnings = make.put_together(made, tmp_path, 24)
@@ -179,7 +179,7 @@ def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
 
 def test_a_piece_that_is_damaged_or_gone_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
     make = making(write_csv(tmp_path / "a.csv", tiny_reviews(300)))
-    made = Pieces(tmp_path / "made", {})
+    made = Pieces(tmp_path, "made", {})
     make.make(made, print)
     make.put_together(made, tmp_path, 24)
     before = (tmp_path / "train.tokens.npy").read_bytes()
@@ -233,7 +233,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_pat
         make = making(path)
         change(path)
         with pytest.raises(DataError, match=r"a\.csv: was written into while it was read") as error:
-            make.make(Pieces(tmp_path / f"made {random.random()}", {}), print)
+            make.make(Pieces(tmp_path, str(random.random()), {}), print)
         assert error.value.remedy
 
 
@@ -371,7 +371,7 @@ table = source.read(data.label, data.text)
 labels, examples = build_examples("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
 checked = tokenise.Checked(labels, examples, [], {"all": source}, {"all": source.state()})
 making = tokenise._Making(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
-made = pieces.Pieces(path.parent / "made", {})
+made = pieces.Pieces(path.parent, "made", {})
 making.make(made, print)
 making.put_together(made, path.parent, 32)
 # Not ru_maxrss, which a process begins with what its parent had when it was started.

@@ -1,8 +1,8 @@
 """What a prepare stage has tokenised so far, piece by piece, so that one that is killed is gone on with by the next.
 
-    <scratch>/cache/prepare/<key>/<source>-<n>.npz      one piece: some rows of a source, tokenised
+    <scratch>/cache/prepare/<digest>-<key>/<source>-<n>.npz      one piece: some rows of a source, tokenised
 
-The rows of a piece are decided before anything is tokenised, by the rows that are used and the length of their texts; so
+The digest is that of the prepared data, the key adds the versions that made the piece. The rows of a piece are decided before anything is tokenised, by the rows that are used and the length of their texts; so
 the n-th piece under a key is the same whoever makes it, with however many threads. It is written aside and renamed, not flushed:
 each array carries its CRC-32, and a piece that a crash of the machine left incomplete is made again. Two processes may work in one
 folder, and one may remove it under the other: what is missing is made again.
@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Missing", "Piece", "Pieces", "cut_pieces", "sweep"]
+__all__ = ["Missing", "Piece", "Pieces", "cut_pieces", "discard", "sweep"]
 
 Array = np.ndarray[Any, Any]
 
@@ -34,6 +34,7 @@ Array = np.ndarray[Any, Any]
 #: its text, so that a piece of very short ones is bounded too.
 PIECE_BYTES = 8 << 20
 _ROW_BYTES = 64
+_DIGEST = 16
 #: A folder that nobody has written into for so long belongs to a prepare that nobody will go on with.
 ABANDONED_S = 7 * 86400.0
 
@@ -78,12 +79,14 @@ class Pieces:
     """The folder of one prepare.
 
     Args:
-        decided_by: everything that decides what is in a piece: what is prepared, and with which versions.
+        digest: of what is prepared; it decides which rows are in a piece, and their texts.
+        versions: of what makes tokens of them.
     """
 
-    def __init__(self, parent: Path, decided_by: Mapping[str, Any]) -> None:
-        about = json.dumps([PIECE_BYTES, _ROW_BYTES, decided_by], sort_keys=True)
-        self.folder = parent / hashlib.sha256(about.encode()).hexdigest()[:16]
+    def __init__(self, parent: Path, digest: str, versions: Mapping[str, str]) -> None:
+        about = json.dumps([PIECE_BYTES, _ROW_BYTES, versions], sort_keys=True)
+        key = hashlib.sha256(about.encode()).hexdigest()[:8]
+        self.folder = parent / f"{digest[:_DIGEST]}-{key}"
 
     def has(self, piece: Piece) -> bool:
         return self._path(piece).exists()
@@ -154,11 +157,14 @@ class Pieces:
             return sum(path.stat().st_size for path in self.folder.iterdir())
         return 0
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, piece: Piece) -> Path:
         return self.folder / f"{piece.name}.npz"
+
+
+def discard(parent: Path, digest: str) -> None:
+    """Remove all pieces of what is prepared under `digest`, whichever versions made them."""
+    for folder in parent.glob(f"{digest[:_DIGEST]}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(parent: Path, *, now: float) -> None:

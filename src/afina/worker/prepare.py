@@ -147,6 +147,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
                 pretrained.check_model(folder, recipe, pins)
                 late = check_arguments(recipe.train.arguments, pins)
                 manifest = build(plan, folder, checked, final, content, say)
+    pieces.discard(work_folder(plan), digest)
     if late is None:
         pretrained.check_model(folder, recipe, pins)
         late = check_arguments(recipe.train.arguments, pins)

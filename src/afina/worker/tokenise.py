@@ -27,7 +27,7 @@ from afina.worker.assemble import TEXTS, write_part
 from afina.worker.disk import readable_size
 from afina.worker.encode import Encoded, Encoder
 from afina.worker.examples import Examples, Labels
-from afina.worker.pieces import Missing, Piece, Pieces, cut_pieces
+from afina.worker.pieces import Missing, Piece, Pieces, cut_pieces, discard
 from afina.worker.pretrained import load_tokenizer
 from afina.worker.progress import Progress
 from afina.worker.publish import publish, staging
@@ -95,7 +95,7 @@ def build(
         np.uint16 if max(len(tokenizer), size if isinstance(size, int) else 0) <= 1 << 16 else np.uint32,
     )
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
-    made = Pieces(work_folder(plan), {"content": content, "versions": versions})
+    made = Pieces(work_folder(plan), final.name, versions)
     try:
         _check_room(plan.site.prepared, checked.parts, recipe.tokens.max_length, made.size())
         for _ in range(_TRIES):
@@ -132,9 +132,8 @@ def build(
                 "look for what empties that folder, then run the same command again",
             )
     except Exception:
-        made.remove()
+        discard(work_folder(plan), final.name)
         raise
-    made.remove()
     return store.load_manifest(final)
 
 
