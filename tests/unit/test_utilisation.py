@@ -91,14 +91,15 @@ def test_a_peak_is_measured_in_less_than_a_second_and_draws_no_random_numbers() 
     assert torch.equal(state, torch.random.get_rng_state())
     assert 1e9 < peak.flops < 1e14 and "torch.mm" in peak.source
     assert taken < 3, "0.5 s on an idle core"
-    side = 1024
+    side, rates = 1024, []
     left = torch.full((side, side), 0.5)
-    began = time.process_time()
-    for _ in range(5):
+    for _ in range(12):
+        wall, processor = time.perf_counter(), time.process_time()
         torch.mm(left, left)
-    # Processor time, which load from elsewhere hardly changes, over all threads.
-    rate = 5 * 2 * side**3 / (time.process_time() - began) * torch.get_num_threads()
-    assert peak.flops == pytest.approx(rate, rel=0.7)
+        rates.append((2 * side**3 / (time.perf_counter() - wall), 2 * side**3 / (time.process_time() - processor)))
+    # Load from elsewhere takes wall time away, from both; processor time it hardly changes.
+    assert max(wall for wall, _ in rates) / 5 < peak.flops
+    assert peak.flops < 2 * max(processor for _, processor in rates) * torch.get_num_threads()
 
 
 def test_the_parts_add_up_and_go_on_in_the_next_attempt() -> None:

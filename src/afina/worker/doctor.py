@@ -159,7 +159,7 @@ def _metrics() -> Iterator[Line]:
     import numpy as np
 
     from afina.recipe import METRICS
-    from afina.worker.tasks import compute_metrics
+    from afina.worker.tasks import compute_metrics, decisions
 
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(24, 3)).astype(np.float32)
@@ -170,7 +170,7 @@ def _metrics() -> Iterator[Line]:
     }
     for task, names in METRICS.items():
         given = logits[:, :1] if task == "regression" else logits
-        compute_metrics(task, list(names), given, answers[task], given.shape[1])
+        compute_metrics(task, list(names), decisions(task, given), answers[task], given.shape[1])
     yield "metrics", "ok", f"all {sum(map(len, METRICS.values()))} computed, without network", ""
 
 

@@ -10,7 +10,7 @@ feed-forward network, forward: 8 H² for queries, keys, values and output, 4 H I
 for each token that is attended to. Per text: 2 H² + 2 H K for the head. Backward is twice forward. Element-wise work,
 embeddings and the optimizer are left out.
 
-Not covered: GPUs in the table were not measured here.
+Not covered: GPUs in the table were not measured here. A peak that is measured while others use the same cores is too low.
 """
 
 from __future__ import annotations
