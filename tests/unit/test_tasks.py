@@ -1,4 +1,4 @@
-"""The metrics of classes, counted, against scikit-learn's."""
+"""The metrics of classes through `evaluate`, against scikit-learn called directly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from sklearn import metrics
 
 from afina.recipe import METRICS
-from afina.worker.tasks import compute_metrics, decisions
+from afina.worker.metrics import compute_metrics
+from afina.worker.tasks import decisions
 
 Array = np.ndarray[Any, Any]
 
@@ -35,7 +36,7 @@ def _sklearn(task: str, labels: Array, said: Array, width: int) -> dict[str, Any
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("task", ["single-label", "multi-label"])
-def test_counted_metrics_are_those_of_scikit_learn(task: str, seed: int) -> None:
+def test_metrics_are_those_of_scikit_learn(task: str, seed: int) -> None:
     """Few rows, so that classes are missing; rows of which all are right; a model that says one thing only."""
     draw = np.random.default_rng(seed)
     count, width = int(draw.integers(1, 300 if seed % 3 else 8)), int(draw.integers(2, 9))

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from afina.worker import evaluation, flops
 from afina.worker.batches import epoch_steps
 from afina.worker.flops import DATASHEET, Peak, formula_of, forward_flops, peak_of
+from afina.worker.metrics import compute_metrics
 from afina.worker.results import _columns
-from afina.worker.tasks import TASKS, compute_metrics, decisions
+from afina.worker.tasks import TASKS, decisions
 from afina.worker.utilisation import PARTS, Meter, Work
 
 

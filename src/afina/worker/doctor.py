@@ -159,7 +159,8 @@ def _metrics() -> Iterator[Line]:
     import numpy as np
 
     from afina.recipe import METRICS
-    from afina.worker.tasks import compute_metrics, decisions
+    from afina.worker.metrics import compute_metrics
+    from afina.worker.tasks import decisions
 
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(24, 3)).astype(np.float32)

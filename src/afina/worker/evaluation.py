@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from afina.worker.flow import agree, stop_cause
-from afina.worker.tasks import compute_metrics, decisions, per_example_loss
+from afina.worker.tasks import decisions, per_example_loss
 from afina.worker.watch import CAUSES
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def on_every_rank(trainer: RunTrainer, value: Any) -> Any:
 
 def scores(task: str, names: list[str], logits: Array, labels: Array) -> dict[str, Any]:
     """The loss, a mean in float64 over rows, and the named metrics."""
+    from afina.worker.metrics import compute_metrics  # late: see there
+
     count = len(logits)
     loss, predictions = np.empty(count, np.float64), []
     for block in blocks(count):
