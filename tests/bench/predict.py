@@ -14,6 +14,7 @@ Peak memory is the largest resident set of any one process of a command. Not cov
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -176,7 +177,8 @@ def _killed(work: Work, count: int, whole: Path, kills: int) -> dict[str, Any]:
         while len(list(parts.glob("part-*"))) < wanted and process.poll() is None:
             time.sleep(0.05)
         for pid in [process.pid, *_children(process.pid)]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         there.append(len(list(parts.glob("part-*"))))
     last = run(work.command(count, out), work.env)
