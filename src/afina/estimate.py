@@ -26,8 +26,8 @@ from afina.plan import Plan
 __all__ = ["Earlier", "Estimate", "Measured", "Shape", "describe", "forecast", "memory_of", "pace"]
 
 GB = 1e9
-#: Python, torch, transformers and their libraries before a model is loaded: 0.45 to 0.55 GB, measured on a CPU.
-_BASE_BYTES = 0.6e9
+#: Python, torch, transformers and their libraries before a model is loaded: 0.37 GB, measured on a CPU.
+_BASE_BYTES = 0.45e9
 #: CUDA context, cuBLAS and NCCL buffers. From documentation, not measured.
 _CUDA_BYTES = 1.0e9
 #: What the forecast is multiplied by before it is asked for: machines differ, and a job that is killed has lost more.

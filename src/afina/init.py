@@ -29,7 +29,7 @@ from afina.propose import Host, Model, Proposal
 from afina.recipe import parse_recipe
 from afina.rehearse import parameters_of
 from afina.rundir import write_atomic
-from afina.site import Site, environment, load_site
+from afina.site import Site, cache_environment, environment, hub_token, load_site
 
 __all__ = [
     "SITE",
@@ -207,7 +207,8 @@ def _from_worker(question: Mapping[str, Any], name: str, site: Site | None, path
 
 def _worker_lines(question: Mapping[str, Any], site: Site | None, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
     argv = [sys.executable, "-m", "afina.worker.look"]
-    env = dict(os.environ)
+    here = {**os.environ, **(environment(site) if site is not None else {})}
+    env = {**here, **(cache_environment(site, here) if site is not None else {}), **hub_token(here)}
     if importlib.util.find_spec("pyarrow") is None or (
         question.get("hub") and importlib.util.find_spec("datasets") is None
     ):
@@ -217,7 +218,6 @@ def _worker_lines(question: Mapping[str, Any], site: Site | None, paths: Sequenc
                 "build the image (container/build.sh) and name it in site.env, or `pip install 'afina[train]'`",
             )
         argv = container_argv(bare_plan(site), ["python", *argv[1:]], [p.parent for p in paths])
-        env |= environment(site)
     worker = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, encoding="utf-8")
     assert worker.stdin is not None and worker.stdout is not None
     with worker:

@@ -29,7 +29,7 @@ from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.record import make_record
 from afina.rundir import Outcome, RunDir, is_run_dir
-from afina.site import environment, load_site
+from afina.site import environment, hub_token, load_site
 from afina.slurm import need_slurm, submit_sbatch, submit_submitit, submitit_script
 from afina.supervise import run_node, settle
 
@@ -278,21 +278,10 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
     env = {
         **here,
         **worker_environment(plan, offline=False, env=here),
-        **_hub_token(here),
+        **hub_token(here),
         **({"AFINA_REFRESH": "1"} if refresh else {}),
     }
     return ask_worker(worker_argv(plan, "prepare", "--json"), plan.to_json(), env, "the prepare stage")
-
-
-def _hub_token(env: Mapping[str, str]) -> dict[str, str]:
-    """The token that `hf auth login` left in the home, which the container does not see and the caches have moved from."""
-    if env.get("HF_TOKEN"):
-        return {}
-    home = Path(env.get("HF_HOME") or Path(env.get("HOME", "/")) / ".cache/huggingface")
-    try:
-        return {"HF_TOKEN": Path(env.get("HF_TOKEN_PATH") or home / "token").read_text().strip()}
-    except OSError:
-        return {}
 
 
 def claim(

@@ -26,6 +26,7 @@ __all__ = [
     "cache_environment",
     "environment",
     "find_site_file",
+    "hub_token",
     "image_key",
     "in_container",
     "load_site",
@@ -172,6 +173,17 @@ def find_site_file(given: str | Path | None = None, env: Mapping[str, str] | Non
         if _may(candidate.is_file):
             return candidate.absolute()
     return None
+
+
+def hub_token(env: Mapping[str, str]) -> dict[str, str]:
+    """The token that `hf auth login` left in the home, which the container does not see and the caches have moved from."""
+    if env.get("HF_TOKEN"):
+        return {}
+    home = Path(env.get("HF_HOME") or Path(env.get("HOME", "/")) / ".cache/huggingface")
+    try:
+        return {"HF_TOKEN": Path(env.get("HF_TOKEN_PATH") or home / "token").read_text().strip()}
+    except OSError:
+        return {}
 
 
 def in_container(env: Mapping[str, str] | None = None) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests import tiny
+from tests.hub.server import HubServer
 from tests.unit.conftest import Ran, program, tree
 
 from afina import cli, look
@@ -196,6 +197,33 @@ def test_a_text_that_is_not_in_english_gets_a_model_that_reads_it(init: Init, tm
     assert init(tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows))["recipe"].model == "FacebookAI/xlm-roberta-base"  # fmt: skip
     # A language without spaces has a token for each character.
     assert look.count_pieces("这本书非常好。") == 7 and look.count_pieces("It's good.") == 5
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
+    init: Init, tmp_path: Path, scratch: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "stars": row["stars"] - 1} for row in tiny.tiny_reviews(60, 1)]
+    card = tiny.dataset_card(
+        {"default": {"train": "train.parquet", "validation": "dev.parquet"}}, {"stars": tiny.star_names()}, {"text": "string", "rating": "float64"}
+    )  # fmt: skip
+    files = {
+        "README.md": card,
+        "train.parquet": tiny.parquet_bytes(rows[:40]),
+        "dev.parquet": tiny.parquet_bytes(rows[40:]),
+    }
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_dataset("me/reviews", files)
+        for name, value in hub.env(scratch / "cache/huggingface").items():
+            monkeypatch.setenv(name, value)
+        said = init(tmp_path / "p", "--data", "me/reviews", "--model", model)
+        recipe: Recipe = said["recipe"]
+        assert (recipe.name, recipe.data.hub, recipe.data.label) == ("reviews", "me/reviews", ("stars",))
+        assert said["rows"] == 40 and set(said["labels"]) == set(tiny.star_names())
+        assert recipe.data.eval.split == "validation"
+        hub.clear()
+        (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
+        assert done["rows"] == {"train": 40, "eval": 20} and not hub.requests, "asked the Hub again"
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
