@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from test_jobs import host  # noqa: F401 - a fixture
 from tests import tiny
 
 
@@ -41,7 +40,7 @@ def _ended(cluster: Cluster, job: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path) -> None:  # noqa: F811
+def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path) -> None:
     afina = [str(host / "afina"), "predict", "model", "texts.csv", "--chunk-rows", "100"]
     one = cluster.run_as_user([*afina, "-o", "one.csv"], cwd=place, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert one.returncode == 0, one.stdout + one.stderr
@@ -59,7 +58,7 @@ def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path) -
 
 
 @pytest.mark.timeout(900)
-def test_a_cancelled_array_is_made_up_for_by_the_command(cluster: Cluster, place: Path, host: Path) -> None:  # noqa: F811
+def test_a_cancelled_array_is_made_up_for_by_the_command(cluster: Cluster, place: Path, host: Path) -> None:
     afina = [str(host / "afina"), "predict", "model", "texts.csv", "-o", "made up.csv", "--chunk-rows", "100"]
     options = ["--submit", "--array", "2", "--gpus-per-node", "0", "--json"]
     done = cluster.run_as_user([*afina, *options], cwd=place, timeout=300)
