@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError
-from afina.glance import Glance, differing, find_runs, glance, names_of
+from afina.glance import Glance, differing, glance, names_of
+from afina.overview import find_runs
 from afina.paired import Paired, compare_paired, holm
 from afina.predictions import Predictions, read_predictions
 
@@ -62,15 +63,7 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
     Raises:
         InputError: a path that is no run directory and has none below it; fewer than two runs.
     """
-    found: list[Path] = []
-    for path in paths:
-        below = find_runs(Path(path))
-        if not below:
-            raise InputError(
-                f"{path}: not a run directory, and there is none below it",
-                "give run directories, or folders with some in them",
-            )
-        found += below
+    found = find_runs(paths)
     unique = list({path.absolute(): path for path in found}.values())
     if len(unique) < 2:
         raise InputError(

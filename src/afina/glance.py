@@ -1,13 +1,11 @@
 """Runs at a glance: what a table of a thousand runs needs of each, read without validating it.
 
-`find_runs` finds run directories below a folder; `glance` reads plan and outcome as plain JSON, so that runs of another afina and damaged
-ones stay in the table. Nothing is asked of Slurm, and no predictions are read.
+`glance` reads plan and outcome as plain JSON, so that runs of another afina and damaged ones stay in the table. Nothing is asked of Slurm, and no predictions are read.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,10 @@ from typing import Any
 
 from afina.recipe import METRICS
 
-__all__ = ["Glance", "differing", "find_runs", "glance", "names_of"]
+__all__ = ["Glance", "differing", "glance", "names_of"]
 
 #: Keys of a recipe that say nothing about what was trained.
 _NOT_COMPARED = ("name",)
-#: Folders of a run, and of other things, in which no run lies.
-_NOT_ENTERED = frozenset({"attempts", "checkpoints", "model", "report", "prepared", "cache", "pins", "submitit"})
-_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -44,40 +39,6 @@ class Glance:
     @property
     def state(self) -> str:
         return str(self.outcome.get("outcome") or "no outcome")
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """Run directories in `folder` and below, in the order of their names; `folder` itself if it is one."""
-    found: list[Path] = []
-    todo = [(folder, 0)]
-    while todo:
-        here, depth = todo.pop()
-        if (here / "plan.json").is_file():
-            found.append(here)
-        elif depth < _DEPTH:
-            try:
-                with os.scandir(here) as entries:
-                    below = [
-                        e.name for e in entries if e.is_dir(follow_symlinks=depth == 0) and not e.name.startswith(".")
-                    ]
-            except OSError:
-                continue
-            todo += [(here / name, depth + 1) for name in below if name not in _NOT_ENTERED]
-    return sorted(found, key=lambda path: _natural(str(path)))
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """cell-2 before cell-10."""
-    parts: list[tuple[int, str]] = []
-    digits = ""
-    for letter in text:
-        if letter.isascii() and letter.isdigit():
-            digits += letter
-            continue
-        if digits:
-            parts, digits = [*parts, (int(digits), "")], ""
-        parts.append((-1, letter))
-    return [*parts, (int(digits), "")] if digits else parts
 
 
 def glance(path: Path) -> Glance:

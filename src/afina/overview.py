@@ -28,6 +28,7 @@ __all__ = [
     "RunSummary",
     "State",
     "find_runs",
+    "place_of",
     "known_runs",
     "short_names",
     "summarise",
@@ -112,7 +113,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for folder in folders:
-        path = _place(folder)
+        path = place_of(folder)
         below = _below(path, _DEPTH)
         if not below:
             raise InputError(
@@ -156,8 +157,12 @@ def summary_of(path: str | Path) -> RunSummary:
 # -- finding -----------------------------------------------------------------------------------------------------------
 
 
-def _place(folder: str | Path) -> Path:
-    """The folder as it was named, or as `short_names` names one on scratch."""
+def place_of(folder: str | Path) -> Path:
+    """The folder as it was named, or as `short_names` names one on scratch.
+
+    Raises:
+        InputError: there is neither.
+    """
     path = Path(folder)
     if _is_there(path):
         return path

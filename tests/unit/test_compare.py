@@ -15,7 +15,8 @@ from tests.unit.test_scores import write
 
 from afina.compare import compare, to_json, verdicts
 from afina.errors import InputError
-from afina.glance import find_runs, glance, names_of
+from afina.glance import glance, names_of
+from afina.overview import find_runs
 from afina.plan import make_plan
 from afina.recipe import Recipe
 from afina.rundir import Outcome, RunDir
@@ -101,7 +102,7 @@ def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], t
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere: not a run directory, and there is none below it"),
+        (["nowhere"], "nowhere: no such folder, and no run or sweep of that name below "),
         (["one"], "one run alone cannot be compared"),
         (["one", "./one"], "one run alone cannot be compared"),
         (["one", "two", "--metric", "acuracy"], "`acuracy` is not a score that can be tested"),
@@ -147,13 +148,15 @@ def test_runs_are_found_below_folders_and_not_in_their_own(make_run: MakeRun, tm
     shutil.copy(tmp_path / "x/deep/er/plan.json", tmp_path / "x/.hidden/plan.json")
     (tmp_path / "x/deep/er/attempts/local-1/plan.json").write_text("{}")
     (tmp_path / "x/loop").symlink_to(tmp_path / "x")
-    found = find_runs(tmp_path / "x")
+    found = find_runs([tmp_path / "x"])
     assert [str(p.relative_to(tmp_path)) for p in found if "loop" not in p.parts] == [
         "x/deep/er",
         "x/runs/cell-9",
         "x/runs/cell-10",
     ]
-    assert find_runs(found[0]) == [found[0]] and find_runs(tmp_path / "absent") == []
+    assert find_runs([found[0]]) == [found[0]]
+    with pytest.raises(InputError, match="no such folder"):
+        find_runs([tmp_path / "absent"])
 
 
 def test_names_are_as_short_as_can_be() -> None:

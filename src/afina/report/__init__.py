@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem, InputError
-from afina.glance import find_runs
+from afina.overview import find_runs, place_of
 from afina.predictions import need
 from afina.report import quality, sections, work
 from afina.report.charts import Chart
@@ -47,20 +47,16 @@ def write_report(path: str | Path, *, png: bool = False, texts: bool = True, eac
     """
     if png:
         need("PNG files", "matplotlib")
+    path = place_of(path)
     if is_run_dir(path):
         run = RunDir(path)
         return _write_run(read_facts(run), run.path / "report", png=png, texts=texts)
-    runs = find_runs(Path(path))
-    if not runs:
-        raise InputError(
-            f"{path}: not a run directory, and there is none below it",
-            "give the folder that `afina train` or `afina submit` named, or the folder of a sweep",
-        )
+    runs = find_runs([path])
     if each:
         for found in runs:
             write_report(found, png=png, texts=texts)
-    folder = _made(Path(path).absolute() / "report")
-    page, charts = collection_page(Path(path).absolute(), runs)
+    folder = _made(path.absolute() / "report")
+    page, charts = collection_page(path.absolute(), runs)
     write_figures(folder, charts, png=png)
     write_atomic(folder / "index.html", page)
     return folder / "index.html"

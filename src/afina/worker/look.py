@@ -71,7 +71,9 @@ def _tell(part: str, paths: list[Path], limit: int) -> None:
 
 
 def _rows(file: Any) -> Iterator[dict[str, Any]]:
-    names = _class_names(file.schema_arrow.metadata or {})
+    from afina.worker.readers import class_names
+
+    names = class_names(file.schema_arrow.metadata or {})
     for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
             for column, classes in names.items():
@@ -81,20 +83,6 @@ def _rows(file: Any) -> Iterator[dict[str, Any]]:
                 elif isinstance(value, list):
                     row[column] = [classes[v] if isinstance(v, int) and 0 <= v < len(classes) else v for v in value]
             yield row
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of labels by column, where `datasets` left them in the schema."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-    found = {}
-    for name, feature in features.items():
-        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            found[name] = [str(n) for n in inner["names"]]
-    return found
 
 
 if __name__ == "__main__":

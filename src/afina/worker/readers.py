@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from afina.errors import DataError, nearest
 from afina.plan import DATA_SUFFIXES
 
-__all__ = ["Batch", "Reader", "as_text", "open_reader"]
+__all__ = ["Batch", "Reader", "as_text", "class_names", "open_reader"]
 
 Array = np.ndarray[Any, Any]
 
@@ -384,7 +384,7 @@ class _Parquet:
 
     def classes(self, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
         try:
-            names = _class_names(pq.read_schema(self.path).metadata or {})
+            names = class_names(pq.read_schema(self.path).metadata or {})
         except (pa.ArrowInvalid, OSError) as error:
             raise _unreadable(self.path, error) from None
         return {name: tuple(names[name]) for name in wanted if name in names}
@@ -396,7 +396,7 @@ class _Parquet:
             with pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
                 schema = file.schema_arrow
                 _check_columns(self.path, wanted, schema.names)
-                names = _class_names(schema.metadata or {})
+                names = class_names(schema.metadata or {})
                 size = _batch_size(file.metadata, wanted)
                 for batch in file.iter_batches(size, columns=list(wanted), use_threads=False):
                     yield self._batch(wanted, batch, names, done)
@@ -440,7 +440,7 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: not a readable Parquet file: {reason}", "copy or write the file again")
 
 
-def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """ClassLabel names that `datasets` left in the schema, by column; those of a list of labels too."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
