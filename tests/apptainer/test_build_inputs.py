@@ -86,7 +86,15 @@ def test_pip_settings_reach_the_image(tmp_path: Path) -> None:
     assert (stage / "ca.pem").read_text() == "authorities\n"
 
     # Read back by pip itself and by a shell, as %post does.
-    seen = call(sys.executable, "-m", "pip", "config", "list", PIP_CONFIG_FILE=str(stage / "pip.conf")).stdout
+    seen = call(
+        sys.executable,
+        "-m",
+        "pip",
+        "config",
+        "list",
+        PIP_CONFIG_FILE=str(stage / "pip.conf"),
+        XDG_CONFIG_DIRS=str(tmp_path / "none"),
+    ).stdout
     assert {line for line in seen.splitlines() if line.startswith("global.")} == {
         'global.index-url="https://reader:it\'s@index.invalid/simple"',
         r"global.extra-index-url='file:///mnt/folder0/simple\nhttps://b.invalid/simple'",

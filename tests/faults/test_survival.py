@@ -1,6 +1,6 @@
 """The suite of faults at its smallest: each case that needs no cluster once, and twenty random kills.
 
-Two runs side by side, as many as the machine of CI has cores. AFINA_FAULTS_SEED repeats the choices of an earlier
+Three runs side by side: two cores take them, for a run often waits. AFINA_FAULTS_SEED repeats the choices of an earlier
 session; what they meet differs, for the machine decides it. A strike that comes too late proves nothing and is tried
 again once. Cases that need root (small disks, networks of their own) are left out without it.
 """
@@ -47,7 +47,7 @@ def tell(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Iterator[T
             names.append(call.params["story"])
         elif item.name == test_twenty_random_kills_change_nothing.__name__:
             names += _SOAKS
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         told = {name: pool.submit(_story, suites, name) for name in names}
         yield lambda name: told[name].result()
         for future in told.values():

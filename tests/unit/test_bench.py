@@ -198,7 +198,7 @@ def test_what_was_foreseen_stands_beside_what_was_used(tmp_path: Path) -> None:
 def test_peers_prepare_the_same_tokens(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     source = write_csv(tmp_path / "reviews.csv", tiny_reviews(200))
-    options = ["--quick", "--csv", source, "--model", tiny_model(tmp_path / "model"), "--json", found]
+    options = ["--quick", "--csv", source, "--model", tiny_model(tmp_path / "model", max_length=512), "--json", found]
     said = _bench("prepare.py", *options, "--peers", "afina", "map", "--only", "peers", "reading")
     measured: dict[str, Any] = json.loads(found.read_text())
     afina, peer = measured["peers"]
