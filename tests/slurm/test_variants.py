@@ -211,7 +211,7 @@ def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster: Cluster) -> Non
         "n[9-11]",
         "rack1gpu2,rack[10-11]gpu[7-8]",
     ]
-    source = 'set -u; run=/; . "$0"; for list in "$@"; do afina_expand "$list"; done'
+    source = 'set -u; run=/ SLURM_JOB_ID=1; . "$0"; for list in "$@"; do afina_expand "$list"; done'
     script = Path(__file__).resolve().parents[2] / "slurm/job.sh"
     ours = subprocess.run(
         ["bash", "-c", source, str(script), *lists], capture_output=True, text=True, check=True
