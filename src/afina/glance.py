@@ -1,6 +1,7 @@
 """Runs at a glance: what a table of a thousand runs needs of each, read without validating it.
 
-`glance` reads plan and outcome as plain JSON, so that runs of another afina and damaged ones stay in the table. Nothing is asked of Slurm, and no predictions are read.
+`glance` reads plan and outcome as plain JSON, so that runs of another afina and damaged ones stay in the table. Nothing is
+asked of Slurm, and no predictions are read.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ container_argv    apptainer exec … <worker_argv>
 node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
 accelerate_argv   python -m accelerate.commands.launch … -m afina.worker.train RUN
 sbatch_argv       sbatch … finetune.sbatch RUN
-array_argv        sbatch … --array=… finetune.sbatch SWEEP FIRST
+sweep_argv        sbatch … --array=… finetune.sbatch SWEEP FIRST
+array_argv        sbatch … --array=… SCRIPT …            any other script, as so many tasks
 """
 
 from __future__ import annotations
