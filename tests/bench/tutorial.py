@@ -5,7 +5,7 @@ the tutorial's: shuffle and select, padding to the longest length allowed, `Trai
 tests/bench/accuracy.py). Writes the loss of every step as JSON Lines, so that curves can be laid over each other.
 
 `--best` is not the tutorial: Trainer with the options that help most, for the same recipe. Padding to the longest of a batch,
-batches of like length; AdamW is fused by default. Several processes: `torchrun`, with so many times fewer rows each.
+batches of like length; AdamW is fused by default. `--pad-to-batch` is its padding alone: the batches are the tutorial's. Several processes: `torchrun`, with so many times fewer rows each.
 
     python tests/bench/tutorial.py --train train.csv --eval eval.csv --model FOLDER --out steps.jsonl
 """
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--batch-size", type=int, default=8, help="per process")
     parser.add_argument("--best", action="store_true", help="Trainer's best options instead of the tutorial's")
+    parser.add_argument("--pad-to-batch", action="store_true", help="pad to the longest of the batch only")
     options = parser.parse_args()
+    by_batch = options.best or options.pad_to_batch
 
     import numpy as np
     from datasets import load_dataset
@@ -54,7 +56,7 @@ def main() -> None:
     tokenized = dataset.map(
         lambda rows: tokenizer(
             rows["text"],
-            padding=False if options.best else "max_length",
+            padding=False if by_batch else "max_length",
             truncation=True,
             max_length=options.max_length,
         ),
@@ -91,7 +93,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=test,
         compute_metrics=compute_metrics,
-        **({"data_collator": DataCollatorWithPadding(tokenizer)} if options.best else {}),
+        **({"data_collator": DataCollatorWithPadding(tokenizer)} if by_batch else {}),
     )
     began = time.perf_counter()
     trainer.train()
