@@ -24,7 +24,7 @@ from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.logs import Choice, log_lines
-from afina.overview import RunSummary, State, find_runs, known_runs, summarise, summary_of
+from afina.overview import RunSummary, State, find_runs, known_runs, place_of, summarise, summary_of
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.record import make_record
@@ -44,6 +44,7 @@ __all__ = [
     "plan_for",
     "prepare",
     "resume",
+    "run_named",
     "runs",
     "submit",
     "train",
@@ -54,14 +55,15 @@ Via = Literal["sbatch", "submitit"]
 
 
 class Run:
-    """A handle on a run directory; all it knows it reads there and, for what is queued, from squeue."""
+    """A handle on a run directory, or on the run of that short name; all it knows it reads there and, for what is queued, from squeue."""
 
     def __init__(self, path: str | Path) -> None:
-        if not is_run_dir(path):
+        place = place_of(path)
+        if not is_run_dir(place):
             raise InputError(
                 f"{path}: not a run directory", "give the folder that `afina train` or `afina submit` named"
             )
-        self.dir = RunDir(path)
+        self.dir = RunDir(place)
 
     def __repr__(self) -> str:
         return f"Run({str(self.dir.path)!r})"
@@ -388,7 +390,7 @@ def submit(
     """
 
     need_slurm()
-    handle = None if isinstance(recipe, Recipe) or not is_run_dir(recipe) else Run(recipe)
+    handle = run_named(recipe)
     if handle is not None:
         directory, plan = handle.dir, handle.dir.plan()
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
@@ -408,6 +410,15 @@ def submit(
             shutil.rmtree(directory.path)
         raise
     return Run(directory.path)
+
+
+def run_named(recipe: str | Path | Recipe) -> Run | None:
+    """The run that `recipe` names, by its folder or its short name; None where it is a recipe, or nothing at all."""
+    if isinstance(recipe, Recipe) or (Path(recipe).exists() and not is_run_dir(recipe)):
+        return None
+    with contextlib.suppress(InputError):
+        return Run(recipe)
+    return None
 
 
 def _attempt(directory: RunDir, env: dict[str, str]) -> None:

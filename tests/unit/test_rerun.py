@@ -17,9 +17,12 @@ from tests import tiny
 from tests.unit.conftest import Ran, recipe_dict, tree
 from tests.unit.test_report import Page
 
+from afina import jobs
 from afina.errors import DataError, InputError, SlurmError
+from afina.launch import sbatch_argv
 from afina.plan import make_plan
 from afina.recipe import Recipe
+from afina.record import make_record
 from afina.report import write_report
 from afina.rerun import plan_again, rerun
 from afina.rundir import RunDir
@@ -141,6 +144,20 @@ def test_revisions_are_pinned_and_files_found_where_they_were(
     assert any(note.startswith("afina: 0.0.1 then, ") for note in again.notes)
     before = run.plan()
     assert again.plan.geometry.global_batch == before.geometry.global_batch
+
+
+def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
+    recipe_file: Callable[..., Path], model_folder: Path, scratch: Path
+) -> None:
+    """As `afina train` makes its run where there is no GPU; it is found by its short name."""
+    file = recipe_file(model=str(model_folder), resources={"gpus_per_node": 2})
+    plan = jobs.plan_for(file, num_processes=1, gpus_per_node=0)
+    record = make_record(plan, {}, file.read_text())
+    jobs.claim(plan, scratch / "runs/cpu-1", prepared={}, record=record)
+    again = plan_again("cpu-1", local=False)
+    assert again.plan.recipe.resources.gpus_per_node == 0 and again.plan.geometry.gpus_per_node == 0
+    assert not any("gpu" in word for word in sbatch_argv(again.plan, scratch / "runs/cpu-2"))
+    assert plan_again("cpu-1", local=False, gpus_per_node=1).plan.geometry.gpus_per_node == 1
 
 
 def test_files_that_are_gone_are_named(old: Callable[..., RunDir], tmp_path: Path) -> None:
