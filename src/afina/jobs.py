@@ -6,6 +6,7 @@ afina.train("recipe.yaml", overrides=["train.epochs=1"])
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ __all__ = [
     "claim",
     "dry_run",
     "plan_for",
+    "plan_to_go_on",
     "prepare",
     "resume",
     "run_named",
@@ -380,9 +382,10 @@ def submit(
     time_min: int | None = None,
     rehearse: bool = False,
 ) -> Run:
-    """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run directory: it is submitted again.
+    """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run: it is submitted again.
 
     Args:
+        time_min: the job's time limit in minutes; the only one of these that can be changed for a run.
         rehearse: first make a few steps and a save here, with the network cut; what fails is not submitted.
 
     Raises:
@@ -392,10 +395,12 @@ def submit(
     need_slurm()
     handle = run_named(recipe)
     if handle is not None:
-        directory, plan = handle.dir, handle.dir.plan()
+        asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": time_min}
+        directory, plan = handle.dir, plan_to_go_on(handle, overrides=overrides, path=run, **asked)
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
         check_image(plan.site)
+        check_possible(plan)
     else:
         plan = plan_for(
             recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
@@ -421,6 +426,33 @@ def run_named(recipe: str | Path | Recipe) -> Run | None:
     return None
 
 
+def plan_to_go_on(
+    run: Run,
+    *,
+    overrides: Sequence[str] = (),
+    path: str | Path | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    time_min: int | None = None,
+) -> Plan:
+    """The plan with which a run is submitted again: its own, with another time limit where one is given (minutes).
+
+    Raises:
+        InputError: something else is to be changed.
+    """
+    given = {"--set": overrides, "--run": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node}
+    if named := [option for option, value in given.items() if value not in (None, ())]:
+        raise InputError(
+            f"{named[0]}: {run.path} is a run, which goes on as it was planned; only --time can be changed",
+            "leave it out, or start another run from the recipe",
+        )
+    plan = run.dir.plan()
+    if time_min is None:
+        return plan
+    resources = plan.recipe.resources.model_copy(update={"time": time_min})
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})})
+
+
 def _attempt(directory: RunDir, env: dict[str, str]) -> None:
     folder = directory.begin_attempt()
     site = environment(directory.plan().site)
@@ -443,14 +475,20 @@ def visible_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def dry_run(plan: Plan, via: Via, path: str | Path | None = None) -> dict[str, Any]:
-    """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing."""
+def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bool = False) -> dict[str, Any]:
+    """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing.
+
+    Args:
+        claimed: `path` is a run that goes on.
+    """
     run = RunDir(path) if path else RunDir.next_free(plan)
-    RunDir.check_free(run.path)
+    if not claimed:
+        RunDir.check_free(run.path)
     if via == "sbatch":
-        return {"run": str(run.path), "command": sbatch_argv(plan, run.path)}
+        return {"run": str(run.path), "claimed": claimed, "command": sbatch_argv(plan, run.path)}
     return {
         "run": str(run.path),
+        "claimed": claimed,
         "command": ["sbatch", str(run.path / "submitit/<id>_submission.sh")],
         "script": submitit_script(plan, run),
     }

@@ -645,6 +645,7 @@ def test_the_command_submits_and_shows(
     done = afina(*words, "--json")
     assert json.loads(done.stdout)["jobs"] == [] and set(json.loads(done.stdout)["states"].values()) == {"FINISHED"}
     assert str(made.table()) in afina("sweep", made.path).stdout
+    assert str(made.table()) in afina("sweep", made.path.name[:-2]).stdout
     assert json.loads(afina("sweep", made.path, "--json", "--wait").stdout)["best"] == "learning_rate=5e-3"
     done = afina("sweep", made.path, "--grid", GRID)
     assert done.returncode == 2 and "is a sweep directory" in done.stderr

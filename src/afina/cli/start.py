@@ -199,9 +199,19 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     if recipe is None:
         return [*enter, "afina doctor", "afina init"]
     name = shlex.quote(recipe.name)
-    image = ["container/build.sh --output afina.sif    # where site.env says"] if site is None else []
+    # In the checkout, so before the folder is entered.
+    image = [
+        "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
+    ]
     run = f"afina submit {name}" if slurm else f"afina train {name}"
-    return [*enter, *image, f"afina doctor {name}", f"afina prefetch {name}", f"afina rehearse {name}", run]
+    return [
+        *(image if site is None else []),
+        *enter,
+        f"afina doctor {name}",
+        f"afina prefetch {name}",
+        f"afina rehearse {name}",
+        run,
+    ]
 
 
 @click.command()
