@@ -443,7 +443,8 @@ def test_one_seed_tells_nothing(sweep: Callable[..., Sweep]) -> None:
         end(run.dir, "finished", value)
     text = str(made.table())
     assert "Whether it is better than the next (learning_rate=1e-3) cannot be told: they share 1 finished seed." in text
-    assert "p =" not in text and "distinguishable" not in text
+    assert "p =" not in text and "distinguishable" not in text and "--seeds 5 adds four to each" in text
+    assert all(line.split()[-1] != "finished" for line in text.splitlines()[4:6])
 
 
 def test_the_table_before_the_end(sweep: Callable[..., Sweep]) -> None:
