@@ -123,10 +123,9 @@ def test_predictions_are_those_of_the_run(run: Path, reviews: Path, tmp_path: Pa
 
 
 def test_a_run_is_found_by_its_short_name(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afina: Callable[..., Ran]
+    run: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afina: Callable[..., Ran]
 ) -> None:
-    scratch = tmp_path / "scratch"
-    (scratch / "runs").mkdir(parents=True)
+    (scratch / "runs").mkdir()
     (scratch / "runs/stars-1a2b3c4d-1").symlink_to(run)
     monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
     monkeypatch.chdir(tmp_path)
