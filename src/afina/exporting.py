@@ -8,6 +8,7 @@ from typing import Any
 
 from afina.errors import InputError
 from afina.launch import worker_argv
+from afina.overview import place_of
 from afina.predicting import site_for, worker_env
 from afina.prediction import find_model, plan_of
 from afina.stages import call
@@ -29,7 +30,7 @@ def export(
     Raises:
         AfinaError: as the command says it.
     """
-    directory, model = find_model(run)
+    directory, model = find_model(place_of(run))
     if directory is None:
         raise InputError(
             f"{run}: is a model folder already, not a run directory", "give the run directory that it came from"

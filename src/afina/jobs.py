@@ -6,6 +6,7 @@ afina.train("recipe.yaml", overrides=["train.epochs=1"])
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.logs import Choice, log_lines
-from afina.overview import RunSummary, State, find_runs, known_runs, summarise, summary_of
+from afina.overview import RunSummary, State, find_runs, known_runs, place_of, summarise, summary_of
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.record import make_record
@@ -42,8 +43,10 @@ __all__ = [
     "claim",
     "dry_run",
     "plan_for",
+    "plan_to_go_on",
     "prepare",
     "resume",
+    "run_named",
     "runs",
     "submit",
     "train",
@@ -54,14 +57,15 @@ Via = Literal["sbatch", "submitit"]
 
 
 class Run:
-    """A handle on a run directory; all it knows it reads there and, for what is queued, from squeue."""
+    """A handle on a run directory, or on the run of that short name; all it knows it reads there and, for what is queued, from squeue."""
 
     def __init__(self, path: str | Path) -> None:
-        if not is_run_dir(path):
+        place = place_of(path)
+        if not is_run_dir(place):
             raise InputError(
                 f"{path}: not a run directory", "give the folder that `afina train` or `afina submit` named"
             )
-        self.dir = RunDir(path)
+        self.dir = RunDir(place)
 
     def __repr__(self) -> str:
         return f"Run({str(self.dir.path)!r})"
@@ -378,9 +382,10 @@ def submit(
     time_min: int | None = None,
     rehearse: bool = False,
 ) -> Run:
-    """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run directory: it is submitted again.
+    """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run: it is submitted again.
 
     Args:
+        time_min: the job's time limit in minutes; the only one of these that can be changed for a run.
         rehearse: first make a few steps and a save here, with the network cut; what fails is not submitted.
 
     Raises:
@@ -388,12 +393,14 @@ def submit(
     """
 
     need_slurm()
-    handle = None if isinstance(recipe, Recipe) or not is_run_dir(recipe) else Run(recipe)
+    handle = run_named(recipe)
     if handle is not None:
-        directory, plan = handle.dir, handle.dir.plan()
+        asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": time_min}
+        directory, plan = handle.dir, plan_to_go_on(handle, overrides=overrides, path=run, **asked)
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
         check_image(plan.site)
+        check_possible(plan)
     else:
         plan = plan_for(
             recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
@@ -408,6 +415,42 @@ def submit(
             shutil.rmtree(directory.path)
         raise
     return Run(directory.path)
+
+
+def run_named(recipe: str | Path | Recipe) -> Run | None:
+    """The run that `recipe` names, by its folder or its short name; None where it is a recipe, or nothing at all."""
+    if isinstance(recipe, Recipe) or (Path(recipe).exists() and not is_run_dir(recipe)):
+        return None
+    with contextlib.suppress(InputError):
+        return Run(recipe)
+    return None
+
+
+def plan_to_go_on(
+    run: Run,
+    *,
+    overrides: Sequence[str] = (),
+    path: str | Path | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    time_min: int | None = None,
+) -> Plan:
+    """The plan with which a run is submitted again: its own, with another time limit where one is given (minutes).
+
+    Raises:
+        InputError: something else is to be changed.
+    """
+    given = {"--set": overrides, "--run": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node}
+    if named := [option for option, value in given.items() if value not in (None, ())]:
+        raise InputError(
+            f"{named[0]}: {run.path} is a run, which goes on as it was planned; only --time can be changed",
+            "leave it out, or start another run from the recipe",
+        )
+    plan = run.dir.plan()
+    if time_min is None:
+        return plan
+    resources = plan.recipe.resources.model_copy(update={"time": time_min})
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})})
 
 
 def _attempt(directory: RunDir, env: dict[str, str]) -> None:
@@ -432,14 +475,20 @@ def visible_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def dry_run(plan: Plan, via: Via, path: str | Path | None = None) -> dict[str, Any]:
-    """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing."""
+def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bool = False) -> dict[str, Any]:
+    """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing.
+
+    Args:
+        claimed: `path` is a run that goes on.
+    """
     run = RunDir(path) if path else RunDir.next_free(plan)
-    RunDir.check_free(run.path)
+    if not claimed:
+        RunDir.check_free(run.path)
     if via == "sbatch":
-        return {"run": str(run.path), "command": sbatch_argv(plan, run.path)}
+        return {"run": str(run.path), "claimed": claimed, "command": sbatch_argv(plan, run.path)}
     return {
         "run": str(run.path),
+        "claimed": claimed,
         "command": ["sbatch", str(run.path / "submitit/<id>_submission.sh")],
         "script": submitit_script(plan, run),
     }

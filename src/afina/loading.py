@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import EnvironmentProblem
+from afina.overview import place_of
 from afina.prediction import find_model
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def load(
         InputError: no such run, no model in it, a damaged file.
         EnvironmentProblem: PyTorch or Transformers is not installed here.
     """
-    directory, folder = find_model(run)
+    directory, folder = find_model(place_of(run))
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(

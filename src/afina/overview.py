@@ -106,7 +106,7 @@ class RunSummary:
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """Run directories: each folder that is one, else those below it (a sweep's, a folder of runs), by name.
 
-    What is no folder here is looked for among the runs and sweeps on scratch, by the names that `short_names` gives.
+    What is no folder here is looked for among the runs and sweeps on scratch, as `place_of` does.
 
     Raises:
         InputError: no such folder, or one without a run in it.
@@ -158,12 +158,12 @@ def summary_of(path: str | Path) -> RunSummary:
 
 
 def place_of(folder: str | Path) -> Path:
-    """The folder as it was named, or as `short_names` names one on scratch.
+    """The folder as it was named, or as `short_names` names one on scratch, or the one whose short name begins so.
 
     Raises:
-        InputError: there is neither.
+        InputError: there is none, or several short names begin so.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if _is_there(path):
         return path
     scratch = _scratch()
@@ -175,12 +175,25 @@ def place_of(folder: str | Path) -> Path:
     for place in (scratch / path, scratch / "runs" / path, scratch / "sweeps" / path, cell):
         if _is_there(place):
             return place
+    homes = [cell.parent] if rest else [scratch / "runs", scratch / "sweeps"]
+    begin = [home / name for home in homes for name in _names(home) if _begins(name, path.name)]
+    if len(begin) == 1:
+        return begin[0]
+    if begin:
+        shown = ", ".join(sorted((place.name for place in begin), key=_natural)[:5])
+        more = f" and {len(begin) - 5} more" if len(begin) > 5 else ""
+        raise InputError(f"{folder}: begins the names of several: {shown}{more}", "write more of the name")
     known = _names(cell.parent) or [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)]
     hint = nearest(path.name, known)
     raise InputError(
         f"{folder}: no such folder, and no run or sweep of that name below {scratch}",
         hint or "`afina list` names the runs on scratch",
     )
+
+
+def _begins(name: str, begin: str) -> bool:
+    """Whether `name` begins so; the number at its end is not cut, so that `yelp-1a2b3c4d-1` never means `…-10`."""
+    return not name.startswith(".") and re.sub(r"(?<=-)\d{1,5}$", "", name).startswith(begin)
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

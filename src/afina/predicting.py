@@ -22,6 +22,7 @@ from afina.errors import AfinaError, DataError, InputError, SiteError
 from afina.image import check_image
 from afina.jobs import visible_gpus
 from afina.launch import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
+from afina.overview import place_of
 from afina.plan import Plan, check_cores
 from afina.prediction import (
     OUTPUTS,
@@ -62,7 +63,7 @@ def compose(
     Raises:
         InputError, DataError: no such run, model, input; an output that cannot be.
     """
-    directory, model = find_model(run)
+    directory, model = find_model(place_of(run))
     target = Path(out).expanduser().absolute() if out is not None else None
     files = find_inputs(inputs)
     if target is None:

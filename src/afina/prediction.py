@@ -109,12 +109,7 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
             )
         return run, run.model
     if not given.is_dir():
-        siblings = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
-        hint = nearest(given.name, siblings)
-        raise InputError(
-            f"{path}: no such run directory or model folder",
-            hint or "give a run directory, or a folder with config.json",
-        )
+        raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
     if not (given / "config.json").is_file():
         raise InputError(
             f"{path}: neither a run directory (plan.json) nor a model folder (config.json)",

@@ -65,7 +65,7 @@ def need(what: str, *modules: str) -> None:
         are = "is" if len(missing) == 1 else "are"
         raise EnvironmentProblem(
             f"{what} needs {' and '.join(missing)}, which {are} not installed here",
-            f"pip install {' '.join(missing)}, or run the same command in the image: apptainer run afina.sif report RUN_DIR",
+            f"pip install {' '.join(missing)}, or run it in the image: `apptainer run afina.sif` in place of `afina`",
         )
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afina import jobs
-from afina.errors import AfinaError, DataError, InputError, RecipeError
+from afina.errors import AfinaError, DataError, RecipeError
 from afina.plan import Plan, check_cores, make_plan
 from afina.recipe import Recipe, parse_recipe
 from afina.record import differences, make_record, read_record
-from afina.rundir import RunDir, is_run_dir
+from afina.rundir import RunDir
 from afina.site import load_site
 from afina.slurm import need_slurm
 
@@ -62,9 +62,7 @@ def plan_again(
     Raises:
         InputError: not a run directory, or its files are not there any more.
     """
-    if not is_run_dir(run):
-        raise InputError(f"{run}: not a run directory", "give the folder that `afina train` or `afina submit` named")
-    old = RunDir(run)
+    old = jobs.Run(run).dir
     before, prepared, record = old.plan(), old.prepared(), read_record(old.path)
     text, overrides, notes = _recipe_text(old, before)
     # In quotes: a commit may look like a number.

@@ -202,6 +202,11 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
             f"{said}It is {better} from the next ({after.point}): paired over {test.difference.count} seeds, "
             f"{_p(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
         )
+    if all(row.runs == 1 for row in rows):
+        notes.append(
+            "One seed each tells nothing of the others either: the same command with --seeds 5 adds four to each."
+        )
+        return [*notes, _INTERVALS]
     if early := [
         f"{row.point} ({len(row.values)} of {row.runs})" for row in others if row.p is None and row is not after
     ]:
@@ -243,7 +248,7 @@ def _lines(table: Table) -> list[str]:
         ]
     else:
         head = ["point", "mean", "95 % interval", "seeds", "against the best", "p", "not finished"]
-        body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _states(row)] for row in table.rows]
+        body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _left(row)] for row in table.rows]
         if len(table.rows) == 1:
             head, body = head[:4] + head[6:], [cells[:4] + cells[6:] for cells in body]
     widths = [max(len(line[at]) for line in [head, *body]) for at in range(len(head))]
@@ -274,9 +279,13 @@ def _p_cell(row: Row) -> str:
 
 
 def _states(row: Row) -> str:
+    """The state of a trial, which is one run."""
+    return next(iter(row.states), "").lower()
+
+
+def _left(row: Row) -> str:
+    """What the runs of a point are in that have not finished."""
     left = {state: count for state, count in row.states.items() if state != "FINISHED"}
-    if row.runs == 1:
-        return next(iter(left), "" if not row.states else "finished").lower()
     return ", ".join(f"{count} {state.lower()}" for state, count in left.items())
 
 

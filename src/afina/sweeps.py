@@ -26,6 +26,7 @@ from typing import Any
 
 from afina import jobs
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
+from afina.foresight import check_possible
 from afina.grid import grid_of
 from afina.launch import worker_environment
 from afina.overview import State
@@ -197,6 +198,7 @@ def carry_out(
     """
     if not draft.local:
         need_slurm()
+        check_possible(draft.record.plan)  # resources are the same in all cells
     prepared = prepare_cells(draft, say)
     with contextlib.ExitStack() as undo:
         make_home(draft.home, undo)

@@ -180,6 +180,16 @@ def test_a_submission_that_cannot_succeed_leaves_nothing(
     assert tree(scratch) == before
 
 
+def test_a_sweep_that_cannot_fit_leaves_nothing(
+    afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
+) -> None:
+    file = recipe_file(model=str(model_folder))
+    before = tree(scratch)
+    done = afina("sweep", file, "--seeds", "2", "--gpus-per-node", "8")
+    assert done.returncode == 3 and "8 GPUs per node" in done.stderr and "remedy: " in done.stderr, done
+    assert tree(scratch) == before
+
+
 def test_the_partition_of_the_site_counts(
     afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
 ) -> None:

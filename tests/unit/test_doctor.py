@@ -21,6 +21,7 @@ from afina.doctor.finding import Finding, Patient
 from afina.plan import make_plan
 from afina.recipe import Recipe
 from afina.site import Site
+from afina.worker import doctor as worker_doctor
 
 SINFO = "gpu*|up|1-00:00:00|1-4|2|8|64000|gpu:2|idle\nold|down|1:00:00|1-4|2|8|64000|(null)|down*\n"
 
@@ -279,6 +280,18 @@ def test_binds(contained: Patient, tmp_path: Path) -> None:
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="here is an NVIDIA driver")
+@pytest.mark.parametrize(("allocated", "level"), [("2", "warning"), ("0", "ok"), (None, "ok")])
+def test_allocated_gpus_without_a_driver_are_a_warning(
+    allocated: str | None, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if allocated is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", allocated)
+    ((check, said, text, _),) = worker_doctor._cuda()
+    assert (check, said) == ("cuda", level) and ("train on the CPU" in text) == (level == "warning")
 
 
 @pytest.mark.slow

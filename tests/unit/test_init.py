@@ -294,7 +294,8 @@ def test_answers_are_asked_for_with_a_guess(tmp_path: Path, no_cluster: Path, sc
     assert (recipe.name, recipe.data.label, recipe.data.text) == ("my run", ("rating",), ("text",))
     (tmp_path / "recipe.yaml").unlink()
     done = subprocess.run(argv, input="\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 130 and "nothing half-made" in done.stderr and not (tmp_path / "recipe.yaml").exists()
+    assert done.returncode == 2 and "nobody answers: Text column" in done.stderr, done.stderr
+    assert "--text, or take all guesses with --yes" in done.stderr and not (tmp_path / "recipe.yaml").exists()
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------

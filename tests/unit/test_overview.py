@@ -18,7 +18,7 @@ from tests.unit.conftest import NASTY, Ran, program
 from afina.cli.screen import duration, size
 from afina.errors import InputError, SlurmError
 from afina.halt import cancel_runs
-from afina.overview import RunSummary, find_runs, known_runs, short_names, summarise, summary_of
+from afina.overview import RunSummary, find_runs, known_runs, place_of, short_names, summarise, summary_of
 from afina.pending import explain
 from afina.rundir import Outcome, RunDir
 
@@ -332,6 +332,19 @@ def test_runs_are_found_below_any_folder_and_by_their_short_names(slurm: Slurm, 
     assert "did you mean `a-1" in caught.value.remedy
     with pytest.raises(InputError, match="there is none below it"):
         find_runs([scratch / "sweeps/my sweep/runs/lr=1e-5/attempts"])
+
+
+def test_the_beginning_of_a_name_is_enough_where_it_is_of_one(slurm: Slurm, runs: Path) -> None:
+    sweep = runs.parent / "sweeps/lr-5f5f5f5f"
+    for folder in (runs / "yelp-1a2b3c4d-1", runs / "yelp-1a9f0000-10", sweep / "runs/lr=1e-5,seed=1"):
+        make(folder)
+    (runs / ".yelp-1a2-staging").mkdir()
+    assert place_of("yelp-1a2") == runs / "yelp-1a2b3c4d-1"
+    assert place_of("lr-") == sweep and place_of("lr-5f5f5f5f/lr=1") == sweep / "runs/lr=1e-5,seed=1"
+    with pytest.raises(InputError, match="yelp: begins the names of several: yelp-1a2b3c4d-1, yelp-1a9f0000-10"):
+        place_of("yelp")
+    with pytest.raises(InputError, match="yelp-1a9f0000-1: no such folder"):  # never run 10
+        place_of("yelp-1a9f0000-1")
 
 
 def test_what_cannot_be_looked_into_hides_nothing_else(slurm: Slurm, runs: Path) -> None:

@@ -122,6 +122,21 @@ def test_predictions_are_those_of_the_run(run: Path, reviews: Path, tmp_path: Pa
     assert not folder_of(out).exists()
 
 
+def test_a_run_is_found_by_its_short_name(
+    run: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afina: Callable[..., Ran]
+) -> None:
+    (scratch / "runs").mkdir()
+    (scratch / "runs/stars-1a2b3c4d-1").symlink_to(run)
+    monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
+    monkeypatch.chdir(tmp_path)
+    tiny.write_csv(tmp_path / "new.csv", tiny.tiny_reviews(5, 3))
+    job = predicting.compose("stars-1a2b3c4d-1", ["new.csv"])
+    assert job.trained and job.model == scratch / "runs/stars-1a2b3c4d-1/model"
+    assert predicting.compose("stars", ["new.csv"]).model == job.model
+    done = afina("export", "stars-1a2b", "-o", run, cwd=tmp_path)
+    assert done.returncode == 2 and "exists; nothing that exists is overwritten" in done.stderr, done.stderr
+
+
 def test_every_format_gives_and_takes_the_same(run: Path, place: Path, tmp_path: Path) -> None:
     rows = tiny.tiny_reviews(60, 3)
     folder = tmp_path / "shards"
@@ -424,7 +439,7 @@ def test_bad_bytes_in_parquet_are_found_before_the_model_is_loaded(run: Path, tm
     [
         (["RUN", "missing.csv"], "missing.csv: no such file", "working directory"),
         (["RUN", "reviewz.csv"], "reviewz.csv: no such file", "did you mean `reviews.csv`?"),
-        (["nowhere", "reviews.csv"], "nowhere: no such run directory or model folder", "give a run directory"),
+        (["nowhere", "reviews.csv"], "nowhere: no such folder", "`afina list` names the runs"),
         (["model", "reviews.csv"], "is a BertModel, not a sequence classifier", "train it first"),
         (["RUN", "reviews.csv", "-o", "reviews.csv"], "is an input", "another output"),
         (["RUN", "reviews.csv", "-o", "out.xlsx"], "format .xlsx is not known", ".jsonl"),

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 from tests import tiny
-from tests.unit.conftest import Ran, recipe_dict, tree
+from tests.unit.conftest import Ran, program, recipe_dict, tree
 from tests.unit.test_report import Page
 
+from afina import jobs
 from afina.errors import DataError, InputError, SlurmError
+from afina.launch import sbatch_argv
 from afina.plan import make_plan
 from afina.recipe import Recipe
+from afina.record import make_record
 from afina.report import write_report
 from afina.rerun import plan_again, rerun
 from afina.rundir import RunDir
@@ -141,6 +144,40 @@ def test_revisions_are_pinned_and_files_found_where_they_were(
     assert any(note.startswith("afina: 0.0.1 then, ") for note in again.notes)
     before = run.plan()
     assert again.plan.geometry.global_batch == before.geometry.global_batch
+
+
+def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
+    recipe_file: Callable[..., Path], model_folder: Path, scratch: Path
+) -> None:
+    """As `afina train` makes its run where there is no GPU; it is found by its short name."""
+    file = recipe_file(model=str(model_folder), resources={"gpus_per_node": 2})
+    plan = jobs.plan_for(file, num_processes=1, gpus_per_node=0)
+    record = make_record(plan, {}, file.read_text())
+    jobs.claim(plan, scratch / "runs/cpu-1", prepared={}, record=record)
+    again = plan_again("cpu-1", local=False)
+    assert again.plan.recipe.resources.gpus_per_node == 0 and again.plan.geometry.gpus_per_node == 0
+    assert not any("gpu" in word for word in sbatch_argv(again.plan, scratch / "runs/cpu-2"))
+    named = jobs.run_named("cpu")
+    assert named is not None and named.path == scratch / "runs/cpu-1" and jobs.run_named(file) is None
+    assert plan_again("cpu-1", local=False, gpus_per_node=1).plan.geometry.gpus_per_node == 1
+
+
+def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
+    old: Callable[..., RunDir], tmp_path: Path, afina: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "bin", "sbatch", "echo 4711\n")
+    program(tmp_path / "bin", "squeue", "exit 0\n")
+    program(tmp_path / "bin", "sinfo", "echo 'gpu*|up|2:00:00|2|64|128000|gpu:4|idle'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    run = old()
+    shown = afina("submit", run.path, "--time", "90", "--dry-run")
+    assert shown.returncode == 0 and f"# would go on with\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
+    for option in (["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"]):
+        done = afina("submit", run.path, *option)
+        assert done.returncode == 2 and f"{option[0]}: " in done.stderr and "only --time can be changed" in done.stderr
+    done = afina("submit", run.path, "--time", "90")
+    assert done.returncode == 0 and "afina logs" in done.stdout, done.stderr
+    assert "--time=90" in list(run.lines("submissions.jsonl"))[-1]["argv"] and run.plan().recipe.resources.time != 90
 
 
 def test_files_that_are_gone_are_named(old: Callable[..., RunDir], tmp_path: Path) -> None:

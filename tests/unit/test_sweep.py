@@ -443,7 +443,8 @@ def test_one_seed_tells_nothing(sweep: Callable[..., Sweep]) -> None:
         end(run.dir, "finished", value)
     text = str(made.table())
     assert "Whether it is better than the next (learning_rate=1e-3) cannot be told: they share 1 finished seed." in text
-    assert "p =" not in text and "distinguishable" not in text
+    assert "p =" not in text and "distinguishable" not in text and "--seeds 5 adds four to each" in text
+    assert all(line.split()[-1] != "finished" for line in text.splitlines()[4:6])
 
 
 def test_the_table_before_the_end(sweep: Callable[..., Sweep]) -> None:
@@ -645,6 +646,7 @@ def test_the_command_submits_and_shows(
     done = afina(*words, "--json")
     assert json.loads(done.stdout)["jobs"] == [] and set(json.loads(done.stdout)["states"].values()) == {"FINISHED"}
     assert str(made.table()) in afina("sweep", made.path).stdout
+    assert str(made.table()) in afina("sweep", made.path.name[:-2]).stdout
     assert json.loads(afina("sweep", made.path, "--json", "--wait").stdout)["best"] == "learning_rate=5e-3"
     done = afina("sweep", made.path, "--grid", GRID)
     assert done.returncode == 2 and "is a sweep directory" in done.stderr

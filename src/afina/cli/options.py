@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ import click
 
 from afina.errors import AfinaError, InputError
 
-__all__ = ["finish", "minutes_of", "recipe_options"]
+__all__ = ["finish", "following", "minutes_of", "recipe_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +49,14 @@ def finish(run: Any, as_json: bool) -> None:
     else:
         print(f"afina: {outcome.outcome}: {run.path}")
     sys.exit(outcome.exit_code)
+
+
+def following(run: Any) -> str:
+    """How to watch a run that was just submitted, in a line."""
+    from afina.overview import short_names
+
+    name = shlex.quote(short_names([run.path])[0])
+    return f"afina: watch it with `afina status {name} --watch`, read along with `afina logs {name} -f`"
 
 
 def minutes_of(text: str | None) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import finish, minutes_of
+from afina.cli.options import finish, following, minutes_of
 
 __all__ = ["COMMANDS"]
 
@@ -151,7 +151,7 @@ def rerun(
     elif as_json:
         print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via}))
     else:
-        print(f"afina: submitted job {made.job_id} through {via}")
+        print(f"afina: submitted job {made.job_id} through {via}\n{following(made)}")
 
 
 def _print(found: Any, tests: Any, missing: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import finish, minutes_of, recipe_options
+from afina.cli.options import finish, following, minutes_of, recipe_options
 
 __all__ = ["COMMANDS"]
 
@@ -95,10 +95,14 @@ def submit(
 
     minutes = minutes_of(time_limit)
     if dry_run:
-        plan = jobs.plan_for(
-            recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=minutes
-        )
-        shown = jobs.dry_run(plan, via, run)
+        asked: dict[str, Any] = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": minutes}
+        again = jobs.run_named(recipe)
+        if again is not None:
+            plan = jobs.plan_to_go_on(again, overrides=overrides, path=run, **asked)
+            shown = jobs.dry_run(plan, via, again.path, claimed=True)
+        else:
+            plan = jobs.plan_for(recipe, overrides=overrides, site=site, **asked)
+            shown = jobs.dry_run(plan, via, run)
         print(
             json.dumps({"plan": plan.model_dump(mode="json"), "via": via, **shown}, indent=2, ensure_ascii=False)
             if as_json
@@ -125,6 +129,8 @@ def submit(
         finish(made, as_json)
     elif as_json:
         print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via, "estimate": made.estimate}))
+    else:
+        print(following(made))
 
 
 @click.command()
@@ -189,7 +195,7 @@ def _dry(plan: Any, shown: dict[str, Any]) -> str:
         [
             plan.to_json().rstrip(),
             "",
-            "# would claim",
+            "# would go on with" if shown["claimed"] else "# would claim",
             shown["run"],
             "",
             "# would run",

@@ -83,7 +83,10 @@ def init(
     written: list[str] = []
     if site_path is None:
         host = start.find_host(base, os.environ, scratch, image)
-        if not scratch and (other := ask("Scratch folder, which every node sees", host.scratch)) != host.scratch:
+        if (
+            not scratch
+            and (other := ask("Scratch folder, which every node sees", host.scratch, "--scratch")) != host.scratch
+        ):
             host = start.find_host(base, os.environ, other, image)
         site_path, site = start.write_site(base, host, cluster)
         written.append(str(site_path))
@@ -112,9 +115,9 @@ def init(
         sum((s.total_rows or 0) for s in found.sources.values()),
     )
     usual = MULTILINGUAL_MODEL if examined[0].foreign > 0.3 else DEFAULT_MODEL
-    model = model or ask("Model: a Hub id or a folder", usual)
+    model = model or ask("Model: a Hub id or a folder", usual, "--model")
     about = start.find_model(model, examined[0].sample, look.count_pieces)
-    name = name or ask("Name of the run", start.usual_name(found, base))
+    name = name or ask("Name of the run", start.usual_name(found, base), "--name")
     row_id = row_id if row_id not in (*texts, *labels) else None
     proposal = start.compose(found, name, texts, labels, row_id, about, examined, cluster, base)
     start.write_recipe(recipe_path, proposal, site, found)
@@ -130,7 +133,16 @@ class _Asker:
 
     def __call__(self, question: str, guess: str | None, option: str = "") -> str:
         if not self.silent:
-            return str(click.prompt(question, default=guess, err=True))
+            try:
+                return str(click.prompt(question, default=guess, err=True))
+            except click.Abort:
+                if sys.stdin.isatty():  # Ctrl-C, Ctrl-D
+                    raise
+            print(file=sys.stderr)
+            raise InputError(
+                f"nobody answers: {question}",
+                f"say it with {option}, or take all guesses with --yes" if option else "take all guesses with --yes",
+            )
         if guess is None:
             raise InputError(f"nothing to guess from: {question}", f"say it with {option}")
         return guess
@@ -187,9 +199,19 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     if recipe is None:
         return [*enter, "afina doctor", "afina init"]
     name = shlex.quote(recipe.name)
-    image = ["container/build.sh --output afina.sif    # where site.env says"] if site is None else []
+    # In the checkout, so before the folder is entered.
+    image = [
+        "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
+    ]
     run = f"afina submit {name}" if slurm else f"afina train {name}"
-    return [*enter, *image, f"afina doctor {name}", f"afina prefetch {name}", f"afina rehearse {name}", run]
+    return [
+        *(image if site is None else []),
+        *enter,
+        f"afina doctor {name}",
+        f"afina prefetch {name}",
+        f"afina rehearse {name}",
+        run,
+    ]
 
 
 @click.command()

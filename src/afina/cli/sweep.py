@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -78,13 +79,18 @@ def sweep(
     from pathlib import Path
 
     from afina.grid import parse_grid
+    from afina.overview import place_of
     from afina.space import parse_search
     from afina.sweep_draft import draft_sweep, dry_run
     from afina.sweepdir import is_sweep_dir
     from afina.sweeps import carry_out
 
-    if Path(recipe).is_dir() and is_sweep_dir(recipe):
-        _look(recipe, context, metric, wait, as_json)
+    home = Path(recipe)
+    if not home.exists():
+        with contextlib.suppress(InputError):  # a recipe that is missing is named as one below
+            home = place_of(recipe)
+    if home.is_dir() and is_sweep_dir(home):
+        _look(str(home), context, metric, wait, as_json)
         return
     if metric is not None and not (wait or local):
         raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")

@@ -180,7 +180,7 @@ def _told(summary: dict[str, Any]) -> str:
     if summary["state"] == "whole":
         return f"afina: {summary['out']} is there already, of the same inputs, model and options"
     lines = [
-        f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.0f} rows/s): {summary['out']}"
+        f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
     ]
     counts = summary.get("predictions") or {}
     if counts:

@@ -56,11 +56,12 @@ def check_recipe(p: Patient) -> list[Finding]:
     if not p.has_recipe:
         return []
     recipe = p.plan.recipe
+    count = sum(map(len, p.plan.files.values()))
     found = [
         Finding(
             "recipe",
             "ok",
-            f"{recipe.name}: {sum(map(len, p.plan.files.values()))} data files"
+            f"{recipe.name}: {count} data file{'s' * (count != 1)}"
             if p.plan.files
             else f"{recipe.name}: data set {recipe.data.hub}",
         )

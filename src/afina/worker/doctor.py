@@ -110,6 +110,14 @@ def _cuda() -> Iterator[Line]:
     driver = Path("/proc/driver/nvidia/version")
     found = re.search(r"Kernel Module.*?(\d+)\.\d+", driver.read_text()) if driver.exists() else None
     version = f"torch {torch.__version__}, built for {f'CUDA {built}' if built else 'the CPU'}"
+    if found is None and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+        yield (
+            "cuda",
+            "warning",
+            f"{version}; GPUs were allocated, and this node has no NVIDIA driver: a run would train on the CPU",
+            "ask for none (--gpus-per-node 0), or for a partition whose nodes have GPUs",
+        )
+        return
     if found is None:
         yield "cuda", "ok", f"{version}; no NVIDIA driver here", ""
         return
