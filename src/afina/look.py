@@ -9,19 +9,19 @@ Not covered: compressed files, other separators than comma and tab, other encodi
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError, nearest
+from afina.formats import check_separator, read_delimited, read_json
 
 __all__ = [
     "MOST_ROWS",
@@ -137,54 +137,17 @@ def read_rows(paths: Sequence[Path]) -> Iterator[Row]:
     """
     for path in paths:
         try:
-            yield from _delimited(path) if path.suffix.lower() in (".csv", ".tsv") else _json(path)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: not UTF-8: {error.reason} at byte {error.start} of a block",
-                "save the file as UTF-8 (a spreadsheet calls it `CSV UTF-8`; or: iconv -f latin1 -t utf-8 FILE > NEW)",
-            ) from None
+            if path.suffix.lower() in (".csv", ".tsv"):
+                rows = read_delimited(path)
+                _, _, header = next(rows)
+                check_separator(path, header)
+                for _, _, cells in rows:
+                    yield dict(zip(header, cells, strict=True))
+            else:
+                for _, _, record in read_json(path):
+                    yield record
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
-
-
-def _delimited(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = next(reader, None)
-            if not header:
-                raise DataError(f"{path}: the file is empty", "the first line names the columns")
-            if len(header) == 1 and (other := next((s for s in (";", "\t", "|") if s in header[0]), None)):
-                shown = "tab" if other == "\t" else f"`{other}`"
-                raise DataError(f"{path}: the file looks separated by {shown}", "save .csv with commas, .tsv with tabs")
-            for cells in reader:
-                if cells:
-                    yield dict(itertools.zip_longest(header, cells[: len(header)], fillvalue=""))
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}", "close or double the quotes there") from None
-
-
-def _json(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        try:
-            if start.startswith(b"["):
-                records: Iterable[Any] = json.loads(file.read().decode("utf-8-sig"))
-                yield from (record for record in records if isinstance(record, dict))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    record = json.loads(line.decode("utf-8-sig"))
-                    if not isinstance(record, dict):
-                        raise DataError(
-                            f"{path}, line {number}: not a JSON object", 'one per line: {"text": "…", "label": "…"}'
-                        )
-                    yield record
-        except json.JSONDecodeError as error:
-            at = number if not start.startswith(b"[") else error.lineno
-            raise DataError(f"{path}, line {at}: not valid JSON: {error.msg}", "correct that line") from None
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "twice": ("a.csv", lambda p: p.write_text("text,n,n\na,1,2\n"), {}, "column `n` is there twice", "rename"),
     "broken JSON": ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), {}, "line 2: not valid JSON", "whole object"),
     "no object": ("a.jsonl", lambda p: p.write_text('["a"]'), {}, "record 1: a JSON object is wanted", "one object"),
-    "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n'), {}, "line 1: `text` is a list", "--text"),
+    "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n'), {}, "line 1: column `text` holds a list, a text is wanted", "--text"),
     "no Parquet": ("a.parquet", lambda p: p.write_bytes(b"PAR1 nonsense"), {}, "not a readable Parquet file", "write the file again"),
     "empty": ("a.csv", lambda p: p.write_text(""), {}, "the file is empty", "names the columns"),
     "no rows": ("a.csv", lambda p: p.write_text("text\n"), {}, "no rows", "has rows"),

@@ -168,7 +168,7 @@ def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
     assert (kept.keys[0] == kept.keys[9]).all() and (kept.keys[0] != kept.keys[1]).any()
     numbers = Source((write_parquet(tmp_path / "a.parquet", [{"text": v} for v in (1.0, 2.5, None)]),))
     assert [c.to_pylist() for (c,) in numbers.stream(["text"])] == [["1", "2.5", None]]
-    for bad, said in (([1], "holds lists, a text is wanted"), ({"a": 1}, "holds an object here")):
+    for bad, said in (([1], "holds a list, a text is wanted"), ({"a": 1}, "holds an object, a text is wanted")):
         source = Source((write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": bad, "label": "y"}]),))
         with pytest.raises(DataError, match=rf"b\.jsonl, line 5001: column `text` {said}"):
             source.read(["label"], ["text"])

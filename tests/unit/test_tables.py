@@ -108,7 +108,7 @@ def test_undecodable_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     bad = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xe9\xff"))
     pq.write_table(pa.table({"text": bad}), path)
-    with pytest.raises(DataError, match=r"`text` holds bytes that are not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 1: column `text` holds bytes that are not UTF-8"):
         read_files([path], ["text"])
 
 

@@ -14,19 +14,28 @@ Not covered: compressed files; a `.json` file that holds one array is read whole
 from __future__ import annotations
 
 import base64
-import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from afina.errors import DataError, nearest
+from afina.errors import DataError
+from afina.formats import (
+    check_columns,
+    json_kind,
+    json_unit,
+    no_text,
+    read_delimited,
+    read_json,
+    undecodable,
+)
 from afina.plan import DATA_SUFFIXES
+from afina.worker.readers import open_reader, readable, to_texts
 
 __all__ = ["CHUNK_BYTES", "Inputs", "Reader", "Segment", "as_texts", "look_through"]
 
@@ -34,7 +43,6 @@ __all__ = ["CHUNK_BYTES", "Inputs", "Reader", "Segment", "as_texts", "look_throu
 CHUNK_BYTES = 32 << 20
 _BATCH = 8192
 _TEXT = {".txt": "text", **DATA_SUFFIXES}
-_UTF8 = "save the file as UTF-8 (a spreadsheet calls it `CSV UTF-8`; or: iconv -f latin1 -t utf-8 FILE > NEW)"
 
 
 @dataclass(frozen=True)
@@ -120,17 +128,8 @@ def look_through(files: Sequence[Path], text: Sequence[str], chunk_rows: int) ->
 
 
 def as_texts(column: pa.ChunkedArray) -> list[str | None]:
-    """A column as the tokenizer wants it: texts as they are, other values as JSON writes them."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return list(column.to_pylist())
-    return [None if value is None else _written(value) for value in column.to_pylist()]
-
-
-def _written(value: Any) -> str:
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return json.dumps(int(value) if whole else value)
+    """A column as the tokenizer wants it: texts as they are, other values as in training."""
+    return [text for chunk in column.chunks for text in to_texts(chunk).to_pylist()]
 
 
 class Reader:
@@ -181,7 +180,7 @@ class Reader:
             rows = self._tables.setdefault(segment.file, _ParquetRows(path))
             return rows.take(segment.start, segment.stop)
         names = self.inputs.columns[segment.file]
-        if kind == "jsonl" and _opens_array(path):
+        if kind == "jsonl" and json_unit(path) == "record":
             if segment.file not in self._arrays:
                 self._arrays = {segment.file: json.loads(path.read_text(encoding="utf-8-sig"))}
             records = self._arrays[segment.file][segment.start : segment.stop]
@@ -265,21 +264,7 @@ def _kind(path: Path) -> str:
 
 
 def _check_columns(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:
-    for name in found:
-        if found.count(name) > 1:
-            raise DataError(f"{path}: column `{name}` is there twice", "rename one of them")
-    for name in wanted:
-        if name not in found:
-            listed = ", ".join(f"`{f}`" for f in found[:30]) or "none"
-            hint = nearest(name, found)
-            delimited = path.suffix.lower() in (".csv", ".tsv") and len(found) == 1
-            if delimited and (other := next((sep for sep in ";\t|," if sep in found[0]), None)):
-                shown = "tab" if other == "\t" else f"`{other}`"
-                hint = f"the file looks separated by {shown}: save .csv with commas, .tsv with tabs"
-            raise DataError(
-                f"{path}: there is no column `{name}`; columns: {listed}",
-                hint or "name the columns with the texts: --text COLUMN",
-            )
+    check_columns(path, wanted, found, found, "name the columns with the texts: --text COLUMN")
 
 
 def _united(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> pa.Schema:
@@ -308,59 +293,13 @@ def _united(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 
 def _look_delimited(path: Path, number: int, text: Sequence[str], cutter: _Cutter) -> pa.Schema:
-    """Quotes, cells and encoding of every row: Arrow reads on to the end of the file after a quote that is never closed."""
-    csv.field_size_limit(2**31 - 1)
-    header: list[str] | None = None
-    row = 0
-    with path.open("rb") as raw:
-        at = 3 if raw.read(3) == b"\xef\xbb\xbf" else 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = _Counted(file, at)
-        reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            for cells in reader:
-                start, at = at, lines.at
-                if header is None:
-                    if cells:
-                        header = cells
-                        _check_columns(path, text, header)
-                    continue
-                if not cells:
-                    continue
-                row += 1
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, row {row} (line {reader.line_num}): {len(cells)} cells, the header has {len(header)}",
-                        'quote the cell that holds the separator: "like, this"; or correct the row',
-                    )
-                cutter.add(number, row, start, at)
-        except UnicodeDecodeError:
-            _refuse_bytes(path, f"row {row + 1}" if header else "the header")
-        except csv.Error as error:
-            if "end of data" in str(error):
-                raise DataError(
-                    f'{path}, row {row + 1}: a quote (") is opened and never closed',
-                    'close it, or double each quote that belongs to the text: ""like this""',
-                ) from None
-            raise DataError(
-                f'{path}, row {row + 1} (line {reader.line_num}): text follows a closing quote (")',
-                'double each quote that belongs to the text: "He said ""no""."; or use JSON Lines',
-            ) from None
-    if header is None:
-        raise DataError(f"{path}: the file is empty", "the first line names the columns")
+    rows = read_delimited(path)
+    _, start, header = next(rows)
+    _check_columns(path, text, header)
+    for row, end, _ in rows:
+        cutter.add(number, row, start, end)
+        start = end
     return pa.schema([(name, pa.string()) for name in header])
-
-
-class _Counted:
-    """Lines of a file, and how many bytes of it they are."""
-
-    def __init__(self, lines: Iterable[str], at: int) -> None:
-        self.lines, self.at = lines, at
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self.lines:
-            self.at += len(line) if line.isascii() else len(line.encode())
-            yield line
 
 
 def _parse_delimited(raw: bytes, delimiter: str, names: Sequence[str]) -> pa.Table:
@@ -374,119 +313,30 @@ def _parse_delimited(raw: bytes, delimiter: str, names: Sequence[str]) -> pa.Tab
     )
 
 
-def _refuse_bytes(path: Path, place: str) -> NoReturn:
-    """Say which byte is not UTF-8; `place` is the row as far as it was counted (a decoder reads ahead)."""
-    at = 0
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if line == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise DataError(f"{path}: the file is UTF-16", _UTF8.replace("latin1", "utf-16"))
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                if path.suffix.lower() in (".csv", ".tsv"):
-                    place = _row_at(path, at + error.start)
-                where = f"{place} (line {line})" if place else f"line {line}"
-                raise DataError(
-                    f"{path}, {where}: byte 0x{raw[error.start]:02x} at offset {at + error.start} is not UTF-8", _UTF8
-                ) from None
-            at += len(raw)
-    raise AssertionError(path)
-
-
-def _row_at(path: Path, offset: int) -> str:
-    """The data row that holds a byte, by CSV's own rules, whatever the bytes mean."""
-    row = -1
-    with path.open(encoding="latin-1", newline="") as file:
-        lines = _Latin(file)
-        reader = csv.reader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        for cells in reader:
-            row += bool(cells)
-            if lines.at > offset:
-                break
-    return f"row {row}" if row > 0 else "the header"
-
-
-class _Latin(_Counted):
-    """As `_Counted`, where every character is a byte."""
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self.lines:
-            self.at += len(line)
-            yield line
-
-    def __init__(self, lines: Iterable[str]) -> None:
-        super().__init__(lines, 0)
-
-
 # -- JSON Lines, and texts line by line -------------------------------------------------------------------------------
 
 
 def _look_json(path: Path, number: int, text: Sequence[str], cutter: _Cutter) -> pa.Schema:
     kinds: dict[str, set[type]] = {}
-    array = _opens_array(path)
-    for place, start, stop, record in _json_array(path) if array else _json_lines(path):
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{path}, {'record' if array else 'line'} {place}: a JSON object is wanted",
-                'one object per line: {"text": "…"}',
-            )
+    unit, start = json_unit(path), 0
+    for place, end, record in read_json(path):
         for name, value in record.items():
             found = kinds.setdefault(name, set())
             if isinstance(value, list | dict) and name in text:
-                raise DataError(
-                    f"{path}, {'record' if array else 'line'} {place}: `{name}` is {_KINDS[type(value)]}, a text is wanted",
-                    "name a column of texts: --text",
-                )
+                raise no_text(path, unit, place, name, json_kind(value))
             if value is not None:  # a whole number beyond 64 bits is kept as text
                 found.add(str if type(value) is int and abs(value) >= 2**63 else type(value))
-        cutter.add(number, place, start, stop, size=None if not array else 200)
+        cutter.add(number, place, start, end, size=200 if unit == "record" else None)
+        start = end
     return pa.schema([(name, _JSON_TYPES.get(frozenset(found), pa.string())) for name, found in kinds.items()])
 
 
-_KINDS = {list: "a list", dict: "an object"}
 _JSON_TYPES = {
     frozenset({int}): pa.int64(),
     frozenset({float}): pa.float64(),
     frozenset({int, float}): pa.float64(),
     frozenset({bool}): pa.bool_(),
 }
-
-
-def _opens_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _json_array(path: Path) -> Iterator[tuple[int, int, int, Any]]:
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        _refuse_bytes(path, "")
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON: {error.msg}", "correct it, or write one object per line"
-        ) from None
-    for index, record in enumerate(records):
-        yield index + 1, index, index + 1, record
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:
-    at = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            start, at = at, at + len(raw)
-            if not raw.strip():
-                continue
-            try:
-                yield number, start, at, json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                _refuse_bytes(path, "")
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
-                    "JSON Lines holds one whole object on each line; correct that line",
-                ) from None
 
 
 def _records_table(records: Sequence[Mapping[str, Any]], names: Sequence[str], schema: pa.Schema) -> pa.Table:
@@ -510,7 +360,7 @@ def _look_text(path: Path, number: int, text: Sequence[str], cutter: _Cutter) ->
             try:
                 raw.decode()
             except UnicodeDecodeError:
-                _refuse_bytes(path, "")
+                raise undecodable(path) from None
             if raw.count(b"\t") < len(text) - 1:
                 raise DataError(
                     f"{path}, line {line}: one text, this model reads two", "write both on one line with a tab between"
@@ -523,56 +373,18 @@ def _look_text(path: Path, number: int, text: Sequence[str], cutter: _Cutter) ->
 
 
 def _look_parquet(path: Path, number: int, text: Sequence[str], cutter: _Cutter) -> pa.Schema:
-    try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow.remove_metadata()
-        _check_columns(path, text, schema.names)
+    with readable(path), pq.ParquetFile(path) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+    _check_columns(path, text, schema.names)
+    reader = open_reader(path)
+    for batch in reader.batches(text):
         for name in text:
-            _check_type(path, name, schema.field(name).type)
-        row = 0
-        for batch in file.iter_batches(batch_size=_BATCH, columns=list(text), use_threads=False):
-            _check_encoding(path, batch, row)
-            row += len(batch)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DataError(
-            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}", "copy or write the file again"
-        ) from None
+            reader.texts(name, batch)
     row = 0
-    for group in range(file.metadata.num_row_groups):
-        about = file.metadata.row_group(group)
-        cutter.add_rows(number, row, about.num_rows, about.total_byte_size // max(1, about.num_rows))
-        row += about.num_rows
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        cutter.add_rows(number, row, group.num_rows, group.total_byte_size // max(1, group.num_rows))
+        row += group.num_rows
     return pa.schema([column.remove_metadata() for column in schema])
-
-
-def _check_type(path: Path, name: str, kind: pa.DataType) -> None:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null, pa.types.is_integer, pa.types.is_floating,
-             pa.types.is_boolean)  # fmt: skip
-    if not any(test(kind) for test in plain):
-        raise DataError(
-            f"{path}: column `{name}` is of type {kind}, a text is wanted", "name a column of texts: --text"
-        )
-
-
-def _check_encoding(path: Path, batch: pa.RecordBatch, row: int) -> None:
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid:
-            for index, value in enumerate(column.cast(pa.large_binary(), safe=False)):
-                try:
-                    (value.as_py() or b"").decode()
-                except UnicodeDecodeError:
-                    raise DataError(
-                        f"{path}, row {row + index + 1}: column `{name}` holds bytes that are not UTF-8",
-                        "write the file again",
-                    ) from None
 
 
 class _ParquetRows:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from afina.errors import AfinaError, DataError
+from afina.errors import AfinaError
 
 __all__ = ["main"]
 
@@ -50,16 +50,14 @@ def _hub_parts(question: dict[str, Any]) -> dict[str, list[Path]]:
 
 
 def _tell(part: str, paths: list[Path], limit: int) -> None:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        files = [pq.ParquetFile(path) for path in paths]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"not a readable Parquet file: {str(error).splitlines()[0]}: {', '.join(map(str, paths))}",
-            "copy or write the file again",
-        ) from None
+    from afina.worker.readers import readable
+
+    files = []
+    for path in paths:
+        with readable(path):
+            files.append(pq.ParquetFile(path))
     print(json.dumps({"part": part, "rows": sum(file.metadata.num_rows for file in files)}))
     left = limit
     for file in files:

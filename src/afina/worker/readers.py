@@ -1,16 +1,14 @@
 """Data files a batch of rows at a time, as they are: CSV and TSV, JSON Lines, Parquet. Errors name file and row.
 
-Memory is that of one batch, whatever the file's size, except for a `.json` file that is one array: it is parsed whole.
-Every cell of a CSV or TSV is text: nothing is guessed, an empty cell is an empty text, `NA` is the two letters.
-
-Not covered: compressed files, separators other than comma and tab, encodings other than UTF-8.
+What is taken of CSV, TSV and JSON Lines, and what is not: see `afina.formats`. Memory is that of one batch, whatever the file's
+size, except for a `.json` file that is one array: it is parsed whole.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +20,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afina.errors import DataError, nearest
+from afina.errors import DataError
+from afina.formats import check_columns, json_kind, json_unit, no_text, number_text, read_delimited, read_json
 from afina.plan import DATA_SUFFIXES
 
-__all__ = ["Batch", "Reader", "as_text", "class_names", "open_reader"]
+__all__ = ["Batch", "Reader", "as_text", "class_names", "open_reader", "readable", "to_texts"]
 
 Array = np.ndarray[Any, Any]
 
-#: A batch ends at so many rows or characters, whichever comes first.
+#: A batch ends at so many rows or bytes (characters of JSON), whichever comes first.
 _BATCH_ROWS = 2048
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_BYTES = 1 << 20
 _BLOCK_BYTES = 1 << 20
-_UTF8 = "save the file as UTF-8 (a spreadsheet calls it `CSV UTF-8`; or: iconv -f latin1 -t utf-8 FILE > NEW)"
 
 
 @dataclass(frozen=True)
@@ -94,87 +92,49 @@ def as_text(column: pa.Array) -> pa.Array:
     return pc.utf8_trim_whitespace(column.cast(pa.large_string()))
 
 
+def to_texts(column: pa.Array) -> pa.Array:
+    """A column of texts, numbers, or true and false as large_string: 1 is "1", true is "true", 1.0 is "1", 0.5 is "0.5", NaN is
+    null; each depends on its own value only, and nothing is trimmed."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_decimal(column.type):
+        column = column.cast(pa.float64())
+    if pa.types.is_floating(column.type):
+        return pa.array([None if v is None else number_text(v) for v in column.to_pylist()], pa.large_string())
+    return as_text(column) if pa.types.is_boolean(column.type) else column.cast(pa.large_string())
+
+
 def _check_columns(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:
-    for name in found:
-        if found.count(name) > 1 and name in wanted:
-            raise DataError(f"{path}: column `{name}` is there twice", "rename one of them")
-    for name in wanted:
-        if name not in found:
-            listed = ", ".join(f"`{f}`" for f in found) or "none"
-            hint = nearest(name, found)
-            if not hint and len(found) == 1 and path.suffix.lower() in (".csv", ".tsv"):
-                other = next((sep for sep in ";\t|," if sep in found[0]), None)
-                if other:
-                    shown = "tab" if other == "\t" else f"`{other}`"
-                    hint = f"the file looks separated by {shown}: save .csv with commas, .tsv with tabs"
-            raise DataError(
-                f"{path}: there is no column `{name}`; columns: {listed}",
-                hint or "correct `data.text`, `data.label` or `data.id` in the recipe",
-            )
-
-
-def _no_lists(path: Path, name: str, unit: str, row: int) -> DataError:
-    return DataError(f"{path}, {unit} {row}: column `{name}` holds lists, a text is wanted", "name a column of texts")
+    check_columns(path, wanted, found, wanted, "correct `data.text`, `data.label` or `data.id` in the recipe")
 
 
 # -- CSV and TSV ------------------------------------------------------------------------------------------------------
 
 
 class _Delimited:
-    """Read by Python's strict parser: others read on to the end of the file after a quote that is never closed, and drop
-    quotes in odd places, silently."""
-
     unit = "row"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
 
     def classes(self, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {}
 
     def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
-        csv.field_size_limit(2**31 - 1)
-        path, number = self.path, 0
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=self.delimiter, strict=True)
-            try:
-                header = next((cells for cells in reader if cells), None)
-                if header is None:
-                    raise DataError(f"{path}: the file is empty", "the first line names the columns")
-                _check_columns(path, wanted, header)
-                places, width = [header.index(name) for name in wanted], len(header)
-                taken: list[list[str]] = []
-                size = 0
-                for cells in reader:
-                    if not cells:
-                        continue
-                    number += 1
-                    if len(cells) != width:
-                        raise DataError(
-                            f"{path}, row {number} (line {reader.line_num}): {len(cells)} cells, the header has {width}",
-                            'quote the cell that holds the separator: "like, this"; or correct the row',
-                        )
-                    taken.append(cells)
-                    size += sum(map(len, cells))
-                    if len(taken) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
-                        yield _delimited_batch(wanted, places, taken, number)
-                        taken, size = [], 0
-            except UnicodeDecodeError:
-                raise _undecodable(path) or AssertionError(path) from None
-            except csv.Error as error:
-                line = reader.line_num
-                if "end of data" in str(error):
-                    raise DataError(
-                        f'{path}, row {number + 1}: a quote (") is opened and never closed',
-                        'close it, or double each quote that belongs to the text: ""like this""',
-                    ) from None
-                raise DataError(
-                    f'{path}, row {number + 1} (line {line}): text follows a closing quote (")',
-                    'double each quote that belongs to the text: "He said ""no""."; or use JSON Lines',
-                ) from None
-        if taken:
-            yield _delimited_batch(wanted, places, taken, number)
+        rows = read_delimited(self.path)
+        _, start, header = next(rows)
+        _check_columns(self.path, wanted, header)
+        places = [header.index(name) for name in wanted]
+        taken: list[list[str]] = [[] for _ in wanted]
+        first, number = 1, 0
+        for number, end, cells in rows:
+            for values, place in zip(taken, places, strict=True):
+                values.append(cells[place])
+            if number - first + 1 == _BATCH_ROWS or end - start > _BATCH_BYTES:
+                yield _texts_batch(wanted, taken, first, number)
+                taken, first, start = [[] for _ in wanted], number + 1, end
+        if number >= first:
+            yield _texts_batch(wanted, taken, first, number)
 
     def column(self, name: str, pieces: Sequence[Any], row: Array) -> pa.Array:
         return pa.concat_arrays([pa.array([], pa.large_string()), *pieces])
@@ -183,61 +143,9 @@ class _Delimited:
         return batch.values[name]
 
 
-def _delimited_batch(wanted: Sequence[str], places: Sequence[int], rows: list[list[str]], last: int) -> Batch:
-    values = {
-        name: pa.array([cells[place] for cells in rows], pa.large_string())
-        for name, place in zip(wanted, places, strict=True)
-    }
-    return Batch(values, np.arange(last - len(rows) + 1, last + 1))
-
-
-def _undecodable(path: Path) -> DataError | None:
-    """The first byte that is not UTF-8, by row, line and offset; None if all are."""
-    with path.open("rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return DataError(f"{path}: the file is UTF-16", _UTF8.replace("latin1", "utf-16"))
-    start = _first_undecodable(path)
-    if start is None:
-        return None
-    line, left = 1, start
-    with path.open("rb") as file:
-        while block := file.read(min(left, _BLOCK_BYTES)):
-            line += block.count(b"\n")
-            left -= len(block)
-        byte = file.read(1)[0]
-    place = f"line {line}"
-    if path.suffix.lower() in (".csv", ".tsv"):
-        reader = csv.reader(_lines_before(path, start), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        number = sum(1 for cells in reader if cells) - 1
-        place = f"row {number} (line {line})" if number > 0 else "the header"
-    return DataError(f"{path}, {place}: byte 0x{byte:02x} at offset {start} is not UTF-8", _UTF8)
-
-
-def _first_undecodable(path: Path) -> int | None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(_BLOCK_BYTES)
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                return done - held + error.start
-            if not block:
-                return None
-            done += len(block)
-
-
-def _lines_before(path: Path, end: int) -> Iterator[str]:
-    """Lines up to byte `end`, one character for each byte, and a character in place of the next one."""
-    with path.open(encoding="latin-1", newline="") as file:
-        for line in file:
-            if len(line) > end:
-                yield line[:end] + "?"
-                return
-            end -= len(line)
-            yield line
+def _texts_batch(wanted: Sequence[str], columns: Sequence[list[str]], first: int, last: int) -> Batch:
+    values = {name: pa.array(column, pa.large_string()) for name, column in zip(wanted, columns, strict=True)}
+    return Batch(values, np.arange(first, last + 1))
 
 
 # -- JSON Lines -------------------------------------------------------------------------------------------------------
@@ -246,9 +154,7 @@ def _lines_before(path: Path, end: int) -> Iterator[str]:
 class _Json:
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self.is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-        self.unit = "record" if self.is_array else "line"
+        self.unit = json_unit(path)
 
     def classes(self, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {}
@@ -258,12 +164,7 @@ class _Json:
         values: dict[str, list[Any]] = {name: [] for name in wanted}
         numbers: list[int] = []
         number = size = 0
-        for number, record in _json_array(self.path) if self.is_array else _json_lines(self.path):
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{self.path}, {self.unit} {number}: a JSON object is wanted, found {_json_kind(record)}",
-                    'one object per line: {"text": "…", "label": "…"}',
-                )
+        for number, _, record in read_json(self.path):
             found.update(dict.fromkeys(record))
             numbers.append(number)
             for name in wanted:
@@ -273,7 +174,7 @@ class _Json:
                     if len(value) < 64:  # most likely a label: thousands of rows share one
                         value = sys.intern(value)
                 values[name].append(value)
-            if len(numbers) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
+            if len(numbers) == _BATCH_ROWS or size > _BATCH_BYTES:
                 yield Batch(values, np.array(numbers, np.int64))
                 values, numbers, size = {name: [] for name in wanted}, [], 0
         if number:
@@ -287,39 +188,9 @@ class _Json:
     def texts(self, name: str, batch: Batch) -> pa.Array:
         values = batch.values[name]
         for number, value in zip(batch.row, values, strict=True):
-            if isinstance(value, list):
-                raise _no_lists(self.path, name, self.unit, number)
-            if isinstance(value, dict):
-                raise _not_one_kind(self.path, name, self.unit, number, value)
-        return pa.array([v if isinstance(v, str) or v is None else _number_text(v) for v in values], pa.large_string())
-
-
-def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise _undecodable(path) or AssertionError(path) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON: {error.msg}", "correct it, or write one object per line"
-        ) from None
-    yield from enumerate(records, 1)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise _undecodable(path) or AssertionError(path) from None
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
-                    "JSON Lines holds one whole object on each line; correct that line",
-                ) from None
+            if isinstance(value, list | dict):
+                raise no_text(self.path, self.unit, number, name, json_kind(value))
+        return pa.array([v if isinstance(v, str) or v is None else number_text(v) for v in values], pa.large_string())
 
 
 def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: str) -> pa.Array:
@@ -351,26 +222,13 @@ def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: st
 
 def _not_one_kind(path: Path, name: str, unit: str, row: int, value: Any) -> DataError:
     return DataError(
-        f"{path}, {unit} {row}: column `{name}` holds {_json_kind(value)} here, other values elsewhere",
+        f"{path}, {unit} {row}: column `{name}` holds {json_kind(value)} here, other values elsewhere",
         "give every row a value of one kind: text, number, or list of texts",
     )
 
 
 def _scalar_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _number_text(value: Any) -> str:
-    """As `as_text` writes it: 1.0 is 1."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2.0**53:
-        value = int(value)
-    return json.dumps(value)
-
-
-def _json_kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
-        type(value), "a number"
-    )
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------------
@@ -383,31 +241,26 @@ class _Parquet:
         self.path = path
 
     def classes(self, wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        try:
+        with readable(self.path):
             names = class_names(pq.read_schema(self.path).metadata or {})
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _unreadable(self.path, error) from None
         return {name: tuple(names[name]) for name in wanted if name in names}
 
     def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
         done = 0
-        try:
-            # Not memory-mapped, one column chunk after the other: what was read does not stay in this process's memory.
-            with pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
-                schema = file.schema_arrow
-                _check_columns(self.path, wanted, schema.names)
-                names = class_names(schema.metadata or {})
-                size = _batch_size(file.metadata, wanted)
-                for batch in file.iter_batches(size, columns=list(wanted), use_threads=False):
-                    yield self._batch(wanted, batch, names, done)
-                    done += len(batch)
-                if not done:
-                    yield self._batch(wanted, schema.empty_table(), names, 0)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _unreadable(self.path, error) from None
+        # Not memory-mapped, one column chunk after the other: what was read does not stay in this process's memory.
+        with readable(self.path), pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            _check_columns(self.path, wanted, schema.names)
+            names = class_names(schema.metadata or {})
+            size = _batch_size(file.metadata, wanted)
+            for batch in file.iter_batches(size, columns=list(wanted), use_threads=False):
+                yield self._batch(wanted, batch, names, done)
+                done += len(batch)
+            if not done:
+                yield self._batch(wanted, schema.empty_table(), names, 0)
 
     def _batch(self, wanted: Sequence[str], batch: Any, names: Mapping[str, list[str]], done: int) -> Batch:
-        values = {name: _parquet_column(self.path, name, batch.column(name), names.get(name)) for name in wanted}
+        values = {name: _parquet_column(self.path, name, batch.column(name), names.get(name), done) for name in wanted}
         return Batch(values, np.arange(done + 1, done + len(batch) + 1))
 
     def column(self, name: str, pieces: Sequence[Any], row: Array) -> pa.Array:
@@ -416,12 +269,8 @@ class _Parquet:
     def texts(self, name: str, batch: Batch) -> pa.Array:
         column = batch.values[name]
         if pa.types.is_list(column.type):
-            raise _no_lists(self.path, name, self.unit, batch.row[0] if len(batch.row) else 1)
-        if pa.types.is_floating(column.type):
-            return pa.array(
-                [None if v is None or v != v else _number_text(v) for v in column.to_pylist()], pa.large_string()
-            )
-        return column if pa.types.is_large_string(column.type) else as_text(column)
+            raise no_text(self.path, self.unit, batch.row[0] if len(batch.row) else 1, name, "lists")
+        return to_texts(column)
 
 
 def _batch_size(metadata: Any, wanted: Sequence[str]) -> int:
@@ -432,12 +281,23 @@ def _batch_size(metadata: Any, wanted: Sequence[str]) -> int:
         columns = [group.column(i) for i in range(group.num_columns)]
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in wanted)
         most = max(most, size // max(1, group.num_rows))
-    return max(1, min(_BATCH_ROWS, _BATCH_CHARACTERS // most))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // most))
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0]
-    return DataError(f"{path}: not a readable Parquet file: {reason}", "copy or write the file again")
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around whatever reads a Parquet file.
+
+    Raises:
+        DataError: it is none, or a damaged one, or cannot be opened.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: not a readable Parquet file: {reason}", "copy or write the file again") from None
 
 
 def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
@@ -454,18 +314,19 @@ def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     return found
 
 
-def _parquet_column(path: Path, name: str, column: pa.Array, names: list[str] | None) -> pa.Array:
+def _parquet_column(path: Path, name: str, column: pa.Array, names: list[str] | None, done: int | None) -> pa.Array:
+    """`done`: rows before the first one; None where values are no rows."""
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        inner = _parquet_column(path, name, pc.list_flatten(column), names)
+        inner = _parquet_column(path, name, pc.list_flatten(column), names, None)
         lengths = pc.list_value_length(column)
         offsets = np.concatenate([[0], np.cumsum(pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False))])
         marks = pa.array(offsets, pa.int32(), mask=np.append(pc.is_null(column).to_numpy(zero_copy_only=False), False))
         return pa.ListArray.from_arrays(marks, as_text(inner))
     if pa.types.is_dictionary(kind):
-        return _parquet_column(path, name, column.dictionary_decode(), names)
+        return _parquet_column(path, name, column.dictionary_decode(), names, done)
     if pa.types.is_integer(kind) and names is not None:
         # -1 is how datasets writes a label that is not there.
         ids = pc.if_else(pc.and_(pc.greater_equal(column, 0), pc.less(column, len(names))), column, None)
@@ -481,11 +342,23 @@ def _parquet_column(path: Path, name: str, column: pa.Array, names: list[str] | 
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
-            raise DataError(f"{path}: column `{name}` holds bytes that are not UTF-8", "write the file again") from None
+            place = "" if done is None else f", row {done + _undecodable_value(column) + 1}"
+            raise DataError(
+                f"{path}{place}: column `{name}` holds bytes that are not UTF-8", "write the file again"
+            ) from None
         return column
     raise DataError(
         f"{path}: column `{name}` is of type {kind}", "text, number, true/false or a list of texts can be read"
     )
+
+
+def _undecodable_value(column: pa.Array) -> int:
+    for index, value in enumerate(column.cast(pa.large_binary())):
+        try:
+            (value.as_py() or b"").decode()
+        except UnicodeDecodeError:
+            return index
+    return 0
 
 
 _READERS: Mapping[str, type[_Delimited] | type[_Json] | type[_Parquet]] = {
