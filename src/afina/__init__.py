@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afina.exporting import export
     from afina.jobs import Run, Runs, resume, runs, submit, train
-    from afina.loading import load
-    from afina.overview import RunSummary
-    from afina.predicting import predict
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
-    from afina.sweeps import Sweep, sweep
+    from afina.sweeps.api import Sweep, sweep
+    from afina.use.export import export
+    from afina.use.load import load
+    from afina.use.predict import predict
+    from afina.watch.overview import RunSummary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,17 +45,17 @@ _HOMES = {
     "Outcome": "afina.rundir",
     "Recipe": "afina.recipe",
     "Run": "afina.jobs",
-    "RunSummary": "afina.overview",
+    "RunSummary": "afina.watch.overview",
     "Runs": "afina.jobs",
-    "Sweep": "afina.sweeps",
-    "export": "afina.exporting",
-    "load": "afina.loading",
+    "Sweep": "afina.sweeps.api",
+    "export": "afina.use.export",
+    "load": "afina.use.load",
     "load_recipe": "afina.recipe",
-    "predict": "afina.predicting",
+    "predict": "afina.use.predict",
     "resume": "afina.jobs",
     "runs": "afina.jobs",
     "submit": "afina.jobs",
-    "sweep": "afina.sweeps",
+    "sweep": "afina.sweeps.api",
     "train": "afina.jobs",
 }
 

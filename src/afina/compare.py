@@ -1,6 +1,6 @@
 """Runs side by side: what differs between their recipes, their scores and speed, and whether a difference is more than chance.
 
-`compare` reads plans and outcomes and is quick for a thousand runs; `verdicts` reads predictions and tests each run against the first (`afina.paired`).
+`compare` reads plans and outcomes and is quick for a thousand runs; `verdicts` reads predictions and tests each run against the first (`afina.statistics.paired`).
 A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not an error.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError
-from afina.glance import Glance, differing, glance, names_of
-from afina.overview import find_runs
-from afina.paired import Paired, compare_paired, holm
-from afina.predictions import Predictions, read_predictions
+from afina.statistics.paired import Paired, compare_paired, holm
+from afina.statistics.predictions import Predictions, read_predictions
+from afina.watch.glance import Glance, differing, glance, names_of
+from afina.watch.overview import find_runs
 
 __all__ = ["Comparison", "Verdict", "compare", "to_json", "verdicts"]
 

@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from afina.ask import ask_worker
 from afina.devices import DRIVER_FILE, mig_slices, visible
 from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.foresight import check_possible, write_forecast
-from afina.halt import Cancelled, cancel_runs
 from afina.image import check_image
 from afina.launch import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
-from afina.logs import Choice, log_lines
-from afina.overview import RunSummary, State, find_runs, known_runs, place_of, summarise, summary_of
 from afina.plan import Plan, check_cores, geometry_for, make_plan
 from afina.recipe import Recipe, load_recipe
 from afina.record import make_record
 from afina.rundir import Outcome, RunDir, is_run_dir
 from afina.site import environment, hub_token, load_site
 from afina.slurm import need_slurm, submit_sbatch, submit_submitit, submitit_script
+from afina.start.foresight import check_possible, write_forecast
 from afina.supervise import run_node, settle
+from afina.watch.halt import Cancelled, cancel_runs
+from afina.watch.logs import Choice, log_lines
+from afina.watch.overview import RunSummary, State, find_runs, known_runs, place_of, summarise, summary_of
 
 if TYPE_CHECKING:
     import pandas

@@ -85,7 +85,7 @@ class Job:
         job_id: as it was asked for: `123`, or `123_4` for a task of an array.
         state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
         said: Slurm's own word for the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
-        reason: why it waits, in Slurm's word; `afina.pending` explains it.
+        reason: why it waits, in Slurm's word; `afina.watch.pending` explains it.
         time_left_s: seconds to its time limit.
         start: when it started, or when Slurm thinks that it will, in seconds since the epoch.
         nodes: the nodes that it runs on, as Slurm abbreviates them.

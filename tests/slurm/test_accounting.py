@@ -8,7 +8,7 @@ import pytest
 from cluster import Cluster
 
 from afina.slurm import accounting, version
-from afina.usage import FIELDS, used
+from afina.watch.usage import FIELDS, used
 
 _BUSY = "#!/bin/bash\nsrun python3 -c 'import time\nbegan = time.process_time()\nwhile time.process_time() - began < 2: pass'\nsleep 1\n"
 

@@ -16,10 +16,10 @@ import pytest
 from cluster import Cluster
 
 from afina import slurm
-from afina.halt import cancel_runs
-from afina.overview import RunSummary, known_runs, summarise
-from afina.pending import explain
 from afina.rundir import RunDir
+from afina.watch.halt import cancel_runs
+from afina.watch.overview import RunSummary, known_runs, summarise
+from afina.watch.pending import explain
 
 SLEEP = "#!/bin/sh\nsleep 120\n"
 

@@ -15,12 +15,12 @@ from tests.unit.test_scores import write
 
 from afina.compare import compare, to_json, verdicts
 from afina.errors import InputError
-from afina.glance import glance, names_of
-from afina.overview import find_runs
 from afina.plan import make_plan
 from afina.recipe import Recipe
 from afina.rundir import Outcome, RunDir
 from afina.site import Site
+from afina.watch.glance import glance, names_of
+from afina.watch.overview import find_runs
 
 np = pytest.importorskip("numpy")
 MakeRun = Callable[..., Path]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from afina.estimate import Earlier, Measured, Shape, describe, forecast, memory_of, pace
 from afina.plan import Plan, make_plan
 from afina.recipe import Recipe
 from afina.site import Site
+from afina.start.estimate import Earlier, Measured, Shape, describe, forecast, memory_of, pace
 
 BERT = Shape(
     parameters=108_310_272, layers=12, hidden=768, intermediate=3072, heads=12, longest=(512,) * 8,

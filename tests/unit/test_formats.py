@@ -8,7 +8,7 @@ import pytest
 
 from afina.errors import DataError
 from afina.formats import number_text, read_delimited, read_json
-from afina.look import read_rows
+from afina.start.look import read_rows
 from afina.worker.inputs import look_through
 from afina.worker.tables import read_files
 

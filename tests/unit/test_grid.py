@@ -9,8 +9,8 @@ import pytest
 from tests.unit.conftest import recipe_dict
 
 from afina.errors import InputError, RecipeError
-from afina.grid import Cell, expand_sweep, grid_of, parse_grid, parse_seeds, point_name, split_values
-from afina.space import Choices, Range, corners, parse_search, space_of, value_text
+from afina.sweeps.grid import Cell, expand_sweep, grid_of, parse_grid, parse_seeds, point_name, split_values
+from afina.sweeps.space import Choices, Range, corners, parse_search, space_of, value_text
 
 TEXT = json.dumps(recipe_dict())
 

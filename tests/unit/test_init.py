@@ -17,11 +17,12 @@ from tests import tiny
 from tests.hub.server import HubServer
 from tests.unit.conftest import Ran, program, tree
 
-from afina import cli, look
-from afina.init import find_host
+from afina import cli
 from afina.jobs import plan_for
 from afina.plan import Plan
 from afina.recipe import Recipe, load_recipe
+from afina.start import look
+from afina.start.init import find_host
 
 Init = Callable[..., dict[str, Any]]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from afina.intervals import mean_interval, paired_t_test, t_cdf, t_quantile
+from afina.statistics.intervals import mean_interval, paired_t_test, t_cdf, t_quantile
 
 FREEDOM = (1, 2, 3, 4, 5, 9, 14, 29, 100, 1000)
 

@@ -18,8 +18,8 @@ import pytest
 from tests.unit.conftest import Ran, program
 
 from afina.errors import InputError
-from afina.logs import Choice, follow, log_lines
 from afina.rundir import Outcome, RunDir
+from afina.watch.logs import Choice, follow, log_lines
 from afina.worker.marks import mark_lines
 
 

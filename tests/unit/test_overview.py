@@ -17,10 +17,10 @@ from tests.unit.conftest import NASTY, Ran, program
 
 from afina.cli.screen import duration, size
 from afina.errors import InputError, SlurmError
-from afina.halt import cancel_runs
-from afina.overview import RunSummary, find_runs, known_runs, place_of, short_names, summarise, summary_of
-from afina.pending import explain
 from afina.rundir import Outcome, RunDir
+from afina.watch.halt import cancel_runs
+from afina.watch.overview import RunSummary, find_runs, known_runs, place_of, short_names, summarise, summary_of
+from afina.watch.pending import explain
 
 
 class Slurm:

@@ -25,10 +25,10 @@ import pytest
 from tests import tiny
 from tests.unit.conftest import ROOT, Ran, program, tree
 
-from afina import predicting
 from afina.cli import main
 from afina.errors import AfinaError, InputError
-from afina.prediction import Prediction, folder_of
+from afina.use import predict as predicting
+from afina.use.prediction import Prediction, folder_of
 from afina.worker import predict as worker
 from afina.worker.parts import Parts
 

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.unit.conftest import program, tree
 
 from afina.jobs import plan_for
-from afina.rehearse import earlier_runs, shape_of
+from afina.start.rehearse import earlier_runs, shape_of
 
 Ran = subprocess.CompletedProcess[str]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from afina.errors import DataError
-from afina.paired import align, compare_paired, holm
-from afina.predictions import Predictions, read_predictions
-from afina.scores import calibrate, mistakes, score
+from afina.statistics.paired import align, compare_paired, holm
+from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.scores import calibrate, mistakes, score
 
 np = pytest.importorskip("numpy")
 pa = pytest.importorskip("pyarrow")

@@ -23,13 +23,13 @@ from tests.unit.conftest import Ran, program, tree
 
 from afina import jobs
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
-from afina.grid import parse_grid
 from afina.launch import sweep_argv
 from afina.recipe import parse_recipe
 from afina.rundir import Outcome, RunDir
-from afina.space import parse_search
-from afina.sweep_draft import draft_sweep, dry_run
-from afina.sweeps import Sweep, carry_out
+from afina.sweeps.api import Sweep, carry_out
+from afina.sweeps.draft import draft_sweep, dry_run
+from afina.sweeps.grid import parse_grid
+from afina.sweeps.space import parse_search
 from afina.worker import tasks
 
 GRID = "train.learning_rate=5e-3,1e-3"
@@ -476,7 +476,7 @@ def test_a_metric_of_which_the_least_is_best(sweep: Callable[..., Sweep]) -> Non
 
 
 def test_the_direction_of_every_metric_is_the_workers() -> None:
-    from afina.sweep_table import LOWER_IS_BETTER
+    from afina.sweeps.table import LOWER_IS_BETTER
 
     lower = {metric for task in tasks.TASKS.values() for metric in task.lower_is_better}
     assert lower | {"loss"} == LOWER_IS_BETTER

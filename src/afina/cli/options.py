@@ -53,7 +53,7 @@ def finish(run: Any, as_json: bool) -> None:
 
 def following(run: Any) -> str:
     """How to watch a run that was just submitted, in a line."""
-    from afina.overview import short_names
+    from afina.watch.overview import short_names
 
     name = shlex.quote(short_names([run.path])[0])
     return f"afina: watch it with `afina status {name} --watch`, read along with `afina logs {name} -f`"

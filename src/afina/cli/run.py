@@ -91,7 +91,7 @@ def submit(
       afina submit RUN_DIR --wait
     """
     from afina import jobs
-    from afina.estimate import describe
+    from afina.start.estimate import describe
 
     minutes = minutes_of(time_limit)
     if dry_run:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from afina.overview import RunSummary
+    from afina.watch.overview import RunSummary
 
 __all__ = ["columns", "duration", "list_lines", "number", "page", "size", "status_lines", "totals"]
 

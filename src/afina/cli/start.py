@@ -16,7 +16,7 @@ from afina.cli.options import minutes_of, recipe_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
 
 if TYPE_CHECKING:
-    from afina.look import Column, Examined
+    from afina.start.look import Column, Examined
 
 __all__ = ["COMMANDS"]
 
@@ -63,11 +63,11 @@ def init(
       afina init project --data reviews.csv --yes
       afina init --data train.parquet --text sentence --label class --model ./model
     """
-    from afina import init as start
-    from afina import look
-    from afina.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
     from afina.site import find_site_file, load_site
     from afina.slurm import ask_cluster
+    from afina.start import init as start
+    from afina.start import look
+    from afina.start.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
 
     ask = _Asker(yes or as_json)
     base = Path(folder)
@@ -243,11 +243,11 @@ def rehearse(
       srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
     """
     from afina import jobs
-    from afina import rehearse as measure
-    from afina.estimate import describe
-    from afina.foresight import foresee
     from afina.image import check_image
     from afina.slurm import ask_cluster
+    from afina.start import rehearse as measure
+    from afina.start.estimate import describe
+    from afina.start.foresight import foresee
 
     plan = jobs.plan_for(
         recipe,
@@ -370,9 +370,9 @@ def _patient(
     from afina.cluster import Cluster
     from afina.doctor.finding import Patient
     from afina.errors import AfinaError
-    from afina.init import bare_plan
     from afina.site import environment, load_site
     from afina.slurm import ask_cluster
+    from afina.start.init import bare_plan
 
     where = plan = error = None
     env = dict(os.environ)

@@ -78,12 +78,12 @@ def sweep(
     """
     from pathlib import Path
 
-    from afina.grid import parse_grid
-    from afina.overview import place_of
-    from afina.space import parse_search
-    from afina.sweep_draft import draft_sweep, dry_run
-    from afina.sweepdir import is_sweep_dir
-    from afina.sweeps import carry_out
+    from afina.sweeps.api import carry_out
+    from afina.sweeps.draft import draft_sweep, dry_run
+    from afina.sweeps.folder import is_sweep_dir
+    from afina.sweeps.grid import parse_grid
+    from afina.sweeps.space import parse_search
+    from afina.watch.overview import place_of
 
     home = Path(recipe)
     if not home.exists():
@@ -144,7 +144,7 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _look(recipe: str, context: click.Context, metric: str | None, wait: bool, as_json: bool) -> None:
     """The table of a sweep directory."""
-    from afina.sweeps import Sweep
+    from afina.sweeps.api import Sweep
 
     for option in context.params:
         if option not in ("recipe", "metric", "wait", "as_json") and _given(context, option):

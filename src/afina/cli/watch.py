@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from afina.overview import RunSummary
+    from afina.watch.overview import RunSummary
 
 __all__ = ["COMMANDS"]
 
@@ -44,7 +44,7 @@ def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
       afina status /scratch/me/runs/yelp-1a2b3c4d-1 --json
     """
     from afina.errors import InputError
-    from afina.overview import find_runs, known_runs, summarise
+    from afina.watch.overview import find_runs, known_runs, summarise
 
     if watch and not as_json and not sys.stdout.isatty():
         raise InputError(
@@ -73,7 +73,7 @@ def _as_json(summaries: Sequence[RunSummary], single: bool) -> str:
 
 def _text(summaries: Sequence[RunSummary], single: bool) -> list[str]:
     from afina.cli.screen import page, status_lines, totals
-    from afina.overview import short_names
+    from afina.watch.overview import short_names
 
     if single:
         return page(summaries[0])
@@ -84,7 +84,7 @@ def _text(summaries: Sequence[RunSummary], single: bool) -> list[str]:
 
 def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
     """Draw again and again; Ctrl-C ends it without a word."""
-    from afina.overview import summarise
+    from afina.watch.overview import summarise
 
     def ended(summaries: Sequence[RunSummary]) -> bool:
         return not any(s.state in ("PENDING", "RUNNING", "UNKNOWN") for s in summaries)
@@ -143,7 +143,7 @@ def list_(folder: str | None, states: tuple[str, ...], sort: str, with_size: boo
       afina list /scratch/me/sweeps/yelp --sort best --size
     """
     from afina.cli.screen import list_lines
-    from afina.overview import find_runs, known_runs, short_names, summarise
+    from afina.watch.overview import find_runs, known_runs, short_names, summarise
 
     summaries = summarise(find_runs([folder]) if folder else known_runs())
     wanted = {state.upper() for state in states} or set(_STATES)
@@ -208,8 +208,8 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
       afina logs yelp-1a2b3c4d-1 --attempt 4711.0 --rank 3
     """
     from afina.errors import InputError
-    from afina.logs import Choice, follow, log_lines
     from afina.rundir import RunDir
+    from afina.watch.logs import Choice, follow, log_lines
 
     if rank is not None and node is not None:
         raise InputError("--rank and --node: give one of them", "a rank's node follows from its number")
@@ -238,8 +238,8 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
       afina cancel yelp-1a2b3c4d-1
       afina cancel /scratch/me/sweeps/yelp
     """
-    from afina.halt import cancel_runs
-    from afina.overview import find_runs, short_names
+    from afina.watch.halt import cancel_runs
+    from afina.watch.overview import find_runs, short_names
 
     done = cancel_runs(find_runs(runs))
     if as_json:
@@ -256,7 +256,7 @@ def _one(word: str) -> Path:
         InputError: there are several.
     """
     from afina.errors import InputError
-    from afina.overview import find_runs, short_names
+    from afina.watch.overview import find_runs, short_names
 
     found = find_runs([word])
     if len(found) > 1:

@@ -10,9 +10,9 @@ from typing import Literal
 
 from afina.cluster import Cluster
 from afina.errors import AfinaError
-from afina.init import bare_plan
 from afina.plan import Plan
 from afina.site import Site
+from afina.start.init import bare_plan
 
 __all__ = ["ANSWER_S", "Finding", "Level", "Patient", "answer_of"]
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from afina.doctor.finding import Finding, Level, Patient
 from afina.errors import AfinaError, SlurmError
 from afina.launch import container_argv, job_scripts, sbatch_options, worker_argv
-from afina.pending import explain
 from afina.plan import Plan
 from afina.rundir import write_atomic
 from afina.slurm import Job, cancel, query, submit_script
+from afina.watch.pending import explain
 
 __all__ = ["try_job"]
 

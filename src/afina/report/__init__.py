@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem, InputError
-from afina.overview import find_runs, place_of
-from afina.predictions import need
 from afina.report import quality, sections, work
 from afina.report.charts import Chart
 from afina.report.collection import collection_page
@@ -25,6 +23,8 @@ from afina.report.facts import Facts, read_facts
 from afina.report.figures import Matrix, write_figures
 from afina.report.page import document, figure
 from afina.rundir import RunDir, is_run_dir, write_atomic
+from afina.statistics.predictions import need
+from afina.watch.overview import find_runs, place_of
 
 __all__ = ["main", "write_report"]
 

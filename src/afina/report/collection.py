@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import quote
 
 from afina.errors import AfinaError
-from afina.glance import Glance, differing, glance, names_of
-from afina.predictions import read_predictions
 from afina.report.charts import Chart
 from afina.report.facts import read_json
 from afina.report.page import document, figure, note, pairs, seconds, table, tiles
-from afina.scores import Interval, score
+from afina.statistics.predictions import read_predictions
+from afina.statistics.scores import Interval, score
+from afina.watch.glance import Glance, differing, glance, names_of
 
 __all__ = ["collection_page"]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from afina.errors import AfinaError
 from afina.plan import Plan
-from afina.predictions import Predictions, need, read_predictions
 from afina.record import read_record
 from afina.rundir import Outcome, RunDir
-from afina.scores import Scores, score
 from afina.slurm import accounting
-from afina.usage import FIELDS, AttemptTimes, Used, job_ids, timeline, used
+from afina.statistics.predictions import Predictions, need, read_predictions
+from afina.statistics.scores import Scores, score
+from afina.watch.usage import FIELDS, AttemptTimes, Used, job_ids, timeline, used
 
 __all__ = ["Attempt", "Facts", "Lengths", "read_facts", "read_json"]
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.predictions import need
 from afina.report.charts import Chart, bounds, svg, thin
 from afina.report.page import FIGURE_STYLE
 from afina.rundir import write_atomic
+from afina.statistics.predictions import need
 
 __all__ = ["Matrix", "png_bytes", "write_figures"]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from afina.predictions import Predictions
 from afina.report.charts import Chart
 from afina.report.facts import Facts
 from afina.report.page import note, number, pairs, scroll, table
-from afina.scores import Interval, Scores, calibrate, mistakes
+from afina.statistics.predictions import Predictions
+from afina.statistics.scores import Interval, Scores, calibrate, mistakes
 
 __all__ = ["calibration", "classes", "confusion", "confusion_of", "overall", "worst"]
 

@@ -9,7 +9,7 @@ from afina.report.charts import Chart, Point
 from afina.report.facts import Facts, Lengths
 from afina.report.page import note, pairs, seconds, table
 from afina.report.sections import wall_time
-from afina.usage import Used
+from afina.watch.usage import Used
 
 __all__ = ["asked_and_used", "lengths", "speed", "time_spent"]
 

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from afina.errors import InputError
-from afina.prediction import CHUNK_ROWS
+from afina.use.prediction import CHUNK_ROWS
 from afina.worker import packed
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
 from afina.worker.note import note_of

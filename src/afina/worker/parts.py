@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afina.errors import EnvironmentProblem, InputError
-from afina.prediction import OUTPUTS, STDIN, Prediction, folder_of
 from afina.rundir import write_atomic
+from afina.use.prediction import OUTPUTS, STDIN, Prediction, folder_of
 from afina.worker.disk import difference, sha256, sync_file, sync_folder
 from afina.worker.inputs import Inputs
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
-from afina.prediction import STDIN, Prediction, folder_of
+from afina.use.prediction import STDIN, Prediction, folder_of
 from afina.worker.reply import reply
 
 if TYPE_CHECKING:

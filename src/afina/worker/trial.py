@@ -29,8 +29,8 @@ from afina.errors import AfinaError, InputError
 from afina.plan import geometry_for
 from afina.recipe import parse_recipe
 from afina.rundir import RunDir, is_run_dir
-from afina.space import Choices, Space, value_text
-from afina.sweepdir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
+from afina.sweeps.folder import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
+from afina.sweeps.space import Choices, Space, value_text
 
 __all__ = ["main", "open_study", "take_trial", "tell_what_ended"]
 

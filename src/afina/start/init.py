@@ -1,6 +1,6 @@
 """From data and a machine to a recipe and a site file that fit them: what `afina init` finds out, and what it writes.
 
-`afina.look` reads the data, `afina.propose` writes the texts, `afina.cli.start` asks. Nothing that exists is overwritten: a recipe
+`afina.start.look` reads the data, `afina.start.propose` writes the texts, `afina.cli.start` asks. Nothing that exists is overwritten: a recipe
 that is there is refused by name before anything is asked, a site file that is there is used.
 """
 
@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina import errors, look, propose
+from afina import errors
 from afina.cluster import Cluster
 from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError
 from afina.launch import container_argv
-from afina.look import Examined, Source
 from afina.plan import DATA_SUFFIXES, Plan, make_plan, part_of
-from afina.propose import Host, Model, Proposal
 from afina.recipe import parse_recipe
-from afina.rehearse import parameters_of
 from afina.rundir import write_atomic
 from afina.site import Site, cache_environment, environment, hub_token, load_site
+from afina.start import look, propose
+from afina.start.look import Examined, Source
+from afina.start.propose import Host, Model, Proposal
+from afina.start.rehearse import parameters_of
 
 __all__ = [
     "SITE",

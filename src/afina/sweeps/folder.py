@@ -31,7 +31,7 @@ from afina import __version__
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.plan import Plan
 from afina.rundir import Outcome, RunDir, is_run_dir, write_atomic
-from afina.space import Space
+from afina.sweeps.space import Space
 
 __all__ = [
     "SCRIPTS",

@@ -8,10 +8,10 @@ from typing import Any
 
 from afina.errors import InputError
 from afina.launch import worker_argv
-from afina.overview import place_of
-from afina.predicting import site_for, worker_env
-from afina.prediction import find_model, plan_of
-from afina.stages import call
+from afina.use.predict import site_for, worker_env
+from afina.use.prediction import find_model, plan_of
+from afina.use.stages import call
+from afina.watch.overview import place_of
 
 __all__ = ["export"]
 

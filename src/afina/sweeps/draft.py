@@ -1,7 +1,7 @@
 """A sweep before anything is done: which cells, where, which of them are missing, and with which commands they are submitted.
 
 Reads the recipe, the site, the sweep directory and (for the states) squeue; changes nothing. What a draft says is what
-`afina.sweeps` does and what `--dry-run` prints.
+`afina.sweeps.api` does and what `--dry-run` prints.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from afina import jobs
 from afina.errors import InputError, RecipeError, SlurmError
-from afina.grid import Cell, expand_sweep, parse_seeds
 from afina.launch import sweep_argv
-from afina.overview import State, summarise
 from afina.plan import Plan, check_cores, make_plan
 from afina.recipe import Recipe, parse_recipe, read_recipe
 from afina.rundir import is_run_dir
 from afina.site import load_site
 from afina.slurm import max_array_size, query
-from afina.space import Space, corners
-from afina.sweepdir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
+from afina.sweeps.folder import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
+from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
+from afina.sweeps.space import Space, corners
+from afina.watch.overview import State, summarise
 
 __all__ = ["BUSY", "Draft", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
 

@@ -22,10 +22,10 @@ from afina.plan import Plan
 from afina.recipe import parse_recipes
 from afina.record import make_record, overrides_of
 from afina.rundir import is_run_dir, write_atomic
-from afina.space import corners
-from afina.sweep_draft import Draft
-from afina.sweep_table import LOWER_IS_BETTER, best_metric
-from afina.sweepdir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
+from afina.sweeps.draft import Draft
+from afina.sweeps.folder import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
+from afina.sweeps.space import corners
+from afina.sweeps.table import LOWER_IS_BETTER, best_metric
 
 __all__ = ["claim_cells", "make_home", "prepare_cells"]
 

@@ -1,6 +1,6 @@
 """Predict with a finished run: here, in the site's container or without one; or as a Slurm job or a job array.
 
-What is to be done is composed here (`afina.prediction`); the work is done by `afina.worker.predict` in processes of their
+What is to be done is composed here (`afina.use.prediction`); the work is done by `afina.worker.predict` in processes of their
 own. All of it can be killed and repeated: the same call goes on with the chunks that are missing.
 """
 
@@ -22,9 +22,11 @@ from afina.errors import AfinaError, DataError, InputError, SiteError
 from afina.image import check_image
 from afina.jobs import visible_gpus
 from afina.launch import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
-from afina.overview import place_of
 from afina.plan import Plan, check_cores
-from afina.prediction import (
+from afina.rundir import RunDir, write_atomic
+from afina.site import Site, environment, find_site_file, load_site
+from afina.slurm import need_slurm, query, submit_script
+from afina.use.prediction import (
     OUTPUTS,
     STDIN,
     Keep,
@@ -35,10 +37,8 @@ from afina.prediction import (
     plan_of,
     result_name,
 )
-from afina.rundir import RunDir, write_atomic
-from afina.site import Site, environment, find_site_file, load_site
-from afina.slurm import need_slurm, query, submit_script
-from afina.stages import call, call_all
+from afina.use.stages import call, call_all
+from afina.watch.overview import place_of
 
 __all__ = ["compose", "predict", "site_for", "submission", "submit_prediction", "worker_env"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import DataError
-from afina.predictions import Predictions, need
-from afina.scores import DRAWS, contributions, limits, resample, sums_of
+from afina.statistics.predictions import Predictions, need
+from afina.statistics.scores import DRAWS, contributions, limits, resample, sums_of
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
 

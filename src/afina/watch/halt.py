@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afina.errors import EnvironmentProblem, SlurmError
-from afina.readings import Reading, read_run
 from afina.rundir import RunDir
 from afina.slurm import cancel, query
+from afina.watch.readings import Reading, read_run
 
 __all__ = ["Cancelled", "cancel_runs"]
 

@@ -26,20 +26,20 @@ from typing import Any
 
 from afina import jobs
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
-from afina.foresight import check_possible
-from afina.grid import grid_of
 from afina.launch import worker_environment
-from afina.overview import State
 from afina.plan import Plan
 from afina.recipe import Recipe
 from afina.rundir import RunDir, is_run_dir
 from afina.site import environment
 from afina.slurm import need_slurm, submit_script
-from afina.space import space_of
-from afina.sweep_claim import claim_cells, make_home, prepare_cells
-from afina.sweep_draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo
-from afina.sweep_table import Row, Table, tabulate
-from afina.sweepdir import SearchRecord, SweepDir, SweepRecord
+from afina.start.foresight import check_possible
+from afina.sweeps.claim import claim_cells, make_home, prepare_cells
+from afina.sweeps.draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo
+from afina.sweeps.folder import SearchRecord, SweepDir, SweepRecord
+from afina.sweeps.grid import grid_of
+from afina.sweeps.space import space_of
+from afina.sweeps.table import Row, Table, tabulate
+from afina.watch.overview import State
 
 __all__ = ["Sweep", "carry_out", "sweep"]
 

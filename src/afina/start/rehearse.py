@@ -1,7 +1,7 @@
 """What a run will cost, asked of a short real training, of earlier runs like it, or of the model's own numbers.
 
 `rehearse` makes a few steps, a save and an evaluation in the image with the network cut, in a throw-away run directory. Where it is
-called is where it is measured: a login node says nothing about a GPU. `afina.estimate` makes a forecast of what is found here.
+called is where it is measured: a login node says nothing about a GPU. `afina.start.estimate` makes a forecast of what is found here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from afina.ask import ask_worker
 from afina.errors import AfinaError, EnvironmentProblem
-from afina.estimate import Earlier, Measured, Shape
 from afina.launch import worker_argv, worker_environment
 from afina.plan import Plan, geometry_for
 from afina.rundir import Outcome, RunDir
 from afina.site import environment
+from afina.start.estimate import Earlier, Measured, Shape
 
 __all__ = ["earlier_runs", "parameters_of", "rehearse", "shape_of"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from afina import cluster
 from afina.errors import EnvironmentProblem, SlurmError
-from afina.estimate import Estimate, Measured, forecast
 from afina.plan import Plan
-from afina.rehearse import earlier_runs, rehearse, shape_of
 from afina.rundir import RunDir, write_atomic
 from afina.slurm import ask_cluster
+from afina.start.estimate import Estimate, Measured, forecast
+from afina.start.rehearse import earlier_runs, rehearse, shape_of
 
 __all__ = ["check_possible", "foresee", "write_forecast"]
 

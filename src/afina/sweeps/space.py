@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from afina.errors import InputError
-from afina.grid import refuse_keys, split_values
+from afina.sweeps.grid import refuse_keys, split_values
 
 __all__ = ["Choices", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
 

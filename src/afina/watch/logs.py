@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afina.errors import InputError, nearest
-from afina.overview import summary_of
 from afina.rundir import RunDir
+from afina.watch.overview import summary_of
 
 __all__ = ["Choice", "follow", "log_lines"]
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from afina.cluster import Cluster, Nodes, Partition, words_of_minutes
-from afina.look import Examined, quantile
+from afina.start.look import Examined, quantile
 
 __all__ = [
     "DEFAULT_MODEL",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from afina.predictions import Predictions
+from afina.statistics.predictions import Predictions
 
 __all__ = [
     "BINS",

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import EnvironmentProblem
-from afina.overview import place_of
-from afina.prediction import find_model
+from afina.use.prediction import find_model
+from afina.watch.overview import place_of
 
 if TYPE_CHECKING:
     from afina.worker.classify import Classifier

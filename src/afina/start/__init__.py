@@ -1,0 +1,1 @@
+"""Before a run: the first look, the proposed recipe, what a run will take."""

@@ -1,0 +1,1 @@
+"""What predictions and seeds can tell: scores, intervals, paired tests."""
