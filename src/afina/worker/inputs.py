@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from afina.errors import DataError, nearest
 from afina.plan import DATA_SUFFIXES
+from afina.worker.readers import half_a_character, json_refusal, other_format
 
 __all__ = ["CHUNK_BYTES", "Inputs", "Reader", "Segment", "as_texts", "look_through"]
 
@@ -376,6 +377,8 @@ def _parse_delimited(raw: bytes, delimiter: str, names: Sequence[str]) -> pa.Tab
 
 def _refuse_bytes(path: Path, place: str) -> NoReturn:
     """Say which byte is not UTF-8; `place` is the row as far as it was counted (a decoder reads ahead)."""
+    if (other := other_format(path)) is not None:
+        raise other
     at = 0
     with path.open("rb") as file:
         for line, raw in enumerate(file, 1):
@@ -431,6 +434,7 @@ def _look_json(path: Path, number: int, text: Sequence[str], cutter: _Cutter) ->
                 f"{path}, {'record' if array else 'line'} {place}: a JSON object is wanted",
                 'one object per line: {"text": "…"}',
             )
+        _check_whole_characters(f"{path}, {'record' if array else 'line'} {place}", record)
         for name, value in record.items():
             found = kinds.setdefault(name, set())
             if isinstance(value, list | dict) and name in text:
@@ -442,6 +446,15 @@ def _look_json(path: Path, number: int, text: Sequence[str], cutter: _Cutter) ->
                 found.add(str if type(value) is int and abs(value) >= 2**63 else type(value))
         cutter.add(number, place, start, stop, size=None if not array else 200)
     return pa.schema([(name, _JSON_TYPES.get(frozenset(found), pa.string())) for name, found in kinds.items()])
+
+
+def _check_whole_characters(where: str, record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise half_a_character(f"{where}: `{name}`", half) from None
 
 
 _KINDS = {list: "a list", dict: "an object"}
@@ -467,6 +480,8 @@ def _json_array(path: Path) -> Iterator[tuple[int, int, int, Any]]:
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON: {error.msg}", "correct it, or write one object per line"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {json_refusal(error)}", "correct it, or write one object per line") from None
     for index, record in enumerate(records):
         yield index + 1, index, index + 1, record
 
@@ -487,6 +502,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:
                     f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
                     "JSON Lines holds one whole object on each line; correct that line",
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: {json_refusal(error)}", "correct that line") from None
 
 
 def _records_table(records: Sequence[Mapping[str, Any]], names: Sequence[str], schema: pa.Schema) -> pa.Table:

@@ -25,7 +25,16 @@ import pyarrow.parquet as pq
 from afina.errors import DataError, nearest
 from afina.plan import DATA_SUFFIXES
 
-__all__ = ["Batch", "Reader", "as_text", "class_names", "open_reader"]
+__all__ = [
+    "Batch",
+    "Reader",
+    "as_text",
+    "class_names",
+    "half_a_character",
+    "json_refusal",
+    "open_reader",
+    "other_format",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -199,6 +208,8 @@ def _undecodable(path: Path) -> DataError | None:
     start = _first_undecodable(path)
     if start is None:
         return None
+    if (other := other_format(path)) is not None:
+        return other
     line, left = 1, start
     with path.open("rb") as file:
         while block := file.read(min(left, _BLOCK_BYTES)):
@@ -211,6 +222,27 @@ def _undecodable(path: Path) -> DataError | None:
         number = sum(1 for cells in reader if cells) - 1
         place = f"row {number} (line {line})" if number > 0 else "the header"
     return DataError(f"{path}, {place}: byte 0x{byte:02x} at offset {start} is not UTF-8", _UTF8)
+
+
+def other_format(path: Path) -> DataError | None:
+    """What a file is, if its first bytes say that it is no text."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    for magic, (what, remedy) in _MAGIC.items():
+        if start.startswith(magic):
+            return DataError(f"{path}: is {what}, its name says {path.suffix}", remedy)
+    return None
+
+
+_MAGIC = {
+    b"\x1f\x8b": ("compressed with gzip", "unpack it: gunzip -c FILE > NEW"),
+    b"PK\x03\x04": ("a ZIP archive or a spreadsheet (.xlsx)", "unpack it, or save the sheet as `CSV UTF-8`"),
+    b"PAR1": ("Parquet", "name it .parquet"),
+    b"BZh": ("compressed with bzip2", "unpack it: bzip2 -dc FILE > NEW"),
+    b"\xfd7zX": ("compressed with xz", "unpack it: xz -dc FILE > NEW"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it: zstd -dc FILE > NEW"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet (.xls)", "save the sheet as `CSV UTF-8`"),
+}
 
 
 def _first_undecodable(path: Path) -> int | None:
@@ -282,7 +314,11 @@ class _Json:
             yield Batch(values, np.array(numbers, np.int64))
 
     def column(self, name: str, pieces: Sequence[Any], row: Array) -> pa.Array:
-        return _json_column(self.path, name, [value for piece in pieces for value in piece], row, self.unit)
+        values = [value for piece in pieces for value in piece]
+        try:
+            return _json_column(self.path, name, values, row, self.unit)
+        except UnicodeEncodeError:
+            raise _half_a_character(self.path, name, self.unit, row, values) from None
 
     def texts(self, name: str, batch: Batch) -> pa.Array:
         values = batch.values[name]
@@ -291,7 +327,11 @@ class _Json:
                 raise _no_lists(self.path, name, self.unit, number)
             if isinstance(value, dict):
                 raise _not_one_kind(self.path, name, self.unit, number, value)
-        return pa.array([v if isinstance(v, str) or v is None else _number_text(v) for v in values], pa.large_string())
+        texts = [v if isinstance(v, str) or v is None else _number_text(v) for v in values]
+        try:
+            return pa.array(texts, pa.large_string())
+        except UnicodeEncodeError:
+            raise _half_a_character(self.path, name, self.unit, batch.row, values) from None
 
 
 def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
@@ -303,6 +343,8 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON: {error.msg}", "correct it, or write one object per line"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {json_refusal(error)}", "correct it, or write one object per line") from None
     yield from enumerate(records, 1)
 
 
@@ -320,6 +362,32 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
                     "JSON Lines holds one whole object on each line; correct that line",
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: {json_refusal(error)}", "correct that line") from None
+
+
+def json_refusal(error: Exception) -> str:
+    """Why Python does not read JSON that may be valid."""
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return f"cannot be read: {str(error).partition(';')[0]}"
+
+
+def _half_a_character(path: Path, name: str, unit: str, rows: Array, values: Sequence[Any]) -> DataError:
+    for number, value in zip(rows, values, strict=True):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            return half_a_character(f"{path}, {unit} {number}: column `{name}`", half)
+    return half_a_character(f"{path}: column `{name}`", "a surrogate")
+
+
+def half_a_character(where: str, half: str) -> DataError:
+    return DataError(
+        f"{where} holds {half}, half of a character (a surrogate without its other half)",
+        "a text was cut in the middle of a character: remove that half",
+    )
 
 
 def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: str) -> pa.Array:
@@ -472,11 +540,13 @@ def _parquet_column(path: Path, name: str, column: pa.Array, names: list[str] | 
         return pa.array(names, pa.large_string()).take(ids)
     if pa.types.is_boolean(kind):
         return column
+    if pa.types.is_uint64(kind):  # may be too large for int64: a hash
+        return column.cast(pa.large_string())
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return column.cast(pa.float64())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or kind == pa.string_view():
         column = column.cast(pa.large_string())
         try:
             column.validate(full=True)
