@@ -244,11 +244,11 @@ class Tokens(_Frozen):
 class Train(_Frozen):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    max_batch_per_device: Annotated[int, Field(ge=1)] | None = None
-    eval_batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
+    max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     evaluate: EpochOrSteps = "epoch"

@@ -606,6 +606,7 @@ def test_foreign_code_that_is_pinned_or_local() -> None:
     ("override", "message", "remedy"),
     [
         ("data.label=text", "column `text` is the text too", ""),
+        ("train.batch_size=10000000000", "must be 1000000000 or less", ""),
         ("data.text=[text, text]", "names column `text` twice", ""),
         ("data.label=[a, b, a]", "names column `a` twice", ""),
         ("data.labels=[]", "is an empty list", ""),
