@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from tests.hub.server import HubServer
 from tests.unit.conftest import Ran, program, tree
 
 from afina import cli, look
+from afina.cli.start import _Asker
+from afina.errors import InputError
 from afina.init import find_host
 from afina.jobs import plan_for
 from afina.plan import Plan
@@ -346,3 +349,10 @@ def test_a_module_is_loaded_where_apptainer_is_one(tmp_path: Path, monkeypatch: 
     host = find_host(tmp_path, {**os.environ, "AFINA_IMAGE": "/nowhere/afina.sif"}, scratch=str(tmp_path))
     assert (host.module, host.runtime) == ("apptainer/1.3.4", "apptainer")
     assert host.image == "/nowhere/afina.sif" and "not there yet" in host.image_why
+
+
+def test_where_nobody_answers_the_option_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(InputError, match=r"nobody answers .*: Text column") as caught:
+        _Asker(silent=False)("Text column", "text", "--text")
+    assert caught.value.remedy == "--yes takes the guesses; or say it with --text"

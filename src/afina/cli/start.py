@@ -130,7 +130,15 @@ class _Asker:
 
     def __call__(self, question: str, guess: str | None, option: str = "") -> str:
         if not self.silent:
-            return str(click.prompt(question, default=guess, err=True))
+            try:
+                return str(click.prompt(question, default=guess, err=True))
+            except click.Abort as stop:
+                if not isinstance(stop.__context__, EOFError):
+                    raise
+                raise InputError(
+                    f"nobody answers (standard input has ended): {question}",
+                    f"--yes takes the guesses{f'; or say it with {option}' if option else ''}",
+                ) from None
         if guess is None:
             raise InputError(f"nothing to guess from: {question}", f"say it with {option}")
         return guess
