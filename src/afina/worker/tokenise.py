@@ -104,7 +104,7 @@ def build(
             making.make(made, say)
             with staging(final) as aside:
                 try:
-                    splits, warnings = making.put_together(made, aside, tokenizer, recipe.tokens.max_length)
+                    splits, warnings = making.put_together(made, aside, recipe.tokens.max_length)
                 except Missing:  # another process may have published, and tidied up
                     if store.is_whole(final):
                         break
@@ -174,15 +174,13 @@ class _Making:
                     made.save(piece, _arrays(piece, columns, encoded, self.dtype))
                     encoded = []
 
-    def put_together(
-        self, made: Pieces, aside: Path, tokenizer: Any, max_length: int
-    ) -> tuple[dict[str, dict[str, int]], list[str]]:
+    def put_together(self, made: Pieces, aside: Path, max_length: int) -> tuple[dict[str, dict[str, int]], list[str]]:
         """Write all parts into `aside`; what the manifest says of them, and warnings.
 
         Raises:
             Missing: a piece has gone.
         """
-        splits, warnings = {}, []
+        splits, warnings, tokenizer = {}, [], self.encoder.tokenizer
         for part, examples in self.checked.parts.items():
             texts = TEXTS[: len(self.names)] if part != "train" else ()
             pieces = self.pieces[examples.source]
