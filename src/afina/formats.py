@@ -17,13 +17,14 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, nearest
 
 __all__ = [
+    "check_characters",
     "check_columns",
     "check_separator",
     "json_kind",
@@ -37,6 +38,16 @@ __all__ = [
 
 _SHOWN_COLUMNS = 30
 _SEPARATED = "save .csv with commas, .tsv with tabs"
+#: How files begin that are no text: what they are, and what to do.
+_MAGIC = {
+    b"\x1f\x8b": ("compressed with gzip", "unpack it: gunzip -c FILE > NEW"),
+    b"PK\x03\x04": ("a ZIP archive or a spreadsheet (.xlsx)", "unpack it, or save the sheet as `CSV UTF-8`"),
+    b"PAR1": ("Parquet", "name it .parquet"),
+    b"BZh": ("compressed with bzip2", "unpack it: bzip2 -dc FILE > NEW"),
+    b"\xfd7zX": ("compressed with xz", "unpack it: xz -dc FILE > NEW"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it: zstd -dc FILE > NEW"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet (.xls)", "save the sheet as `CSV UTF-8`"),
+}
 
 
 # -- what is wrong in any format --------------------------------------------------------------------------------------
@@ -99,7 +110,12 @@ def number_text(value: Any) -> str | None:
 
 
 def undecodable(path: Path) -> DataError:
-    """What is said of a file that is not UTF-8: the first such byte by row, line and offset."""
+    """What is said of a file that is not UTF-8: what it is instead, or the first such byte by row, line and offset."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    for magic, (what, how) in _MAGIC.items():
+        if start.startswith(magic):
+            return DataError(f"{path}: is {what}, its name says {path.suffix}", how)
     remedy = "save the file as UTF-8 (a spreadsheet calls it `CSV UTF-8`; or: iconv -f latin1 -t utf-8 FILE > NEW)"
     at = 0
     with path.open("rb") as file:
@@ -237,6 +253,26 @@ def read_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
             "JSON Lines holds one whole object on each line; correct that line",
         ) from None
+    except (ValueError, RecursionError) as error:  # JSON that Python does not take
+        deep = "lists or objects are nested too deeply"
+        why = deep if isinstance(error, RecursionError) else f"cannot be read: {str(error).partition(';')[0]}"
+        place = f", line {number}" if unit == "line" else ""
+        raise DataError(
+            f"{path}{place}: {why}", "correct that line" if place else "write one object per line"
+        ) from None
+
+
+def check_characters(path: Path, unit: str, number: int, record: Mapping[str, Any]) -> None:
+    """Raises DataError: a text holds half of a character, which JSON can write (`\\ud83d` alone) and UTF-8 cannot."""
+    for name, value in record.items():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(
+                f"{path}, {unit} {number}: column `{name}` holds {half}, half of a character (a surrogate without its other half)",
+                "a text was cut in the middle of a character: remove that half",
+            ) from None
 
 
 def _no_object(path: Path, unit: str, number: int, found: Any) -> DataError:

@@ -357,6 +357,7 @@ def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
     if outcome is not None and outcome.outcome == "finished":
         return run
     plan = run.dir.plan()
+    run.dir.check_place()
     check_image(plan.site)
     if num_processes is not None:
         check_cores(num_processes)
@@ -399,6 +400,7 @@ def submit(
         directory, plan = handle.dir, plan_to_go_on(handle, overrides=overrides, path=run, **asked)
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
+        directory.check_place()
         check_image(plan.site)
         check_possible(plan)
     else:

@@ -241,9 +241,29 @@ def _data_files(recipe: Recipe, base: Path) -> dict[str, tuple[Path, ...]]:
     return files
 
 
+#: How files of other formats become files of a known one.
+_CONVERT = {
+    ".gz": "unpack it: gunzip -k FILE; ",
+    ".bz2": "unpack it: bunzip2 -k FILE; ",
+    ".xz": "unpack it: unxz -k FILE; ",
+    ".zst": "unpack it: unzstd FILE; ",
+    ".zip": "unpack it: unzip FILE; ",
+    ".xlsx": "save the sheet as `CSV UTF-8`; ",
+    ".xls": "save the sheet as `CSV UTF-8`; ",
+    ".arrow": "write Parquet: datasets.Dataset.from_file(FILE).to_parquet(NEW); ",
+    ".feather": "write Parquet: pandas.read_feather(FILE).to_parquet(NEW); ",
+    ".pkl": "write Parquet: pandas.read_pickle(FILE).to_parquet(NEW); ",
+}
+
+
 def _expand(part: str, path: Path) -> list[Path]:
     where = f"data.files.{part}: {path}"
     if path.is_dir():
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            raise DataError(
+                f"{where}: a folder of `datasets.save_to_disk`, which afina does not read",
+                "write Parquet instead: datasets.load_from_disk(FOLDER)[SPLIT].to_parquet('train.parquet')",
+            )
         known = (p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
         found = sorted(p for p in known if p.is_file())
         if not found:
@@ -253,7 +273,7 @@ def _expand(part: str, path: Path) -> list[Path]:
         if path.suffix.lower() not in DATA_SUFFIXES:
             raise DataError(
                 f"{where}: format {path.suffix or '(no suffix)'} is not known",
-                f"known formats: {', '.join(DATA_SUFFIXES)}",
+                f"{_CONVERT.get(path.suffix.lower(), '')}known formats: {', '.join(DATA_SUFFIXES)}",
             )
         if not os.access(path, os.R_OK):
             raise DataError(f"{where}: cannot be read by you", f"chmod u+r '{path}'")

@@ -145,7 +145,7 @@ class Data(_Frozen):
     text: Names
     label: Names
     labels: tuple[str, ...] | None = None
-    label_separator: str | None = None
+    label_separator: Text | None = None
     id: str | None = None
     train: Part = Part()
     eval: Part = Part()
@@ -165,13 +165,22 @@ class Data(_Frozen):
     @field_validator("labels", mode="before")
     @classmethod
     def _labels_are_text(cls, value: Any) -> Any:
-        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else value
+        if not isinstance(value, list | tuple):
+            return value
+        if not value:
+            raise ValueError("is an empty list: name the labels, or leave it out to take those of the data")
+        for place, name in enumerate(value):
+            if name is None or isinstance(name, list | tuple | Mapping) or not str(name).strip():
+                raise At(f"{shown(name)} is no label name; put it in quotes if it is text", str(place))
+        return tuple(str(v).strip() for v in value)
 
     @field_validator("text")
     @classmethod
     def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not 1 <= len(value) <= 2:
             raise ValueError(f"one column, or two for pairs; found {len(value)}")
+        if len(set(value)) < len(value):
+            raise ValueError(f"names column `{value[0]}` twice; a pair is two columns")
         return value
 
     @field_validator("label")
@@ -179,7 +188,17 @@ class Data(_Frozen):
     def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("at least one label column")
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"names column `{name}` twice")
         return value
+
+    @model_validator(mode="after")
+    def _text_is_no_label(self) -> Data:
+        for name in self.label:
+            if name in self.text:
+                raise At(f"column `{name}` is the text too: the label would be read off the text", "label")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -225,11 +244,11 @@ class Tokens(_Frozen):
 class Train(_Frozen):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    max_batch_per_device: Annotated[int, Field(ge=1)] | None = None
-    eval_batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
+    max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     evaluate: EpochOrSteps = "epoch"
@@ -435,4 +454,8 @@ def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "re
             recipe = Recipe.model_validate(changed)
         except ValidationError as error:
             raise explain(error, Recipe, node, source, overridden) from None
+        except RecursionError:
+            raise RecipeError(
+                f"{source}: a YAML alias (*) stands for a part of itself", "write the value out"
+            ) from None
         yield recipe

@@ -16,6 +16,7 @@ from ruamel.yaml.nodes import Node
 from afina.errors import RecipeError, nearest
 from afina.recipe_text import where
 from afina.redact import redact
+from afina.reserved import RESERVED_ARGUMENTS
 
 __all__ = ["At", "explain", "model_of", "shown"]
 
@@ -60,7 +61,8 @@ def explain(
         here = f"known here: {', '.join(known)}"
         if not unknown:
             return RecipeError(f"{place}: `{dotted}` is missing", f"add `{keys[-1]}:`; {here}")
-        hint = nearest(keys[-1], known)
+        reserved = RESERVED_ARGUMENTS.get(keys[-1], "") if keys[:-1] == ["train"] else ""
+        hint = f"{reserved};" if reserved else nearest(keys[-1], known)
         return RecipeError(f"{place}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}{here}")
     named = "" if place == f"--set {dotted}" or not dotted else f"`{dotted}`: "
     message, remedy = _said(first)

@@ -249,6 +249,26 @@ class RunDir:
     def prepared(self) -> dict[str, Any]:
         return self._read_json("prepared.json")
 
+    def check_place(self) -> None:
+        """A run goes on only where it was begun: its command and its data are known by absolute paths.
+
+        Raises:
+            InputError: it was moved or copied.
+        """
+        words = self.worker_argv()
+        begun = Path(words[-1]) if words and words[-1].startswith("/") else self.path
+        if begun == self.path or (begun.exists() and begun.samefile(self.path)):
+            return
+        if begun.exists():
+            raise InputError(
+                f"{self.path}: is a copy of {begun}, and would write there",
+                f"go on with {begun} itself, or begin a new run: afina rerun",
+            )
+        raise InputError(
+            f"{self.path}: was begun as {begun}, and has been moved",
+            f"move it back, or leave a link there: ln -s {shlex.quote(str(self.path))} {shlex.quote(str(begun))}",
+        )
+
     def worker_argv(self) -> list[str]:
         return [os.fsdecode(a) for a in (self.path / "worker.argv").read_bytes().split(b"\0")[:-1]]
 

@@ -96,6 +96,8 @@ def test_all_is_what_the_module_defines(name: str) -> None:
     path = room / "__init__.py" if room.is_dir() else room.with_suffix(".py")
     module = importlib.import_module(f"afina.{name}")
     public = _public(path)
+    if not public and room.is_dir():  # a room that only says what is in it
+        return
     assert set(module.__all__) <= public, "named in __all__, not defined"
     classes_and_functions = {
         n

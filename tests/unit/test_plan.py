@@ -333,7 +333,7 @@ def test_the_digest_is_of_what_is_trained(
         digest(train__learning_rate=1e-4),
         digest(train__arguments={"weight_decay": 0.02}),
         digest(tokens__max_length=64),
-        digest(data__text="stars"),
+        digest(data__text="body"),
         digest(data__train={"fraction": 0.7}),
         digest(metrics=["accuracy"]),
         digest(model="gpt2"),

@@ -261,9 +261,10 @@ def test_a_task_that_the_data_cannot_be(tmp_path: Path) -> None:
     rows[2]["label"] = "inf"
     assert "row 3: label 'inf'" in refused(tmp_path, both(rows), "regression").message
     assert "holds single values" in refused(tmp_path, both(rows), "multi-label").message
+    rows = [{**row, "more": "x"} for row in rows]
     lists = [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}]
     assert "holds lists" in refused(tmp_path, both(lists), "single-label", kind="jsonl").message
-    assert "task single-label has one" in refused(tmp_path, both(rows), "single-label", label=["label", "text"]).message
+    assert "task single-label has one" in refused(tmp_path, both(rows), "single-label", label=["label", "more"]).message
 
 
 def test_regression_is_cut_by_rank(tmp_path: Path) -> None:
@@ -308,6 +309,87 @@ def test_classes_that_cannot_be_learnt(tmp_path: Path) -> None:
     assert "every row has the label 'a'" in refused(tmp_path, both(reviews(6, "a"))).message
     same = [{"text": f"t{i}", "label": "2.5"} for i in range(6)]
     assert "every label is 2.5" in refused(tmp_path, both(same)).message
+    empty: Rows = [{"text": f"t{i}", "label": []} for i in range(6)]
+    assert "no row has any label" in refused(tmp_path, both(empty), kind="jsonl").message
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "meant"),
+    [
+        ("1.0 2.0", "1", "1.0"),
+        ("Good bad", "good", "Good"),
+        ("good bad", "goot", "good"),
+        ("naïve bad", "nai\u0308ve", "naïve"),
+    ],
+)
+def test_a_class_that_train_lacks_names_the_one_it_has(tmp_path: Path, train: str, other: str, meant: str) -> None:
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(train.split() * 3)]
+    error = refused(tmp_path, {"train": rows, "eval": [rows[1], {"text": "new", "label": other}]})
+    assert f"train has no row with label {other!r}, eval has ({tmp_path}/eval.csv, row 2)" == error.message
+    assert error.remedy.startswith(f"did you mean `{meant}`? train has ")
+
+
+def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
+    each = [{"text": f"t{i}", "label": f"id-{i}"} for i in range(30)]
+    error = refused(tmp_path, {"all": each})
+    assert f"{tmp_path}/all.csv: 30 rows, and as many labels (`label`)" in error.message
+    error = refused(tmp_path, {"all": reviews(3, "ab")})
+    assert "all.csv: 3 rows and 0.2 of them are asked for" in error.message
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            ["1", "1.0", "2"],
+            "labels that look alike are classes of their own: '1' (PLACE, row 1), '1.0' (PLACE, row 2)",
+        ),
+        (
+            ["Pos", "neg", "pos"],
+            "labels that look alike are classes of their own: 'Pos' (PLACE, row 1), 'pos' (PLACE, row 3)",
+        ),
+        (
+            ["a", "b", "a\u200b"],
+            "labels that look alike are classes of their own: 'a' (PLACE, row 1), 'a\\u200b' (PLACE, row 3)",
+        ),
+        (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text, and a class of its own"),
+        (["['a']", "['a', 'b']", "[]"], "label \"['a', 'b']\" (PLACE, row 2) looks like a list written as text"),
+        (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
+    ],
+)
+def test_labels_that_nobody_wanted(tmp_path: Path, values: list[str], said: str) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    warnings = build(tmp_path, both(rows))[2]
+    expected = said.replace("PLACE", f"{tmp_path}/train.csv")
+    assert any(warning.startswith(expected) for warning in warnings), warnings
+    assert not any("alike" in w or "is text" in w for w in build(tmp_path, both(rows), labels=values)[2])
+
+
+@pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"]])
+def test_a_number_that_is_missing_is_no_class(tmp_path: Path, values: list[str]) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    error = refused(tmp_path, both(rows))
+    assert "among numbers" in error.message and f"{tmp_path}/train.csv, row " in error.message
+    if "1.5" not in values:
+        assert build(tmp_path, both(rows), labels=values)[0].names == tuple(values)
+
+
+def test_lists_of_0_and_1_are_no_names(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": [i % 2, 1 - i % 2, 0]} for i in range(6)]
+    error = refused(tmp_path, both(rows), kind="jsonl")
+    assert "train.jsonl, line 1: column `label` holds 3 values of 0 and 1" in error.message
+    rows[3]["label"] = [1]
+    assert build(tmp_path, both(rows), kind="jsonl")[0].names == ("0", "1")
+
+
+def test_a_separator_that_separates_nothing(tmp_path: Path) -> None:
+    _, _, warnings = build(tmp_path, both(reviews(6)), label_separator="|")
+    assert any("no label holds data.label_separator '|'" in warning for warning in warnings)
+
+
+def test_an_id_is_one_value(tmp_path: Path) -> None:
+    rows = [{**row, "n": [1]} for row in reviews(6)]
+    assert "column `n` holds lists, an id is one value" in refused(tmp_path, both(rows), kind="jsonl", id="n").message
 
 
 def test_what_is_doubtful_is_said(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_yes_and_no_are_column_and_label_names() -> None:
         (BASE + "revision: a\x07b\n", ":9", "not valid YAML"),
         ("[" * 3000, "", "nested too deeply"),
         (BASE + "3: 4\n", ":9", "`3`: is a key that is not text"),
+        ("name: &a [*a]\n", "", "stands for a part of itself"),
     ],
 )
 def test_broken_files_are_refused_with_their_line(text: str, line: str, what: str) -> None:
@@ -599,3 +600,29 @@ def test_foreign_code_that_is_pinned_or_local() -> None:
     for folder in ("./model", "/data/model", "~/model", "$HOME/model", "../a/b"):
         assert parse_recipe(BASE, ["trust_remote_code=true", f"model='{folder}'"]).trust_remote_code
     assert parse_recipe(BASE).trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "remedy"),
+    [
+        ("data.label=text", "column `text` is the text too", ""),
+        ("train.batch_size=10000000000", "must be 1000000000 or less", ""),
+        ("data.text=[text, text]", "names column `text` twice", ""),
+        ("data.label=[a, b, a]", "names column `a` twice", ""),
+        ("data.labels=[]", "is an empty list", ""),
+        ("data.labels=[a, null]", "nothing (null) is no label name", ""),
+        ("data.labels=[a, '  ']", "'  ' is no label name", ""),
+        ("data.label_separator=''", "must not be empty", ""),
+        ("train.per_device_train_batch_size=8", "unknown key", "set `train.batch_size`, the global batch;"),
+        ("train.num_train_epochs=1", "unknown key", "set `train.epochs`;"),
+    ],
+)
+def test_what_the_data_cannot_mean(override: str, message: str, remedy: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(BASE, [override])
+    assert caught.value.message.startswith(f"--set {override.partition('=')[0]}")
+    assert message in caught.value.message and caught.value.remedy.startswith(remedy)
+
+
+def test_label_names_are_trimmed_as_labels_are() -> None:
+    assert parse_recipe(BASE, ["data.labels=[' a ', b]"]).data.labels == ("a", "b")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -441,3 +442,17 @@ def test_nasty_names_make_no_files_elsewhere(plan: Plan, tmp_path: Path) -> None
         claimed(plan, tmp_path / "runs" / name)
     assert sorted(_names(tmp_path / "runs")) == sorted(NASTY)
     assert _names(Path.cwd()) == []
+
+
+def test_a_run_goes_on_where_it_was_begun(plan: Plan, tmp_path: Path) -> None:
+    run = claimed(plan, tmp_path / "a run")
+    run.check_place()
+    copy = RunDir(shutil.copytree(run.path, tmp_path / "copy"))
+    with pytest.raises(InputError, match=r"is a copy of .*, and would write there"):
+        copy.check_place()
+    moved = RunDir(run.path.rename(tmp_path / "moved"))
+    with pytest.raises(InputError, match="has been moved") as caught:
+        moved.check_place()
+    run.path.symlink_to(moved.path)
+    moved.check_place()
+    assert caught.value.remedy.endswith(f"ln -s {moved.path} '{run.path}'")

@@ -231,3 +231,37 @@ def test_take_keeps_rows_and_places_together(tmp_path: Path) -> None:
 )
 def test_scalars_as_text(values: list[object], expected: list[str | None]) -> None:
     assert as_text(pa.array(values)).to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"\x1f\x8b\x08\x00\xff", "compressed with gzip"),
+        (b"PK\x03\x04\xff", "spreadsheet"),
+        (b"PAR1\x15\x8e", "is Parquet"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_another_format_under_a_wrong_name(tmp_path: Path, start: bytes, what: str, suffix: str) -> None:
+    assert what in refused(tmp_path / f"a{suffix}", start, ["text"]).message
+
+
+def test_json_that_python_does_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert (
+        "a.jsonl, line 2: lists or objects are nested" in refused(path, '{"a": 1}\n{"a": ' + "[" * 99999, ["a"]).message
+    )
+    assert "nested too deeply" in refused(path, "[" * 99999, ["a"]).message
+    assert "a.jsonl, line 1: cannot be read: " in refused(path, '{"a": ' + "1" * 9999 + "}", ["a"]).message
+    half = '{"a": "x"}\n{"a": "cut \\ud83d"}\n'
+    assert r"a.jsonl, line 2: column `a` holds \ud83d, half of a character" in refused(path, half, ["a"]).message
+    with pytest.raises(DataError, match=r"line 2: column `a` holds .*half of a character"):
+        read_files([path], [], ["a"])
+
+
+def test_parquet_types_of_other_writers(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    whole = [2**64 - 1, 7]
+    pq.write_table(pa.table({"t": pa.array(["x", "y"], pa.string_view()), "n": pa.array(whole, pa.uint64())}), path)
+    table = read_files([path], ["t", "n"])
+    assert column(table, "t") == ["x", "y"] and column(table, "n") == [str(n) for n in whole]

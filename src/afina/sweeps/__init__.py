@@ -1,1 +1,6 @@
-"""Many runs of one recipe: which cells, where they lie, how they are claimed and submitted, what they found."""
+"""Many runs of one recipe: `afina sweep` and `afina.sweep`.
+
+grid, space   which cells, by a grid or by a search: pure      draft     what is there, what is missing
+folder        the sweep directory as a type                    claim     from a draft to a directory
+api           Python's `sweep` and `Sweep`                     table     what it found
+"""

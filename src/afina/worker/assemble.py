@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from afina.worker import store
 from afina.worker.examples import Examples
 from afina.worker.pieces import Piece, Pieces
 
-__all__ = ["TEXTS", "write_part"]
+__all__ = ["TEXTS", "Seen", "write_part"]
 
 Array = np.ndarray[Any, Any]
 #: Some rows: by name, what they have one after the other, and how much of it each has, int64 (N,).
@@ -33,18 +34,60 @@ TEXTS = ("text", "text_pair")
 _BLOCK_BYTES = 8 << 20
 
 
+@dataclass
+class Seen:
+    """What there is to say of the tokens of a part.
+
+    Attributes:
+        special: ids of tokens that no text makes.
+        unknown_id: of the token for what the vocabulary does not have; None if there is none.
+        cut: texts that were longer than allowed.
+        unknown: tokens that are unknown.
+        content: tokens that are not special.
+        bare: index in the part of each text that has special tokens only.
+    """
+
+    special: Array
+    unknown_id: int | None
+    cut: int = 0
+    unknown: int = 0
+    content: int = 0
+    rows: int = 0
+    bare: list[int] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        """The next rows of the part."""
+        tokens, lengths = block["tokens"]
+        counted = ~np.isin(tokens, self.special)
+        if self.unknown_id is not None:
+            self.unknown += int(np.count_nonzero(tokens == self.unknown_id))
+        self.content += int(np.count_nonzero(counted))
+        self.cut += int(block["cut"][0].sum())
+        each = np.add.reduceat(counted, np.cumsum(lengths) - lengths, dtype=np.int64)
+        self.bare += (np.flatnonzero(each == 0) + self.rows).tolist()
+        self.rows += len(lengths)
+
+
 def write_part(
-    aside: Path, part: str, examples: Examples, pieces: Sequence[Piece], made: Pieces, dtype: Any, texts: Sequence[str]
-) -> tuple[dict[str, int], int]:
+    aside: Path,
+    part: str,
+    examples: Examples,
+    pieces: Sequence[Piece],
+    made: Pieces,
+    dtype: Any,
+    texts: Sequence[str],
+    seen: Seen,
+) -> dict[str, int]:
     """Write the files of a part.
 
     Args:
         pieces: those of the part's source.
         dtype: of the token ids.
         texts: those of `TEXTS` that go into `rows.parquet`.
+        seen: is told all rows.
 
     Returns:
-        What the manifest says of it, and the number of texts that were cut.
+        What the manifest says of it.
 
     Raises:
         Missing: a piece must be made first.
@@ -55,7 +98,7 @@ def write_part(
     blocks = _in_order_of_source(np.sort(examples.rows), pieces, made, names)
     if not ascending:
         blocks = _reordered(blocks, np.argsort(np.argsort(examples.rows)), aside)
-    lengths, cut, any_type = [np.empty(0, np.int64)], 0, False
+    lengths, any_type = [np.empty(0, np.int64)], False
     types_file = aside / f"{part}.types.npy"
     with (
         store.ArrayWriter(aside / f"{part}.tokens.npy", dtype) as tokens,
@@ -65,7 +108,7 @@ def write_part(
         for block in blocks:
             tokens.append(block["tokens"][0])
             lengths.append(block["tokens"][1])
-            cut += int(block["cut"][0].sum())
+            seen.add(block)
             if has_types:
                 types.append(block["types"][0])
                 any_type |= bool(block["types"][0].any())
@@ -76,7 +119,7 @@ def write_part(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
     np.save(aside / f"{part}.offsets.npy", offsets)
     np.save(aside / f"{part}.labels.npy", np.ascontiguousarray(examples.labels))
-    return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}, cut
+    return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
 
 
 def _in_order_of_source(rows: Array, pieces: Sequence[Piece], made: Pieces, names: Sequence[str]) -> Iterator[Block]:

@@ -50,7 +50,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
         self._max_length = max_length
         self._has_types = "token_type_ids" in tokenizer.model_input_names
@@ -85,7 +85,7 @@ class Encoder:
     def _call(self, columns: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[int]] | None, Any]:
         """Token ids, token types, and the Rust tokenizer's encodings if it has one."""
         if self._backend is None:
-            batch = self._tokenizer(*map(list, columns), **self._options)
+            batch = self.tokenizer(*map(list, columns), **self._options)
             types = batch.get("token_type_ids")
             return batch["input_ids"], types, getattr(batch, "encodings", None)
         texts = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe import Data, Part
+from afina.worker.doubts import check_found_labels, nearest_label
 from afina.worker.labels import LabelColumns, Labels, find_labels, label_array, listed
 from afina.worker.tables import Table, examples_of
 
@@ -214,6 +215,7 @@ def build_examples(
         if not len(column.table):
             raise DataError(f"{' and '.join(column.table.sources)}: no rows (`{source}`)", "give a file that has rows")
     labels = find_labels(task, data, list(columns.values()))
+    check_found_labels(labels, data, list(columns.values()), warnings)
     rows = _choose_rows(data, columns, labels, sources, warnings)
     parts: dict[str, Examples] = {}
     keys: dict[str, Array] = {}
@@ -221,19 +223,28 @@ def build_examples(
         column = columns[sources[part]]
         table = column.table
         _check_rows(part, column, data, chosen)
-        ids = table.columns[data.id].take(pa.array(chosen)) if data.id else None
+        ids = _ids(table, data.id, chosen) if data.id else None
         parts[part] = Examples(
             source=sources[part],
             rows=chosen,
             table=table.places(chosen),
             sizes=np.sum([table.texts[name].sizes[chosen] for name in data.text], axis=0),
             labels=label_array(column, labels, chosen),
-            ids=pc.fill_null(ids.cast(pa.large_string()), "") if ids is not None else None,
+            ids=ids,
         )
         keys[part] = np.hstack([table.texts[name].keys[chosen] for name in data.text])
     _check_labels(labels, parts, warnings)
     _check_duplicates(labels, parts, keys, warnings)
     return labels, parts
+
+
+def _ids(table: Table, name: str, rows: Array) -> pa.Array:
+    ids = table.columns[name]
+    if pa.types.is_list(ids.type):
+        raise DataError(
+            f"{table.sources[0]}: column `{name}` holds lists, an id is one value", "name another `data.id`"
+        )
+    return pc.fill_null(ids.take(pa.array(rows)).cast(pa.large_string()), "")
 
 
 def _choose_rows(
@@ -253,7 +264,7 @@ def _choose_rows(
     for part in sources:
         spec = getattr(data, part)
         if not len(rows[part]):
-            raise DataError(f"data.{part}: no rows are left for this part", "give it a larger `fraction`, or more data")
+            raise _nothing_left(part, shares.get(part), columns[sources[part]], data, labels)
         if spec.sample is not None and spec.sample > len(rows[part]):
             raise DataError(
                 f"data.{part}.sample: {spec.sample:,} rows are asked for, {len(rows[part]):,} are there",
@@ -261,6 +272,22 @@ def _choose_rows(
             )
         rows[part] = rows[part][sample_rows(len(rows[part]), spec.sample, spec.seed)]
     return {part: rows[part] for part in sources}
+
+
+def _nothing_left(part: str, share: Fraction | None, column: LabelColumns, data: Data, labels: Labels) -> DataError:
+    source, count = " and ".join(column.table.sources), len(column.table)
+    said = f"{source}: {count:,} row{'s' * (count > 1)}"
+    if labels.task == "single-label" and count > 1 and len(pc.unique(column.text())) == count:
+        return DataError(
+            f"data.{part}: no rows are left for this part: {said}, and as many labels (`{data.label[0]}`): each occurs once, "
+            "in train",
+            "is that the label's column, not the one of texts or ids? else add rows, or name a file for each part",
+        )
+    part_of = f" and {float(share):g} of them are asked for" if share is not None else ""
+    return DataError(
+        f"data.{part}: no rows are left for this part: {said}{part_of}",
+        "give it a larger `fraction`, more data, or a file of its own",
+    )
 
 
 def _strata(column: LabelColumns, labels: Labels) -> Array | None:
@@ -312,14 +339,20 @@ def _check_labels(labels: Labels, parts: Mapping[str, Examples], warnings: list[
             f"train: every row has the label {only!r}; at least two labels are needed",
             "check `data.label`, or add rows",
         )
+    if labels.task == "multi-label" and not counts["train"].any():
+        raise DataError("train: no row has any label: there is nothing to learn", "check `data.label`")
     for part in parts:
         if part == "train":
             continue
         lacking = names[(counts["train"] == 0) & (counts[part] > 0)]
         if len(lacking) and labels.task == "single-label":
+            row = int(np.flatnonzero(np.isin(parts[part].labels, np.flatnonzero(names == lacking[0])))[0])
+            there = [str(name) for name in names[counts["train"] > 0]]
+            hint = nearest_label(lacking[0], there)
             raise DataError(
-                f"train has no row with label {listed(lacking)}, {part} has",
-                "take a larger `data.train.sample` or another seed, or add such rows to train",
+                f"train has no row with label {listed(lacking)}, {part} has ({parts[part].table.where(row)})",
+                f"{hint + ' ' if hint else ''}train has {listed(there)}; add such rows to train, or take a "
+                "larger `data.train.sample` or another seed",
             )
         if len(lacking):
             warnings.append(f"train has no row with label {listed(lacking)}, {part} has")

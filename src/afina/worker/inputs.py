@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from afina.errors import DataError
 from afina.formats import (
+    check_characters,
     check_columns,
     json_kind,
     json_unit,
@@ -320,6 +321,7 @@ def _look_json(path: Path, number: int, text: Sequence[str], cutter: _Cutter) ->
     kinds: dict[str, set[type]] = {}
     unit, start = json_unit(path), 0
     for place, end, record in read_json(path):
+        check_characters(path, unit, place, record)
         for name, value in record.items():
             found = kinds.setdefault(name, set())
             if isinstance(value, list | dict) and name in text:

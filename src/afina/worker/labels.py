@@ -18,7 +18,7 @@ from afina.errors import DataError, RecipeError, nearest
 from afina.recipe import Data
 from afina.worker.tables import Table, as_text
 
-__all__ = ["LabelColumns", "Labels", "find_labels", "label_array", "listed"]
+__all__ = ["LabelColumns", "Labels", "as_number", "find_labels", "label_array", "listed"]
 
 Array = np.ndarray[Any, Any]
 
@@ -60,7 +60,7 @@ class LabelColumns:
             try:
                 column = texts.cast(pa.float64())
             except pa.ArrowInvalid:
-                column = pa.array([_number(text) for text in texts.to_pylist()], pa.float64())
+                column = pa.array([as_number(text) for text in texts.to_pylist()], pa.float64())
         return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
 
     def present(self) -> Array:
@@ -106,7 +106,8 @@ class LabelColumns:
         return values
 
 
-def _number(text: str | None) -> float | None:
+def as_number(text: str | None) -> float | None:
+    """The number that a text is, or None."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -163,7 +164,7 @@ def _find_task(data: Data, columns: Sequence[LabelColumns]) -> str:
 
 def _sorted(names: set[str]) -> list[str]:
     """Numbers by value, other names by code point."""
-    numbers = {name: _number(name) for name in names}
+    numbers = {name: as_number(name) for name in names}
     if any(value is None or value != value for value in numbers.values()):
         return sorted(names)
     return sorted(names, key=lambda name: (numbers[name], name))

@@ -144,13 +144,13 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
                     data = hub_data.fetch_data(site, recipe.data, data_pin, say, digests=True)
                 # Data is checked first: a wrong column is said within a second, transformers takes several to import.
                 checked = _check(plan, data, states, say)
-                pretrained.check_model(folder, recipe, pins)
-                late = check_arguments(recipe.train.arguments, pins)
+                late = pretrained.check_model(folder, recipe, pins)
+                late += check_arguments(recipe.train.arguments, pins)
                 manifest = build(plan, folder, checked, final, content, say)
     pieces.discard(work_folder(plan), digest)
     if late is None:
-        pretrained.check_model(folder, recipe, pins)
-        late = check_arguments(recipe.train.arguments, pins)
+        late = pretrained.check_model(folder, recipe, pins)
+        late += check_arguments(recipe.train.arguments, pins)
     splits = manifest["splits"]
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(

@@ -18,6 +18,7 @@ from afina.errors import InputError, RecipeError, SiteError
 from afina.recipe import Recipe
 from afina.worker.disk import FileRecord, describe, difference, sha256
 from afina.worker.passed import recorded
+from afina.worker.weights import check_body, headers_digest
 
 __all__ = [
     "check_files",
@@ -198,24 +199,19 @@ def tokenizer_identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_model(folder: Path, recipe: Recipe, pins: Path) -> None:
-    """Whether transformers can train this folder.
+def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
+    """Whether transformers can train this folder; returns warnings.
 
     Raises:
-        InputError: no sequence classification for this architecture, a config that transformers refuses, foreign code
-            that nothing pins.
+        InputError: no sequence classification for this architecture, a config that transformers refuses, weights that
+            are of another model, foreign code that nothing pins.
         RecipeError: `tokens.max_length` beyond the model's positions.
     """
     if recipe.trust_remote_code:
         _check_code(folder)
     config = sha256(folder / "config.json")
-    about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length]
-
-    def check() -> list[str]:
-        _check_architecture(folder, recipe)
-        return []
-
-    recorded(pins, about, check)
+    about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length, headers_digest(folder)]
+    return recorded(pins, about, lambda: _check_architecture(folder, recipe))
 
 
 def _check_code(folder: Path) -> None:
@@ -233,7 +229,7 @@ def _check_code(folder: Path) -> None:
             )
 
 
-def _check_architecture(folder: Path, recipe: Recipe) -> None:
+def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
@@ -263,6 +259,7 @@ def _check_architecture(folder: Path, recipe: Recipe) -> None:
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
+    return check_body(folder, config) if not own_code and any(folder.glob("*.safetensors")) else []
 
 
 def positions(config: Any) -> int | None:

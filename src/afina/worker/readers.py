@@ -21,7 +21,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afina.errors import DataError
-from afina.formats import check_columns, json_kind, json_unit, no_text, number_text, read_delimited, read_json
+from afina.formats import (
+    check_characters,
+    check_columns,
+    json_kind,
+    json_unit,
+    no_text,
+    number_text,
+    read_delimited,
+    read_json,
+)
 from afina.plan import DATA_SUFFIXES
 
 __all__ = ["Batch", "Reader", "as_text", "class_names", "open_reader", "readable", "to_texts"]
@@ -183,14 +192,27 @@ class _Json:
             yield Batch(values, np.array(numbers, np.int64))
 
     def column(self, name: str, pieces: Sequence[Any], row: Array) -> pa.Array:
-        return _json_column(self.path, name, [value for piece in pieces for value in piece], row, self.unit)
+        values = [value for piece in pieces for value in piece]
+        with self._whole_characters(name, values, row):
+            return _json_column(self.path, name, values, row, self.unit)
 
     def texts(self, name: str, batch: Batch) -> pa.Array:
         values = batch.values[name]
         for number, value in zip(batch.row, values, strict=True):
             if isinstance(value, list | dict):
                 raise no_text(self.path, self.unit, number, name, json_kind(value))
-        return pa.array([v if isinstance(v, str) or v is None else number_text(v) for v in values], pa.large_string())
+        texts = [v if isinstance(v, str) or v is None else number_text(v) for v in values]
+        with self._whole_characters(name, values, batch.row):
+            return pa.array(texts, pa.large_string())
+
+    @contextlib.contextmanager
+    def _whole_characters(self, name: str, values: Sequence[Any], row: Array) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeEncodeError:
+            for number, value in zip(row, values, strict=True):
+                check_characters(self.path, self.unit, number, {name: value})
+            raise
 
 
 def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: str) -> pa.Array:
@@ -333,11 +355,13 @@ def _parquet_column(path: Path, name: str, column: pa.Array, names: list[str] | 
         return pa.array(names, pa.large_string()).take(ids)
     if pa.types.is_boolean(kind):
         return column
+    if pa.types.is_uint64(kind):  # may be too large for int64: a hash
+        return column.cast(pa.large_string())
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return column.cast(pa.float64())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or kind == pa.string_view():
         column = column.cast(pa.large_string())
         try:
             column.validate(full=True)

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afina.errors import DataError, EnvironmentProblem, InputError
+from afina.errors import DataError, EnvironmentProblem, InputError, RecipeError
 from afina.plan import Plan
 from afina.worker import store
-from afina.worker.assemble import TEXTS, write_part
+from afina.worker.assemble import TEXTS, Seen, write_part
 from afina.worker.disk import readable_size
 from afina.worker.encode import Encoded, Encoder
 from afina.worker.examples import Examples, Labels
@@ -31,7 +31,7 @@ from afina.worker.pieces import Missing, Piece, Pieces, cut_pieces, discard
 from afina.worker.pretrained import load_tokenizer
 from afina.worker.progress import Progress
 from afina.worker.publish import publish, staging
-from afina.worker.tables import Source
+from afina.worker.tables import Source, examples_of
 
 __all__ = ["Checked", "build", "work_folder"]
 
@@ -39,6 +39,7 @@ __all__ = ["Checked", "build", "work_folder"]
 _BATCH_ROWS = 4096
 _BATCH_BYTES = 1 << 20
 _TRUNCATED_SHARE = 0.01
+_UNKNOWN_SHARE = 0.1
 #: Bytes for each token while it is estimated how much room is needed: its id in a piece, and in what is published.
 _BYTES_PER_TOKEN = 4
 #: How often pieces may be missing when they are put together before it is no accident.
@@ -85,6 +86,7 @@ def build(
     """
     recipe = plan.recipe
     tokenizer = load_tokenizer(folder, recipe)
+    _check_room_for_text(tokenizer, recipe.tokens.max_length, len(recipe.data.text))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = config.get("vocab_size")
     making = _Making(
@@ -178,16 +180,15 @@ class _Making:
         Raises:
             Missing: a piece has gone.
         """
-        splits, warnings = {}, []
+        splits, warnings, tokenizer = {}, [], self.encoder.tokenizer
         for part, examples in self.checked.parts.items():
             texts = TEXTS[: len(self.names)] if part != "train" else ()
             pieces = self.pieces[examples.source]
-            splits[part], cut = write_part(aside, part, examples, pieces, made, self.dtype, texts)
-            if cut / len(examples) > _TRUNCATED_SHARE:
-                warnings.append(
-                    f"{cut:,} of {len(examples):,} texts of {part} ({cut / len(examples):.1%}) are longer "
-                    f"than tokens.max_length {max_length} and were cut"
-                )
+            unknown = tokenizer.unk_token_id
+            special = np.array([i for i in tokenizer.all_special_ids if i != unknown], np.int64)
+            seen = Seen(special, unknown)
+            splits[part] = write_part(aside, part, examples, pieces, made, self.dtype, texts, seen)
+            warnings += _said_of(part, examples, seen, tokenizer, max_length)
         return splits, warnings
 
     def _batches(
@@ -223,6 +224,37 @@ class _Making:
                 f"model: its tokenizer gives token {found.tokens.max()}, its config has vocab_size {self.size}",
                 "tokenizer and weights do not belong together: take both from one model",
             )
+
+
+def _check_room_for_text(tokenizer: Any, max_length: int, texts: int) -> None:
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if max_length < special + texts:
+        raise RecipeError(
+            f"tokens.max_length: {max_length} leaves no room for {'two texts' if texts == 2 else 'text'} beside the {special} "
+            "special tokens of the model",
+            f"set it to {special + texts} or more; 128 to 512 is usual",
+        )
+
+
+def _said_of(part: str, examples: Examples, seen: Seen, tokenizer: Any, max_length: int) -> list[str]:
+    """What is doubtful about the tokens of a part."""
+    warnings = []
+    if seen.cut / len(examples) > _TRUNCATED_SHARE:
+        warnings.append(
+            f"{seen.cut:,} of {len(examples):,} texts of {part} ({seen.cut / len(examples):.1%}) are longer "
+            f"than tokens.max_length {max_length} and were cut"
+        )
+    if seen.bare:
+        where = examples_of(examples.table, np.array(seen.bare))
+        warnings.append(
+            f"the tokenizer makes nothing of {len(seen.bare):,} texts of {part} but special tokens: {where}"
+        )
+    if seen.content and seen.unknown / seen.content > _UNKNOWN_SHARE:
+        warnings.append(
+            f"{seen.unknown / seen.content:.1%} of the tokens of {part} are unknown to the model ({tokenizer.unk_token}): was it "
+            "trained on texts of this language and script?"
+        )
+    return warnings
 
 
 def _pieces(number: int, source: str, parts: Mapping[str, Examples]) -> list[Piece]:

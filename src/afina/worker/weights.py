@@ -1,0 +1,75 @@
+"""Do the names and shapes of the stored weights fit the architecture? Transformers fills what does not fit with random numbers.
+
+Only the headers of safetensors files are read. Not covered: weights in pickles, models with code of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from afina.errors import InputError
+
+__all__ = ["check_body", "headers_digest"]
+
+_LARGEST_HEADER = 100_000_000
+_SHARE = 0.5
+_SHOWN = 3
+
+
+def headers_digest(folder: Path) -> str:
+    """SHA-256 of the names, types and shapes of all weights in `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name}\0{size}\0".encode() + file.read(min(size, _LARGEST_HEADER)))
+    return digest.hexdigest()
+
+
+def check_body(folder: Path, config: Any) -> list[str]:
+    """Build the model without memory for its weights, and see which of them would be made up; returns warnings.
+
+    A new head is as it should be, and so is a pooler: pretraining on masked words has none.
+
+    Raises:
+        InputError: most weights below the head have no value, or the shape of one differs.
+    """
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            str(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
+        )
+    except Exception:  # what this cannot do (no weights on `meta`), the training may
+        return []
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    prefix = f"{model.base_model_prefix}."
+    body = [name for name, _ in model.named_parameters() if _below_head(name, prefix)]
+    for name, stored, wanted in sorted(m for m in found["mismatched_keys"] if _below_head(m[0], prefix)):
+        raise InputError(
+            f"model: {name} has shape {tuple(stored)} in the weights of {folder}, {tuple(wanted)} by its config.json",
+            "weights and config.json do not belong together: take both from one model",
+        )
+    missing = sorted(name for name in found["missing_keys"] if _below_head(name, prefix))
+    if not missing:
+        return []
+    said = f"{len(missing):,} of {len(body):,} weights of {folder} ({', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''})"
+    if len(missing) > _SHARE * len(body):
+        there = sorted(found["unexpected_keys"])
+        raise InputError(
+            f"model: {said} are not in its files, and would begin as random numbers"
+            + (f"; there are names that the model does not have: {', '.join(there[:_SHOWN])}, …" if there else ""),
+            "save the model itself with save_pretrained: not one that wraps it (prefixes such as `module.` and `_orig_mod.`)",
+        )
+    return [f"model: {said} are not in its files and begin as random numbers"]
+
+
+def _below_head(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and "pooler" not in name
