@@ -258,7 +258,7 @@ def read_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         why = deep if isinstance(error, RecursionError) else f"cannot be read: {str(error).partition(';')[0]}"
         place = f", line {number}" if unit == "line" else ""
         raise DataError(
-            f"{path}{place}: {why}", "correct that line" if place else "write one object per line"
+            f"{path}{place}: {why}", "correct that line" if place else "correct it, or write one object per line"
         ) from None
 
 

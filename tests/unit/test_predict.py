@@ -400,7 +400,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "open quote": ("a.csv", lambda p: p.write_text('text\n"a\nb\n'), {}, "row 1: a quote", "close it"),
     "twice": ("a.csv", lambda p: p.write_text("text,n,n\na,1,2\n"), {}, "column `n` is there twice", "rename"),
     "broken JSON": ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), {}, "line 2: not valid JSON", "whole object"),
-    "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: `text` holds .ud83d", "cut in the middle"),
+    "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: column `text` holds .ud83d", "cut in the middle"),
     "gzip": ("a.csv", lambda p: p.write_bytes(b"\x1f\x8b\x08\xff"), {}, "compressed with gzip", "gunzip"),
     "deep": ("a.jsonl", lambda p: p.write_text("[" * 99999), {}, "nested too deeply", "correct it"),
     "no object": ("a.jsonl", lambda p: p.write_text('["a"]'), {}, "record 1: a JSON object is wanted", "one object"),
