@@ -8,6 +8,7 @@ Examples:
                                                                    where it was cut off
   python tests/faults/run.py --where slurm --tracker cgroup --processes 2x2 --image afina.sif
                                                                    in the image, on a test cluster of its own (as root)
+  python tests/faults/run.py --show one.jsonl two.jsonl            what --json kept of several calls, as one table
   python tests/faults/run.py --list                                the cases
 
 Progress goes to standard error, the table (Markdown) to standard output. Exit code 1: a run was lost, hung, began anew
@@ -104,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for fault in CASES:
             print(f"{fault.name:24}{'/'.join(sorted(fault.where)):12} {fault.sentence}")
+        return 0
+    if options.show:
+        print(stories.grid(story for path in options.show for story in _read(path)))
         return 0
     seed = options.seed if options.seed is not None else random.randrange(10**6)
     _say(f"seed {seed}")
@@ -225,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--case", nargs="+", choices=[c.name for c in CASES], metavar="NAME", help="only these cases")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
+    parser.add_argument(
+        "--show",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="steps done again, by case and setting, from files of --json",
+    )
     parser.add_argument("--slow", action="store_true", help="also the cases that take minutes")
     parser.add_argument("--where", choices=["here", "slurm"], default="here")
     parser.add_argument(

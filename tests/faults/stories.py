@@ -23,7 +23,7 @@ from tests.faults.disks import Disk
 from tests.faults.live import Live, Missed, complete_steps
 from tests.faults.strikes import Scene, random_kill
 
-__all__ = ["Make", "Reference", "Story", "as_record", "from_record", "references", "soak_run", "table", "tell"]
+__all__ = ["Make", "Reference", "Story", "as_record", "from_record", "grid", "references", "soak_run", "table", "tell"]
 
 #: So many times a user goes on with a run before it is given up as lost.
 MOST_RESUMES = 8
@@ -357,6 +357,24 @@ def table(stories: Iterable[Story]) -> str:
         f"{sum(s.weights_equal and s.metrics_equal for s in stories)} identical to the undisturbed run",
     ]
     return "\n".join([*lines, "", "; ".join(summed) + "."])
+
+
+def grid(stories: Iterable[Story]) -> str:
+    """Markdown, a line per case and a column per setting: whether the promise was kept, and the steps that were done again."""
+    told: dict[str, dict[str, Story]] = {}
+    for story in stories:
+        told.setdefault(story.case, {})[story.setting] = story
+    settings = list(dict.fromkeys(setting for cells in told.values() for setting in cells))
+    rows = [["case", *settings], ["---", *["---:"] * len(settings)]]
+    for name, cells in told.items():
+        rows.append([name, *(_cell(cells.get(setting)) for setting in settings)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(story: Story | None) -> str:
+    if story is None:
+        return "–"
+    return "BROKEN" if story.broken else str(story.repeated) if story.struck else "too late"
 
 
 def as_record(story: Story) -> dict[str, Any]:

@@ -7,6 +7,7 @@ again once. Cases that need root (small disks, networks of their own) are left o
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -93,3 +94,23 @@ def test_the_command_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "python tests/faults/run.py --kills 200" in capsys.readouterr().out
+
+
+def test_several_calls_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(case: str, setting: str, **changes: object) -> str:
+        texts = {"case": case, "setting": setting, "seed": "1", "difference": "", "run": ""}
+        lists: dict[str, object] = {"happened": [], "endings": [], "broken": []}
+        zeros = dict.fromkeys(("attempts", "by_hand", "overlooked", "seconds", "seconds_lost", "kills"), 0)
+        flags = dict.fromkeys(("refused", "lost", "silent", "hung"), False)
+        equal = {"weights_equal": True, "metrics_equal": True, "struck": True, "repeated": 7}
+        return json.dumps({**texts, **lists, **zeros, **flags, **equal, **changes}) + "\n"
+
+    (tmp_path / "1").write_text(told("kill-all", "here 1") + told("scancel", "here 1", struck=False))
+    (tmp_path / "2").write_text(told("kill-all", "here 2", broken=["lost"]))
+    assert main(["--show", str(tmp_path / "1"), str(tmp_path / "2")]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.strip("| ").split(" | ") for row in rows if "-:" not in row] == [
+        ["case", "here 1", "here 2"],
+        ["kill-all", "7", "BROKEN"],
+        ["scancel", "too late", "–"],
+    ]
