@@ -122,6 +122,7 @@ def main() -> int:
     parser.add_argument("--cluster", type=Path, help="use the cluster that is up in this folder")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="afina-interrupted-", dir="/tmp"))
+    place.chmod(0o755)  # the jobs are an ordinary user's, and munged wants to be reached
     (place / "scratch").mkdir()
     shutil.copytree(options.model, place / "model")
     shutil.copy(options.csv, place / "reviews.csv")

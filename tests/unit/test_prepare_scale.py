@@ -358,6 +358,7 @@ from afina.worker.tables import Source
 
 class Tokenizer:
     model_input_names = ("input_ids",)
+    unk_token_id, all_special_ids = None, []
     def __call__(self, texts, **_):
         return {"input_ids": [[len(text), 1] for text in texts]}
 
