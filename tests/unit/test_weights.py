@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model
 
 from afina.errors import InputError
+from afina.recipe import parse_recipe
+from afina.worker.build import build_model
 from afina.worker.weights import check_body, headers_digest
 
 
@@ -65,3 +69,19 @@ def test_another_shape_is_refused(model: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 8}))
     with pytest.raises(InputError, match=r"word_embeddings.weight has shape .* in the weights of"):
         check(folder)
+
+
+def test_a_weight_that_is_no_number_is_named(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if n.endswith("attention.self.query.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    recipe = parse_recipe(
+        f"name: x\nmodel: '{folder}'\ndata: {{files: {{all: a.csv}}, text: text, label: stars}}\ntokens: {{max_length: 32}}\n"
+    )
+    plan: Any = SimpleNamespace(recipe=recipe)
+    build_model(plan, str(model), "single-label", None, 3)
+    with pytest.raises(InputError, match=rf"{name} of .*broken holds NaN"):
+        build_model(plan, str(folder), "single-label", None, 3)

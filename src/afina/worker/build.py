@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from afina.errors import InputError
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import packed, precision
@@ -60,9 +61,13 @@ def _eval_batch(plan: Plan, geometry: Geometry) -> int:
 
 
 def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, num_labels: int) -> Any:
-    """The pretrained model with a head for the task, in float32, the label names in its config."""
+    """The pretrained model with a head for the task, in float32, the label names in its config.
+
+    Raises:
+        InputError: a stored weight is not finite.
+    """
     names = labels or [f"LABEL_{i}" for i in range(num_labels)]
-    return AutoModelForSequenceClassification.from_pretrained(
+    model = AutoModelForSequenceClassification.from_pretrained(
         folder,
         num_labels=num_labels,
         id2label=dict(enumerate(names)),
@@ -73,3 +78,10 @@ def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, nu
         trust_remote_code=plan.recipe.trust_remote_code,
         **packed.attention_dropout(plan.recipe, folder),
     )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.detach().sum()):
+            raise InputError(
+                f"model: {name} of {plan.recipe.model} holds NaN or infinity: its first loss would not be finite either",
+                "take the model from before it broke, or download it again",
+            )
+    return model
