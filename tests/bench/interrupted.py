@@ -3,7 +3,7 @@
     python tests/bench/interrupted.py --image IMAGE.sif --csv reviews.csv --model FOLDER [--interruptions 10] [--seed 1]
 
 Runs on the test cluster (as root, see tests/slurm), in the image, one process, three epochs. The interruptions come from
-Slurm, at random instants: the warning before the time limit (USR1 to the batch shell), `scontrol requeue`, a preemption by
+Slurm, at random steps of the whole run: the warning before the time limit (USR1 to the batch shell), `scontrol requeue`, a preemption by
 the higher partition, a killed process, a killed node. Prints what was done, and whether `metrics.jsonl` and the weights are
 equal byte for byte. Both nodes of the cluster are this machine: seconds say nothing about a cluster's.
 """
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def _steps(run: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def _train(cluster: Cluster, place: Path, name: str, interruptions: int, rng: random.Random) -> dict[str, Any]:
+def _train(cluster: Cluster, place: Path, name: str, steps: Sequence[int], rng: random.Random) -> dict[str, Any]:
+    """One run, struck once after each of these steps has been logged."""
     began = time.monotonic()
     options = ("--gpus-per-node=1", "--cpus-per-task=1")
     job = cluster.sbatch(*options, "slurm/finetune.sbatch", "recipe.yaml", "--set", f"name={name}", cwd=place)
@@ -88,10 +89,11 @@ def _train(cluster: Cluster, place: Path, name: str, interruptions: int, rng: ra
     }
     done: list[str] = []
     while cluster.job(job)["JobState"] not in TERMINAL:
-        if len(done) < interruptions:
+        if len(done) < len(steps):
             attempts, before = len(list((run / "attempts").glob("*/env.json"))), _steps(run)
-            if attempts > len(done) and (run / "events.jsonl").read_text().count('"first_step"') > len(done):
-                time.sleep(rng.uniform(0.5, 8.0))
+            trains = attempts > len(done) and (run / "events.jsonl").read_text().count('"first_step"') > len(done)
+            if trains and before >= steps[len(done)]:
+                time.sleep(rng.uniform(0, 2))
                 kind = rng.choice(list(strikes))
                 strikes[kind]()
                 done.append(f"{kind} after step {max(before, _steps(run))}")
@@ -132,11 +134,13 @@ def main() -> int:
     try:
         hand_over(place, options.image.resolve(), cluster)
         rng = random.Random(options.seed)
-        alone = _train(cluster, place, "alone", 0, rng)
+        last = options.sample * options.epochs // _recipe(0, 0)["train"]["batch_size"] - 10
+        instants = sorted(rng.sample(range(last), options.interruptions))
+        alone = _train(cluster, place, "alone", (), rng)
         found = {
             "seed": options.seed,
             "alone": alone,
-            "interrupted": _train(cluster, place, "often", options.interruptions, rng),
+            "interrupted": _train(cluster, place, "often", instants, rng),
         }
         found["log_equal"] = found["interrupted"]["log_sha256"] == alone["log_sha256"]
         found["weights_equal"] = found["interrupted"]["weights_sha256"] == alone["weights_sha256"]

@@ -18,6 +18,7 @@ from afina.errors import InputError, RecipeError, SiteError
 from afina.recipe import Recipe
 from afina.worker.disk import FileRecord, describe, difference, sha256
 from afina.worker.passed import recorded
+from afina.worker.spared import without
 from afina.worker.weights import check_body, headers_digest
 
 __all__ = [
@@ -230,6 +231,11 @@ def _check_code(folder: Path) -> None:
 
 
 def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
+    with without("datasets", "scipy"):
+        return _check_model_type(folder, recipe)
+
+
+def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
