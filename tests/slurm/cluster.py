@@ -116,7 +116,10 @@ class Cluster(Settings):
         for mount in sorted(machine.mounts_below(self.state), reverse=True):
             subprocess.run(["umount", "--lazy", mount], check=True)
         for name in self._nodes_ever():
-            machine.remove_empty_folders(CGROUP_ROOT / "freezer" / f"slurm_{name}")
+            for folder in (CGROUP_ROOT / "freezer" / f"slurm_{name}").glob("uid_*/job_*"):
+                # Only its own: another cluster may be about to use one that is empty.
+                if int(folder.name.removeprefix("job_")) in self.job_ids:
+                    machine.remove_empty_folders(folder)
         (self.state / "cluster.json").unlink(missing_ok=True)
 
     def restart(self, **changes: object) -> Cluster:

@@ -18,7 +18,7 @@ __all__ = ["CGROUP_ROOT", "ClusterError", "Settings"]
 
 TEMPLATES = Path(__file__).resolve().parent
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-FIRST_PORT, PORTS_PER_CLUSTER, MAX_CLUSTERS = 17000, 20, 50
+FIRST_PORT, PORTS_PER_CLUSTER, JOBS_PER_CLUSTER, MAX_CLUSTERS = 17000, 20, 1000, 50
 # A socket's path may have 107 bytes, and "/run/mariadb.sock" is added to the state folder's.
 MAX_STATE_LENGTH = 80
 
@@ -73,9 +73,15 @@ class Settings:
     def dbd_port(self) -> int:
         return self.port + PORTS_PER_CLUSTER - 1
 
+    @property
+    def job_ids(self) -> range:
+        """Those of this cluster; no other that is up has one of them."""
+        first = 1 + (self.port - FIRST_PORT) // PORTS_PER_CLUSTER * JOBS_PER_CLUSTER
+        return range(first, first + JOBS_PER_CLUSTER)
+
     @staticmethod
     def free_ports() -> int:
-        """A block of ports for one cluster; the block's place also keeps the job ids of two clusters apart."""
+        """A block of ports for one cluster; its place among them also keeps their job ids apart."""
         start = first_free_block(FIRST_PORT, PORTS_PER_CLUSTER, MAX_CLUSTERS)
         if start is None:
             raise ClusterError(f"no free block of {PORTS_PER_CLUSTER} ports from {FIRST_PORT} on")
@@ -118,7 +124,7 @@ class Settings:
             "STATE": self.state,
             "SLURMCTLD_PORT": self.port,
             "SLURMDBD_PORT": self.dbd_port,
-            "FIRST_JOB_ID": 1 + (self.port - FIRST_PORT) // PORTS_PER_CLUSTER * 1000,
+            "FIRST_JOB_ID": self.job_ids[0],
             "PROCTRACK": self.proctrack,
             "REQUEUE_DELAY": self.requeue_delay_s,
             "JOB_REQUEUE": self.job_requeue,
