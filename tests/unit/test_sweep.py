@@ -437,6 +437,15 @@ def test_the_table_says_whether_the_best_is_better(sweep: Callable[..., Sweep], 
     assert says in str(made.table())
 
 
+def test_equals_of_the_best_are_called_so(sweep: Callable[..., Sweep]) -> None:
+    made = sweep("train.learning_rate=5e-3,2e-3,1e-3", seeds=5)
+    for run, value in zip(made.runs, [*[1.0] * 10, *ACCURACIES["1e-3"]], strict=True):
+        end(run.dir, "finished", value)
+    text = str(made.table())
+    assert "Best: learning_rate=5e-3. It is distinguishable from learning_rate=1e-3: paired over 5 seeds" in text
+    assert "the same in every seed, so that no test applies: learning_rate=2e-3." in text and "too few" not in text
+
+
 def test_one_seed_tells_nothing(sweep: Callable[..., Sweep]) -> None:
     made = sweep(GRID)
     for run, value in zip(made.runs, (0.9, 0.1), strict=True):

@@ -197,9 +197,11 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
         why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished seed{'s' * (seeds != 1)}"
         notes.append(f"{said}Whether it is better than the next ({after.point}) cannot be told: {why}.")
     else:
+        between = others[: others.index(after)]
+        named = after.point if any(map(_differs_evenly, between)) else f"the next ({after.point})"
         better = "distinguishable" if after.p < _LEVEL else "NOT distinguishable"
         notes.append(
-            f"{said}It is {better} from the next ({after.point}): paired over {test.difference.count} seeds, "
+            f"{said}It is {better} from {named}: paired over {test.difference.count} seeds, "
             f"{_p(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
         )
     if all(row.runs == 1 for row in rows):
@@ -207,15 +209,21 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
             "One seed each tells nothing of the others either: the same command with --seeds 5 adds four to each."
         )
         return [*notes, _INTERVALS]
-    if early := [
-        f"{row.point} ({len(row.values)} of {row.runs})" for row in others if row.p is None and row is not after
-    ]:
+    left = [row for row in others if row.p is None and row is not after]
+    if same := [row.point for row in left if _differs_evenly(row)]:
+        notes.append(f"Against the best the same in every seed, so that no test applies: {', '.join(same)}.")
+    if early := [f"{row.point} ({len(row.values)} of {row.runs})" for row in left if not _differs_evenly(row)]:
         notes.append(f"Not judged, too few finished runs: {', '.join(early)}.")
     alike = [row.point for row in others if row.p is not None and row.p >= _LEVEL]
     if len(alike) > 1:
         notes.append(f"Nor is it from: {', '.join(alike[1:])}.")
     notes += [_INTERVALS, _PICKED]
     return notes
+
+
+def _differs_evenly(row: Row) -> bool:
+    """From the best by the same in every seed, mostly by nothing: there is no spread to judge it by."""
+    return row.p is None and row.against_best is not None and row.against_best.difference.count > 1
 
 
 _INTERVALS = "Intervals: 95 %, t-distribution over seeds; p: paired t-test over the shared seeds, Holm-corrected."
