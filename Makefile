@@ -23,6 +23,8 @@ TORCH := torch==$(shell sed -n 's/^ *TORCH_VERSION=//p' Apptainer.def)
 # One process, and no answers from a user's own pip settings to questions that nobody sees.
 PIP := $(VENV)/bin/python -m pip --no-input --disable-pip-version-check
 
+ON_CLUSTER = AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$(TEST_IMAGE)" $(VENV)/bin/python -m pytest
+
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
@@ -33,12 +35,13 @@ test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DA
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
 	$(VENV)/bin/python -m pytest tests/faults/test_survival.py
 
-# Two clusters side by side, the longest file first: most of the time they wait for Slurm.
+# What watches signals and mounts runs alone; the rest on two clusters side by side, the longest file first: they mostly wait.
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
 	tests/slurm/install.sh
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
-	AFINA_REQUIRE_CLUSTER=1 AFINA_TEST_IMAGE="$(TEST_IMAGE)" $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
+	$(ON_CLUSTER) tests/slurm/test_signals.py
+	$(ON_CLUSTER) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck
 	$(VENV)/bin/ruff check .
