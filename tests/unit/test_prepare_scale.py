@@ -26,7 +26,7 @@ from afina.errors import DataError
 from afina.plan import Plan, make_plan
 from afina.recipe import Recipe
 from afina.site import Site
-from afina.worker import pieces, tokenise
+from afina.worker import assemble, pieces, tokenise
 from afina.worker.encode import Encoder
 from afina.worker.examples import build_examples
 from afina.worker.pieces import Missing, Pieces
@@ -344,6 +344,18 @@ child.stdin.close()
 print(child.pid, flush=True)
 child.stdout.read()
 """
+
+
+# -- what is seen of the tokens ---------------------------------------------------------------------------------------
+
+
+def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
+    seen = assemble.Seen(np.array([1, 2]), 9)
+    seen.add(
+        {"tokens": (np.array([1, 5, 2, 1, 2, 9]), np.array([3, 0, 2, 1, 0])), "cut": (np.zeros(5, bool), np.ones(5))}
+    )
+    seen.add({"tokens": (np.array([5]), np.array([0, 1])), "cut": (np.ones(2, bool), np.ones(2))})
+    assert (seen.bare, seen.content, seen.unknown, seen.cut, seen.rows) == ([1, 2, 4, 5], 3, 1, 2, 7)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Seen:
             self.unknown += int(np.count_nonzero(tokens == self.unknown_id))
         self.content += int(np.count_nonzero(counted))
         self.cut += int(block["cut"][0].sum())
-        each = np.add.reduceat(counted, np.cumsum(lengths) - lengths, dtype=np.int64)
+        before, ends = np.concatenate([[0], np.cumsum(counted)]), np.cumsum(lengths)
+        each = before[ends] - before[ends - lengths]  # not reduceat, which has no sum of nothing
         self.bare += (np.flatnonzero(each == 0) + self.rows).tolist()
         self.rows += len(lengths)
 
