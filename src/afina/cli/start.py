@@ -200,18 +200,12 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
         return [*enter, "afina doctor", "afina init"]
     name = shlex.quote(recipe.name)
     # In the checkout, so before the folder is entered.
-    image = [
+    build = (
         "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
-    ]
+    )
+    image = [build] if site is None else []
     run = f"afina submit {name}" if slurm else f"afina train {name}"
-    return [
-        *(image if site is None else []),
-        *enter,
-        f"afina doctor {name}",
-        f"afina prefetch {name}",
-        f"afina rehearse {name}",
-        run,
-    ]
+    return [*image, *enter, f"afina doctor {name}", f"afina prefetch {name}", f"afina rehearse {name}", run]
 
 
 @click.command()
