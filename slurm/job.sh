@@ -112,6 +112,8 @@ afina_step() {
     [ -n "$heard" ] || break
   done
   kill "$pulse" 2>/dev/null
+  # Python ends with 120 when its last words cannot be written: the disk that holds the log is full.
+  [ "$code" != 120 ] || code=3
 }
 
 # Do what `attempts/<id>/next` says: put the job back into the queue, or a new one where that cannot be.

@@ -43,7 +43,7 @@ __all__ = [
     "claim",
     "dry_run",
     "plan_for",
-    "plan_to_go_on",
+    "plan_to_submit",
     "prepare",
     "resume",
     "run_named",
@@ -394,19 +394,16 @@ def submit(
     """
 
     need_slurm()
-    handle = run_named(recipe)
+    asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": time_min}
+    plan, handle = plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
     if handle is not None:
-        asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": time_min}
-        directory, plan = handle.dir, plan_to_go_on(handle, overrides=overrides, path=run, **asked)
+        directory = handle.dir
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
         directory.check_place()
         check_image(plan.site)
         check_possible(plan)
     else:
-        plan = plan_for(
-            recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
-        )
         found = check_possible(plan)
         directory = claim(plan, run)
         write_forecast(plan, directory, found, rehearsed=rehearse)
@@ -428,31 +425,46 @@ def run_named(recipe: str | Path | Recipe) -> Run | None:
     return None
 
 
-def plan_to_go_on(
-    run: Run,
+def plan_to_submit(
+    recipe: str | Path | Recipe,
     *,
     overrides: Sequence[str] = (),
-    path: str | Path | None = None,
+    run: str | Path | None = None,
+    site: str | Path | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
     time_min: int | None = None,
-) -> Plan:
-    """The plan with which a run is submitted again: its own, with another time limit where one is given (minutes).
+    rehearse: bool = False,
+) -> tuple[Plan, Run | None]:
+    """What `submit` submits: a new plan, or a run and its own plan, whose time limit alone can be changed.
 
     Raises:
-        InputError: something else is to be changed.
+        InputError: something else of a run is to be changed.
     """
-    given = {"--set": overrides, "--run": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node}
-    if named := [option for option, value in given.items() if value not in (None, ())]:
+    handle = run_named(recipe)
+    if handle is None:
+        plan = plan_for(
+            recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
+        )
+        return plan, None
+    given = {
+        "--set": overrides or None,
+        "--run": run,
+        "--site": site,
+        "--nodes": nodes,
+        "--gpus-per-node": gpus_per_node,
+        "--rehearse": rehearse or None,
+    }
+    if named := [option for option, value in given.items() if value is not None]:
         raise InputError(
-            f"{named[0]}: {run.path} is a run, which goes on as it was planned; only --time can be changed",
+            f"{named[0]}: {handle.path} is a run, which goes on as it was planned; only --time can be changed",
             "leave it out, or start another run from the recipe",
         )
-    plan = run.dir.plan()
+    plan = handle.dir.plan()
     if time_min is None:
-        return plan
+        return plan, handle
     resources = plan.recipe.resources.model_copy(update={"time": time_min})
-    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})})
+    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})}), handle
 
 
 def _attempt(directory: RunDir, env: dict[str, str]) -> None:

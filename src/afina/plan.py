@@ -22,7 +22,18 @@ from afina.errors import DataError, InputError, RecipeError, nearest
 from afina.recipe import Recipe, Resources
 from afina.site import Site, in_container
 
-__all__ = ["DATA_SUFFIXES", "Geometry", "Plan", "check_cores", "geometry_for", "load_plan", "make_plan", "part_of"]
+__all__ = [
+    "DATA_SUFFIXES",
+    "Geometry",
+    "Plan",
+    "check_cores",
+    "check_format",
+    "data_files",
+    "geometry_for",
+    "load_plan",
+    "make_plan",
+    "part_of",
+]
 
 DATA_SUFFIXES: dict[str, str] = {
     ".csv": "csv",
@@ -264,17 +275,9 @@ def _expand(part: str, path: Path) -> list[Path]:
                 f"{where}: a folder of `datasets.save_to_disk`, which afina does not read",
                 "write Parquet instead: datasets.load_from_disk(FOLDER)[SPLIT].to_parquet('train.parquet')",
             )
-        known = (p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
-        found = sorted(p for p in known if p.is_file())
-        if not found:
-            raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
-        return found
+        return data_files(path, where)
     if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
-            raise DataError(
-                f"{where}: format {path.suffix or '(no suffix)'} is not known",
-                f"{_CONVERT.get(path.suffix.lower(), '')}known formats: {', '.join(DATA_SUFFIXES)}",
-            )
+        check_format(path, where)
         if not os.access(path, os.R_OK):
             raise DataError(f"{where}: cannot be read by you", f"chmod u+r '{path}'")
         return [path]
@@ -285,6 +288,33 @@ def _expand(part: str, path: Path) -> list[Path]:
         f"{where}: no such file",
         (hint or "paths are looked up beside the recipe, then in the working directory") + bind,
     )
+
+
+def data_files(folder: Path, where: str) -> list[Path]:
+    """The data files in a folder, by name; hidden ones are none.
+
+    Raises:
+        DataError: there is none; `where` begins the message.
+    """
+    known = (p for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
+    found = sorted(p for p in known if p.is_file())
+    if not found:
+        raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
+    return found
+
+
+def check_format(path: Path, where: str, also: Sequence[str] = ()) -> None:
+    """Refuse a file whose suffix is neither a data file's nor among `also`.
+
+    Raises:
+        DataError: how to convert it, where that is known; `where` begins the message.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*DATA_SUFFIXES, *also):
+        raise DataError(
+            f"{where}: format {path.suffix or '(no suffix)'} is not known",
+            f"{_CONVERT.get(suffix, '')}known formats: {', '.join((*DATA_SUFFIXES, *also))}",
+        )
 
 
 def part_of(path: Path) -> str | None:

@@ -48,6 +48,12 @@ def found(p: Patient, check: str) -> list[Finding]:
     return [f for f in examine(p) if f.check == check]
 
 
+def test_a_local_disk_is_a_doubt_until_a_job_looks(bin: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_file_system", lambda path: "ext4")
+    assert [f.remedy for f in found(patient(site), "scratch")][1:] == ["`afina doctor --job` tells"]
+    assert [f.level for f in found(patient(site, with_job=True), "scratch")] == ["ok"]
+
+
 def test_a_healthy_machine_has_no_failures_and_stays_as_it_was(bin: Path, site: Site) -> None:
     before = tree(site.scratch)
     findings = list(examine(patient(site)))

@@ -247,7 +247,11 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
     ("arguments", "said", "remedy"),
     [
         (["--data", "revews.csv"], "--data revews.csv: no such file or folder", "did you mean `reviews.csv`?"),
-        (["--data", "reviews.xlsx"], "format .xlsx is not known", "known: .csv, .tsv"),
+        (
+            ["--data", "reviews.xlsx"],
+            "format .xlsx is not known",
+            "save the sheet as `CSV UTF-8`; known formats: .csv, .tsv",
+        ),
         (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
         (["--data", "head.csv"], "no rows", "each further one is an example"),
         (["--data", "semi.csv"], "looks separated by `;`", "save .csv with commas"),

@@ -172,7 +172,8 @@ def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
     run = old()
     shown = afina("submit", run.path, "--time", "90", "--dry-run")
     assert shown.returncode == 0 and f"# would go on with\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
-    for option in (["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"]):
+    changes = [["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"], ["--site", "other.env"]]
+    for option in (*changes, ["--gpus-per-node", "0"], ["--rehearse"], ["--rehearse", "--dry-run"]):
         done = afina("submit", run.path, *option)
         assert done.returncode == 2 and f"{option[0]}: " in done.stderr and "only --time can be changed" in done.stderr
     done = afina("submit", run.path, "--time", "90")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,7 +383,6 @@ def recorded(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 def test_the_script_is_bash_and_clean() -> None:
     assert subprocess.run(["bash", "-n", str(SCRIPT)], check=False).returncode == 0
-    import shutil
 
     shellcheck = Path(sys.executable).with_name("shellcheck")
     found = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
@@ -445,6 +445,26 @@ def test_a_relative_run_directory_and_cdpath(slurm_commands: Path, run: RunDir, 
     env = in_job(scratch, FAKE_SRUN=f"echo 0 >{shlex.quote(str(attempt / 'exit'))}", CDPATH=str(run.path.parent))
     done = sbatch(run.path.name, env=env, cwd=run.path.parent)
     assert done.returncode == 0 and recorded(slurm_commands)[0][-1] == str(run.path), done
+
+
+def test_a_copy_of_a_run_is_refused_and_a_link_to_it_is_not(
+    slurm_commands: Path, run: RunDir, scratch: Path, tmp_path: Path
+) -> None:
+    """The copy's command would train in the original."""
+    copy, link = tmp_path / "co py", tmp_path / "li nk"
+    shutil.copytree(run.path, copy)
+    done = sbatch(copy, env=in_job(scratch))
+    assert done.returncode == 2 and f"{copy}: was begun as {run.path}, and has been moved or copied" in done.stderr
+    assert not (slurm_commands / "srun.argv").exists() and not list(copy.glob("attempts/*"))
+    link.symlink_to(run.path)
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    done = sbatch(link, env=in_job(scratch, FAKE_SRUN=f"echo 0 >{exit_file}"))
+    assert done.returncode == 0, done
+
+
+def test_words_that_no_disk_took_are_a_full_disk(slurm_commands: Path, run: RunDir, scratch: Path) -> None:
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN="exit 120"))
+    assert done.returncode == 3, done
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 75])
@@ -649,10 +669,10 @@ def test_the_site_file_of_the_script(slurm_commands: Path, run: RunDir, scratch:
 
 @pytest.fixture
 def sweep(run: RunDir, tmp_path: Path) -> Path:
-    """A sweep directory whose second cell is `run`."""
+    """A sweep directory whose second cell is a run."""
     folder = tmp_path / "sweep; it's $(a) 100%"
     (folder / "runs").mkdir(parents=True)
-    run.path.rename(folder / "runs/b, '2'")
+    RunDir.claim(run.plan(), {}, ["echo", "{run}"], "", folder / "runs/b, '2'", scripts=job_scripts())
     (folder / "cells").write_bytes(b"a\nb\0b, '2'\0")
     return folder
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
 from afina.errors import AfinaError, InputError
 
-__all__ = ["finish", "following", "minutes_of", "recipe_options"]
+__all__ = ["again", "finish", "following", "minutes_of", "recipe_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,6 +49,12 @@ def finish(run: Any, as_json: bool) -> None:
     else:
         print(f"afina: {outcome.outcome}: {run.path}")
     sys.exit(outcome.exit_code)
+
+
+def again(command: str, recipe: str, overrides: Sequence[str], site: str | None) -> str:
+    """Another command for the same recipe, as a shell takes it."""
+    words = ["afina", command, recipe, *(word for value in overrides for word in ("--set", value))]
+    return shlex.join([*words, *(["--site", site] if site else [])])
 
 
 def following(run: Any) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from typing import Any
 
 import click
 
-from afina.cli.options import finish, following, minutes_of, recipe_options
+from afina.cli.options import again, finish, following, minutes_of, recipe_options
 
 __all__ = ["COMMANDS"]
 
@@ -95,14 +96,9 @@ def submit(
 
     minutes = minutes_of(time_limit)
     if dry_run:
-        asked: dict[str, Any] = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": minutes}
-        again = jobs.run_named(recipe)
-        if again is not None:
-            plan = jobs.plan_to_go_on(again, overrides=overrides, path=run, **asked)
-            shown = jobs.dry_run(plan, via, again.path, claimed=True)
-        else:
-            plan = jobs.plan_for(recipe, overrides=overrides, site=site, **asked)
-            shown = jobs.dry_run(plan, via, run)
+        asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": minutes}
+        plan, again = jobs.plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
+        shown = jobs.dry_run(plan, via, again.path if again else run, claimed=again is not None)
         print(
             json.dumps({"plan": plan.model_dump(mode="json"), "via": via, **shown}, indent=2, ensure_ascii=False)
             if as_json
@@ -153,6 +149,7 @@ def prefetch(recipe: str, overrides: tuple[str, ...], site: str | None, refresh:
     rows = ", ".join(f"{part} {count}" for part, count in prepared["rows"].items())
     print(f"prepared {prepared['prepared']}{' (was there already)' if prepared['reused'] else ''}")
     print(f"task {prepared['task']}; rows: {rows}; labels: {', '.join(prepared['labels'] or ['-'])}")
+    print(f"next: {again('submit' if shutil.which('sbatch') else 'train', recipe, overrides, site)}")
 
 
 @click.command(hidden=True)

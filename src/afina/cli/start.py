@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from afina.cli.options import minutes_of, recipe_options
+from afina.cli.options import again, minutes_of, recipe_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
 
 if TYPE_CHECKING:
@@ -321,6 +322,7 @@ def doctor(
     from afina.doctor.job import try_job
 
     patient = _patient(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside)
+    patient = dataclasses.replace(patient, with_job=with_job and not is_inside)
     found: list[Any] = []
 
     def say(findings: Any) -> None:
@@ -347,6 +349,8 @@ def doctor(
         print(json.dumps({**count, "findings": [f.to_json() for f in found]}, ensure_ascii=False))
     else:
         print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
+        if recipe is not None and not count["failed"]:
+            print(f"next: {again('prefetch', recipe, overrides, site)}")
     sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
 
 

@@ -113,7 +113,7 @@ def check_scratch(p: Patient) -> list[Finding]:
         )
     else:
         found.append(Finding("scratch", "ok", said))
-    if p.has_slurm and kind in _LOCAL:
+    if p.has_slurm and kind in _LOCAL and not p.with_job:
         found.append(
             Finding(
                 "scratch",

@@ -44,6 +44,7 @@ class Patient:
     plan: Plan | None = None
     error: AfinaError | None = None
     has_recipe: bool = False
+    with_job: bool = False  # a job is tried afterwards, which sees what nodes see
 
     @property
     def where(self) -> Plan | None:

@@ -23,7 +23,7 @@ from afina import errors
 from afina.cluster import Cluster
 from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError
 from afina.launch import container_argv
-from afina.plan import DATA_SUFFIXES, Plan, make_plan, part_of
+from afina.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
 from afina.recipe import parse_recipe
 from afina.rundir import write_atomic
 from afina.site import Site, cache_environment, environment, hub_token, load_site
@@ -124,17 +124,11 @@ def find_data(data: str, site: Site | None, config: str | None = None) -> Found:
         raise InputError(f"--config {config}: belongs to a Hub data set", "leave it out")
     path = path.absolute()
     if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
-            raise DataError(
-                f"{path}: format {path.suffix or '(no suffix)'} is not known", f"known: {', '.join(DATA_SUFFIXES)}"
-            )
+        check_format(path, str(path))
         sisters = [p for p in sorted(path.parent.iterdir()) if p.suffix.lower() == path.suffix.lower() and part_of(p)]
         files = sisters if part_of(path) == "train" else [path]
     else:
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
-        files = [p for p in files if p.is_file()]
-        if not files:
-            raise DataError(f"{path}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
+        files = data_files(path, str(path))
     parts: dict[str, tuple[Path, ...]] = {}
     for file in files:
         part = part_of(file) or "all"

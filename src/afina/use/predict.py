@@ -236,6 +236,14 @@ def worker_env(plan: Plan) -> dict[str, str]:
 def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
     """The plan stage: everything is checked, and the folder of parts is there."""
     check_image(job.plan.site)
+    _say(
+        "looking through "
+        + (
+            "standard input"
+            if STDIN in job.inputs
+            else (str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files")
+        )
+    )
     with _spooled(job, stdin) as ready:
         argv = worker_argv(ready.plan, "predict", "plan", "--json", binds=_binds(ready))
         return call(argv, worker_env(ready.plan), ready.model_dump_json())
@@ -327,13 +335,13 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if self.before:
-            print(f"afina: going on: {self.before:,} of {self.rows:,} rows are there", file=sys.stderr, flush=True)
+            _say(f"going on: {self.before:,} of {self.rows:,} rows are there")
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("predicting"),
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
@@ -341,8 +349,10 @@ class _Bar:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._bar.add_task("predicting", total=self.rows, completed=self.before, rate="")
+            self._bar.add_task("loading the model", total=self.rows, completed=self.before, rate="")
             self._bar.start()
+        else:
+            _say(f"loading the model, to predict {self.rows - self.before:,} rows")
         return self
 
     def hear(self, number: int, said: dict[str, Any]) -> None:
@@ -355,14 +365,20 @@ class _Bar:
             rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
             if self._bar is not None:
                 shown = f"{rate:,.0f} rows/s" if rate else ""
-                self._bar.update(self._bar.task_ids[0], completed=self.before + done, rate=shown)
+                self._bar.update(
+                    self._bar.task_ids[0], description="predicting", completed=self.before + done, rate=shown
+                )
             elif now - self._said >= 60.0 and rate:
                 self._said = now
                 whole = self.before + done
                 left = (self.rows - whole) / rate / 60
                 share = f"{whole:,} of {self.rows:,} rows ({whole / self.rows:.0%})"
-                print(f"afina: {share}, {rate:,.0f} rows/s, {left:.0f} min left", file=sys.stderr, flush=True)
+                _say(f"{share}, {rate:,.0f} rows/s, {left:.0f} min left")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _say(line: str) -> None:
+    print(f"afina: {line}", file=sys.stderr, flush=True)

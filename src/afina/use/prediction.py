@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from afina import __version__
 from afina.errors import DataError, InputError, nearest
-from afina.plan import DATA_SUFFIXES, Plan, geometry_for
+from afina.plan import Plan, check_format, data_files, geometry_for
 from afina.recipe import Data, Recipe, Resources
 from afina.rundir import RunDir, is_run_dir
 from afina.site import Site
@@ -133,12 +133,8 @@ def find_inputs(named: Sequence[str | Path]) -> tuple[Path, ...]:
 
 def _files(name: str) -> list[Path]:
     path = Path(name).expanduser().absolute()
-    known = ", ".join([*DATA_SUFFIXES, ".txt"])
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith(".")]
-        if not found:
-            raise DataError(f"{name}: no data file in this folder", f"known formats: {known}")
-        return sorted(p for p in found if p.is_file())
+        return data_files(path, name)
     found = [path] if path.exists() else sorted(Path(p).absolute() for p in glob.glob(str(Path(name).expanduser())))
     if not found:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -146,8 +142,7 @@ def _files(name: str) -> list[Path]:
             f"{name}: no such file", nearest(path.name, siblings) or "paths are looked up in the working directory"
         )
     for file in found:
-        if file.suffix.lower() not in (*DATA_SUFFIXES, ".txt"):
-            raise DataError(f"{file}: format {file.suffix or '(no suffix)'} is not known", f"known formats: {known}")
+        check_format(file, str(file), also=(".txt",))
         try:
             with file.open("rb"):
                 pass
