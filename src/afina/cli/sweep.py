@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
@@ -76,21 +75,13 @@ def sweep(
       afina sweep recipe.yaml --seeds 3 --local
       afina sweep /scratch/me/sweeps/yelp-1a2b3c4d
     """
-    from pathlib import Path
-
-    from afina.sweeps.api import carry_out
+    from afina.sweeps.api import carry_out, sweep_named
     from afina.sweeps.draft import draft_sweep, dry_run
-    from afina.sweeps.folder import is_sweep_dir
     from afina.sweeps.grid import parse_grid
     from afina.sweeps.space import parse_search
-    from afina.watch.overview import place_of
 
-    home = Path(recipe)
-    if not home.exists():
-        with contextlib.suppress(InputError):  # a recipe that is missing is named as one below
-            home = place_of(recipe)
-    if home.is_dir() and is_sweep_dir(home):
-        _look(str(home), context, metric, wait, as_json)
+    if (found := sweep_named(recipe)) is not None:
+        _look(found, context, metric, wait, as_json)
         return
     if metric is not None and not (wait or local):
         raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")
@@ -142,20 +133,17 @@ def _given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _look(recipe: str, context: click.Context, metric: str | None, wait: bool, as_json: bool) -> None:
+def _look(found: Any, context: click.Context, metric: str | None, wait: bool, as_json: bool) -> None:
     """The table of a sweep directory."""
-    from afina.sweeps.api import Sweep
-
     for option in context.params:
         if option not in ("recipe", "metric", "wait", "as_json") and _given(context, option):
             name = {"overrides": "set", "time_limit": "time", "directory": "sweep"}.get(
                 option, option.replace("_", "-")
             )
             raise InputError(
-                f"--{name}: {recipe} is a sweep directory, whose table is shown",
+                f"--{name}: {found.path} is a sweep directory, whose table is shown",
                 "give the recipe to run more of it: the same command as before goes on with the sweep",
             )
-    found = Sweep(recipe)
     if wait:
         _wait(found)
     table = found.table(metric)

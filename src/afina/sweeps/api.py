@@ -39,22 +39,22 @@ from afina.sweeps.folder import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
 from afina.sweeps.table import Row, Table, tabulate
-from afina.watch.overview import State
+from afina.watch.overview import State, place_of
 
-__all__ = ["Sweep", "carry_out", "sweep"]
+__all__ = ["Sweep", "carry_out", "sweep", "sweep_named"]
 
 Say = Callable[[str], None]
 
 
 class Sweep:
-    """A handle on a sweep directory.
+    """A handle on a sweep directory, or on the sweep of that short name.
 
     Attributes:
         submitted: the job arrays that the call which made this handle has submitted.
     """
 
     def __init__(self, path: str | Path, submitted: Sequence[str] = ()) -> None:
-        self.dir = SweepDir(path)
+        self.dir = SweepDir(place_of(path))
         self.submitted = tuple(submitted)
         if not self.dir.file.is_file():
             raise InputError(
@@ -182,6 +182,15 @@ def sweep(
         num_processes=num_processes,
     )
     return carry_out(draft, max_parallel=max_parallel, num_processes=num_processes)
+
+
+def sweep_named(name: str | Path) -> Sweep | None:
+    """The sweep of that folder or short name; None where it is a recipe, or nothing at all."""
+    if Path(name).is_file():
+        return None
+    with contextlib.suppress(InputError):
+        return Sweep(name)
+    return None
 
 
 def carry_out(

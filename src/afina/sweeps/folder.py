@@ -41,7 +41,6 @@ __all__ = [
     "SweepRecord",
     "differences",
     "given_up",
-    "is_sweep_dir",
     "record_of",
 ]
 
@@ -95,10 +94,6 @@ class SweepRecord(_Frozen):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-
-
-def is_sweep_dir(path: str | Path) -> bool:
-    return (Path(path) / "sweep.json").is_file()
 
 
 class SweepDir:
