@@ -29,7 +29,7 @@ def _bench(name: str, *options: str | Path) -> str:
 def test_a_missing_optimizer_is_noticed_in_the_weights_and_in_what_was_said(tmp_path: Path) -> None:
     """Trainer goes on with a fresh optimizer and says nothing; afina takes the checkpoint before it and says so."""
     found = tmp_path / "found.json"
-    options = ["--peers", "trainer,afina", "--faults", "optimizer", "--steps", "300", "--save-every", "20"]
+    options = ["--peers", "trainer,afina", "--faults", "optimizer", "--steps", "160", "--save-every", "20"]
     said = _bench("peers_faults.py", *options, "--json", found)
     rows = {(row["peer"], row["fault"]): row for row in json.loads(found.read_text())}
     assert len(rows) == 4
