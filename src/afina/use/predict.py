@@ -164,6 +164,7 @@ def predict(
             parts,
             "--share",
             f"{k}/{processes}",
+            "--merge",
             "--progress",
             "json",
             "--json",
@@ -171,12 +172,14 @@ def predict(
         )
         for k in range(processes)
     ]
-    predicting = 0.0
+    said: list[dict[str, Any]] = []
     if about["done"] < about["chunks"]:
         with _Bar(about["rows"], about["rows_done"]) as bar:
             said = call_all(argvs, [env] * processes, hear=bar.hear)
-        predicting = max(worker["seconds_predicting"] for worker in said)
-    summary = call(worker_argv(job.plan, "predict", "merge", parts, "--json", binds=binds), env)
+    predicting = max((worker["seconds_predicting"] for worker in said), default=0.0)
+    summary = next((worker["summary"] for worker in said if worker["merged"]), None)
+    if summary is None:
+        summary = call(worker_argv(job.plan, "predict", "merge", parts, "--json", binds=binds), env)
     seconds = time.monotonic() - began
     fresh = about["rows"] - about["rows_done"]
     return {
