@@ -11,7 +11,8 @@
     ... --quick                  tiny texts and a tiny model: that it works, not how fast it is
 
 Of each run: seconds of training alone (evaluations left out), with evaluations, and of the whole command, start-up, reading
-and tokenising included; the most memory of its processes together (proportional set size, looked at twice a second); and the
+and tokenising included; the most memory of its processes together (proportional set size, looked at twice a second, or
+seldom enough to take 2 % of a core); and the
 useful share of the machine's peak: the model's floating-point operations for real tokens (afina.worker.flops) over the seconds
 of training alone and the best torch.mm of the same cores, measured in the same round. A speed is formed within a round, against
 the tutorial where it takes part, so that load from elsewhere meets both sides; shown are medians and ranges over the rounds.
@@ -117,8 +118,12 @@ def measured(argv: Sequence[str], environment: dict[str, str]) -> tuple[str, flo
     with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
 
         def watch() -> None:
-            while not over.wait(0.5):
+            pause = 0.5
+            while not over.wait(pause):
+                looked = time.perf_counter()
                 most[0] = max(most[0], _bytes_below(process.pid))
+                # Walking through the pages of gigabytes takes a tenth of a second of a core that others train on.
+                pause = max(0.5, 50 * (time.perf_counter() - looked))
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

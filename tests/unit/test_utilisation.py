@@ -23,7 +23,7 @@ from afina.worker.flops import DATASHEET, Peak, formula_of, forward_flops, peak_
 from afina.worker.metrics import compute_metrics
 from afina.worker.results import _columns
 from afina.worker.tasks import TASKS, decisions
-from afina.worker.utilisation import PARTS, Meter, Work
+from afina.worker.utilisation import PARTS, Meter, Work, share_of_peak
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -133,6 +133,7 @@ def test_the_parts_add_up_and_go_on_in_the_next_attempt() -> None:
     second.enter("saving")
     said, mine = second.summary(2), second.training_s - trained
     assert said["mfu"] == pytest.approx(6e6 / (1e9 * trained + 3e9 * mine), rel=1e-3)
+    assert share_of_peak(3e9, 4e9) == 0.75 and share_of_peak(3e9, 2e9) is None and share_of_peak(0.0, 0.0) is None
     assert said["examples_per_step"] == 8
     assert said["tokens_per_second"] == pytest.approx(200 / second.training_s, rel=1e-3)
     assert 5.99 < said["seconds_by_part"]["startup"] < 6.5
@@ -267,7 +268,9 @@ def test_a_run_says_where_its_time_went(place: Path) -> None:
     parts = used["seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(outcome["seconds"], abs=1.0)
     assert min(parts[p] for p in ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving")) > 0
-    assert 0 < used["mfu"] < 1 and used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
+    # None: on a busy machine the peak may be measured below what training then reaches.
+    assert used["mfu"] is None or 0 < used["mfu"] <= 1
+    assert used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
     tokens = np.load(next((place / "scratch/prepared").glob("*/train.offsets.npy")))[-1] * 12
     trained = sum(parts[p] for p in ("input", "forward_backward", "optimizer", "other"))
     assert used["tokens_per_second"] == pytest.approx(tokens / trained, rel=0.01)
@@ -278,7 +281,7 @@ def test_a_run_says_where_its_time_went(place: Path) -> None:
     promised = {"step", "max_steps", "epoch", "loss", "examples_per_s", "tokens_per_s", "real_token_share", "mfu"}
     for pace in paces:
         assert promised | {"seconds_left", "memory_gb", "attempt"} <= set(pace)
-        assert pace["examples_per_s"] > 0 and 0 < pace["mfu"] < 1
+        assert pace["examples_per_s"] > 0 and (pace["mfu"] is None or 0 < pace["mfu"] <= 1)
     assert paces[-1]["seconds_left"] < 60
     log = (run / "attempts/local-1/node0.log").read_text()
     assert log.count("tokens/s  ") == len(paces) and "real tokens/s" in log

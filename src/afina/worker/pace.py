@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from afina.worker.flow import steps_per_epoch
-from afina.worker.utilisation import peak_memory_bytes
+from afina.worker.utilisation import peak_memory_bytes, share_of_peak
 
 if TYPE_CHECKING:
     from afina.worker.trainer import RunTrainer
@@ -94,7 +94,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
             "examples_per_s": round(examples / seconds, 2),
             "tokens_per_s": round(tokens / seconds, 1),
             "real_token_share": round(meter.real / meter.computed, 4),
-            "mfu": round(flops / seconds / meter.peak.flops, 4) if meter.peak else None,
+            "mfu": share_of_peak(flops, seconds * meter.peak.flops) if meter.peak else None,
             "seconds_left": round(left, 1),
             "memory_gb": round(peak_memory_bytes() / 1e9, 3),
         }

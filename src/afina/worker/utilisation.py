@@ -24,7 +24,7 @@ import torch
 from afina.worker.batches import Batching, epoch_steps
 from afina.worker.flops import Peak
 
-__all__ = ["PARTS", "Meter", "Work", "launched", "peak_memory_bytes"]
+__all__ = ["PARTS", "Meter", "Work", "launched", "peak_memory_bytes", "share_of_peak"]
 
 #: `other`: agreeing on what is next, logging, and what lies between the epochs.
 PARTS = ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving", "other")
@@ -132,13 +132,18 @@ class Meter:
         return {
             "tokens_per_second": round(self.tokens / trained, 1) if trained else None,
             "real_token_share": round(self.real / self.computed, 4) if self.computed else None,
-            "mfu": _digits(self.flops / capacity) if capacity else None,
+            "mfu": share_of_peak(self.flops, capacity),
             "peak_flops": _digits(self.peak.flops) if self.peak else None,
             "peak_source": self.peak.source if self.peak else None,
             "peak_memory_gb": round(self.memory_bytes / 1e9, 3) or None,
             "examples_per_step": round(self.examples / steps, 3) if steps else None,
             "seconds_by_part": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
         }
+
+
+def share_of_peak(flops: float, capacity: float) -> float | None:
+    """FLOPs done over FLOPs that were possible; None above 1: the peak was measured while others used the cores."""
+    return _digits(flops / capacity) if capacity and flops <= capacity else None
 
 
 def _digits(value: float) -> float:
