@@ -9,8 +9,9 @@
     afina         a real run, from its start on the host to its `first_step`: checks, checkpoints and data included
 
 Ways: `plain` (this environment), `image` (the file, mounted by Apptainer), `node.sh` (the file, mounted once as jobs do), `sandbox`
-(unpacked on local disk), `gzip`, `zstd:3`, `zstd:19`, … (packed again with that compression). Clocks are read on both sides of each
-boundary; the container has the host's. --cold drops the page cache before each run (root), so that every byte comes from the disk.
+(unpacked on local disk), `kernel` (the file, mounted by the kernel, as a setuid Apptainer does; root), `gzip`, `zstd:3`, `lz4`, … (packed
+again with that compression). Clocks are read on both sides of each boundary; the container has the host's. --cold drops the page
+cache before each run (root), so that every byte comes from the disk.
 
     python tests/bench/startup.py --image afina.sif [--ways plain,image,sandbox,gzip,zstd:3] [--rounds 5] [--cold]
                                   [--model FOLDER] [--user NAME] [--json found.json]
@@ -73,6 +74,7 @@ class Place:
 
     def __init__(self, folder: Path, image: Path | None, model: Path | None, user: str | None) -> None:
         self.folder, self.image, self.user = folder, image, user
+        self.mount: Path | None = None
         self.model = folder / "model"
         if model is None:
             tiny.tiny_model(self.model)
@@ -118,24 +120,17 @@ class Place:
         assert self.image is not None
         if way in ("image", "node.sh"):
             return self.image
+        if way == "kernel":
+            if self.mount is None:
+                self.mount = Path(tempfile.mkdtemp(prefix="afina-startup-kernel-"))
+                where = f"loop,ro,offset={self._offset()}"
+                subprocess.run(["mount", "-t", "squashfs", "-o", where, str(self.image), str(self.mount)], check=True)
+            return self.mount
         unpacked = self.folder / "sandbox"
         if not unpacked.exists():
-            offset = next(
-                line.split("|")[3].split("-")[0]
-                for line in _said(["apptainer", "sif", "list", str(self.image)]).splitlines()
-                if "FS (Squashfs/*System" in line
-            )
-            argv = [
-                "unsquashfs",
-                "-quiet",
-                "-no-progress",
-                "-no-xattrs",
-                "-offset",
-                offset.strip(),
-                "-dest",
-                str(unpacked),
-            ]
-            subprocess.run(self.as_user([*argv, str(self.image)]), stdout=subprocess.DEVNULL, check=False)
+            argv = ["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-offset", self._offset()]
+            argv += ["-dest", str(unpacked), str(self.image)]
+            subprocess.run(self.as_user(argv), stdout=subprocess.DEVNULL, check=False)
         if way == "sandbox":
             return unpacked
         packed = self.folder / f"{way.replace(':', '-')}.sqfs"
@@ -144,6 +139,16 @@ class Place:
             argv = ["mksquashfs", str(unpacked), str(packed), "-quiet", "-no-progress", "-comp", kind]
             subprocess.run(self.as_user([*argv, *(["-Xcompression-level", level] if level else [])]), check=True)
         return packed
+
+    def _offset(self) -> str:
+        """Where the file system begins in the image."""
+        lines = _said(["apptainer", "sif", "list", str(self.image)]).splitlines()
+        return next(x.split("|")[3].split("-")[0].strip() for x in lines if "FS (Squashfs/*System" in x)
+
+    def close(self) -> None:
+        if self.mount is not None:
+            subprocess.run(["umount", str(self.mount)], check=True)
+            self.mount.rmdir()
 
     def argv(self, way: str, command: Sequence[str]) -> list[str]:
         if way == "plain":
@@ -239,8 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="afina-startup-") as name:
         Path(name).chmod(0o755)
         place = Place(Path(name), options.image and options.image.resolve(), options.model, options.user)
-        records = measure(place, ways, options.rounds, cold=options.cold)
-        sizes = {way: place.shape(way).stat().st_size for way in ways if way not in ("plain", "sandbox")}
+        try:
+            records = measure(place, ways, options.rounds, cold=options.cold)
+            sizes = {way: place.shape(way).stat().st_size for way in ways if way not in ("plain", "sandbox", "kernel")}
+        finally:
+            place.close()
     if options.json:
         options.json.write_text(
             json.dumps({"records": records, "size_bytes": sizes, "cores": os.cpu_count()}, indent=1)
