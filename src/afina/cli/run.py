@@ -97,8 +97,8 @@ def submit(
     minutes = minutes_of(time_limit)
     if dry_run:
         asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": minutes}
-        plan, again = jobs.plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
-        shown = jobs.dry_run(plan, via, again.path if again else run, claimed=again is not None)
+        plan, there = jobs.plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
+        shown = jobs.dry_run(plan, via, there.path if there else run, claimed=there is not None)
         print(
             json.dumps({"plan": plan.model_dump(mode="json"), "via": via, **shown}, indent=2, ensure_ascii=False)
             if as_json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shlex
@@ -321,8 +320,7 @@ def doctor(
     from afina.doctor.finding import Finding
     from afina.doctor.job import try_job
 
-    patient = _patient(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside)
-    patient = dataclasses.replace(patient, with_job=with_job and not is_inside)
+    patient = _patient(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside, with_job=with_job)
     found: list[Any] = []
 
     def say(findings: Any) -> None:
@@ -362,6 +360,7 @@ def _patient(
     gpus_per_node: int | None,
     *,
     quick: bool,
+    with_job: bool,
 ) -> Any:
     """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
     from afina import jobs
@@ -383,7 +382,7 @@ def _patient(
             plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
     except AfinaError as problem:
         error = problem
-    return Patient(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None)
+    return Patient(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None, with_job)
 
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}

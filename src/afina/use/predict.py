@@ -239,14 +239,8 @@ def worker_env(plan: Plan) -> dict[str, str]:
 def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
     """The plan stage: everything is checked, and the folder of parts is there."""
     check_image(job.plan.site)
-    _say(
-        "looking through "
-        + (
-            "standard input"
-            if STDIN in job.inputs
-            else (str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files")
-        )
-    )
+    what = str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files"
+    _say(f"looking through {'standard input' if STDIN in job.inputs else what}")
     with _spooled(job, stdin) as ready:
         argv = worker_argv(ready.plan, "predict", "plan", "--json", binds=_binds(ready))
         return call(argv, worker_env(ready.plan), ready.model_dump_json())
