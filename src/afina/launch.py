@@ -11,6 +11,7 @@ array_argv        sbatch … --array=… SCRIPT …            any other script,
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -94,9 +95,16 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
 
 
 def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables of every worker: caches under scratch, no user packages, and for training no network."""
+    """Variables of every worker: caches under scratch, no user packages, and for training no network.
+
+    Threads of torch (GNU OpenMP) that wait for each other spin, by default for milliseconds: beside one busy process on two
+    cores a training made 57 tokens/s instead of 1,762, and with this limit 1,668 (measured once, in turn).
+    """
+    here = os.environ if env is None else env
+    spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "1000"}
     return {
         **cache_environment(plan.site, env),
+        **spins,
         "PYTHONNOUSERSITE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
