@@ -268,9 +268,7 @@ def test_a_run_says_where_its_time_went(place: Path) -> None:
     parts = used["seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(outcome["seconds"], abs=1.0)
     assert min(parts[p] for p in ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving")) > 0
-    # None: on a busy machine the peak may be measured below what training then reaches.
-    assert used["mfu"] is None or 0 < used["mfu"] <= 1
-    assert used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
+    assert 0 < used["mfu"] < 1 and used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
     tokens = np.load(next((place / "scratch/prepared").glob("*/train.offsets.npy")))[-1] * 12
     trained = sum(parts[p] for p in ("input", "forward_backward", "optimizer", "other"))
     assert used["tokens_per_second"] == pytest.approx(tokens / trained, rel=0.01)
@@ -281,7 +279,7 @@ def test_a_run_says_where_its_time_went(place: Path) -> None:
     promised = {"step", "max_steps", "epoch", "loss", "examples_per_s", "tokens_per_s", "real_token_share", "mfu"}
     for pace in paces:
         assert promised | {"seconds_left", "memory_gb", "attempt"} <= set(pace)
-        assert pace["examples_per_s"] > 0 and (pace["mfu"] is None or 0 < pace["mfu"] <= 1)
+        assert pace["examples_per_s"] > 0 and 0 < pace["mfu"] < 1
     assert paces[-1]["seconds_left"] < 60
     log = (run / "attempts/local-1/node0.log").read_text()
     assert log.count("tokens/s  ") == len(paces) and "real tokens/s" in log

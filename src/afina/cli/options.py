@@ -51,7 +51,7 @@ def finish(run: Any, as_json: bool) -> None:
     sys.exit(outcome.exit_code)
 
 
-def again(command: str, recipe: str, overrides: Sequence[str], site: str | None) -> str:
+def again(command: str, recipe: str, overrides: Sequence[str] = (), site: str | None = None) -> str:
     """Another command for the same recipe, as a shell takes it."""
     words = ["afina", command, recipe, *(word for value in overrides for word in ("--set", value))]
     return shlex.join([*words, *(["--site", site] if site else [])])

@@ -198,14 +198,13 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
     if recipe is None:
         return [*enter, "afina doctor", "afina init"]
-    name = shlex.quote(recipe.name)
     # In the checkout, so before the folder is entered.
     build = (
         "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
     )
     image = [build] if site is None else []
-    run = f"afina submit {name}" if slurm else f"afina train {name}"
-    return [*image, *enter, f"afina doctor {name}", f"afina prefetch {name}", f"afina rehearse {name}", run]
+    commands = ("doctor", "prefetch", "rehearse", "submit" if slurm else "train")
+    return [*image, *enter, *(again(command, recipe.name) for command in commands)]
 
 
 @click.command()
