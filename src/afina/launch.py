@@ -101,7 +101,7 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
     cores a training made 57 tokens/s instead of 1,762, and with this limit 1,668 (measured once, in turn).
     """
     here = os.environ if env is None else env
-    spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "1000"}
+    spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "10000"}
     return {
         **cache_environment(plan.site, env),
         **spins,

@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,20 +33,32 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from afina.plan import Geometry
-from afina.worker import attention, dropout, memory, packed
+from afina.worker import attention, dropout, memory, packed, products
 from afina.worker.batches import Batching, Collator, PackedCollator, StepBatches
 from afina.worker.store import Split
 from afina.worker.tasks import TASKS
 
-#: name -> batching, fast dropout, dropout of attention probabilities (None: the model's)
-VARIANTS: dict[str, tuple[Batching, bool, float | None]] = {
-    "padded": ("padded", False, None),
-    "longest": ("longest", False, None),
-    "grouped": ("grouped", False, None),
-    "grouped, fast dropout": ("grouped", True, None),
-    "packed": ("packed", False, None),
-    "packed, fast dropout": ("packed", True, None),
-    "packed, attention dropout 0": ("packed", True, 0.0),
+
+class Way(NamedTuple):
+    """How a step is made; `attention_dropout` None: the model's."""
+
+    batching: Batching
+    fast_dropout: bool = False
+    attention_dropout: float | None = None
+    onednn: bool = False
+    bfloat16: bool = False
+
+
+VARIANTS = {
+    "padded": Way("padded"),
+    "longest": Way("longest"),
+    "grouped": Way("grouped"),
+    "grouped, fast dropout": Way("grouped", True),
+    "packed": Way("packed"),
+    "packed, fast dropout": Way("packed", True),
+    "packed, fast dropout, oneDNN": Way("packed", True, None, True),
+    "packed, attention dropout 0": Way("packed", True, 0.0, True),
+    "packed, bfloat16": Way("packed", True, None, True, True),
 }
 
 
@@ -84,24 +96,25 @@ class Variant:
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, name: str, model: str, split: Split, batch_size: int) -> None:
-        batching, fast, attention_dropout = VARIANTS[name]
+        self.way = way = VARIANTS[name]
         torch.manual_seed(0)
-        changes = {} if attention_dropout is None else {"attention_probs_dropout_prob": attention_dropout}
+        changes = {} if way.attention_dropout is None else {"attention_probs_dropout_prob": way.attention_dropout}
         self.model = AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=5, dtype=torch.float32, **changes
         )
         self.model.train()
-        if fast:
+        if way.fast_dropout:
             dropout.use_fast_dropout(self.model)
-        if fast or batching == "packed":
-            packed.accept_packed(self.model, attention.FAST if fast else attention.PLAIN)
+        if way.fast_dropout or way.batching == "packed":
+            packed.accept_packed(self.model, attention.FAST if way.fast_dropout else attention.PLAIN)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.collate: Callable[[list[int]], dict[str, Any]]
-        if batching == "packed":
+        if way.batching == "packed":
             self.collate = PackedCollator(split, 0, heads=self.model.config.num_attention_heads)
         else:
-            self.collate = Collator(split, 0, 512 if batching == "padded" else None)
-        self.sampler = StepBatches(split.lengths, _geometry(batch_size), 0, 1, batching, self.model.config.hidden_size)
+            self.collate = Collator(split, 0, 512 if way.batching == "padded" else None)
+        width = self.model.config.hidden_size
+        self.sampler = StepBatches(split.lengths, _geometry(batch_size), 0, 1, way.batching, width)
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[list[int]]:
@@ -112,11 +125,14 @@ class Variant:
     def step(self) -> dict[str, float]:
         """One training step; seconds by part, real tokens and computed tokens."""
         rows = next(self.batches)
+        products.use_onednn(self.way.onednn)
         marks = [self.clock()]
         batch = self.collate(rows)
         marks.append(self.clock())
         labels = batch.pop("labels")
-        loss = TASKS["single-label"].loss(self.model(**batch)["logits"], labels).sum() / len(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.way.bfloat16):
+            logits = self.model(**batch)["logits"].float()
+        loss = TASKS["single-label"].loss(logits, labels).sum() / len(rows)
         marks.append(self.clock())
         loss.backward()  # type: ignore[no-untyped-call]
         marks.append(self.clock())

@@ -5,6 +5,7 @@
     native     PyTorch and accelerate, a loop of one's own (tests/bench/native.py), on data that afina prepared
     keras      Keras on the torch backend with keras-hub (tests/bench/keras_loop.py); one process; where it is installed
     afina      `afina train` with its defaults
+    afina-bf16 with train.precision: bf16, another recipe; its MFU is the share of the float32 peak all the same
 
     AFINA_TEST_DATA=FOLDER python tests/bench/peers.py --out FOLDER [--rows 1000] [--epochs 1] [--rounds 3]
     ... --peers tutorial afina --models minilm --lengths yelp --processes 1 2
@@ -44,7 +45,7 @@ from typing import Any
 import reviews  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
-PEERS = ("tutorial", "trainer", "native", "keras", "afina")
+PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-bf16")
 
 
 def recipe_of(folder: Path, model: Path, lengths: str, epochs: float, quick: bool) -> Path:
@@ -101,10 +102,11 @@ def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: 
         argv += ["--batch-size", str(size), "--epochs", epochs, "--sample", str(options.rows)]
         return [*argv, "--max-length", "64" if options.quick else "512", *(["--best"] if peer == "trainer" else [])]
     recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
-    if peer == "afina":
+    if peer.startswith("afina"):
         run = folder / "runs" / f"{cell['model']}-{lengths}-{processes}-{cell['round']}-{number}"
         run.parent.mkdir(exist_ok=True)
         argv = [sys.executable, "-m", "afina.cli", "train", str(recipe), "--run", str(run)]
+        argv += ["--set", "train.precision=bf16"] if peer == "afina-bf16" else []
         return [*argv, *(["--num-processes", str(processes)] if processes > 1 else [])]
     script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
     prepared = prepared_of(folder, recipe, options.threads)
@@ -159,12 +161,12 @@ def _bytes_below(root: int) -> int:
 def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, peak: float) -> dict[str, Any]:
     """Run one peer once; what was found."""
     argv = _argv(cell["peer"], options, cell, number)
-    if cell["peer"] == "afina":
+    if cell["peer"].startswith("afina"):
         shutil.rmtree(argv[argv.index("--run") + 1], ignore_errors=True)  # of a bench that was interrupted
     threads = max(1, options.threads // cell["processes"])
     load = os.getloadavg()[0]
     said, wall, memory = measured(argv, environment_of(options.out, threads))
-    if cell["peer"] == "afina":
+    if cell["peer"].startswith("afina"):
         outcome = json.loads((Path(argv[argv.index("--run") + 1]) / "outcome.json").read_text())
         parts = outcome["utilisation"]["seconds_by_part"]
         training = sum(parts[name] for name in ("input", "forward_backward", "optimizer", "other"))
@@ -213,8 +215,11 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
 
 
 def peak_now(threads: int) -> float:
-    """The best torch.mm of so many threads, in a process of its own."""
-    code = "import torch; from afina.worker.flops import peak_of; print(peak_of(torch.device('cpu'), 'float32').flops)"
+    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries."""
+    code = (
+        "import torch; from afina.worker import products; from afina.worker.flops import peak_of; products.use_onednn(); "
+        "print(peak_of(torch.device('cpu'), 'float32').flops)"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout)

@@ -235,7 +235,7 @@ def test_the_environment_of_a_worker(site: Site) -> None:
 
 def test_waiting_threads_spin_as_long_as_the_user_says(site: Site) -> None:
     plan = plan_with(site)
-    assert worker_environment(plan, offline=True, env={})["GOMP_SPINCOUNT"] == "1000"
+    assert worker_environment(plan, offline=True, env={})["GOMP_SPINCOUNT"] == "10000"
     assert worker_environment(plan, offline=True, env={"GOMP_SPINCOUNT": "5"})["GOMP_SPINCOUNT"] == "5"
     assert "GOMP_SPINCOUNT" not in worker_environment(plan, offline=True, env={"OMP_WAIT_POLICY": "active"})
 

@@ -193,6 +193,25 @@ def test_padded_attention_with_dropout_draws_the_same_and_sees_no_padding() -> N
     assert not torch.equal(outs[0], attend(torch.nn.Identity(), q, k, v, mask, dropout=0.5, fast_dropout=True)[0])
 
 
+def test_under_autocast_attention_with_dropout_is_float32s() -> None:
+    torch.manual_seed(2)
+    packing = pack(LENGTHS, heads=4)
+    draw = [torch.randn(1, 4, sum(LENGTHS), 8).bfloat16() for _ in range(3)]
+    found = []
+    for half in (True, False):
+        q, k, v = ((x if half else x.float()).clone().requires_grad_() for x in draw)
+        dropout.seed(11, 0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out, _ = attend(torch.nn.Identity(), q, k, v, None, dropout=0.3, packing=packing, fast_dropout=True)
+        assert out.dtype == torch.float32
+        out.sum().backward()
+        assert q.grad is not None and q.grad.dtype == q.dtype
+        found.append([out, q.grad.float(), k.grad.float(), v.grad.float()])
+    assert torch.equal(found[0][0], found[1][0])
+    for mine, true in zip(*found, strict=True):
+        assert torch.allclose(mine, true, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "distilbert"])
 def test_an_implementation_with_cu_seq_lens_is_told_the_sequences(name: str) -> None:
     """What varlen flash attention gets; computed here by a plain loop."""

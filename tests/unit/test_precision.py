@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from tests import tiny
 
 from afina.errors import EnvironmentProblem
 from afina.recipe import Train
-from afina.worker.precision import Choice, Device, arguments, choose, difference
+from afina.worker import products
+from afina.worker.precision import Choice, Device, _of_processor, arguments, choose, difference
+from afina.worker.processor import Processor, processor
 
 CPU = Device("cpu", "CPU")
 V100, T4 = Device("cuda", "Tesla V100", (7, 0)), Device("cuda", "Tesla T4", (7, 5))
@@ -172,10 +175,64 @@ def recorded(run: Path) -> dict[str, Any]:
     return dict(found)
 
 
+CPUINFO = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: {name}\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n"
+
+
+def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO.format(vendor="AuthenticAMD", name="AMD EPYC 9554", flags="avx512f avx512_bf16"))
+    found = processor(file)
+    assert (found.name, found.vendor) == ("AMD EPYC 9554", "AuthenticAMD")
+    assert found.flags == {"fpu", "avx512f", "avx512_bf16"} and found.multiplies_bfloat16
+    file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert processor(file) == processor(tmp_path / "absent") == Processor(os.uname().machine, "", frozenset())
+
+
+def test_bfloat16_without_instructions_for_it_is_warned_of() -> None:
+    old, new = (Processor("EPYC", "AuthenticAMD", frozenset({"avx2", *more})) for more in ((), ("avx512_bf16",)))
+    half, whole = (Choice(name, False, "", CPU) for name in ("bf16", "fp32"))
+    assert "EPYC has no instructions for bfloat16" in _of_processor(half, old)[0]
+    assert _of_processor(half, new) == _of_processor(whole, old) == []
+    assert _of_processor(half, Processor("aarch64", "", frozenset())) == []
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "chosen"),
+    [
+        ("AuthenticAMD", ("avx2", "avx512f"), "oneDNN"),
+        ("AuthenticAMD", ("avx2",), "MKL"),
+        ("GenuineIntel", ("avx2", "avx512f"), "MKL"),
+        ("", (), "MKL"),
+    ],
+)
+def test_products_by_onednn_are_float32s(vendor: str, flags: tuple[str, ...], chosen: str) -> None:
+    drawn = torch.get_rng_state()
+    left, right = (torch.randn(700, 384, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    true, by_mkl = left.double() @ right.T.double(), left @ right.T
+    try:
+        products.use_onednn(True, Processor("a processor", vendor, frozenset(flags)))
+        # Where the processor would round to bfloat16 (AMX), oneDNN is not taken, whatever the file says.
+        assert products.library() in {chosen, "MKL"}
+        assert float((left @ right.T - true).norm() / true.norm()) < 1e-6
+        with products.by_mkl():
+            assert torch.equal(left @ right.T, by_mkl) and torch.get_float32_matmul_precision() == "highest"
+        assert not products.use_onednn(False) and torch.equal(left @ right.T, by_mkl)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    finally:
+        products.use_onednn(False)
+
+
+def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_permit", lambda permitted: None)
+    rounded = lambda x: x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(rounded(a), rounded(b)))
+    assert not products.use_onednn(True, Processor("with tiles", "AuthenticAMD", frozenset({"avx512f"})))
+
+
 @pytest.mark.slow
 def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
     plain, said = trained(place, "plain")
-    assert "afina: precision fp32 (the CPU)" in said
+    assert "afina: precision fp32 (the CPU" in said
     about = recorded(plain)
     assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
     half, said = trained(place, "half", "train.precision=bf16")

@@ -179,7 +179,8 @@ def _alike(plan: Plan, other: Plan) -> bool:
         train, g = p.recipe.train, p.geometry
         model = str(p.model_folder) if p.model_folder else p.recipe.model
         layout = (g.num_processes, g.gpus_per_node, g.cpus_per_process, g.batch_per_device, g.accumulation)
-        return [model, p.recipe.tokens, layout, train.arguments, train.fast_dropout, train.attention_dropout]
+        numbers = (train.fast_dropout, train.attention_dropout, train.precision, train.compile)
+        return [model, p.recipe.tokens, layout, train.arguments, numbers]
 
     return shape(plan) == shape(other)
 

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from afina.worker import dropout as fast
+from afina.worker import products
 from afina.worker.packing import Group, Packing
 
 __all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register"]
@@ -81,7 +82,8 @@ def attend(
         calls = [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
         if first_only:
             q = q.index_select(0, packing.starts)
-    exact = query.dtype in (torch.float32, torch.float64)
+    # Under autocast it computes in float32: torch's general path takes longer in bfloat16 too.
+    exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     if dropout and fast_dropout and query.device.type == "cpu" and exact:
         out: torch.Tensor = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
@@ -176,6 +178,8 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    @products.by_mkl()
     def forward(
         ctx: Any,
         query: torch.Tensor,
@@ -206,6 +210,8 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @products.by_mkl()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, bias, out, *kept = ctx.saved_tensors
         gradient, scale, p = gradients[0], ctx.scale, ctx.p

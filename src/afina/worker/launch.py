@@ -23,6 +23,7 @@ from afina.errors import AfinaError, EnvironmentProblem
 from afina.launch import accelerate_argv, worker_environment
 from afina.plan import Geometry, Plan, check_cores, geometry_for
 from afina.rundir import RunDir, write_atomic
+from afina.worker.processor import processor
 from afina.worker.stage import stage
 
 __all__ = ["main"]
@@ -219,12 +220,11 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, object]:
     """Processor, memory, GPUs and their driver, as Linux and NVIDIA's driver write them under /proc. GPUs: not measured on one."""
-    cpu = re.search(r"(?m)^model name\s*: (.+)$", _proc("/proc/cpuinfo"))
     memory = re.search(r"(?m)^MemTotal:\s*(\d+) kB", _proc("/proc/meminfo"))
     cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     models = [match[1] for card in cards if (match := re.search(r"(?m)^Model:\s*(.+)$", _proc(str(card))))]
     return {
-        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu": processor().name,
         "memory_gb": round(int(memory[1]) / 1024**2, 1) if memory else None,
         "gpus": models,
         "driver": driver_version(),

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from afina.errors import EnvironmentProblem
 from afina.recipe import Train
 from afina.rundir import RunDir
+from afina.worker.processor import Processor, processor
 
 __all__ = ["Choice", "Device", "announce", "arguments", "choose", "difference", "here", "of_run", "products_in_tf32"]
 
@@ -114,7 +115,8 @@ def choose(train: Train, device: Device, before: str | None = None, env: Mapping
 
 def _best(device: Device) -> tuple[Precision, str]:
     if device.kind == "cpu":
-        return "fp32", "the CPU"
+        faster = processor().multiplies_bfloat16
+        return "fp32", "the CPU; train.precision: bf16 may be faster on this one" if faster else "the CPU"
     if device.capability is None:
         return "fp32", f"{device.words}: not tried there"
     if device.capability >= (8, 0):
@@ -183,11 +185,20 @@ def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
     return [f"unlike GPUs in one job: {listed}; each step takes as long as the slowest of them"]
 
 
+def _of_processor(choice: Choice, here: Processor) -> list[str]:
+    """What to say of bfloat16 on this processor."""
+    if choice.precision == "bf16" and here.flags and not here.multiplies_bfloat16:
+        return [f"{here.name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"]
+    return []
+
+
 def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[str]:
     """Compare the ranks' choices (collective), record this one, and return the lines for the log; rank 0 writes and says."""
     import platform
 
     import torch.distributed as dist
+
+    from afina.worker.products import library
 
     warnings: list[str] = []
     rank = 0
@@ -199,7 +210,9 @@ def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[
     if rank:
         return []
     gpu = choice.device.kind == "cuda"
-    run.event("precision", attempt=attempt, attention=attention, measured_here=not gpu, **asdict(choice))
+    about = {} if gpu else {"products": library()}
+    run.event("precision", attempt=attempt, attention=attention, measured_here=not gpu, **about, **asdict(choice))
+    warnings += [] if gpu else _of_processor(choice, processor())
     compiled = ", compiled" if choice.compile else ""
     unmeasured = "; its worth on a GPU was never measured by afina" if gpu else ""
     return [

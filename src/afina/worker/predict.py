@@ -245,7 +245,7 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
     os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
     import torch
 
-    from afina.worker import memory
+    from afina.worker import memory, products
     from afina.worker.classify import Classifier
     from afina.worker.inputs import Reader, as_texts
 
@@ -255,6 +255,7 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
     else:
         device = "cpu"
         memory.keep_freed()
+        products.use_onednn()
     classifier = Classifier(
         job.model,
         max_length=job.max_length,

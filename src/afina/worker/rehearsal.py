@@ -11,7 +11,6 @@ Not seen: the exchange of gradients between processes, another machine than this
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from afina.worker.batches import TOKENS_PER_ROW, EvalBatches, Rows, StepBatches,
 from afina.worker.build import build_arguments, build_model
 from afina.worker.lease import Lease
 from afina.worker.pretrained import verify_model
+from afina.worker.processor import processor
 from afina.worker.store import Split
 from afina.worker.trainer import RunTrainer
 from afina.worker.watch import StopRequest
@@ -102,7 +102,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
     took = list(trainer.times.last)[_UNTIMED:]
     return {
         "device": trainer.args.device.type,
-        "device_name": torch.cuda.get_device_name() if cuda else _processor(),
+        "device_name": torch.cuda.get_device_name() if cuda else processor().name,
         "threads": torch.get_num_threads(),
         "batching": trainer.batching,
         "parameters": parameters,
@@ -260,11 +260,3 @@ def _status(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return os.uname().machine
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), os.uname().machine)

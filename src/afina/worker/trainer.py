@@ -35,7 +35,7 @@ from afina.errors import EnvironmentProblem
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
-from afina.worker import dropout, memory, packed, precision
+from afina.worker import dropout, memory, packed, precision, products
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
 from afina.worker.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
 from afina.worker.flops import Peak, forward_flops, peak_of
@@ -125,6 +125,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         if self.args.device.type == "cpu":
             memory.keep_freed()
+            products.use_onednn(train.onednn and not self.args.torch_compile)
         dropout.seed(train.seed, self.rank)
         self.batching, notes = packed.prepare(self.model, plan.recipe, self.args)
         for note in notes if self.rank == 0 else ():
