@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from afina.jobs import Run, Runs, resume, runs, submit, train
+    from afina.handle import Run, Runs, runs
+    from afina.jobs import resume, submit, train
     from afina.recipe import Recipe, load_recipe
     from afina.rundir import Outcome
     from afina.sweeps.api import Sweep, sweep
@@ -44,16 +45,16 @@ __all__ = [
 _HOMES = {
     "Outcome": "afina.rundir",
     "Recipe": "afina.recipe",
-    "Run": "afina.jobs",
+    "Run": "afina.handle",
     "RunSummary": "afina.watch.overview",
-    "Runs": "afina.jobs",
+    "Runs": "afina.handle",
     "Sweep": "afina.sweeps.api",
     "export": "afina.use.export",
     "load": "afina.use.load",
     "load_recipe": "afina.recipe",
     "predict": "afina.use.predict",
     "resume": "afina.jobs",
-    "runs": "afina.jobs",
+    "runs": "afina.handle",
     "submit": "afina.jobs",
     "sweep": "afina.sweeps.api",
     "train": "afina.jobs",

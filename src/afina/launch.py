@@ -97,8 +97,8 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
 def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables of every worker: caches under scratch, no user packages, and for training no network.
 
-    Threads of torch (GNU OpenMP) that wait for each other spin, by default for milliseconds: beside one busy process on two
-    cores a training made 57 tokens/s instead of 1,762, and with this limit 1,668 (measured once, in turn).
+    Threads of torch (GNU OpenMP) that wait for each other spin, by default for milliseconds: on two cores, beside one busy
+    process, a training falls to a thirtieth of its speed, with this limit to a third, and alone it costs nothing (docs/speed.md).
     """
     here = os.environ if env is None else env
     spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "10000"}

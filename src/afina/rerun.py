@@ -16,6 +16,7 @@ from pathlib import Path
 
 from afina import jobs
 from afina.errors import AfinaError, DataError, RecipeError
+from afina.handle import Run
 from afina.plan import Plan, check_cores, make_plan
 from afina.recipe import Recipe, parse_recipe
 from afina.record import differences, make_record, read_record
@@ -62,7 +63,7 @@ def plan_again(
     Raises:
         InputError: not a run directory, or its files are not there any more.
     """
-    old = jobs.Run(run).dir
+    old = Run(run).dir
     before, prepared, record = old.plan(), old.prepared(), read_record(old.path)
     text, overrides, notes = _recipe_text(old, before)
     # In quotes: a commit may look like a number.
@@ -147,7 +148,7 @@ def rerun(
     time_min: int | None = None,
     num_processes: int | None = None,
     say: Callable[[str], None] = print,
-) -> jobs.Run:
+) -> Run:
     """Make `run` again; trains here and returns at the end, or with `submit` returns once it is in the queue.
 
     Args:

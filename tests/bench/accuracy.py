@@ -7,6 +7,7 @@ between the two within a seed. Every finished run is a line of OUT/cells.jsonl: 
 interrupted.
 
     AFINA_TEST_DATA=FOLDER python tests/bench/accuracy.py --out FOLDER [--seeds 5] [--rows 1000] [--epochs 3]
+    ... --peers tutorial afina afina-bf16     also with `train.precision: bf16`
     ... --quick                  tiny texts and a tiny model: that it works
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import reviews  # type: ignore[import-not-found]
 from peers import HERE, environment_of, recipe_of  # type: ignore[import-not-found]
 
-PEERS = ("tutorial", "afina")
+PEERS = ("tutorial", "afina", "afina-bf16")
 
 
 def run_cell(options: argparse.Namespace, peer: str, lengths: str, seed: int) -> dict[str, Any]:
@@ -47,12 +48,15 @@ def run_cell(options: argparse.Namespace, peer: str, lengths: str, seed: int) ->
         found = json.loads(said.splitlines()[-1])
         return {"accuracy": found["accuracy"], "f1": found["f1"]}
     recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
-    run = folder / "runs" / f"{lengths}-{seed}"
+    half = peer == "afina-bf16"
+    run = folder / "runs" / f"{lengths}-{seed}{'-bf16' if half else ''}"
     run.parent.mkdir(exist_ok=True)
     # One that was interrupted goes on.
     argv = [sys.executable, "-m", "afina.cli"]
     begun = (run / "plan.json").exists()
-    argv += ["resume", str(run)] if begun else ["train", str(recipe), "--run", str(run), "--set", f"train.seed={seed}"]
+    settings = [f"train.seed={seed}", *(["train.precision=bf16"] if half else [])]
+    new = ["train", str(recipe), "--run", str(run), *(word for setting in settings for word in ("--set", setting))]
+    argv += ["resume", str(run)] if begun else new
     subprocess.run(argv, env=environment, check=True, stdout=subprocess.DEVNULL)
     metrics = json.loads((run / "outcome.json").read_text())["metrics"]
     return {"accuracy": metrics["eval_accuracy"], "f1": metrics["eval_f1"]}
@@ -72,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--lengths", nargs="+", choices=reviews.LENGTHS, default=list(reviews.LENGTHS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["tutorial", "afina"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=3)
@@ -87,7 +92,7 @@ def main() -> None:
         reviews.write_parts(options.out, lengths, options.rows, quick=options.quick)
     for seed in range(1, options.seeds + 1):
         for lengths in options.lengths:
-            for peer in PEERS:
+            for peer in options.peers:
                 about = {"peer": peer, "lengths": lengths, "seed": seed, "rows": options.rows, "epochs": options.epochs}
                 if any(about.items() <= cell.items() for cell in cells):
                     continue
@@ -95,23 +100,20 @@ def main() -> None:
                 with log.open("a") as file:
                     file.write(json.dumps(cells[-1]) + "\n")
                 print(cells[-1], flush=True)
-    print("| texts | metric | tutorial | afina | afina − tutorial |\n|---|---|---|---|---|")
+    print("| texts | metric | peer | mean | − tutorial |\n|---|---|---|---|---|")
     for lengths in options.lengths:
         for metric in ("accuracy", "f1"):
+            wanted = {"lengths": lengths, "rows": options.rows, "epochs": options.epochs}
             by_seed = {
-                peer: {
-                    c["seed"]: c[metric]
-                    for c in cells
-                    if (c["peer"], c["lengths"], c["rows"], c["epochs"])
-                    == (peer, lengths, options.rows, options.epochs)
-                }
-                for peer in PEERS
+                peer: {c["seed"]: c[metric] for c in cells if {**wanted, "peer": peer}.items() <= c.items()}
+                for peer in options.peers
             }
-            seeds = sorted(by_seed["tutorial"].keys() & by_seed["afina"].keys())
-            columns = [[by_seed[peer][seed] for seed in seeds] for peer in PEERS]
-            columns.append([b - a for a, b in zip(*columns, strict=True)])
-            shown = [f"{mean:.4f} ± {half:.4f}" for mean, half in map(interval, columns)]
-            print(f"| {lengths}, {len(seeds)} seeds | {metric} | {' | '.join(shown)} |")
+            base = by_seed.get("tutorial", {})
+            for peer, values in by_seed.items():
+                mean, half = interval(list(values.values()))
+                pairs = [value - base[seed] for seed, value in values.items() if seed in base]
+                apart = "–" if peer == "tutorial" or not pairs else "{:+.4f} ± {:.4f}".format(*interval(pairs))
+                print(f"| {lengths}, {len(values)} seeds | {metric} | {peer} | {mean:.4f} ± {half:.4f} | {apart} |")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ ratio is formed within a round, so that load from elsewhere meets both sides; sh
     ... --only packed longest      these variants, and `padded`
     ... --profile packed           where the time of one variant goes, by torch.profiler
     ... --threads 1 --clock cpu    on a machine that others use too: processor time, which their load hardly changes
+    ... --quick                    a tiny model: that it works, not how fast it is
     ... --calls                    calibrate what a call of attention costs (`afina.worker.packing.CALL_SCORES`)
 
 Lengths: `short` are the reviews as they are; `yelp` joins reviews of equal stars to a lognormal length (mean 172, median
@@ -22,12 +23,14 @@ import json
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import reviews  # type: ignore[import-not-found]
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -112,7 +115,8 @@ class Variant:
         if way.batching == "packed":
             self.collate = PackedCollator(split, 0, heads=self.model.config.num_attention_heads)
         else:
-            self.collate = Collator(split, 0, 512 if way.batching == "padded" else None)
+            longest = min(512, self.model.config.max_position_embeddings)
+            self.collate = Collator(split, 0, longest if way.batching == "padded" else None)
         width = self.model.config.hidden_size
         self.sampler = StepBatches(split.lengths, _geometry(batch_size), 0, 1, way.batching, width)
         self.batches = self._batches()
@@ -260,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--profile", choices=tuple(VARIANTS))
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--calls", action="store_true")
     parser.add_argument("--json", type=Path, help="write all that was found here too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -278,6 +283,10 @@ def main() -> None:
         return
     from afina.demo import model_folder
 
+    if options.quick:
+        folder = Path(tempfile.mkdtemp())
+        options.model, options.rounds = str(reviews.model_for("tiny", folder)), 1
+        options.csv = reviews.write_parts(folder, "short", 64, quick=True)[0]
     model = options.model or str(model_folder())
     source = options.csv or Path(os.environ["AFINA_TEST_DATA"]) / "amazon_reviews.csv"
     names = list(dict.fromkeys(["padded", *options.only]))

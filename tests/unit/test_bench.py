@@ -150,6 +150,27 @@ def test_peers_train_the_same_epochs_and_an_interrupted_bench_goes_on(tmp_path: 
 
 
 @pytest.mark.slow
+def test_every_way_to_make_a_step_makes_one(tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    _bench("batching.py", "--quick", "--lengths", "short", "--json", found)
+    ways = json.loads(found.read_text())["short"]["variants"]
+    assert {"padded", "packed, fast dropout, oneDNN", "packed, bfloat16"} < ways.keys()
+    for name, way in ways.items():
+        assert way["ms_per_example"][0] > 0 and (way["share_of_real"] == 1) == name.startswith("packed"), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_accuracy_is_compared_within_a_seed(tmp_path: Path) -> None:
+    options = ["--out", tmp_path, "--quick", "--rows", "32", "--epochs", "1", "--seeds", "1", "--lengths", "short"]
+    said = _bench("accuracy.py", *options)
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [(c["peer"], c["seed"]) for c in cells] == [("tutorial", 1), ("afina", 1)]
+    assert all(0 <= c["accuracy"] <= 1 for c in cells)
+    assert f"| short, 1 seeds | accuracy | afina | {cells[1]['accuracy']:.4f}" in said
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_an_evaluation_of_afina_and_one_of_trainer_give_the_same_probabilities(tmp_path: Path) -> None:
     found = tmp_path / "found.json"

@@ -214,7 +214,7 @@ def test_python_blocks_use_what_exists() -> None:
                 if node.value.id in names:
                     assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
                 elif node.value.id == "run":
-                    assert hasattr(importlib.import_module("afina.jobs").Run, node.attr), ast.unparse(node)
+                    assert hasattr(importlib.import_module("afina.handle").Run, node.attr), ast.unparse(node)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -24,10 +24,11 @@ from transformers import (
 
 from afina.plan import Geometry
 from afina.recipe import Recipe
-from afina.worker import attention, dropout, packed
+from afina.worker import attention, dropout, packed, products
 from afina.worker.attention import attend
 from afina.worker.batches import Batching, Collator, PackedCollator, StepBatches
 from afina.worker.packing import cut, pack
+from afina.worker.processor import Processor
 from afina.worker.store import Split
 
 VOCABULARY, PAD = 200, 1
@@ -191,6 +192,29 @@ def test_padded_attention_with_dropout_draws_the_same_and_sees_no_padding() -> N
         outs.append(attend(torch.nn.Identity(), q, keys, values, mask, dropout=0.5, fast_dropout=True)[0])
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], attend(torch.nn.Identity(), q, k, v, mask, dropout=0.5, fast_dropout=True)[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_products_of_attention_stay_with_mkl_in_both_directions(p: float) -> None:
+    lengths = (200, 120, 3)
+    packing, draw = pack(lengths, heads=4), torch.Generator().manual_seed(3)
+    inputs = [torch.randn(1, 4, sum(lengths), 32, generator=draw) for _ in range(3)]
+    found = []
+    try:
+        for wanted in (False, True):
+            chosen = products.use_onednn(wanted, Processor("", "AuthenticAMD", frozenset({"avx512f"})))
+            before = torch.get_float32_matmul_precision()
+            assert (before == "medium") == chosen
+            q, k, v = (x.clone().requires_grad_() for x in inputs)
+            dropout.seed(1, 0)
+            out, _ = attend(torch.nn.Identity(), q, k, v, None, dropout=p, packing=packing, fast_dropout=True)
+            assert torch.get_float32_matmul_precision() == before
+            out.square().sum().backward()
+            assert torch.get_float32_matmul_precision() == before
+            found.append([out, q.grad, k.grad, v.grad])
+    finally:
+        products.use_onednn(False)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_under_autocast_attention_with_dropout_is_float32s() -> None:

@@ -19,6 +19,7 @@ from tests.unit.test_report import Page
 
 from afina import jobs
 from afina.errors import DataError, InputError, SlurmError
+from afina.handle import run_named
 from afina.launch import sbatch_argv
 from afina.plan import make_plan
 from afina.recipe import Recipe
@@ -157,8 +158,8 @@ def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
     again = plan_again("cpu-1", local=False)
     assert again.plan.recipe.resources.gpus_per_node == 0 and again.plan.geometry.gpus_per_node == 0
     assert not any("gpu" in word for word in sbatch_argv(again.plan, scratch / "runs/cpu-2"))
-    named = jobs.run_named("cpu")
-    assert named is not None and named.path == scratch / "runs/cpu-1" and jobs.run_named(file) is None
+    named = run_named("cpu")
+    assert named is not None and named.path == scratch / "runs/cpu-1" and run_named(file) is None
     assert plan_again("cpu-1", local=False, gpus_per_node=1).plan.geometry.gpus_per_node == 1
 
 

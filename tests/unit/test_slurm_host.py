@@ -235,7 +235,7 @@ def test_without_accounting_gone_is_gone(bin: Path, body: str) -> None:
 
 
 def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
-    from afina.jobs import Run
+    from afina.handle import Run
 
     handle = Run(run.path)
     assert handle.state == "PLANNED"

@@ -26,6 +26,7 @@ from typing import Any
 
 from afina import jobs
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
+from afina.handle import Run, Runs
 from afina.launch import worker_environment
 from afina.plan import Plan
 from afina.recipe import Recipe
@@ -75,10 +76,10 @@ class Sweep:
         return found
 
     @property
-    def runs(self) -> jobs.Runs:
+    def runs(self) -> Runs:
         """The runs that have been claimed, in the order of the cells."""
         paths = [self.dir.runs / cell.name for cell in self.record.cells]
-        return jobs.Runs(jobs.Run(path) for path in paths if is_run_dir(path))
+        return Runs(Run(path) for path in paths if is_run_dir(path))
 
     def states(self) -> dict[str, State]:
         """The state of every cell by its name, with one call of squeue for all of them."""

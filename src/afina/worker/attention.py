@@ -87,7 +87,7 @@ def attend(
     if dropout and fast_dropout and query.device.type == "cpu" and exact:
         out: torch.Tensor = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
-        out = _with_sdpa(q, k, v, calls, scale, dropout, bias)
+        out = products.by_mkl_backward_too(_with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias)
     if packing is not None and first_only:
         out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None

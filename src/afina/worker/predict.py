@@ -255,7 +255,6 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
     else:
         device = "cpu"
         memory.keep_freed()
-        products.use_onednn()
     classifier = Classifier(
         job.model,
         max_length=job.max_length,
@@ -265,6 +264,8 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
         device=device,
         trust_remote_code=job.plan.recipe.trust_remote_code,
     )
+    if device == "cpu":
+        products.use_onednn(classifier.batching == "packed")
     reader = Reader(parts.inputs, parts.files())
 
     def ahead(chunk: int) -> tuple[pa.Table, Encoded]:

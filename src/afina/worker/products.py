@@ -6,21 +6,22 @@ may be rounded to bfloat16 on the way. oneDNN makes use of that where the proces
 not); elsewhere it computes in float32 and sums in another order than MKL. That it does so here is tried, against float64.
 
 The products within attention stay with MKL: they are many, small, and of new shapes in every step, for each of which oneDNN
-would make a kernel of its own.
+would make a kernel of its own. That is so in `worker.attention` only, so that models with another attention keep MKL.
 
 Not covered: processors of other makers keep MKL; which of the two is faster there was not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from afina.worker.processor import Processor, processor
 
-__all__ = ["by_mkl", "library", "use_onednn"]
+__all__ = ["by_mkl", "by_mkl_backward_too", "library", "use_onednn"]
 
 #: A relative error that float32 is far below, and bfloat16 with its 8 bits far above.
 _EXACT = 1e-5
@@ -52,6 +53,39 @@ def by_mkl() -> Iterator[None]:
     finally:
         if _in_use:
             _permit(True)
+
+
+def by_mkl_backward_too(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor, **named: Any) -> torch.Tensor:
+    """`compute(*inputs, **named)` by MKL, and its gradients too."""
+    with by_mkl():
+        if not _in_use:
+            return compute(*inputs, **named)
+        computed: torch.Tensor = _Begin.apply(compute(*_End.apply(*inputs), **named))  # type: ignore[no-untyped-call]
+        return computed
+
+
+class _Begin(torch.autograd.Function):
+    """What its output is used for comes before it in the backward pass, what its input was made by after it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        _permit(False)
+        return gradients[0]
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _permit(_in_use)
+        return gradients
 
 
 def _permit(permitted: bool) -> None:

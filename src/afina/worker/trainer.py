@@ -125,9 +125,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         if self.args.device.type == "cpu":
             memory.keep_freed()
-            products.use_onednn(train.onednn and not self.args.torch_compile)
         dropout.seed(train.seed, self.rank)
         self.batching, notes = packed.prepare(self.model, plan.recipe, self.args)
+        if self.args.device.type == "cpu":
+            products.use_onednn(train.onednn and self.batching == "packed")
         for note in notes if self.rank == 0 else ():
             print(f"afina: {note}", flush=True)
         self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
