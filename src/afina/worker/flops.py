@@ -64,7 +64,7 @@ DATASHEET: dict[str, dict[str, float | None]] = {
 _OTHER = r"(?![A-Za-z0-9]| (?:Ti|D|SUPER|Laptop|Max-Q|Mobile)\b|.*\bMIG\b)"
 
 #: Sides of the square matrices that are multiplied to find a peak, and seconds for each.
-_SIDES, _SECONDS = (512, 1024, 1536), 0.15
+_SIDES, _SECONDS = (512, 1024, 1536), 0.08
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def use_onednn(wanted: bool = True, here: Processor | None = None) -> bool:
 
 
 def library() -> str:
-    """Whose products of float32 matrices this process computes on the CPU."""
-    return "oneDNN" if _in_use else "MKL"
+    """Whose products of float32 matrices this process computes on the CPU: oneDNN's, or those that torch chooses (on x86 MKL's)."""
+    return "oneDNN" if _in_use else "torch's choice"
 
 
 @contextmanager

@@ -177,6 +177,8 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         trainer.stopped = abandoned.cause
     trainer.meter.enter("saving")
     trainer.saver.finish()
+    # Again: whatever else used the cores at the start made it too low (one run in fourteen, by half).
+    trainer.find_peak()
 
     step = trainer.state.global_step
     if trainer.stopped:

@@ -232,7 +232,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `worker.flops`
 
     def find_peak(self) -> None:
-        """Measure what the processes' devices could do, all of them at the same moment. Collective."""
+        """Measure what the processes' devices could do, all of them at the same moment; the best time counts. Collective."""
         arguments = self.args
         tf32 = arguments.device.type == "cuda" and precision.products_in_tf32()
         self.barrier()
@@ -245,7 +245,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             total = torch.tensor(mine.flops, dtype=torch.float64, device=arguments.device)
             dist.all_reduce(total)
             mine = Peak(float(total), f"{mine.source}; the sum of {ranks} processes")
-        self.meter.peak = mine
+        if self.meter.peak is None or self.meter.peak.flops < mine.flops:
+            self.meter.peak = mine
 
     def agree_on_memory(self) -> None:
         """The most memory that any rank has used. Collective."""
