@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all that was found here too")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.rounds, options.kills, options.kill_rows = [400], 1, 1, None
+        options.rows, options.rounds, options.kills, options.kill_rows = [200, 400], 1, 1, None
     source = options.csv or Path(os.environ["AFINA_TEST_DATA"]) / "amazon_reviews.csv"
     model = options.model
     if model is None:
@@ -374,6 +374,11 @@ def main() -> None:
         "versions": {n: importlib.metadata.version(n) for n in ("transformers", "tokenizers", "datasets", "pyarrow")},
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="afina-bench-") as here:
         place, few = Path(here), min(options.rows)
         left: dict[str, list[Path]] = {}
@@ -384,31 +389,32 @@ def main() -> None:
                 for number in range(options.rounds):
                     first = number % len(options.peers)
                     for peer in options.peers[first:] + options.peers[:first]:
-                        about, files = run_peer(peer, table, rows, model, place / peer)
+                        about, files = run_peer(peer, table, rows, model, place / f"{peer} {rows}")
                         found["peers"].append(about)
+                        write()
                         print(
                             f"{rows:,} rows, {peer}: {about['rows_per_second']:,} rows/s", file=sys.stderr, flush=True
                         )
                         if rows == few and peer in ("afina", "map"):
                             left[peer] = files
                         else:
-                            shutil.rmtree(place / peer)
+                            shutil.rmtree(place / f"{peer} {rows}")
         if "kills" in options.only:
             rows = options.kill_rows or few
             table = yelp_like(source, rows, place / f"{rows}.csv")
             size = 20_000 if options.quick else 8 << 20
             found["kills"] = {"rows": rows, **kills(table, model, place / "kills", options.kills, options.seed, size)}
+            write()
         if "reading" in options.only:
             table = yelp_like(source, few, place / f"{few}.csv")
             for peer in ("afina", "map"):
                 if peer not in left:
-                    _, left[peer] = run_peer(peer, table, few, model, place / peer)
+                    _, left[peer] = run_peer(peer, table, few, model, place / f"{peer} {few}")
             prepared = next(path.parent for path in left["afina"] if path.name == "manifest.json")
             count = 20 if options.quick else 500
             found["reading"] = reading(prepared, left["map"], options.batch_size, count, 2 if options.quick else 9)
+    write()
     print(table_of(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
