@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -204,7 +205,7 @@ def _pandas() -> Any:
     except ImportError:
         raise EnvironmentProblem(
             "pandas is not installed here",
-            f"{sys.executable} -m pip install pandas; or use Run.records(), which needs nothing",
+            f"{shlex.quote(sys.executable)} -m pip install pandas; or use Run.records(), which needs nothing",
         ) from None
     return pandas
 

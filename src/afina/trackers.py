@@ -39,7 +39,7 @@ def check_trackers(names: Iterable[str]) -> None:
             remedy = (
                 f"build an image that has it: add {package} to the extra `train` in pyproject.toml, then container/lock.sh and container/build.sh"
                 if inside
-                else f"{sys.executable} -m pip install {package}"
+                else f"{shlex.quote(sys.executable)} -m pip install {package}"
             )
             raise EnvironmentProblem(
                 f"trackers: {name} needs the package {package}, which {where} does not have",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def test_submitits_script_looks_before_it_starts(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     run = RunDir(tmp_path / "it's a run")
     asked = plan.model_copy(update={"site": site(signed, "signed.sif", str(signed / "pem.pub"))})
-    line = f'{sys.executable} -m afina.image "$run" || exit 3'
+    line = f'{shlex.quote(sys.executable)} -m afina.image "$run" || exit 3'
     lines = submitit_script(asked, run).splitlines()
     assert lines.index(line) < next(i for i, text in enumerate(lines) if text.startswith("srun ")), lines
     assert line not in submitit_script(plan, run).splitlines()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -214,7 +215,8 @@ def test_scratch_that_cannot_be_used(tmp_path: Path) -> None:
     assert f"set AFINA_SCRATCH in {named}" in refused(named).remedy
 
 
-LOAD = f"{sys.executable} -W error -m afina.cli status /nowhere 2>&1 || true; exec {sys.executable} -c 'import sys\nfrom afina.site import load_site\nfrom afina.errors import AfinaError\ntry: print(load_site())\nexcept AfinaError as e: print(e); sys.exit(e.exit_code)'"
+PYTHON = shlex.quote(sys.executable)
+LOAD = f"{PYTHON} -W error -m afina.cli status /nowhere 2>&1 || true; exec {PYTHON} -c 'import sys\nfrom afina.site import load_site\nfrom afina.errors import AfinaError\ntry: print(load_site())\nexcept AfinaError as e: print(e); sys.exit(e.exit_code)'"
 
 
 def test_scratch_that_is_read_only(scratch: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_a_missing_package_is_refused_before_anything_is_made(
     before = tree(scratch)
     done = afina("train", path, "--run", tmp_path / "run")
     assert done.returncode == 3 and "trackers: mlflow needs the package mlflow" in done.stderr, done
-    assert f"remedy: {sys.executable} -m pip install mlflow; or leave mlflow out" in done.stderr
+    assert f"remedy: {shlex.quote(sys.executable)} -m pip install mlflow; or leave mlflow out" in done.stderr
     assert not (tmp_path / "run").exists()
     left = set(tree(scratch)) - set(before)
     assert not [path for path in left if Path(path).is_file()], left
