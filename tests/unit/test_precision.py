@@ -16,8 +16,9 @@ from tests import tiny
 
 from afina.errors import EnvironmentProblem
 from afina.recipe import Train
+from afina.rundir import RunDir
 from afina.worker import products
-from afina.worker.precision import Choice, Device, _of_processor, arguments, choose, difference
+from afina.worker.precision import Choice, Device, announce, arguments, choose, difference, here
 from afina.worker.processor import Processor, processor
 
 CPU = Device("cpu", "CPU")
@@ -188,12 +189,17 @@ def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
     assert processor(file) == processor(tmp_path / "absent") == Processor(os.uname().machine, "", frozenset())
 
 
-def test_bfloat16_without_instructions_for_it_is_warned_of() -> None:
-    old, new = (Processor("EPYC", "AuthenticAMD", frozenset({"avx2", *more})) for more in ((), ("avx512_bf16",)))
-    half, whole = (Choice(name, False, "", CPU) for name in ("bf16", "fp32"))
-    assert "EPYC has no instructions for bfloat16" in _of_processor(half, old)[0]
-    assert _of_processor(half, new) == _of_processor(whole, old) == []
-    assert _of_processor(half, Processor("aarch64", "", frozenset())) == []
+def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    name = processor().name
+
+    def said(precision: Any, has: bool | None) -> list[str]:
+        return announce(run, "local-1", Choice(precision, False, "", Device("cpu", "CPU", bfloat16=has)), "eager")[1:]
+
+    assert f"{name} has no instructions for bfloat16" in said("bf16", False)[0]
+    assert said("bf16", True) == said("fp32", False) == said("bf16", None) == []
+    assert choose(Train(), CPU).why == choose(Train(), Device("cpu", "CPU", bfloat16=False)).why == "the CPU"
+    assert choose(Train(), Device("cpu", "CPU", bfloat16=True)).why.startswith("the CPU; train.precision: bf16 may be")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,7 @@ def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
     plain, said = trained(place, "plain")
-    assert "afina: precision fp32 (the CPU" in said
+    assert f"afina: precision fp32 ({choose(Train(), here()).why})" in said
     about = recorded(plain)
     assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
     half, said = trained(place, "half", "train.precision=bf16")

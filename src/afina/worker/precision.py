@@ -22,7 +22,7 @@ from typing import Any, Literal
 from afina.errors import EnvironmentProblem
 from afina.recipe import Train
 from afina.rundir import RunDir
-from afina.worker.processor import Processor, processor
+from afina.worker.processor import processor
 
 __all__ = ["Choice", "Device", "announce", "arguments", "choose", "difference", "here", "of_run", "products_in_tf32"]
 
@@ -36,11 +36,16 @@ _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 @dataclass(frozen=True)
 class Device:
-    """What a process computes on. `capability` is NVIDIA's compute capability, None for everything else."""
+    """What a process computes on.
+
+    capability: NVIDIA's compute capability, None for everything else.
+    bfloat16: whether a CPU has instructions for products in it; None where that is not known.
+    """
 
     kind: Literal["cpu", "cuda"]
     name: str
     capability: tuple[int, int] | None = None
+    bfloat16: bool | None = None
 
     @property
     def words(self) -> str:
@@ -65,7 +70,8 @@ def here() -> Device:
     import torch
 
     if not torch.cuda.is_available():
-        return Device("cpu", "CPU")
+        cpu = processor()
+        return Device("cpu", "CPU", bfloat16=cpu.multiplies_bfloat16 if cpu.flags else None)
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
     return Device("cuda", torch.cuda.get_device_name(index), capability)
@@ -115,8 +121,7 @@ def choose(train: Train, device: Device, before: str | None = None, env: Mapping
 
 def _best(device: Device) -> tuple[Precision, str]:
     if device.kind == "cpu":
-        faster = processor().multiplies_bfloat16
-        return "fp32", "the CPU; train.precision: bf16 may be faster on this one" if faster else "the CPU"
+        return "fp32", "the CPU; train.precision: bf16 may be faster on this one" if device.bfloat16 else "the CPU"
     if device.capability is None:
         return "fp32", f"{device.words}: not tried there"
     if device.capability >= (8, 0):
@@ -185,13 +190,6 @@ def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
     return [f"unlike GPUs in one job: {listed}; each step takes as long as the slowest of them"]
 
 
-def _of_processor(choice: Choice, here: Processor) -> list[str]:
-    """What to say of bfloat16 on this processor."""
-    if choice.precision == "bf16" and here.flags and not here.multiplies_bfloat16:
-        return [f"{here.name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"]
-    return []
-
-
 def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[str]:
     """Compare the ranks' choices (collective), record this one, and return the lines for the log; rank 0 writes and says."""
     import platform
@@ -212,7 +210,9 @@ def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[
     gpu = choice.device.kind == "cuda"
     about = {} if gpu else {"products": library()}
     run.event("precision", attempt=attempt, attention=attention, measured_here=not gpu, **about, **asdict(choice))
-    warnings += [] if gpu else _of_processor(choice, processor())
+    if choice.precision == "bf16" and choice.device.bfloat16 is False:
+        name = processor().name
+        warnings += [f"{name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"]
     compiled = ", compiled" if choice.compile else ""
     unmeasured = "; its worth on a GPU was never measured by afina" if gpu else ""
     return [

@@ -1,7 +1,7 @@
 """Products of float32 matrices on the CPU by oneDNN instead of MKL, where that is faster and as exact.
 
-On AMD's processors with AVX-512 oneDNN multiplies 5 to 10 % faster than MKL (Zen 4; sides of 384 to 3,072), and a training step
-takes 4 % less time for MiniLM and 6 % at BERT base size (tests/bench/batching.py). torch hands it float32 only where products
+On AMD's processors with AVX-512 oneDNN multiplies 5 to 10 % faster than MKL (Zen 4; sides of 384 to 3,072), and training
+steps are 3 to 8 % faster (tests/bench/batching.py). torch hands it float32 only where products
 may be rounded to bfloat16 on the way. oneDNN makes use of that where the processor has tiles for it (AMX, which AMD's have
 not); elsewhere it computes in float32 and sums in another order than MKL. That it does so here is tried, against float64.
 
@@ -57,9 +57,9 @@ def by_mkl() -> Iterator[None]:
 
 def by_mkl_backward_too(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor, **named: Any) -> torch.Tensor:
     """`compute(*inputs, **named)` by MKL, and its gradients too."""
+    if not _in_use:
+        return compute(*inputs, **named)
     with by_mkl():
-        if not _in_use:
-            return compute(*inputs, **named)
         computed: torch.Tensor = _Begin.apply(compute(*_End.apply(*inputs), **named))  # type: ignore[no-untyped-call]
         return computed
 
