@@ -208,7 +208,8 @@ def calls() -> dict[str, Any]:
         for length in (8, 16, 32, 64, 128, 256):
             for count, apart in ((1, True), (4, True), (16, True), (4, False), (16, False)):
                 groups = [Group(1, length, length)] * count if apart else [Group(count, length, length * count)]
-                packing = Packing((length,) * count, torch.arange(count) * length, tuple(groups))
+                bounds = torch.arange(count + 1) * length
+                packing = Packing((length,) * count, bounds[:-1], bounds.int(), tuple(groups))
                 q, k, v = (torch.randn(1, heads, length * count, width, requires_grad=True) for _ in range(3))
                 best = math.inf
                 for _ in range(12):

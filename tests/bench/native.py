@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())  # several processes on CPUs find each other only so
+    gpu = torch.cuda.is_available()
+    # Several processes on CPUs find each other only so.
+    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
     set_seed(options.seed)
     train, test = load(options.prepared, "train"), load(options.prepared, "eval")
     names = json.loads((options.prepared / "manifest.json").read_text())["labels"]
@@ -103,6 +105,7 @@ def main() -> None:
         accelerator.print(f"epoch {epoch + 1}: accuracy {accuracy:.4f}")
     seconds = time.perf_counter() - began
     found = {"seconds": seconds, "evaluation_seconds": evaluating, "steps": steps, "accuracy": accuracy}
+    found["gpu_bytes"] = torch.cuda.max_memory_allocated() if gpu else 0
     accelerator.print(json.dumps(found))
     accelerator.end_training()
 

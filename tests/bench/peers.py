@@ -6,6 +6,7 @@
     keras      Keras on the torch backend with keras-hub (tests/bench/keras_loop.py); one process; where it is installed
     afina      `afina train` with its defaults
     afina-bf16 with train.precision: bf16, another recipe; its MFU is the share of the float32 peak all the same
+    afina-plain with train.cuda_graphs: false; on a GPU
 
     AFINA_TEST_DATA=FOLDER python tests/bench/peers.py --out FOLDER [--rows 1000] [--epochs 1] [--rounds 3]
     ... --peers tutorial afina --models minilm --lengths yelp --processes 1 2
@@ -20,7 +21,8 @@ the tutorial where it takes part, so that load from elsewhere meets both sides; 
 Every finished run is a line of OUT/cells.jsonl: the same command goes on where it was interrupted. OUT/peers.json and
 OUT/peers.png (with matplotlib) hold the summary.
 
-Not covered: GPUs, more than one machine.
+Where there is a GPU all of them train on it: the tutorial in float32, the others in bfloat16; memory is the GPU's then, what torch
+allocated, and MFU the share of the bfloat16 peak. Not covered: more than one machine, more than one GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ from typing import Any
 import reviews  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
-PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-bf16")
+PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-bf16", "afina-plain")
+
+#: What a peer of afina's own sets beside the recipe.
+SETTINGS = {"afina-bf16": ["--set", "train.precision=bf16"], "afina-plain": ["--set", "train.cuda_graphs=false"]}
 
 
 def recipe_of(folder: Path, model: Path, lengths: str, epochs: float, quick: bool) -> Path:
@@ -106,7 +111,7 @@ def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: 
         run = folder / "runs" / f"{cell['model']}-{lengths}-{processes}-{cell['round']}-{number}"
         run.parent.mkdir(exist_ok=True)
         argv = [sys.executable, "-m", "afina.cli", "train", str(recipe), "--run", str(run)]
-        argv += ["--set", "train.precision=bf16"] if peer == "afina-bf16" else []
+        argv += SETTINGS.get(peer, [])
         return [*argv, *(["--num-processes", str(processes)] if processes > 1 else [])]
     script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
     prepared = prepared_of(folder, recipe, options.threads)
@@ -177,6 +182,8 @@ def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, pea
             "accuracy": outcome["metrics"]["eval_accuracy"],
             "said_by_itself": outcome["utilisation"],
         }
+        if outcome["device"] == "cuda":
+            memory = outcome["utilisation"]["peak_memory_gb"]
     else:
         last = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
         found = {
@@ -185,6 +192,7 @@ def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, pea
             "steps": last["steps"],
             "accuracy": last["accuracy"],
         }
+        memory = last.get("gpu_bytes", 0) / 1e9 or memory
     work = _work(options, cell)
     examples = options.rows * options.epochs
     return {
@@ -215,10 +223,11 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
 
 
 def peak_now(threads: int) -> float:
-    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries."""
+    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries; of a GPU in bfloat16."""
     code = (
         "import torch; from afina.worker import products; from afina.worker.flops import peak_of; products.use_onednn(); "
-        "print(peak_of(torch.device('cpu'), 'float32').flops)"
+        "gpu = torch.cuda.is_available(); "
+        "print(peak_of(torch.device('cuda' if gpu else 'cpu'), 'bfloat16' if gpu else 'float32').flops)"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -312,7 +321,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[peer for peer in PEERS if peer != "afina-plain"])
     parser.add_argument("--models", nargs="+", choices=reviews.MODELS, default=["minilm"])
     parser.add_argument("--lengths", nargs="+", choices=reviews.LENGTHS, default=list(reviews.LENGTHS))
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2, 4, 8), default=[1])

@@ -27,7 +27,7 @@ from afina.recipe import Recipe
 from afina.worker import attention, dropout, packed, products
 from afina.worker.attention import attend
 from afina.worker.batches import Batching, Collator, PackedCollator, StepBatches
-from afina.worker.packing import cut, pack
+from afina.worker.packing import Packing, cut, pack
 from afina.worker.processor import Processor
 from afina.worker.store import Split
 
@@ -236,38 +236,56 @@ def test_under_autocast_attention_with_dropout_is_float32s() -> None:
         assert torch.allclose(mine, true, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "distilbert"])
-def test_an_implementation_with_cu_seq_lens_is_told_the_sequences(name: str) -> None:
-    """What varlen flash attention gets; computed here by a plain loop."""
-    told: list[int] = []
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "modernbert, mean", "distilbert"])
+def test_flash_attention_is_told_the_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel of GPUs gets; computed here by a plain loop."""
+    told: list[bool] = []
 
-    def varlen(
-        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        assert mask is None and "packing" not in kwargs
-        ends = kwargs["cu_seq_lens_q"].tolist()
-        assert kwargs["cu_seq_lens_k"].tolist() == ends and kwargs["cu_seq_lens_q"].dtype == torch.int32
-        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(LENGTHS)
-        told.append(len(ends) - 1)
-        window, parts = kwargs.get("sliding_window"), []
-        for a, b in itertools.pairwise(ends):
-            scores = q[0, :, a:b] @ k[0, :, a:b].transpose(1, 2) * scaling
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        packing: Packing,
+        first_only: bool,
+        scale: float,
+        dropout: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        told.append(first_only)
+        assert dropout == 0 and not (first_only and window)
+        assert packing.bounds.dtype == torch.int32 and packing.lengths[0] == max(LENGTHS)
+        assert len(q) == (len(LENGTHS) if first_only else sum(LENGTHS)) and len(k) == len(v) == sum(LENGTHS)
+        parts = []
+        for number, (a, b) in enumerate(itertools.pairwise(packing.bounds.tolist())):
+            mine = q[number : number + 1] if first_only else q[a:b]
+            scores = torch.einsum("qhd,khd->hqk", mine, k[a:b]) * scale
             if window is not None:
                 at = torch.arange(b - a)
                 scores.masked_fill_((at[:, None] - at).abs() >= window, -torch.inf)
-            parts.append(scores.softmax(-1) @ v[0, :, a:b])
-        return torch.cat(parts, 1).transpose(0, 1)[None], None
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+        return torch.cat(parts)
 
-    AttentionInterface.register("afina_test_varlen", varlen)
-    AttentionMaskInterface.register("afina_test_varlen", lambda *_, **__: None)
+    monkeypatch.setattr(attention.varlen, "takes", lambda query: True)
+    monkeypatch.setattr(attention.varlen, "attend", attend)
     model = still(model_of(CONFIGS[name])).train()
     split, rows = split_of(LENGTHS, 6), list(range(len(LENGTHS)))
     expected = step(model, Collator(split, PAD)(rows))
-    packed.accept_packed(model, "afina_test_varlen")
-    found = step(model, PackedCollator(split, PAD, 4, packed.PROVEN[name].offset)(rows))
-    assert told == [len(LENGTHS)] * 3
-    assert_same(found[0], expected[0], 2e-5, "logits")
-    assert_same(found[1], expected[1], 2e-5, "loss")
+    packed.accept_packed(model, attention.PLAIN)
+    found = step(model, PackedCollator(split, PAD, 4, packed.PROVEN[model.config.model_type].offset)(rows))
+    assert told == [False, False, not name.endswith("mean")]
+    for number, what in enumerate(("logits", "loss")):
+        assert_same(found[number], expected[number], 2e-5, what)
+
+
+def test_cudnn_is_kept_from_attention_on_gpus_only() -> None:
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    attention.take_from_cudnn(torch.device("cpu"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        attention.take_from_cudnn(torch.device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_activation_checkpointing_packs_too() -> None:

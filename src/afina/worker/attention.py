@@ -3,7 +3,8 @@
 Packed, each sequence attends to itself, group by group (`worker.packing`). Where attention probabilities are dropped out
 on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel takes no dropout there, and the
 general path draws a slow mask and keeps three copies of the probabilities; this one keeps the probabilities and 16 bits for each.
-Everywhere else `scaled_dot_product_attention` does the work.
+On GPUs in half precision it is one call of torch's variable-length flash attention (`worker.varlen`). Everywhere else
+`scaled_dot_product_attention` does the work.
 
 Not covered: causal attention, keys and values of another length than the queries, returning the probabilities.
 """
@@ -21,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from afina.worker import dropout as fast
-from afina.worker import products
+from afina.worker import products, varlen
 from afina.worker.packing import Group, Packing
 
-__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register"]
+__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "take_from_cudnn"]
 
 #: What `model.set_attn_implementation` takes: with torch's dropout, and with the fast one.
 PLAIN, FAST = "afina", "afina_fast_dropout"
@@ -38,6 +39,12 @@ def register() -> None:
     for name, function in ((PLAIN, attend), (FAST, partial(attend, fast_dropout=True))):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, _mask)
+
+
+def take_from_cudnn(device: torch.device) -> None:
+    """On a GPU, let other libraries compute `scaled_dot_product_attention`: cuDNN makes a plan for each new shape, 150 ms (H100, torch 2.11)."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:
@@ -76,16 +83,19 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
+    by_flash = packing is not None and bias is None and not (first_only and sliding_window) and varlen.takes(q)
     if packing is None:
         calls = [Call(whole := Group(query.shape[0], query.shape[2], tokens), whole, attention_mask)]
     else:
-        calls = [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
+        calls = [] if by_flash else [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
         if first_only:
             q = q.index_select(0, packing.starts)
     # Under autocast it computes in float32: torch's general path takes longer in bfloat16 too.
     exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
-    if dropout and fast_dropout and query.device.type == "cpu" and exact:
-        out: torch.Tensor = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
+    if by_flash and packing is not None:
+        out: torch.Tensor = varlen.attend(q, k, v, packing, first_only, scale, dropout, sliding_window)
+    elif dropout and fast_dropout and query.device.type == "cpu" and exact:
+        out = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
         out = products.by_mkl_backward_too(_with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias)
     if packing is not None and first_only:

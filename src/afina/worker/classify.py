@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from afina.errors import InputError
 from afina.use.prediction import CHUNK_ROWS
-from afina.worker import packed
+from afina.worker import attention, packed
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
 from afina.worker.note import note_of
 from afina.worker.outputs import columns_of, probabilities
@@ -105,9 +105,9 @@ class Classifier:
         self.batch_size = batch_size or _BATCH_ROWS
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
+        attention.take_from_cudnn(self.device)
         if packed.why_not_packed(self.model) is None:
-            half = dtype != "float32"
-            packed.accept_packed(self.model, packed.attention_for(self.device, half=half, fast_dropout=False))
+            packed.accept_packed(self.model, attention.PLAIN)
             self.batching = "packed"
 
     def __repr__(self) -> str:

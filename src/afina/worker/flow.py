@@ -37,6 +37,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        trainer.began_at = state.global_step
         if trainer.rank == 0:
             trainer.run.event("training", attempt=trainer.attempt, step=state.global_step, max_steps=state.max_steps)
         if state.global_step:
@@ -68,7 +69,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
                     "nothing to do: look at the other attempt",
                     cause="claimed",
                 )
-            if step == trainer._initial_global_step + 1:
+            if step == trainer.began_at + 1:
                 trainer.run.event("first_step", attempt=trainer.attempt, step=step)
         cause, save_due, broken = agree(
             trainer,

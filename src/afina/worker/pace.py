@@ -44,7 +44,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
-        elif state.global_step == self.trainer._initial_global_step + 1:
+        elif state.global_step == self.trainer.began_at + 1:
             print(_place(state), flush=True)
         if time.monotonic() > self.due:
             self.due = time.monotonic() + EVERY_S

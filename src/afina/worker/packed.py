@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig, TrainingArguments
-from transformers.utils import is_flash_attn_2_available
 
 from afina.errors import InputError
 from afina.recipe import Recipe
@@ -34,7 +32,7 @@ __all__ = [
     "Architecture",
     "accept_packed",
     "attention_dropout",
-    "attention_for",
+    "computes_twice",
     "prepare",
     "why_not_packed",
 ]
@@ -85,37 +83,22 @@ def why_not_packed(model: Any) -> str | None:
     return None
 
 
-def attention_for(device: torch.device, *, half: bool, fast_dropout: bool) -> str:
-    """The attention implementation: varlen flash attention where it is installed and can be used, else afina's own."""
-    if device.type == "cuda" and half and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return attention.FAST if fast_dropout else attention.PLAIN
-
-
 def accept_packed(model: Any, implementation: str) -> None:
     """Let `model` take `packing=` beside `input_ids` and `position_ids` of (1, T); padded batches work as before.
 
     Args:
-        implementation: of attention, as `attention_for` names it. One that is not afina's own is told the sequences as
-            Transformers does it for flash attention: `cu_seq_lens_q`, `max_length_q` and their like for keys.
+        implementation: of attention: `attention.FAST` or `attention.PLAIN`.
     """
     about = PROVEN[model.config.model_type]
     attention.register()
     if model.config.model_type != "mpnet":
         model.set_attn_implementation(implementation)
-    ours = implementation in (attention.FAST, attention.PLAIN)
     current: list[Packing | None] = [None]
 
     def remember(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         packing = named.pop("packing", None)
         if packing is not None:
-            packing = packing.to(named["input_ids"].device)
-            if ours:
-                named["packing"] = packing
-            else:
-                ends = functional.pad(packing.starts, (0, 1), value=sum(packing.lengths)).int()
-                named |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-                named |= dict.fromkeys(("max_length_q", "max_length_k"), packing.lengths[0])
+            packing = named["packing"] = packing.to(named["input_ids"].device)
         current[0] = packing
         return arguments, named
 
@@ -200,13 +183,18 @@ def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
     )
 
 
+def computes_twice(arguments: TrainingArguments) -> bool:
+    """Whether layers are computed once more for their gradients (activation checkpointing)."""
+    return any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
+
+
 def prepare(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[Batching, list[str]]:
     """Ready `model` for the recipe's batching and dropout; returns the batching it can take, and notes for the log."""
     asked, notes = recipe.tokens.batching, []
-    # Activation checkpointing computes a layer twice and restores torch's random numbers for it, not ours.
-    twice = any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
     compiled = bool(arguments.torch_compile)
-    fast = recipe.train.fast_dropout and arguments.device.type == "cpu" and not twice and not compiled
+    fast = recipe.train.fast_dropout and arguments.device.type == "cpu" and not compiled
+    # It restores torch's random numbers for the second time, not ours.
+    fast = fast and not computes_twice(arguments)
     if fast:
         use_fast_dropout(model)
     unproven = "not proven under torch_compile" if compiled else why_not_packed(model)
@@ -216,8 +204,9 @@ def prepare(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[B
         if unproven is not None:
             notes.append(f"batches are grouped by length, not packed: {unproven}")
     if unproven is None and (fast or batching == "packed"):
-        half = arguments.bf16 or arguments.fp16
-        accept_packed(model, attention_for(arguments.device, half=half, fast_dropout=fast))
+        accept_packed(model, attention.FAST if fast else attention.PLAIN)
+    if batching != "padded":
+        attention.take_from_cudnn(arguments.device)
     if recipe.train.attention_dropout is not None:
         notes.append("dropout of attention probabilities is 0, whatever the model's configuration says (the recipe)")
     return batching, notes

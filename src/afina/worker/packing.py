@@ -46,11 +46,13 @@ class Packing:
     Attributes:
         lengths: tokens of each.
         starts: of each, its first token, int64 (B,).
+        bounds: the same and where the last ends, int32 (B + 1,).
         groups: what attention takes together; behind each other they are all tokens.
     """
 
     lengths: tuple[int, ...]
     starts: torch.Tensor
+    bounds: torch.Tensor
     groups: tuple[Group, ...]
 
     def to(self, device: torch.device) -> Packing:
@@ -62,7 +64,8 @@ class Packing:
             return None if value is None else value.to(device, non_blocking=True)
 
         groups = tuple(Group(g.count, g.width, g.tokens, moved(g.real), moved(g.mask)) for g in self.groups)
-        return Packing(self.lengths, self.starts.to(device, non_blocking=True), groups)
+        starts, bounds = (x.to(device, non_blocking=True) for x in (self.starts, self.bounds))
+        return Packing(self.lengths, starts, bounds, groups)
 
 
 def cut(lengths: Sequence[int], call: float) -> list[int]:
@@ -98,8 +101,8 @@ def pack(lengths: Sequence[int], heads: int, device: str = "cpu") -> Packing:
     for size in sizes:
         groups.append(_group(lengths[done : done + size]))
         done += size
-    starts = np.concatenate([[0], np.cumsum(lengths[:-1])]).astype(np.int64)
-    return Packing(tuple(int(n) for n in lengths), torch.from_numpy(starts), tuple(groups))
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Packing(tuple(int(n) for n in lengths), bounds[:-1], bounds.int(), tuple(groups))
 
 
 def _group(lengths: Sequence[int]) -> Group:

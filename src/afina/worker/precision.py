@@ -7,8 +7,8 @@
 
 `auto` is fp32 on the CPU, bf16 (and tf32 for what stays float32) from compute capability 8.0 on, fp16 on 7.x, fp32 before that: the
 units that are fast in each (NVIDIA, "CUDA C++ Programming Guide", compute capabilities). A run keeps what it began with: another
-attempt on another GPU would compute other numbers. Measured on the CPU only; on a GPU these are the same switches of Trainer, and
-nobody has measured here what they are worth there. AMD's GPUs are left at fp32.
+attempt on another GPU would compute other numbers. Measured on CPUs and on one H100 (docs/speed.md); on other GPUs these are the
+same switches of Trainer, and nobody has measured here what they are worth there. AMD's GPUs are left at fp32.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 #: TrainingArguments that say the same as `train.precision`; then the recipe's word counts.
 _ARGUMENTS = ("bf16", "fp16", "tf32")
+
+#: In the names of GPUs that afina was measured on.
+_MEASURED = "H100"
 
 _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
@@ -209,12 +212,13 @@ def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[
         return []
     gpu = choice.device.kind == "cuda"
     about = {} if gpu else {"products": library()}
-    run.event("precision", attempt=attempt, attention=attention, measured_here=not gpu, **about, **asdict(choice))
+    measured = not gpu or _MEASURED in choice.device.name
+    run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **about, **asdict(choice))
     if choice.precision == "bf16" and choice.device.bfloat16 is False:
         name = processor().name
         warnings += [f"{name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"]
     compiled = ", compiled" if choice.compile else ""
-    unmeasured = "; its worth on a GPU was never measured by afina" if gpu else ""
+    unmeasured = "" if measured else "; its worth on this GPU was never measured by afina"
     return [
         f"precision {choice.precision or 'of the arguments'} ({choice.why}){compiled}, attention {attention}{unmeasured}",
         *(f"WARNING: {warning}" for warning in warnings),

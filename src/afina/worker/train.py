@@ -2,7 +2,7 @@
 
 Reached as `python -m afina.worker.train RUN_DIR`, once per process, by `afina.worker.launch`. Training itself is
 `transformers.Trainer`; this module gives it the batches, the checkpoints, the moment to stop, and writes down what came
-out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; the GPU path was not measured.
+out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; it was tried on one GPU (tests/gpu), never on several.
 """
 
 from __future__ import annotations

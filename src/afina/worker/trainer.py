@@ -35,7 +35,7 @@ from afina.errors import EnvironmentProblem
 from afina.plan import Geometry, Plan
 from afina.rundir import RunDir
 from afina.worker import checkpoint as checkpoints
-from afina.worker import dropout, memory, packed, precision, products
+from afina.worker import dropout, graphs, memory, packed, precision, products
 from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
 from afina.worker.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
 from afina.worker.flops import Peak, forward_flops, peak_of
@@ -69,6 +69,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         abandoned: the stop fell into an evaluation.
         meter: where the time went, and what was done in it.
         logits, evaluated_step: of the last evaluation, (N, K) float32 in input order; logits on rank 0 only.
+        began_at: the step that this attempt began at.
         model_step: the step whose weights `model/` holds.
         batching: how batches are made: the recipe's word, or what the model can take.
     """
@@ -105,7 +106,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.abandoned = False
         self.meter = Meter(launched(run.attempts / attempt))
         self.times = StepTimes()
-        self.model_step = 0
+        self.began_at = self.model_step = 0
         self.logits = np.empty((0, 0), np.float32)
         self.evaluated_step: int | None = None
         train = plan.recipe.train
@@ -129,6 +130,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.batching, notes = packed.prepare(self.model, plan.recipe, self.args)
         if self.args.device.type == "cpu":
             products.use_onednn(train.onednn and self.batching == "packed")
+        self.recorded = self._recorded(notes)
         for note in notes if self.rank == 0 else ():
             print(f"afina: {note}", flush=True)
         self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
@@ -223,9 +225,47 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         self.meter.enter("forward_backward")
+        if self.recorded is not None:
+            return self._replay(self.recorded, *arguments, **named)
         loss: torch.Tensor = super().training_step(*arguments, **named)
         if self.args.device.type == "cpu":
             self.meter.enter("optimizer")
+        return loss
+
+    def _recorded(self, notes: list[str]) -> graphs.Recorded | None:
+        """The recorded step, where the recipe asks for it and it can be had; a note for the log, also where it would be worth asking."""
+        wanted, arguments = self.plan.recipe.train.cuda_graphs, self.args
+        if arguments.device.type != "cuda" or self.batching != "packed":
+            return None
+        why = graphs.why_not(self.model, self.geometry.num_processes, half=arguments.bf16)
+        if packed.computes_twice(arguments):
+            why = "activation checkpointing"
+        if why is not None or not wanted:
+            if wanted:
+                notes.append(f"steps are not recorded as CUDA graphs: {why}")
+            elif why is None:
+                notes.append("train.cuda_graphs: true may make steps of small batches several times faster here")
+            return None
+        notes.append("steps are recorded as CUDA graphs, one for each width of a batch")
+        usual = super().training_step
+        return graphs.Recorded(
+            lambda batch, items: usual(self.model_wrapped, batch, items),
+            self.model,
+            self.geometry.batch_per_device,
+            self.plan.recipe.tokens.max_length,
+        )
+
+    def _replay(
+        self, recorded: graphs.Recorded, model: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor
+    ) -> torch.Tensor:
+        filled, widths, given_up = recorded.filled, len(recorded.seconds), recorded.given_up
+        loss = recorded(self._prepare_inputs(batch), num_items_in_batch)
+        self.meter.computed += recorded.filled - filled
+        if len(recorded.seconds) > widths:
+            width, seconds = list(recorded.seconds.items())[-1]
+            self.run.event("recorded", attempt=self.attempt, width=width, seconds=round(seconds, 3))
+        if recorded.given_up != given_up:
+            print(f"afina: steps are not recorded as CUDA graphs: {recorded.given_up}", flush=True)
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -1,0 +1,279 @@
+"""On a GPU: packed batches are padded ones, dropout within flash attention is dropout, and runs train, stop and go on there.
+
+    python -m pytest tests/gpu        one NVIDIA GPU is enough; without one all of it is skipped
+
+`make test` does not run it: no machine that tests every change has a GPU.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import tiny
+from tests.unit import test_packed as packing_tests
+from tests.unit import test_train as runs
+
+from afina.worker import attention, graphs, packed, varlen
+from afina.worker.batches import Collator, PackedCollator
+from afina.worker.packing import pack
+from afina.worker.tasks import TASKS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+HALF = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+ROWS = list(range(len(packing_tests.LENGTHS)))
+
+
+def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and all gradients behind each other, in float64 on the CPU; without dropout."""
+    model = packing_tests.still(packing_tests.model_of(packing_tests.CONFIGS[name])).train().cuda()
+    types = "token_type_ids" in packing_tests._inputs(model)
+    split = packing_tests.split_of(packing_tests.LENGTHS, 5, types=types, forbidden=None)
+    collate: Collator | PackedCollator = Collator(split, packing_tests.PAD)
+    if packs:
+        about = packed.PROVEN[model.config.model_type]
+        packed.accept_packed(model, attention.PLAIN)
+        collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=about.offset, device="cuda")
+    batch = {key: value.to(torch.device("cuda")) for key, value in collate(ROWS).items()}
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        logits, _, gradients = packing_tests.step(model, batch)
+    return logits.double().cpu(), torch.cat([gradients[key].double().flatten().cpu() for key in sorted(gradients)])
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", packing_tests.CONFIGS)
+def test_packed_is_padded(name: str) -> None:
+    """In float32 to rounding; in bfloat16, where flash attention computes, as near to float32 as padded batches are."""
+    exact = _step(name, half=False, packs=False)
+    for found, expected in zip(_step(name, half=False, packs=True), exact, strict=True):
+        assert _apart(found, expected) < 2e-5
+    if HALF:
+        padded, packs = (_step(name, half=True, packs=kind) for kind in (False, True))
+        for found, usual, expected in zip(packs, padded, exact, strict=True):
+            assert _apart(found, expected) < 1.5 * _apart(usual, expected) + 1e-4
+
+
+@pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
+@pytest.mark.parametrize("first_only", [False, True])
+def test_flash_attention_drops_out_as_it_says(first_only: bool) -> None:
+    """Unbiased, the same for the same seed, and the gradient is that of the very mask: the output is linear in the values."""
+    packing = pack(packing_tests.LENGTHS, heads=4, device="cuda").to(torch.device("cuda"))
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(sum(packing.lengths), 4, 32, device="cuda") for _ in range(4))
+    if first_only:
+        q, upstream = (x.index_select(0, packing.starts) for x in (q, upstream))
+    q, k, v, upstream = (x.bfloat16() for x in (q, k, v, upstream))
+    assert varlen.takes(q)
+
+    def out(values: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return varlen.attend(q, k, values, packing, first_only, 32**-0.5, p, None)
+
+    without = out(v, 0.0, 1).float()
+    assert torch.equal(out(v, 0.3, 1), out(v, 0.3, 1))
+    assert not torch.equal(out(v, 0.3, 1), out(v, 0.3, 2))
+    mean = torch.stack([out(v, 0.3, seed).float() for seed in range(400)]).mean(0)
+    assert _apart(mean, without) < 0.1
+    assert _apart(out(v, 0.3, 1).float(), without) > 0.2
+    leaf = v.clone().requires_grad_()
+    dropped = out(leaf, 0.3, 1)
+    dropped.backward(upstream)
+    assert leaf.grad is not None
+    left, right = (float((a.double() * b.double()).sum()) for a, b in ((upstream, dropped.detach()), (leaf.grad, v)))
+    assert left == pytest.approx(right, rel=0.02, abs=0.02 * float(upstream.double().norm()))
+
+
+def _trained(
+    name: str, *, dropout: bool
+) -> tuple[Any, Callable[[list[int]], dict[str, Any]], Callable[..., torch.Tensor]]:
+    """A model on the GPU, a collator for it, and an ordinary step in bfloat16."""
+    model = packing_tests.model_of(packing_tests.CONFIGS[name])
+    model = (model if dropout else packing_tests.still(model)).train().cuda()
+    packed.accept_packed(model, attention.PLAIN)
+    types = "token_type_ids" in packing_tests._inputs(model)
+    lengths = [60 - n % 50 for n in range(200)]
+    split = packing_tests.split_of(lengths, 5, types=types)
+    offset = packed.PROVEN[model.config.model_type].offset
+    collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=offset, device="cuda")
+
+    def batch_of(rows: list[int]) -> dict[str, Any]:
+        batch = collate(sorted(rows, key=lambda row: -lengths[row]))
+        return {key: value.to(torch.device("cuda")) for key, value in batch.items()}
+
+    def step(batch: dict[str, Any], items: torch.Tensor, half: bool = True) -> torch.Tensor:
+        batch = dict(batch)
+        labels = batch.pop("labels")
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            logits = model(**batch)["logits"]
+        loss = TASKS["single-label"].loss(logits, labels).sum() / items
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return model, batch_of, step
+
+
+#: Batches of 8 in three widths, the first and the last of the same.
+BATCHES = [list(range(8)), [*range(30, 38)], [*range(100, 108)], [*range(50, 58)], [*range(8, 16)]]
+
+
+@pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
+@pytest.mark.parametrize(
+    "name", [n for n in packing_tests.CONFIGS if packing_tests.CONFIGS[n]["model_type"] in graphs._KINDS]
+)
+def test_a_recorded_step_is_the_step(name: str) -> None:
+    """Without dropout: losses and gradients, two micro-batches of one step, and a batch that is not recorded."""
+    model, batch_of, step = _trained(name, dropout=False)
+    assert graphs.why_not(model, 1, half=True) is None
+    recorded = graphs.Recorded(step, model, rows=8, longest=64)
+    items = torch.tensor(8, device="cuda")
+    for number, rows in enumerate([*BATCHES, list(range(5)), *BATCHES]):
+        found = []
+        for compute in (functools.partial(step, half=False), step, recorded):
+            model.zero_grad(set_to_none=True)
+            batches = [batch_of(chosen) for chosen in (rows, [row + 1 for row in rows])]
+            losses = torch.stack([compute(batch, items) for batch in batches]).double()
+            gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+            found.append((losses, torch.cat([g.flatten() for g in gradients.values()]), gradients.keys()))
+        assert not recorded.given_up, recorded.given_up
+        exact, usual, replayed = found
+        assert usual[2] == replayed[2]
+        for what in (0, 1):  # as near to float32 as the ordinary step in bfloat16
+            assert _apart(replayed[what], exact[what]) < 1.5 * _apart(usual[what], exact[what]) + 1e-4, number
+    assert len(recorded.seconds) >= 2 and recorded.filled > 0
+    print(name, "recorded in", {k: round(v, 2) for k, v in recorded.seconds.items()})
+
+
+@pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
+def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
+    """Whether a width was recorded just now or before makes no difference, so that a run can go on."""
+    losses = []
+    for _ in range(2):
+        model, batch_of, step = _trained("bert", dropout=True)
+        recorded = graphs.Recorded(step, model, rows=8, longest=64)
+        items = torch.tensor(8, device="cuda")
+        for skipped in (0, 2):  # the second time all are recorded already
+            torch.manual_seed(5)
+            states, mine = [], []
+            for rows in BATCHES:
+                states.append(torch.cuda.get_rng_state())
+                mine.append(float(recorded(batch_of(rows), items)))
+            losses.append(mine)
+            torch.cuda.set_rng_state(states[skipped])
+            assert [float(recorded(batch_of(rows), items)) for rows in BATCHES[skipped:]] == mine[skipped:]
+        assert not recorded.given_up
+        again = [float(recorded(batch_of(BATCHES[0]), items)) for _ in range(3)]
+        assert len(set(again)) == 3
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+
+
+@pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
+def test_what_cannot_be_recorded_is_computed_and_said() -> None:
+    model, batch_of, step = _trained("bert", dropout=True)
+
+    def waits(batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        float(items)  # waits for the GPU, which no recording can
+        return step(batch, items)
+
+    recorded = graphs.Recorded(waits, model, rows=8, longest=64)
+    items = torch.tensor(8, device="cuda")
+    torch.manual_seed(5)
+    found = [float(recorded(batch_of(rows), items)) for rows in BATCHES]
+    assert recorded.given_up and not recorded.seconds
+    torch.manual_seed(5)
+    assert found == [float(step(batch_of(rows), items)) for rows in BATCHES]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, reviews and a scratch folder."""
+    place = tmp_path_factory.mktemp("on a GPU")
+    (place / "scratch").mkdir()
+    tiny.tiny_model(place / "model")
+    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(203, 7))
+    return place
+
+
+def test_a_run_trains_on_the_gpu_says_so_and_predicts(place: Path) -> None:
+    run = runs._train(place, "whole", runs._recipe(place, train={"epochs": 8, "cuda_graphs": True}))
+    outcome = runs._outcome(run)
+    precision = next(
+        e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "precision"
+    )
+    assert (precision["device"]["kind"], precision["precision"]) == ("cuda", "bf16" if HALF else "fp16")
+    assert outcome["metrics"]["eval_accuracy"] > 0.4
+    used = outcome["utilisation"]
+    said = (run / "attempts/local-1/node0.log").read_text()
+    assert ("are recorded as CUDA graphs, one for each width" in said) == HALF, said
+    assert 0.3 < used["real_token_share"] <= 1.0 and used["tokens_per_second"] > 0 and 0 < used["peak_memory_gb"] < 5
+    texts = place / "new.csv"
+    tiny.write_csv(texts, tiny.tiny_reviews(60, 9))
+    predicted: dict[str, list[dict[str, str]]] = {}
+    for device, environment in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
+        out = place / f"{device}.csv"
+        argv = [sys.executable, "-m", "afina.cli", "predict", str(run), str(texts), "-o", str(out)]
+        done = subprocess.run(
+            argv, env={**runs._environment(place), **environment}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        with out.open(newline="") as file:
+            predicted[device] = list(csv.DictReader(file))
+    assert len(predicted["gpu"]) == len(predicted["cpu"]) == 60
+    scores = [key for key in predicted["cpu"][0] if key.startswith("score")]
+    assert len(scores) == 5
+    for a, b in zip(predicted["gpu"], predicted["cpu"], strict=True):
+        for key in scores:
+            assert float(a[key]) == pytest.approx(float(b[key]), abs=1e-3)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_run_that_was_not(place: Path, recorded: bool) -> None:
+    """Batches, dropout, schedule and optimizer go on exactly; sums of gradients on a GPU are in no fixed order."""
+    recipe = runs._recipe(place, train={"epochs": 8, "save_every": 5, "cuda_graphs": recorded})
+    whole = runs._train(place, f"undisturbed-{recorded}", recipe)
+    run = place / f"disturbed-{recorded}"
+    process = runs._start(place, run, recipe)
+    runs._wait_for_lines(run, 6)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    resumed = subprocess.Popen(argv, env=runs._environment(place), stdout=subprocess.DEVNULL)
+    runs._wait_for_lines(run, 40, attempt=2)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {run}"], check=True)
+    assert resumed.wait(timeout=120) == 4
+    code, text = runs._resume(place, run)
+    assert code == 0, text
+    expected, found = runs._lines(whole), runs._lines(run)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    losses = [(a["loss"], b["loss"]) for a, b in zip(expected, found, strict=True) if "loss" in a]
+    apart = max(abs(a - b) / a for a, b in losses[: len(losses) // 2])
+    print(f"losses {apart:.1e} apart in the first half; the same bytes: {expected == found}")
+    assert apart < 0.05
+
+
+def test_a_rehearsal_measures_the_memory_of_the_gpu(place: Path) -> None:
+    file = place / "rehearsed.yaml"
+    file.write_text(json.dumps(runs._recipe(place)))
+    argv = [sys.executable, "-m", "afina.cli", "rehearse", str(file), "--json"]
+    done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cuda" in done.stdout, done.stdout
+
+
+def test_doctor_sees_the_gpu(place: Path) -> None:
+    argv = [sys.executable, "-m", "afina.worker.doctor"]
+    done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
+    assert torch.cuda.get_device_name() in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,88 @@
+"""Recorded steps, as far as they can be tried without a GPU: widths, the filled batch, and where gradients lie; tests/gpu has the rest."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.test_packed import CONFIGS, LENGTHS, PAD, _inputs, model_of, split_of, still
+
+from afina.worker import attention, graphs, packed
+from afina.worker.batches import IGNORED, PackedCollator
+from afina.worker.packing import Group, Packing
+from afina.worker.tasks import TASKS
+
+ROWS = list(range(len(LENGTHS)))
+ITEMS = torch.tensor(len(LENGTHS))
+
+
+def test_widths_are_few_and_not_much_too_wide() -> None:
+    widths = [graphs.width_of(tokens) for tokens in range(1, 16_384)]
+    assert widths == sorted(widths) and len(set(widths)) < 45
+    for tokens, width in enumerate(widths, 1):
+        assert tokens < width <= max(tokens + 256, tokens * 9 / 8), tokens
+        assert width - tokens <= graphs._UNIT
+
+
+def _gradients(model: Any, batch: dict[str, Any], task: str) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    loss = TASKS[task].loss(model(**batch)["logits"], labels).sum() / ITEMS
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name]["model_type"] in graphs._KINDS])
+def test_a_batch_that_is_filled_up_teaches_the_same(name: str) -> None:
+    """Sequence by sequence, as flash attention takes them; another batch in the same slot leaves nothing behind."""
+    model = still(model_of(CONFIGS[name], dtype=torch.float64)).train()
+    split = split_of(LENGTHS, 5, types="token_type_ids" in _inputs(model), forbidden=None)
+    offset = packed.PROVEN[model.config.model_type].offset
+    packed.accept_packed(model, attention.PLAIN)
+    collate = PackedCollator(split, PAD, heads=4, offset=offset)
+    rows = [row for row in ROWS if LENGTHS[row] > 1]
+    wide, narrow = collate(rows), collate([*rows[1:], len(LENGTHS) - 1])
+    slot = graphs._Slot(wide, ITEMS, graphs.width_of(sum(LENGTHS)), graphs._UNIT)
+    slot.fill(narrow, ITEMS)
+    bounds = slot.packing.bounds.tolist()
+    alone = tuple(Group(1, b - a, b - a) for a, b in itertools.pairwise(bounds))
+    filled = slot.batch()
+    assert filled["labels"][-1] == IGNORED and filled["input_ids"].shape == (1, 256) and bounds[-1] == 256
+    filled["packing"] = Packing(tuple(group.width for group in alone), slot.packing.starts, slot.packing.bounds, alone)
+    expected, found = _gradients(model, narrow, "single-label"), _gradients(model, filled, "single-label")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-12), key
+
+
+def test_gradients_begin_at_zero_and_go_on_within_a_step() -> None:
+    model = torch.nn.Linear(3, 2)
+    recorded = graphs.Recorded(lambda batch, items: items, model, 8, 512)
+    buffers = [torch.full_like(p, 7.0) for p in model.parameters()]
+    recorded._gradients = list(zip(model.parameters(), buffers, strict=True))
+    recorded._lay_gradients()
+    assert all(p.grad is b and not b.any() for p, b in recorded._gradients)
+    buffers[0].fill_(1.0)
+    recorded._lay_gradients()
+    assert bool((buffers[0] == 1).all()), "accumulation: what the step has is kept"
+    model.weight.grad = torch.full_like(model.weight, 3.0)  # of a batch that was computed kernel by kernel
+    recorded._lay_gradients()
+    assert model.weight.grad is buffers[0] and bool((buffers[0] == 3).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "half", "said"),
+    [
+        ({}, 2, True, "several processes"),
+        ({}, 1, False, "bfloat16"),
+        ({"model_type": "mpnet"}, 1, True, "mpnet"),
+        ({}, 1, True, "flash"),
+    ],
+)
+def test_why_steps_are_not_recorded(changes: dict[str, Any], processes: int, half: bool, said: str) -> None:
+    model = model_of({**CONFIGS["bert"], **changes})
+    assert said in (graphs.why_not(model, processes, half=half) or "")
