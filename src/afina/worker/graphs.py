@@ -48,16 +48,27 @@ def width_of(tokens: int) -> int:
     return -(-(tokens + 1) // unit) * unit
 
 
-def why_not(model: Any, processes: int, *, half: bool) -> str | None:
-    """Why the steps of `model` on a GPU are not recorded, or None where they are."""
-    config = model.config
+def why_not(model: Any, batching: str, processes: int, *, half: bool, twice: bool) -> str | None:
+    """Why the steps of `model` are not recorded, or None where they can be.
+
+    Args:
+        half: they are computed in bfloat16.
+        twice: layers are computed once more for their gradients.
+    """
+    config, device = model.config, next(model.parameters()).get_device()
+    if device < 0:
+        return "no GPU"
     if processes > 1:
         return "several processes"
+    if batching != "packed":
+        return f"batches are {batching}, not packed"
     if not half:
         return "not in bfloat16"
+    if twice:
+        return "activation checkpointing"
     if config.model_type not in _KINDS:
         return f"not tried for {config.model_type}"
-    if not varlen.fits(next(model.parameters()).get_device(), config.hidden_size // config.num_attention_heads):
+    if not varlen.fits(device, config.hidden_size // config.num_attention_heads):
         return "no flash attention"
     return None
 

@@ -235,11 +235,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _recorded(self, notes: list[str]) -> graphs.Recorded | None:
         """The recorded step, where the recipe asks for it and it can be had; a note for the log, also where it would be worth asking."""
         wanted, arguments = self.plan.recipe.train.cuda_graphs, self.args
-        if arguments.device.type != "cuda" or self.batching != "packed":
-            return None
-        why = graphs.why_not(self.model, self.geometry.num_processes, half=arguments.bf16)
-        if packed.computes_twice(arguments):
-            why = "activation checkpointing"
+        why = graphs.why_not(
+            self.model,
+            self.batching,
+            self.geometry.num_processes,
+            half=arguments.bf16,
+            twice=packed.computes_twice(arguments),
+        )
         if why is not None or not wanted:
             if wanted:
                 notes.append(f"steps are not recorded as CUDA graphs: {why}")
