@@ -124,8 +124,8 @@ def test_peers_train_the_same_epochs_and_an_interrupted_bench_goes_on(tmp_path: 
         "short",
         "--peers",
         "tutorial",
-        "native",
         "afina",
+        "native",
     ]
     said = _bench("peers.py", *options)
     lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)

@@ -157,10 +157,11 @@ class Recorded:
         for parameter in self.model.parameters():
             parameter.grad = None
         self._stream.wait_stream(torch.cuda.current_stream())
-        torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # gradients of the steps before were made on another stream
+                # Of gradients that were made on another stream, and of a prototype: the next line.
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
                 self.step(slot.batch(), slot.items)
         except RuntimeError as error:
             self.given_up = str(error).splitlines()[0]
