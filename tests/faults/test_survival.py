@@ -41,13 +41,13 @@ def suites(place: Path) -> dict[int, Suite]:
 
 @pytest.fixture(scope="module")
 def tell(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Iterator[Tell]:
-    """The story of a case, or of a run of the soak. All that are selected run in a pool, the soak first: its runs are the longest."""
+    """The story of a case, or of a run of the soak. All that are selected run in a pool, in the order of the tests."""
     names: list[str] = []
     for item in request.session.items:
         if (call := getattr(item, "callspec", None)) and "story" in call.params:
             names.append(call.params["story"])
         elif item.name == test_twenty_random_kills_change_nothing.__name__:
-            names = [*_SOAKS, *names]
+            names += _SOAKS
     with ThreadPoolExecutor(3) as pool:
         told = {name: pool.submit(_story, suites, name) for name in names}
         yield lambda name: told[name].result()
