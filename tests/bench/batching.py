@@ -138,7 +138,7 @@ class Variant:
             self.sampler.set_epoch(self.sampler.epoch + 1)
 
     def _mark(self) -> None:
-        if GPU and not torch.cuda.is_current_stream_capturing():
+        if GPU:
             torch.cuda.synchronize()
         self.marks.append(self.clock())
 

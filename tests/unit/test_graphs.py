@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.test_packed import CONFIGS, LENGTHS, PAD, _inputs, model_of, split_of, still
+from tests.unit.test_packed import CONFIGS, LENGTHS, PAD, _inputs, model_of, split_of, step, still
 
 from afina.worker import attention, graphs, packed
 from afina.worker.batches import IGNORED, PackedCollator
 from afina.worker.packing import Group, Packing
-from afina.worker.tasks import TASKS
 
 ROWS = list(range(len(LENGTHS)))
 ITEMS = torch.tensor(len(LENGTHS))
@@ -26,16 +25,6 @@ def test_widths_are_few_and_not_much_too_wide() -> None:
     for tokens, width in enumerate(widths, 1):
         assert tokens < width <= max(tokens + 256, tokens * 9 / 8), tokens
         assert width - tokens <= graphs._UNIT
-
-
-def _gradients(model: Any, batch: dict[str, Any], task: str) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    batch = dict(batch)
-    labels = batch.pop("labels")
-    loss = TASKS[task].loss(model(**batch)["logits"], labels).sum() / ITEMS
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if CONFIGS[name]["model_type"] in graphs._KINDS])
@@ -55,10 +44,10 @@ def test_a_batch_that_is_filled_up_teaches_the_same(name: str) -> None:
     filled = slot.batch()
     assert filled["labels"][-1] == IGNORED and filled["input_ids"].shape == (1, 256) and bounds[-1] == 256
     filled["packing"] = Packing(tuple(group.width for group in alone), slot.packing.starts, slot.packing.bounds, alone)
-    expected, found = _gradients(model, narrow, "single-label"), _gradients(model, filled, "single-label")
+    (_, expected_loss, expected), (_, loss, found) = step(model, narrow), step(model, filled)
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-12), key
+    for key, value in {"loss": expected_loss, **expected}.items():
+        assert torch.allclose({"loss": loss, **found}[key], value, rtol=1e-9, atol=1e-12), key
 
 
 def test_gradients_begin_at_zero_and_go_on_within_a_step() -> None:
