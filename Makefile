@@ -43,11 +43,12 @@ test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer
 	$(ON_CLUSTER) tests/slurm/test_signals.py
 	$(ON_CLUSTER) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
-check: $(STAMP) ## ruff, mypy, the import layers, shellcheck
+check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports
+	container/lock.sh --check
 	git ls-files -z '*.sh' '*.sbatch' .ci/run slurm/site.example.env 'slurm/sites/*.env' | xargs -0 $(VENV)/bin/shellcheck --shell=bash --external-sources
 
 clean: ## remove the virtual environment, the test image, caches; demo/ and your runs stay
