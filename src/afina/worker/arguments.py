@@ -14,6 +14,7 @@ from typing import Any
 
 from afina.errors import RecipeError, nearest
 from afina.worker.passed import recorded
+from afina.worker.spared import uncollected
 
 __all__ = ["check_arguments"]
 
@@ -58,8 +59,9 @@ def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
-    import transformers
-    from transformers import TrainingArguments
+    with uncollected():
+        import transformers
+        from transformers import TrainingArguments
 
     installed = f"transformers {transformers.__version__}"
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}

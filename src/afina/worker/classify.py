@@ -27,6 +27,7 @@ from afina.worker.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCo
 from afina.worker.note import note_of
 from afina.worker.outputs import columns_of, probabilities
 from afina.worker.pretrained import check_files, positions
+from afina.worker.spared import uncollected
 from afina.worker.store import Split
 
 __all__ = ["Classifier", "DType", "Encoded"]
@@ -232,11 +233,12 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with uncollected():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except Exception as error:  # whatever a broken file or foreign code makes it raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from afina.worker.flow import agree, stop_cause
+from afina.worker.spared import uncollected
 from afina.worker.tasks import decisions, per_example_loss
 from afina.worker.watch import CAUSES
 
@@ -111,14 +112,15 @@ def on_every_rank(trainer: RunTrainer, value: Any) -> Any:
 
 def scores(task: str, names: list[str], logits: Array, labels: Array) -> dict[str, Any]:
     """The loss, a mean in float64 over rows, and the named metrics."""
-    from afina.worker.metrics import compute_metrics  # late: see there
-
     count = len(logits)
     loss, predictions = np.empty(count, np.float64), []
     for block in blocks(count):
         loss[block] = per_example_loss(task, logits[block], labels[block])
         predictions.append(decisions(task, logits[block]))
-    found = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])
+    with uncollected():  # the first time brings large libraries
+        from afina.worker.metrics import compute_metrics
+
+        found = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])
     return {"loss": float(loss.mean()), **found}
 
 

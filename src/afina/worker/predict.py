@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from afina.errors import InputError
 from afina.use.prediction import STDIN, Prediction, folder_of
 from afina.worker.reply import reply
+from afina.worker.spared import uncollected
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -243,11 +244,12 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
 
 def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
-    import torch
+    with uncollected():
+        import torch
 
-    from afina.worker import memory, products
-    from afina.worker.classify import Classifier
-    from afina.worker.inputs import Reader, as_texts
+        from afina.worker import memory, products
+        from afina.worker.classify import Classifier
+        from afina.worker.inputs import Reader, as_texts
 
     job = parts.job
     if torch.cuda.is_available():

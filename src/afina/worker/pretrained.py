@@ -18,7 +18,7 @@ from afina.errors import InputError, RecipeError, SiteError
 from afina.recipe import Recipe
 from afina.worker.disk import FileRecord, describe, difference, sha256
 from afina.worker.passed import recorded
-from afina.worker.spared import without
+from afina.worker.spared import uncollected, without
 from afina.worker.weights import check_body, headers_digest
 
 __all__ = [
@@ -286,10 +286,13 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
     Raises:
         InputError: transformers cannot load it.
     """
-    import transformers
-
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=recipe.trust_remote_code)
+        with uncollected():
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=recipe.trust_remote_code
+            )
     except Exception as error:  # whatever a broken file or foreign code makes it raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -8,6 +8,7 @@ out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; it was tried o
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -30,7 +31,7 @@ from afina.rundir import Outcome, RunDir, write_atomic
 from afina.worker import stage
 from afina.worker.lease import Lease
 from afina.worker.marks import mark_lines
-from afina.worker.spared import without
+from afina.worker.spared import uncollected, without
 from afina.worker.spoken import introduce, say, table, utilisation
 from afina.worker.watch import StopRequest
 
@@ -99,10 +100,11 @@ def _explained(error: Exception) -> AfinaError:
 def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease) -> int:
     plan, prepared = run.plan(), stage.staged(run.prepared(), os.environ)
     geometry = _geometry(plan)
-    import torch
-    import transformers
 
     with without("datasets", "scipy"):
+        import torch
+        import transformers
+
         from afina.worker import checkpoint as checkpoints
         from afina.worker import precision, preflight, results, store
         from afina.worker.build import build_arguments, build_model
@@ -129,8 +131,10 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     resume, notes = checkpoints.newest(run.checkpoints) if rank == 0 else (None, [])
     resume = _from_rank_zero(resume)
     transformers.set_seed(plan.recipe.train.seed)
-    model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    with uncollected():
+        model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    gc.freeze()  # what has been imported stays: no later look at it either
     trainer = RunTrainer(
         run=run,
         attempt=attempt,
