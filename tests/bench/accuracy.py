@@ -7,7 +7,7 @@ between the two within a seed. Every finished run is a line of OUT/cells.jsonl: 
 interrupted.
 
     AFINA_TEST_DATA=FOLDER python tests/bench/accuracy.py --out FOLDER [--seeds 5] [--rows 1000] [--epochs 3]
-    ... --peers tutorial afina afina-bf16     also with `train.precision: bf16`
+    ... --peers tutorial afina afina-fp32     also with `train.precision: fp32`
     ... --quick                  tiny texts and a tiny model: that it works
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import reviews  # type: ignore[import-not-found]
 from peers import HERE, environment_of, recipe_of  # type: ignore[import-not-found]
 
-PEERS = ("tutorial", "afina", "afina-bf16")
+PEERS = ("tutorial", "afina", "afina-fp32")
 
 
 def run_cell(options: argparse.Namespace, peer: str, lengths: str, seed: int) -> dict[str, Any]:
@@ -48,13 +48,12 @@ def run_cell(options: argparse.Namespace, peer: str, lengths: str, seed: int) ->
         found = json.loads(said.splitlines()[-1])
         return {"accuracy": found["accuracy"], "f1": found["f1"]}
     recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
-    half = peer == "afina-bf16"
-    run = folder / "runs" / f"{lengths}-{seed}{'-bf16' if half else ''}"
+    run = folder / "runs" / f"{lengths}-{seed}-{peer}"
     run.parent.mkdir(exist_ok=True)
     # One that was interrupted goes on.
     argv = [sys.executable, "-m", "afina.cli"]
     begun = (run / "plan.json").exists()
-    settings = [f"train.seed={seed}", *(["train.precision=bf16"] if half else [])]
+    settings = [f"train.seed={seed}", *(["train.precision=fp32"] if peer == "afina-fp32" else [])]
     new = ["train", str(recipe), "--run", str(run), *(word for setting in settings for word in ("--set", setting))]
     argv += ["resume", str(run)] if begun else new
     subprocess.run(argv, env=environment, check=True, stdout=subprocess.DEVNULL)

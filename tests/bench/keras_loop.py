@@ -59,12 +59,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     options = parser.parse_args()
 
     keras.utils.set_random_seed(options.seed)
     train, test = load(options.prepared, "train"), load(options.prepared, "eval")
     names = json.loads((options.prepared / "manifest.json").read_text())["labels"]
-    backbone = keras_hub.models.BertBackbone.from_preset(options.model, dtype="float32")
+    backbone = keras_hub.models.BertBackbone.from_preset(
+        options.model, dtype="mixed_bfloat16" if options.bf16 else "float32"
+    )
     task = keras_hub.models.BertTextClassifier(backbone, num_classes=len(names), preprocessor=None, dropout=0.1)
     model = keras.Model(task.inputs, task.outputs[0])  # the task's own `fit` wants texts, and tf.data or grain for them
     rows = Batches(train, options.batch_size, options.seed, train=True)

@@ -69,6 +69,7 @@ def compare(
                 "log_every": 1,
                 "keep": "last",
                 "fast_dropout": False,
+                "precision": "fp32",
             },
             "metrics": ["accuracy"],
         }

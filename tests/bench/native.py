@@ -62,11 +62,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="per process")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()
     # Several processes on CPUs find each other only so.
-    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
+    accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if options.bf16 else "no")
     set_seed(options.seed)
     train, test = load(options.prepared, "train"), load(options.prepared, "eval")
     names = json.loads((options.prepared / "manifest.json").read_text())["labels"]

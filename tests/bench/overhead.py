@@ -56,7 +56,7 @@ def main() -> None:
         epochs = max(1, 8 * options.steps // rows)
         reviews.write_parts(folder, "short", rows, quick=True)
         model = reviews.model_for("tiny", folder)
-        same = ("tokens.batching=padded", "train.fast_dropout=false")
+        same = ("tokens.batching=padded", "train.fast_dropout=false", "train.precision=fp32")
         for number in range(options.rounds):
             found["trainer"].append(trainer(folder, model, rows, epochs, environment))
             found["afina, same batches"].append(

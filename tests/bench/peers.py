@@ -5,7 +5,7 @@
     native     PyTorch and accelerate, a loop of one's own (tests/bench/native.py), on data that afina prepared
     keras      Keras on the torch backend with keras-hub (tests/bench/keras_loop.py); one process; where it is installed
     afina      `afina train` with its defaults
-    afina-bf16 with train.precision: bf16, another recipe; its MFU is the share of the float32 peak all the same
+    afina-fp32 with train.precision: fp32, which the default is not where the device has units for bfloat16
     afina-plain with train.cuda_graphs: false; on a GPU
 
     AFINA_TEST_DATA=FOLDER python tests/bench/peers.py --out FOLDER [--rows 1000] [--epochs 1] [--rounds 3]
@@ -16,13 +16,13 @@ Of each run: seconds of training alone (evaluations left out), with evaluations,
 and tokenising included; the most memory of its processes together (proportional set size, looked at twice a second, or
 seldom enough to take 2 % of a core); and the
 useful share of the machine's peak: the model's floating-point operations for real tokens (afina.worker.flops) over the seconds
-of training alone and the best torch.mm of the same cores, measured in the same round. A speed is formed within a round, against
+of training alone and the best torch.mm of the same cores in the numbers that the peer computes in, measured in the same round. A speed is formed within a round, against
 the tutorial where it takes part, so that load from elsewhere meets both sides; shown are medians and ranges over the rounds.
 Every finished run is a line of OUT/cells.jsonl: the same command goes on where it was interrupted. OUT/peers.json and
 OUT/peers.png (with matplotlib) hold the summary.
 
-Where there is a GPU all of them train on it: the tutorial in float32, the others in bfloat16; memory is the GPU's then, what torch
-allocated, and MFU the share of the bfloat16 peak. Not covered: more than one machine, more than one GPU.
+On a GPU, and on a CPU with instructions for it, all but the tutorial and afina-fp32 train in bfloat16. Where there is a GPU all of them train
+on it; memory is the GPU's then, what torch allocated. Not covered: more than one machine, more than one GPU.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ from typing import Any
 import reviews  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
-PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-bf16", "afina-plain")
+PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-fp32", "afina-plain")
+IN_FLOAT32 = ("tutorial", "afina-fp32")
 
 #: What a peer of afina's own sets beside the recipe.
-SETTINGS = {"afina-bf16": ["--set", "train.precision=bf16"], "afina-plain": ["--set", "train.cuda_graphs=false"]}
+SETTINGS = {"afina-fp32": ["--set", "train.precision=fp32"], "afina-plain": ["--set", "train.cuda_graphs=false"]}
 
 
 def recipe_of(folder: Path, model: Path, lengths: str, epochs: float, quick: bool) -> Path:
@@ -93,11 +94,12 @@ def prepared_of(folder: Path, recipe: Path, threads: int) -> Path:
     return Path(json.loads(done.stdout[done.stdout.index("{") :])["prepared"])
 
 
-def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: int) -> list[str]:
+def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: int, half: bool) -> list[str]:
+    """The peer's command; `half`: it computes in bfloat16."""
     folder, lengths, processes = options.out, cell["lengths"], cell["processes"]
     model = reviews.model_for(cell["model"], folder)
     size, epochs = 8 // processes, f"{options.epochs:g}"
-    launch = [sys.executable]
+    launch, in_half = [sys.executable], ["--bf16"] if half else []
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     data = ["--train", str(folder / f"{lengths}-train.csv"), "--eval", str(folder / f"{lengths}-eval.csv")]
@@ -105,7 +107,13 @@ def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: 
         out = folder / f"{peer}.jsonl"
         argv = [*launch, str(HERE / "tutorial.py"), *data, "--model", str(model), "--out", str(out)]
         argv += ["--batch-size", str(size), "--epochs", epochs, "--sample", str(options.rows)]
-        return [*argv, "--max-length", "64" if options.quick else "512", *(["--best"] if peer == "trainer" else [])]
+        return [
+            *argv,
+            "--max-length",
+            "64" if options.quick else "512",
+            *(["--best"] if peer == "trainer" else []),
+            *in_half,
+        ]
     recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
     if peer.startswith("afina"):
         run = folder / "runs" / f"{cell['model']}-{lengths}-{processes}-{cell['round']}-{number}"
@@ -116,7 +124,7 @@ def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: 
     script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
     prepared = prepared_of(folder, recipe, options.threads)
     argv = [*launch, str(HERE / script), "--prepared", str(prepared), "--model", str(model)]
-    return [*argv, "--epochs", str(max(1, round(options.epochs))), "--batch-size", str(size)]
+    return [*argv, "--epochs", str(max(1, round(options.epochs))), "--batch-size", str(size), *in_half]
 
 
 def measured(argv: Sequence[str], environment: dict[str, str]) -> tuple[str, float, float]:
@@ -163,9 +171,11 @@ def _bytes_below(root: int) -> int:
     return total
 
 
-def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, peak: float) -> dict[str, Any]:
+def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, peaks: dict[str, Any]) -> dict[str, Any]:
     """Run one peer once; what was found."""
-    argv = _argv(cell["peer"], options, cell, number)
+    half = peaks["half"] and cell["peer"] not in IN_FLOAT32
+    peak = peaks["bfloat16" if half else "float32"]
+    argv = _argv(cell["peer"], options, cell, number, half)
     if cell["peer"].startswith("afina"):
         shutil.rmtree(argv[argv.index("--run") + 1], ignore_errors=True)  # of a bench that was interrupted
     threads = max(1, options.threads // cell["processes"])
@@ -222,16 +232,24 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
     return {"tokens": int(lengths.sum()), "flops": float(forward_flops(config, lengths).sum())}
 
 
-def peak_now(threads: int) -> float:
-    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries; of a GPU in bfloat16."""
-    code = (
-        "import torch; from afina.worker import products; from afina.worker.flops import peak_of; products.use_onednn(); "
-        "gpu = torch.cuda.is_available(); "
-        "print(peak_of(torch.device('cuda' if gpu else 'cpu'), 'bfloat16' if gpu else 'float32').flops)"
-    )
+def peaks_now(threads: int) -> dict[str, Any]:
+    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries, in FLOP/s by the kind of
+    number; and whether afina trains in `half` of a float32 by itself here."""
+    code = """
+import json, torch
+from afina.recipe import Train
+from afina.worker import precision, products
+from afina.worker.flops import peak_of
+products.use_onednn()
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+found = {"half": precision.choose(Train(), precision.here()).precision == "bf16"}
+for numbers in ("float32", *(["bfloat16"] if found["half"] else [])):
+    found[numbers] = peak_of(device, numbers).flops
+print(json.dumps(found))
+"""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout)
+    return dict(json.loads(done.stdout))
 
 
 def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -345,7 +363,7 @@ def main() -> None:
     names = ("round", "model", "lengths", "processes", "peer", "rows", "epochs")
     done = {tuple(cell[name] for name in names) for cell in cells}
     for number in range(options.rounds):
-        peak = None
+        peaks = None
         for model in options.models:
             for lengths in options.lengths:
                 turn = options.peers[number % len(options.peers) :] + options.peers[: number % len(options.peers)]
@@ -354,8 +372,8 @@ def main() -> None:
                         about = (number, model, lengths, processes, peer, options.rows, options.epochs)
                         if about in done or (peer == "keras" and (processes > 1 or model == "tiny")):
                             continue
-                        peak = peak or peak_now(options.threads)
-                        cell = run_cell(options, dict(zip(names, about, strict=True)), len(cells), peak)
+                        peaks = peaks or peaks_now(options.threads)
+                        cell = run_cell(options, dict(zip(names, about, strict=True)), len(cells), peaks)
                         cells.append(cell)
                         with log.open("a") as file:
                             file.write(json.dumps(cell) + "\n")

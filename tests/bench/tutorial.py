@@ -5,7 +5,7 @@ the tutorial's: shuffle and select, padding to the longest length allowed, `Trai
 tests/bench/accuracy.py). Writes the loss of every step as JSON Lines, so that curves can be laid over each other.
 
 `--best` is not the tutorial: Trainer with the options that help most, for the same recipe. Padding to the longest of a batch,
-batches of like length, bfloat16 on a GPU; AdamW is fused by default. `--pad-to-batch` is its padding alone: the batches are the tutorial's. Several processes: `torchrun`, with so many times fewer rows each.
+batches of like length; `--bf16` where the device is fast in it; AdamW is fused by default. `--pad-to-batch` is its padding alone: the batches are the tutorial's. Several processes: `torchrun`, with so many times fewer rows each.
 
     python tests/bench/tutorial.py --train train.csv --eval eval.csv --model FOLDER --out steps.jsonl
 """
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="per process")
     parser.add_argument("--best", action="store_true", help="Trainer's best options instead of the tutorial's")
     parser.add_argument("--pad-to-batch", action="store_true", help="pad to the longest of the batch only")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     options = parser.parse_args()
     by_batch = options.best or options.pad_to_batch
 
@@ -81,7 +82,7 @@ def main() -> None:
         seed=options.seed,
         report_to="none",
         use_cpu=not gpu,
-        bf16=gpu and options.best,
+        bf16=options.bf16,
         disable_tqdm=True,
     )
 

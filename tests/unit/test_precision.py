@@ -18,10 +18,14 @@ from afina.errors import EnvironmentProblem
 from afina.recipe import Train
 from afina.rundir import RunDir
 from afina.worker import products
-from afina.worker.precision import Choice, Device, announce, arguments, choose, difference, here
+from afina.worker.precision import Choice, Device, announce, arguments, choose, difference, here, of_run
 from afina.worker.processor import Processor, processor
 
-CPU = Device("cpu", "CPU")
+CPU, ZEN2, ZEN4 = (
+    Device("cpu", "POWER9"),
+    Device("cpu", "EPYC 7742", None, False),
+    Device("cpu", "EPYC 9654", None, True),
+)
 V100, T4 = Device("cuda", "Tesla V100", (7, 0)), Device("cuda", "Tesla T4", (7, 5))
 P100, A100, H100 = Device("cuda", "Tesla P100", (6, 0)), Device("cuda", "A100", (8, 0)), Device("cuda", "H100", (9, 0))
 MI250 = Device("cuda", "MI250", None)
@@ -31,6 +35,8 @@ MI250 = Device("cuda", "MI250", None)
     ("device", "precision", "made"),
     [
         (CPU, "fp32", {}),
+        (ZEN2, "fp32", {}),
+        (ZEN4, "bf16", {}),
         (P100, "fp32", {}),
         (V100, "fp16", {"fp16": True}),
         (T4, "fp16", {"fp16": True}),
@@ -51,7 +57,8 @@ def test_auto_follows_the_device(device: Device, precision: str, made: dict[str,
         ("fp32", A100, {"tf32": False}),
         ("tf32", A100, {"tf32": True}),
         ("fp16", A100, {"fp16": True, "tf32": False}),
-        ("bf16", CPU, {"bf16": True}),
+        ("bf16", ZEN2, {}),
+        ("fp32", ZEN4, {}),
         ("fp32", V100, {}),
         ("bf16", MI250, {"bf16": True}),
     ],
@@ -66,7 +73,7 @@ def test_what_the_recipe_asks_for(asked: Any, device: Device, made: dict[str, bo
 def test_what_is_not_to_be_had_is_refused(asked: Any, device: Device) -> None:
     with pytest.raises(EnvironmentProblem) as caught:
         choose(Train(precision=asked), device)
-    assert asked in caught.value.message and device.name in caught.value.message and "auto" in caught.value.remedy
+    assert asked in caught.value.message and device.words in caught.value.message and "auto" in caught.value.remedy
 
 
 def test_a_run_keeps_what_it_began_with() -> None:
@@ -77,6 +84,18 @@ def test_a_run_keeps_what_it_began_with() -> None:
         choose(Train(), V100, "bf16")
     assert "here it would be fp16" in caught.value.remedy
     assert choose(Train(precision="fp32"), A100, "bf16").precision == "fp32"
+    assert choose(Train(), ZEN4, "fp32").precision == "fp32" and choose(Train(), A100, "bf16").precision == "bf16"
+
+
+@pytest.mark.parametrize("device", [ZEN2, CPU])
+def test_a_run_goes_on_in_fp32_where_the_cpu_lacks_the_instructions(tmp_path: Path, device: Device) -> None:
+    """…and in bf16 again on the next that has them: it is the first attempt that counts."""
+    found = choose(Train(), device, "bf16")
+    assert found.precision == "fp32" and found.why.endswith("the attempts before computed in bf16")
+    run = RunDir(tmp_path)
+    for choice in (choose(Train(), ZEN4), found):
+        announce(run, "local-1", choice, "eager")
+    assert of_run(run, Train()).precision == choose(Train(), here(), "bf16").precision
 
 
 def test_train_arguments_count_and_are_not_said_twice() -> None:
@@ -111,6 +130,9 @@ def test_unlike_gpus_are_refused_or_named() -> None:
     with pytest.raises(EnvironmentProblem, match="unlike GPUs") as caught:
         difference(chosen(A100, V100), ["n1", "n2"])
     assert "AFINA_GPU_REQUEST" in caught.value.remedy
+    assert difference(chosen(ZEN4, ZEN4), ["n1", "n2"]) == difference(chosen(ZEN2, CPU), ["n1", "n2"]) == []
+    (warning,) = difference(chosen(ZEN4, ZEN2), ["n1", "n2"])
+    assert "bf16 on n1 (EPYC 9654); fp32 on n2 (EPYC 7742)" in warning
 
 
 def test_the_setting_that_trainer_makes_can_be_read_back() -> None:
@@ -153,10 +175,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def trained(place: Path, name: str, *settings: str, code: int = 0) -> tuple[Path, str]:
-    options = [word for setting in settings for word in ("--set", setting)]
+def trained(
+    place: Path, name: str, *settings: str, code: int = 0, processes: int = 1, **variables: str
+) -> tuple[Path, str]:
+    options = ["--num-processes", str(processes), *(word for setting in settings for word in ("--set", setting))]
     argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", name, *options]
-    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         argv, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -191,15 +215,14 @@ def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
 
 def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    name = processor().name
 
-    def said(precision: Any, has: bool | None) -> list[str]:
-        return announce(run, "local-1", Choice(precision, False, "", Device("cpu", "CPU", bfloat16=has)), "eager")[1:]
+    def said(precision: Any, device: Device) -> list[str]:
+        return announce(run, "local-1", Choice(precision, False, "", device), "eager")[1:]
 
-    assert f"{name} has no instructions for bfloat16" in said("bf16", False)[0]
-    assert said("bf16", True) == said("fp32", False) == said("bf16", None) == []
-    assert choose(Train(), CPU).why == choose(Train(), Device("cpu", "CPU", bfloat16=False)).why == "the CPU"
-    assert choose(Train(), Device("cpu", "CPU", bfloat16=True)).why.startswith("the CPU; train.precision: bf16 may be")
+    assert "EPYC 7742 has no instructions for bfloat16" in said("bf16", ZEN2)[0]
+    assert said("bf16", ZEN4) == said("fp32", ZEN2) == said("bf16", CPU) == []
+    assert choose(Train(), CPU).why == "the CPU"
+    assert choose(Train(), ZEN2).why == "the CPU has no instructions for bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -238,8 +261,7 @@ def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
-    plain, said = trained(place, "plain")
-    assert f"afina: precision fp32 ({choose(Train(), here()).why})" in said
+    plain, _ = trained(place, "plain", "train.precision=fp32")
     about = recorded(plain)
     assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
     half, said = trained(place, "half", "train.precision=bf16")
@@ -248,7 +270,7 @@ def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> 
     assert losses(half) == pytest.approx(losses(plain), rel=0.02)
     # Through dynamo and autograd; without inductor, whose C++ takes minutes to compile for a model of this size.
     backend = "train.arguments.torch_compile_backend=aot_eager"
-    compiled, said = trained(place, "compiled", "train.compile=true", backend)
+    compiled, said = trained(place, "compiled", "train.compile=true", "train.precision=fp32", backend)
     assert ", compiled" in said and recorded(compiled)["compile"] is True
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
     assert (compiled / "model/model.safetensors").is_file()
@@ -258,3 +280,22 @@ def test_what_a_cpu_cannot_ends_with_three(place: Path) -> None:
     run, said = trained(place, "refused", "train.precision=fp16", code=3)
     assert "train.precision: fp16 is not to be had on the CPU" in said and "Traceback" not in said
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 3
+
+
+_SITE = """
+import os
+from afina.worker import processor as module
+rank = int(os.environ.get("LOCAL_RANK", "0"))
+found = module.Processor(("EPYC 9654", "EPYC 7742")[rank], "AuthenticAMD", frozenset(("avx512_bf16", "avx2")[rank : rank + 1]))
+module.processor = lambda: found
+"""
+
+
+def test_processes_on_unlike_processors_train_together_and_it_is_said(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_SITE)
+    run, said = trained(place, "unlike", processes=2, PYTHONPATH=str(tmp_path))
+    assert "afina: precision bf16 (the CPU has instructions for it)" in said
+    host = os.uname().nodename
+    listed = f"bf16 on {host} (EPYC 9654); fp32 on {host} (EPYC 7742)"
+    assert f"afina: WARNING: unlike processors in one job: {listed}; each step takes" in said
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"

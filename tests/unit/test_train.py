@@ -204,7 +204,8 @@ def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path) -> N
 @pytest.mark.parametrize("batching", ["longest", "grouped", "packed"])
 def test_two_processes_and_accumulation_are_the_same_training(place: Path, batching: str) -> None:
     """Without dropout one process, two, and one with accumulation differ by rounding only, uneven last steps included."""
-    recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching})
+    exact = {"precision": "fp32"}
+    recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching}, train=exact)
     one = _lines(_train(place, f"one-{batching}", recipe))
     two = _lines(_train(place, f"two-{batching}", recipe, "--num-processes", "2"))
     parts = _lines(
@@ -212,7 +213,10 @@ def test_two_processes_and_accumulation_are_the_same_training(place: Path, batch
             place,
             f"parts-{batching}",
             _recipe(
-                place, model=str(place / "still"), tokens={"batching": batching}, train={"max_batch_per_device": 2}
+                place,
+                model=str(place / "still"),
+                tokens={"batching": batching},
+                train={**exact, "max_batch_per_device": 2},
             ),
         )
     )
@@ -229,7 +233,7 @@ def test_two_processes_and_accumulation_are_the_same_training(place: Path, batch
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, processes: str) -> None:
     """The evaluation takes seconds, one row at a time; the stop is asked for when its step has been logged."""
-    rows = tiny.tiny_reviews(2400, 11)
+    rows = tiny.tiny_reviews(1200, 11)
     tiny.write_csv(place / "long.csv", rows)
     one_by_one = {"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1}
     recipe = _recipe(place, train=one_by_one, tokens={"batching": "longest"})
@@ -287,7 +291,7 @@ def test_an_old_checkpoint_is_followed_by_another_one(place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
-    recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8})
+    recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8, "precision": "fp32"})
     whole = _train(place, "one", recipe)
     run = place / "geometry"
     process = _start(place, run, recipe)

@@ -5,10 +5,12 @@
     bf16   products in bfloat16, weights in float32
     fp16   products in float16, weights in float32, the loss scaled so that small gradients do not vanish
 
-`auto` is fp32 on the CPU, bf16 (and tf32 for what stays float32) from compute capability 8.0 on, fp16 on 7.x, fp32 before that: the
-units that are fast in each (NVIDIA, "CUDA C++ Programming Guide", compute capabilities). A run keeps what it began with: another
-attempt on another GPU would compute other numbers. Measured on CPUs and on one H100 (docs/speed.md); on other GPUs these are the
-same switches of Trainer, and nobody has measured here what they are worth there. AMD's GPUs are left at fp32.
+`auto` takes what the units of the device are fast in. On GPUs that is bf16 (and tf32 for what stays float32) from compute capability
+8.0 on, fp16 on 7.x, fp32 before that (NVIDIA, "CUDA C++ Programming Guide", compute capabilities), and fp32 on AMD's. On a CPU
+it is bf16 where there are instructions for it, fp32 elsewhere. A run keeps what it began with: another attempt on another device would
+compute other numbers. Only a run that began in bf16 on one CPU goes on in fp32 on one that lacks the instructions, which any
+CPU computes well: for a queue of mixed nodes that is better than to refuse. Measured on CPUs with AVX512-BF16 and on one H100
+(docs/speed.md); on other GPUs these are the same switches of Trainer, and nobody has measured here what they are worth there.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Device:
     """What a process computes on.
 
     capability: NVIDIA's compute capability, None for everything else.
-    bfloat16: whether a CPU has instructions for products in it; None where that is not known.
+    bfloat16: whether a CPU has instructions for products in bfloat16; None where that is not known.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -74,7 +76,7 @@ def here() -> Device:
 
     if not torch.cuda.is_available():
         cpu = processor()
-        return Device("cpu", "CPU", bfloat16=cpu.multiplies_bfloat16 if cpu.flags else None)
+        return Device("cpu", cpu.name, bfloat16=cpu.multiplies_bfloat16 if cpu.flags else None)
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
     return Device("cuda", torch.cuda.get_device_name(index), capability)
@@ -114,6 +116,8 @@ def choose(train: Train, device: Device, before: str | None = None, env: Mapping
     kept: Precision | None = next((name for name in ("fp32", "tf32", "bf16", "fp16") if name == before), None)
     if kept is None:
         return Choice(best, compiled, why, device)
+    if kept == "bf16" and device.kind == "cpu":  # and not the best: there are no instructions for it
+        return Choice(best, compiled, f"{why}; the attempts before computed in bf16", device)
     if missing := _missing(kept, device):
         raise EnvironmentProblem(
             f"this run computes in {kept} since its first attempt, which is not to be had on {device.words}: {missing}",
@@ -124,7 +128,9 @@ def choose(train: Train, device: Device, before: str | None = None, env: Mapping
 
 def _best(device: Device) -> tuple[Precision, str]:
     if device.kind == "cpu":
-        return "fp32", "the CPU; train.precision: bf16 may be faster on this one" if device.bfloat16 else "the CPU"
+        if device.bfloat16:
+            return "bf16", "the CPU has instructions for it"
+        return "fp32", "the CPU" if device.bfloat16 is None else "the CPU has no instructions for bfloat16"
     if device.capability is None:
         return "fp32", f"{device.words}: not tried there"
     if device.capability >= (8, 0):
@@ -146,11 +152,11 @@ def _missing(precision: str, device: Device) -> str:
 
 
 def arguments(choice: Choice) -> dict[str, Any]:
-    """The choice as TrainingArguments; nothing for what they do by themselves."""
+    """The choice as TrainingArguments; nothing for what they do by themselves, nor for bf16 on a CPU, which `RunTrainer` sees to."""
     chosen: dict[str, Any] = {}
     if choice.compile:
         chosen["torch_compile"] = True
-    if choice.precision in ("bf16", "fp16"):
+    if choice.precision in ("bf16", "fp16") and choice.device.kind == "cuda":
         chosen[choice.precision] = True
     newer = choice.device.capability is not None and choice.device.capability >= (8, 0)
     if choice.precision is not None and newer:
@@ -161,7 +167,7 @@ def arguments(choice: Choice) -> dict[str, Any]:
 def of_run(run: RunDir, train: Train) -> Choice:
     """The choice for this process, which keeps to what the run's earlier attempts computed in."""
     before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
-    return choose(train, here(), before[-1] if before else None)
+    return choose(train, here(), before[0] if before else None)
 
 
 def products_in_tf32() -> bool:
@@ -176,16 +182,25 @@ def products_in_tf32() -> bool:
 
 
 def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
-    """What to say of ranks on unlike devices: a warning, where they compute alike.
+    """What to say of ranks on unlike devices: a warning, where they compute alike or are CPUs.
 
     Raises:
-        EnvironmentProblem: they do not.
+        EnvironmentProblem: they are unlike GPUs, and do not.
     """
+    alike = len({(choice.precision, choice.compile) for choice in choices}) == 1
+    if all(choice.device.kind == "cpu" for choice in choices):
+        found = {
+            f"{choice.precision} on {host} ({choice.device.name})" for choice, host in zip(choices, hosts, strict=True)
+        }
+        listed = "; ".join(sorted(found))
+        return (
+            [] if alike else [f"unlike processors in one job: {listed}; each step takes as long as the slowest of them"]
+        )
     kinds = {choice.device.words: host for choice, host in zip(choices, hosts, strict=True)}
     if len(kinds) == 1:
         return []
     listed = "; ".join(f"{words} on {host}" for words, host in sorted(kinds.items()))
-    if len({(choice.precision, choice.compile) for choice in choices}) > 1:
+    if not alike:
         raise EnvironmentProblem(
             f"the processes are on unlike GPUs and would not compute alike: {listed}",
             "ask for one type (AFINA_GPU_REQUEST=gres:TYPE, or a constraint), or set train.precision to what all of them can do",
@@ -215,8 +230,9 @@ def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[
     measured = not gpu or _MEASURED in choice.device.name
     run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **about, **asdict(choice))
     if choice.precision == "bf16" and choice.device.bfloat16 is False:
-        name = processor().name
-        warnings += [f"{name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"]
+        warnings += [
+            f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"
+        ]
     compiled = ", compiled" if choice.compile else ""
     unmeasured = "" if measured else "; its worth on this GPU was never measured by afina"
     return [

@@ -8,6 +8,7 @@ What Trainer counts anew in every step, and the plan knows, is not counted: exam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -72,6 +73,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         began_at: the step that this attempt began at.
         model_step: the step whose weights `model/` holds.
         batching: how batches are made: the recipe's word, or what the model can take.
+        precision: the numbers that training computes in; on a CPU evaluations are in float32 whatever it is, so that what
+            the run records of its model is what everybody else computes with it.
     """
 
     control: TrainerControl
@@ -102,6 +105,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
         self.stop_request, self.lease = stop, lease
+        self.precision = precision.of_run(run, plan.recipe.train)
         self.stopped = ""
         self.abandoned = False
         self.meter = Meter(launched(run.attempts / attempt))
@@ -223,6 +227,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         """Examples of the step over all ranks: the plan knows them, Trainer would gather them."""
         return torch.tensor(examples_of(self, self.state.global_step + 1), device=device)
 
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack: contextlib.ExitStack = super().compute_loss_context_manager()
+        if self._bf16_on_cpu:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        return stack
+
+    @property
+    def _bf16_on_cpu(self) -> bool:
+        return self.precision.precision == "bf16" and self.args.device.type == "cpu"
+
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         self.meter.enter("forward_backward")
         if self.recorded is not None:
@@ -280,7 +294,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.barrier()
         mine = peak_of(
             arguments.device,
-            "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "tf32" if tf32 else "float32",
+            "bfloat16"
+            if arguments.bf16 or self._bf16_on_cpu
+            else "float16"
+            if arguments.fp16
+            else "tf32"
+            if tf32
+            else "float32",
         )
         ranks = self.geometry.num_processes
         if ranks > 1:
