@@ -189,13 +189,12 @@ def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
     """
     alike = len({(choice.precision, choice.compile) for choice in choices}) == 1
     if all(choice.device.kind == "cpu" for choice in choices):
-        found = {
-            f"{choice.precision} on {host} ({choice.device.name})" for choice, host in zip(choices, hosts, strict=True)
-        }
-        listed = "; ".join(sorted(found))
-        return (
-            [] if alike else [f"unlike processors in one job: {listed}; each step takes as long as the slowest of them"]
+        if alike:
+            return []
+        listed = "; ".join(
+            sorted({f"{c.precision} on {h} ({c.device.name})" for c, h in zip(choices, hosts, strict=True)})
         )
+        return [f"unlike processors in one job: {listed}; each step takes as long as the slowest of them"]
     kinds = {choice.device.words: host for choice, host in zip(choices, hosts, strict=True)}
     if len(kinds) == 1:
         return []

@@ -158,7 +158,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     trainer.find_peak()
     attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
-    say(*precision.announce(run, attempt, precision.of_run(run, plan.recipe.train), attention))
+    say(*precision.announce(run, attempt, trainer.precision, attention))
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
         run.event("preflight", attempt=attempt, **found)
