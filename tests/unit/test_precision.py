@@ -261,7 +261,8 @@ def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
-    plain, _ = trained(place, "plain", "train.precision=fp32")
+    plain, said = trained(place, "plain", "train.precision=fp32")
+    assert "afina: precision fp32 (the recipe asks for it)" in said
     about = recorded(plain)
     assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
     half, said = trained(place, "half", "train.precision=bf16")

@@ -16,7 +16,9 @@ from afina.worker.tasks import TASKS
 __all__ = ["build_arguments", "build_model"]
 
 
-def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str) -> TrainingArguments:
+def build_arguments(
+    plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str, numbers: precision.Choice
+) -> TrainingArguments:
     """TrainingArguments of the plan. Where no GPU can be used the CPU is taken, with gloo between processes."""
     train = plan.recipe.train
     cpu = not torch.cuda.is_available()
@@ -26,7 +28,7 @@ def build_arguments(plan: Plan, geometry: Geometry, run: RunDir, best: str, task
             "lr_scheduler_type": "linear",
             "dataloader_pin_memory": not cpu,
             "logging_first_step": False,
-            **precision.arguments(precision.of_run(run, train)),
+            **precision.arguments(numbers),
             **train.arguments,
             # What the recipe's own keys, or afina, decide.
             "output_dir": str(run.path / "trainer"),

@@ -19,14 +19,28 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from afina.errors import EnvironmentProblem
 from afina.recipe import Train
 from afina.rundir import RunDir
 from afina.worker.processor import processor
 
-__all__ = ["Choice", "Device", "announce", "arguments", "choose", "difference", "here", "of_run", "products_in_tf32"]
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = [
+    "Choice",
+    "Device",
+    "announce",
+    "arguments",
+    "choose",
+    "difference",
+    "here",
+    "numbers_of",
+    "of_run",
+    "products_in_tf32",
+]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -68,6 +82,11 @@ class Choice:
     compile: bool
     why: str
     device: Device
+
+    @property
+    def bf16_on_cpu(self) -> bool:
+        """`RunTrainer` then trains under autocast itself: Trainer's own bf16 would evaluate in it too."""
+        return self.precision == "bf16" and self.device.kind == "cpu"
 
 
 def here() -> Device:
@@ -152,11 +171,11 @@ def _missing(precision: str, device: Device) -> str:
 
 
 def arguments(choice: Choice) -> dict[str, Any]:
-    """The choice as TrainingArguments; nothing for what they do by themselves, nor for bf16 on a CPU, which `RunTrainer` sees to."""
+    """The choice as TrainingArguments; nothing for what they do by themselves, nor for `bf16_on_cpu`."""
     chosen: dict[str, Any] = {}
     if choice.compile:
         chosen["torch_compile"] = True
-    if choice.precision in ("bf16", "fp16") and choice.device.kind == "cuda":
+    if choice.precision in ("bf16", "fp16") and not choice.bf16_on_cpu:
         chosen[choice.precision] = True
     newer = choice.device.capability is not None and choice.device.capability >= (8, 0)
     if choice.precision is not None and newer:
@@ -179,6 +198,15 @@ def products_in_tf32() -> bool:
 
     matmul = torch.backends.cuda.matmul
     return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def numbers_of(choice: Choice, used: TrainingArguments) -> str:
+    """What training multiplies, by the name that `worker.flops` has for it; `used` may hold the recipe's own arguments."""
+    if used.bf16 or choice.bf16_on_cpu:
+        return "bfloat16"
+    if used.fp16:
+        return "float16"
+    return "tf32" if used.device.type == "cuda" and products_in_tf32() else "float32"
 
 
 def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from afina.plan import Geometry
 from afina.recipe import METRICS
 from afina.rundir import RunDir
-from afina.worker import store
+from afina.worker import precision, store
 from afina.worker.batches import TOKENS_PER_ROW, EvalBatches, Rows, StepBatches, costs
 from afina.worker.build import build_arguments, build_model
 from afina.worker.lease import Lease
@@ -65,7 +65,8 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
     task = manifest["task"]
     splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
     best = plan.recipe.train.best_metric or METRICS[task][0]
-    arguments = build_arguments(plan, plan.geometry, run, best, task)
+    numbers = precision.of_run(run, plan.recipe.train)
+    arguments = build_arguments(plan, plan.geometry, run, best, task, numbers)
     transformers.set_seed(plan.recipe.train.seed)
     model = build_model(plan, prepared["model_folder"], task, manifest["labels"], manifest["num_labels"])
     parameters = sum(p.numel() for p in model.parameters())
@@ -86,6 +87,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
             "train": splits["train"],
             **({"eval": _longest_rows(splits["eval"], arguments)} if "eval" in splits else {}),
         },
+        numbers=numbers,
         stop=StopRequest(run),
         lease=lease,
         model=model,

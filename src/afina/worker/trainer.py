@@ -73,7 +73,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         began_at: the step that this attempt began at.
         model_step: the step whose weights `model/` holds.
         batching: how batches are made: the recipe's word, or what the model can take.
-        precision: the numbers that training computes in; on a CPU evaluations are in float32 whatever it is, so that what
+        numbers: those that training computes in; on a CPU evaluations are in float32 whatever they are, so that what
             the run records of its model is what everybody else computes with it.
     """
 
@@ -91,6 +91,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         metric_names: list[str],
         pad_token_id: int,
         splits: dict[str, Split],
+        numbers: precision.Choice,
         stop: StopRequest,
         lease: Lease,
         **trainer: Any,
@@ -105,7 +106,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
         self.stop_request, self.lease = stop, lease
-        self.precision = precision.of_run(run, plan.recipe.train)
+        self.numbers = numbers
         self.stopped = ""
         self.abandoned = False
         self.meter = Meter(launched(run.attempts / attempt))
@@ -229,13 +230,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack: contextlib.ExitStack = super().compute_loss_context_manager()
-        if self._bf16_on_cpu:
+        if self.numbers.bf16_on_cpu:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         return stack
-
-    @property
-    def _bf16_on_cpu(self) -> bool:
-        return self.precision.precision == "bf16" and self.args.device.type == "cpu"
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         self.meter.enter("forward_backward")
@@ -290,18 +287,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def find_peak(self) -> None:
         """Measure what the processes' devices could do, all of them at the same moment; the best time counts. Collective."""
         arguments = self.args
-        tf32 = arguments.device.type == "cuda" and precision.products_in_tf32()
         self.barrier()
-        mine = peak_of(
-            arguments.device,
-            "bfloat16"
-            if arguments.bf16 or self._bf16_on_cpu
-            else "float16"
-            if arguments.fp16
-            else "tf32"
-            if tf32
-            else "float32",
-        )
+        mine = peak_of(arguments.device, precision.numbers_of(self.numbers, arguments))
         ranks = self.geometry.num_processes
         if ranks > 1:
             total = torch.tensor(mine.flops, dtype=torch.float64, device=arguments.device)
