@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from afina.version import __version__
+
 if TYPE_CHECKING:
-    from afina.handle import Run, Runs, runs
-    from afina.jobs import resume, submit, train
-    from afina.recipe import Recipe, load_recipe
-    from afina.rundir import Outcome
-    from afina.sweeps.api import Sweep, sweep
-    from afina.use.export import export
-    from afina.use.load import load
-    from afina.use.predict import predict
+    from afina.api import resume, submit, train
+    from afina.prediction.export import export
+    from afina.prediction.jobs import predict
+    from afina.prediction.load import load
+    from afina.recipe.schema import Recipe, load_recipe
+    from afina.run.outcome import Outcome
+    from afina.sweeps.sweep import Sweep, sweep
+    from afina.watch.handle import Run, Runs, runs
     from afina.watch.overview import RunSummary
 
-__version__ = "0.1.0"
 __all__ = [
     "Outcome",
     "Recipe",
@@ -43,21 +44,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Outcome": "afina.rundir",
-    "Recipe": "afina.recipe",
-    "Run": "afina.handle",
+    "Outcome": "afina.run.outcome",
+    "Recipe": "afina.recipe.schema",
+    "Run": "afina.watch.handle",
     "RunSummary": "afina.watch.overview",
-    "Runs": "afina.handle",
-    "Sweep": "afina.sweeps.api",
-    "export": "afina.use.export",
-    "load": "afina.use.load",
-    "load_recipe": "afina.recipe",
-    "predict": "afina.use.predict",
-    "resume": "afina.jobs",
-    "runs": "afina.handle",
-    "submit": "afina.jobs",
-    "sweep": "afina.sweeps.api",
-    "train": "afina.jobs",
+    "Runs": "afina.watch.handle",
+    "Sweep": "afina.sweeps.sweep",
+    "export": "afina.prediction.export",
+    "load": "afina.prediction.load",
+    "load_recipe": "afina.recipe.schema",
+    "predict": "afina.prediction.jobs",
+    "resume": "afina.api",
+    "runs": "afina.watch.handle",
+    "submit": "afina.api",
+    "sweep": "afina.sweeps.sweep",
+    "train": "afina.api",
 }
 
 

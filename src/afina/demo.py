@@ -17,10 +17,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from afina import jobs
+from afina import api
 from afina.errors import EXIT_FAILED, EXIT_FINISHED, AfinaError, EnvironmentProblem, InputError
-from afina.report import write_report
-from afina.rundir import write_atomic
+from afina.files import write_atomic
+from afina.reports import write_report
 
 __all__ = ["main", "model_folder", "reviews", "run_demo", "write_demo"]
 
@@ -253,7 +253,7 @@ def run_demo(folder: str | Path) -> int:
     recipe = write_demo(folder)
     site = recipe.with_name("site.env")
     (recipe.parent / "scratch").mkdir(exist_ok=True)
-    run = jobs.train(recipe, site=site)
+    run = api.train(recipe, site=site)
     page = write_report(run.path)
     outcome = run.outcome
     if outcome is None or outcome.outcome != "finished":

@@ -53,7 +53,7 @@ class AfinaError(Exception):
     Args:
         message: what was found, where, and what is allowed.
         remedy: what the user can do next; printed on a line of its own.
-        cause: one word for who decides whether to try again (`afina.supervise`): loss, disk, node, claimed, …
+        cause: one word for who decides whether to try again (`afina.run.supervise`): loss, disk, node, claimed, …
     """
 
     exit_code = 1

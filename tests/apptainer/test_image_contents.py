@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from tests import tiny
 
-from afina.image import fit, summary
-from afina.sif import read_image
+from afina.site.image import fit, summary
+from afina.site.sif import read_image
 
 Apptainer = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from afina.errors import SiteError
-from afina.image import check_image
-from afina.launch import node_argv
-from afina.plan import Plan, make_plan
-from afina.recipe import load_recipe
-from afina.rundir import RunDir
-from afina.site import Site
-from afina.slurm import submitit_script
+from afina.recipe.schema import load_recipe
+from afina.run.commands import node_argv
+from afina.run.directory import RunDir
+from afina.run.plan import Plan, make_plan
+from afina.site.image import check_image
+from afina.site.settings import Site
+from afina.slurm.client import submitit_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/finetune.sbatch"
@@ -184,7 +184,7 @@ def test_submitits_job_refuses_and_records_it(signed: Path, plan: Plan, tmp_path
         there = site(signed, name, str(signed / "pem.pub")).model_copy(update={"scratch": tmp_path})
         asked = plan.model_copy(update={"site": there})
         run = RunDir.claim(asked, {}, node_argv(asked), "", tmp_path / name)
-        argv = [sys.executable, "-m", "afina.image", str(run.path)]
+        argv = [sys.executable, "-m", "afina.run.image_check", str(run.path)]
         env = {**os.environ, "SLURM_JOB_ID": "7"}
         done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
@@ -205,7 +205,7 @@ def test_submitits_script_looks_before_it_starts(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     run = RunDir(tmp_path / "it's a run")
     asked = plan.model_copy(update={"site": site(signed, "signed.sif", str(signed / "pem.pub"))})
-    line = f'{shlex.quote(sys.executable)} -m afina.image "$run" || exit 3'
+    line = f'{shlex.quote(sys.executable)} -m afina.run.image_check "$run" || exit 3'
     lines = submitit_script(asked, run).splitlines()
     assert lines.index(line) < next(i for i, text in enumerate(lines) if text.startswith("srun ")), lines
     assert line not in submitit_script(plan, run).splitlines()

@@ -9,7 +9,7 @@ ratio is formed within a round, so that load from elsewhere meets both sides; sh
     ... --profile packed           where the time of one variant goes, by torch.profiler
     ... --threads 1 --clock cpu    on a machine that others use too: processor time, which their load hardly changes
     ... --quick                    a tiny model: that it works, not how fast it is
-    ... --calls                    calibrate what a call of attention costs (`afina.worker.packing.CALL_SCORES`)
+    ... --calls                    calibrate what a call of attention costs (`afina.worker.compute.packing.CALL_SCORES`)
 
 Lengths: `short` are the reviews as they are; `yelp` joins reviews of equal stars to a lognormal length (mean 172, median
 130 tokens, cut at 512). Where there is a GPU all of it happens there, the clock waits for it, and CUDA graphs are one of the
@@ -36,11 +36,11 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from afina.plan import Geometry
-from afina.worker import attention, dropout, graphs, memory, packed, products
-from afina.worker.batches import Batching, Collator, PackedCollator, StepBatches
-from afina.worker.store import Split
-from afina.worker.tasks import TASKS
+from afina.run.plan import Geometry
+from afina.worker.compute import allocator, attention, cuda_graphs, dropout, packed_model, products
+from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
+from afina.worker.data.prepared import Split
+from afina.worker.model.tasks import TASKS
 
 
 class Way(NamedTuple):
@@ -116,7 +116,7 @@ class Variant:
         if way.fast_dropout:
             dropout.use_fast_dropout(self.model)
         if way.fast_dropout or way.batching == "packed":
-            packed.accept_packed(self.model, attention.FAST if way.fast_dropout else attention.PLAIN)
+            packed_model.accept_packed(self.model, attention.FAST if way.fast_dropout else attention.PLAIN)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.collate: Callable[[list[int]], dict[str, Any]]
         if way.batching == "packed":
@@ -128,9 +128,9 @@ class Variant:
         self.sampler = StepBatches(split.lengths, _geometry(batch_size), 0, 1, way.batching, width)
         self.batches = self._batches()
         self.marks: list[float] = []
-        self.compute: graphs.Step = self._compute
+        self.compute: cuda_graphs.Step = self._compute
         if way.recorded:
-            self.compute = graphs.Recorded(self._compute, self.model, batch_size, 512)
+            self.compute = cuda_graphs.Recorded(self._compute, self.model, batch_size, 512)
 
     def _batches(self) -> Iterator[list[int]]:
         while True:
@@ -227,8 +227,8 @@ def _spread(values: list[float]) -> list[float]:
 
 def calls() -> dict[str, Any]:
     """Fit seconds = base + a × calls + b × scores of a layer's attention, forward and backward; a / b is CALL_SCORES."""
-    from afina.worker.attention import attend
-    from afina.worker.packing import Group, Packing
+    from afina.worker.compute.attention import attend
+    from afina.worker.compute.packing import Group, Packing
 
     heads, width = 12, 32
     found = {}
@@ -309,7 +309,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.keep_freed:
-        memory.keep_freed()
+        allocator.keep_freed()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.clock == "cpu":

@@ -49,7 +49,7 @@ def _recipe(sample: int, epochs: int) -> dict[str, Any]:
 
 
 def _kill(run: Path) -> None:
-    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=False)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(run))}"], check=False)
 
 
 def _preempt(cluster: Cluster, place: Path) -> None:

@@ -46,9 +46,9 @@ class Cost:
 
 def make_runs(scratch: Path, count: int) -> dict[str, list[Path]]:
     """Run directories below scratch, by how they stand; the jobs of those that are queued or running are numbered from 1."""
-    from afina.plan import make_plan
-    from afina.recipe import parse_recipe
-    from afina.site import Site
+    from afina.recipe.schema import parse_recipe
+    from afina.run.plan import make_plan
+    from afina.site.settings import Site
 
     (scratch / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
     model = scratch / "model"

@@ -15,7 +15,7 @@
 Of each run: seconds of training alone (evaluations left out), with evaluations, and of the whole command, start-up, reading
 and tokenising included; the most memory of its processes together (proportional set size, looked at twice a second, or
 seldom enough to take 2 % of a core); and the
-useful share of the machine's peak: the model's floating-point operations for real tokens (afina.worker.flops) over the seconds
+useful share of the machine's peak: the model's floating-point operations for real tokens (afina.worker.compute.flops) over the seconds
 of training alone and the best torch.mm of the same cores in the numbers that the peer computes in, measured in the same round. A speed is formed within a round, against
 the tutorial where it takes part, so that load from elsewhere meets both sides; shown are medians and ranges over the rounds.
 Every finished run is a line of OUT/cells.jsonl: the same command goes on where it was interrupted. OUT/peers.json and
@@ -223,7 +223,7 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
     import numpy as np
     from transformers import AutoConfig
 
-    from afina.worker.flops import forward_flops
+    from afina.worker.compute.flops import forward_flops
 
     model = reviews.model_for(cell["model"], options.out)
     recipe = recipe_of(options.out, model, cell["lengths"], options.epochs, options.quick)

@@ -44,7 +44,7 @@ import numpy as np
 MAX_LENGTH = 512
 PEERS = ("afina", "map", "map on all cores", "padded", "padded on all cores")
 
-#: As `python -m afina.worker.prepare`, with pieces of another size.
+#: As `python -m afina.worker prepare`, with pieces of another size.
 PREPARE = """
 import sys
 from afina.worker import pieces, prepare
@@ -153,9 +153,9 @@ def run(argv: Sequence[str], text: str, env: dict[str, str]) -> tuple[str, dict[
 
 
 def plan_of(table: Path, model: str, scratch: Path) -> str:
-    from afina.plan import make_plan
-    from afina.recipe import Recipe
-    from afina.site import Site
+    from afina.recipe.schema import Recipe
+    from afina.run.plan import make_plan
+    from afina.site.settings import Site
 
     scratch.mkdir(parents=True, exist_ok=True)
     data = {"files": {"all": str(table)}, "text": "text", "label": "stars"}
@@ -167,7 +167,7 @@ def run_peer(peer: str, table: Path, rows: int, model: str, folder: Path) -> tup
     """What a peer needed, and the files that it leaves for the training."""
     shutil.rmtree(folder, ignore_errors=True)
     if peer == "afina":
-        argv = [sys.executable, "-m", "afina.worker.prepare"]
+        argv = [sys.executable, "-m", "afina.worker", "prepare"]
         out, found = run(argv, plan_of(table, model, folder), {})
         said = json.loads(out.splitlines()[-1])
         files = [path for path in Path(said["prepared"]).rglob("*") if path.is_file()]
@@ -255,8 +255,8 @@ def reading(prepared: Path, arrow: Sequence[Path], batch_size: int, batches: int
     import torch
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
-    from afina.worker.batches import Collator, PackedCollator
-    from afina.worker.store import open_split
+    from afina.worker.compute.batches import Collator, PackedCollator
+    from afina.worker.data.prepared import open_split
 
     datasets.disable_progress_bars()
     split = open_split(prepared, "train")

@@ -35,7 +35,7 @@ __all__ = ["measure", "table"]
 
 _PEERS = ("trainer", "afina")
 _CHECK = (
-    "import sys, time; from pathlib import Path; from afina.worker.checkpoint import damage; "
+    "import sys, time; from pathlib import Path; from afina.worker.survival.checkpoint import damage; "
     "began = time.perf_counter(); wrong = damage(Path(sys.argv[1])); print(time.perf_counter() - began); sys.exit(wrong)"
 )
 

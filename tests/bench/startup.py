@@ -50,7 +50,7 @@ clock = [time.time()]
 import json, os, sys
 import torch, transformers
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-import afina.worker.trainer
+import afina.worker.training.trainer
 clock.append(time.time())
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=5, dtype=torch.float32)
 clock.append(time.time())
@@ -175,7 +175,7 @@ class Place:
         self.give()
         began = time.time()
         env = {**self._environment(), "AFINA_ATTEMPT": "bench-1", "AFINA_LAUNCH": "local"}
-        command = self.argv(way, ["-m", "afina.worker.launch", str(run)])
+        command = self.argv(way, ["-m", "afina.worker", "launch", str(run)])
         _said(command if way == "plain" else self.as_user(command), env)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         return float(next(e["time"] for e in events if e["event"] == "first_step") - began)

@@ -129,7 +129,7 @@ class Live(ABC):
         """Rank -> process id of the training processes that live."""
         ranks = {}
         for pid, argv in self.processes().items():
-            if "afina.worker.train" in argv and "accelerate.commands.launch" not in argv and alive(pid):
+            if "afina.worker" in argv and "train" in argv and "accelerate.commands.launch" not in argv and alive(pid):
                 ranks[int(_environ(pid).get("RANK", "0"))] = pid
         return ranks
 

@@ -23,10 +23,10 @@ from tests import tiny
 from tests.unit import test_packed as packing_tests
 from tests.unit import test_train as runs
 
-from afina.worker import attention, graphs, packed, varlen
-from afina.worker.batches import Collator, PackedCollator
-from afina.worker.packing import pack
-from afina.worker.tasks import TASKS
+from afina.worker.compute import attention, cuda_graphs, flash, packed_model
+from afina.worker.compute.batches import Collator, PackedCollator
+from afina.worker.compute.packing import pack
+from afina.worker.model.tasks import TASKS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -41,8 +41,8 @@ def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Te
     split = packing_tests.split_of(packing_tests.LENGTHS, 5, types=types, forbidden=None)
     collate: Collator | PackedCollator = Collator(split, packing_tests.PAD)
     if packs:
-        about = packed.PROVEN[model.config.model_type]
-        packed.accept_packed(model, attention.PLAIN)
+        about = packed_model.PROVEN[model.config.model_type]
+        packed_model.accept_packed(model, attention.PLAIN)
         collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=about.offset, device="cuda")
     batch = {key: value.to(torch.device("cuda")) for key, value in collate(ROWS).items()}
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
@@ -76,11 +76,11 @@ def test_flash_attention_drops_out_as_it_says(first_only: bool) -> None:
     if first_only:
         q, upstream = (x.index_select(0, packing.starts) for x in (q, upstream))
     q, k, v, upstream = (x.bfloat16() for x in (q, k, v, upstream))
-    assert varlen.takes(q)
+    assert flash.takes(q)
 
     def out(values: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return varlen.attend(q, k, values, packing, first_only, 32**-0.5, p, None)
+        return flash.attend(q, k, values, packing, first_only, 32**-0.5, p, None)
 
     without = out(v, 0.0, 1).float()
     assert torch.equal(out(v, 0.3, 1), out(v, 0.3, 1))
@@ -102,11 +102,11 @@ def _trained(
     """A model on the GPU, a collator for it, and an ordinary step in bfloat16."""
     model = packing_tests.model_of(packing_tests.CONFIGS[name])
     model = (model if dropout else packing_tests.still(model)).train().cuda()
-    packed.accept_packed(model, attention.PLAIN)
+    packed_model.accept_packed(model, attention.PLAIN)
     types = "token_type_ids" in packing_tests._inputs(model)
     lengths = [60 - n % 50 for n in range(200)]
     split = packing_tests.split_of(lengths, 5, types=types)
-    offset = packed.PROVEN[model.config.model_type].offset
+    offset = packed_model.PROVEN[model.config.model_type].offset
     collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=offset, device="cuda")
 
     def batch_of(rows: list[int]) -> dict[str, Any]:
@@ -131,13 +131,13 @@ BATCHES = [list(range(8)), [*range(30, 38)], [*range(100, 108)], [*range(50, 58)
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
 @pytest.mark.parametrize(
-    "name", [n for n in packing_tests.CONFIGS if packing_tests.CONFIGS[n]["model_type"] in graphs._KINDS]
+    "name", [n for n in packing_tests.CONFIGS if packing_tests.CONFIGS[n]["model_type"] in cuda_graphs._KINDS]
 )
 def test_a_recorded_step_is_the_step(name: str) -> None:
     """Without dropout: losses and gradients, two micro-batches of one step, and a batch that is not recorded."""
     model, batch_of, step = _trained(name, dropout=False)
-    assert graphs.why_not(model, "packed", 1, half=True, twice=False) is None
-    recorded = graphs.Recorded(step, model, rows=8, longest=64)
+    assert cuda_graphs.why_not(model, "packed", 1, half=True, twice=False) is None
+    recorded = cuda_graphs.Recorded(step, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     for number, rows in enumerate([*BATCHES, list(range(5)), *BATCHES]):
         found = []
@@ -162,7 +162,7 @@ def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
     losses = []
     for _ in range(2):
         model, batch_of, step = _trained("bert", dropout=True)
-        recorded = graphs.Recorded(step, model, rows=8, longest=64)
+        recorded = cuda_graphs.Recorded(step, model, rows=8, longest=64)
         items = torch.tensor(8, device="cuda")
         for skipped in (0, 2):  # the second time all are recorded already
             torch.manual_seed(5)
@@ -187,7 +187,7 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
         float(items)  # waits for the GPU, which no recording can
         return step(batch, items)
 
-    recorded = graphs.Recorded(waits, model, rows=8, longest=64)
+    recorded = cuda_graphs.Recorded(waits, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     torch.manual_seed(5)
     found = [float(recorded(batch_of(rows), items)) for rows in BATCHES]
@@ -252,7 +252,7 @@ def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_run_that_was_not(plac
     argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
     resumed = subprocess.Popen(argv, env=runs._environment(place), stdout=subprocess.DEVNULL)
     runs._wait_for_lines(run, 40, attempt=2)
-    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {run}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
     assert resumed.wait(timeout=120) == 4
     code, text = runs._resume(place, run)
     assert code == 0, text
@@ -274,6 +274,6 @@ def test_a_rehearsal_measures_the_memory_of_the_gpu(place: Path) -> None:
 
 
 def test_doctor_sees_the_gpu(place: Path) -> None:
-    argv = [sys.executable, "-m", "afina.worker.doctor"]
+    argv = [sys.executable, "-m", "afina.worker", "doctor"]
     done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
     assert torch.cuda.get_device_name() in done.stdout, done.stdout + done.stderr

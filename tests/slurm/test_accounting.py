@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from afina.slurm import accounting, version
-from afina.watch.usage import FIELDS, used
+from afina.slurm.accounting import FIELDS, used
+from afina.slurm.client import accounting, version
 
 _BUSY = "#!/bin/bash\nsrun python3 -c 'import time\nbegan = time.process_time()\nwhile time.process_time() - began < 2: pass'\nsleep 1\n"
 

@@ -226,7 +226,7 @@ def test_a_killed_rank_is_put_back_into_the_queue(cluster: Cluster, place: Path,
         cwd=place,
     )
     run = _wait_for_the_first_step(place, "killed-*")
-    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(run))}"], check=True)
     assert cluster.wait(job, timeout=300, restarts=1) == "COMPLETED", (place / f"slurm-{job}.out").read_text()
     ended = [
         e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "attempt_ended"
@@ -250,7 +250,7 @@ def test_a_failure_that_comes_back_ends_the_job(cluster: Cluster, place: Path) -
     )
     run = _wait_for_the_first_step(place, "broken-*")
     os.truncate(place / "broken/config.json", 10)
-    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(run))}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(run))}"], check=True)
     assert cluster.wait(job, timeout=300, restarts=1) == "FAILED", (place / f"slurm-{job}.out").read_text()
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["outcome"] == "failed" and "remedy" in outcome["error"]

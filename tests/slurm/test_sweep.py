@@ -95,7 +95,7 @@ def test_one_command_mends_a_sweep_with_a_killed_run_and_a_dead_node(
 
     # The process that trains, of the task whose job id is the array's: its shell puts back this task and no other.
     last = next(task for task in range(4) if cluster.job(jobs[task])["JobId"] == array)
-    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker.train {re.escape(str(runs[last]))}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(runs[last]))}"], check=True)
     # A whole run, its shell included: nobody is left to put it back.
     lost = next(task for task in range(4) if task != last)
     cluster.run_as_user(["scancel", "--signal=KILL", "--batch", jobs[lost]], check=True)

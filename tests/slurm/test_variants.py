@@ -16,23 +16,23 @@ from typing import Any
 import pytest
 from cluster import Cluster
 
-from afina.launch import job_scripts, sbatch_argv
-from afina.plan import Plan, make_plan
-from afina.recipe import Recipe
-from afina.rundir import RunDir
-from afina.site import Site
+from afina.recipe.schema import Recipe
+from afina.run.commands import job_scripts, sbatch_argv
+from afina.run.directory import RunDir
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
 
-#: `bash worker.sh MODULE RUN …`, as `python -m MODULE RUN …` would be called: the launch of a node, and the settling at the end.
+#: `bash worker.sh COMMAND RUN …`, as `python -m afina.worker COMMAND RUN …` would be called: launch on each node, finish at the end.
 WORKER = """
 case $1 in
-  afina.worker.launch)
+  launch)
     env -0 >"$2/env.$AFINA_ATTEMPT.${SLURM_NODEID:-0}"
     echo host >"$2/attempts/$AFINA_ATTEMPT/node$SLURM_NODEID.json"
     [ "$SLURM_NODEID" = 0 ] || exit 0
     if [ -e "$2/stopped" ]; then code=0; else touch "$2/stopped"; code=75; fi
     echo $code >"$2/attempts/$AFINA_ATTEMPT/exit"
     ;;
-  afina.worker.settle)
+  finish)
     printf 'requeue\\n\\nstopped: to be continued\\n' >"$2/attempts/$3/next"
     ;;
 esac
@@ -85,7 +85,7 @@ class Variant:
             "resources": {"cpus_per_gpu": 1, "time": 5, **resources},
         }
         self.plan: Plan = make_plan(Recipe.model_validate(recipe), Site(scratch=folder / "scratch", **site))
-        argv = ["bash", str(folder / "worker.sh"), "afina.worker.launch", "{run}"]
+        argv = ["bash", str(folder / "worker.sh"), "launch", "{run}"]
         self.run = RunDir.claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
         for path in (folder, *folder.rglob("*")):
             shutil.chown(path, cluster.user, cluster.user)

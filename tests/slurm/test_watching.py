@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from afina import slurm
-from afina.rundir import RunDir
-from afina.watch.halt import cancel_runs
+from afina.run.directory import RunDir
+from afina.slurm import client
+from afina.slurm.reasons import explain
+from afina.watch.cancel import cancel_runs
 from afina.watch.overview import RunSummary, known_runs, summarise
-from afina.watch.pending import explain
 
 SLEEP = "#!/bin/sh\nsleep 120\n"
 
@@ -98,8 +98,8 @@ def test_waiting_running_and_gone(
         assert 3000 < (found["later"].starts or 0) - time.time() <= 3700
         assert found["ended"].why and found["ended"].why.startswith("job ")
         # Once slurmctld has forgotten a job only accounting knows of it.
-        assert slurm.query(["999999"])["999999"] == slurm.Job("999999", "GONE")
-        assert set(slurm._accounted([running])) == ({running} if accounting else set()), (
+        assert client.query(["999999"])["999999"] == client.Job("999999", "GONE")
+        assert set(client._accounted([running])) == ({running} if accounting else set()), (
             "the database is behind by seconds"
         )
         assert {c.did for c in cancel_runs(known_runs())} == {"cancelled", "nothing"}

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import click
 
-from afina import __version__
 from afina.cli import image, report, run, start, sweep, use, watch
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
+from afina.version import __version__
 
 __all__ = ["cli", "main"]
 

@@ -46,8 +46,8 @@ def info(image: str | None, site: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from afina.devices import driver_version
-    from afina.image import fit, image_of, summary
+    from afina.site.gpus import driver_version
+    from afina.site.image import fit, image_of, summary
 
     read = image_of(image, site)[0]
     about, findings = summary(read), fit(read, driver_version())
@@ -74,9 +74,9 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
     """
     from dataclasses import asdict
 
-    from afina import image as images
     from afina.errors import EXIT_ENVIRONMENT, InputError
-    from afina.site import image_key, in_container
+    from afina.site import image as images
+    from afina.site.settings import image_key, in_container
 
     if in_container():
         raise InputError("this is inside the image: it cannot be checked from there", "run it on the host")

@@ -68,7 +68,7 @@ def following(run: Any) -> str:
 def minutes_of(text: str | None) -> int | None:
     from pydantic import ValidationError
 
-    from afina.recipe import Resources
+    from afina.recipe.schema import Resources
 
     if text is None:
         return None

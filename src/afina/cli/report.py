@@ -33,7 +33,7 @@ def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> No
       afina report /scratch/me/runs/yelp-1a2b3c4d-1
       afina report /scratch/me/sweeps/rates --each --png
     """
-    from afina.report import write_report
+    from afina.reports import write_report
 
     page = write_report(path, png=png, texts=not no_text, each=each)
     print(json.dumps({"report": str(page)}) if as_json else page)
@@ -60,8 +60,8 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
       afina compare runs/base runs/longer
       afina compare sweeps/rates --no-test --json
     """
-    from afina import compare as comparing
     from afina.errors import EnvironmentProblem
+    from afina.reports import compare as comparing
 
     found = comparing.compare(runs)
     tests, missing = None, ""
@@ -117,8 +117,8 @@ def rerun(
       afina rerun /scratch/me/runs/yelp-1a2b3c4d-1 --submit --time 2:00:00
     """
     from afina.errors import InputError
-    from afina.rerun import plan_again
-    from afina.rerun import rerun as run_again
+    from afina.reports.rerun import plan_again
+    from afina.reports.rerun import rerun as run_again
 
     if not submit and (nodes is not None or time_limit is not None or gpus_per_node is not None):
         raise InputError("--nodes, --gpus-per-node and --time are for a job", "add --submit, or leave them out")

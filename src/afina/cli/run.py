@@ -35,9 +35,9 @@ def train(
       afina train slurm/recipes/yelp.yaml
       afina train recipe.yaml --run runs/first --set train.epochs=1 --num-processes 2
     """
-    from afina import jobs
+    from afina import api
 
-    finish(jobs.train(recipe, overrides=overrides, run=run, site=site, num_processes=num_processes), as_json)
+    finish(api.train(recipe, overrides=overrides, run=run, site=site, num_processes=num_processes), as_json)
 
 
 @click.command()
@@ -53,9 +53,9 @@ def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
     Example:
       afina resume /scratch/me/runs/yelp-1a2b3c4d-1
     """
-    from afina import jobs
+    from afina import api
 
-    finish(jobs.resume(run_dir, num_processes=num_processes), as_json)
+    finish(api.resume(run_dir, num_processes=num_processes), as_json)
 
 
 @click.command()
@@ -91,21 +91,21 @@ def submit(
       afina submit recipe.yaml --dry-run
       afina submit RUN_DIR --wait
     """
-    from afina import jobs
-    from afina.start.estimate import describe
+    from afina import api
+    from afina.forecast.estimate import describe
 
     minutes = minutes_of(time_limit)
     if dry_run:
         asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": minutes}
-        plan, there = jobs.plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
-        shown = jobs.dry_run(plan, via, there.path if there else run, claimed=there is not None)
+        plan, there = api.plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
+        shown = api.dry_run(plan, via, there.path if there else run, claimed=there is not None)
         print(
             json.dumps({"plan": plan.model_dump(mode="json"), "via": via, **shown}, indent=2, ensure_ascii=False)
             if as_json
             else _dry(plan, shown)
         )
         return
-    made = jobs.submit(
+    made = api.submit(
         recipe,
         via=via,
         overrides=overrides,
@@ -140,9 +140,9 @@ def prefetch(recipe: str, overrides: tuple[str, ...], site: str | None, refresh:
     Example:
       afina prefetch slurm/recipes/yelp.yaml
     """
-    from afina import jobs
+    from afina import api
 
-    prepared = jobs.prepare(jobs.plan_for(recipe, overrides=overrides, site=site), refresh=refresh)
+    prepared = api.prepare(api.plan_for(recipe, overrides=overrides, site=site), refresh=refresh)
     if as_json:
         print(json.dumps(prepared))
         return
@@ -163,11 +163,11 @@ def claim(
     """Make the run directory of a batch job that was given a recipe; called by finetune.sbatch inside the allocation."""
     from pathlib import Path
 
-    from afina import jobs
-    from afina.rundir import write_atomic
+    from afina import api
+    from afina.files import write_atomic
 
-    plan = jobs.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, job=True)
-    run = jobs.claim(plan)
+    plan = api.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, job=True)
+    run = api.claim(plan)
     Path(pointer).parent.mkdir(exist_ok=True)
     write_atomic(Path(pointer), str(run.path))
 

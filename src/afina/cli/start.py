@@ -16,7 +16,7 @@ from afina.cli.options import again, minutes_of, recipe_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
 
 if TYPE_CHECKING:
-    from afina.start.look import Column, Examined
+    from afina.start.examine import Column, Examined
 
 __all__ = ["COMMANDS"]
 
@@ -63,10 +63,10 @@ def init(
       afina init project --data reviews.csv --yes
       afina init --data train.parquet --text sentence --label class --model ./model
     """
-    from afina.site import find_site_file, load_site
-    from afina.slurm import ask_cluster
+    from afina.site.settings import find_site_file, load_site
+    from afina.slurm.client import ask_cluster
+    from afina.start import examine
     from afina.start import init as start
-    from afina.start import look
     from afina.start.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
 
     ask = _Asker(yes or as_json)
@@ -99,15 +99,15 @@ def init(
     here = start.data_files_here(base) or start.data_files_here(Path())
     data = data or ask("Data: a file, a folder, or the id of a Hub data set", str(here[0]) if here else None, "--data")
     found = start.find_data(data, site, config)
-    columns = look.columns_of(found.main)
+    columns = examine.columns_of(found.main)
     ask.show(_table(columns))
-    text, label, row_id = look.guess_columns(columns)
+    text, label, row_id = examine.guess_columns(columns)
     texts = texts or (ask("Text column", text, "--text"),)
-    look.check_named(columns, texts, "--text", found.what)
+    examine.check_named(columns, texts, "--text", found.what)
     if label in texts:
         label = None
     labels = labels or (ask("Label column", label, "--label"),)
-    look.check_named(columns, labels, "--label", found.what)
+    examine.check_named(columns, labels, "--label", found.what)
     if len(texts) > 2 or set(texts) & set(labels):
         raise InputError("--text: one column, or two for pairs, and none of them a label", "name each column once")
     examined = _with_bar(
@@ -116,7 +116,7 @@ def init(
     )
     usual = MULTILINGUAL_MODEL if examined[0].foreign > 0.3 else DEFAULT_MODEL
     model = model or ask("Model: a Hub id or a folder", usual, "--model")
-    about = start.find_model(model, examined[0].sample, look.count_pieces)
+    about = start.find_model(model, examined[0].sample, examine.count_pieces)
     name = name or ask("Name of the run", start.usual_name(found, base), "--name")
     row_id = row_id if row_id not in (*texts, *labels) else None
     proposal = start.compose(found, name, texts, labels, row_id, about, examined, cluster, base)
@@ -235,14 +235,14 @@ def rehearse(
       afina rehearse recipe.yaml
       srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
     """
-    from afina import jobs
-    from afina.image import check_image
-    from afina.slurm import ask_cluster
-    from afina.start import rehearse as measure
-    from afina.start.estimate import describe
-    from afina.start.foresight import foresee
+    from afina import api
+    from afina.forecast import evidence as measure
+    from afina.forecast.estimate import describe
+    from afina.forecast.forecast import foresee
+    from afina.site.image import check_image
+    from afina.slurm.client import ask_cluster
 
-    plan = jobs.plan_for(
+    plan = api.plan_for(
         recipe,
         overrides=overrides,
         site=site,
@@ -251,7 +251,7 @@ def rehearse(
         time_min=minutes_of(time_limit),
     )
     check_image(plan.site)
-    prepared = jobs.prepare(plan)
+    prepared = api.prepare(plan)
     measured = measure.rehearse(plan, prepared, seconds=seconds)
     said = foresee(plan, prepared, ask_cluster(accounting=False), measured)
     if as_json:
@@ -362,12 +362,12 @@ def _patient(
     with_job: bool,
 ) -> Any:
     """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
-    from afina import jobs
-    from afina.cluster import Cluster
+    from afina import api
     from afina.doctor.finding import Patient
     from afina.errors import AfinaError
-    from afina.site import environment, load_site
-    from afina.slurm import ask_cluster
+    from afina.site.settings import environment, load_site
+    from afina.slurm.client import ask_cluster
+    from afina.slurm.cluster import Cluster
     from afina.start.init import bare_plan
 
     where = plan = error = None
@@ -376,7 +376,7 @@ def _patient(
         where = load_site(site)
         env |= environment(where)
         if recipe is not None:
-            plan = jobs.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node)
+            plan = api.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node)
         elif nodes or gpus_per_node:
             plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
     except AfinaError as problem:

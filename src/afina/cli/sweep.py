@@ -75,10 +75,10 @@ def sweep(
       afina sweep recipe.yaml --seeds 3 --local
       afina sweep /scratch/me/sweeps/yelp-1a2b3c4d
     """
-    from afina.sweeps.api import carry_out, sweep_named
     from afina.sweeps.draft import draft_sweep, dry_run
     from afina.sweeps.grid import parse_grid
     from afina.sweeps.space import parse_search
+    from afina.sweeps.sweep import carry_out, sweep_named
 
     if (found := sweep_named(recipe)) is not None:
         _look(found, context, metric, wait, as_json)

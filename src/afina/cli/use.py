@@ -84,7 +84,7 @@ def predict(
       afina predict RUN_DIR big.parquet -o out.parquet --submit --array 8 --time 2:00:00
     """
     from afina.errors import InputError
-    from afina.use import predict as predicting
+    from afina.prediction import jobs as predicting
 
     for name, value in {"--array": array, "--time": time_limit, "--gpus-per-node": gpus_per_node}.items():
         if value is not None and not submitted:
@@ -145,7 +145,7 @@ def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json:
       afina export RUN_DIR -o stars
       afina export RUN_DIR -o stars --onnx
     """
-    from afina.use import export as exporting
+    from afina.prediction import export as exporting
 
     made = exporting.export(run_dir, out, onnx=onnx, site=site)
     if as_json:
@@ -166,7 +166,7 @@ def _to_standard_output(run_dir: str, options: dict[str, Any], num_processes: in
     import shutil
     import tempfile
 
-    from afina.use import predict as predicting
+    from afina.prediction import jobs as predicting
 
     with tempfile.TemporaryDirectory(prefix="afina-predict-") as folder:
         out = Path(folder) / "out.jsonl"

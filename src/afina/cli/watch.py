@@ -208,7 +208,7 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
       afina logs yelp-1a2b3c4d-1 --attempt 4711.0 --rank 3
     """
     from afina.errors import InputError
-    from afina.rundir import RunDir
+    from afina.run.directory import RunDir
     from afina.watch.logs import Choice, follow, log_lines
 
     if rank is not None and node is not None:
@@ -238,7 +238,7 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
       afina cancel yelp-1a2b3c4d-1
       afina cancel /scratch/me/sweeps/yelp
     """
-    from afina.watch.halt import cancel_runs
+    from afina.watch.cancel import cancel_runs
     from afina.watch.overview import find_runs, short_names
 
     done = cancel_runs(find_runs(runs))

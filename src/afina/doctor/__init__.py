@@ -1,7 +1,7 @@
 """Will a job go its way here? Checks as a plain list of functions; each finding is ok, a warning or a failure, with its remedy.
 
 What can be tried is tried: locks and renames are done in a temporary file on scratch, the container is started. Nothing is left
-behind, and no secret is printed. The batch job's part is `afina.doctor.job`, what holds in the image `afina.worker.doctor`.
+behind, and no secret is printed. The batch job's part is `afina.doctor.job`, what holds in the image `afina.worker.checks.environment`.
 
 Not covered: quotas of file systems whose tools (`quota`, `lfs`) are not here, and limits that Slurm keeps to itself.
 """
@@ -28,7 +28,7 @@ from afina.doctor.disk import (
 from afina.doctor.finding import Finding, Patient
 from afina.doctor.queue import check_account, check_after_the_end, check_partitions, check_slurm
 from afina.errors import AfinaError, EnvironmentProblem
-from afina.launch import worker_argv, worker_environment
+from afina.run.commands import worker_argv, worker_environment
 
 __all__ = ["CHECKS", "examine", "inside"]
 
@@ -75,14 +75,14 @@ def _named(check: Callable[[Patient], list[Finding]]) -> str:
 
 
 def inside(p: Patient) -> Iterator[Finding]:
-    """What `afina.worker.doctor` finds in the container, or here where we are in it or there is none.
+    """What `afina.worker.checks.environment` finds in the container, or here where we are in it or there is none.
 
     Raises:
         EnvironmentProblem: it cannot be started, or says nothing.
     """
     env = dict(p.env)
     if p.where is None:
-        argv = [sys.executable, "-m", "afina.worker.doctor"]
+        argv = [sys.executable, "-m", "afina.worker", "doctor"]
     else:
         argv = worker_argv(p.where, "doctor")
         env |= worker_environment(p.where, offline=True, env=env)

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from afina import __version__
 from afina.doctor.finding import ANSWER_S, Finding, Patient, answer_of
-from afina.image import check_image
-from afina.launch import container_argv
-from afina.site import in_container
+from afina.run.commands import container_argv
+from afina.site.image import check_image
+from afina.site.settings import in_container
+from afina.version import __version__
 
 __all__ = ["check_binds", "check_image_file", "check_runtime"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from afina.doctor.finding import ANSWER_S, Finding, Level, Patient, answer_of
 from afina.errors import EnvironmentProblem
-from afina.site import CACHE_VARIABLES, Site, cache_environment
-from afina.slurm import heard
+from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
+from afina.slurm.client import heard
 
 __all__ = [
     "check_caches",
@@ -86,7 +86,7 @@ def check_recipe(p: Patient) -> list[Finding]:
 
 
 def _pins(site: Site, kind: str, name: str) -> list[str]:
-    """The commits that a name was pinned to (`afina.worker.hub`)."""
+    """The commits that a name was pinned to (`afina.worker.hub.pins`)."""
     found = []
     for path in sorted((site.scratch / "pins").glob(f"{kind}-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):

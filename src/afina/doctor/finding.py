@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from afina.cluster import Cluster
 from afina.errors import AfinaError
-from afina.plan import Plan
-from afina.site import Site
+from afina.run.plan import Plan
+from afina.site.settings import Site
+from afina.slurm.cluster import Cluster
 from afina.start.init import bare_plan
 
 __all__ = ["ANSWER_S", "Finding", "Level", "Patient", "answer_of"]

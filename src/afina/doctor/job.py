@@ -16,11 +16,11 @@ from pathlib import Path
 
 from afina.doctor.finding import Finding, Level, Patient
 from afina.errors import AfinaError, SlurmError
-from afina.launch import container_argv, job_scripts, sbatch_options, worker_argv
-from afina.plan import Plan
-from afina.rundir import write_atomic
-from afina.slurm import Job, cancel, query, submit_script
-from afina.watch.pending import explain
+from afina.files import write_atomic
+from afina.run.commands import container_argv, job_scripts, sbatch_options, worker_argv
+from afina.run.plan import Plan
+from afina.slurm.client import Job, cancel, query, submit_script
+from afina.slurm.reasons import explain
 
 __all__ = ["try_job"]
 
@@ -66,7 +66,7 @@ def _prepare(plan: Plan, folder: Path) -> list[str]:
     if plan.site.runtime == "none":
         worker = worker_argv(plan, "doctor", "ranks", str(folder), count)
     else:
-        inner = container_argv(plan, ["python", "-m", "afina.worker.doctor", "ranks", str(folder), count])
+        inner = container_argv(plan, ["python", "-m", "afina.worker", "doctor", "ranks", str(folder), count])
         worker = ["bash", str(folder / "node.sh"), str(plan.site.image), *inner]
         assert plan.site.image is not None
         about = (str(plan.site.image), str(plan.site.image.stat().st_size), plan.site.runtime)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 
-from afina.cluster import Partition, ask_of, refusal, words_of_minutes
 from afina.doctor.finding import Finding, Patient
-from afina.slurm import heard
+from afina.slurm.client import heard
+from afina.slurm.cluster import Partition, ask_of, refusal, words_of_minutes
 
 __all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
 

@@ -1,6 +1,6 @@
 """From data and a machine to a recipe and a site file that fit them: what `afina init` finds out, and what it writes.
 
-`afina.start.look` reads the data, `afina.start.propose` writes the texts, `afina.cli.start` asks. Nothing that exists is overwritten: a recipe
+`afina.start.examine` reads the data, `afina.start.propose` writes the texts, `afina.cli.start` asks. Nothing that exists is overwritten: a recipe
 that is there is refused by name before anything is asked, a site file that is there is used.
 """
 
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from afina import errors
-from afina.cluster import Cluster
 from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError
-from afina.launch import container_argv
-from afina.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
-from afina.recipe import parse_recipe
-from afina.rundir import write_atomic
-from afina.site import Site, cache_environment, environment, hub_token, load_site
-from afina.start import look, propose
-from afina.start.look import Examined, Source
+from afina.files import write_atomic
+from afina.forecast.evidence import parameters_of
+from afina.recipe.schema import parse_recipe
+from afina.run.commands import container_argv
+from afina.run.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
+from afina.site.settings import Site, cache_environment, environment, hub_token, load_site
+from afina.slurm.cluster import Cluster
+from afina.start import examine, propose
+from afina.start.examine import Examined, Source
 from afina.start.propose import Host, Model, Proposal
-from afina.start.rehearse import parameters_of
 
 __all__ = [
     "SITE",
@@ -152,7 +152,7 @@ def _source(paths: Sequence[Path], site: Site | None) -> Source:
     size = sum(p.stat().st_size for p in paths)
     # Line breaks inside a quoted cell count too: then it is an estimate.
     total = sum(_line_breaks(p) for p in paths) if size > _LARGE else None
-    return Source(name, lambda: look.read_rows(paths), total)
+    return Source(name, lambda: examine.read_rows(paths), total)
 
 
 def _line_breaks(path: Path) -> int:
@@ -186,7 +186,7 @@ def _from_worker(question: Mapping[str, Any], name: str, site: Site | None, path
 
     def rows(part: str) -> Iterator[dict[str, Any]]:
         here = False
-        for line in told(look.MOST_ROWS + 1):
+        for line in told(examine.MOST_ROWS + 1):
             if "part" in line:
                 here = line["part"] == part
             elif here:
@@ -201,7 +201,7 @@ def _from_worker(question: Mapping[str, Any], name: str, site: Site | None, path
 
 
 def _worker_lines(question: Mapping[str, Any], site: Site | None, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    argv = [sys.executable, "-m", "afina.worker.look"]
+    argv = [sys.executable, "-m", "afina.worker", "peek"]
     here = {**os.environ, **(environment(site) if site is not None else {})}
     env = {**here, **(cache_environment(site, here) if site is not None else {}), **hub_token(here)}
     if importlib.util.find_spec("pyarrow") is None or (
@@ -361,9 +361,9 @@ def examine_all(
     found: Found, text: Sequence[str], label: Sequence[str], tick: Callable[[int], None] | None = None
 ) -> tuple[Examined, dict[str, Examined]]:
     """Text and label of the part that is trained on, and of the others."""
-    main = look.examine(found.main, text, label, tick)
+    main = examine.examine(found.main, text, label, tick)
     others = {
-        part: look.examine(source, text, label, tick)
+        part: examine.examine(source, text, label, tick)
         for part, source in found.sources.items()
         if source is not found.main
     }

@@ -17,8 +17,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from afina.cluster import Cluster, Nodes, Partition, words_of_minutes
-from afina.start.look import Examined, quantile
+from afina.slurm.cluster import Cluster, Nodes, Partition, words_of_minutes
+from afina.start.examine import Examined, quantile
 
 __all__ = [
     "DEFAULT_MODEL",

@@ -1,6 +1,6 @@
 """`predictions.parquet` of a run as arrays: what each row was, what the model said, and how sure it was.
 
-Reads what the worker wrote (`afina.worker.results`). NumPy and pyarrow are imported inside the functions: a login node may have
+Reads what the worker wrote (`afina.worker.training.results`). NumPy and pyarrow are imported inside the functions: a login node may have
 neither, and is told so. Texts stay in the table until one is asked for.
 """
 

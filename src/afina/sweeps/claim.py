@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from afina import jobs
+from afina import api
 from afina.errors import ClaimedError, InputError
-from afina.image import check_image
-from afina.launch import job_scripts, node_argv
-from afina.plan import Plan
-from afina.recipe import parse_recipes
-from afina.record import make_record, overrides_of
-from afina.rundir import is_run_dir, write_atomic
+from afina.files import write_atomic
+from afina.recipe.schema import parse_recipes
+from afina.run.commands import job_scripts, node_argv
+from afina.run.directory import is_run_dir
+from afina.run.plan import Plan
+from afina.run.record import make_record, overrides_of
+from afina.site.image import check_image
+from afina.slurm.client import version
+from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.draft import Draft
-from afina.sweeps.folder import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.space import corners
 from afina.sweeps.table import LOWER_IS_BETTER, best_metric
 
@@ -55,7 +57,7 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
         if len(plans) > 1:
             say(f"preparing {count} of {len(plans)}{f': {point}' if point else ''}")
         try:
-            found[share] = jobs.prepare(plan)
+            found[share] = api.prepare(plan)
         except InputError as error:
             if len(plans) > 1 and point:
                 raise type(error)(f"cell {point}: {error.message}", error.remedy) from None
@@ -113,7 +115,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         if share not in shared:
             shared[share] = _shared_record(draft, plan, prepared[share], say)
         about = record_of(shared[share], plan, cell.overrides)
-        jobs.claim(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
+        api.claim(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if count % 100 == 0:
             say(f"{count} of {len(draft.plans)} run directories made")
@@ -125,7 +127,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
 
 def _shared_record(draft: Draft, plan: Plan, prepared: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """The reproducibility record of the runs that share data and model: with the overrides that all cells have."""
-    record = make_record(plan, prepared, draft.text, say)
+    record = make_record(plan, prepared, draft.text, version(), say)
     record["recipe"]["overrides"] = overrides_of(draft.text, draft.record.plan.recipe)
     return record
 

@@ -1,7 +1,7 @@
 """A sweep before anything is done: which cells, where, which of them are missing, and with which commands they are submitted.
 
 Reads the recipe, the site, the sweep directory and (for the states) squeue; changes nothing. What a draft says is what
-`afina.sweeps.api` does and what `--dry-run` prints.
+`afina.sweeps.sweep` does and what `--dry-run` prints.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina import jobs
+from afina import api
 from afina.errors import InputError, RecipeError, SlurmError
-from afina.launch import sweep_argv
-from afina.plan import Plan, check_cores, make_plan
-from afina.recipe import Recipe, parse_recipe, read_recipe
-from afina.rundir import is_run_dir
-from afina.site import load_site
-from afina.slurm import max_array_size, query
-from afina.sweeps.folder import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
+from afina.recipe.schema import Recipe, parse_recipe, read_recipe
+from afina.run.commands import sweep_argv
+from afina.run.directory import is_run_dir
+from afina.run.plan import Plan, check_cores, make_plan
+from afina.site.settings import load_site
+from afina.slurm.client import max_array_size, query
+from afina.sweeps.directory import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
 from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners
 from afina.watch.overview import State, summarise
@@ -83,7 +83,7 @@ def draft_sweep(
     where = load_site(site)
     processes = None
     if local:
-        processes = num_processes if num_processes is not None else jobs.visible_gpus() or 1
+        processes = num_processes if num_processes is not None else api.visible_gpus() or 1
         check_cores(processes)
 
     def plan_of(one: Recipe) -> Plan:
@@ -92,7 +92,7 @@ def draft_sweep(
             where,
             recipe_file=file,
             nodes=1 if local else nodes,
-            gpus_per_node=jobs.visible_gpus() if local else gpus_per_node,
+            gpus_per_node=api.visible_gpus() if local else gpus_per_node,
             processes_per_node=processes,
             time_min=time_min,
         )

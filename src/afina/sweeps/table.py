@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from afina.errors import InputError, nearest
-from afina.recipe import METRICS
-from afina.rundir import Outcome
+from afina.recipe.schema import METRICS
+from afina.run.outcome import Outcome
 from afina.statistics.intervals import Interval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
-from afina.sweeps.folder import SweepRecord
+from afina.sweeps.directory import SweepRecord
 
 __all__ = ["LOWER_IS_BETTER", "Row", "Table", "best_metric", "tabulate"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afina.errors import InputError, nearest
-from afina.rundir import RunDir
+from afina.run.directory import RunDir
 from afina.watch.overview import summary_of
 
 __all__ = ["Choice", "follow", "log_lines"]

@@ -1,4 +1,4 @@
-"""What all runs do just now: the files of each (`afina.watch.readings`) and one question to Slurm for all of them together.
+"""What all runs do just now: the files of each (`afina.watch.reading`) and one question to Slurm for all of them together.
 
 A run's own files come first; Slurm is asked for runs whose end is not written down, and where it does not answer the state is
 UNKNOWN, never FAILED. Runs are found below folders; a folder that is closed to this user is somebody else's, and left out.
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afina.errors import InputError, SiteError, nearest
-from afina.site import scratch_of
-from afina.slurm import Job, query
-from afina.trackers import sync_commands
-from afina.watch.pending import explain
-from afina.watch.readings import Reading, read_run
+from afina.recipe.trackers import sync_commands
+from afina.site.settings import scratch_of
+from afina.slurm.client import Job, query
+from afina.slurm.reasons import explain
+from afina.watch.reading import Reading, read_run
 
 __all__ = [
     "STATES",

@@ -1,24 +1,8 @@
-"""Write down how an attempt ended, and what is next: `python -m afina.worker.settle RUN_DIR ATTEMPT CODE`.
-
-The batch script calls it in the container after every attempt that did not finish, with the exit code it knows.
-"""
-
-from __future__ import annotations
+"""`python -m afina.worker.settle`, as run directories of afina before 0.2 name `python -m afina.worker finish`."""
 
 import sys
 
-from afina.requeue import conclude
-from afina.rundir import RunDir
-
-__all__ = ["main"]
-
-
-def main(argv: list[str]) -> int:
-    outcome = conclude(RunDir(argv[0]), argv[1], int(argv[2]))
-    if outcome.outcome == "failed":
-        print(f"error: {outcome.error}", file=sys.stderr)
-    return 0
-
+from afina.worker.node.finish import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What a run will take, from a rehearsal or from earlier runs."""

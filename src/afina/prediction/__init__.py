@@ -1,0 +1,1 @@
+"""Using a finished run: `afina predict`, `afina export`, `afina.load`."""

@@ -1,0 +1,45 @@
+"""Export a finished run as a folder that Transformers, the Hub and `afina predict` read. The work is done by a worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from afina.errors import InputError
+from afina.prediction.jobs import site_for, worker_env
+from afina.prediction.request import find_model, plan_of
+from afina.run.commands import worker_argv
+from afina.run.processes_of_workers import call
+from afina.watch.overview import place_of
+
+__all__ = ["export"]
+
+
+def export(
+    run: str | Path, out: str | Path | None = None, *, onnx: bool = False, site: str | Path | None = None
+) -> dict[str, Any]:
+    """Write safetensors, tokenizer, model card (and ONNX) into a new folder.
+
+    Args:
+        out: by default a folder with the recipe's name in the working directory.
+        onnx: also as `onnx/model.onnx`, compared with PyTorch; needs the extra `onnx`.
+
+    Returns: out, bytes, parameters, onnx_difference (the largest of any logit).
+
+    Raises:
+        AfinaError: as the command says it.
+    """
+    directory, model = find_model(place_of(run))
+    if directory is None:
+        raise InputError(
+            f"{run}: is a model folder already, not a run directory", "give the run directory that it came from"
+        )
+    target = Path(out).expanduser().absolute() if out is not None else Path(directory.plan().recipe.name).absolute()
+    if target.exists():
+        raise InputError(f"{target}: exists; nothing that exists is overwritten", "choose another folder with -o")
+    if not target.parent.is_dir():
+        raise InputError(f"-o {target}: there is no folder {target.parent}", f"mkdir -p '{target.parent}'")
+    plan = plan_of(directory, model, [], site_for(directory, site), gpus=0)
+    argv = worker_argv(plan, "export", "--json", binds=[directory.path, target.parent])
+    return call(argv, worker_env(plan), json.dumps({"run": str(directory.path), "out": str(target), "onnx": onnx}))

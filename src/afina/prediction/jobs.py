@@ -1,0 +1,382 @@
+"""Predict with a finished run: here, in the site's container or without one; or as a Slurm job or a job array.
+
+What is to be done is composed here (`afina.prediction.request`); the work is done by `afina.worker.inference.stages` in processes of their
+own. All of it can be killed and repeated: the same call goes on with the chunks that are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from afina.api import visible_gpus
+from afina.errors import AfinaError, DataError, InputError, SiteError
+from afina.files import write_atomic
+from afina.prediction.request import (
+    OUTPUTS,
+    STDIN,
+    Keep,
+    Prediction,
+    find_inputs,
+    find_model,
+    folder_of,
+    plan_of,
+    result_name,
+)
+from afina.run.commands import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
+from afina.run.directory import RunDir
+from afina.run.plan import Plan, check_cores
+from afina.run.processes_of_workers import call, call_all
+from afina.site.image import check_image
+from afina.site.settings import Site, environment, find_site_file, load_site
+from afina.slurm.client import need_slurm, query, submit_script
+from afina.watch.overview import place_of
+
+__all__ = ["compose", "predict", "site_for", "submission", "submit_prediction", "worker_env"]
+
+
+def compose(
+    run: str | Path,
+    inputs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    text: Sequence[str] = (),
+    keep: Keep = "all",
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+    chunk_rows: int | None = None,
+    site: str | Path | None = None,
+    gpus: int | None = None,
+    time_min: int | None = None,
+) -> Prediction:
+    """What `predict` would do, as a value. Looks at the disk and changes nothing.
+
+    Raises:
+        InputError, DataError: no such run, model, input; an output that cannot be.
+    """
+    directory, model = find_model(place_of(run))
+    target = Path(out).expanduser().absolute() if out is not None else None
+    files = find_inputs(inputs)
+    if target is None:
+        target = result_name(files)
+    # The output of an earlier call may lie among the files of a folder; it is no input.
+    kept = tuple(path for path in files if path != target)
+    _check_out(target, files, [Path(name).absolute() for name in inputs])
+    if not kept:
+        raise DataError(f"{', '.join(map(str, inputs))}: no data file but the output itself", "name another output: -o")
+    plan = plan_of(directory, model, kept, site_for(directory, site), gpus=gpus, time_min=time_min)
+    asked = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype, "chunk_rows": chunk_rows}
+    return Prediction.model_validate(
+        {
+            "plan": plan,
+            "trained": directory is not None,
+            "model": model,
+            "inputs": kept,
+            "out": target,
+            "text": tuple(text),
+            "keep": keep,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
+    )
+
+
+def predict(
+    run: str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    text: str | Sequence[str] = (),
+    keep: Keep = "all",
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+    chunk_rows: int | None = None,
+    num_processes: int | None = None,
+    site: str | Path | None = None,
+    stdin: IO[bytes] | None = None,
+) -> dict[str, Any]:
+    """Predict on files, on this machine; returns a summary. The same call again goes on where a killed one was.
+
+    Args:
+        run: a run directory, or a model folder.
+        inputs: CSV, TSV, JSON Lines, Parquet files, folders, patterns; `-` is `stdin`, a text a line.
+        out: `.parquet`, `.csv`, `.tsv` or `.jsonl`; by default `<input>.predictions.parquet` in the working directory.
+        text: the column with the texts, or two for pairs; by default those of the training.
+        keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
+        batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
+        max_tokens: tokens of a packed batch.
+        dtype: float32, or bfloat16 or float16 on GPUs that are quicker with them.
+        chunk_rows: rows that are predicted and written together.
+        num_processes: by default one per GPU, or one.
+
+    Returns: out, rows, seconds, rows_per_s, chunks, `predictions` (how often each label), blank and truncated texts.
+
+    Raises:
+        AfinaError: as the command says it.
+    """
+    named = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    columns = [text] if isinstance(text, str) else list(text)
+    job = compose(
+        run,
+        named,
+        out,
+        text=columns,
+        keep=keep,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        site=site,
+    )
+    processes = num_processes if num_processes is not None else max(1, visible_gpus())
+    check_cores(processes)
+    began = time.monotonic()
+    about = _begin(job, stdin)
+    if about["state"] == "whole":
+        return {
+            "out": about["out"],
+            "state": "whole",
+            **_flat(about["summary"]),
+            "seconds": 0.0,
+            "rows_done_before": about["rows"],
+        }
+    _check_queue(Path(about["parts"]))
+    processes = min(processes, max(1, about["chunks"] - about["done"]))
+    parts = about["parts"]
+    binds = _binds(job)
+    env = worker_env(job.plan)
+    if processes > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    argvs = [
+        worker_argv(
+            job.plan,
+            "predict",
+            "run",
+            parts,
+            "--share",
+            f"{k}/{processes}",
+            "--merge",
+            "--progress",
+            "json",
+            "--json",
+            binds=binds,
+        )
+        for k in range(processes)
+    ]
+    said: list[dict[str, Any]] = []
+    if about["done"] < about["chunks"]:
+        with _Bar(about["rows"], about["rows_done"]) as bar:
+            said = call_all(argvs, [env] * processes, hear=bar.hear)
+    predicting = max((worker["seconds_predicting"] for worker in said), default=0.0)
+    summary = next((worker["summary"] for worker in said if worker["merged"]), None)
+    if summary is None:
+        summary = call(worker_argv(job.plan, "predict", "merge", parts, "--json", binds=binds), env)
+    seconds = time.monotonic() - began
+    fresh = about["rows"] - about["rows_done"]
+    return {
+        "out": about["out"],
+        "state": about["state"],
+        **_flat(summary),
+        "chunks": about["chunks"],
+        "rows_done_before": about["rows_done"],
+        "seconds": round(seconds, 3),
+        "seconds_predicting": predicting,  # without looking through, loading and merging
+        "rows_per_s": round(fresh / seconds, 1),
+    }
+
+
+def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | None = None) -> dict[str, Any]:
+    """Begin a prediction here and submit what is missing of it to Slurm, as a job or as an array of so many tasks.
+
+    Raises:
+        AfinaError: what would fail in the queue is refused here.
+    """
+    need_slurm()
+    about = _begin(job, stdin)
+    if about["state"] == "whole" or about["done"] == about["chunks"]:
+        raise InputError(f"{job.out}: nothing is left to predict", "the same command without --submit makes it whole")
+    parts = Path(about["parts"])
+    _check_queue(parts)
+    tasks = min(array, about["chunks"] - about["done"])
+    scripts = job_scripts(("predict.sbatch", "node.sh"))
+    try:
+        for name, script in scripts.items():
+            write_atomic(parts / name, script.read_bytes())
+        words = predict_argv(job.plan, parts, _binds(job))
+        write_atomic(parts / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in words))
+        argv = submission(job, tasks)
+        job_id = submit_script(job.plan, argv)
+    except AfinaError:
+        if about["state"] == "begun":  # a moment ago, for this submission
+            shutil.rmtree(parts)
+        raise
+    with (parts / "submissions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 3), "job_id": job_id, "tasks": tasks, "argv": argv}) + "\n")
+    return {"job_id": job_id, "tasks": tasks, **about}
+
+
+def submission(job: Prediction, tasks: int) -> list[str]:
+    """The command that submits a prediction as a job, or as an array of so many tasks."""
+    parts = folder_of(job.out)
+    return array_argv(job.plan, parts / "predict.sbatch", [str(parts), str(tasks)], tasks, job.out)
+
+
+def worker_env(plan: Plan) -> dict[str, str]:
+    """The environment of a worker on this host: no network, and tokenizers on all cores."""
+    here = {**os.environ, **environment(plan.site)}
+    return {**here, **worker_environment(plan, offline=True, env=here), "TOKENIZERS_PARALLELISM": "true"}
+
+
+def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
+    """The plan stage: everything is checked, and the folder of parts is there."""
+    check_image(job.plan.site)
+    what = str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files"
+    _say(f"looking through {'standard input' if STDIN in job.inputs else what}")
+    with _spooled(job, stdin) as ready:
+        argv = worker_argv(ready.plan, "predict", "plan", "--json", binds=_binds(ready))
+        return call(argv, worker_env(ready.plan), ready.model_dump_json())
+
+
+@contextlib.contextmanager
+def _spooled(job: Prediction, stdin: IO[bytes] | None) -> Iterator[Prediction]:
+    """Standard input as a file beside the output, as long as it is needed: it can be read only once."""
+    if STDIN not in job.inputs:
+        yield job
+        return
+    with tempfile.NamedTemporaryFile(dir=job.out.parent, prefix=f".{job.out.name}.", suffix=".txt") as spool:
+        shutil.copyfileobj(stdin or sys.stdin.buffer, spool, 1 << 20)
+        spool.flush()
+        if not spool.tell():
+            raise DataError(
+                "standard input is empty",
+                "give a text a line, for example: printf 'good\\nbad\\n' | afina predict RUN -",
+            )
+        yield job.model_copy(update={"spool": Path(spool.name)})
+
+
+def site_for(directory: RunDir | None, given: str | Path | None) -> Site:
+    """The site that was named, else the run's own, else the one of this machine; without any, no container."""
+    if given is not None:
+        return load_site(given)
+    if directory is not None:
+        site = directory.plan().site
+        if site.runtime != "none" and site.image is not None and not site.image.exists():
+            raise SiteError(
+                f"{site.image}: the image of this run is not here", "name the site of this machine: --site FILE"
+            )
+        return site
+    if os.environ.get("AFINA_SCRATCH") or find_site_file():
+        return load_site()
+    return Site(scratch=Path(tempfile.gettempdir()))
+
+
+def _check_out(out: Path, files: Sequence[Path], named: Sequence[Path]) -> None:
+    if out.suffix.lower() not in OUTPUTS:
+        raise InputError(
+            f"-o {out}: format {out.suffix or '(no suffix)'} is not known",
+            f"end its name with one of: {', '.join(OUTPUTS)}",
+        )
+    if out.is_dir():
+        raise InputError(f"-o {out}: is a folder", f"name a file in it: {out / 'predictions.parquet'}")
+    if out in named or (len(files) == 1 and files[0] == out):
+        raise InputError(f"-o {out}: is an input", "name another output; nothing that exists is overwritten")
+    if not out.parent.is_dir():
+        raise InputError(f"-o {out}: there is no folder {out.parent}", f"mkdir -p '{out.parent}'")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise InputError(f"-o {out}: you may not write into {out.parent}", "choose a folder of your own")
+
+
+def _binds(job: Prediction) -> list[Path]:
+    return [job.out.parent]
+
+
+def _check_queue(parts: Path) -> None:
+    """Refuse to do what a job in the queue is doing."""
+    try:
+        lines = (parts / "submissions.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    for said in map(json.loads, lines):
+        job_id, tasks = str(said["job_id"]), int(said["tasks"])
+        ids = [job_id] if tasks == 1 else [f"{job_id}_{task}" for task in range(tasks)]
+        if any(job.state in ("PENDING", "RUNNING") for job in query(ids, account=()).values()):
+            raise InputError(
+                f"{parts}: job {job_id} still works on this",
+                f"wait for it (`squeue --job {job_id}`), or end it (`scancel {job_id}`) and run the same command again",
+            )
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key != "blank_rows"}
+
+
+class _Bar:
+    """A bar on a terminal; elsewhere a line a minute. Rows of all processes together."""
+
+    def __init__(self, rows: int, before: int) -> None:
+        self.rows, self.before = rows, before
+        self._done: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._began: float | None = None
+        self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        if self.before:
+            _say(f"going on: {self.before:,} of {self.rows:,} rows are there")
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.add_task("loading the model", total=self.rows, completed=self.before, rate="")
+            self._bar.start()
+        else:
+            _say(f"loading the model, to predict {self.rows - self.before:,} rows")
+        return self
+
+    def hear(self, number: int, said: dict[str, Any]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._done[number] = int(said.get("rows", 0))
+            if self._began is None:
+                self._began, self._first = now, sum(self._done.values())
+            done = sum(self._done.values())
+            rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
+            if self._bar is not None:
+                shown = f"{rate:,.0f} rows/s" if rate else ""
+                self._bar.update(
+                    self._bar.task_ids[0], description="predicting", completed=self.before + done, rate=shown
+                )
+            elif now - self._said >= 60.0 and rate:
+                self._said = now
+                whole = self.before + done
+                left = (self.rows - whole) / rate / 60
+                share = f"{whole:,} of {self.rows:,} rows ({whole / self.rows:.0%})"
+                _say(f"{share}, {rate:,.0f} rows/s, {left:.0f} min left")
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _say(line: str) -> None:
+    print(f"afina: {line}", file=sys.stderr, flush=True)

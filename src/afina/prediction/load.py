@@ -1,0 +1,65 @@
+"""A trained classifier in Python: `afina.load(run).predict(["What a phone!"])`.
+
+The one place where the worker's code is imported and not run as a process: a notebook wants the model in its own hands.
+So it needs PyTorch and Transformers here, in the surrounding environment; no container is started. Nothing else of the host
+imports this module (`import afina` stays quick), and the import happens when `load` is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afina.errors import EnvironmentProblem
+from afina.prediction.request import find_model
+from afina.watch.overview import place_of
+
+if TYPE_CHECKING:
+    from afina.worker.inference.classifier import Classifier
+
+__all__ = ["load"]
+
+
+def load(
+    run: str | Path,
+    *,
+    batch_size: int | None = None,
+    max_tokens: int | None = None,
+    dtype: Any = "float32",
+    device: str | None = None,
+) -> Classifier:
+    """The model of a run directory (or a model folder), ready to predict as `afina predict` does.
+
+    Args:
+        batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
+        max_tokens: tokens of a packed batch.
+        dtype: float32, bfloat16 or float16.
+        device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
+
+    Returns: an object with `predict(texts)`, `predict_proba(texts)`, `labels`, `task`, `model` and `tokenizer`.
+
+    Raises:
+        InputError: no such run, no model in it, a damaged file.
+        EnvironmentProblem: PyTorch or Transformers is not installed here.
+    """
+    directory, folder = find_model(place_of(run))
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentProblem(
+            f"afina.load: {' and '.join(missing)} is not installed in this Python",
+            "pip install 'afina[train]', or predict in the image with `afina predict`",
+        )
+    from afina.worker.inference.classifier import Classifier
+
+    recipe = directory.plan().recipe if directory is not None else None
+    return Classifier(
+        folder,
+        max_length=recipe.tokens.max_length if recipe else None,
+        text_columns=recipe.data.text if recipe else None,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=recipe.trust_remote_code if recipe else False,
+    )

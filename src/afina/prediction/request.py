@@ -1,0 +1,198 @@
+"""What is to be predicted: model, inputs, output and options as one frozen value, JSON both ways.
+
+Pure but for looking at the disk: which files a folder or a pattern names, whether a path is a run directory. Composing one
+changes nothing; what it means is done by `afina.worker.inference.stages`.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from afina.errors import DataError, InputError, nearest
+from afina.recipe.schema import Data, Recipe, Resources
+from afina.run.directory import RunDir, is_run_dir
+from afina.run.plan import Plan, check_format, data_files, geometry_for
+from afina.site.settings import Site
+from afina.version import __version__
+
+__all__ = [
+    "CHUNK_ROWS",
+    "OUTPUTS",
+    "STDIN",
+    "Keep",
+    "Prediction",
+    "find_inputs",
+    "find_model",
+    "folder_of",
+    "plan_of",
+    "result_name",
+]
+
+Keep = Literal["all", "id"]
+
+#: The input that is standard input: a text a line.
+STDIN = Path("-")
+#: What an output may be, by suffix.
+OUTPUTS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl"}
+#: Rows of a chunk: what a killed prediction has to do again at most, and what memory holds.
+CHUNK_ROWS = 32_768
+
+
+class Prediction(BaseModel):
+    """Everything that a worker needs to know. Paths are absolute.
+
+    Attributes:
+        plan: of the run; of a plain model folder, one that names it, so that there is one way to start a container.
+        trained: the model is a run's own: recipe and texts' columns are those of its training.
+        model: the model folder.
+        inputs: files; `-` is standard input, of which `spool` is a copy.
+        out: the output; its suffix says what it becomes.
+        text: columns to predict on; empty: those of training, else `text`.
+        keep: all columns of the input, or file, row (and id).
+        batch_size, max_tokens: rows of a padded batch, tokens of a packed one; None: the classifier's own.
+        dtype: of the weights and of what is computed.
+        chunk_rows: rows of a part at most.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    plan: Plan
+    trained: bool
+    model: Path
+    inputs: tuple[Path, ...]
+    spool: Path | None = None
+    out: Path
+    text: tuple[str, ...] = ()
+    keep: Keep = "all"
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    chunk_rows: int = CHUNK_ROWS
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a text at most, as in training; None where only the model folder can tell."""
+        return self.plan.recipe.tokens.max_length if self.trained else None
+
+    @property
+    def trained_columns(self) -> tuple[str, ...]:
+        """The text columns of the run's training; empty where the recipe is not known."""
+        return self.plan.recipe.data.text if self.trained else ()
+
+    @property
+    def id_column(self) -> str | None:
+        return self.plan.recipe.data.id if self.trained else None
+
+
+def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
+    """The run (or None) and the model folder that a path names: a run directory, its `model/`, or a plain folder.
+
+    Raises:
+        InputError: no such folder, a run without a model.
+    """
+    given = Path(path).expanduser().absolute()
+    if given.name == "model" and is_run_dir(given.parent):
+        given = given.parent
+    if is_run_dir(given):
+        run = RunDir(given)
+        if not run.model.is_dir():
+            outcome = run.outcome()
+            how = f"it is {outcome.outcome}" if outcome else "it has not finished"
+            raise InputError(
+                f"{path}: this run has no model/ yet: {how}",
+                f"see `afina status {path}`; `afina resume` continues a run",
+            )
+        return run, run.model
+    if not given.is_dir():
+        raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
+    if not (given / "config.json").is_file():
+        raise InputError(
+            f"{path}: neither a run directory (plan.json) nor a model folder (config.json)",
+            "give the folder that `afina train` or `afina submit` named, or one that `save_pretrained` wrote",
+        )
+    return None, given
+
+
+def find_inputs(named: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Files that paths, folders and patterns name, each once, in the order given; a folder's and a pattern's by name.
+
+    Raises:
+        DataError: nothing there, or a format that is not known.
+    """
+    if [str(name) for name in named] == ["-"]:
+        return (STDIN,)
+    if any(str(name) == "-" for name in named):
+        raise InputError("-: standard input cannot be mixed with files", "give `-` alone, or files")
+    return tuple(dict.fromkeys(path for name in named for path in _files(str(name))))
+
+
+def _files(name: str) -> list[Path]:
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        return data_files(path, name)
+    found = [path] if path.exists() else sorted(Path(p).absolute() for p in glob.glob(str(Path(name).expanduser())))
+    if not found:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"{name}: no such file", nearest(path.name, siblings) or "paths are looked up in the working directory"
+        )
+    for file in found:
+        check_format(file, str(file), also=(".txt",))
+        try:
+            with file.open("rb"):
+                pass
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}", "check the path and its permissions") from None
+    return found
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of parts beside an output that is not whole yet."""
+    return out.with_name(out.name + ".parts")
+
+
+def result_name(inputs: Sequence[Path]) -> Path:
+    """Where predictions go when nobody says: `<input>.predictions.parquet` in the working directory."""
+    first = inputs[0]
+    stem = first.stem if len(inputs) == 1 else first.parent.name or "inputs"
+    return Path(f"{stem}.predictions.parquet").absolute()
+
+
+def plan_of(
+    run: RunDir | None,
+    model: Path,
+    inputs: Sequence[Path],
+    site: Site,
+    *,
+    gpus: int | None = None,
+    time_min: int | None = None,
+) -> Plan:
+    """The plan of a prediction: the run's, or one that names a plain folder; on one node with at most one GPU.
+
+    Raises:
+        InputError: a number that cannot be asked for.
+    """
+    data = Data.model_validate({"files": {"all": "-"}, "text": "text", "label": "label"})
+    recipe = run.plan().recipe if run else Recipe(name="model", model=str(model), data=data)
+    asked = recipe.resources
+    gpus = min(1, asked.gpus_per_node) if gpus is None else gpus
+    changes = {"nodes": 1, "gpus_per_node": gpus, **({"time": time_min} if time_min else {})}
+    try:
+        resources = Resources.model_validate({**asked.model_dump(), **changes})
+    except ValidationError as error:
+        raise InputError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", "correct the number") from None
+    recipe = recipe.model_copy(update={"resources": resources, "name": f"predict-{recipe.name}"[:100]})
+    # The global batch of training means nothing here: one process takes it all.
+    return Plan(
+        afina_version=__version__,
+        recipe=recipe,
+        site=site,
+        geometry=geometry_for(recipe, 1),
+        files={"all": tuple(path for path in inputs if path != STDIN)},
+        model_folder=model,
+    )

@@ -1,0 +1,1 @@
+"""What to train: schema, YAML, `--set`, explained errors, data formats, trackers."""

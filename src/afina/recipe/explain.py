@@ -1,0 +1,127 @@
+"""What is wrong with a recipe, in one message: file and line (or `--set`), key, what was found, what is allowed.
+
+Turns pydantic's findings into the words of a recipe; knows no key by name, it is given the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml.nodes import Node
+
+from afina.errors import RecipeError, nearest
+from afina.recipe.reserved import RESERVED_ARGUMENTS
+from afina.recipe.yaml_source import where
+from afina.redact import redact
+
+__all__ = ["At", "explain", "model_of", "shown"]
+
+
+class At(ValueError):
+    """A value error of the key `keys` below the one that is being validated."""
+
+    def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.keys, self.remedy = keys, remedy
+
+
+def shown(value: Any) -> str:
+    """A value as the user wrote it, shortened."""
+    if value is None:
+        return "nothing (null)"
+    text = str(value).lower() if isinstance(value, bool) else redact(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], root: Node | None, source: str, overridden: list[str]
+) -> RecipeError:
+    """One message for the first thing that is wrong.
+
+    Args:
+        model: what was validated.
+        root: the parsed YAML, for lines; None where there is none.
+        source: what the message calls the file.
+        overridden: keys that `--set` gave.
+    """
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    cause = first.get("ctx", {}).get("error")
+    keys = [str(k) for k in first["loc"]] + list(cause.keys if isinstance(cause, At) else ())
+    unknown = first["type"] == "extra_forbidden"
+    if keys and keys[-1] == "[key]":  # a key of a mapping whose keys are a choice
+        keys, unknown = keys[:-1], True
+    dotted = ".".join(keys)
+    place = where(root, source, keys, overridden)
+    if unknown or first["type"] == "missing":
+        known = sorted(_known_keys(model, keys[:-1]))
+        here = f"known here: {', '.join(known)}"
+        if not unknown:
+            return RecipeError(f"{place}: `{dotted}` is missing", f"add `{keys[-1]}:`; {here}")
+        reserved = RESERVED_ARGUMENTS.get(keys[-1], "") if keys[:-1] == ["train"] else ""
+        hint = f"{reserved};" if reserved else nearest(keys[-1], known)
+        return RecipeError(f"{place}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}{here}")
+    named = "" if place == f"--set {dotted}" or not dotted else f"`{dotted}`: "
+    message, remedy = _said(first)
+    return RecipeError(f"{place}: {named}{message}", remedy)
+
+
+def _said(error: ErrorDetails) -> tuple[str, str]:
+    """What pydantic found, in the words of a recipe, and what to do."""
+    kind, context, found = error["type"], error.get("ctx", {}), shown(error["input"])
+    remedy = "correct the value; docs/recipe.md lists the keys"
+    if kind == "value_error":
+        cause = context.get("error")
+        return str(cause), (cause.remedy if isinstance(cause, At) else "") or remedy
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        return f"must be one of {', '.join(choices)}, found {found}", nearest(str(error["input"]), choices) or remedy
+    if kind == "string_type" and isinstance(error["input"], int | float):
+        return f"must be text, found the number {found}", f"put it in quotes, also for --set: \"'{error['input']}'\""
+    limit = next((context[k] for k in ("gt", "ge", "lt", "le") if k in context), None)
+    for kinds, message in _KINDS.items():
+        if kind in kinds:
+            return f"{message.format(f'{limit:g}' if isinstance(limit, float) else limit)}, found {found}", remedy
+    return f"is not usable: {error['msg']}, found {found}", remedy
+
+
+_KINDS: dict[tuple[str, ...], str] = {
+    ("int_type", "int_parsing", "int_from_float", "int_parsing_size"): "must be a whole number",
+    ("float_type", "float_parsing", "finite_number"): "must be a number",
+    ("bool_type", "bool_parsing"): "must be true or false",
+    ("string_type", "string_unicode"): "must be text",
+    ("string_too_short",): "must not be empty",
+    ("model_type", "model_attributes_type", "dict_type", "mapping_type"): "must be a mapping of keys",
+    ("tuple_type", "list_type"): "must be a list",
+    ("invalid_key",): "is a key that is not text",
+    ("greater_than",): "must be more than {}",
+    ("greater_than_equal",): "must be {} or more",
+    ("less_than",): "must be less than {}",
+    ("less_than_equal",): "must be {} or less",
+}
+
+
+def _known_keys(model: type[BaseModel], keys: Sequence[str]) -> Iterator[str]:
+    if list(keys) == ["data", "files"]:
+        return iter(("all", "train", "eval", "test"))
+    for key in keys:
+        field = model.model_fields.get(key)
+        below = model_of(field.annotation) if field else None
+        if below is None:
+            break
+        model = below
+    return iter(model.model_fields)
+
+
+def model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model inside a field's annotation, if it holds one."""
+    if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = model_of(inner)
+        if found:
+            return found
+    return None

@@ -1,0 +1,463 @@
+"""What to train: a recipe is read from YAML, overridden with `--set`, validated and frozen.
+
+A recipe says nothing about a cluster or an account (that is the site) and nothing is looked up on disk or on the Hub
+here: whether a file or a column exists is the business of the plan and of the prepare stage. Keys that are not known are
+refused with the nearest known one and the line; so are tokens and passwords, because a recipe is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from afina.errors import RecipeError, nearest
+from afina.recipe.explain import At, explain, shown
+from afina.recipe.reserved import RESERVED_ARGUMENTS
+from afina.recipe.trackers import TRACKERS
+from afina.recipe.yaml_source import apply_override, read_yaml
+from afina.redact import looks_secret
+
+__all__ = [
+    "METRICS",
+    "Data",
+    "Part",
+    "Recipe",
+    "Resources",
+    "Tokens",
+    "Train",
+    "load_recipe",
+    "parse_recipe",
+    "parse_recipes",
+    "read_recipe",
+]
+
+Task = Literal["auto", "single-label", "multi-label", "regression"]
+
+#: The metrics that each task knows; the first is the one by which the best checkpoint is chosen.
+METRICS: dict[str, tuple[str, ...]] = {
+    "single-label": ("accuracy", "f1", "precision", "recall", "mcc", "confusion_matrix"),
+    "multi-label": ("f1", "f1_micro", "subset_accuracy", "precision", "recall"),
+    "regression": ("mse", "mae", "pearson", "spearman"),
+}
+
+_NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
+_DIGITS = re.compile(r"[0-9]{1,9}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SECRET = (
+    "holds a token or a password",
+    "leave it out and set HF_TOKEN in the environment: a recipe is shared, and copied",
+)
+
+
+class _Frozen(BaseModel):
+    # Hidden from str(ValidationError): a value may be a secret that stands in the wrong place.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_and_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ValueError(f"{str(value).lower()} makes no sense here")
+        if not isinstance(value, dict) and looks_secret(value):
+            raise At(_SECRET[0], remedy=_SECRET[1])
+        return value
+
+
+def _slurm_time(value: Any) -> Any:
+    """Slurm's time formats to minutes, rounded up: `90`, `90:00`, `1:30:00`, `1-0`, `1-2:30`, `1-2:30:00`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    days, dash, rest = value.strip().rpartition("-") if isinstance(value, str) else ("", "", "")
+    fields = rest.split(":")
+    if not all(_DIGITS.fullmatch(f) for f in fields) or len(fields) > 3 or (dash and not _DIGITS.fullmatch(days)):
+        raise ValueError(f"{shown(value)} is not a time limit: write minutes (90), `HH:MM:SS` or `D-HH:MM:SS`")
+    numbers = [int(f) for f in fields]
+    if dash:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+        total = int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
+    elif len(numbers) == 3:
+        total = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    elif len(numbers) == 2:
+        total = numbers[0] * 60 + numbers[1]
+    else:
+        total = numbers[0] * 60
+    return math.ceil(total / 60)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be text, or a list of texts, found {shown(value)}")
+    return value
+
+
+def _epoch_or_steps(value: Any) -> Any:
+    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be `epoch`, or a number of optimizer steps (1 or more), found {shown(value)}")
+
+
+Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
+Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1)]
+
+
+class Part(_Frozen):
+    """One of train, eval, test: where its rows come from and how many of them.
+
+    `split` names a split of a Hub data set or a key of `data.files`; without it the part of the same name is taken, else
+    `all`, else `train`. A `fraction` cuts the split (stratified, disjoint from its sisters, with the seed of `train`).
+    `sample` then takes `shuffle(seed).select(range(sample))`, exactly as datasets does.
+    """
+
+    split: str | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    sample: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class Data(_Frozen):
+    """A Hub data set (`hub`) or local `files`, and which of its columns are text and label."""
+
+    hub: Text | None = None
+    config: str | None = None
+    splits: dict[str, str] | None = None
+    revision: Text | None = None
+    files: Mapping[Literal["all", "train", "eval", "test"], Names] | None = None
+    text: Names
+    label: Names
+    labels: tuple[str, ...] | None = None
+    label_separator: Text | None = None
+    id: str | None = None
+    train: Part = Part()
+    eval: Part = Part()
+    test: Part | None = None
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_path_is_all(cls, value: Any) -> Any:
+        if isinstance(value, str | list):
+            return {"all": value}
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"must be a path, a list of paths, or a mapping such as {{train: a.csv, eval: b.csv}}, found {shown(value)}"
+            )
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if not value:
+            raise ValueError("is an empty list: name the labels, or leave it out to take those of the data")
+        for place, name in enumerate(value):
+            if name is None or isinstance(name, list | tuple | Mapping) or not str(name).strip():
+                raise At(f"{shown(name)} is no label name; put it in quotes if it is text", str(place))
+        return tuple(str(v).strip() for v in value)
+
+    @field_validator("text")
+    @classmethod
+    def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not 1 <= len(value) <= 2:
+            raise ValueError(f"one column, or two for pairs; found {len(value)}")
+        if len(set(value)) < len(value):
+            raise ValueError(f"names column `{value[0]}` twice; a pair is two columns")
+        return value
+
+    @field_validator("label")
+    @classmethod
+    def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one label column")
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"names column `{name}` twice")
+        return value
+
+    @model_validator(mode="after")
+    def _text_is_no_label(self) -> Data:
+        for name in self.label:
+            if name in self.text:
+                raise At(f"column `{name}` is the text too: the label would be read off the text", "label")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.hub is None) == (self.files is None):
+            raise ValueError("give either `hub` (a data set's id) or `files` (local paths), and only one of them")
+        if self.files is not None:
+            for key in ("config", "splits", "revision"):
+                if getattr(self, key) is not None:
+                    raise At("belongs to a Hub data set; with `files` leave it out", key)
+            if not self.files:
+                raise At("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
+            for part, paths in self.files.items():
+                if not paths:
+                    raise At("names no file", "files", part)
+        return self._enough_to_give()
+
+    def _enough_to_give(self) -> Data:
+        """Fractions of one source add up to 1 at most, as far as that can be known without the data."""
+        cut: dict[str, list[str]] = {}
+        for name in ("train", "eval", "test"):
+            part: Part | None = getattr(self, name)
+            if part is None or part.fraction is None:
+                continue
+            files = self.files or {}
+            own = name if self.files is None or name in files else "all" if "all" in files else "train"
+            cut.setdefault(part.split or own, []).append(name)
+        for source, names in cut.items():
+            total = sum(getattr(self, name).fraction for name in names)
+            if total > 1 + 1e-9:
+                raise ValueError(
+                    f"the fractions of {' and '.join(names)} add up to {total:g}; at most 1 of `{source}` is there to give"
+                )
+        return self
+
+
+class Tokens(_Frozen):
+    """How texts become tokens. Lengths in tokens, special tokens included."""
+
+    max_length: Annotated[int, Field(ge=2, le=131072)] = 512
+    batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
+
+
+class Train(_Frozen):
+    """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
+
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
+    max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    evaluate: EpochOrSteps = "epoch"
+    save_every: EpochOrSteps = "epoch"
+    save_minutes: Annotated[float, Field(gt=0)] | None = 15.0
+    stall_minutes: Annotated[float, Field(gt=0)] | None = None
+    log_every: Annotated[int, Field(ge=1)] = 10
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep: Literal["best", "last"] = "best"
+    best_metric: str | None = None
+    fast_dropout: bool = True
+    onednn: bool = True
+    cuda_graphs: bool = False
+    attention_dropout: Literal[0] | None = None
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    arguments: dict[str, Any] = {}
+
+    @field_validator("arguments")
+    @classmethod
+    def _reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in RESERVED_ARGUMENTS:
+                raise At("is set by afina itself", key, remedy=RESERVED_ARGUMENTS[key])
+            if looks_secret(value[key]):
+                raise At(_SECRET[0], key, remedy=_SECRET[1])
+            try:
+                json.dumps(value[key], allow_nan=False)
+            except (TypeError, ValueError):
+                raise At(f"{shown(value[key])} is not a plain value; put it in quotes if it is text", key) from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Train:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give `epochs` or `max_steps`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _said_once(self) -> Train:
+        for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
+            if key in self.arguments:
+                raise At(
+                    "says another time what `train.precision` says", "arguments", key, remedy="leave one of them out"
+                )
+        if self.compile and "torch_compile" in self.arguments:
+            raise At(
+                "says another time what `train.compile` says",
+                "arguments",
+                "torch_compile",
+                remedy="leave one of them out",
+            )
+        return self
+
+    @property
+    def num_epochs(self) -> float:
+        """Epochs asked for; 3 where the recipe says nothing."""
+        return self.epochs if self.epochs is not None else 3.0
+
+
+class Resources(_Frozen):
+    """What to ask Slurm for. `time` in minutes once read."""
+
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 1
+    cpus_per_gpu: Annotated[int, Field(ge=1)] = 4
+    mem_gb: Annotated[int, Field(ge=1)] | None = None
+    time: Minutes = 60
+
+    @property
+    def num_processes(self) -> int:
+        """One process per GPU; one per node where no GPU is asked for."""
+        return self.nodes * max(1, self.gpus_per_node)
+
+
+class Recipe(_Frozen):
+    """What to train, complete and frozen. Made by `load_recipe`."""
+
+    name: str
+    model: Text
+    revision: Text | None = None
+    trust_remote_code: bool = False
+    task: Task = "auto"
+    data: Data
+    tokens: Tokens = Tokens()
+    train: Train = Train()
+    metrics: tuple[str, ...] | None = None
+    trackers: tuple[str, ...] = ()
+    resources: Resources = Resources()
+
+    @field_validator("name")
+    @classmethod
+    def _a_file_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value) or value.startswith((".", "-")) or len(value.encode()) > 200:
+            raise ValueError(
+                f"{shown(value)} is not usable as a folder's name: at most 100 characters, no slash or control "
+                "character, no dot or dash in front"
+            )
+        return value
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_metric(cls, value: Any) -> Any:
+        return value if value is None else _listed(value)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return () if value is None else _listed(value)
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, name in enumerate(value):
+            if name not in TRACKERS:
+                hint = nearest(name, TRACKERS)
+                raise At(
+                    f"`{name}` is not a tracker; {hint + ' ' if hint else ''}known: {', '.join(TRACKERS)}", str(number)
+                )
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _metrics_are_known(self) -> Recipe:
+        known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
+        named = [(metric, ("metrics", str(i))) for i, metric in enumerate(self.metrics or ())]
+        if self.train.best_metric is not None:
+            named.append((self.train.best_metric, ("train", "best_metric")))
+        for metric, keys in named:
+            if metric not in known:
+                hint = nearest(metric, known)
+                of = "" if self.task == "auto" else f" of a {self.task} task"
+                raise At(
+                    f"`{metric}` is not a metric{of}; {hint + ' ' if hint else ''}known: {', '.join(known)}", *keys
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _foreign_code_is_pinned(self) -> Recipe:
+        local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
+        if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
+            found = f"`{self.revision}` may mean other code tomorrow" if self.revision else "`revision` is missing"
+            raise At(
+                f"runs code from the model's repository, {found}",
+                "trust_remote_code",
+                remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits (a branch or a tag "
+                "can move); a model folder beside the recipe is written `./folder`",
+            )
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.sub=value` each, the value read as YAML.
+
+    Raises:
+        RecipeError: with the file, the line, what was found and what is allowed.
+    """
+    return parse_recipe(read_recipe(path), overrides, source=str(Path(path)))
+
+
+def read_recipe(path: str | Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RecipeError: it cannot be read; with the nearest name where there is none.
+    """
+    file = Path(path)
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise RecipeError(
+            f"recipe {file}: no such file", nearest(str(file), siblings) or "give the path of a YAML recipe"
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError(f"recipe {file}: is a folder", "give the path of a YAML recipe") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {file}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {file}: {error.strerror}", "check the path and its permissions") from None
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """As `load_recipe`, from text; `source` is what messages call it."""
+    return next(parse_recipes(text, [overrides], source=source))
+
+
+def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "recipe") -> Iterator[Recipe]:
+    """As `parse_recipe`, once for each of several lists of overrides; the text is read once."""
+    node, tree = read_yaml(text, source)
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            f"{source}: {'is empty' if tree is None else f'a recipe is a mapping of keys, found {shown(tree)}'}",
+            "start from slurm/recipes/yelp.yaml",
+        )
+    for overrides in many:
+        changed = dict(tree)  # an override copies the mappings that it changes below this one
+        for override in overrides:
+            apply_override(changed, override)
+        overridden = [o.partition("=")[0].strip() for o in overrides]
+        try:
+            recipe = Recipe.model_validate(changed)
+        except ValidationError as error:
+            raise explain(error, Recipe, node, source, overridden) from None
+        except RecursionError:
+            raise RecipeError(
+                f"{source}: a YAML alias (*) stands for a part of itself", "write the value out"
+            ) from None
+        yield recipe

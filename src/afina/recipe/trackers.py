@@ -1,0 +1,94 @@
+"""Where a run's records may go besides the run directory: TensorBoard, Weights & Biases, MLflow. Names, places, commands.
+
+    <run>/tracking/tensorboard/      event files
+    <run>/tracking/wandb/            an offline run of the newest attempt; one id for all
+    <run>/tracking/mlflow.db         an SQLite store
+
+A job writes files only and opens no connection: compute nodes have no internet. The commands here bring the records to a
+server, or show them, where there is one. Imports none of the three; `afina.worker.training.tracking` writes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from afina.errors import EnvironmentProblem
+
+__all__ = ["TRACKERS", "check_trackers", "sync_commands", "tracker_environment"]
+
+#: Each tracker and the package that it needs, as pip and as Python know it.
+TRACKERS: dict[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Whether the packages are there: asked in the process that prepares, where the training will run too.
+
+    Raises:
+        EnvironmentProblem: one is missing.
+    """
+    for name in names:
+        package = TRACKERS[name]
+        if importlib.util.find_spec(package) is None:
+            inside = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+            where = f"the image {inside}" if inside else f"the environment of {sys.executable}"
+            remedy = (
+                f"build an image that has it: add {package} to the extra `train` in pyproject.toml, then container/lock.sh and container/build.sh"
+                if inside
+                else f"{shlex.quote(sys.executable)} -m pip install {package}"
+            )
+            raise EnvironmentProblem(
+                f"trackers: {name} needs the package {package}, which {where} does not have",
+                f"{remedy}; or leave {name} out of trackers: metrics.jsonl has it all",
+            )
+
+
+def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str]) -> dict[str, str]:
+    """What the libraries read from the environment; of what the user has set, only places inside the run are overruled.
+
+    Args:
+        run: the run directory.
+        name: the recipe's name: runs of one recipe lie side by side.
+        run_id: of this run at Weights & Biases, the same for all attempts.
+    """
+    folder = run / "tracking"
+    wandb_own = folder / "wandb-own"
+    given = {
+        "WANDB_MODE": "offline",
+        "WANDB_PROJECT": name,
+        "WANDB_NAME": run.name,
+        # Its caches would lie in a home that the container does not see.
+        "WANDB_CACHE_DIR": str(wandb_own),
+        "WANDB_CONFIG_DIR": str(wandb_own),
+        "WANDB_DATA_DIR": str(wandb_own),
+        "WANDB_SILENT": "true",
+        # The run's log is in the run directory; a copy of it would be one more place for what was printed.
+        "WANDB_CONSOLE": "off",
+        "MLFLOW_EXPERIMENT_NAME": name,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+    }
+    fixed = {
+        "WANDB_DIR": str(folder),
+        "WANDB_RUN_ID": run_id,
+        "WANDB_RESUME": "allow",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+    }
+    return {key: value for key, value in given.items() if not env.get(key)} | fixed
+
+
+def sync_commands(run: Path, trackers: Iterable[str]) -> list[str]:
+    """One command for each tracker that has records of this run: on a node with internet it uploads or shows them."""
+    folder = run / "tracking"
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    commands = {
+        "tensorboard": ("tensorboard", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
+        "wandb": ("wandb", f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"),
+        "mlflow": ("mlflow.db", f"mlflow ui --backend-store-uri {shlex.quote(store)}"),
+    }
+    return [command for name, (place, command) in commands.items() if name in trackers and (folder / place).exists()]

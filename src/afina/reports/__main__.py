@@ -1,0 +1,7 @@
+"""`python -m afina.report RUN_DIR`."""
+
+import sys
+
+from afina.reports import main
+
+sys.exit(main())

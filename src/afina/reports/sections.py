@@ -1,0 +1,271 @@
+"""Sections about the run: its outcome, its curves, its data, its plan, how it can be made again. Pure: facts in, HTML out."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from html import escape
+from typing import Any
+
+from afina.reports.charts import Chart, Point
+from afina.reports.facts import Facts
+from afina.reports.page import note, pairs, pre, seconds, table, tiles
+
+__all__ = [
+    "attempts",
+    "curves",
+    "data",
+    "epochs",
+    "outcome",
+    "plan",
+    "recipe",
+    "record",
+    "rerun",
+    "summary",
+    "wall_time",
+]
+
+#: Metrics that are errors: they have no upper bound, and get a chart of their own.
+_ERRORS = ("mse", "mae")
+
+
+def summary(facts: Facts) -> str:
+    """The figures that a reader looks for first."""
+    found = facts.outcome
+    rows: dict[str, tuple[str, str]] = {}
+    if found is None:
+        return ""
+    rows["outcome"] = (found.outcome, f"{found.cause}" if found.cause and found.outcome != "finished" else "")
+    for part, scores in facts.scores.items():
+        chosen = facts.plan.recipe.train.best_metric or next(iter(scores.overall), "")
+        best = scores.overall.get(chosen)
+        if best is not None:
+            rows[f"{chosen} on {part}"] = (f"{best.value:.4f}", f"95 % interval {best.low:.4f} to {best.high:.4f}")
+    rows["steps"] = (str(found.global_step), f"of {found.max_steps}" if found.max_steps else "")
+    began = f"{found.attempts} attempt{'s' if found.attempts != 1 else ''}"
+    rows["wall time"] = (seconds(wall_time(facts)) or "–", began)
+    if found.samples_per_second:
+        rows["speed"] = (f"{found.samples_per_second:.4g}", "training examples per second")
+    return tiles(rows)
+
+
+def wall_time(facts: Facts) -> float | None:
+    """Seconds of all attempts: as the outcome says, else from the first to the last event of each."""
+    if facts.outcome is not None and facts.outcome.seconds:
+        return facts.outcome.seconds
+    spent = [a.times.last - a.times.started for a in facts.attempts if a.times.last and a.times.started]
+    return sum(spent) if spent else None
+
+
+def outcome(facts: Facts) -> str:
+    found = facts.outcome
+    if found is None:
+        return "<p>No outcome is recorded: the run has not ended, or was never started.</p>"
+    rows: dict[str, Any] = {
+        "outcome": found.outcome,
+        "steps": f"{found.global_step}" + (f" of {found.max_steps}" if found.max_steps else ""),
+        "weights in model/": f"step {found.model_step}" if found.model_step else None,
+        "task": found.task,
+        "training examples per second": found.samples_per_second,
+        "seconds, all attempts": found.seconds,
+        "attempts": found.attempts,
+        "processes": found.world_size,
+        "device": found.device,
+        **{k: v for k, v in found.metrics.items() if isinstance(v, int | float)},
+    }
+    error = f"<h3>What failed</h3>{pre(found.error, 'What failed')}" if found.error else ""
+    return pairs(rows) + error
+
+
+def epochs(facts: Facts) -> str:
+    """The table that the run prints at its end: one row per evaluation, with the training loss logged last before it."""
+    names = list(dict.fromkeys(k for line in facts.evaluations for k in _scalars(line)))
+    rows, loss = [], None
+    for line in facts.metrics:
+        loss = line.get("loss", loss)
+        if "eval_loss" in line:
+            rows.append([line.get("epoch"), line.get("step"), loss, line["eval_loss"], *(line.get(n) for n in names)])
+    heads = ["epoch", "step", "training loss", "validation loss", *(n.removeprefix("eval_") for n in names)]
+    return table(heads, rows, "One row per evaluation")
+
+
+def curves(facts: Facts) -> dict[str, list[Chart]]:
+    """Charts over steps, by the section that they belong to; the attempts after the first are marked where they began."""
+    marks = {
+        float(attempt.times.step): f"attempt {number}"
+        for number, attempt in enumerate(facts.attempts, start=1)
+        if number > 1 and attempt.times.step is not None
+    }
+    lines, evaluations = facts.metrics, facts.evaluations
+    names = list(dict.fromkeys(k for line in evaluations for k in _scalars(line)))
+    errors = [n for n in names if n.removeprefix("eval_") in _ERRORS]
+
+    def series(chosen: Iterable[str]) -> dict[str, list[Point]]:
+        return {n.removeprefix("eval_"): _points(evaluations, n) for n in chosen}
+
+    losses = {"training": _points(lines, "loss"), "validation": _points(evaluations, "eval_loss")}
+    return {
+        "Loss": [Chart("loss", "Loss by step", lines=losses, marks=marks)],
+        "Metrics": [
+            Chart("metrics", "Metrics by step", lines=series(n for n in names if n not in errors), marks=marks),
+            Chart("errors", "Errors by step", lines=series(errors), marks=marks),
+        ],
+        "Learning rate": [
+            Chart(
+                "learning-rate",
+                "Learning rate by step",
+                lines={"learning rate": _points(lines, "learning_rate")},
+                marks=marks,
+            ),
+            Chart(
+                "gradient-norm",
+                "Norm of the gradient by step",
+                lines={"norm": _points(lines, "grad_norm")},
+                marks=marks,
+            ),
+        ],
+    }
+
+
+def data(facts: Facts) -> str:
+    prepared = facts.prepared
+    if not prepared:
+        return ""
+    tokens = prepared.get("tokens") or {}
+    rows = [[part, count, tokens.get(part)] for part, count in (prepared.get("rows") or {}).items()]
+    warnings = [str(w) for w in prepared.get("warnings") or []]
+    return (
+        table(["part", "rows", "tokens"], rows, "")
+        + pairs(
+            {
+                "labels": ", ".join(map(str, prepared.get("labels") or [])) or None,
+                "data commit": prepared.get("data_commit"),
+                "model commit": prepared.get("model_commit"),
+                "prepared": prepared.get("prepared"),
+            }
+        )
+        + ("<h3>Warnings</h3><ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>" if warnings else "")
+    )
+
+
+def plan(facts: Facts) -> str:
+    geometry, resources = facts.plan.geometry, facts.plan.recipe.resources
+    return pairs(
+        {
+            "digest": facts.plan.digest,
+            "nodes": geometry.nodes,
+            "processes per node": geometry.processes_per_node,
+            "GPUs per node": geometry.gpus_per_node,
+            "CPUs per process": geometry.cpus_per_process,
+            "global batch": f"{geometry.global_batch} = {geometry.batch_per_device} per device × {geometry.accumulation} accumulated × "
+            f"{geometry.num_processes} processes",
+            "time limit, minutes": resources.time,
+            "image": facts.plan.site.image,
+            "runtime": facts.plan.site.runtime,
+        }
+    )
+
+
+def attempts(facts: Facts) -> str:
+    rows = []
+    for attempt in facts.attempts:
+        geometry = attempt.facts.get("geometry") or {}
+        processes = geometry.get("nodes", 0) * geometry.get("processes_per_node", 0) or None
+        said = [attempt.facts.get(name) for name in ("started", "host", "python")]
+        rows.append([attempt.name, _time(said[0]), said[1], processes, said[2], attempt.exit_code])
+    return table(["attempt", "started", "first host", "processes", "Python", "exit code"], rows, "")
+
+
+def record(facts: Facts) -> str:
+    """What is needed to say later how this was made."""
+    kept, known = facts.record, [a.facts for a in reversed(facts.attempts) if a.facts]
+    newest = next((found for found in known if found.get("versions")), known[0] if known else {})
+    image, git = (kept.get(name) or {} for name in ("image", "git"))
+    model, source = kept.get("model") or {}, kept.get("data") or {}
+    hardware = newest.get("hardware") or {}
+    changes = f"{len(git['changed'])} changed, {git.get('untracked', 0)} untracked files" if "changed" in git else None
+    versions = {**(newest.get("versions") or {})}
+    rows: dict[str, Any] = {
+        "afina": kept.get("afina") or facts.plan.afina_version,
+        "Python": newest.get("python"),
+        **{name: versions[name] for name in sorted(versions)},
+        "image": image.get("path"),
+        "image SHA-256": image.get("sha256") or image.get("none"),
+        "git commit": git.get("commit") or git.get("none"),
+        "since that commit": changes,
+        "recipe": git.get("recipe"),
+        "model": model.get("name"),
+        "model revision": model.get("commit")
+        or ("local files, by digest in record.json" if model.get("files") else None),
+        "data revision": source.get("commit"),
+        "prepared data": source.get("prepared"),
+        "processor": hardware.get("cpu"),
+        "cores": newest.get("cores"),
+        "memory, GB": hardware.get("memory_gb"),
+        "GPUs": ", ".join(hardware.get("gpus") or []) or None,
+        "GPU driver": hardware.get("driver"),
+        "kernel": newest.get("kernel"),
+        "Slurm": kept.get("slurm"),
+    }
+    if not kept:
+        return note("This run has no record.json: an older afina claimed it.") + pairs(rows)
+    diff = git.get("diff") or ""
+    cut = " (cut; the whole is not kept)" if git.get("diff_cut") else ""
+    return pairs(rows) + (
+        f"<h3>Changes since the commit{cut}</h3>{pre(diff, 'Changes since the commit')}" if diff else ""
+    )
+
+
+def recipe(facts: Facts) -> str:
+    if facts.recipe_text is None:
+        return ""
+    overrides = (facts.record.get("recipe") or {}).get("overrides")
+    over = f"<h3>Set over it</h3>{pre(chr(10).join(overrides), 'Set over it')}" if overrides else ""
+    return pre(facts.recipe_text, "Recipe") + over
+
+
+def rerun(facts: Facts) -> str:
+    """The commands that make this run again."""
+    made = facts.record.get("recipe") or {}
+    pins = [
+        f'{key}="{commit}"'
+        for key, commit in (
+            ("revision", facts.prepared.get("model_commit")),
+            ("data.revision", facts.prepared.get("data_commit")),
+        )
+        if commit
+    ]
+    lines = [
+        "# from the run directory: recipe, overrides and revisions as they were",
+        f"afina rerun {shlex.quote(str(facts.path))}",
+    ]
+    if made.get("overrides") is not None:
+        words = [word for override in (*made["overrides"], *pins) for word in ("--set", override)]
+        lines += [
+            "",
+            "# from the recipe below, wherever it lies",
+            shlex.join(["afina", "train", "recipe.yaml", *words]),
+        ]
+    return pre("\n".join(lines), "Commands that make this run again")
+
+
+def _points(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+    found = [(line.get("step"), line.get(key)) for line in lines]
+    return [
+        (float(x), float(y))
+        for x, y in found
+        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
+    ]
+
+
+def _scalars(line: Mapping[str, Any]) -> list[str]:
+    """The metrics of an evaluation that are one number."""
+    return [k for k, v in line.items() if k.startswith("eval_") and k != "eval_loss" and isinstance(v, int | float)]
+
+
+def _time(at: Any) -> str | None:
+    if not isinstance(at, int | float):
+        return None
+    return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,210 @@
+"""Sections about the work: lengths and padding, speed, where the time went, what was asked for and what was used. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from afina.reports.charts import Chart, Point
+from afina.reports.facts import Facts, Lengths
+from afina.reports.page import note, pairs, seconds, table
+from afina.reports.sections import wall_time
+from afina.slurm.accounting import Used
+
+__all__ = ["asked_and_used", "lengths", "speed", "time_spent"]
+
+
+def lengths(facts: Facts) -> tuple[str, list[Chart]]:
+    """Lengths of the texts, and what padding would cost: a table, notes, and one chart for the training texts."""
+    found = {part: value for part, value in facts.lengths.items() if isinstance(value, Lengths)}
+    html = "".join(note(reason) for reason in dict.fromkeys(v for v in facts.lengths.values() if isinstance(v, str)))
+    if not found:
+        return html, []
+    limit = facts.plan.recipe.tokens.max_length
+    rows = [
+        [
+            part,
+            v.shortest,
+            f"{v.median:g}",
+            f"{v.mean:.1f}",
+            v.longest,
+            f"{v.cut} ({v.cut / v.rows:.1%})",
+            f"{v.mean / limit:.1%}",
+            f"{v.longest_share:.1%}",
+        ]
+        for part, v in found.items()
+    ]
+    heads = ["part", "shortest", "median", "mean", "longest", f"{limit} or more", "real, padded", "real, longest"]
+    html += table(heads, rows, "Tokens per text, special tokens included")
+    how = facts.plan.recipe.tokens.batching
+    html += note(
+        f"“real” is the share of tokens that are text and not padding: padded to {limit} tokens (padded), and to the longest text of a random "
+        f"batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding."
+    )
+    bars = {part: [(a, b, n / v.rows) for a, b, n in v.bars] for part, v in found.items() if part == "train"} or {
+        part: [(a, b, n / v.rows) for a, b, n in v.bars] for part, v in list(found.items())[:1]
+    }
+    part, v = next((p, found[p]) for p in bars)
+    said = f"{v.rows:,} texts of {v.shortest} to {v.longest} tokens, half of them up to {v.median:g}."
+    return html, [Chart("lengths", f"Tokens per text in {part}", x="tokens", y="share of texts", bars=bars, said=said)]
+
+
+def speed(facts: Facts) -> tuple[str, list[Chart]]:
+    """Throughput, utilisation and memory, as far as the run wrote them down."""
+    utilisation = facts.utilisation
+    rows: dict[str, Any] = {
+        "training examples per second": facts.outcome.samples_per_second if facts.outcome else None,
+        "tokens per second": utilisation.get("tokens_per_second"),
+        "share of real tokens": _percent(utilisation.get("real_token_share")),
+        "model FLOP utilisation": _percent(utilisation.get("mfu")),
+        "of a peak of": _peak(utilisation),
+        "largest memory, GB": utilisation.get("peak_memory_gb"),
+        "examples per step": utilisation.get("examples_per_step"),
+    }
+    pace = [event for event in facts.events if event.get("event") == "pace"]
+    charts = [
+        Chart("speed", "Tokens per second by step", lines={"tokens per second": _pace(pace, "tokens_per_s")}),
+        Chart("examples", "Examples per second by step", lines={"examples per second": _pace(pace, "examples_per_s")}),
+        Chart("memory", "Memory in GB by step", lines={"memory": _pace(pace, "memory_gb")}),
+    ]
+    if charts[0]:
+        del charts[1]
+    return pairs(rows), [chart for chart in charts if chart]
+
+
+def time_spent(facts: Facts) -> str:
+    """Where the wall time went: by part of the training, and by attempt."""
+    parts = {
+        str(k).replace("_", " and "): v
+        for k, v in (facts.utilisation.get("seconds_by_part") or {}).items()
+        if isinstance(v, int | float)
+    }
+    total = sum(parts.values()) or 1.0
+    html = table(
+        ["part", "time", "share"],
+        [[name, seconds(s), f"{s / total:.1%}"] for name, s in parts.items()],
+        "Of all attempts, as far as checkpoints carry it on",
+    )
+    rows = []
+    for attempt in facts.attempts:
+        t = attempt.times
+        if t.started is None or t.last is None:
+            continue
+        began = None if t.training is None else t.training - t.started
+        first = None if t.first_step is None or t.training is None else t.first_step - t.training
+        rows.append(
+            [
+                attempt.name,
+                seconds(t.last - t.started),
+                seconds(began),
+                seconds(first),
+                t.step,
+                t.newest_step,
+                t.saves,
+                seconds(t.save_s),
+                seconds(t.stall_s),
+            ]
+        )
+    heads = [
+        "attempt",
+        "wall time",
+        "start-up",
+        "first step",
+        "from step",
+        "to step",
+        "saves",
+        "writing them",
+        "training stood still",
+    ]
+    caption = "By attempt, from its events; checkpoints are written beside the training"
+    return html + table(heads, rows, caption)
+
+
+def asked_and_used(facts: Facts) -> str:
+    """Resources of the recipe against what the attempts and Slurm's accounting say."""
+    resources, jobs = facts.plan.recipe.resources, list(facts.jobs or [])
+    spent = [a.times.last - a.times.started for a in facts.attempts if a.times.last and a.times.started]
+    rows: list[list[Any]] = []
+    if spent:
+        share = f"{max(spent) / (resources.time * 60):.0%}"
+        rows.append(["time of the longest attempt", f"{resources.time} min", seconds(max(spent)), share])
+    memory = _largest([job.memory_gb for job in jobs]) or _memory_measured(facts)
+    asked = resources.mem_gb or _largest([job.asked_memory_gb for job in jobs])
+    if memory is not None:
+        rows.append(
+            [
+                "memory per node, largest task",
+                f"{asked:.3g} GB" if asked else "the cluster's default",
+                f"{memory:.3g} GB",
+                f"{memory / asked:.0%}" if asked else None,
+            ]
+        )
+    cpu = sum(job.cpu_s or 0 for job in jobs)
+    held = sum(job.elapsed_s * job.cpus for job in jobs)
+    if held:
+        rows.append(["processor time", f"{seconds(held)} on all cores", seconds(cpu), f"{cpu / held:.0%}"])
+    html = table(["what", "asked for or held", "used", "share"], rows, "All attempts together")
+    energy = sum(job.energy_j or 0 for job in jobs)
+    if energy:
+        html += pairs(
+            {"energy": f"{energy / 3.6e6:.3g} kWh ({energy:,.0f} J), as Slurm measured it, mostly for whole nodes"}
+        )
+    html += table(
+        ["job", "state", "wall time", "limit, min", "nodes", "cores", "GPUs", "cores used", "memory, GB", "energy, J"],
+        [_job(job) for job in jobs],
+        "As sacct says",
+    )
+    if not jobs and any(attempt.facts.get("slurm") for attempt in facts.attempts):
+        html += note(
+            "Slurm's accounting (sacct) says nothing here: no processor time, no memory and no energy per job."
+        )
+    total = wall_time(facts)
+    gpus = facts.plan.geometry.gpus_per_node * facts.plan.geometry.nodes
+    if total and gpus:
+        html += pairs({"GPU hours": f"{total * gpus / 3600:.2f}"})
+    return html
+
+
+def _job(job: Used) -> list[Any]:
+    return [
+        job.job,
+        job.state,
+        seconds(job.elapsed_s),
+        job.limit_min,
+        job.nodes,
+        job.cpus,
+        job.gpus or None,
+        _percent(job.cpu_share),
+        job.memory_gb,
+        job.energy_j,
+    ]
+
+
+def _memory_measured(facts: Facts) -> float | None:
+    """The largest that the worker itself saw, GB."""
+    found = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
+    found.append(facts.utilisation.get("peak_memory_gb"))
+    return _largest([float(v) for v in found if isinstance(v, int | float)])
+
+
+def _largest(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _pace(events: list[Mapping[str, Any]], key: str) -> list[Point]:
+    found = {
+        float(e["step"]): float(e[key])
+        for e in events
+        if isinstance(e.get(key), int | float) and isinstance(e.get("step"), int)
+    }
+    return sorted(found.items())
+
+
+def _percent(value: Any) -> str | None:
+    return f"{value:.1%}" if isinstance(value, int | float) else None
+
+
+def _peak(utilisation: Mapping[str, Any]) -> str | None:
+    peak, source = utilisation.get("peak_flops"), utilisation.get("peak_source")
+    return f"{peak / 1e12:.4g} TFLOP/s ({source})" if isinstance(peak, int | float) else None

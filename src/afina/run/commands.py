@@ -1,0 +1,315 @@
+"""Pure: plan -> the command lines that are run. What is printed by a dry run is what is run.
+
+worker_argv       python -m afina.worker.X …       in the container, or here where the site has none
+container_argv    apptainer exec … <worker_argv>
+node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
+accelerate_argv   python -m accelerate.commands.launch … -m afina.worker train RUN
+sbatch_argv       sbatch … finetune.sbatch RUN
+sweep_argv        sbatch … --array=… finetune.sbatch SWEEP FIRST
+array_argv        sbatch … --array=… SCRIPT …            any other script, as so many tasks
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from afina.errors import EnvironmentProblem
+from afina.run.plan import Geometry, Plan
+from afina.site.settings import cache_environment, in_container
+
+__all__ = [
+    "accelerate_argv",
+    "array_argv",
+    "container_argv",
+    "job_scripts",
+    "node_argv",
+    "predict_argv",
+    "sbatch_argv",
+    "sbatch_options",
+    "slurm_options",
+    "sweep_argv",
+    "worker_argv",
+    "worker_environment",
+]
+
+
+def worker_argv(plan: Plan, command: str, *arguments: str, binds: Iterable[Path] = ()) -> list[str]:
+    """`python -m afina.worker COMMAND`, wrapped in the container where the site has one and we are not in it."""
+    inner = _python(plan, command, *arguments)
+    return [sys.executable, *inner[1:]] if in_container() else container_argv(plan, inner, binds)
+
+
+def node_argv(plan: Plan, binds: Iterable[Path] = (), command: str = "launch") -> list[str]:
+    """The worker of one node as the host starts it, wherever we are: in the image, mounted by `slurm/node.sh`.
+
+    `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are the worker's command and the run directory.
+    """
+    inner = container_argv(plan, _python(plan, command, "{run}"), binds)
+    return inner if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *inner]
+
+
+def predict_argv(plan: Plan, parts: Path, binds: Iterable[Path] = ()) -> list[str]:
+    """The worker of a prediction in a job, without its share; as `node_argv` for training."""
+    command = container_argv(plan, _python(plan, "predict", "run", str(parts)), binds)
+    return command if plan.site.runtime == "none" else ["bash", str(parts / "node.sh"), str(plan.site.image), *command]
+
+
+def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ()) -> list[str]:
+    """`inner` in the site's container, or as it is where there is none.
+
+    The default environment passes (SLURM_*, NCCL_*, HF_*), the home does not: its `~/.local` would win over the image.
+    Paths go through `--mount`, whose fields can be quoted; `--bind` has no way to say a colon or a comma.
+    """
+    site = plan.site
+    if site.runtime == "none":
+        return list(inner)
+    if site.image is None:
+        raise EnvironmentProblem(
+            f"AFINA_RUNTIME={site.runtime} and no AFINA_IMAGE",
+            "set AFINA_IMAGE to an image made with container/build.sh",
+        )
+    folders = [site.scratch, *_model_folders(plan), *_data_folders(plan), *binds]
+    if plan.recipe_file:
+        folders.append(plan.recipe_file.parent)
+    mounts: list[str] = []
+    for folder in _outermost(folders):
+        mounts += ["--mount", _mount(folder)]
+    for bind in site.binds:
+        mounts += ["--bind", bind]
+    gpu = ["--nv"] if plan.geometry.gpus_per_node else []
+    return [
+        site.runtime,
+        "--quiet",
+        "exec",
+        *gpu,
+        "--no-home",
+        *mounts,
+        "--pwd",
+        str(site.scratch),
+        str(site.image),
+        *inner,
+    ]
+
+
+def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables of every worker: caches under scratch, no user packages, and for training no network.
+
+    Threads of torch (GNU OpenMP) that wait for each other spin, by default for milliseconds: on two cores, beside one busy
+    process, a training falls to a thirtieth of its speed, with this limit to a third, and alone it costs nothing (docs/speed.md).
+    """
+    here = os.environ if env is None else env
+    spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "10000"}
+    return {
+        **cache_environment(plan.site, env),
+        **spins,
+        "PYTHONNOUSERSITE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        # HF_HUB_OFFLINE covers hub, transformers and datasets, but HF_DATASETS_OFFLINE=0 would overrule it.
+        **(
+            {
+                "HF_HUB_OFFLINE": "1",
+                "HF_DATASETS_OFFLINE": "1",
+                "HF_EVALUATE_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+            if offline
+            else {}
+        ),
+    }
+
+
+def accelerate_argv(
+    geometry: Geometry, *, node: int, head: str, port: int, config: Path, python: str, command: Sequence[str]
+) -> list[str]:
+    """`accelerate launch` for one node. `--multi_gpu` also on CPU: its `--cpu` with several processes expects MPI."""
+    return [
+        python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--multi_gpu",
+        "--num_machines",
+        str(geometry.nodes),
+        "--num_processes",
+        str(geometry.num_processes),
+        "--machine_rank",
+        str(node),
+        "--main_process_ip",
+        head,
+        "--main_process_port",
+        str(port),
+        "--rdzv_backend",
+        "static",
+        "--same_network",
+        "--max_restarts",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        *command,
+    ]
+
+
+def slurm_options(plan: Plan) -> dict[str, str | int]:
+    """What to ask Slurm for, by the long names of sbatch's options; True is one without a value.
+
+    The site's `SBATCH_*` add to it from the environment, and its spelling of GPUs, extras and omissions are in it.
+    """
+    resources, geometry, site = plan.recipe.resources, plan.geometry, plan.site
+    options: dict[str, str | int] = {
+        "job-name": plan.recipe.name,
+        "nodes": geometry.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": resources.cpus_per_gpu * geometry.processes_per_node,
+        "time": resources.time,
+    }
+    if geometry.gpus_per_node:
+        options |= _gpu_options(site.gpu_request, geometry.gpus_per_node)
+    if resources.mem_gb:
+        options["mem"] = f"{resources.mem_gb}G"
+    # sbatch (22.05 to 25.05) reads no variables for these two; in the site they are named as if it did.
+    for option in ("mail-type", "mail-user"):
+        if value := plan.site.sbatch.get(f"SBATCH_{option.upper().replace('-', '_')}"):
+            options[option] = value
+    options = {name: value for name, value in options.items() if name not in site.sbatch_omit}
+    for line in site.sbatch_extra:
+        name, equals, value = line.removeprefix("--").partition("=")
+        if name == "gres" and "gres" in options:
+            value = f"{options['gres']},{value}"  # sbatch takes the last --gres alone
+        options[name] = value if equals else True
+    return options
+
+
+def _gpu_options(request: str, count: int) -> dict[str, str | int]:
+    """`gres:a100` and 2 -> `--gres=gpu:a100:2`: older Slurm, and sites that name a type, want that spelling."""
+    kind, _, name = request.partition(":")
+    number: str | int = f"{name}:{count}" if name else count
+    if kind == "none":
+        return {}
+    return {"gres": f"gpu:{number}"} if kind == "gres" else {"gpus-per-node": number}
+
+
+def sbatch_options(plan: Plan, changes: Mapping[str, str | int] | None = None) -> list[str]:
+    """`slurm_options`, with some of them changed, as sbatch's words; an option without a value is True there."""
+    options = {**slurm_options(plan), **(changes or {})}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+
+
+def sbatch_argv(plan: Plan, run: Path) -> list[str]:
+    """The submission of a claimed run, with the batch script that was copied into it."""
+    log = f"{_plain(run)}/slurm-%j.out"
+    return ["sbatch", "--parsable", *sbatch_options(plan), f"--output={log}", str(run / "finetune.sbatch"), str(run)]
+
+
+def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, log: Path) -> list[str]:
+    """The submission of a script as a job array of so many tasks, or as a plain job where one is enough.
+
+    Args:
+        log: the jobs' logs are called like this file, `.slurm-<job>` behind it.
+    """
+    number = "%A_%a" if tasks > 1 else "%j"
+    array = [f"--array=0-{tasks - 1}"] if tasks > 1 else []
+    return [
+        "sbatch",
+        "--parsable",
+        *sbatch_options(plan),
+        *array,
+        f"--output={_plain(log)}.slurm-{number}.out",
+        str(script),
+        *arguments,
+    ]
+
+
+def sweep_argv(
+    plan: Plan, sweep: Path, tasks: Sequence[int], *, first: int = 0, at_once: int | None = None
+) -> list[str]:
+    """The submission of some of a sweep's cells as one job array.
+
+    Args:
+        tasks: the array's tasks; task n is cell `first + n`.
+        at_once: how many of them may run at the same time; None is as many as Slurm lets.
+    """
+    array = _ranges(tasks) + (f"%{at_once}" if at_once else "")
+    log = _plain(sweep) + "/logs/%A_%a.out"
+    script = [str(sweep / "finetune.sbatch"), str(sweep), *([str(first)] if first else [])]
+    return ["sbatch", "--parsable", *sbatch_options(plan), f"--array={array}", f"--output={log}", *script]
+
+
+def _plain(path: Path) -> str:
+    """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one."""
+    return str(path).replace("%", "%%")
+
+
+def job_scripts(names: Sequence[str] = ("finetune.sbatch", "job.sh", "node.sh")) -> dict[str, Path]:
+    """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
+
+    A run directory holds copies: a job that waits in the queue does not run what was edited meanwhile.
+
+    Raises:
+        EnvironmentProblem: one is in neither place.
+    """
+    here = Path(__file__).resolve().parents[1]
+    found = {}
+    for name in names:
+        places = [folder / name for folder in (here / "_slurm", here.parent.parent / "slurm")]
+        existing = [place for place in places if place.is_file()]
+        if not existing:
+            raise EnvironmentProblem(f"{name} is not installed with afina", "install afina again")
+        found[name] = existing[0]
+    return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in spans)
+
+
+def _python(plan: Plan, command: str, *arguments: str) -> list[str]:
+    python = sys.executable if plan.site.runtime == "none" else "python"
+    return [python, "-m", "afina.worker", command, *arguments]
+
+
+def _data_folders(plan: Plan) -> list[Path]:
+    """Folders of the data files, and of what they are links to."""
+    files = [path for paths in plan.files.values() for path in paths]
+    return [folder for path in files for folder in (path.parent, path.resolve().parent)]
+
+
+def _model_folders(plan: Plan) -> list[Path]:
+    """The model folder, and the folders of what its files are links to (a Hub cache is made of links)."""
+    if plan.model_folder is None:
+        return []
+    linked = (
+        [p.resolve().parent for p in plan.model_folder.iterdir() if p.is_symlink()]
+        if plan.model_folder.is_dir()
+        else []
+    )
+    return [plan.model_folder, plan.model_folder.resolve(), *linked]
+
+
+def _outermost(folders: Iterable[Path]) -> list[Path]:
+    """Each folder once, none inside another."""
+    kept: list[Path] = []
+    for folder in sorted({f.absolute() for f in folders}, key=lambda f: (len(f.parts), str(f))):
+        if not any(folder.is_relative_to(outer) for outer in kept):
+            kept.append(folder)
+    return kept
+
+
+def _mount(folder: Path) -> str:
+    """One `--mount` value: comma-separated fields, each quoted as in CSV."""
+    fields = ("type=bind", f"src={folder}", f"dst={folder}")
+    return ",".join('"' + field.replace('"', '""') + '"' for field in fields)

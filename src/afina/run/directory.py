@@ -1,0 +1,346 @@
+"""The run directory as a type: everything that crosses from one process, node or attempt to the next is a file in it.
+
+    plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
+    record.json                             how the run was made: versions, image digest, git commit and changes
+    estimate.json                           what was foreseen at submission
+    worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
+    finetune.sbatch  job.sh  node.sh        what a job runs on the host; copies, so that later edits do not reach it
+    submissions.jsonl  events.jsonl         what happened, with times
+    attempts/<id>/                          env.json  node<k>.log  exit
+    metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
+    checkpoints/step-<n>/
+    lease.json                              which attempt works here just now
+    stop                                    exists: stop at the next step and leave a checkpoint
+    outcome.json  model/  predictions.parquet
+
+`mkdir` claims, `os.replace` publishes; nothing is edited in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from afina.errors import AfinaError, ClaimedError, EnvironmentProblem, InputError
+from afina.files import write_atomic
+from afina.run.outcome import Outcome
+from afina.run.plan import Plan, load_plan
+
+__all__ = ["RunDir", "is_run_dir"]
+
+
+def is_run_dir(path: str | Path) -> bool:
+    return (Path(path) / "plan.json").is_file()
+
+
+class RunDir:
+    """A claimed run directory. `RunDir.claim` makes one, `RunDir(path)` opens one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    # What is where.
+    plan_file = property(lambda self: self.path / "plan.json")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    stop_file = property(lambda self: self.path / "stop")
+    outcome_file = property(lambda self: self.path / "outcome.json")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    attempts = property(lambda self: self.path / "attempts")
+    model = property(lambda self: self.path / "model")
+    predictions = property(lambda self: self.path / "predictions.parquet")
+
+    @classmethod
+    def check_free(cls, path: str | Path | None) -> None:
+        """Say early that `path` cannot be claimed; `claim` decides.
+
+        Raises:
+            ClaimedError: a run is there already.
+            InputError: a folder that holds something else.
+        """
+        if path is None or not Path(path).exists():
+            return
+        here = Path(path)
+        names = {p.name for p in here.iterdir()} if here.is_dir() else {here.name}
+        if "attempts" in names and here.is_dir():
+            raise ClaimedError(
+                f"{here}: this run directory is already claimed",
+                f"continue it with `afina resume {shlex.quote(str(here))}`, or choose another --run DIR",
+            )
+        if names:
+            raise InputError(
+                f"{here}: exists, and is not an empty folder",
+                "choose another --run DIR; nothing that exists is overwritten",
+            )
+
+    @classmethod
+    def claim(
+        cls,
+        plan: Plan,
+        prepared: Mapping[str, Any],
+        argv: Sequence[str],
+        recipe_text: str,
+        path: str | Path | None = None,
+        *,
+        scripts: Mapping[str, Path] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> RunDir:
+        """Claim a run directory and write what the run is.
+
+        Args:
+            plan: written to `plan.json`.
+            prepared: where prepared data and model are, as the prepare stage said.
+            argv: the node worker's command; `{run}` stands for the run directory, `{run}/node.sh` for the script in it.
+            recipe_text: the recipe as the user wrote it.
+            path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
+            scripts: copied into it, by name.
+            record: written to `record.json` (see `afina.run.record`).
+
+        Raises:
+            ClaimedError, InputError: as `check_free`.
+            EnvironmentProblem: the directory cannot be made.
+        """
+        run = cls(path) if path else None
+        made: list[Path] = []
+        try:
+            if run:
+                cls.check_free(run.path)
+                made = _make_folder(run.path)
+            else:
+                run = cls._next(plan)
+                made = [run.path]
+            try:
+                run.attempts.mkdir(mode=0o700)
+            except FileExistsError:
+                made = []
+                raise ClaimedError(
+                    f"{run.path}: claimed by another process just now", "choose another --run DIR"
+                ) from None
+            made.append(run.attempts)
+            run.path.chmod(0o700)
+        except OSError as error:
+            _unmake(made)
+            where = run.path if run else plan.site.runs
+            raise EnvironmentProblem(
+                f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
+            ) from error
+        filled = {"{run}": str(run.path), "{run}/node.sh": str(run.path / "node.sh")}
+        words = (filled.get(word, word) for word in argv)
+        contents: dict[str, str | bytes] = {
+            "recipe.yaml": recipe_text,
+            "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
+            "worker.argv": b"".join(os.fsencode(word) + b"\0" for word in words),
+            **{name: _without(script.read_bytes(), plan.site.sbatch_omit) for name, script in (scripts or {}).items()},
+            **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
+            "plan.json": plan.to_json(),  # last: it makes the directory a run
+        }
+        try:
+            for name, content in contents.items():
+                write_atomic(run.path / name, content)
+        except BaseException:
+            for name in contents:
+                (run.path / name).unlink(missing_ok=True)
+            _unmake(made)
+            raise
+        return run
+
+    @classmethod
+    def next_free(cls, plan: Plan) -> RunDir:
+        """The next `<scratch>/runs/<name>-<digest8>-<n>` that is not there yet."""
+        stem = f"{plan.recipe.name}-{plan.digest[:8]}"
+        number = 1
+        while (path := plan.site.runs / f"{stem}-{number}").exists():
+            number += 1
+        return cls(path)
+
+    @classmethod
+    def _next(cls, plan: Plan) -> RunDir:
+        plan.site.runs.mkdir(exist_ok=True)
+        while True:
+            run = cls.next_free(plan)
+            try:
+                run.path.mkdir(mode=0o700)
+            except FileExistsError:
+                continue
+            return run
+
+    def plan(self) -> Plan:
+        return load_plan(self.plan_file)
+
+    def prepared(self) -> dict[str, Any]:
+        return self._read_json("prepared.json")
+
+    def check_place(self) -> None:
+        """A run goes on only where it was begun: its command and its data are known by absolute paths.
+
+        Raises:
+            InputError: it was moved or copied.
+        """
+        words = self.worker_argv()
+        begun = Path(words[-1]) if words and words[-1].startswith("/") else self.path
+        if begun == self.path or (begun.exists() and begun.samefile(self.path)):
+            return
+        if begun.exists():
+            raise InputError(
+                f"{self.path}: is a copy of {begun}, and would write there",
+                f"go on with {begun} itself, or begin a new run: afina rerun",
+            )
+        raise InputError(
+            f"{self.path}: was begun as {begun}, and has been moved",
+            f"move it back, or leave a link there: ln -s {shlex.quote(str(self.path))} {shlex.quote(str(begun))}",
+        )
+
+    def worker_argv(self) -> list[str]:
+        return [os.fsdecode(a) for a in (self.path / "worker.argv").read_bytes().split(b"\0")[:-1]]
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.path / name}: cannot be read: {error}", "start a new run from the recipe"
+            ) from None
+        assert isinstance(value, dict)
+        return value
+
+    def outcome(self) -> Outcome | None:
+        """The recorded outcome, or None while there is none."""
+        try:
+            return Outcome.model_validate_json(self.outcome_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def attempt_names(self) -> list[str]:
+        """Names of all attempts, in the order in which they started."""
+        if not self.attempts.is_dir():
+            return []
+        started = [str(e.get("attempt")) for e in self.lines("events.jsonl") if e.get("event") == "attempt_started"]
+        order = {name: i for i, name in enumerate(dict.fromkeys(started))}
+        names = sorted(p.name for p in self.attempts.iterdir() if p.is_dir())
+        return sorted(names, key=lambda name: order.get(name, len(order)))
+
+    def begin_attempt(self, name: str | None = None) -> Path:
+        """Make the folder of an attempt; without a name the next `local-<n>`.
+
+        Raises:
+            EnvironmentProblem: no space, no quota, no permission.
+        """
+        number = 1
+        while True:
+            folder = self.attempts / (name or f"local-{number}")
+            try:
+                folder.mkdir(mode=0o700)
+            except FileExistsError:
+                if name:
+                    return Path(folder)
+                number += 1
+                continue
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{folder}: {error.strerror}",
+                    "free space or quota (`df`, `quota`), then run the same command again",
+                ) from None
+            return Path(folder)
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append one JSON line, in one write, with its time (seconds since the epoch)."""
+        line = (json.dumps({"time": round(time.time(), 3), **record}, ensure_ascii=False) + "\n").encode()
+        descriptor = os.open(self.path / name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            # After a torn line, begin a new one: the record would be lost with it.
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.append("events.jsonl", {"event": kind, **fields})
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of a JSON Lines file; a torn last line is left out."""
+        try:
+            raw = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return
+        for line in raw.splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return list(self.lines("metrics.jsonl"))
+
+    def record(self, outcome: Outcome) -> None:
+        """Publish the outcome, and its exit code where a shell can read it."""
+        write_atomic(self.outcome_file, outcome.model_dump_json(indent=2) + "\n")
+        folder = self.attempts / outcome.attempt
+        if folder.is_dir():
+            write_atomic(folder / "exit", f"{outcome.exit_code}\n")
+
+    def record_failure(self, attempt: str, error: AfinaError | str, *, exit_code: int = 4, **fields: Any) -> Outcome:
+        """Record that `attempt` failed, unless the attempt itself recorded how it ended."""
+        known = self.outcome()
+        if known is not None and known.attempt == attempt:
+            return known
+        outcome = Outcome(
+            outcome="failed",
+            exit_code=exit_code,
+            attempt=attempt,
+            attempts=len(self.attempt_names()),
+            error=str(error),
+            **fields,
+        )
+        self.record(outcome)
+        return outcome
+
+
+def _without(script: bytes, options: Sequence[str]) -> bytes:
+    """A batch script without the `#SBATCH` lines of these options: what sbatch's command line can set, it cannot take back."""
+    unwanted = tuple(f"#SBATCH --{name}".encode() for name in options)
+    lines = script.splitlines(keepends=True)
+    return (
+        b"".join(
+            line for line in lines if not (line.startswith(unwanted) and re.match(rb"#SBATCH --[a-z-]+(=|\s)", line))
+        )
+        if unwanted
+        else script
+    )
+
+
+def _make_folder(path: Path) -> list[Path]:
+    """Make `path` and the folders above it; returns those that were not there, the outermost first."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # made by another process just now: not ours to remove
+                folder.mkdir(mode=0o700 if folder == path else 0o777)
+                made.append(folder)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    except OSError:
+        _unmake(made)
+        raise
+    return made
+
+
+def _unmake(folders: Sequence[Path]) -> None:
+    """Remove folders that were just made, the innermost first, as far as they are empty."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,54 @@
+"""How an attempt ended, as the run directory keeps it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Outcome"]
+
+
+class Outcome(BaseModel):
+    """How the last attempt ended, as the worker recorded it (or its supervisor, where the worker could not).
+
+    Attributes:
+        outcome: finished, stopped (resumable) or failed.
+        exit_code: 0, 2, 3, 4 or 75.
+        attempt: the attempt that wrote it.
+        global_step: optimizer steps done.
+        metrics: `eval_*` (and `test_*`) of the model in `model/`.
+        samples_per_second: training examples per second of training, evaluations and saves left out.
+        utilisation: how the machine was used, over all attempts as far as checkpoints carry it on: real tokens per second,
+            the share of real tokens among those computed, mfu (model-FLOP utilisation) and the peak (FLOP/s of all processes) it
+            refers to, the most memory of a process, examples per step, wall seconds by part.
+        seconds: wall time of all attempts up to here, start-up included.
+        attempts: how many there were.
+        error: what failed, and the remedy.
+        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
+            exception's name.
+        best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
+        device, world_size, global_batch: of the last attempt.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    outcome: Literal["finished", "stopped", "failed"]
+    exit_code: int
+    attempt: str
+    global_step: int = 0
+    metrics: dict[str, Any] = {}
+    samples_per_second: float | None = None
+    utilisation: dict[str, Any] = {}
+    seconds: float = 0.0
+    attempts: int = 1
+    error: str | None = None
+    cause: str | None = None
+    max_steps: int | None = None
+    best_step: int | None = None
+    model_step: int | None = None
+    task: str | None = None
+    labels: list[str] | None = None
+    device: str | None = None
+    world_size: int | None = None
+    global_batch: int | None = None

@@ -1,0 +1,215 @@
+"""`record.json`: what is needed to say later how a run was made, and to make it again. Written once, when the run is claimed.
+
+It holds the versions, the image's digest, the repository's commit and difference, the revisions of model and data, and the recipe's overrides.
+What is known only where the run computes (processor, GPU, driver, versions of PyTorch and Transformers) is in each attempt's `env.json`.
+Secrets are blackened, the site's account is left out.
+
+Overrides are not what was typed: they are what must be set over the recipe's text to get the recipe that was run (`overrides_of`), whoever
+changed it and however.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.errors import AfinaError, RecipeError
+from afina.files import write_atomic
+from afina.recipe.schema import Recipe, parse_recipe
+from afina.redact import redact
+from afina.run.git import repository_state
+from afina.run.plan import Plan
+from afina.site.settings import Site
+from afina.version import __version__
+
+__all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record"]
+
+FORMAT = 1
+#: Images below this are hashed without a word.
+_SAY_FROM_BYTES = 200 << 20
+
+Say = Callable[[str], None]
+
+
+def _to_stderr(line: str) -> None:
+    print(f"afina: {line}", file=sys.stderr, flush=True)
+
+
+def make_record(
+    plan: Plan, prepared: Mapping[str, Any], text: str, slurm: str | None, say: Say = _to_stderr
+) -> dict[str, Any]:
+    """The record of a run that is about to be claimed.
+
+    Args:
+        prepared: what the prepare stage said; an empty one gives a record without data and model.
+        slurm: the version of Slurm, or None where there is none.
+        text: the recipe as it goes into the run directory.
+        say: told when something takes seconds.
+    """
+    recipe = plan.recipe
+    git = repository_state(plan.recipe_file) if plan.recipe_file else {"none": "the recipe came from no file"}
+    if git.get("diff"):
+        git["diff"] = _without_account(git["diff"], plan.site)
+    return {
+        "format": FORMAT,
+        "afina": __version__,
+        "claimed": round(time.time(), 3),
+        "plan": plan.digest,
+        "recipe": {
+            "file": str(plan.recipe_file) if plan.recipe_file else None,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "overrides": overrides_of(text, recipe),
+        },
+        "image": image_record(plan.site, say),
+        "git": git,
+        "model": {"name": recipe.model, "commit": prepared.get("model_commit"), "files": prepared.get("model_files")},
+        "data": {
+            "hub": recipe.data.hub,
+            "files": {part: [str(path) for path in paths] for part, paths in plan.files.items()},
+            "commit": prepared.get("data_commit"),
+            "prepared": prepared.get("digest"),
+        },
+        "claimed_on": {
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+        },
+        "slurm": slurm,
+    }
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record of a run, or an empty one where there is none (runs of afina before 0.2) or it is damaged."""
+    try:
+        value = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two records, in words; what either does not know is not compared."""
+    found = []
+    for name, keys in {
+        "afina": ("afina",),
+        "image": ("image", "sha256"),
+        "git commit": ("git", "commit"),
+        "changes since that commit": ("git", "diff_sha256"),
+        "recipe": ("recipe", "sha256"),
+        "model revision": ("model", "commit"),
+        "data revision": ("data", "commit"),
+        "prepared data": ("data", "prepared"),
+        "Python of the host": ("claimed_on", "python"),
+        "Slurm": ("slurm",),
+    }.items():
+        before, after = (_at(record, keys) for record in (then, now))
+        if before is not None and after is not None and before != after:
+            found.append(f"{name}: {_short(before)} then, {_short(after)} now")
+    old, new = (_at(record, ("model", "files")) or {} for record in (then, now))
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    if changed:
+        found.append(f"model files: {', '.join(changed)}")
+    return found
+
+
+def _at(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) in (40, 64) and all(c in "0123456789abcdef" for c in text) else text
+
+
+def overrides_of(text: str, recipe: Recipe) -> list[str] | None:
+    """`key=value` lines that make `recipe` of `text`; `parse_recipe(text, lines)` gives it back, or the answer is None."""
+    wanted = recipe.model_dump(mode="json")
+    base: dict[str, Any] = {}
+    with contextlib.suppress(RecipeError):  # a key that is required may be missing and come from an override
+        base = parse_recipe(text).model_dump(mode="json")
+    every = [f"{key}={_yaml(value)}" for key, value in wanted.items()]
+    for lines in (list(_set_over(base, wanted, "")), every):
+        with contextlib.suppress(AfinaError):
+            if parse_recipe(text, lines) == recipe:
+                return lines
+    return None
+
+
+def _set_over(base: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> list[str]:
+    lines: list[str] = []
+    for key, value in wanted.items():
+        before = base.get(key)
+        if key in base and before == value:
+            continue
+        # Below a mapping a key can be set, not taken away.
+        plain = isinstance(value, Mapping) and all(k.replace("_", "").isalnum() for k in value)
+        if plain and isinstance(before, Mapping) and set(before) <= set(value):
+            lines += _set_over(before, value, f"{path}{key}.")
+        else:
+            lines.append(f"{path}{key}={_yaml(value)}")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    """JSON, which is YAML too; numbers with a point before the exponent, as YAML 1.2 wants them."""
+    if isinstance(value, float):
+        text = repr(value)
+        return text if "." in text or "e" not in text else text.replace("e", ".0e")
+    return json.dumps(value, ensure_ascii=False)
+
+
+def image_record(site: Site, say: Say = _to_stderr) -> dict[str, Any] | None:
+    """Path, size and SHA-256 of the image; None where there is none.
+
+    The digest is kept under `<scratch>/cache/images/` by path, size, times and inode, so that an image is read once and not for every run.
+    """
+    if site.image is None or site.runtime == "none":
+        return None
+    try:
+        about = site.image.stat()
+        key = [str(site.image), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+        known = site.cache / "images" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+        digest = _known_digest(known, key)
+        if digest is None:
+            if about.st_size >= _SAY_FROM_BYTES:
+                say(f"reading {site.image} ({about.st_size / 1e9:.1f} GB) for its digest; kept for the next run")
+            digest = _sha256(site.image)
+            with contextlib.suppress(OSError, AfinaError):
+                known.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(known, json.dumps({"sha256": digest, "of": key}) + "\n")
+        return {"path": str(site.image), "size": about.st_size, "sha256": digest}
+    except OSError as error:  # inside the container the image itself is not to be seen
+        return {"path": str(site.image), "sha256": None, "none": f"cannot be read here: {error.strerror}"}
+
+
+def _known_digest(path: Path, key: list[Any]) -> str | None:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return str(said["sha256"]) if said["of"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _without_account(text: str, site: Site) -> str:
+    for name, value in site.sbatch.items():
+        if name.endswith("ACCOUNT") and len(value) >= 3:
+            text = text.replace(value, "***")
+    return redact(text)

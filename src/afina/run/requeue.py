@@ -1,0 +1,112 @@
+"""What comes after an attempt: the next one, or the end. Decided from the run directory alone; who asked Slurm is told by a file.
+
+    finished, or somebody asked for the stop       the end
+    stopped at the time limit                      again, if a step was made since the attempt before
+    stopped by a signal (preemption)               again, always
+    failed on a node that is broken                again, without that node
+    failed: loss not finite, disk full, bad input  the end: it would fail again
+    failed otherwise                               again; the same failure twice without a step in between is the end
+
+`attempts/<id>/next` has three lines for bash: `requeue` or `end`; nodes to leave out; the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT
+from afina.files import write_atomic
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.supervise import settle
+
+__all__ = ["Next", "conclude", "decide"]
+
+#: Failures that another attempt would meet again.
+_LASTING = ("loss", "disk", "claimed")
+
+
+@dataclass(frozen=True)
+class Next:
+    """What to do with the job, why in words for the log, and nodes that the next attempt must not get."""
+
+    action: Literal["requeue", "end"]
+    why: str
+    exclude: tuple[str, ...] = ()
+
+
+def conclude(run: RunDir, attempt: str, code: int) -> Outcome:
+    """Settle an attempt of a Slurm job that has ended, decide what is next, and write it to `attempts/<id>/next`."""
+    outcome = settle(run, attempt, code)
+    step, committed = _progress(run, attempt)
+    following = decide(run, outcome)
+    run.event(
+        "attempt_ended",
+        attempt=attempt,
+        outcome=outcome.outcome,
+        cause=outcome.cause,
+        failure=_signature(outcome),
+        began=step,
+        committed=committed,
+        next=following.action,
+        why=following.why,
+    )
+    lines = (following.action, ",".join(following.exclude), following.why)
+    write_atomic(run.attempts / attempt / "next", "\n".join(lines) + "\n")
+    return outcome
+
+
+def decide(run: RunDir, outcome: Outcome) -> Next:
+    """What comes after the attempt that ended with `outcome`."""
+    began, committed = _progress(run, outcome.attempt)
+    moved = began is not None and committed > began
+    cause = outcome.cause or ""
+    if outcome.outcome == "finished":
+        return Next("end", "the run has finished")
+    if outcome.outcome == "stopped":
+        if cause == "asked":
+            return Next("end", "somebody asked for this stop: the job is not put back into the queue")
+        if cause == "limit" and not moved:
+            return Next("end", "no step was made within the time limit: ask for more time (resources.time, --time)")
+        return Next("requeue", f"stopped ({cause or 'signal'}) with a checkpoint at step {committed}: to be continued")
+    if cause == "node":
+        bad = tuple(_bad_nodes(outcome))
+        return Next("requeue", f"{', '.join(bad)} cannot run this job: again without it", bad)
+    if cause in _LASTING or outcome.exit_code in (EXIT_INPUT, EXIT_ENVIRONMENT):
+        return Next("end", "this would fail again: see the error and its remedy above")
+    if moved:
+        return Next("requeue", f"failed after progress (checkpoint at step {committed}): again from there")
+    failures = [e for e in run.lines("events.jsonl") if e.get("event") == "attempt_ended" and e.get("failure")]
+    if failures and failures[-1]["failure"] == _signature(outcome) and failures[-1]["committed"] == committed:
+        return Next(
+            "end", f"the same failure twice without a step in between ({_signature(outcome)}): the job ends here"
+        )
+    return Next("requeue", "failed for the first time at this point: once more from the newest checkpoint")
+
+
+def _progress(run: RunDir, attempt: str) -> tuple[int | None, int]:
+    """The step an attempt began at (None: it never began to train), and the newest committed step now."""
+    began = [
+        e["step"] for e in run.lines("events.jsonl") if e.get("event") == "training" and e.get("attempt") == attempt
+    ]
+    steps = [
+        int(path.name.partition("-")[2])
+        for path in run.checkpoints.glob("step-*")
+        if path.name.partition("-")[2].isdigit() and (path / "manifest.json").is_file()
+    ]
+    return (began[0] if began else None), max(steps, default=0)
+
+
+def _signature(outcome: Outcome) -> str | None:
+    """What makes two failures the same: the cause and the first line without its numbers."""
+    if outcome.outcome != "failed":
+        return None
+    first: Any = (outcome.error or "").splitlines()[:1]
+    return f"{outcome.cause}: {re.sub(r'[0-9]+', '#', first[0])[:200] if first else ''}"
+
+
+def _bad_nodes(outcome: Outcome) -> list[str]:
+    """The error of a broken node begins with its name: `n1, n2: …`."""
+    return [name.strip() for name in (outcome.error or "").partition(":")[0].split(",")]

@@ -1,0 +1,224 @@
+"""The host's side of one attempt on one node: start the worker, keep its log, hear signals, ask for a stop.
+
+Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal is answered by the run's stop
+file: the ranks then agree on a step, commit a checkpoint and leave. When the attempt has ended, its outcome is settled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem
+from afina.files import write_atomic
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+
+__all__ = ["run_node", "settle"]
+
+
+def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0, show: bool = True) -> int:
+    """Run the worker of one node to its end; returns its exit code as the worker wrote it.
+
+    Args:
+        attempt: its folder is made if need be; the log goes to `node<k>.log` in it.
+        env: added to the environment of the worker.
+        show: also pass the worker's output on to standard output.
+
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop, a second SIGINT terminates the worker.
+    """
+    folder = run.begin_attempt(attempt)
+    argv = run.worker_argv()
+    if node == 0:
+        # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
+        for stale in (run.stop_file, folder / "exit"):
+            stale.unlink(missing_ok=True)
+    try:
+        worker = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if not (show and sys.stderr.isatty()) else None,
+            env={**os.environ, **env, "AFINA_ATTEMPT": attempt},
+            start_new_session=True,  # the terminal's Ctrl-C is for the supervisor: the ranks stop together, at a step
+        )
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{argv[0]}: {error.strerror}",
+            "install Apptainer, or load its module in site.env (AFINA_RUNTIME=none runs without)",
+        ) from None
+    hear = _Ear(run, worker)
+    assert worker.stdout is not None
+    with (folder / f"node{node}.log").open("ab", buffering=0) as log, hear:
+        copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
+        copy.start()
+        code = _wait(worker, copy, _Pulse(run, attempt) if node == 0 else None)
+        copy.join(timeout=10)
+    if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
+        worker.stdout.close()
+    return _recorded_code(folder, code)
+
+
+def settle(run: RunDir, attempt: str, code: int) -> Outcome:
+    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed here.
+
+    Args:
+        code: the exit code of the attempt's first node.
+    """
+    known = run.outcome()
+    if known is not None and known.attempt == attempt:
+        return known
+    folder = run.attempts / attempt
+    if code == EXIT_ENVIRONMENT and not list(folder.glob("failed.*.json")) and (full := _is_full(run.path)):
+        return Outcome(outcome="failed", attempt=attempt, exit_code=code, cause="disk", error=full)
+    failures = sorted(folder.glob("failed.*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for failure in failures:
+        try:
+            said = json.loads(failure.read_text())
+        except ValueError:  # cut off: the disk was full, or the rank was killed while it wrote
+            continue
+        if said.get("cause") == "claimed":  # the outcome is for the attempt that works there to write
+            return Outcome(outcome="failed", attempt=attempt, **said)
+        return run.record_failure(attempt, said["error"], exit_code=said["exit_code"], cause=said.get("cause"))
+    cause = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
+    absent = _absent_nodes(folder)
+    last = _last_lines(folder)
+    return run.record_failure(
+        attempt,
+        (f"{', '.join(absent)}: the worker never started there" if absent else "the worker ended without an outcome")
+        + f" ({cause})"
+        + (f"; its last lines:\n{last}" if last else "")
+        + f"\n  remedy: see {folder}/node*.log; `afina resume` continues from the newest checkpoint",
+        exit_code=EXIT_ENVIRONMENT if absent else code if code in (2, 3) else EXIT_FAILED,
+        cause="node" if absent else "killed",
+    )
+
+
+def _is_full(folder: Path) -> str | None:
+    """What to say where not even the outcome can be recorded."""
+    try:
+        write_atomic(folder / ".room", bytes(4096))
+    except EnvironmentProblem as error:
+        return str(error)
+    (folder / ".room").unlink()
+    return None
+
+
+def _absent_nodes(folder: Path) -> list[str]:
+    """Nodes of the allocation on which no worker began, if it did on others."""
+    names = os.environ.get("AFINA_NODES", "").split()
+    absent = [name for number, name in enumerate(names) if not (folder / f"node{number}.json").exists()]
+    return absent if len(absent) < len(names) else []
+
+
+def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, pulse: _Pulse | None) -> int:
+    """The worker's exit code. Never blocks for long: a signal that comes just before `waitpid` blocks is not heard until
+    that returns (seen: 10 seconds later, when the worker ended)."""
+    while True:
+        copy.join(timeout=0.5)
+        try:
+            return worker.wait(timeout=0 if copy.is_alive() else 0.5)
+        except subprocess.TimeoutExpired:
+            if pulse is not None and (silent := pulse.gone()):
+                print(
+                    f"afina: the worker has given no sign of life for {silent:.0f} s: killed",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os.killpg(worker.pid, signal.SIGKILL)
+                pulse = None
+
+
+class _Pulse:
+    """Whether the worker of an attempt still renews its lease: one that was halted (SIGSTOP) cannot say so itself."""
+
+    #: More than the beats of a slow file system.
+    _BEYOND_S = 45.0
+
+    def __init__(self, run: RunDir, attempt: str) -> None:
+        self.path, self.attempt = run.path / "lease.json", attempt
+        self._seen: dict[str, object] = {}
+        self._since = self._looked = time.monotonic()
+
+    def gone(self) -> float | None:
+        """Seconds without a beat, if they are more than the lease's own patience."""
+        now, before = time.monotonic(), self._looked
+        if now - before < 5.0:
+            return None
+        self._looked = now
+        try:
+            lease = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            lease = {}
+        # A pause of this process itself (`scontrol suspend`) is not the worker's.
+        if lease != self._seen or lease.get("attempt") != self.attempt or now - before > 60.0:
+            self._seen, self._since = lease, now
+        silent = now - self._since
+        return silent if silent > float(lease.get("patience_s", 1e9)) + self._BEYOND_S else None
+
+
+class _Ear:
+    """Signal handlers that write the stop file, and nothing else: Slurm delivers a signal two or three times."""
+
+    _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+    def __init__(self, run: RunDir, worker: subprocess.Popen[bytes]) -> None:
+        self.run, self.worker, self.interrupts = run, worker, 0
+
+    def __enter__(self) -> None:
+        # Outside the main thread (a notebook's, a test's) signals belong to the surrounding program.
+        self.before = (
+            {number: signal.signal(number, self._hear) for number in self._HEARD}
+            if threading.current_thread() is threading.main_thread()
+            else {}
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):  # there already; or a full disk, where the ranks hear the signal themselves
+            descriptor = os.open(self.run.stop_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            os.write(descriptor, b"asked\n" if number == signal.SIGINT else b"signal\n")
+            os.close(descriptor)
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts == 1:
+                os.write(2, b"\nafina: stopping at the next step, with a checkpoint; Ctrl-C again to leave at once\n")
+            else:
+                os.killpg(self.worker.pid, signal.SIGKILL)
+
+
+def _tee(source: BinaryIO, log: BinaryIO, show: bool) -> None:
+    """Copy until the end. The log may be lost to a full disk; the worker must not block on a pipe that nobody reads."""
+    while block := source.read1(65536) if hasattr(source, "read1") else source.read(65536):
+        with contextlib.suppress(OSError):
+            log.write(block)
+        if show:
+            sys.stdout.write(block.decode(errors="replace"))
+            sys.stdout.flush()
+
+
+def _recorded_code(folder: Path, code: int) -> int:
+    """What the worker wrote; accelerate says 1 whatever its workers said."""
+    try:
+        return int((folder / "exit").read_text())
+    except (OSError, ValueError):
+        return code if code != 0 else EXIT_FAILED
+
+
+def _last_lines(folder: Path, count: int = 15) -> str:
+    logs = sorted(folder.glob("node*.log"))
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-count:]]
+    return "\n".join(f"  | {line}" for line in lines[-count:])

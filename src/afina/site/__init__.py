@@ -1,0 +1,1 @@
+"""Where to train: site file, image and its signature, GPUs."""

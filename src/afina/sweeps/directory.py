@@ -1,0 +1,256 @@
+"""The sweep directory as a type: what the runs of a sweep have in common; each run is an ordinary run directory in it.
+
+    sweep.json                    recipe, grid and seeds (or the space of a search), and the cells in order
+    cells                         the folder of each cell below runs/, NUL-separated, for bash; its n-th is array task n
+    runs/<cell>/                  the run directories
+    submissions.jsonl             the job arrays and which cells they are of
+    finetune.sbatch job.sh node.sh   what the jobs run; its copies go into every run directory
+    logs/<array>_<task>.out       what the batch script of a task said
+    trial.argv  journal.log       of a search: the command that asks for a trial, and Optuna's journal
+
+Cells are only ever added, at the end: a task that waits in the queue finds its own under the same number. `sweep.json` is
+written last when a sweep is made or grows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from afina.errors import ClaimedError, EnvironmentProblem, InputError
+from afina.files import write_atomic
+from afina.run.directory import RunDir, is_run_dir
+from afina.run.outcome import Outcome
+from afina.run.plan import Plan
+from afina.sweeps.space import Space
+from afina.version import __version__
+
+__all__ = [
+    "SCRIPTS",
+    "CellRecord",
+    "SearchRecord",
+    "SweepDir",
+    "SweepRecord",
+    "differences",
+    "given_up",
+    "record_of",
+]
+
+#: What the jobs of a sweep run; every run directory gets a copy.
+SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
+#: What may lie in a sweep directory whose making was cut short.
+_OURS = {".lock", "cells", "logs", "runs", "trial.argv", *SCRIPTS}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CellRecord(_Frozen):
+    """One cell: its folder, its point of the grid, its seed, what `--set` it is, and the digest of its plan.
+
+    The cells of a search have a name and no more: what a trial tries is in its run directory once it has been asked for.
+    """
+
+    name: str
+    point: str = ""
+    seed: int | None = None
+    overrides: tuple[str, ...] = ()
+    digest: str | None = None
+
+
+class SearchRecord(_Frozen):
+    """What a search needs in the job: the space, and all that a run directory is made from (`run_record`: its record.json)."""
+
+    space: Space
+    trials: int
+    seed: int
+    metric: str
+    direction: Literal["maximize", "minimize"]
+    recipe_text: str
+    overrides: tuple[str, ...]
+    prepared: dict[str, Any]
+    run_record: dict[str, Any]
+    worker_argv: tuple[str, ...]
+
+
+class SweepRecord(_Frozen):
+    """`sweep.json`. `plan` is that of the recipe without a cell's values."""
+
+    afina_version: str = __version__
+    plan: Plan
+    grid: dict[str, tuple[str, ...]] = {}
+    seeds: tuple[int, ...] = ()
+    cells: tuple[CellRecord, ...] = ()
+    search: SearchRecord | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+class SweepDir:
+    """A sweep directory, there or not yet. Nothing is written before `write`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"SweepDir({str(self.path)!r})"
+
+    file = property(lambda self: self.path / "sweep.json")
+    cells_file = property(lambda self: self.path / "cells")
+    runs = property(lambda self: self.path / "runs")
+    logs = property(lambda self: self.path / "logs")
+    script = property(lambda self: self.path / "finetune.sbatch")
+    trial_argv = property(lambda self: self.path / "trial.argv")
+    journal = property(lambda self: self.path / "journal.log")
+
+    @classmethod
+    def default(cls, plan: Plan) -> SweepDir:
+        """`<scratch>/sweeps/<name>-<digest8>`: one folder for each recipe, whatever the grid."""
+        return cls(plan.site.scratch / "sweeps" / f"{plan.recipe.name}-{plan.digest[:8]}")
+
+    def run(self, cell: str) -> RunDir:
+        return RunDir(self.runs / cell)
+
+    def read(self) -> SweepRecord | None:
+        """What `sweep.json` says, or None where the sweep is not there yet.
+
+        Raises:
+            InputError: it is damaged, of another version, or the folder holds something else.
+        """
+        try:
+            return SweepRecord.model_validate_json(self.file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_free()
+            return None
+        except ValidationError as error:
+            first = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.file}: not a sweep of afina {__version__}: {first}",
+                "use the afina that made it, or choose another --sweep DIR",
+            ) from None
+
+    def _check_free(self) -> None:
+        try:
+            names = {path.name for path in self.path.iterdir()}
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise InputError(f"{self.path}: is a file", "choose another --sweep DIR") from None
+        if is_run_dir(self.path):
+            raise InputError(f"{self.path}: is a run directory, not a sweep", "choose another --sweep DIR")
+        if foreign := sorted(names - _OURS):
+            raise InputError(
+                f"{self.path}: is not a sweep, and holds {foreign[0]}",
+                "choose another --sweep DIR; nothing that exists is overwritten",
+            )
+
+    def write(self, record: SweepRecord) -> None:
+        """Publish the cells: the list that the jobs read, then the record."""
+        write_atomic(self.cells_file, b"".join(os.fsencode(cell.name) + b"\0" for cell in record.cells))
+        write_atomic(self.file, record.to_json())
+
+    def append(self, job_id: str, first: int, tasks: list[int]) -> None:
+        """Note that array `job_id` was submitted: its task n is cell `first + n`."""
+        RunDir(self.path).append("submissions.jsonl", {"job_id": job_id, "first": first, "tasks": tasks})
+
+    def jobs_of(self) -> dict[int, list[str]]:
+        """Array tasks that were submitted for each cell, by its number, in order."""
+        jobs: dict[int, list[str]] = {}
+        for line in RunDir(self.path).lines("submissions.jsonl"):
+            for task in line.get("tasks", ()):
+                jobs.setdefault(line["first"] + task, []).append(f"{line['job_id']}_{task}")
+        return jobs
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process on this host makes, submits or runs the sweep's cells; it ends with the process.
+
+        Not between hosts where the file system locks locally: there the lease of each run keeps two attempts apart.
+
+        Raises:
+            ClaimedError: another process does.
+        """
+        with (self.path / ".lock").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ClaimedError(
+                    f"{self.path}: another `afina sweep` works here just now", "wait for it to end, or stop it"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise EnvironmentProblem(f"{file.name}: {error.strerror}", "check its permissions") from None
+            yield
+
+
+def differences(before: Plan, now: Plan) -> list[str]:
+    """What is trained differently by two plans, `key: VALUE there, VALUE now` each; resources and the name do not count."""
+    there, here = _flat(before), _flat(now)
+    return [
+        f"{key}: {_shown(there.get(key))} there, {_shown(here.get(key))} now"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+
+
+def record_of(shared: Mapping[str, Any], plan: Plan, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's `record.json`: what its sweep has in common, with the run's own plan, files and overrides (behind the common ones)."""
+    common = shared["recipe"]["overrides"]
+    return {
+        **shared,
+        "claimed": round(time.time(), 3),
+        "plan": plan.digest,
+        "recipe": {**shared["recipe"], "overrides": None if common is None else [*common, *overrides]},
+        "data": {
+            **shared["data"],
+            "files": {part: [str(path) for path in paths] for part, paths in plan.files.items()},
+        },
+    }
+
+
+def given_up(run: RunDir, outcome: Outcome | None) -> bool:
+    """Whether the run failed by what it trains, so that another attempt would fail again.
+
+    A stop, a broken node, a full disk or a process that somebody killed are not the trial's fault: such a run goes on.
+    """
+    if outcome is None or outcome.outcome != "failed" or outcome.exit_code != 4 or outcome.cause in ("disk", "node"):
+        return False
+    ended = [
+        event.get("next")
+        for event in run.lines("events.jsonl")
+        if event.get("event") == "attempt_ended" and event.get("attempt") == outcome.attempt
+    ]
+    return ended[-1] == "end" if ended else outcome.cause != "killed"
+
+
+def _flat(plan: Plan) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping):
+            for name, below in value.items():
+                walk(below, f"{key}.{name}" if key else str(name))
+        elif value is not None:
+            found[key] = value
+
+    recipe = plan.recipe.model_dump(mode="json", exclude={"name", "resources"})
+    recipe["data"].pop("files", None)  # as they were found: below
+    walk(recipe, "")
+    walk({part: [str(path) for path in paths] for part, paths in plan.files.items()}, "data.files")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else shlex.quote(text) if " " in (text := str(value)) else text

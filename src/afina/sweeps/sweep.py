@@ -1,0 +1,328 @@
+"""Sweeps from Python: one recipe, many runs; a job array, or one after another here. The same call again mends what is missing.
+
+    afina.sweep("recipe.yaml", grid={"train.learning_rate": [1e-5, 3e-5, 5e-5]}, seeds=5).wait()
+
+Every cell is an ordinary run directory, claimed before anything is submitted, and all share the prepared data. What a call
+finds done is not done again: finished cells stay, queued and running ones are left alone, those that failed, stopped or were
+lost go on from their newest checkpoint. A search (`search=…`) claims nothing ahead: each array task asks Optuna for values
+when it starts, in the image (`afina.worker.node.trial`), and what it learnt is read from the run directories.
+
+Not covered: one limit on parallel runs over several arrays (a second array of the same sweep starts with what the first
+leaves of it, one at least), and pruning of trials that look bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from afina import api
+from afina.errors import ClaimedError, EnvironmentProblem, InputError
+from afina.forecast.forecast import check_possible
+from afina.recipe.schema import Recipe
+from afina.run.commands import worker_environment
+from afina.run.directory import RunDir, is_run_dir
+from afina.run.plan import Plan
+from afina.site.settings import environment
+from afina.slurm.client import need_slurm, submit_script
+from afina.sweeps.claim import claim_cells, make_home, prepare_cells
+from afina.sweeps.directory import SearchRecord, SweepDir, SweepRecord
+from afina.sweeps.draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo
+from afina.sweeps.grid import grid_of
+from afina.sweeps.space import space_of
+from afina.sweeps.table import Row, Table, tabulate
+from afina.watch.handle import Run, Runs
+from afina.watch.overview import State, place_of
+
+__all__ = ["Sweep", "carry_out", "sweep", "sweep_named"]
+
+Say = Callable[[str], None]
+
+
+class Sweep:
+    """A handle on a sweep directory, or on the sweep of that short name.
+
+    Attributes:
+        submitted: the job arrays that the call which made this handle has submitted.
+    """
+
+    def __init__(self, path: str | Path, submitted: Sequence[str] = ()) -> None:
+        self.dir = SweepDir(place_of(path))
+        self.submitted = tuple(submitted)
+        if not self.dir.file.is_file():
+            raise InputError(
+                f"{path}: not a sweep directory", "give the folder that `afina sweep RECIPE --grid …` named"
+            )
+
+    def __repr__(self) -> str:
+        return f"Sweep({str(self.dir.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        return self.dir.path
+
+    @property
+    def record(self) -> SweepRecord:
+        found = self.dir.read()
+        assert found is not None
+        return found
+
+    @property
+    def runs(self) -> Runs:
+        """The runs that have been claimed, in the order of the cells."""
+        paths = [self.dir.runs / cell.name for cell in self.record.cells]
+        return Runs(Run(path) for path in paths if is_run_dir(path))
+
+    def states(self) -> dict[str, State]:
+        """The state of every cell by its name, with one call of squeue for all of them."""
+        cells = self.record.cells
+        return dict(zip((cell.name for cell in cells), cell_states(self.dir, cells), strict=True))
+
+    def wait(self, timeout_s: float | None = None, *, tell: Callable[[Mapping[str, int]], None] | None = None) -> None:
+        """Block until no cell is queued or running.
+
+        Args:
+            tell: is called with the number of cells in each state, after every look.
+
+        Raises:
+            TimeoutError: after `timeout_s` seconds.
+        """
+        began, pause, looked_again = time.monotonic(), 0.5, False
+        while True:
+            states = list(self.states().values())
+            if tell is not None:
+                tell({state: states.count(state) for state in dict.fromkeys(states)})
+            busy = any(state in (*BUSY, "UNKNOWN") for state in states)
+            if not busy and looked_again:
+                return
+            # A shared file system may show the last outcomes a little later.
+            looked_again = not busy
+            if timeout_s is not None and time.monotonic() - began > timeout_s:
+                raise TimeoutError(f"{self.path}: still running after {timeout_s:g} s")
+            time.sleep(2.0 if not busy else pause)
+            pause = min(15.0, pause * 1.3)
+
+    def table(self, metric: str | None = None) -> Table:
+        """Mean, interval and comparison of the points; `str()` of it is a table. `metric` is another one of the recipe's."""
+        record = self.record
+        runs = [self.dir.run(cell.name) for cell in record.cells]
+        states = cell_states(self.dir, record.cells)
+        outcomes = [run.outcome() for run in runs]
+        tried = [_tried(run, record.search) if record.search else {} for run in runs]
+        return tabulate(record, outcomes, states, sweep=str(self.path), metric=metric, tried=tried)
+
+    def best(self, metric: str | None = None) -> Row:
+        """The best point, or trial.
+
+        Raises:
+            InputError: no run has finished yet.
+        """
+        best = self.table(metric).best
+        if best is None:
+            raise InputError(f"{self.path}: no run has finished yet", "wait for it: Sweep.wait()")
+        return best
+
+
+def sweep(
+    recipe: str | Path | Recipe,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int | str | Sequence[int] | None = None,
+    search: Mapping[str, str | Sequence[Any]] | None = None,
+    trials: int = 20,
+    search_seed: int = 0,
+    directory: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    site: str | Path | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    time_min: int | None = None,
+    max_parallel: int | None = None,
+    local: bool = False,
+    num_processes: int | None = None,
+) -> Sweep:
+    """Run a recipe over a grid of values and seeds, or let Optuna choose; the same call again goes on.
+
+    Submits one job array and returns at once; with `local` trains here, one run after another, and returns when they have ended.
+
+    Args:
+        grid: the values of each key, `{"train.learning_rate": [1e-5, 3e-5]}`.
+        seeds: so many from the recipe's own on, or these.
+        search: what Optuna may choose from, `{"train.learning_rate": "1e-6..1e-4:log", "tokens.batching": ["packed", "grouped"]}`.
+        trials: how many trials of a search shall succeed.
+        search_seed: of the search's random numbers.
+        directory: the sweep directory; by default `$AFINA_SCRATCH/sweeps/<name>-<digest8>`.
+        max_parallel: how many runs at the same time.
+
+    Raises:
+        AfinaError: what would have failed in the queue is refused here; a new sweep then leaves nothing behind.
+    """
+    spaces = space_of(search, overrides) if search is not None else None
+    draft = draft_sweep(
+        recipe,
+        grid=grid_of(grid or {}),
+        seeds=seeds,
+        search=spaces,
+        trials=trials,
+        search_seed=search_seed,
+        directory=directory,
+        overrides=overrides,
+        site=site,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time_min=time_min,
+        local=local,
+        num_processes=num_processes,
+    )
+    return carry_out(draft, max_parallel=max_parallel, num_processes=num_processes)
+
+
+def sweep_named(name: str | Path) -> Sweep | None:
+    """The sweep of that folder or short name; None where it is a recipe, or nothing at all."""
+    if Path(name).is_file():
+        return None
+    with contextlib.suppress(InputError):
+        return Sweep(name)
+    return None
+
+
+def carry_out(
+    draft: Draft,
+    *,
+    max_parallel: int | None = None,
+    num_processes: int | None = None,
+    say: Say = lambda line: print(f"afina: {line}", flush=True),
+) -> Sweep:
+    """Prepare, claim, and submit or run what is missing.
+
+    Raises:
+        AfinaError: a new sweep leaves nothing behind, an old one is as it was before.
+    """
+    if not draft.local:
+        need_slurm()
+        check_possible(draft.record.plan)  # resources are the same in all cells
+    prepared = prepare_cells(draft, say)
+    with contextlib.ExitStack() as undo:
+        make_home(draft.home, undo)
+        with draft.home.lock():
+            if draft.home.read() != draft.before:
+                raise ClaimedError(f"{draft.home.path}: was changed just now by another `afina sweep`", "try it again")
+            record = claim_cells(draft, prepared, undo, say)
+            if draft.local:
+                undo.pop_all()
+                _run_here(draft.home, record, draft.wanted, num_processes, say)
+                return Sweep(draft.home.path)
+            submitted = _submit(draft, record, max_parallel, undo, say)
+    return Sweep(draft.home.path, submitted)
+
+
+def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
+    """The values of a trial, from its plan."""
+    if not is_run_dir(run.path):
+        return {}
+    recipe = run.plan().recipe.model_dump(mode="json")
+    found = {}
+    for key in search.space:
+        value: Any = recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        found[key] = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return found
+
+
+def _submit(
+    draft: Draft, record: SweepRecord, max_parallel: int | None, undo: contextlib.ExitStack, say: Say
+) -> list[str]:
+    missing, counts = todo(replace(draft, record=record))
+    busy = sum(counts.get(state, 0) for state in BUSY)
+    submitted: list[str] = []
+    for argv, first, tasks in arrays(draft, missing, max_parallel, busy):
+        plan = draft.plans[first + tasks[0]] if draft.plans else record.plan
+        with _uninterrupted():
+            job = submit_script(plan, argv)
+            undo.pop_all()
+            draft.home.append(job, first, tasks)
+            for task in tasks:
+                run = draft.home.run(record.cells[first + task].name)
+                if is_run_dir(run.path):
+                    run.append("submissions.jsonl", {"job_id": f"{job}_{task}", "via": "sbatch"})
+        submitted.append(job)
+    undo.pop_all()
+    kept = f"{counts.get('FINISHED', 0)} finished, {busy} queued or running, " if draft.before else ""
+    which = f" as job array {', '.join(submitted)}" if submitted else ""
+    say(f"sweep {draft.home.path}: {len(draft.wanted)} runs: {kept}{len(missing)} submitted{which}")
+    return submitted
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until what Slurm took is written down; outside the main thread it is not ours to hold."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
+
+
+# -- running here ------------------------------------------------------------------------------------------------------
+
+
+def _run_here(home: SweepDir, record: SweepRecord, wanted: Sequence[int], num_processes: int | None, say: Say) -> None:
+    """One cell after another; ends at a stop (Ctrl-C) and at what would meet every cell (bad input, a full disk)."""
+    states = cell_states(home, record.cells)
+    say(f"sweep {home.path}: {len(wanted)} runs, {sum(states[number] == 'FINISHED' for number in wanted)} finished")
+    for count, number in enumerate(wanted, start=1):
+        cell = record.cells[number]
+        if states[number] == "FINISHED":
+            continue
+        if states[number] in BUSY:
+            say(f"{cell.name}: is {states[number]} elsewhere, left alone")
+            continue
+        run = home.run(cell.name)
+        if record.search is not None and not is_run_dir(run.path):
+            _ask(home, record.plan, run)
+        say(f"run {count} of {len(wanted)}: {cell.name}")
+        outcome = api.resume(run.path, num_processes=num_processes).outcome
+        if outcome is not None and outcome.outcome == "stopped":
+            say("stopped; the same command goes on from here")
+            return
+        if outcome is not None and outcome.exit_code in (2, 3):
+            kind = InputError if outcome.exit_code == 2 else EnvironmentProblem
+            message, _, remedy = (outcome.error or "").partition("\n  remedy: ")
+            raise kind(f"{cell.name}: {message}", remedy)
+
+
+def _ask(home: SweepDir, plan: Plan, run: RunDir) -> None:
+    """Make the run directory of a trial, as a job does it.
+
+    Raises:
+        AfinaError: as the worker said it.
+    """
+    words = [os.fsdecode(word) for word in home.trial_argv.read_bytes().split(b"\0")[:-1]]
+    here = {**os.environ, **environment(plan.site)}
+    done = subprocess.run(
+        [*words, str(run.path)],
+        env={**here, **worker_environment(plan, offline=True, env=here)},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said, _, remedy = done.stderr.strip().removeprefix("error: ").partition("\n  remedy: ")
+        kind = InputError if done.returncode == 2 else EnvironmentProblem
+        raise kind(said or f"the trial could not be made: exit code {done.returncode}", remedy or "see the lines above")

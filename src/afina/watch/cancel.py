@@ -1,0 +1,95 @@
+"""Ends what is queued or runs: jobs by scancel, a training on a machine by the stop file in its run directory.
+
+Either way a run that trains stops at its next step with a checkpoint, and can be continued. One call of squeue and one of scancel
+for any number of runs. Whether it has stopped is for `afina status` to say: nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from afina.errors import EnvironmentProblem, SlurmError
+from afina.run.directory import RunDir
+from afina.slurm.client import cancel, query
+from afina.watch.reading import Reading, read_run
+
+__all__ = ["Cancelled", "cancel_runs"]
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What was done about one run.
+
+    Attributes:
+        run: the run directory.
+        did: `cancelled` (jobs, see `job_ids`), `asked` (a training that is no job: by its stop file), or `nothing`.
+        job_ids: the jobs that were cancelled.
+        said: the same in words.
+    """
+
+    run: Path
+    did: Literal["cancelled", "asked", "nothing"]
+    job_ids: tuple[str, ...]
+    said: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"run": str(self.run), "did": self.did, "job_ids": list(self.job_ids), "said": self.said}
+
+
+def cancel_runs(paths: Sequence[Path]) -> list[Cancelled]:
+    """Cancel the jobs of these runs, and ask those that train outside of Slurm to stop.
+
+    Raises:
+        SlurmError: Slurm does not answer, or refused; trainings outside of Slurm have been asked all the same.
+        EnvironmentProblem: a stop file cannot be written.
+    """
+    readings = [read_run(Path(path).absolute()) for path in paths]
+    asked = {reading.path: _ask(reading) for reading in readings}
+    ids = {reading.path: reading.job_ids for reading in readings if not reading.finished}
+    jobs = query(list(dict.fromkeys(job for found in ids.values() for job in found)), account=())
+    if any(job.state == "UNKNOWN" for job in jobs.values()):
+        raise SlurmError(
+            "Slurm does not answer: nothing was cancelled", "try again, or use scancel with the job's number"
+        )
+    live = {
+        path: tuple(job for job in found if jobs[job].state in ("PENDING", "RUNNING")) for path, found in ids.items()
+    }
+    cancel(*dict.fromkeys(job for found in live.values() for job in found))
+    for path, found in live.items():
+        if found:
+            RunDir(path).event("cancelled", job_ids=list(found))
+    return [_told(reading, live.get(reading.path, ()), asked[reading.path]) for reading in readings]
+
+
+def _ask(reading: Reading) -> bool:
+    """Write the stop file of a training that is no job; whether there is one."""
+    local = str(reading.lease.get("attempt", "")).startswith("local-")
+    if not local or reading.sign not in ("alive", "fresh"):
+        return False
+    stop = reading.path / "stop"
+    try:
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(stop, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.write(descriptor, b"asked\n")
+            os.close(descriptor)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{stop}: {error.strerror}", "free space, or stop it with Ctrl-C where it runs"
+        ) from None
+    return True
+
+
+def _told(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancelled:
+    if job_ids:
+        return Cancelled(reading.path, "cancelled", job_ids, f"cancelled job {', '.join(job_ids)}")
+    if asked:
+        host, pid = reading.lease.get("host"), reading.lease.get("pid")
+        said = f"asked attempt {reading.lease.get('attempt')} (process {pid} on {host}) to stop at its next step, with a checkpoint"
+        return Cancelled(reading.path, "asked", (), said)
+    why = "it has finished" if reading.finished else "no job of it is queued or running, and it trains nowhere"
+    return Cancelled(reading.path, "nothing", (), f"nothing to cancel: {why}")

@@ -1,0 +1,1 @@
+"""Checks of the environment inside the image, and a self-test."""

@@ -1,0 +1,1 @@
+"""How batches are computed: packing, attention, dropout, precision, CUDA graphs, FLOPs."""

@@ -1,0 +1,252 @@
+"""Attention over packed sequences, and over padded ones with the fast dropout, behind Transformers' attention interface.
+
+Packed, each sequence attends to itself, group by group (`worker.packing`). Where attention probabilities are dropped out
+on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel takes no dropout there, and the
+general path draws a slow mask and keeps three copies of the probabilities; this one keeps the probabilities and 16 bits for each.
+On GPUs in half precision it is one call of torch's variable-length flash attention (`worker.varlen`). Everywhere else
+`scaled_dot_product_attention` does the work.
+
+Not covered: causal attention, keys and values of another length than the queries, returning the probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from afina.worker.compute import dropout as fast
+from afina.worker.compute import flash, products
+from afina.worker.compute.packing import Group, Packing
+
+__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "take_from_cudnn"]
+
+#: What `model.set_attn_implementation` takes: with torch's dropout, and with the fast one.
+PLAIN, FAST = "afina", "afina_fast_dropout"
+
+#: Attribute of an attention module of which only each sequence's first token is read: other rows of its output are 0.
+FIRST_ONLY = "afina_first_only"
+
+
+def register() -> None:
+    """Make both known to Transformers; may be repeated."""
+    for name, function in ((PLAIN, attend), (FAST, partial(attend, fast_dropout=True))):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _mask)
+
+
+def take_from_cudnn(device: torch.device) -> None:
+    """On a GPU, let other libraries compute `scaled_dot_product_attention`: cuDNN makes a plan for each new shape, 150 ms (H100, torch 2.11)."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:
+    # Without a mask the batch is packed: the mask over all its tokens would be large, and of no use.
+    mask: torch.Tensor | None = (
+        sdpa_mask(*arguments, attention_mask=attention_mask, **named) if attention_mask is not None else None
+    )
+    return mask
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    bias: torch.Tensor | None = None,
+    fast_dropout: bool = False,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface.
+
+    Args:
+        query, key, value: (B, heads, L, D); packed: (1, heads, T, D).
+        attention_mask: True where a key may be seen, bool (B, 1, 1 or L, L), or None.
+        sliding_window: keys at this distance or further away are not seen.
+        bias: added to the scores, (1, heads, longest, longest).
+        fast_dropout: draw from `worker.dropout`'s generator where that is possible.
+
+    Returns: (B, L, heads, D), None.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
+    tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
+    by_flash = packing is not None and bias is None and not (first_only and sliding_window) and flash.takes(q)
+    if packing is None:
+        calls = [Call(whole := Group(query.shape[0], query.shape[2], tokens), whole, attention_mask)]
+    else:
+        calls = [] if by_flash else [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
+        if first_only:
+            q = q.index_select(0, packing.starts)
+    # Under autocast it computes in float32: torch's general path takes longer in bfloat16 too.
+    exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    if by_flash and packing is not None:
+        out: torch.Tensor = flash.attend(q, k, v, packing, first_only, scale, dropout, sliding_window)
+    elif dropout and fast_dropout and query.device.type == "cpu" and exact:
+        out = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
+    else:
+        out = products.by_mkl_backward_too(_with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias)
+    if packing is not None and first_only:
+        out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
+    return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of attention: how its queries lie, how its keys and values lie, what is seen."""
+
+    queries: Group
+    keys: Group
+    mask: torch.Tensor | None
+
+
+def _call(group: Group, first_only: bool, window: int | None, device: torch.device) -> Call:
+    queries = Group(group.count, 1, group.count) if first_only else group
+    if window is None or group.width <= window:
+        return Call(queries, group, group.mask)
+    position = torch.arange(group.width, device=device)
+    near = ((position[: queries.width, None] - position).abs() < window)[None, None]
+    return Call(queries, group, near if group.mask is None else near & group.mask)
+
+
+def _padded(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """(tokens, heads, D) -> (count, width, heads, D)."""
+    if group.real is not None:
+        empty = rows.new_zeros(group.count * group.width, *rows.shape[1:])
+        rows = empty.index_copy(0, group.real, rows)
+    return rows.view(group.count, group.width, *rows.shape[1:])
+
+
+def _real(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """(count, width, heads, D) -> (tokens, heads, D)."""
+    rows = rows.reshape(-1, *rows.shape[2:])
+    return rows if group.real is None else rows.index_select(0, group.real)
+
+
+def _with_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    calls: list[Call],
+    scale: float,
+    dropout: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    # Not slices: the gradient of each would be as large as all tokens.
+    queries = torch.split(query, [call.queries.tokens for call in calls])
+    keys, values = (torch.split(x, [call.keys.tokens for call in calls]) for x in (key, value))
+    outs = []
+    for call, q, k, v in zip(calls, queries, keys, values, strict=True):
+        added = call.mask
+        if bias is not None:
+            added = bias[:, :, : call.queries.width, : call.keys.width]
+            if call.mask is not None:
+                added = added.masked_fill(~call.mask, torch.finfo(added.dtype).min)
+        q, k, v = (
+            _padded(x, group).transpose(1, 2) for x, group in ((q, call.queries), (k, call.keys), (v, call.keys))
+        )
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
+        outs.append(_real(out.transpose(1, 2), call.queries))
+    return torch.cat(outs)
+
+
+def _heads_first(rows: torch.Tensor, group: Group) -> torch.Tensor:
+    """(tokens, heads, D) -> (count × heads, width, D), a view where there is one sequence."""
+    if group.count == 1:
+        return rows.transpose(0, 1)
+    return _padded(rows, group).transpose(1, 2).reshape(-1, group.width, rows.shape[2])
+
+
+def _rows_first(batch: torch.Tensor, group: Group) -> torch.Tensor:
+    """(count × heads, width, D) -> (tokens, heads, D)."""
+    return _real(batch.view(group.count, -1, *batch.shape[1:]).transpose(1, 2), group)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    # The factor costs nothing within the product, and a pass over all scores without.
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=factor)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scale q kᵀ + bias), dropout, times v. With P the probabilities, M the mask (0 or 1) and r = 1 / (1 - p):
+
+    O = r (P∘M) V,  dV = r (P∘M)ᵀ dO,  dS = P∘(r M∘(dO Vᵀ) - rowsum(dO∘O)),  dQ = scale dS K,  dK = scale dSᵀ Q,  dbias = dS
+
+    Heads in blocks that fit the processor's cache gained nothing within a training step.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    @products.by_mkl()
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        calls: list[Call],
+        scale: float,
+        p: float,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        out, kept = torch.empty_like(query), []
+        for call, rows, seen in _parts(calls):
+            q = _heads_first(query[rows], call.queries)
+            k, v = (_heads_first(x[seen], call.keys) for x in (key, value))
+            scores = _product(q, k.transpose(1, 2), scale)
+            by_head = scores.view(call.keys.count, -1, *scores.shape[1:])
+            if bias is not None:
+                by_head += bias[:, :, : scores.shape[1], : scores.shape[2]]
+            if call.mask is not None:
+                by_head.masked_fill_(~call.mask, -torch.inf)
+            probabilities = scores.softmax(-1)
+            drawn = fast.bits(*probabilities.shape)
+            dropped = fast.keep(drawn, p, query.dtype).mul_(probabilities)
+            out[rows] = _rows_first(_product(dropped, v, 1 / (1 - p)), call.queries)
+            kept += [probabilities, drawn]
+        ctx.save_for_backward(query, key, value, bias, out, *kept)
+        ctx.calls, ctx.scale, ctx.p = calls, scale, p
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @products.by_mkl()
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, bias, out, *kept = ctx.saved_tensors
+        gradient, scale, p = gradients[0], ctx.scale, ctx.p
+        into_query, into_key, into_value = (torch.empty_like(x) for x in (query, key, value))
+        into_bias = torch.zeros_like(bias) if ctx.needs_input_grad[6] else None
+        sums = (gradient * out).sum(-1, keepdim=True)
+        for number, (call, rows, seen) in enumerate(_parts(ctx.calls)):
+            probabilities, drawn = kept[2 * number], kept[2 * number + 1]
+            q, dout, rowsum = (_heads_first(x[rows], call.queries) for x in (query, gradient, sums))
+            k, v = (_heads_first(x[seen], call.keys) for x in (key, value))
+            dropped = fast.keep(drawn, p, query.dtype).mul_(probabilities)
+            into_value[seen] = _rows_first(_product(dropped.transpose(1, 2), dout, 1 / (1 - p)), call.keys)
+            dscores = _product(dout, v.transpose(1, 2), 1 / (1 - p)).mul_(dropped)
+            dscores.addcmul_(probabilities, rowsum, value=-1)
+            into_query[rows] = _rows_first(_product(dscores, k, scale), call.queries)
+            into_key[seen] = _rows_first(_product(dscores.transpose(1, 2), q, scale), call.keys)
+            if into_bias is not None:
+                height, width = dscores.shape[1:]
+                into_bias[0, :, :height, :width] += dscores.view(call.keys.count, -1, height, width).sum(0)
+        return into_query, into_key, into_value, None, None, None, into_bias
+
+
+def _parts(calls: list[Call]) -> Iterator[tuple[Call, slice, slice]]:
+    """Each call with the rows of its queries, and of its keys and values."""
+    query = key = 0
+    for call in calls:
+        yield call, slice(query, query + call.queries.tokens), slice(key, key + call.keys.tokens)
+        query, key = query + call.queries.tokens, key + call.keys.tokens

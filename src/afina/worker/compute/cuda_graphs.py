@@ -1,0 +1,224 @@
+"""Training steps as CUDA graphs: recorded once for each width of a packed batch, and replayed.
+
+A fast GPU computes a step of a few short texts in less time than Python takes to launch its thousand kernels. A recorded
+step is one launch. What is recorded has fixed shapes, so a batch is filled up to the next of a few widths by one more sequence,
+whose label carries no loss. Forward and backward are recorded, gradients lie where they lay; clipping, the optimizer and all
+else stay as they are. Dropout goes on drawing new masks: a graph reads torch's generator and moves it on.
+
+A batch is replayed or computed kernel by kernel by what it is, not by what was recorded before: a run that goes on draws what
+the undisturbed one drew. Recording draws nothing. Whether a step can be recorded at all is tried before, where a failure harms
+nothing: after one within a recording torch cannot draw any more (its generator stays in the recording, torch 2.13).
+
+Covered: one process, bfloat16, flash attention (`worker.varlen`), the kinds in `_KINDS`. Not covered: several processes,
+float16 (whose loss is scaled), evaluation.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from afina.errors import TrainingError
+from afina.worker.compute import flash
+from afina.worker.compute.batches import IGNORED
+from afina.worker.compute.packing import Packing
+
+__all__ = ["Recorded", "why_not", "width_of"]
+
+#: Encoders whose packed forward pass neither waits for the GPU nor takes a shape from the host, by `model_type`.
+_KINDS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "distilbert")
+
+#: No batch is filled up with more tokens.
+_UNIT = 512
+
+#: Wider batches keep a GPU busy by themselves, and a recording keeps their activations.
+_WIDEST = 16_384
+
+#: (batch, number of items) -> loss; adds to the gradients.
+Step = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+def width_of(tokens: int) -> int:
+    """The width that a batch of so many tokens is filled up to: more than it has, by 256 or an eighth at most."""
+    unit = min(_UNIT, max(256, (1 << tokens.bit_length() - 1) // 8))
+    return -(-(tokens + 1) // unit) * unit
+
+
+def why_not(model: Any, batching: str, processes: int, *, half: bool, twice: bool) -> str | None:
+    """Why the steps of `model` are not recorded, or None where they can be.
+
+    Args:
+        half: they are computed in bfloat16.
+        twice: layers are computed once more for their gradients.
+    """
+    config, device = model.config, next(model.parameters()).get_device()
+    if device < 0:
+        return "no GPU"
+    if processes > 1:
+        return "several processes"
+    if batching != "packed":
+        return f"batches are {batching}, not packed"
+    if not half:
+        return "not in bfloat16"
+    if twice:
+        return "activation checkpointing"
+    if config.model_type not in _KINDS:
+        return f"not tried for {config.model_type}"
+    if not flash.fits(device, config.hidden_size // config.num_attention_heads):
+        return "no flash attention"
+    return None
+
+
+class Recorded:
+    """A training step on packed batches of one GPU.
+
+    Args:
+        step: what a step is, kernel by kernel.
+        rows: examples of the batches that are recorded; others are computed by `step`.
+        longest: tokens that an example may have.
+
+    Attributes:
+        filled: tokens that batches were filled up with.
+        seconds: that each recording took, by its width.
+        given_up: why nothing is recorded; empty: it is.
+    """
+
+    def __init__(self, step: Step, model: torch.nn.Module, rows: int, longest: int) -> None:
+        self.step, self.model, self.rows, self.longest = step, model, rows, longest
+        self.filled = 0
+        self.seconds: dict[int, float] = {}
+        self.given_up = ""
+        self._slots: dict[int, _Slot] = {}
+        self._gradients: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch on the GPU; its gradients are added to the parameters'."""
+        tokens = batch["input_ids"].shape[1]
+        width = width_of(tokens)
+        if self.given_up or width > _WIDEST or len(batch["packing"].lengths) != self.rows:
+            return self.step(batch, items)
+        slot = self._slots.get(width)
+        if slot is None:
+            began = time.perf_counter()
+            slot = _Slot(batch, items, width, max(self.longest, _UNIT))
+            if not self._record(slot):
+                return self.step(batch, items)
+            self._slots[width] = slot
+            self.seconds[width] = time.perf_counter() - began
+        slot.fill(batch, items)
+        self._lay_gradients()
+        assert slot.graph is not None and slot.loss is not None
+        slot.graph.replay()
+        self.filled += width - tokens
+        return slot.loss.clone()
+
+    def _record(self, slot: _Slot) -> bool:
+        """Record the step; False: it cannot be.
+
+        Raises:
+            TrainingError: it could have been, by the trial.
+        """
+        before = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        random = torch.cuda.get_rng_state()
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if not self._gradients:
+            self._gradients = self._try(slot)
+        if not self.given_up:
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
+            slot.graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads copy checkpoints meanwhile.
+                with torch.cuda.graph(slot.graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    slot.loss = self.step(slot.batch(), slot.items)
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"train.cuda_graphs: a step of {slot.width} tokens could not be recorded: {error}",
+                    "set train.cuda_graphs: false, or a smaller train.max_batch_per_device if memory ran out",
+                ) from error
+            self._pool = self._pool or slot.graph.pool()
+        for parameter, kept in before:
+            parameter.grad = kept
+        torch.cuda.set_rng_state(random)
+        return not self.given_up
+
+    def _try(self, slot: _Slot) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """A step on the stream of the recordings, which also lets libraries ready themselves; nothing in it may wait for the GPU.
+
+        Returns: the parameters that got a gradient, and room for it.
+        """
+        assert self._stream is not None
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                # Of gradients that were made on another stream, and of a prototype: the next line.
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
+                self.step(slot.batch(), slot.items)
+        except RuntimeError as error:
+            self.given_up = str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(self._stream)
+        used = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        return [(parameter, torch.zeros_like(parameter)) for parameter in used]
+
+    def _lay_gradients(self) -> None:
+        """Put the gradients where the recordings add to them: 0 at the start of a step, else what was there."""
+        fresh = [gradient for parameter, gradient in self._gradients if parameter.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not None and parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+
+class _Slot:
+    """The inputs of one recording, at their addresses."""
+
+    def __init__(self, batch: dict[str, Any], items: torch.Tensor, width: int, longest: int) -> None:
+        packing: Packing = batch["packing"]
+        self.width = width
+        rows, device = len(packing.lengths), batch["input_ids"].device
+        self.tokens = {
+            name: torch.zeros(1, width, dtype=value.dtype, device=device)
+            for name, value in batch.items()
+            if name not in ("packing", "labels")
+        }
+        labels = batch["labels"]
+        self.labels = torch.full((rows + 1, *labels.shape[1:]), IGNORED, dtype=labels.dtype, device=device)
+        self.items = torch.empty_like(items)
+        starts, bounds = (
+            torch.full((rows + n,), width, dtype=x.dtype, device=device)
+            for n, x in ((1, packing.starts), (2, packing.bounds))
+        )
+        self.packing = Packing((longest,) * (rows + 1), starts, bounds, ())
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.loss: torch.Tensor | None = None
+        self.fill(batch, items)
+
+    def fill(self, batch: dict[str, Any], items: torch.Tensor) -> None:
+        """Take over a batch of `rows` sequences, and one more that fills it up. Zeros are valid tokens and positions everywhere."""
+        packing: Packing = batch["packing"]
+        rows, end = len(packing.lengths), batch["input_ids"].shape[1]
+        for name, value in self.tokens.items():
+            value[:, :end].copy_(batch[name])
+            value[:, end:].zero_()
+        self.labels[:rows].copy_(batch["labels"])
+        self.items.copy_(items)
+        self.packing.starts[:rows].copy_(packing.starts)
+        self.packing.starts[rows:].fill_(end)
+        self.packing.bounds[: rows + 1].copy_(packing.bounds)
+
+    def batch(self) -> dict[str, Any]:
+        """As a collator gives it; a new dictionary each time, for a step takes its labels out."""
+        return {**self.tokens, "labels": self.labels, "packing": self.packing}

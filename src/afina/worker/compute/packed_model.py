@@ -1,0 +1,212 @@
+"""The model's side of packed batches: any encoder of a proven architecture takes them, with its own head, unchanged.
+
+A packed batch is (1, T): the examples of a micro-batch behind each other. Positions restart with each of them, attention
+keeps them apart (`worker.attention`), and a hook hands on the first token of each, (B, 1, hidden), from the point in the last
+layer where the others are no longer needed: what follows (most of the last layer, pooler, classifier) sees B short
+examples. That is also why packed batches do up to a layer's work less than padded ones.
+
+An architecture is on the list if logits, loss and all gradients of packed and padded batches were shown to be equal
+(tests/unit/test_packed.py). Only classes of Transformers itself count: code from a model's repository may pool otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, TrainingArguments
+
+from afina.errors import InputError
+from afina.recipe.schema import Recipe
+from afina.worker.compute import attention
+from afina.worker.compute.batches import Batching
+from afina.worker.compute.dropout import use_fast_dropout
+from afina.worker.compute.packing import Packing
+
+__all__ = [
+    "PROVEN",
+    "Architecture",
+    "accept_packed",
+    "attention_dropout",
+    "computes_twice",
+    "prepare",
+    "why_not_packed",
+]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What differs between encoders.
+
+    Attributes:
+        last: the module from which on only first tokens are needed, below the encoder; all its inputs are per token.
+        attention: the last attention, of which only first tokens are read then.
+        offset: positions begin at pad_token_id + 1, and a padding token inside a text has position pad_token_id.
+        attention_dropout: the configuration's key for dropout of attention probabilities.
+    """
+
+    last: str
+    attention: str
+    offset: bool = False
+    attention_dropout: str = "attention_probs_dropout_prob"
+
+
+_BERT = ("encoder.layer.-1.attention.output", "encoder.layer.-1.attention.self")
+#: By `model_type`. MiniLM models are BERTs.
+PROVEN = {
+    "bert": Architecture(*_BERT),
+    "electra": Architecture(*_BERT),
+    "roberta": Architecture(*_BERT, offset=True),
+    "xlm-roberta": Architecture(*_BERT, offset=True),
+    "camembert": Architecture(*_BERT, offset=True),
+    "distilbert": Architecture(
+        "transformer.layer.-1.sa_layer_norm", "transformer.layer.-1.attention", attention_dropout="attention_dropout"
+    ),
+    "mpnet": Architecture("encoder.layer.-1.attention.LayerNorm", "encoder.layer.-1.attention.attn", offset=True),
+    "modernbert": Architecture("final_norm", "layers.-1.attn", attention_dropout="attention_dropout"),
+}
+
+
+def why_not_packed(model: Any) -> str | None:
+    """Why `model` cannot take packed batches, or None where it can."""
+    kind = model.config.model_type
+    if kind not in PROVEN:
+        return f"not proven for {kind}"
+    if not type(model).__module__.startswith("transformers."):
+        return f"{type(model).__name__} is not a class of Transformers itself"
+    if getattr(model.config, "is_decoder", False):
+        return "the model is configured as a decoder"
+    return None
+
+
+def accept_packed(model: Any, implementation: str) -> None:
+    """Let `model` take `packing=` beside `input_ids` and `position_ids` of (1, T); padded batches work as before.
+
+    Args:
+        implementation: of attention: `attention.FAST` or `attention.PLAIN`.
+    """
+    about = PROVEN[model.config.model_type]
+    attention.register()
+    if model.config.model_type != "mpnet":
+        model.set_attn_implementation(implementation)
+    current: list[Packing | None] = [None]
+
+    def remember(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        packing = named.pop("packing", None)
+        if packing is not None:
+            packing = named["packing"] = packing.to(named["input_ids"].device)
+        current[0] = packing
+        return arguments, named
+
+    def first_tokens(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        packing = current[0]
+        if packing is None:
+            return None
+        return tuple(x[0].index_select(0, packing.starts)[:, None] for x in arguments)
+
+    def means(_: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        packing = current[0]
+        if packing is None:
+            return output
+        lengths = torch.tensor(packing.lengths, device=output.device)
+        return torch.segment_reduce(output[0], "mean", lengths=lengths)[:, None]
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    if model.config.model_type == "mpnet":
+        _give_mpnet_attention(
+            model.base_model.encoder, partial(attention.attend, fast_dropout=implementation == attention.FAST), current
+        )
+    if getattr(model.config, "classifier_pooling", "cls") == "mean":
+        _below(model, about.last).register_forward_hook(means)
+    else:
+        _below(model, about.last).register_forward_pre_hook(first_tokens)
+        setattr(_below(model, about.attention), attention.FIRST_ONLY, True)
+
+
+def _below(model: Any, path: str) -> Any:
+    """The module at `path` below the encoder; a number is an index."""
+    found = model.base_model
+    for name in path.split("."):
+        found = found[int(name)] if name.lstrip("-").isdigit() else getattr(found, name)
+    return found
+
+
+def _give_mpnet_attention(encoder: Any, attend: Callable[..., Any], current: list[Packing | None]) -> None:
+    """MPNet knows no attention interface: its attention and its position bias, for packed batches, in their places."""
+
+    def bias(usual: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        packing = current[0]
+        # It depends on distances alone: one for the longest sequence holds those of all.
+        return usual(x if packing is None else x[:, : packing.lengths[0]], *arguments, **named)
+
+    def forward(
+        module: Any,
+        usual: Callable[..., Any],
+        hidden: torch.Tensor,
+        mask: Any = None,
+        position_bias: torch.Tensor | None = None,
+        **named: Any,
+    ) -> Any:
+        packing = current[0]
+        if packing is None:
+            return usual(hidden, mask, position_bias, **named)
+        shape = (*hidden.shape[:-1], -1, module.attention_head_size)
+        q, k, v = (project(hidden).view(shape).transpose(1, 2) for project in (module.q, module.k, module.v))
+        p = module.dropout.p if module.training else 0.0
+        out, _ = attend(module, q, k, v, None, dropout=p, packing=packing, bias=position_bias)
+        return (module.o(out.reshape(*hidden.shape[:-1], -1)),)
+
+    encoder.compute_position_bias = partial(bias, encoder.compute_position_bias)
+    for layer in encoder.layer:
+        module = layer.attention.attn
+        module.forward = partial(forward, module, module.forward)
+
+
+def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
+    """What the recipe changes in the configuration of the model in `folder`: `train.attention_dropout`.
+
+    Raises:
+        InputError: a configuration of this kind has no such key that is known here.
+    """
+    if recipe.train.attention_dropout is None:
+        return {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    for key in dict.fromkeys(about.attention_dropout for about in PROVEN.values()):
+        if hasattr(config, key):
+            return {key: float(recipe.train.attention_dropout)}
+    raise InputError(
+        f"train.attention_dropout: no such dropout is known in a {config.model_type} configuration", "leave it out"
+    )
+
+
+def computes_twice(arguments: TrainingArguments) -> bool:
+    """Whether layers are computed once more for their gradients (activation checkpointing)."""
+    return any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
+
+
+def prepare(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[Batching, list[str]]:
+    """Ready `model` for the recipe's batching and dropout; returns the batching it can take, and notes for the log."""
+    asked, notes = recipe.tokens.batching, []
+    compiled = bool(arguments.torch_compile)
+    fast = recipe.train.fast_dropout and arguments.device.type == "cpu" and not compiled
+    # It restores torch's random numbers for the second time, not ours.
+    fast = fast and not computes_twice(arguments)
+    if fast:
+        use_fast_dropout(model)
+    unproven = "not proven under torch_compile" if compiled else why_not_packed(model)
+    batching: Batching = asked
+    if asked in ("auto", "packed"):
+        batching = "packed" if unproven is None else "grouped"
+        if unproven is not None:
+            notes.append(f"batches are grouped by length, not packed: {unproven}")
+    if unproven is None and (fast or batching == "packed"):
+        accept_packed(model, attention.FAST if fast else attention.PLAIN)
+    if batching != "padded":
+        attention.take_from_cudnn(arguments.device)
+    if recipe.train.attention_dropout is not None:
+        notes.append("dropout of attention probabilities is 0, whatever the model's configuration says (the recipe)")
+    return batching, notes

@@ -1,0 +1,268 @@
+"""In which numbers a run computes, and whether it is compiled: from the recipe and the device, with the reason.
+
+    fp32   weights, gradients and products in float32
+    tf32   the same, products with 10 bits of mantissa: NVIDIA, compute capability 8.0 and newer
+    bf16   products in bfloat16, weights in float32
+    fp16   products in float16, weights in float32, the loss scaled so that small gradients do not vanish
+
+`auto` takes what the units of the device are fast in. On GPUs that is bf16 (and tf32 for what stays float32) from compute capability
+8.0 on, fp16 on 7.x, fp32 before that (NVIDIA, "CUDA C++ Programming Guide", compute capabilities), and fp32 on AMD's. On a CPU
+it is bf16 where there are instructions for it, fp32 elsewhere. A run keeps what it began with: another attempt on another device would
+compute other numbers. Only a run that began in bf16 on one CPU goes on in fp32 on one that lacks the instructions, which any
+CPU computes well: for a queue of mixed nodes that is better than to refuse. Measured on CPUs with AVX512-BF16 and on one H100
+(docs/speed.md); on other GPUs these are the same switches of Trainer, and nobody has measured here what they are worth there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from afina.errors import EnvironmentProblem
+from afina.recipe.schema import Train
+from afina.run.directory import RunDir
+from afina.worker.compute.cpu import processor
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = [
+    "Choice",
+    "Device",
+    "announce",
+    "arguments",
+    "choose",
+    "difference",
+    "here",
+    "numbers_of",
+    "of_run",
+    "products_in_tf32",
+]
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+#: TrainingArguments that say the same as `train.precision`; then the recipe's word counts.
+_ARGUMENTS = ("bf16", "fp16", "tf32")
+
+#: In the names of GPUs that afina was measured on.
+_MEASURED = "H100"
+
+_COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a process computes on.
+
+    capability: NVIDIA's compute capability, None for everything else.
+    bfloat16: whether a CPU has instructions for products in bfloat16; None where that is not known.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    capability: tuple[int, int] | None = None
+    bfloat16: bool | None = None
+
+    @property
+    def words(self) -> str:
+        if self.kind == "cpu":
+            return "the CPU"
+        known = f"compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else "not NVIDIA's"
+        return f"{self.name}, {known}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The numbers to compute in and why; `precision` is None where `train.arguments` has decided."""
+
+    precision: Precision | None
+    compile: bool
+    why: str
+    device: Device
+
+    @property
+    def bf16_on_cpu(self) -> bool:
+        """`RunTrainer` then trains under autocast itself: Trainer's own bf16 would evaluate in it too."""
+        return self.precision == "bf16" and self.device.kind == "cpu"
+
+
+def here() -> Device:
+    """The device of this process, as Trainer will take it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        cpu = processor()
+        return Device("cpu", cpu.name, bfloat16=cpu.multiplies_bfloat16 if cpu.flags else None)
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
+    return Device("cuda", torch.cuda.get_device_name(index), capability)
+
+
+def choose(train: Train, device: Device, before: str | None = None, env: Mapping[str, str] | None = None) -> Choice:
+    """What the recipe asks for on this device.
+
+    Args:
+        before: the precision of the attempts before this one.
+        env: where a compiler is looked for; by default this process's.
+
+    Raises:
+        EnvironmentProblem: the device cannot do it, or there is no compiler.
+    """
+    env = os.environ if env is None else env
+    compiled = train.compile or bool(train.arguments.get("torch_compile"))
+    if compiled and not (
+        env.get("CC") or env.get("CXX") or any(shutil.which(c, path=env.get("PATH")) for c in _COMPILERS)
+    ):
+        raise EnvironmentProblem(
+            "train.compile: torch.compile needs a C++ compiler, and there is none here",
+            "set train.compile: false, or build the image with --apt-packages 'g++ python3-dev'",
+        )
+    if said := [name for name in _ARGUMENTS if train.arguments.get(name) is not None]:
+        return Choice(None, compiled, f"the recipe's train.arguments ({', '.join(said)})", device)
+    if train.precision != "auto":
+        if missing := _missing(train.precision, device):
+            raise EnvironmentProblem(
+                f"train.precision: {train.precision} is not to be had on {device.words}: {missing}",
+                "set train.precision: auto, or ask for another GPU",
+            )
+        return Choice(train.precision, compiled, "the recipe asks for it", device)
+    best, why = _best(device)
+    if before is None or before == best:
+        return Choice(best, compiled, why, device)
+    kept: Precision | None = next((name for name in ("fp32", "tf32", "bf16", "fp16") if name == before), None)
+    if kept is None:
+        return Choice(best, compiled, why, device)
+    if kept == "bf16" and device.kind == "cpu":  # and not the best: there are no instructions for it
+        return Choice(best, compiled, f"{why}; the attempts before computed in bf16", device)
+    if missing := _missing(kept, device):
+        raise EnvironmentProblem(
+            f"this run computes in {kept} since its first attempt, which is not to be had on {device.words}: {missing}",
+            f"continue it on the kind of GPU that it began on, or start a new run (here it would be {best})",
+        )
+    return Choice(kept, compiled, "the attempts before computed in it", device)
+
+
+def _best(device: Device) -> tuple[Precision, str]:
+    if device.kind == "cpu":
+        if device.bfloat16:
+            return "bf16", "the CPU has instructions for it"
+        return "fp32", "the CPU" if device.bfloat16 is None else "the CPU has no instructions for bfloat16"
+    if device.capability is None:
+        return "fp32", f"{device.words}: not tried there"
+    if device.capability >= (8, 0):
+        return "bf16", device.words
+    if device.capability >= (7, 0):
+        return "fp16", f"{device.words}: no bfloat16 there"
+    return "fp32", f"{device.words}: nothing faster there"
+
+
+def _missing(precision: str, device: Device) -> str:
+    """Why the device cannot compute like this; empty where it can."""
+    if device.kind == "cpu":
+        return {"fp16": "no loss scaling there", "tf32": "only GPUs have it"}.get(precision, "")
+    if precision in ("tf32", "bf16") and device.capability is not None and device.capability < (8, 0):
+        return "8.0 or newer is needed"
+    if precision == "tf32" and device.capability is None:
+        return "only NVIDIA's GPUs have it"
+    return ""
+
+
+def arguments(choice: Choice) -> dict[str, Any]:
+    """The choice as TrainingArguments; nothing for what they do by themselves, nor for `bf16_on_cpu`."""
+    chosen: dict[str, Any] = {}
+    if choice.compile:
+        chosen["torch_compile"] = True
+    if choice.precision in ("bf16", "fp16") and not choice.bf16_on_cpu:
+        chosen[choice.precision] = True
+    newer = choice.device.capability is not None and choice.device.capability >= (8, 0)
+    if choice.precision is not None and newer:
+        chosen["tf32"] = choice.precision in ("tf32", "bf16")
+    return chosen
+
+
+def of_run(run: RunDir, train: Train) -> Choice:
+    """The choice for this process, which keeps to what the run's earlier attempts computed in."""
+    before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
+    return choose(train, here(), before[0] if before else None)
+
+
+def products_in_tf32() -> bool:
+    """Whether products of float32 matrices on a GPU are computed in TF32 now.
+
+    `torch.get_float32_matmul_precision` raises once the newer setting has been used, as Transformers does (torch 2.13).
+    """
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def numbers_of(choice: Choice, used: TrainingArguments) -> str:
+    """What training multiplies, by the name that `worker.flops` has for it; `used` may hold the recipe's own arguments."""
+    if used.bf16 or choice.bf16_on_cpu:
+        return "bfloat16"
+    if used.fp16:
+        return "float16"
+    return "tf32" if used.device.type == "cuda" and products_in_tf32() else "float32"
+
+
+def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
+    """What to say of ranks on unlike devices: a warning, where they compute alike or are CPUs.
+
+    Raises:
+        EnvironmentProblem: they are unlike GPUs, and do not.
+    """
+    alike = len({(choice.precision, choice.compile) for choice in choices}) == 1
+    if all(choice.device.kind == "cpu" for choice in choices):
+        if alike:
+            return []
+        listed = "; ".join(
+            sorted({f"{c.precision} on {h} ({c.device.name})" for c, h in zip(choices, hosts, strict=True)})
+        )
+        return [f"unlike processors in one job: {listed}; each step takes as long as the slowest of them"]
+    kinds = {choice.device.words: host for choice, host in zip(choices, hosts, strict=True)}
+    if len(kinds) == 1:
+        return []
+    listed = "; ".join(f"{words} on {host}" for words, host in sorted(kinds.items()))
+    if not alike:
+        raise EnvironmentProblem(
+            f"the processes are on unlike GPUs and would not compute alike: {listed}",
+            "ask for one type (AFINA_GPU_REQUEST=gres:TYPE, or a constraint), or set train.precision to what all of them can do",
+        )
+    return [f"unlike GPUs in one job: {listed}; each step takes as long as the slowest of them"]
+
+
+def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[str]:
+    """Compare the ranks' choices (collective), record this one, and return the lines for the log; rank 0 writes and says."""
+    import platform
+
+    import torch.distributed as dist
+
+    from afina.worker.compute.products import library
+
+    warnings: list[str] = []
+    rank = 0
+    if dist.is_available() and dist.is_initialized():
+        rank = dist.get_rank()
+        all_of_them: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_of_them, (choice, platform.node()))
+        warnings = difference([found for found, _ in all_of_them], [host for _, host in all_of_them])
+    if rank:
+        return []
+    gpu = choice.device.kind == "cuda"
+    about = {} if gpu else {"products": library()}
+    measured = not gpu or _MEASURED in choice.device.name
+    run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **about, **asdict(choice))
+    if choice.precision == "bf16" and choice.device.bfloat16 is False:
+        warnings += [
+            f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"
+        ]
+    compiled = ", compiled" if choice.compile else ""
+    unmeasured = "" if measured else "; its worth on this GPU was never measured by afina"
+    return [
+        f"precision {choice.precision or 'of the arguments'} ({choice.why}){compiled}, attention {attention}{unmeasured}",
+        *(f"WARNING: {warning}" for warning in warnings),
+    ]

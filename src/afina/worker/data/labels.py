@@ -1,0 +1,227 @@
+"""Labels: which task the data shows, which names there are in which order, and the array that training reads.
+
+A missing label is an empty or blank cell, null, or -1 of a `ClassLabel`; in lists and separated texts an empty value is a
+row without labels. Single labels are compared as trimmed text: 1, 1.0 and "1" are one label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afina.errors import DataError, RecipeError, nearest
+from afina.recipe.schema import Data
+from afina.worker.data.tables import Table, as_text
+
+__all__ = ["LabelColumns", "Labels", "as_number", "find_labels", "label_array", "listed"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The task as the data shows it.
+
+    Attributes:
+        task: single-label, multi-label or regression.
+        names: label names in the order of the model's outputs; None for regression.
+    """
+
+    task: str
+    names: tuple[str, ...] | None
+
+
+class LabelColumns:
+    """Labels of one source, as the task sees them: read once for all parts that share it."""
+
+    def __init__(self, table: Table, data: Data) -> None:
+        self.table, self.columns = table, [table.columns[name] for name in data.label]
+        self.names, self.separator = data.label, data.label_separator
+
+    @property
+    def is_list(self) -> bool:
+        return any(pa.types.is_list(column.type) for column in self.columns)
+
+    def text(self) -> pa.Array:
+        """Single labels: trimmed text, null where there is none."""
+        texts = as_text(self.columns[0])
+        return pc.if_else(pc.equal(texts, ""), None, texts)
+
+    def numbers(self) -> Array:
+        """float64 (N,): NaN where there is no number."""
+        column = self.columns[0]
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            texts = self.text()
+            try:
+                column = texts.cast(pa.float64())
+            except pa.ArrowInvalid:
+                column = pa.array([as_number(text) for text in texts.to_pylist()], pa.float64())
+        return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
+
+    def present(self) -> Array:
+        """bool (N,): a label is there (an empty text or list is a multi-label row without labels)."""
+        found = np.ones(len(self.table), bool)
+        for column in self.columns:
+            if not pa.types.is_list(column.type) and self.separator is None:
+                column = pc.if_else(pc.equal(text := as_text(column), ""), None, text)
+            found &= column.is_valid().to_numpy(zero_copy_only=False)
+        return found
+
+    def lists(self) -> tuple[pa.Array, Array]:
+        """Multi-label, one column: every label as trimmed text, and the row of each."""
+        column = self.columns[0]
+        if not pa.types.is_list(column.type):
+            if self.separator is None:
+                raise DataError(
+                    f"task multi-label: column `{self.names[0]}` of {self.table.sources[0]} holds single values",
+                    "name several 0/1 columns in `data.label`, give lists (JSON, Parquet), or set `data.label_separator`",
+                )
+            column = pc.split_pattern(column.cast(pa.large_string()), self.separator)
+        labels, rows = as_text(pc.list_flatten(column)), pc.list_parent_indices(column)
+        filled = pc.fill_null(pc.not_equal(labels, ""), False)
+        return labels.filter(filled), rows.filter(filled).to_numpy(zero_copy_only=False)
+
+    def flags(self) -> Array:
+        """Multi-label, several columns: float32 (N, L) of 0 and 1, NaN where there is no value."""
+        values = np.full((len(self.table), len(self.columns)), np.nan, np.float32)
+        for index, column in enumerate(self.columns):
+            texts = pc.utf8_lower(as_text(column))
+            for words, value in ((("0", "0.0", "false"), 0), (("1", "1.0", "true"), 1)):
+                hit = pc.fill_null(pc.is_in(texts, pa.array(words, pa.large_string())), False)
+                values[hit.to_numpy(zero_copy_only=False), index] = value
+            odd = np.isnan(values[:, index]) & pc.fill_null(pc.not_equal(texts, ""), False).to_numpy(
+                zero_copy_only=False
+            )
+            if odd.any():
+                row = int(np.flatnonzero(odd)[0])
+                raise DataError(
+                    f"{self.table.where(row)}: column `{self.names[index]}` holds {texts[row].as_py()!r}; 0 or 1 is wanted",
+                    "several label columns mean one 0/1 column per label; for one label name one column",
+                )
+        return values
+
+
+def as_number(text: str | None) -> float | None:
+    """The number that a text is, or None."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns]) -> Labels:
+    task = _find_task(data, columns) if asked == "auto" else asked
+    several = len(data.label) > 1
+    if several and task != "multi-label":
+        raise RecipeError(f"data.label: {len(data.label)} columns, task {task} has one", "name one column")
+    if task == "single-label" and any(c.is_list for c in columns):
+        raise DataError(
+            f"column `{data.label[0]}` holds lists: task single-label has one label per row", "set task: multi-label"
+        )
+    if task == "regression":
+        if data.labels is not None:
+            raise RecipeError("data.labels: a regression has no label names", "leave it out")
+        return Labels(task, None)
+    if several:
+        if data.labels is not None and set(data.labels) != set(data.label):
+            raise RecipeError(
+                "data.labels: differ from the label columns", f"use the columns' names: {', '.join(data.label)}"
+            )
+        return Labels(task, data.label)
+    if data.labels is not None:
+        if len(set(data.labels)) != len(data.labels):
+            raise RecipeError("data.labels: a label is there twice", "name each label once")
+        return Labels(task, tuple(data.labels))
+    declared = {c.table.classes.get(data.label[0]) for c in columns}
+    if len(declared) == 1 and (names := declared.pop()) is not None:
+        return Labels(task, names)
+    found: set[str] = set()
+    for column in columns:
+        values = column.text() if task == "single-label" else column.lists()[0]
+        found.update(v for v in pc.unique(values).to_pylist() if v is not None)
+    return Labels(task, tuple(_sorted(found)))
+
+
+def _find_task(data: Data, columns: Sequence[LabelColumns]) -> str:
+    if len(data.label) > 1 or data.label_separator is not None or any(c.is_list for c in columns):
+        return "multi-label"
+    if data.labels is not None or any(data.label[0] in c.table.classes for c in columns):
+        return "single-label"
+    fractional = False
+    for column in columns:
+        numbers, present = column.numbers(), column.present()
+        if np.isnan(numbers[present]).any():
+            return "single-label"
+        finite = numbers[np.isfinite(numbers)]
+        fractional |= bool((np.floor(finite) != finite).any())
+    return "regression" if fractional else "single-label"
+
+
+def _sorted(names: set[str]) -> list[str]:
+    """Numbers by value, other names by code point."""
+    numbers = {name: as_number(name) for name in names}
+    if any(value is None or value != value for value in numbers.values()):
+        return sorted(names)
+    return sorted(names, key=lambda name: (numbers[name], name))
+
+
+def label_array(columns: LabelColumns, labels: Labels, rows: Array) -> Array:
+    """Labels of `rows` in the dtype and shape of the store.
+
+    Raises:
+        DataError: a label is unknown or is not a finite number; with file and row.
+    """
+    table = columns.table
+    if labels.task == "regression":
+        with np.errstate(over="ignore"):
+            values = columns.numbers()[rows].astype(np.float32)
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            row = int(rows[wrong[0]])
+            found = columns.columns[0][row].as_py()
+            raise DataError(
+                f"{table.where(row)}: label {found!r} is not a finite number, and task regression needs one "
+                f"({len(wrong):,} such rows)",
+                "correct these rows, or set task: single-label",
+            )
+        return values
+    assert labels.names is not None
+    names = pa.array(labels.names, pa.large_string())
+    if labels.task == "single-label":
+        texts = columns.text().take(pa.array(rows))
+        ids = pc.index_in(texts, names)
+        _refuse_unknown(table, texts, ids, rows, labels.names)
+        return np.asarray(ids.cast(pa.int64()).to_numpy(zero_copy_only=False))
+    if len(columns.columns) > 1:
+        return columns.flags()[rows]
+    texts, owners = columns.lists()
+    ids = pc.index_in(texts, names)
+    used = np.zeros(len(table), bool)
+    used[rows] = True
+    keep = pa.array(used[owners])
+    _refuse_unknown(table, texts.filter(keep), ids.filter(keep), owners[used[owners]], labels.names)
+    matrix = np.zeros((len(table), len(names)), np.float32)
+    valid = ids.is_valid().to_numpy(zero_copy_only=False)
+    matrix[owners[valid], ids.filter(ids.is_valid()).to_numpy(zero_copy_only=False)] = 1
+    return matrix[rows]
+
+
+def _refuse_unknown(table: Table, texts: pa.Array, ids: pa.Array, rows: Array, names: Sequence[str]) -> None:
+    if not ids.null_count:
+        return
+    wrong = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))
+    text = texts[int(wrong[0])].as_py()
+    hint = nearest(text, names)
+    raise DataError(
+        f"{table.where(int(rows[wrong[0]]))}: label {text!r} is not one of {listed(names)} ({len(wrong):,} such rows)",
+        f"{hint + ' ' if hint else ''}correct the row, or add it to `data.labels`".strip(),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(n) for n in names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")

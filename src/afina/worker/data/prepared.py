@@ -1,0 +1,201 @@
+"""Prepared data on disk: the one format that the prepare stage writes and training reads.
+
+    <scratch>/prepared/<digest>/
+        manifest.json           what it is, and size and SHA-256 of every other file; written last
+        <part>.tokens.npy       token ids, uint16 or uint32, shape (T,): the rows one after the other
+        <part>.offsets.npy      int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+        <part>.labels.npy       int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
+        <part>.types.npy        token types, uint8 (T,); only where the tokenizer gives any that are not 0
+        <part>.rows.parquet     where each row came from; for eval and test its text too
+        tokenizer/              as `save_pretrained` writes it
+
+Written aside and published by rename (`afina.publish`); never edited. Readers take no lock. Reading needs numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from afina.errors import SiteError
+from afina.files import describe, difference, sync_file, sync_folder
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "ArrayWriter",
+    "Split",
+    "is_whole",
+    "load_manifest",
+    "open_split",
+    "seal",
+    "verify",
+]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_REMEDY = "make it again with `afina prefetch RECIPE` (scratch may have been purged)"
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part, memory-mapped and read-only.
+
+    Attributes:
+        tokens: (T,) uint16 or uint32.
+        offsets: (N + 1,) int64.
+        labels: (N,) int64, (N, L) float32 or (N,) float32, by task.
+        types: (T,) uint8, or None where all token types are 0.
+    """
+
+    tokens: Array
+    offsets: Array
+    labels: Array
+    types: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each row, int64 (N,)."""
+        return np.diff(self.offsets)
+
+
+def open_split(folder: str | Path, part: str) -> Split:
+    """Open `part` (train, eval, test) of prepared data.
+
+    Raises:
+        SiteError: a file is missing or is not what was written.
+    """
+    folder = Path(folder)
+    arrays: dict[str, Array | None] = {}
+    for name in ("tokens", "offsets", "labels", "types"):
+        path = folder / f"{part}.{name}.npy"
+        if name == "types" and not path.exists():
+            arrays[name] = None
+            continue
+        try:
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
+        except (OSError, ValueError) as error:
+            raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
+    tokens, offsets, labels, types = (arrays[n] for n in ("tokens", "offsets", "labels", "types"))
+    assert tokens is not None and offsets is not None and labels is not None
+    if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
+        raise SiteError(f"prepared data {folder}: the arrays of `{part}` do not fit together", _REMEDY)
+    return Split(tokens, offsets, labels, types)
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of prepared data.
+
+    Raises:
+        SiteError: there is none, or it is of another format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
+    except (OSError, ValueError) as error:
+        raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else None
+        raise SiteError(f"prepared data {path}: format {found}, this afina reads {FORMAT}", _REMEDY)
+    if value.get("sealed") != _seal_of(value):
+        raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
+    return value
+
+
+def verify(folder: str | Path, *, digests: bool = True) -> dict[str, Any]:
+    """Compare every file with the manifest, and return the manifest.
+
+    Args:
+        digests: compare SHA-256 too (reads everything), not only presence and size.
+
+    Raises:
+        SiteError: names the first file that is missing or altered.
+    """
+    folder = Path(folder)
+    manifest = load_manifest(folder)
+    wrong = difference(folder, manifest["files"], digests=digests)
+    if wrong is not None:
+        raise SiteError(f"prepared data {wrong}", _REMEDY)
+    return manifest
+
+
+def seal(staging: Path, about: Mapping[str, Any]) -> None:
+    """Flush every file in `staging` to disk and write the manifest: `about`, the format, and all files."""
+    paths = sorted(p for p in staging.rglob("*") if p.is_file())
+    for path in paths:
+        sync_file(path)
+    files = describe(staging, [path.relative_to(staging).as_posix() for path in paths])
+    body = {"format": FORMAT, **about, "files": files}
+    with (staging / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({**body, "sealed": _seal_of(body)}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for folder in {path.parent for path in paths} | {staging}:
+        sync_folder(folder)
+
+
+def _seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the manifest itself: an altered one is as bad as an altered array."""
+    body = {key: value for key, value in manifest.items() if key != "sealed"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds prepared data in which every byte is what was written."""
+    try:
+        verify(folder)
+    except SiteError:
+        return False
+    return True
+
+
+class ArrayWriter:
+    """A one-dimensional .npy file that grows by appending; its length is written when it is closed.
+
+    NumPy leaves room in the header for the first axis to grow (`numpy.lib.format`, since 1.23): it is rewritten in place.
+    """
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self._file = path.open("wb")
+        self._length = 0
+        self._start = self._header()
+
+    def _header(self) -> int:
+        shape = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self._length,)}
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, shape)
+        return self._file.tell()
+
+    def append(self, values: Array) -> None:
+        self._file.write(np.ascontiguousarray(values, self.dtype).tobytes())
+        self._length += len(values)
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                end = self._header()
+                assert end == self._start, "the header grew over the data"

@@ -1,0 +1,99 @@
+"""Model and prepared data, copied once to each node's local disk before the processes start: `AFINA_STAGE`.
+
+Worth it where many nodes read the same files from shared storage at once, or where reading memory-mapped files over a network is slow.
+The copy is the node's: `afina.worker.node.launch` makes it, every rank of the node reads it, rank 0 verifies its own as it would the
+original, and it is removed at the end. A copy whose processes were killed is removed by the next start on the node: a lock
+tells whether it is in use. What cannot be copied is read where it is, and the log says why. Not covered: two jobs sharing a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["VARIABLE", "remove", "stage", "staged"]
+
+#: Names the node's copy to the training processes.
+VARIABLE = "AFINA_STAGED"
+
+#: Bytes that stay free on the node's disk.
+_SPARE = 1_000_000_000
+
+
+def stage(prepared: Mapping[str, Any], env: Mapping[str, str], attempt: str) -> str:
+    """Copy to this node as the environment asks, and set `AFINA_STAGED`; returns what to say, empty where nothing was asked.
+
+    Args:
+        prepared: `prepared.json` of the run: `prepared` and `model_folder` are copied.
+        env: `AFINA_STAGE`, `SLURM_TMPDIR`, `TMPDIR`.
+    """
+    asked = env.get("AFINA_STAGE", "")
+    if asked in ("", "0"):
+        return ""
+    root = Path(env.get("SLURM_TMPDIR") or env.get("TMPDIR") or "/tmp") if asked == "1" else Path(asked)
+    began = time.monotonic()
+    try:
+        _clear(root)
+        sources = {name: Path(prepared[key]) for name, key in (("prepared", "prepared"), ("model", "model_folder"))}
+        size = sum(_size(source) for source in sources.values())
+        free = shutil.disk_usage(root).free
+        if free < size + _SPARE:
+            return f"not staged: {size / 1e6:.0f} MB are needed, and {root} has {free / 1e6:.0f} MB free"
+        # Whoever may write in /tmp must not be able to wait there with a folder of this name.
+        folder = Path(f"{_prefix(root)}{attempt}.{os.getpid()}")
+        folder.mkdir(mode=0o700)
+        _hold(folder)
+        try:
+            for name, source in sources.items():
+                # Links are followed: a model in a Hub cache is made of them.
+                shutil.copytree(source, folder / name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except (OSError, shutil.Error) as error:
+        return f"not staged: {error}"
+    os.environ[VARIABLE] = str(folder)
+    return f"{size / 1e6:.0f} MB of model and data staged in {folder} in {time.monotonic() - began:.1f} s"
+
+
+def staged(prepared: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """`prepared` as this node reads it."""
+    folder = env.get(VARIABLE)
+    if not folder:
+        return dict(prepared)
+    return {**prepared, "prepared": f"{folder}/prepared", "model_folder": f"{folder}/model"}
+
+
+def remove(env: Mapping[str, str]) -> None:
+    """Remove the node's copy. Files that another rank has mapped stay readable for it."""
+    if folder := env.get(VARIABLE):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prefix(root: Path) -> Path:
+    return root / f"afina-stage-{os.getuid()}-"
+
+
+def _hold(folder: Path) -> None:
+    """Lock it for as long as this process lives, beyond its `exec` into the training process or its launcher."""
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    os.set_inheritable(lock, True)
+
+
+def _clear(root: Path) -> None:
+    """Remove this user's copies that nobody holds."""
+    for folder in root.glob(f"{_prefix(root).name}*"):
+        with contextlib.suppress(OSError), (folder / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,232 @@
+"""Data files to columns, located to the row; of texts only what the checks need is kept, they are read again one batch at a time.
+
+What the formats are, and how a row is counted: see `afina.worker.data.readers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afina.errors import DataError
+from afina.worker.data.readers import as_text, open_reader
+
+__all__ = ["Source", "Table", "Texts", "as_text", "examples_of", "read_files"]
+
+Array = np.ndarray[Any, Any]
+Seen = Callable[[int], None]
+
+_SHOWN = 5
+_KEY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is kept of a text column: 21 bytes a row.
+
+    Attributes:
+        keys: BLAKE2b of the trimmed text, uint64 (N, 2): equal where the texts are equal, word for word.
+        blank: nothing is left of it when it is trimmed, or there was no value; bool (N,).
+        sizes: bytes in UTF-8, int64 (N,).
+    """
+
+    keys: Array
+    blank: Array
+    sizes: Array
+
+    @classmethod
+    def of(cls, texts: pa.Array) -> Texts:
+        trimmed = pc.utf8_trim_whitespace(texts)
+        hashed = [
+            hashlib.blake2b(text or b"", digest_size=_KEY_BYTES).digest()
+            for text in trimmed.cast(pa.large_binary()).to_pylist()
+        ]
+        return cls(
+            np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2),
+            pc.fill_null(pc.equal(trimmed, ""), True).to_numpy(zero_copy_only=False),
+            pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64),
+        )
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Texts]) -> Texts:
+        pieces = [cls(np.empty((0, 2), np.uint64), np.empty(0, bool), np.empty(0, np.int64)), *pieces]
+        return cls(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("keys", "blank", "sizes")))
+
+    def take(self, rows: Array) -> Texts:
+        return Texts(self.keys[rows], self.blank[rows], self.sizes[rows])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length, and where each row came from.
+
+    Attributes:
+        columns: large_string, int64, double, bool or list<large_string> each; null where there was no value.
+        classes: label names, in their order, of the columns that declare them (`ClassLabel`).
+        sources: what users call the places that rows came from: files, or `dataset/split`.
+        source: index into `sources`, int32 (N,).
+        row: number of the row in its source, counted from 1, int64 (N,).
+        texts: columns of which only what the checks need is kept.
+    """
+
+    columns: Mapping[str, pa.Array]
+    classes: Mapping[str, tuple[str, ...]]
+    sources: tuple[str, ...]
+    source: Array
+    row: Array
+    unit: str = "row"
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, rows: Array) -> Table:
+        columns = {name: column.take(pa.array(rows)) for name, column in self.columns.items()}
+        texts = {name: column.take(rows) for name, column in self.texts.items()}
+        return Table(columns, self.classes, self.sources, self.source[rows], self.row[rows], self.unit, texts)
+
+    def places(self, rows: Array) -> Table:
+        """Where `rows` came from, without columns."""
+        return Table({}, {}, self.sources, self.source[rows], self.row[rows], self.unit)
+
+    def where(self, index: int) -> str:
+        """`reviews.csv, row 12`."""
+        return f"{self.sources[self.source[index]]}, {self.unit} {self.row[index]}"
+
+
+def examples_of(table: Table, indices: Array) -> str:
+    """The first five of some rows, by file: `a.csv, rows 3, 9, 12; b.csv, row 1 (and 40 more)`."""
+    shown = indices[:_SHOWN]
+    groups: dict[int, list[int]] = {}
+    for index in shown:
+        groups.setdefault(int(table.source[index]), []).append(int(table.row[index]))
+    said = "; ".join(
+        f"{table.sources[source]}, {table.unit}{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
+        for source, rows in groups.items()
+    )
+    more = len(indices) - len(shown)
+    return f"{said} (and {more:,} more)" if more else said
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: files, one after the other, or one split of a Hub data set.
+
+    Attributes:
+        paths: local files.
+        called: what users call it instead of the path of its one file: `dataset/split`.
+    """
+
+    paths: tuple[Path, ...]
+    called: str | None = None
+
+    def read(self, columns: Sequence[str], texts: Sequence[str], seen: Seen = lambda rows: None) -> Table:
+        """See `read_files`."""
+        with self._renamed():
+            table = read_files(self.paths, columns, texts, seen)
+        if self.called is None:
+            return table
+        return Table(table.columns, table.classes, (self.called,), table.source, table.row, texts=table.texts)
+
+    def stream(self, names: Sequence[str]) -> Iterator[list[pa.Array]]:
+        """Text columns batch by batch, in the order of `read`: large_string (n,) each."""
+        with self._renamed():
+            for path in self.paths:
+                reader = open_reader(path)
+                for batch in reader.batches(list(dict.fromkeys(names))):
+                    yield [reader.texts(name, batch) for name in names]
+
+    def state(self) -> list[tuple[int, int, int]]:
+        """What changes when somebody writes into the files."""
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in (path.stat() for path in self.paths)]
+
+    @contextlib.contextmanager
+    def _renamed(self) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            if self.called is None:
+                raise
+            raise DataError(error.message.replace(str(self.paths[0]), self.called), error.remedy) from None
+
+
+def read_files(
+    paths: Sequence[Path], columns: Sequence[str], texts: Sequence[str] = (), seen: Seen = lambda rows: None
+) -> Table:
+    """Read all files, one after the other.
+
+    Args:
+        columns: kept whole.
+        texts: of these only what the checks need is kept.
+        seen: told how many rows were read since it was told last.
+
+    Raises:
+        DataError: a column is missing or there twice, a row is ragged, bytes are not UTF-8, JSON is broken; with file and row.
+    """
+    tables = [_read(path, list(dict.fromkeys(columns)), list(dict.fromkeys(texts)), seen) for path in paths]
+    return tables[0] if len(tables) == 1 else _concatenate(tables)
+
+
+def _read(path: Path, columns: list[str], texts: list[str], seen: Seen) -> Table:
+    reader = open_reader(path)
+    wanted = list(dict.fromkeys([*texts, *columns]))
+    kept: dict[str, list[Any]] = {name: [] for name in columns}
+    digested: dict[str, list[Texts]] = {name: [] for name in texts}
+    rows = [np.empty(0, np.int64)]
+    for batch in reader.batches(wanted):
+        for name, pieces in kept.items():
+            pieces.append(batch.values[name])
+        for name, found in digested.items():
+            found.append(Texts.of(reader.texts(name, batch)))
+        rows.append(batch.row)
+        seen(len(batch.row))
+    row = np.concatenate(rows)
+    return Table(
+        {name: reader.column(name, pieces, row) for name, pieces in kept.items()},
+        reader.classes(columns),
+        (str(path),),
+        np.zeros(len(row), np.int32),
+        row,
+        reader.unit,
+        {name: Texts.joined(found) for name, found in digested.items()},
+    )
+
+
+def _concatenate(tables: Sequence[Table]) -> Table:
+    columns, classes = {}, {}
+    for name in tables[0].columns:
+        pieces = [table.columns[name] for table in tables]
+        types = {str(piece.type) for piece in pieces}
+        if len(types) > 1:
+            lists = [table for table in tables if pa.types.is_list(table.columns[name].type)]
+            if lists:
+                plain = next(table for table in tables if table not in lists)
+                raise DataError(
+                    f"column `{name}` holds lists in {lists[0].sources[0]} and single values in {plain.sources[0]}",
+                    "give all files of a part the same columns",
+                )
+            numbers = all(pa.types.is_integer(p.type) or pa.types.is_floating(p.type) for p in pieces)
+            pieces = [p.cast(pa.float64()) if numbers else as_text(p) for p in pieces]
+        columns[name] = pa.concat_arrays(pieces)
+        names = {table.classes.get(name) for table in tables}
+        if len(names) == 1 and None not in names:
+            classes[name] = tables[0].classes[name]
+    sources = tuple(source for table in tables for source in table.sources)
+    units = {table.unit for table in tables}
+    return Table(
+        columns,
+        classes,
+        sources,
+        np.concatenate([np.full(len(table), number, np.int32) for number, table in enumerate(tables)]),
+        np.concatenate([table.row for table in tables]),
+        units.pop() if len(units) == 1 else "row",
+        {name: Texts.joined([table.texts[name] for table in tables]) for name in tables[0].texts},
+    )

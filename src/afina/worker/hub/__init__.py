@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: pinned revisions, data sets, and its errors explained."""

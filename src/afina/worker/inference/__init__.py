@@ -1,0 +1,1 @@
+"""Using a trained model: classifier, prediction parts, export, model card, ONNX."""

@@ -1,0 +1,286 @@
+"""A trained classifier in use: texts in, logits out in their order, by the batches that evaluation makes.
+
+Batches are sorted by length and packed where the architecture is proven (`worker.packed`), else padded to the longest;
+they depend on the texts and on the settings alone, so that the same texts give the same numbers again. A text that is
+missing, empty or blank is not given to the model: no training saw one, and what the model said of it would look like
+knowledge. Its logits are NaN, its prediction is None.
+
+Not covered: several GPUs in one process (each process takes one), models that are not sequence classifiers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from afina.errors import InputError
+from afina.prediction.request import CHUNK_ROWS
+from afina.worker.compute import attention, packed_model
+from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
+from afina.worker.data.prepared import Split
+from afina.worker.inference.export_info import note_of
+from afina.worker.model.outputs import columns_of, probabilities
+from afina.worker.model.pretrained import check_files, positions
+from afina.worker.startup import uncollected
+
+__all__ = ["Classifier", "DType", "Encoded"]
+
+Array = np.ndarray[Any, Any]
+DType = Literal["float32", "bfloat16", "float16"]
+
+#: Of a model that names no limit of its own.
+_MAX_LENGTH = 512
+_BATCH_ROWS = 32
+#: Texts that the tokenizer is given at once; it shares them out over the cores.
+_TOKENIZED = 4096
+_TASKS = {
+    "single_label_classification": "single-label",
+    "multi_label_classification": "multi-label",
+    "regression": "regression",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of some texts; `rows` are their numbers, int64, of those that have any tokens."""
+
+    split: Split
+    rows: Array
+    truncated: int
+
+
+class Classifier:
+    """A sequence classifier from a model folder, ready to predict.
+
+    Attributes:
+        model, tokenizer: of Transformers, in evaluation mode on `device`.
+        task: single-label, multi-label or regression.
+        labels: names in the order of the logits; None for regression.
+        text_columns: what a table's texts were called in training, if that is known; two for pairs.
+        max_length: tokens of a text at most; longer ones are cut, as in training.
+        batching: packed or grouped.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        max_length: int | None = None,
+        text_columns: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        dtype: DType = "float32",
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load it.
+
+        Args:
+            max_length, text_columns: by default what `afina export` noted in the folder; else the model's own limit.
+            batch_size: rows of a padded batch (32), and 128 tokens for each of them in a packed one.
+            max_tokens: tokens of a packed batch.
+            device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
+
+        Raises:
+            InputError: a file is missing or damaged, or transformers refuses it.
+        """
+        path = Path(folder).absolute()
+        check_files(path)
+        note = note_of(path)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
+        config = self.model.config
+        kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+        self.task = _TASKS[kind]
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        self.labels: list[str] | None = None if self.task == "regression" else names
+        self.text_columns = tuple(text_columns or note.get("text_columns") or ()) or None
+        self.max_length = max_length or note.get("max_length") or _limit(self.tokenizer, config)
+        self.batch_size = batch_size or _BATCH_ROWS
+        self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
+        self.batching: Literal["packed", "grouped"] = "grouped"
+        attention.take_from_cudnn(self.device)
+        if packed_model.why_not_packed(self.model) is None:
+            packed_model.accept_packed(self.model, attention.PLAIN)
+            self.batching = "packed"
+
+    def __repr__(self) -> str:
+        what = f"{self.task}, {len(self.labels)} labels" if self.labels else self.task
+        return f"<Classifier {type(self.model).__name__}: {what}, {self.batching}, {self.device}>"
+
+    def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
+        """A dictionary for each text, in their order: `prediction`, and `scores`, a probability by label name.
+
+        Args:
+            texts: texts, or pairs of texts for a model that was trained on pairs. None and blank texts are allowed.
+
+        Returns: `prediction` is a label's name, a list of names (multi-label) or a number (regression, without `scores`);
+            None for a blank text.
+        """
+        logits = self.logits(*_parted(texts))
+        columns = {name: values.to_pylist() for name, values in columns_of(self.task, self.labels, logits).items()}
+        decided = columns.pop("prediction")
+        if self.labels is None:
+            return [{"prediction": value} for value in decided]
+        rows = zip(*columns.values(), strict=True)
+        return [
+            {"prediction": value, "scores": dict(zip(self.labels, row, strict=True))}
+            for value, row in zip(decided, rows, strict=True)
+        ]
+
+    def predict_proba(self, texts: Sequence[Any]) -> Array:
+        """Probabilities, float32 (N, K), columns in the order of `labels`; values (N, 1) for regression. NaN: a blank text."""
+        return probabilities(self.task, self.logits(*_parted(texts)))
+
+    def logits(
+        self,
+        texts: Sequence[str | None],
+        pairs: Sequence[str | None] | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Array:
+        """Logits, float32 (N, K), in the order of the texts; NaN for a blank text or pair.
+
+        Args:
+            advance: told how many rows are done, batch by batch.
+        """
+        found = np.full((len(texts), int(self.model.config.num_labels)), np.nan, np.float32)
+        for start in range(0, len(texts), CHUNK_ROWS):
+            stop = start + CHUNK_ROWS
+            encoded = self.encode(texts[start:stop], pairs[start:stop] if pairs is not None else None)
+            found[start + encoded.rows] = self.run(encoded, advance)
+        return found
+
+    def encode(self, texts: Sequence[str | None], pairs: Sequence[str | None] | None = None) -> Encoded:
+        """Tokens of those texts (and pairs) that are not blank."""
+        blank = np.array([text is None or not text.strip() for text in texts], bool)
+        if pairs is not None:
+            blank |= np.array([text is None or not text.strip() for text in pairs], bool)
+        rows = np.flatnonzero(~blank)
+        ids: list[Array] = []
+        types: list[Array] = []
+        lengths: list[int] = []
+        truncated = 0
+        for start in range(0, len(rows), _TOKENIZED):
+            chosen = rows[start : start + _TOKENIZED].tolist()
+            batch = self.tokenizer(
+                [texts[row] for row in chosen],
+                [pairs[row] for row in chosen] if pairs is not None else None,
+                truncation=True,
+                max_length=self.max_length,
+                return_attention_mask=False,
+            )
+            lengths += [len(row) for row in batch["input_ids"]]
+            ids.append(_flat(batch["input_ids"], np.uint32))
+            if "token_type_ids" in batch:
+                types.append(_flat(batch["token_type_ids"], np.uint8))
+            truncated += _count_truncated(batch, self.max_length)
+        kept = np.array(lengths, np.int64) > 0  # a tokenizer without special tokens may make nothing of a text
+        tokens = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+        offsets = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64)[kept])])
+        kinds = np.concatenate(types) if types and any(part.any() for part in types) else None
+        split = Split(tokens, offsets, np.zeros(len(offsets) - 1, np.int64), kinds)
+        return Encoded(split, rows[kept], truncated)
+
+    def run(self, encoded: Encoded, advance: Callable[[int], None] = lambda rows: None) -> Array:
+        """Logits of what was encoded, float32 (rows, K), in the order of `encoded.rows`."""
+        split = encoded.split
+        found = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
+        waiting: list[tuple[list[int], torch.Tensor]] = []
+        for rows, inputs in self._batches(split):
+            with torch.inference_mode():
+                logits = self.model(**inputs)["logits"].float()
+            if self.device.type == "cpu":
+                found[rows] = logits.numpy()
+            else:  # a copy would wait for the device after each batch
+                waiting.append((rows, logits))
+            advance(len(rows))
+        for rows, logits in waiting:
+            found[rows] = logits.cpu().numpy()
+        return found
+
+    def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        if not len(split):  # a chunk of blank texts
+            return
+        config, whole = self.model.config, self.batching == "packed"
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        collate: Collator | PackedCollator = Collator(split, pad)
+        if whole:
+            offset = packed_model.PROVEN[config.model_type].offset
+            first = self.model.base_model.embeddings.padding_idx if offset else pad
+            collate = PackedCollator(split, first, config.num_attention_heads, offset, self.device.type)
+        for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, self.max_tokens if whole else None):
+            inputs = collate(rows)
+            inputs.pop("labels")
+            yield (
+                rows,
+                {
+                    name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                    for name, value in inputs.items()
+                },
+            )
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with uncollected():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except Exception as error:  # whatever a broken file or foreign code makes it raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model: transformers {transformers.__version__} cannot load {folder}: {reason}",
+            "give a run directory of afina, or a folder with a sequence classifier and its tokenizer",
+        ) from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model: {folder} has no weights for {', '.join(missing[:3])}: it was not trained to classify",
+            "train it first (`afina train RECIPE`), and give the run directory",
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model.to(device).eval()
+
+
+def _limit(tokenizer: Any, config: Any) -> int:
+    """What the model itself can take; 512 tokens where neither it nor its tokenizer says."""
+    said = [n for n in (tokenizer.model_max_length, positions(config)) if isinstance(n, int) and 0 < n < 1_000_000]
+    return min(said) if said else _MAX_LENGTH
+
+
+def _parted(texts: Sequence[Any]) -> tuple[list[str | None], list[str | None] | None]:
+    """Texts, or pairs of texts, as one or two lists."""
+    if isinstance(texts, str):
+        raise InputError("one text was given, a list of texts is wanted", "put it into a list: predict([text])")
+    rows = list(texts)
+    if not any(isinstance(row, (tuple, list)) for row in rows):
+        return rows, None
+    if any(not isinstance(row, (tuple, list)) or len(row) != 2 for row in rows):
+        raise InputError("single texts and pairs of texts are mixed", 'give pairs only: [("a", "b"), …]')
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _flat(rows: list[list[int]], dtype: Any) -> Array:
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype, count=sum(map(len, rows)))
+
+
+def _count_truncated(batch: Any, max_length: int) -> int:
+    encodings = getattr(batch, "encodings", None)
+    full = [i for i, row in enumerate(batch["input_ids"]) if len(row) >= max_length]
+    return sum(1 for i in full if encodings is None or encodings[i].overflowing)

@@ -1,0 +1,133 @@
+"""A finished run -> a model folder to give away: `python -m afina.worker export [--json] < request.json`.
+
+    DIR/  config.json, model.safetensors     as the run's model/
+          tokenizer …                        as the run's model/; its longest input is that of the training
+          afina.json                         how the model wants its texts (`worker.note`)
+          README.md                          the model card (`worker.card`)
+          onnx/model.onnx                    if asked for, and equal to PyTorch (`worker.onnx_export`)
+
+Written aside and published by rename: it is there whole or not at all, and nothing that exists is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from afina.errors import InputError
+from afina.run.directory import RunDir
+from afina.version import __version__
+from afina.worker.reply import reply
+
+__all__ = ["export", "main"]
+
+#: Of a run's model folder, what is not passed on.
+_LEFT_OUT = ("README.md", "training_args.bin")
+_COMPARED = 26
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; see `afina.errors`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return reply(lambda: export(**json.loads(sys.stdin.read())), as_json="--json" in argv)
+
+
+def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
+    """Publish the model of `run` at `out`.
+
+    Raises:
+        InputError: the run has not finished, its model is damaged, `out` exists.
+        EnvironmentProblem: the extra `onnx` is missing.
+    """
+    from dataclasses import replace
+
+    from afina.files import sync_folder
+    from afina.worker.inference.export_info import NOTE
+    from afina.worker.inference.model_card import facts_of, model_card
+    from afina.worker.model.pretrained import check_files
+
+    directory, final = RunDir(run), Path(out)
+    outcome = directory.outcome()
+    if outcome is None or outcome.outcome != "finished":
+        how = f"it is {outcome.outcome}" if outcome else "it has not finished"
+        raise InputError(f"{run}: nothing to export: {how}", f"`afina resume {run}` continues it")
+    check_files(directory.model, "the run's model is damaged: copy the run directory again")
+    if onnx:
+        from afina.worker.inference.onnx_export import check_installed, export_onnx
+
+        check_installed()
+    facts = replace(facts_of(directory, outcome), onnx=onnx)
+    recipe = facts.plan.recipe
+    aside = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    aside.mkdir()
+    try:
+        for path in sorted(directory.model.iterdir()):
+            if path.is_file() and path.name not in _LEFT_OUT:
+                shutil.copyfile(path, aside / path.name)
+        _limit_tokenizer(aside, recipe.tokens.max_length)
+        note = {
+            "afina": __version__,
+            "task": outcome.task,
+            "text_columns": list(recipe.data.text),
+            "max_length": recipe.tokens.max_length,
+        }
+        (aside / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
+        difference = None
+        if onnx:
+            difference = export_onnx(aside, aside / "onnx/model.onnx", _texts(directory), recipe.tokens.max_length)
+        _publish(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(final.parent)
+    size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+    return {"out": str(final), "bytes": size, "parameters": facts.parameters, "onnx_difference": difference}
+
+
+def _limit_tokenizer(folder: Path, max_length: int) -> None:
+    """The length of training becomes the tokenizer's own: `truncation=True` then cuts where training did."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # What a call in training left behind, and where it was loaded from.
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"):
+        config.pop(name, None)
+    config["model_max_length"] = max_length
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _texts(run: RunDir) -> list[Any]:
+    """Texts of the evaluation set, short and long ones, to compare two models on; made-up ones where there are none."""
+    import pyarrow.parquet as pq
+
+    rows: list[Any] = []
+    if run.predictions.is_file():
+        names = pq.read_schema(run.predictions).names
+        columns = [name for name in ("text", "text_pair") if name in names]
+        table = pq.read_table(run.predictions, columns=columns)
+        rows = list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+        rows.sort(key=lambda row: sum(map(len, row)))
+        rows = [rows[i * len(rows) // _COMPARED] for i in range(min(_COMPARED, len(rows)))][::-1]
+        rows = [row if len(row) > 1 else row[0] for row in rows]
+    while len(rows) < _COMPARED:
+        words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        text = " ".join(words[: 1 + len(rows) % 10] * (1 + len(rows) // 5))
+        rows.append((text, text) if rows and isinstance(rows[0], tuple) else text)
+    return rows
+
+
+def _publish(aside: Path, final: Path) -> None:
+    try:
+        aside.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        raise InputError(
+            f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o"
+        ) from None

@@ -1,0 +1,321 @@
+"""What a prediction is made of while it is not whole, and how it becomes one file.
+
+    OUT.parts/
+        job.json                what was asked for, as the host said it
+        manifest.json           what is predicted (digests of inputs and model, options), and where each chunk begins
+        part-000000.parquet     the rows of a chunk with their predictions; written aside, then renamed
+        merged.json             size and SHA-256 of the whole, from before it gets its name until this folder is gone
+
+The folder is there whole or not at all. A part depends on its chunk, the model and the options alone, so that two processes
+that make the same one do no harm, and what is merged is the same file however often the work was killed. The whole is
+written in the folder, renamed to OUT, and then the folder is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afina.errors import EnvironmentProblem, InputError
+from afina.files import difference, sha256, sync_file, sync_folder, write_atomic
+from afina.prediction.request import OUTPUTS, STDIN, Prediction, folder_of
+from afina.worker.inference.inputs import Inputs
+
+__all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
+
+FORMAT = 1
+#: Key of our own record in the metadata of a Parquet file.
+_KEY = b"afina"
+
+
+class Parts:
+    """An unfinished prediction; `Parts.begin` makes one, `Parts(folder)` opens one."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises:
+        InputError: the folder holds no prediction, or one of another version.
+        """
+        self.folder = Path(folder).absolute()
+        try:
+            self.job = Prediction.model_validate_json((self.folder / "job.json").read_bytes())
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{error.filename}: is missing: {self.folder} is no unfinished prediction",
+                "choose another output with -o, or remove that folder",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}: cannot be read: {error}", "remove that folder to begin anew") from None
+        if manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{self.folder}: format {manifest.get('format')}, this afina reads {FORMAT}",
+                "go on with the afina that began it, or remove that folder to begin anew",
+            )
+        self.identity: dict[str, Any] = manifest["identity"]
+        self.times: dict[str, int] = manifest["times"]
+        self.inputs = Inputs.from_json(manifest["inputs"])
+        self.out = self.job.out
+
+    @classmethod
+    def begin(cls, job: Prediction, identity: Mapping[str, Any], times: Mapping[str, int], inputs: Inputs) -> Parts:
+        """Make the folder, whole.
+
+        Raises:
+            InputError: another process has just made it.
+        """
+        final = folder_of(job.out)
+        aside = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        aside.mkdir()
+        try:
+            if job.spool:
+                shutil.copyfile(job.spool, aside / "stdin.txt")
+            said = {"format": FORMAT, "identity": identity, "times": times, "inputs": inputs.to_json()}
+            write_atomic(aside / "job.json", job.model_copy(update={"spool": None}).model_dump_json(indent=1))
+            write_atomic(aside / "manifest.json", json.dumps(said))
+            try:
+                aside.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise
+                raise InputError(
+                    f"{final}: another process has just begun this", "run the same command again to go on with it"
+                ) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        sync_folder(final.parent)
+        return cls(final)
+
+    @property
+    def chunks(self) -> int:
+        return len(self.inputs.chunks)
+
+    def rows_of(self, chunk: int) -> int:
+        return sum(segment.rows for segment in self.inputs.chunks[chunk])
+
+    def path(self, chunk: int) -> Path:
+        return self.folder / f"part-{chunk:06}.parquet"
+
+    def files(self) -> tuple[Path, ...]:
+        """Where the inputs are read: standard input was copied into the folder."""
+        return tuple(self.folder / "stdin.txt" if path == STDIN else path for path in self.inputs.files)
+
+    def done(self) -> set[int]:
+        """Chunks whose part is there; a damaged one is removed."""
+        found = set()
+        for chunk in range(self.chunks):
+            path = self.path(chunk)
+            if not path.exists():
+                continue
+            try:
+                whole = pq.read_metadata(path).num_rows == self.rows_of(chunk)
+            except (OSError, pa.ArrowInvalid):
+                whole = False
+            if whole:
+                found.add(chunk)
+            else:
+                path.unlink(missing_ok=True)
+        return found
+
+    def write(self, chunk: int, table: pa.Table, about: Mapping[str, Any]) -> None:
+        """Publish a part; `about` is what `summary_of` adds up."""
+        path = self.path(chunk)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            pq.write_table(
+                table.replace_schema_metadata({_KEY: json.dumps(about)}),
+                aside,
+                compression="zstd",
+                row_group_size=1 << 20,
+            )
+            sync_file(aside)
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+
+    def check_inputs(self) -> None:
+        """Compare the inputs with what was begun; content is read only where size or time of change differ.
+
+        Raises:
+            InputError: one is missing or has changed.
+        """
+        for said, path in zip(self.identity["inputs"], self.inputs.files, strict=True):
+            if path == STDIN:
+                continue
+            try:
+                about = path.stat()
+            except OSError as error:
+                raise InputError(
+                    f"{path}: {error.strerror}", "put the file back, and run the same command again"
+                ) from None
+            same = about.st_size == said["size"] and about.st_mtime_ns == self.times.get(str(path))
+            if not same and (wrong := difference(path.parent, {path.name: said})):
+                raise InputError(wrong, "put the file back, or predict it into another output: -o")
+
+    def merge(self) -> dict[str, Any]:
+        """All parts to the output, and the folder removed; returns the summary. May be repeated, and done by two at once.
+
+        Raises:
+            InputError: something else has that name now.
+            EnvironmentProblem: a part is damaged.
+        """
+        marker = self.folder / "merged.json"
+        if self.out.exists():
+            wrong = "there is another file" if not marker.exists() else None
+            if wrong is None:
+                said = json.loads(marker.read_text())
+                wrong = difference(self.out.parent, {self.out.name: said["file"]})
+            if wrong:
+                raise InputError(
+                    f"{self.out}: exists ({wrong}); nothing that exists is overwritten",
+                    "move it away and run the same command again, or choose another output: -o",
+                )
+            self._remove()
+            return dict(said["summary"])
+        summary = summary_of(self._abouts())
+        aside = self.folder / f".merged.{os.getpid()}.{secrets.token_hex(4)}"
+        try:
+            _WRITERS[OUTPUTS[self.out.suffix.lower()]](aside, self._tables(), self.schema(summary))
+            sync_file(aside)
+            file = {"size": aside.stat().st_size, "sha256": sha256(aside)}
+            write_atomic(marker, json.dumps({"file": file, "summary": summary}))
+            os.replace(aside, self.out)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+        sync_folder(self.out.parent)
+        self._remove()
+        return summary
+
+    def schema(self, summary: Mapping[str, Any]) -> pa.Schema:
+        """Of the whole: that of the parts, and who made it of what; nothing that depends on place or time."""
+        said = {"identity": self.identity, "summary": summary}
+        return pq.read_schema(self.path(0)).with_metadata({_KEY: json.dumps(said, sort_keys=True)})
+
+    def _abouts(self) -> Iterator[dict[str, Any]]:
+        for chunk in range(self.chunks):
+            yield json.loads(pq.read_schema(self.path(chunk)).metadata[_KEY])
+
+    def _tables(self) -> Iterator[pa.Table]:
+        for chunk in range(self.chunks):
+            try:
+                yield pq.read_table(self.path(chunk), partitioning=None, use_threads=False)
+            except pa.ArrowInvalid as error:
+                self.path(chunk).unlink(missing_ok=True)
+                raise EnvironmentProblem(
+                    f"{self.path(chunk)}: was damaged and is removed: {str(error).splitlines()[0]}",
+                    "run the same command again: it is made anew",
+                ) from None
+
+    def _remove(self) -> None:
+        """Under another name first: nobody takes a half-removed folder for an unfinished prediction."""
+        gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def made_by(out: Path) -> dict[str, Any] | None:
+    """Identity and summary of a Parquet file that `merge` wrote; None of any other file."""
+    try:
+        return dict(json.loads((pq.read_schema(out).metadata or {})[_KEY]))
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How one identity differs from another, in words; empty if they are equal."""
+    said = []
+    old, new = ({entry["name"]: entry for entry in side["inputs"]} for side in (before, now))
+    said += [f"input {name} was not there" for name in new if name not in old]
+    said += [f"input {name} is not given" for name in old if name not in new]
+    said += [f"input {name} has changed" for name in new if name in old and new[name] != old[name]]
+    if not said and list(old) != list(new):
+        said.append("the inputs are in another order")
+    if before["model"] != now["model"]:
+        said.append("the model is another")
+    keys = [*before["options"], *(key for key in now["options"] if key not in before["options"])]
+    for key in keys:
+        was, given = before["options"].get(key), now["options"].get(key)
+        if was != given:
+            said.append(f"{key} was {json.dumps(was, ensure_ascii=False)}, is {json.dumps(given, ensure_ascii=False)}")
+    return said
+
+
+def digest_of(files: Mapping[str, Any]) -> str:
+    """One SHA-256 over the records of many files."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def summary_of(abouts: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Rows, tokens, blank and cut texts, and how often each label was predicted."""
+    sums: Counter[str] = Counter()
+    predictions: Counter[str] = Counter()
+    blank: list[str] = []
+    for about in abouts:
+        sums.update({key: about[key] for key in ("rows", "tokens", "blank", "truncated")})
+        predictions.update(about["predictions"])
+        blank += about["blank_rows"]
+    return {**sums, "blank_rows": blank[:5], "predictions": dict(sorted(predictions.items()))}
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def _write_parquet(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+
+def _write_delimited(delimiter: str) -> Callable[[Path, Iterator[pa.Table], pa.Schema], None]:
+    def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+        from pyarrow import csv as pa_csv
+
+        flat = pa.schema([(f.name, pa.string() if pa.types.is_nested(f.type) else f.type) for f in schema])
+        options = pa_csv.WriteOptions(delimiter=delimiter)
+        with pa_csv.CSVWriter(path, flat, write_options=options) as writer:
+            for table in tables:
+                columns = [_json_texts(c) if pa.types.is_nested(c.type) else c for c in table.columns]
+                writer.write_table(pa.table(columns, schema=flat))
+
+    return write
+
+
+def _write_json(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for table in tables:
+            columns = [_shortest(c) if pa.types.is_floating(c.type) else c.to_pylist() for c in table.columns]
+            for row in zip(*columns, strict=True):
+                record = dict(zip(schema.names, row, strict=True))
+                file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+
+def _json_texts(column: pa.ChunkedArray) -> pa.Array:
+    texts = [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()]
+    return pa.array(texts, pa.string())
+
+
+def _shortest(column: pa.ChunkedArray) -> Sequence[float | None]:
+    """Numbers with as few digits as tell them apart in their own width: 0.9, not 0.8999999761581421. What JSON has no word for is null."""
+    texts = column.cast(pa.string()).to_pylist()
+    return [None if text in (None, "nan", "inf", "-inf") else float(text) for text in texts]
+
+
+_WRITERS: dict[str, Callable[[Path, Iterator[pa.Table], pa.Schema], None]] = {
+    "parquet": _write_parquet,
+    "csv": _write_delimited(","),
+    "tsv": _write_delimited("\t"),
+    "jsonl": _write_json,
+}

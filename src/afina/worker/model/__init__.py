@@ -1,0 +1,1 @@
+"""The pretrained model: folder checks, weights, tasks, metrics, outputs, training arguments."""

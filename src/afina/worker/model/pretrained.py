@@ -1,0 +1,304 @@
+"""Is this model folder one that the recipe can train? Files, weights, tokenizer, head, positions; and is it still the same?
+
+What needs transformers (seconds to import) is checked once, see `afina.worker.model.check_cache`.
+
+Not covered: whether the weights are any good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.errors import InputError, RecipeError, SiteError
+from afina.files import FileRecord, describe, difference, sha256
+from afina.recipe.schema import Recipe
+from afina.worker.model.check_cache import recorded
+from afina.worker.model.weights import check_body, headers_digest
+from afina.worker.startup import uncollected, without
+
+__all__ = [
+    "check_files",
+    "check_model",
+    "load_tokenizer",
+    "positions",
+    "record_model",
+    "tokenizer_identity",
+    "verify_model",
+    "wanted_files",
+]
+
+#: Files of which at least one makes a tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "spm.model",
+)
+#: Files beside them that change what a tokenizer does.
+_TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "bpe.codes",
+)
+
+_SAVE_AGAIN = "download the model again, or save it with `save_pretrained`"
+_SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+_SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
+
+#: Position tables of these models begin at pad_token_id + 1.
+_SHIFTED_POSITIONS = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+
+
+def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
+    """Cheap checks of a model folder: config, tokenizer files, and that the weights are whole. Returns config.json.
+
+    Raises:
+        InputError: names the file.
+    """
+    config = _read_config(folder, remedy)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(
+            f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …)",
+            "save the tokenizer into the same folder: tokenizer.save_pretrained(FOLDER)",
+        )
+    for path in _weights(folder, remedy):
+        _check_weights(path, remedy)
+    return config
+
+
+def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"model: {folder} has no config.json", remedy) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: {path} cannot be read: {error}", remedy) from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise InputError(f"model: {path} names no `model_type`", remedy)
+    return config
+
+
+def _weights(folder: Path, remedy: str) -> list[Path]:
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise InputError(f"model: {folder / index} cannot be read: {error}", remedy) from None
+            missing = sorted(name for name in names if not (folder / name).is_file())
+            if missing:
+                raise InputError(f"model: {folder / missing[0]} is missing, {index} names it", remedy)
+            return [folder / name for name in sorted(names)]
+    raise InputError(f"model: {folder} has no weights (model.safetensors)", remedy)
+
+
+def _check_weights(path: Path, remedy: str) -> None:
+    if path.suffix != ".safetensors":
+        if not path.stat().st_size:
+            raise InputError(f"model: {path} is empty", remedy)
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # The header states where each tensor ends: a truncated file is refused here.
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"model: {path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}", remedy
+        ) from None
+
+
+def wanted_files(files: Iterable[str], recipe: Recipe) -> list[str]:
+    """Of a model's files those that training reads: config, tokenizer, weights, and code where the recipe trusts it.
+
+    Safetensors where there are any, pickled weights only where not. Empty if there are no weights.
+    """
+    files = list(files)
+    top = [name for name in files if "/" not in name]
+    weights = [n for n in top if _SAFETENSORS.fullmatch(n)] or [n for n in top if _PICKLES.fullmatch(n)]
+    if not weights:
+        return []
+    pickled = not _SAFETENSORS.fullmatch(weights[0])
+    small = [
+        name
+        for name in top
+        if name.endswith(_SMALL) and not (name.endswith(".index.json") and pickled != name.startswith("pytorch_model"))
+    ]
+    code = [name for name in files if name.endswith(".py")] if recipe.trust_remote_code else []
+    return sorted({*small, *weights, *code})
+
+
+def record_model(folder: Path, recipe: Recipe) -> dict[str, FileRecord]:
+    """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all of them."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    weights = [path.relative_to(folder).as_posix() for path in _weights(folder, _SAVE_AGAIN)]
+    return describe(folder, sorted({*wanted_files(names, recipe), *weights}))
+
+
+def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
+    """Compare the model that a run was claimed with and what is in its folder now.
+
+    Args:
+        prepared: what the prepare stage said, `prepared.json` of the run.
+        digests: compare SHA-256 too (reads everything), not only presence and size.
+
+    Raises:
+        SiteError: names the first file that is missing or altered, and what mends it.
+    """
+    wrong = difference(Path(prepared["model_folder"]), prepared.get("model_files", {}), digests=digests)
+    if wrong is None:
+        return
+    if prepared.get("model_commit"):
+        raise SiteError(f"model {wrong}", "fetch it again with `afina prefetch RECIPE` (scratch may have been purged)")
+    raise SiteError(
+        f"model {wrong}",
+        "put the file back; `afina prefetch RECIPE` checks the folder, and a changed model needs a new run",
+    )
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """SHA-256 of everything in `folder` that decides how text becomes tokens."""
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: config.get(key) for key in ("model_type", "tokenizer_class", "auto_map")}
+    digest.update(json.dumps(kept, sort_keys=True).encode())
+    code = [p.name for p in folder.glob("*.py")]
+    for name in sorted({*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS, *code}):
+        path = folder / name
+        if path.is_file():
+            digest.update(f"{name}\0{sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
+    """Whether transformers can train this folder; returns warnings.
+
+    Raises:
+        InputError: no sequence classification for this architecture, a config that transformers refuses, weights that
+            are of another model, foreign code that nothing pins.
+        RecipeError: `tokens.max_length` beyond the model's positions.
+    """
+    if recipe.trust_remote_code:
+        _check_code(folder)
+    config = sha256(folder / "config.json")
+    about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length, headers_digest(folder)]
+    return recorded(pins, about, lambda: _check_architecture(folder, recipe))
+
+
+def _check_code(folder: Path) -> None:
+    """Refuse `auto_map` entries of the form `owner/name--module.Class`: that code is of no pinned revision."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        mapped = value.get("auto_map") if isinstance(value, dict) else None
+        if mapped and "--" in json.dumps(mapped):
+            raise InputError(
+                f"model: {path} takes code from another repository, whose revision nothing pins",
+                "copy that code into the model folder and name it in `auto_map` without `owner/name--`",
+            )
+
+
+def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
+    with without("datasets", "scipy"):
+        return _check_model_type(folder, recipe)
+
+
+def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
+
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own_code = raw.get("auto_map") or {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:
+        if own_code and not recipe.trust_remote_code:
+            raise InputError(
+                f"model: {recipe.model} needs Python code from its own repository",
+                "read that code, then set `trust_remote_code: true` and `revision:` to its full commit",
+            ) from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model: transformers {transformers.__version__} refuses {folder / 'config.json'}: {reason}",
+            "use a model of a type that this version knows, or another version of transformers",
+        ) from None
+    if config.model_type not in HEADS and "AutoModelForSequenceClassification" not in own_code:
+        raise InputError(
+            f"model: transformers has no sequence classification for architecture `{config.model_type}`",
+            "use a text encoder or a causal language model: bert, roberta, deberta-v2, modernbert, llama, …",
+        )
+    limit = positions(config)
+    if limit is not None and recipe.tokens.max_length > limit:
+        raise RecipeError(
+            f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
+            f"set tokens.max_length to {limit} or less",
+        )
+    return check_body(folder, config) if not own_code and any(folder.glob("*.safetensors")) else []
+
+
+def positions(config: Any) -> int | None:
+    """Longest input in tokens; None where positions are relative or not stated."""
+    if getattr(config, "position_biased_input", True) is False:
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if config.model_type in _SHIFTED_POSITIONS:
+        limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
+    return limit
+
+
+def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
+    """The folder's tokenizer, with a padding token.
+
+    Raises:
+        InputError: transformers cannot load it.
+    """
+    try:
+        with uncollected():
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=recipe.trust_remote_code
+            )
+    except Exception as error:  # whatever a broken file or foreign code makes it raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model: the tokenizer in {folder} cannot be loaded: {reason}",
+            "save it again with tokenizer.save_pretrained(FOLDER)",
+        ) from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,20 @@
+"""Write down how an attempt ended, and what is next: `python -m afina.worker finish RUN_DIR ATTEMPT CODE`.
+
+The batch script calls it in the container after every attempt that did not finish, with the exit code it knows.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from afina.run.directory import RunDir
+from afina.run.requeue import conclude
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    outcome = conclude(RunDir(argv[0]), argv[1], int(argv[2]))
+    if outcome.outcome == "failed":
+        print(f"error: {outcome.error}", file=sys.stderr)
+    return 0

@@ -1,0 +1,179 @@
+"""Make the run directory of a search's next trial: `python -m afina.worker trial RUN_DIR`, with RUN_DIR `<sweep>/runs/<trial>`.
+
+An array task calls it when it starts, in the image, where Optuna is: the host of a node has bash and Apptainer only, and what
+is tried has to be chosen when the earlier results are known, not on the login node before. Optuna keeps its study in a
+journal file in the sweep directory (`JournalFileBackend` with the lock that is made by an exclusive open, which NFS 3 and
+newer honour); there is no server. Values are told here too: whoever asks first tells what has ended since, as the run
+directories say it. Nobody has to live to the end of a run for its value to count.
+
+A run that was killed, stopped or put back into the queue keeps its trial: it goes on from its checkpoint with the values it
+has. A trial whose run failed by what it trains is told as failed; `afina sweep` then adds another in its place.
+
+Seeded: the sampler (TPE) draws from the search's seed, the trial's number and how often it was asked for. With one trial at
+a time a search is repeatable; with several it depends on which ends first. Not covered: pruning, several objectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import warnings
+import zlib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from afina.errors import AfinaError, InputError
+from afina.recipe.schema import parse_recipe
+from afina.run.directory import RunDir, is_run_dir
+from afina.run.plan import geometry_for
+from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
+from afina.sweeps.space import Choices, Space, value_text
+
+__all__ = ["main", "open_study", "take_trial", "tell_what_ended"]
+
+#: A trial that was asked for and is of no run after this long was lost in between.
+_LOST_AFTER = timedelta(minutes=15)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code; see `afina.errors`."""
+    run = RunDir(argv[0])
+    try:
+        if not is_run_dir(run.path):
+            take_trial(SweepDir(run.path.parents[1]), run)
+    except AfinaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def take_trial(sweep: SweepDir, run: RunDir) -> None:
+    """Tell what has ended, ask for a trial, claim `run` with its values.
+
+    Raises:
+        InputError: no search, or values that make no run (a batch that does not divide): the trial is told as failed.
+    """
+    record = sweep.read()
+    if record is None or record.search is None:
+        raise InputError(f"{sweep.path}: is not a search", "start one: afina sweep RECIPE --search …")
+    search, name = record.search, run.path.name
+    study = open_study(sweep, search, name)
+    tell_what_ended(study, sweep, search)
+    # Asked for already, and then this process or its node died: the same values.
+    mine = [t for t in _running(study) if t.user_attrs.get("cell") == name]
+    if mine:
+        number, values = mine[-1].number, mine[-1].params
+    else:
+        trial = study.ask(fixed_distributions=_distributions(search.space))
+        trial.set_user_attr("cell", name)
+        number, values = trial.number, trial.params
+    overrides = [f"{key}={value_text(domain, values[key])}" for key, domain in search.space.items()]
+    try:
+        _claim(sweep, record, search, run, overrides)
+    except InputError:
+        _tell(study, number, None)
+        raise
+    print(f"afina: {name} tries {' '.join(overrides)}", flush=True)
+
+
+def open_study(sweep: SweepDir, search: SearchRecord, cell: str = "") -> Any:
+    """The study in the sweep's journal, made if need be; the sampler draws for `cell`."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lock = JournalFileOpenLock(str(sweep.journal))
+    _mend(sweep.journal, lock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = JournalStorage(JournalFileBackend(str(sweep.journal), lock_obj=lock))
+        sampler = optuna.samplers.TPESampler(seed=zlib.crc32(f"{search.seed} {cell}".encode()), constant_liar=True)
+        return optuna.create_study(
+            study_name="search", storage=storage, sampler=sampler, direction=search.direction, load_if_exists=True
+        )
+
+
+def tell_what_ended(study: Any, sweep: SweepDir, search: SearchRecord) -> None:
+    """Tell the study the value of each run that has finished, and which trials came to nothing."""
+    for trial in _running(study):
+        cell = trial.user_attrs.get("cell")
+        if cell is None:
+            if trial.datetime_start and datetime.now() - trial.datetime_start > _LOST_AFTER:
+                _tell(study, trial.number, None)
+            continue
+        run = sweep.run(cell)
+        outcome = run.outcome()
+        if outcome is not None and outcome.outcome == "finished":
+            value = outcome.metrics.get(search.metric)
+            usable = isinstance(value, int | float) and math.isfinite(value)
+            _tell(study, trial.number, float(value) if usable else None)  # type: ignore[arg-type]
+        elif given_up(run, outcome):
+            _tell(study, trial.number, None)
+
+
+def _tell(study: Any, number: int, value: float | None) -> None:
+    """The value of a trial, or None for one that failed; another process may have told it at the same moment."""
+    import optuna
+
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        state = optuna.trial.TrialState.FAIL if value is None else None
+        study.tell(number, value, state=state, skip_if_finished=True)
+
+
+def _running(study: Any) -> list[Any]:
+    import optuna
+
+    found = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    return list(found)
+
+
+def _mend(journal: Path, lock: Any) -> None:
+    """Cut off a last line that is torn: a process that was killed while it wrote it, or a disk that was full.
+
+    Optuna would join the next line to it, and then refuse the whole journal.
+    """
+    if not journal.exists():
+        return
+    lock.acquire()
+    try:
+        with journal.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            tail = min(size, 1 << 20)
+            file.seek(size - tail)
+            torn = tail - (file.read(tail).rfind(b"\n") + 1)
+            if torn:
+                file.truncate(size - torn)
+    finally:
+        lock.release()
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, Any] = {}
+    for key, domain in space.items():
+        if isinstance(domain, Choices):
+            found[key] = CategoricalDistribution(domain.values)
+        elif domain.whole:
+            found[key] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+        else:
+            found[key] = FloatDistribution(domain.low, domain.high, log=domain.log)
+    return found
+
+
+def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunDir, overrides: list[str]) -> None:
+    base = record.plan
+    recipe = parse_recipe(search.recipe_text, [*search.overrides, *overrides], source="recipe")
+    recipe = recipe.model_copy(update={"resources": base.recipe.resources})
+    geometry = geometry_for(recipe, base.geometry.processes_per_node, nodes=base.geometry.nodes)
+    plan = base.model_copy(update={"recipe": recipe, "geometry": geometry})
+    scripts = {name: sweep.path / name for name in SCRIPTS}
+    about = record_of(search.run_record, plan, overrides)
+    RunDir.claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})

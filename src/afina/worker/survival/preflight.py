@@ -1,0 +1,125 @@
+"""Before the first step: room for what will be written, ranks that reach each other, clocks that agree.
+
+What is wrong is said before GPU time is spent. A quota that `statvfs` does not show (Lustre, GPFS) is not seen here. On GPUs
+and InfiniBand the same code runs over NCCL; that was not measured.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from afina.errors import EnvironmentProblem, TrainingError
+from afina.run.directory import RunDir
+
+__all__ = ["check_ranks", "check_room", "state_bytes"]
+
+#: How long the ranks wait for each other once all have joined.
+_MEET = datetime.timedelta(minutes=5)
+#: Clocks that differ by more (seconds) make times in logs and the distance to the deadline wrong.
+_SKEW_S = 5.0
+_FEW_INODES = 200
+_SMALL_SHM = 64_000_000
+
+
+def state_bytes(model: torch.nn.Module) -> int:
+    """Bytes of one checkpoint: weights, and two moments of AdamW for each that is trained."""
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+
+
+def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
+    """Room for the checkpoints that will stand beside each other: those kept, the best, the one being written, the model.
+
+    Args:
+        one: bytes of a checkpoint.
+        keep: checkpoints that stay.
+
+    Raises:
+        EnvironmentProblem: too few bytes or inodes are free.
+    """
+    there = sum(f.stat().st_size for f in Path(run.checkpoints).glob("step-*/*") if f.is_file())
+    needed = max(one + one // 3, one * (keep + 2) + one // 3 - there)
+    space = os.statvfs(run.path)
+    free = space.f_bavail * space.f_frsize
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{run.path}: {keep} checkpoints, the best one and the model need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            "free space (old runs, caches), lower train.keep_checkpoints, or choose another --run DIR",
+            cause="disk",
+        )
+    if space.f_files and space.f_favail < _FEW_INODES:
+        raise EnvironmentProblem(
+            f"{run.path}: only {space.f_favail} inodes are free",
+            "remove small files (old runs, caches), or choose another --run DIR",
+        )
+    return {"needed_gb": round(needed / 1e9, 3), "free_gb": round(free / 1e9, 3)}
+
+
+def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
+    """All ranks meet, exchange a message and compare clocks; collective. A missing rank is named with its node.
+
+    Args:
+        device: of this rank.
+        local_world: processes on this node.
+
+    Returns:
+        allreduce_gb_per_s: bytes of one vector of 16 MB over the time of one all-reduce; clock_skew_s; hosts; warnings.
+
+    Raises:
+        TrainingError: not all ranks answered within five minutes.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return {"warnings": []}
+    world, rank = dist.get_world_size(), dist.get_rank()
+    names: list[Any] = [None] * world
+    side = dist.new_group(backend="gloo", timeout=_MEET)
+    try:
+        dist.monitored_barrier(group=side, timeout=_MEET, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"the processes do not reach each other: {str(error).splitlines()[0]} ({local_world} ranks on each node)",
+            "exclude the node of the ranks that are named, and look at NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and firewalls",
+        ) from None
+    dist.all_gather_object(names, (platform.node(), time.time()), group=side)
+    vector = torch.ones(4_000_000, device=device)
+    dist.all_reduce(vector)  # the first one sets up connections
+    _synchronize(device)
+    began = time.perf_counter()
+    dist.all_reduce(vector)
+    _synchronize(device)
+    seconds = time.perf_counter() - began
+    dist.destroy_process_group(side)
+    clocks = [when for _, when in names]
+    skew = max(clocks) - min(clocks)
+    warnings = []
+    if skew > _SKEW_S:
+        late = names[clocks.index(max(clocks))][0], names[clocks.index(min(clocks))][0]
+        warnings.append(f"the clocks of {late[0]} and {late[1]} differ by {skew:.1f} s: ask for time synchronisation")
+    shm = Path("/dev/shm")
+    if (
+        rank == 0
+        and local_world > 1
+        and shm.is_dir()
+        and (room := os.statvfs(shm)).f_bavail * room.f_frsize < _SMALL_SHM
+    ):
+        warnings.append(
+            "/dev/shm has less than 64 MB: NCCL may fail between GPUs of a node; do not start the container with --contain"
+        )
+    return {
+        "allreduce_gb_per_s": round(vector.numel() * 4 / seconds / 1e9, 3),
+        "clock_skew_s": round(skew, 3),
+        "hosts": sorted({host for host, _ in names}),
+        "warnings": warnings,
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,203 @@
+"""What a checkpoint holds: the whole state of a training at the end of one step.
+
+Rank 0 copies model, optimizer, schedule and scaler into memory of its own and collects what only the other ranks know:
+that is the moment the training stands still for. A thread of rank 0 then writes and commits the copy while the
+training goes on. One process writes everything, so that no rank waits for another's disk.
+
+    model.safetensors  config.json      the weights
+    optimizer.pt  scheduler.pt          as Trainer reads them; scaler.pt with float16
+    ranks.pt                            of every rank: random numbers, the loss since the last log line
+    trainer_state.json  progress.json   step, best metric; training time, the length of the log
+
+Everything is loaded with `weights_only`: no pickle is executed. The copy costs as much host memory as model and
+optimizer. GPU states go the same way; that was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from afina import files
+from afina.errors import EnvironmentProblem
+from afina.worker.compute import dropout
+from afina.worker.survival import checkpoint as checkpoints
+
+__all__ = ["PROGRESS", "RANKS", "Saver", "Snapshot", "copied", "random_state", "read_progress", "set_random_state"]
+
+PROGRESS = "progress.json"
+RANKS = "ranks.pt"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state at the end of `step`, in memory of its own: what happens to the training later does not change it.
+
+    Attributes:
+        model: writes weights and configuration; called with the staging folder and the copied weights.
+        tensors: file name -> what `torch.save` writes.
+        texts: file name -> JSON.
+        about: goes into the manifest.
+        protected: the step of the best evaluation, which rotation leaves alone.
+    """
+
+    step: int
+    model: Callable[[Path, dict[str, torch.Tensor]], None]
+    weights: dict[str, torch.Tensor]
+    tensors: Mapping[str, Any]
+    texts: Mapping[str, str]
+    about: Mapping[str, Any]
+    protected: int | None
+
+
+class Saver:
+    """Writes snapshots in a thread, one after the other; `begin` waits for the one before.
+
+    Attributes:
+        seconds: the longest that writing one has taken, 0.0 before the first.
+        began: when the last one began, in seconds of `time.monotonic`; at first: when this was made.
+    """
+
+    def __init__(self, folder: Path, keep: int, log: Path, record: Callable[..., None]) -> None:
+        """Args:
+        keep: how many checkpoints stay.
+        log: the metrics log; it reaches the disk before the checkpoint that counts on its lines.
+        record: called in the thread after each commit with step, seconds, stall_s and bytes.
+        """
+        self.folder, self.keep, self.log, self.record = folder, keep, log, record
+        self.seconds = 0.0
+        self.began = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, snapshot: Snapshot, stalled_s: float) -> None:
+        """Write `snapshot` beside the training.
+
+        Args:
+            stalled_s: seconds that the training stood still for it.
+
+        Raises:
+            EnvironmentProblem: the one before could not be written.
+        """
+        self.finish()
+        self.began = time.monotonic()
+        self._thread = threading.Thread(target=self._write, args=(snapshot, stalled_s), name="afina-save", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            EnvironmentProblem: it could not be written; checkpoints that were there are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """As `finish`, without waiting: raises what has gone wrong up to now."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot, stalled_s: float) -> None:
+        staging: Path | None = None
+        try:
+            staging = checkpoints.stage(self.folder, snapshot.step)
+            snapshot.model(staging, snapshot.weights)
+            for name, value in snapshot.tensors.items():
+                torch.save(value, staging / name)
+            for name, text in snapshot.texts.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            if self.log.exists():
+                files.sync_file(self.log)
+            path = checkpoints.commit(staging, snapshot.step, snapshot.about)
+            checkpoints.rotate(self.folder, self.keep, snapshot.protected)
+            taken = time.monotonic() - self.began
+            self.seconds = max(self.seconds, taken)
+            size = sum(f["size"] for f in checkpoints.manifest(path)["files"].values())
+            self.record(step=snapshot.step, seconds=round(taken, 3), stall_s=round(stalled_s, 3), bytes=size)
+        except BaseException as error:
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)  # its space is what is missing
+            self._error = _explained(error, self.folder)
+
+
+def _explained(error: BaseException, folder: Path) -> BaseException:
+    # torch and safetensors wrap the system's error in one of their own.
+    said = str(error)
+    for number, words in ((28, "No space left"), (122, "quota exceeded"), (5, "Input/output error")):
+        if getattr(error, "errno", None) == number or words.lower() in said.lower():
+            return EnvironmentProblem(
+                f"{folder}: a checkpoint cannot be written: {words}",
+                "free space or quota there (`df`, `quota`), then `afina resume`: the checkpoint before is untouched",
+                cause="disk",
+            )
+    return error
+
+
+def copied(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
+    """`value` with every tensor in it copied to host memory; tensors that share their memory share it in the copy."""
+    seen = {} if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device) if value.numel() else id(value)
+        if key not in seen:
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, Mapping):
+        return {k: copied(v, seen) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(v, seen) for v in value)
+    return value
+
+
+def random_state() -> dict[str, Any]:
+    """Random states of this process: Python, NumPy, torch on the CPU, the fast dropout, and the GPU in use.
+
+    Plain values and tensors only.
+    """
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys, np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "cpu": torch.random.get_rng_state(),
+        "dropout": dropout.state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Take over what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(state["cpu"])
+    dropout.set_state(state["dropout"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    value = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,1 @@
+"""The training loop: trainer, control, evaluation, meter, log, tracking, rehearsal."""

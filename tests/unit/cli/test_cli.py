@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.unit.conftest import Ran
+
+from afina import __version__
+from afina.recipe.schema import Recipe
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+
+COMMANDS = ["train", "resume", "submit", "prefetch", "status", "list", "logs", "cancel", "report", "compare", "rerun"]
+
+
+@pytest.fixture
+def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
+    plan = make_plan(recipe(), site, recipe_file=recipe_file())
+    return RunDir.claim(plan, {}, ["false"], "", tmp_path / "r; un it's")
+
+
+def test_version_and_help(afina: Callable[..., Ran]) -> None:
+    done = afina("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"afina, version {__version__}\n", "")
+    done = afina("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert "Exit codes: 0 finished" in done.stdout and "claim" not in done.stdout.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(afina: Callable[..., Ran], command: str) -> None:
+    done = afina(command, "-h")
+    assert done.returncode == 0 and f"afina {command} " in done.stdout and "Example" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["train", "r.yaml", "--no-such-option"],
+        ["train", "r.yaml", "--num-processes", "0"],
+        ["train", "r.yaml", "--num-processes", "two"],
+        ["submit", "r.yaml", "--via", "pbs"],
+        ["submit", "r.yaml", "--nodes", "0"],
+        ["submit", "r.yaml", "--gpus-per-node", "-1"],
+        ["status", "--no-such-option"],
+        ["list", "--sort", "color"],
+        ["list", "--state", "broken"],
+        ["logs"],
+        ["logs", "r", "--rank", "-1"],
+        ["cancel"],
+        ["resume"],
+    ],
+)
+def test_a_wrong_command_line_is_the_users_input(afina: Callable[..., Ran], arguments: list[str]) -> None:
+    done = afina(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr and done.stdout == ""
+    assert "Usage: " in done.stderr
+
+
+@pytest.mark.parametrize("time", ["abc", "0", "-1", "1:2:3:4", "²", ""])
+def test_wrong_time_limits(afina: Callable[..., Ran], recipe_file: Callable[..., Path], time: str) -> None:
+    done = afina("submit", recipe_file(), "--dry-run", f"--time={time}")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --time {time}: "), done
+    assert "remedy: for example --time 90 or --time 2:30:00" in done.stderr
+
+
+@pytest.mark.parametrize(("time", "minutes"), [("90", 90), ("1:30:00", 90), ("1-0", 1440), ("0:59", 1)])
+def test_time_limits(afina: Callable[..., Ran], recipe_file: Callable[..., Path], time: str, minutes: int) -> None:
+    done = afina("submit", recipe_file(), "--dry-run", "--json", "--time", time)
+    assert json.loads(done.stdout)["plan"]["recipe"]["resources"]["time"] == minutes
+
+
+def test_overrides_reach_the_plan(afina: Callable[..., Ran], recipe_file: Callable[..., Path]) -> None:
+    done = afina(
+        "submit", recipe_file(), "--dry-run", "--json", "--set", "train.learning_rate=3e-5", "--set", "name=a, b: 'c'"
+    )
+    assert done.returncode == 2, "a mapping is no name"
+    done = afina(
+        "submit", recipe_file(), "--dry-run", "--json", "--set", "train.learning_rate=3e-5", "--set", "name=é ☃"
+    )
+    plan = json.loads(done.stdout)["plan"]
+    assert (plan["recipe"]["train"]["learning_rate"], plan["recipe"]["name"]) == (3e-5, "é ☃")
+
+
+def test_the_site_option_wins(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    other = tmp_path / "other scratch"
+    other.mkdir()
+    (tmp_path / "s i.env").write_text(f'AFINA_SCRATCH="{other}"\n')
+    done = afina("submit", recipe_file(), "--dry-run", "--json", "--site", tmp_path / "s i.env")
+    assert json.loads(done.stdout)["plan"]["site"]["scratch"] == str(other), done.stderr
+
+
+def test_status(afina: Callable[..., Ran], run: RunDir) -> None:
+    done = afina("status", run.path, "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 0 and (said["state"], said["step"], said["job_id"]) == ("PLANNED", 0, None)
+    run.begin_attempt("local-1")
+    run.append("metrics.jsonl", {"step": 7, "loss": 0.5})
+    run.record(
+        Outcome(outcome="finished", exit_code=0, attempt="local-1", global_step=7, metrics={"eval_accuracy": 0.75})
+    )
+    done = afina("status", run.path)
+    assert done.stdout == f"FINISHED  step 7  job -  {run.path}\n  loss 0.5000\n  eval_accuracy 0.750000\n"
+
+
+def test_status_of_a_failure(afina: Callable[..., Ran], run: RunDir) -> None:
+    run.record_failure("local-1", "the loss is not finite\n  remedy: a smaller train.learning_rate")
+    done = afina("status", run.path)
+    assert done.returncode == 0 and done.stdout.startswith("FAILED  step 0")
+    assert "the loss is not finite" in done.stdout and "remedy: " in done.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "resume", "list", "logs", "cancel"])
+def test_what_is_no_run_directory(afina: Callable[..., Ran], tmp_path: Path, command: str) -> None:
+    for path in (tmp_path, tmp_path / "absent", tmp_path / ("long" * 100)):
+        done = afina(command, path)
+        assert done.returncode in (2, 3) and "Traceback" not in done.stderr and "remedy: " in done.stderr, done
+
+
+def test_resuming_what_is_finished_is_no_error(afina: Callable[..., Ran], run: RunDir) -> None:
+    run.begin_attempt("local-1")
+    run.record(Outcome(outcome="finished", exit_code=0, attempt="local-1"))
+    done = afina("resume", run.path)
+    assert (done.returncode, done.stdout) == (0, f"afina: finished: {run.path}\n")
+    assert run.attempt_names() == ["local-1"]
+
+
+def test_a_worker_that_cannot_start_is_the_environment(afina: Callable[..., Ran], run: RunDir) -> None:
+    (run.path / "worker.argv").write_bytes(b"/no/such/apptainer\0exec\0")
+    done = afina("resume", run.path)
+    assert done.returncode == 3 and done.stderr.startswith("error: /no/such/apptainer: No such file"), done
+    assert "AFINA_RUNTIME=none" in done.stderr
+
+
+@pytest.mark.parametrize(("code", "state"), [(4, "failed"), (3, "failed")])
+def test_a_worker_that_dies_is_settled(afina: Callable[..., Ran], run: RunDir, code: int, state: str) -> None:
+    (run.path / "worker.argv").write_bytes(b"\0".join([b"bash", b"-c", b"echo last words; exit %d" % code, b""]))
+    done = afina("resume", run.path)
+    outcome = run.outcome()
+    assert done.returncode == code and outcome is not None and outcome.outcome == state
+    assert "last words" in done.stdout and "| last words" in done.stderr and "remedy: " in done.stderr
+    assert (run.attempts / "local-1/node0.log").read_text() == "last words\n"
+
+
+def test_the_workers_outcome_is_the_exit_code(afina: Callable[..., Ran], run: RunDir) -> None:
+    """accelerate says 1 whatever its workers said: what counts is what the worker wrote."""
+    script = (
+        "import sys; from afina.run.directory import *;"
+        "RunDir(sys.argv[1]).record(Outcome(outcome='stopped', exit_code=75, attempt='local-1', global_step=3));"
+        "sys.exit(1)"
+    )
+    words = [sys.executable, "-c", script, str(run.path), ""]
+    (run.path / "worker.argv").write_bytes(b"\0".join(os.fsencode(w) for w in words))
+    done = afina("resume", run.path, "--json")
+    assert done.returncode == 75
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["outcome"], said["global_step"], said["run"]) == ("stopped", 3, str(run.path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_the_worker_to_stop(run: RunDir, scratch: Path, number: signal.Signals) -> None:
+    body = 'echo up; for i in {1..200}; do [ -e "$1/stop" ] && exit 0; sleep 0.05; done; exit 9'
+    words = ["bash", "-c", body, "bash", str(run.path), ""]
+    (run.path / "worker.argv").write_bytes(b"\0".join(os.fsencode(w) for w in words))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "afina.cli", "resume", str(run.path)],
+        env={**os.environ, "AFINA_SCRATCH": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert run.stop_file.exists() and process.returncode == 4 and "Traceback" not in said, said
+    assert ("Ctrl-C again" in said) is (number == signal.SIGINT)
+
+
+def test_a_closed_pipe_is_no_traceback(run: RunDir) -> None:
+    done = subprocess.run(
+        [
+            "bash",
+            "-o",
+            "pipefail",
+            "-c",
+            '"$1" -m afina.cli --help | true; "$1" -m afina.cli --help | head -n 1',
+            "x",
+            sys.executable,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "" and done.stdout.startswith("Usage: ")

@@ -1,0 +1,302 @@
+"""Which numbers a run computes in: the table, on devices that are only described; and real runs in those that a CPU has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tests import tiny
+
+from afina.errors import EnvironmentProblem
+from afina.recipe.schema import Train
+from afina.run.directory import RunDir
+from afina.worker.compute import products
+from afina.worker.compute.cpu import Processor, processor
+from afina.worker.compute.precision import Choice, Device, announce, arguments, choose, difference, here, of_run
+
+CPU, ZEN2, ZEN4 = (
+    Device("cpu", "POWER9"),
+    Device("cpu", "EPYC 7742", None, False),
+    Device("cpu", "EPYC 9654", None, True),
+)
+V100, T4 = Device("cuda", "Tesla V100", (7, 0)), Device("cuda", "Tesla T4", (7, 5))
+P100, A100, H100 = Device("cuda", "Tesla P100", (6, 0)), Device("cuda", "A100", (8, 0)), Device("cuda", "H100", (9, 0))
+MI250 = Device("cuda", "MI250", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "made"),
+    [
+        (CPU, "fp32", {}),
+        (ZEN2, "fp32", {}),
+        (ZEN4, "bf16", {}),
+        (P100, "fp32", {}),
+        (V100, "fp16", {"fp16": True}),
+        (T4, "fp16", {"fp16": True}),
+        (A100, "bf16", {"bf16": True, "tf32": True}),
+        (H100, "bf16", {"bf16": True, "tf32": True}),
+        (MI250, "fp32", {}),
+    ],
+)
+def test_auto_follows_the_device(device: Device, precision: str, made: dict[str, bool]) -> None:
+    choice = choose(Train(), device)
+    assert (choice.precision, choice.compile, arguments(choice)) == (precision, False, made)
+    assert choice.why
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "made"),
+    [
+        ("fp32", A100, {"tf32": False}),
+        ("tf32", A100, {"tf32": True}),
+        ("fp16", A100, {"fp16": True, "tf32": False}),
+        ("bf16", ZEN2, {}),
+        ("fp32", ZEN4, {}),
+        ("fp32", V100, {}),
+        ("bf16", MI250, {"bf16": True}),
+    ],
+)
+def test_what_the_recipe_asks_for(asked: Any, device: Device, made: dict[str, bool]) -> None:
+    assert arguments(choose(Train(precision=asked), device)) == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "device"), [("fp16", CPU), ("tf32", CPU), ("bf16", V100), ("tf32", T4), ("tf32", MI250), ("bf16", P100)]
+)
+def test_what_is_not_to_be_had_is_refused(asked: Any, device: Device) -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        choose(Train(precision=asked), device)
+    assert asked in caught.value.message and device.words in caught.value.message and "auto" in caught.value.remedy
+
+
+def test_a_run_keeps_what_it_began_with() -> None:
+    kept = choose(Train(), A100, "fp32")
+    assert (kept.precision, kept.why) == ("fp32", "the attempts before computed in it")
+    assert choose(Train(), H100, "fp16").precision == "fp16"
+    with pytest.raises(EnvironmentProblem, match="computes in bf16 since its first attempt") as caught:
+        choose(Train(), V100, "bf16")
+    assert "here it would be fp16" in caught.value.remedy
+    assert choose(Train(precision="fp32"), A100, "bf16").precision == "fp32"
+    assert choose(Train(), ZEN4, "fp32").precision == "fp32" and choose(Train(), A100, "bf16").precision == "bf16"
+
+
+@pytest.mark.parametrize("device", [ZEN2, CPU])
+def test_a_run_goes_on_in_fp32_where_the_cpu_lacks_the_instructions(tmp_path: Path, device: Device) -> None:
+    """…and in bf16 again on the next that has them: it is the first attempt that counts."""
+    found = choose(Train(), device, "bf16")
+    assert found.precision == "fp32" and found.why.endswith("the attempts before computed in bf16")
+    run = RunDir(tmp_path)
+    for choice in (choose(Train(), ZEN4), found):
+        announce(run, "local-1", choice, "eager")
+    assert of_run(run, Train()).precision == choose(Train(), here(), "bf16").precision
+
+
+def test_train_arguments_count_and_are_not_said_twice() -> None:
+    choice = choose(Train(arguments={"bf16": True}), CPU)
+    assert (choice.precision, arguments(choice), choice.why) == (None, {}, "the recipe's train.arguments (bf16)")
+    for clash in (
+        {"precision": "fp16", "arguments": {"bf16": True}},
+        {"compile": True, "arguments": {"torch_compile": False}},
+    ):
+        with pytest.raises(ValidationError, match="says another time"):
+            Train.model_validate(clash)
+
+
+def test_compiling_needs_a_compiler(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="needs a C\\+\\+ compiler") as caught:
+        choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})
+    assert "--apt-packages" in caught.value.remedy
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert arguments(choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})) == {"torch_compile": True}
+    assert choose(Train(), CPU, env={"PATH": ""}).compile is False
+
+
+def test_unlike_gpus_are_refused_or_named() -> None:
+    def chosen(*devices: Device) -> list[Choice]:
+        return [choose(Train(), device) for device in devices]
+
+    assert difference(chosen(A100, A100), ["n1", "n2"]) == []
+    (warning,) = difference(chosen(A100, H100), ["n1", "n2"])
+    assert "A100" in warning and "H100" in warning and "on n2" in warning
+    with pytest.raises(EnvironmentProblem, match="unlike GPUs") as caught:
+        difference(chosen(A100, V100), ["n1", "n2"])
+    assert "AFINA_GPU_REQUEST" in caught.value.remedy
+    assert difference(chosen(ZEN4, ZEN4), ["n1", "n2"]) == difference(chosen(ZEN2, CPU), ["n1", "n2"]) == []
+    (warning,) = difference(chosen(ZEN4, ZEN2), ["n1", "n2"])
+    assert "bf16 on n1 (EPYC 9654); fp32 on n2 (EPYC 7742)" in warning
+
+
+def test_the_setting_that_trainer_makes_can_be_read_back() -> None:
+    """In a process of its own: torch keeps the setting, and refuses to be asked in the old way after it."""
+    code = """
+from transformers.utils.import_utils import enable_tf32
+from afina.worker.precision import products_in_tf32
+said = [products_in_tf32()]
+for on in (True, False):
+    enable_tf32(on)
+    said.append(products_in_tf32())
+print(said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[False, True, False]\n"
+
+
+# -- for real ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("precision")
+    (place / "scratch").mkdir()
+    tiny.tiny_model(place / "model")
+    # Without dropout, whose masks a compiled model draws in another order; grouped, as a compiled run is.
+    config = json.loads((place / "model/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (place / "model/config.json").write_text(json.dumps(config))
+    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(80, 3))
+    part = {"fraction": 0.5, "seed": 1}
+    recipe = {
+        "name": "tiny",
+        "model": "model",
+        "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
+        "tokens": {"max_length": 64, "batching": "grouped"},
+        "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 0.003, "log_every": 1, "keep": "last"},
+    }
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    return place
+
+
+def trained(
+    place: Path, name: str, *settings: str, code: int = 0, processes: int = 1, **variables: str
+) -> tuple[Path, str]:
+    options = ["--num-processes", str(processes), *(word for setting in settings for word in ("--set", setting))]
+    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", name, *options]
+    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        argv, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == code, done.stdout
+    return place / name, done.stdout
+
+
+def losses(run: Path) -> list[float]:
+    return [
+        line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    (found,) = [event for event in events if event["event"] == "precision"]
+    return dict(found)
+
+
+CPUINFO = "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: {name}\nflags\t\t: fpu {flags}\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n"
+
+
+def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(CPUINFO.format(vendor="AuthenticAMD", name="AMD EPYC 9554", flags="avx512f avx512_bf16"))
+    found = processor(file)
+    assert (found.name, found.vendor) == ("AMD EPYC 9554", "AuthenticAMD")
+    assert found.flags == {"fpu", "avx512f", "avx512_bf16"} and found.multiplies_bfloat16
+    file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert processor(file) == processor(tmp_path / "absent") == Processor(os.uname().machine, "", frozenset())
+
+
+def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+
+    def said(precision: Any, device: Device) -> list[str]:
+        return announce(run, "local-1", Choice(precision, False, "", device), "eager")[1:]
+
+    assert "EPYC 7742 has no instructions for bfloat16" in said("bf16", ZEN2)[0]
+    assert said("bf16", ZEN4) == said("fp32", ZEN2) == said("bf16", CPU) == []
+    assert choose(Train(), CPU).why == "the CPU"
+    assert choose(Train(), ZEN2).why == "the CPU has no instructions for bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "faster"),
+    [
+        ("AuthenticAMD", ("avx2", "avx512f"), True),
+        ("AuthenticAMD", ("avx2",), False),
+        ("GenuineIntel", ("avx2", "avx512f"), False),
+        ("", (), False),
+    ],
+)
+def test_products_by_onednn_are_float32s(vendor: str, flags: tuple[str, ...], faster: bool) -> None:
+    drawn = torch.get_rng_state()
+    left, right = (torch.randn(700, 384, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+    true, by_mkl = left.double() @ right.T.double(), left @ right.T
+    try:
+        chosen = products.use_onednn(True, Processor("a processor", vendor, frozenset(flags)))
+        # Where this processor would round to bfloat16 (AMX), oneDNN is not taken, whatever it is said to be.
+        assert chosen == (faster and "amx_bf16" not in processor().flags)
+        assert products.library() == ("oneDNN" if chosen else "torch's choice")
+        assert float((left @ right.T - true).norm() / true.norm()) < 1e-6
+        with products.by_mkl():
+            assert torch.equal(left @ right.T, by_mkl) and torch.get_float32_matmul_precision() == "highest"
+        assert not products.use_onednn(False) and torch.equal(left @ right.T, by_mkl)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    finally:
+        products.use_onednn(False)
+
+
+def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_permit", lambda permitted: None)
+    rounded = lambda x: x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(rounded(a), rounded(b)))
+    assert not products.use_onednn(True, Processor("with tiles", "AuthenticAMD", frozenset({"avx512f"})))
+
+
+@pytest.mark.slow
+def test_bfloat16_is_close_and_another_and_compiled_is_the_same(place: Path) -> None:
+    plain, said = trained(place, "plain", "train.precision=fp32")
+    assert "afina: precision fp32 (the recipe asks for it)" in said
+    about = recorded(plain)
+    assert (about["precision"], about["measured_here"], about["device"]["kind"]) == ("fp32", True, "cpu")
+    half, said = trained(place, "half", "train.precision=bf16")
+    assert "afina: precision bf16 (the recipe asks for it)" in said and recorded(half)["precision"] == "bf16"
+    assert losses(half) != losses(plain)
+    assert losses(half) == pytest.approx(losses(plain), rel=0.02)
+    # Through dynamo and autograd; without inductor, whose C++ takes minutes to compile for a model of this size.
+    backend = "train.arguments.torch_compile_backend=aot_eager"
+    compiled, said = trained(place, "compiled", "train.compile=true", "train.precision=fp32", backend)
+    assert ", compiled" in said and recorded(compiled)["compile"] is True
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert (compiled / "model/model.safetensors").is_file()
+
+
+def test_what_a_cpu_cannot_ends_with_three(place: Path) -> None:
+    run, said = trained(place, "refused", "train.precision=fp16", code=3)
+    assert "train.precision: fp16 is not to be had on the CPU" in said and "Traceback" not in said
+    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 3
+
+
+_SITE = """
+import os
+from afina.worker import processor as module
+rank = int(os.environ.get("LOCAL_RANK", "0"))
+found = module.Processor(("EPYC 9654", "EPYC 7742")[rank], "AuthenticAMD", frozenset(("avx512_bf16", "avx2")[rank : rank + 1]))
+module.processor = lambda: found
+"""
+
+
+def test_processes_on_unlike_processors_train_together_and_it_is_said(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_SITE)
+    run, said = trained(place, "unlike", processes=2, PYTHONPATH=str(tmp_path))
+    assert "afina: precision bf16 (the CPU has instructions for it)" in said
+    host = os.uname().nodename
+    listed = f"bf16 on {host} (EPYC 9654); fp32 on {host} (EPYC 7742)"
+    assert f"afina: WARNING: unlike processors in one job: {listed}; each step takes" in said
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "finished"

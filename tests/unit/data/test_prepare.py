@@ -1,0 +1,449 @@
+"""The prepare stage as a process: what it prints, how it exits, what it leaves behind; on real files and a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tests.tiny import tiny_model, tiny_reviews, write_csv, write_jsonl
+
+from afina.recipe.schema import Recipe
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
+from afina.worker.data import prepared
+
+#: Read before the test environment forgets it.
+TEST_DATA = os.environ.get("AFINA_TEST_DATA")
+
+#: The prepare stage with pieces so small that little data has many.
+SMALL_PIECES = """
+import sys
+from afina.worker import pieces, prepare, tokenise
+pieces.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
+sys.exit(prepare.main([]))
+"""
+
+Ran = subprocess.CompletedProcess[str]
+Prepare = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny model folders, made once each."""
+    made: dict[str, Path] = {}
+
+    def model(arch: str = "bert", **options: Any) -> Path:
+        key = f"{arch} {options}"
+        if key not in made:
+            made[key] = tiny_model(tmp_path_factory.mktemp("it's a model"), arch, **options)
+        return made[key]
+
+    return model
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    folder = tmp_path / 'da\'ta, "mine" ünï'
+    folder.mkdir()
+    return write_csv(folder / "re views.csv", tiny_reviews(120, seed=5))
+
+
+@pytest.fixture(scope="session")
+def checked() -> dict[str, bytes]:
+    """Records of checks that passed; filled by the first test, so that not every test imports torch."""
+    return {}
+
+
+@pytest.fixture
+def plan(
+    site: Site, models: Callable[..., Path], reviews: Path, checked: dict[str, bytes]
+) -> Iterator[Callable[..., Plan]]:
+    pins = site.scratch / "pins"
+    pins.mkdir()
+    for name, content in checked.items():
+        (pins / name).write_bytes(content)
+
+    def make(model: Path | None = None, data: dict[str, Any] | None = None, **recipe: Any) -> Plan:
+        spec = {
+            "name": "tiny",
+            "model": str(model or models()),
+            "data": {"files": {"all": str(reviews)}, "text": "text", "label": "stars", **(data or {})},
+            "tokens": {"max_length": 64},
+            **recipe,
+        }
+        return make_plan(Recipe.model_validate(spec), site)
+
+    yield make
+    checked.update({path.name: path.read_bytes() for path in pins.glob("checked-*.json")})
+
+
+def prepare(plan: Plan | str, *arguments: str, env: dict[str, str] | None = None, **options: Any) -> Ran:
+    return subprocess.run(
+        [sys.executable, "-m", "afina.worker", "prepare", *arguments],
+        input=plan if isinstance(plan, str) else plan.to_json(),
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def result(ran: Ran) -> dict[str, Any]:
+    assert ran.returncode == 0, ran.stderr
+    value = json.loads(ran.stdout.splitlines()[-1])
+    assert isinstance(value, dict)
+    return value
+
+
+def refused(ran: Ran, code: int) -> str:
+    """The message, after the checks that every refusal passes."""
+    assert ran.returncode == code, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.count("error: ") == 1 and "\n  remedy: " in ran.stderr, ran.stderr
+    assert ran.stdout == ""
+    return ran.stderr
+
+
+def leftovers(plan: Plan) -> list[str]:
+    return [p.name for p in plan.site.prepared.iterdir()] if plan.site.prepared.is_dir() else []
+
+
+# -- what is prepared -------------------------------------------------------------------------------------------------
+
+
+def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) -> None:
+    made = plan()
+    first = result(prepare(made))
+    folder = Path(first["prepared"])
+    assert folder == made.site.prepared / first["digest"] and leftovers(made) == [first["digest"]]
+    assert first["task"] == "single-label" and first["labels"] == ["1", "2", "3", "4", "5"]
+    assert first["rows"] == {"train": 96, "eval": 24} and first["reused"] is False
+    assert first["model_folder"] == made.recipe.model and first["model_commit"] is first["data_commit"] is None
+
+    again = result(prepare(made))
+    assert again == {**first, "reused": True}
+
+    manifest = prepared.verify(folder)
+    assert manifest["num_labels"] == 5 and manifest["max_length"] == 64 and manifest["text_columns"] == ["text"]
+    rows = list(csv.DictReader(reviews.read_text(encoding="utf-8").splitlines(keepends=True)))
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    assert manifest["pad_token_id"] == tokenizer.pad_token_id
+    for part, count in first["rows"].items():
+        split = prepared.open_split(folder, part)
+        table = pq.read_table(folder / f"{part}.rows.parquet").to_pydict()
+        assert len(split) == count and int(split.lengths.sum()) == first["tokens"][part] == len(split.tokens)
+        assert split.types is None and split.tokens.dtype == np.uint16
+        assert ("text" in table) == (part != "train") and set(table["file"]) == {str(reviews)}
+        for i, number in enumerate(table["row"]):
+            row = rows[number - 1]
+            ids = tokenizer(row["text"], truncation=True, max_length=64)["input_ids"]
+            assert split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist() == ids
+            assert manifest["labels"][split.labels[i]] == row["stars"]
+
+
+def test_the_same_input_gives_the_same_bytes(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    folder = Path(result(prepare(made))["prepared"])
+    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    shutil.rmtree(folder)
+    # As if the site file or the user's shell spoke another language and launcher.
+    env = {
+        "WORLD_SIZE": "4",
+        "RANK": "1",
+        "MASTER_ADDR": "nowhere",
+        "LC_ALL": "C.UTF-8",
+        "TOKENIZERS_PARALLELISM": "false",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    assert Path(result(prepare(made, env=env))["prepared"]) == folder
+    assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_the_digest_covers_what_decides_the_content_and_nothing_else(
+    plan: Callable[..., Plan], models: Callable[..., Path]
+) -> None:
+    base = result(prepare(plan()))["digest"]
+    same = plan(name="other", train={"epochs": 9, "seed": 5}, metrics=["accuracy"])
+    assert result(prepare(same))["reused"] is True
+    changes: list[dict[str, Any]] = [
+        {"tokens": {"max_length": 63}},
+        {"data": {"eval": {"seed": 1, "sample": 10}}},
+        {"data": {"id": "rating"}},
+        {"task": "regression"},
+        {"model": models("distilbert")},
+    ]
+    assert len({base, *(result(prepare(plan(**change)))["digest"] for change in changes)}) == 1 + len(changes)
+
+
+def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    ran = result(prepare(plan(data={"label": "rating"})))
+    assert (ran["task"], ran["labels"]) == ("regression", None)
+    assert prepared.open_split(ran["prepared"], "train").labels.dtype == np.float32
+    rows = [
+        {
+            "a": r["text"],
+            "b": "it was fine",
+            "tags": ["good, or so"] * (r["stars"] > 3) + ["long"] * (len(r["text"]) > 60),
+        }
+        for r in tiny_reviews(60)
+    ]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    ran = result(prepare(plan(data={"files": {"all": str(path)}, "text": ["a", "b"], "label": "tags"})))
+    assert (ran["task"], ran["labels"]) == ("multi-label", ["good, or so", "long"])
+    split = prepared.open_split(ran["prepared"], "eval")
+    assert split.labels.shape == (12, 2) and split.types is not None and len(split.types) == len(split.tokens)
+    assert set(np.unique(split.types)) == {0, 1}
+    assert {"text", "text_pair"} <= set(pq.read_schema(Path(ran["prepared"]) / "eval.rows.parquet").names)
+
+
+def test_long_texts_and_small_parts_are_said(plan: Callable[..., Plan]) -> None:
+    ran = prepare(plan(tokens={"max_length": 12}, train={"batch_size": 128}))
+    warnings = result(ran)["warnings"]
+    assert any("longer than tokens.max_length 12 and were cut" in w for w in warnings)
+    assert any("fewer than train.batch_size 128" in w for w in warnings)
+    assert all(f"warning: {w}" in ran.stderr for w in warnings)
+    split = prepared.open_split(result(ran)["prepared"], "train")
+    assert split.lengths.max() == 12
+
+
+def test_real_reviews(plan: Callable[..., Plan]) -> None:
+    if not TEST_DATA:
+        pytest.skip("AFINA_TEST_DATA names no folder with amazon_reviews.csv")
+    files = {"files": {"all": f"{TEST_DATA}/amazon_reviews.csv"}, "id": "id"}
+    ran = result(prepare(plan(data=files, tokens={"max_length": 128})))
+    assert ran["labels"] == ["1", "2", "3", "4", "5"] and sum(ran["rows"].values()) == 3708
+    assert result(prepare(plan(data={**files, "label": "rating"})))["task"] == "regression"
+
+
+# -- damage, races, signals, a full disk ------------------------------------------------------------------------------
+
+
+def test_damaged_data_is_set_aside_and_made_again(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    folder = Path(result(prepare(made))["prepared"])
+    (folder / "train.tokens.npy").write_bytes(b"short")
+    ran = prepare(made)
+    assert result(ran)["reused"] is False and "train.tokens.npy: has 5 bytes" in ran.stderr
+    prepared.verify(folder)
+    assert sorted(leftovers(made)) == sorted([f".damaged-{folder.name[-8:]}-1", folder.name])
+
+
+def test_two_at_once_publish_one(plan: Callable[..., Plan]) -> None:
+    made = plan()
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "afina.worker", "prepare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write(made.to_json())
+        child.stdin.close()
+        child.stdin = None
+    results = [child.communicate(timeout=120) for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], results
+    assert len({json.loads(out)["prepared"] for out, _ in results}) == 1
+    folder = Path(json.loads(results[0][0])["prepared"])
+    prepared.verify(folder)
+    assert leftovers(made) == [folder.name]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing_half_made_behind(
+    plan: Callable[..., Plan], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    big = write_csv(tmp_path / "big.csv", tiny_reviews(30_000))
+    made = plan(data={"files": {"all": str(big)}})
+    child = subprocess.Popen(
+        [sys.executable, "-c", SMALL_PIECES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )
+    assert child.stdin is not None
+    child.stdin.write(made.to_json())
+    child.stdin.close()
+    child.stdin = None
+    deadline = time.monotonic() + 60
+    while not list(made.site.cache.glob("prepare/*/*.npz")):
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == code, err
+    assert out == "" and "Traceback" not in err and "what was tokenised is kept for the next time" in err
+    assert leftovers(made) == []
+    assert {path.suffix for path in made.site.cache.glob("prepare/*/*")} == {".npz"}
+
+
+def test_a_limit_while_writing_is_one_message(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    big = write_csv(tmp_path / "big.csv", tiny_reviews(20_000))
+    made = plan(data={"files": {"all": str(big)}})
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    said = refused(prepare(made, preexec_fn=limit), 3)
+    assert "File too large" in said and "are free on the file system of" in said
+    assert leftovers(made) == [] and list(made.site.cache.glob("prepare/*")) == []
+
+
+def test_a_full_disk_is_refused_before_writing(
+    plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(small)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        made = plan().model_copy(update={"site": Site(scratch=small)})
+        assert "are needed" in refused(prepare(made), 3)
+        assert leftovers(made) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_scratch_that_cannot_be_written(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    file = tmp_path / "not a folder"
+    file.write_text("")
+    made = plan().model_copy(update={"site": Site(scratch=file)})
+    ran = prepare(made)
+    assert ran.returncode == 3 and "Traceback" not in ran.stderr, ran.stderr
+
+
+# -- what the user got wrong ------------------------------------------------------------------------------------------
+
+
+def test_errors_as_json_for_a_parent(plan: Callable[..., Plan]) -> None:
+    ran = prepare(plan(data={"label": "star"}), "--json")
+    assert ran.returncode == 2 and "error:" not in ran.stderr
+    said = json.loads(ran.stdout.splitlines()[-1])
+    assert (
+        said["error"] == "DataError"
+        and "no column `star`" in said["message"]
+        and said["remedy"] == "did you mean `stars`?"
+    )
+
+
+def test_not_a_plan(site: Site) -> None:
+    assert "standard input is not a plan" in refused(prepare("{}"), 2)
+    assert "standard input is not a plan" in refused(prepare(""), 2)
+    assert "unknown argument --jsno" in refused(prepare("{}", "--jsno"), 2)
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        ("text,stars\ncafé,1\n".encode("latin-1"), "row 1 (line 2): byte 0xe9"),
+        (b"text,stars\na,1\nb,c,2\n", "row 2 (line 3): 3 cells, the header has 2"),
+        (b"text,stars\r\n" + b"a,1\r\n,2\r\n" * 9, "rows have an empty text"),
+        (b"text;stars\na;1\n", "there is no column `text`; columns: `text;stars`"),
+        (b"text,stars\na,1\nb,1\nc,1\nd,1\ne,1\nf,1\ng,1\nh,1\n", "at least two labels are needed"),
+        (b"text,stars\n", "no rows"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_bad_data(plan: Callable[..., Plan], reviews: Path, raw: bytes, expected: str) -> None:
+    made = plan(data={"train": {"split": "all"}, "eval": {"split": "all"}})
+    reviews.write_bytes(raw)
+    said = refused(prepare(made), 2)
+    assert (expected in said and str(reviews) in said.replace("train: ", "")) or "every row" in said
+    assert leftovers(made) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, expected, remedy",
+    [
+        ({"warmup_ratio": 0.1}, "train.arguments.warmup_ratio", "use `warmup_steps`: a value below 1"),
+        ({"wieght_decay": 0.1}, "has no such argument", "did you mean `weight_decay`?"),
+        ({"weight_decay": "a lot"}, "'a lot' is a text, float is wanted", "correct the value"),
+        ({"lr_scheduler_type": "linaer"}, "train.arguments.lr_scheduler_type", "correct the value"),
+        ({"warmup_steps": -1}, "train.arguments.warmup_steps", "correct the value"),
+    ],
+)
+def test_arguments_that_the_installed_version_refuses(
+    plan: Callable[..., Plan], tmp_path: Path, arguments: dict[str, Any], expected: str, remedy: str
+) -> None:
+    made = plan(train={"arguments": arguments})
+    said = refused(prepare(made), 2)
+    assert expected in said and remedy in said
+    assert leftovers(made) == [] and list(Path.cwd().iterdir()) == []
+
+
+def test_arguments_for_the_gpu_are_not_tried_here(plan: Callable[..., Plan]) -> None:
+    made = plan(train={"arguments": {"bf16": True, "tf32": True, "warmup_steps": 0.1, "optim": "adamw_torch"}})
+    result(prepare(made))
+    assert "'yes' is a text" in refused(prepare(plan(train={"arguments": {"bf16": "yes"}})), 2)
+
+
+def spoil(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "spoilt"))
+
+
+def test_truncated_weights(plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path) -> None:
+    folder = spoil(models(), tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    said = refused(prepare(plan(folder)), 2)
+    assert str(weights) in said and "not a whole safetensors file" in said
+
+
+def test_no_tokenizer(plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path) -> None:
+    folder = spoil(models(), tmp_path)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    assert "has no tokenizer" in refused(prepare(plan(folder)), 2)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "cannot be loaded" in refused(prepare(plan(folder)), 2)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ("{", "cannot be read"),
+        ("{}", "names no `model_type`"),
+        ('{"model_type": "never-heard-of"}', "refuses"),
+        ('{"model_type": "vit"}', "no sequence classification for architecture `vit`"),
+    ],
+)
+def test_a_config_that_does_not_do(
+    plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path, config: str, expected: str
+) -> None:
+    folder = spoil(models(), tmp_path)
+    (folder / "config.json").write_text(config)
+    assert expected in refused(prepare(plan(folder)), 2)
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta"])
+def test_longer_than_the_model_has_positions(plan: Callable[..., Plan], models: Callable[..., Path], arch: str) -> None:
+    said = refused(prepare(plan(models(arch), tokens={"max_length": 129})), 2)
+    assert "129 is more than the 128 positions" in said and "set tokens.max_length to 128 or less" in said
+    result(prepare(plan(models(arch), tokens={"max_length": 128})))

@@ -1,0 +1,427 @@
+"""Which rows make a part, what their labels are, and what is refused: in process, on tables made here."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.tiny import write_csv, write_jsonl
+
+from afina.errors import AfinaError, DataError, RecipeError
+from afina.recipe.schema import Data
+from afina.worker.data.labels import Labels
+from afina.worker.data.splits import Examples, build_examples, choose_sources, cut, sample_rows
+from afina.worker.data.tables import Table, read_files
+
+Rows = list[dict[str, Any]]
+
+
+def build(
+    folder: Path, files: dict[str, Rows], task: str = "auto", kind: str = "csv", **data: Any
+) -> tuple[Labels, dict[str, Examples], list[str]]:
+    write = {"csv": write_csv, "jsonl": write_jsonl}[kind]
+    paths = {part: write(folder / f"{part}.{kind}", rows) for part, rows in files.items()}
+    data = {"text": "text", "label": "label", **data}
+    spec = Data.model_validate({"files": {part: str(path) for part, path in paths.items()}, **data})
+    warnings: list[str] = []
+    sources = choose_sources(spec, list(paths), warnings)
+    tables: dict[str, Table] = {
+        source: read_files([paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text)
+        for source in set(sources.values())
+    }
+    labels, parts = build_examples(task, spec, tables, sources, warnings)
+    return labels, parts, warnings
+
+
+def reviews(n: int, labels: str = "abc", start: int = 0) -> Rows:
+    return [{"text": f"text {i}", "label": labels[i % len(labels)], "n": i} for i in range(start, start + n)]
+
+
+def refused(*args: Any, **kwargs: Any) -> AfinaError:
+    with pytest.raises((DataError, RecipeError)) as error:
+        build(*args, **kwargs)
+    assert error.value.remedy
+    return error.value
+
+
+# -- cutting and sampling ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cut_is_disjoint_stratified_and_exact(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(50, 400))
+    strata = rng.choice(6, n, p=[0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
+    shares = [Fraction("0.7"), Fraction("0.2"), Fraction("0.1")]
+    pieces = cut(strata, n, shares, seed)
+    together = np.concatenate(pieces)
+    assert len(np.unique(together)) == len(together) == n, f"seed {seed}"
+    for share, piece in zip(shares, pieces, strict=True):
+        assert (np.diff(piece) > 0).all(), "source order"
+        assert abs(len(piece) - share * n) <= 3, f"seed {seed}"
+        for stratum in range(6):
+            size = (strata == stratum).sum()
+            if size > 1:
+                assert abs((strata[piece] == stratum).sum() - share * size) < 2, f"seed {seed}, stratum {stratum}"
+    assert set(strata) == set(strata[pieces[0]]), "every stratum is in the first part"
+
+
+def test_what_is_left_of_one_is_left_out() -> None:
+    pieces = cut(None, 1000, [Fraction("0.5"), Fraction("0.25")], 1)
+    assert [len(p) for p in pieces] == [500, 250]
+    assert not set(pieces[0]) & set(pieces[1])
+
+
+def test_a_cut_depends_on_the_seed_and_on_nothing_else() -> None:
+    strata = np.arange(100) % 3
+    halves = [Fraction("0.5"), Fraction("0.5")]
+    assert cut(strata, 100, halves, 7)[0].tolist() == cut(strata, 100, halves, 7)[0].tolist()
+    assert cut(strata, 100, halves, 7)[0].tolist() != cut(strata, 100, halves, 8)[0].tolist()
+    # Written down, so that another platform or NumPy that cuts differently is noticed.
+    assert cut(strata[:20], 20, halves, 42)[0].tolist() == [5, 6, 7, 9, 10, 11, 12, 14, 15, 19]
+
+
+@pytest.mark.parametrize("n, sample, seed", [(10, 10, 42), (3708, 600, 42), (1000, 1, 0), (257, 100, 2**32 - 1)])
+def test_a_sample_is_the_one_that_datasets_takes(n: int, sample: int, seed: int) -> None:
+    datasets = pytest.importorskip("datasets")
+    theirs = datasets.Dataset.from_dict({"i": list(range(n))}).shuffle(seed=seed).select(range(sample))
+    assert sample_rows(n, sample, seed).tolist() == theirs["i"][:]
+
+
+def test_a_sample_of_a_cut_is_in_shuffled_order_and_all_rows_in_source_order(tmp_path: Path) -> None:
+    rows = reviews(90)
+    parts = {"train": {"fraction": 0.5, "sample": 20, "seed": 3}, "eval": {"fraction": 0.5}}
+    _, examples, _ = build(tmp_path, {"all": rows}, **parts)
+    taken = cut(np.arange(90) % 3, 90, [Fraction("0.5"), Fraction("0.5")], 3)
+    assert (examples["train"].table.row - 1).tolist() == taken[0][
+        np.random.default_rng(3).permutation(45)[:20]
+    ].tolist()
+    assert (examples["eval"].table.row - 1).tolist() == taken[1].tolist()
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "known, data, chosen",
+    [
+        (["all"], {}, {"train": "all", "eval": "all"}),
+        (["train", "eval"], {}, {"train": "train", "eval": "eval"}),
+        (["train"], {}, {"train": "train", "eval": "train"}),
+        (["all", "test"], {"test": {}}, {"train": "all", "eval": "all", "test": "test"}),
+        (["train", "test"], {"eval": {"split": "test"}}, {"train": "train", "eval": "test"}),
+    ],
+)
+def test_sources_of_files(known: list[str], data: dict[str, Any], chosen: dict[str, str]) -> None:
+    spec = Data.model_validate({"files": dict.fromkeys(known, "x.csv"), "text": "t", "label": "l", **data})
+    assert choose_sources(spec, known, []) == chosen
+
+
+@pytest.mark.parametrize(
+    "known, data, chosen",
+    [
+        (["train", "validation", "test"], {}, {"train": "train", "eval": "validation"}),
+        (["train", "dev"], {"test": {"split": "dev"}}, {"train": "train", "eval": "dev", "test": "dev"}),
+        (["train", "test"], {}, {"train": "train", "eval": "test"}),
+        (["tr", "va"], {"splits": {"train": "tr", "eval": "va"}}, {"train": "tr", "eval": "va"}),
+        (["train"], {}, {"train": "train", "eval": "train"}),
+    ],
+)
+def test_sources_of_hub_splits(known: list[str], data: dict[str, Any], chosen: dict[str, str]) -> None:
+    warnings: list[str] = []
+    spec = Data.model_validate({"hub": "me/x", "text": "t", "label": "l", **data})
+    assert choose_sources(spec, known, warnings) == chosen
+    assert bool(warnings) == (chosen["eval"] == "test")
+
+
+def test_unknown_splits_are_refused_with_the_nearest() -> None:
+    spec = Data.model_validate({"hub": "me/x", "text": "t", "label": "l", "eval": {"split": "vaildation"}})
+    with pytest.raises(RecipeError) as error:
+        choose_sources(spec, ["train", "validation"], [])
+    assert error.value.remedy == "did you mean `validation`? known: train, validation"
+    spec = Data.model_validate({"hub": "me/x", "text": "t", "label": "l", "splits": {"eval": "tset"}})
+    with pytest.raises(RecipeError, match=r"data\.splits\.eval: `tset` is not a split of me/x"):
+        choose_sources(spec, ["train", "test"], [])
+
+
+def test_one_source_without_fractions_is_cut_and_said(tmp_path: Path) -> None:
+    _, parts, warnings = build(tmp_path, {"all": reviews(100)})
+    assert {p: len(e) for p, e in parts.items()} == {"train": 80, "eval": 20}
+    assert any("0.8 for train, 0.2 for eval" in w for w in warnings)
+
+
+def test_a_part_without_fraction_gets_the_rest(tmp_path: Path) -> None:
+    _, parts, warnings = build(tmp_path, {"all": reviews(120)}, train={"fraction": 0.75})
+    assert {p: len(e) for p, e in parts.items()} == {"train": 90, "eval": 30}
+    assert any("eval gets the rest" in w for w in warnings)
+    assert "would get no rows" in refused(tmp_path, {"all": reviews(120)}, train={"fraction": 1.0}).message
+    assert "how much does each get" in refused(tmp_path, {"all": reviews(120)}, test={}).message
+
+
+def test_a_sample_larger_than_the_part_says_how_many_there_are(tmp_path: Path) -> None:
+    error = refused(tmp_path, {"train": reviews(30), "eval": reviews(9, start=50)}, eval={"sample": 10})
+    assert "data.eval.sample: 10 rows are asked for, 9 are there" in error.message
+
+
+def test_a_source_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "eval.csv").write_text("text,label\n")
+    spec = {"train": reviews(30)}
+    write_csv(tmp_path / "train.csv", spec["train"])
+    data = Data.model_validate(
+        {"files": {p: str(tmp_path / f"{p}.csv") for p in ("train", "eval")}, "text": "text", "label": "label"}
+    )
+    tables = {p: read_files([tmp_path / f"{p}.csv"], ["label"], ["text"]) for p in ("train", "eval")}
+    with pytest.raises(DataError, match=r"eval\.csv: no rows"):
+        build_examples("auto", data, tables, {"train": "train", "eval": "eval"}, [])
+
+
+# -- tasks and labels -------------------------------------------------------------------------------------------------
+
+
+def both(rows: Rows) -> dict[str, Rows]:
+    return {"train": rows, "eval": [{**r, "text": f"other {r['text']}"} for r in rows]}
+
+
+@pytest.mark.parametrize(
+    "values, task, names",
+    [
+        (["1", "2", "10"], "single-label", ("1", "2", "10")),
+        (["b", "a", "c"], "single-label", ("a", "b", "c")),
+        (["1.0", "2.0", "10.0"], "single-label", ("1.0", "2.0", "10.0")),
+        (["good, very", " bad ", "it's"], "single-label", ("bad", "good, very", "it's")),
+        (["1", "2.5", "-3"], "regression", None),
+        (["1", "2.5", "x"], "single-label", ("1", "2.5", "x")),
+    ],
+)
+def test_the_task_that_csv_shows(tmp_path: Path, values: list[str], task: str, names: tuple[str, ...] | None) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    labels, parts, _ = build(tmp_path, both(rows))
+    assert (labels.task, labels.names) == (task, names)
+    if names:
+        assert parts["train"].labels.tolist() == [names.index(v.strip()) for v in values * 2]
+        assert parts["train"].labels.dtype == np.int64
+    else:
+        assert parts["train"].labels.tolist() == [float(v) for v in values * 2]
+        assert parts["train"].labels.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "values, task, names",
+    [
+        ([1, 2, 10], "single-label", ("1", "2", "10")),
+        ([True, False], "single-label", ("false", "true")),
+        ([0.5, 1, 2.25], "regression", None),
+        ([1.0, 2.0], "single-label", ("1", "2")),
+        ([["a", "b"], [], ["b"]], "multi-label", ("a", "b")),
+    ],
+)
+def test_the_task_that_json_shows(tmp_path: Path, values: list[Any], task: str, names: tuple[str, ...] | None) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    labels, _, _ = build(tmp_path, both(rows), kind="jsonl")
+    assert (labels.task, labels.names) == (task, names)
+
+
+def test_the_order_that_the_recipe_gives_wins(tmp_path: Path) -> None:
+    labels, parts, _ = build(tmp_path, both(reviews(6)), labels=["c", "a", "b"])
+    assert labels.names == ("c", "a", "b")
+    assert parts["train"].labels.tolist() == [1, 2, 0, 1, 2, 0]
+    error = refused(tmp_path, both(reviews(6, "abC")), labels=["c", "a", "b"])
+    assert "train.csv, row 3: label 'C' is not one of 'c', 'a', 'b' (2 such rows)" in error.message
+    assert "did you mean `c`?" in error.remedy
+
+
+def test_several_columns_of_0_and_1(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "x": ["0", "1", "true"][i % 3], "y, z": ["False", "0", "1"][i % 3]} for i in range(6)]
+    labels, parts, _ = build(tmp_path, both(rows), label=["x", "y, z"])
+    assert (labels.task, labels.names) == ("multi-label", ("x", "y, z"))
+    assert parts["train"].labels.dtype == np.float32
+    assert parts["train"].labels.tolist() == [[0, 0], [1, 0], [1, 1]] * 2
+    rows[4]["x"] = "2"
+    assert "train.csv, row 5: column `x` holds '2'" in refused(tmp_path, both(rows), label=["x", "y, z"]).message
+    rows[4]["x"] = ""
+    assert "1 rows have no label (`x`, `y, z`)" in refused(tmp_path, both(rows), label=["x", "y, z"]).message
+
+
+def test_labels_in_one_cell(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": ["a; b", "", " c ;a;"][i % 3]} for i in range(6)]
+    labels, parts, _ = build(tmp_path, both(rows), label_separator=";")
+    assert labels.names == ("a", "b", "c")
+    assert parts["train"].labels.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 1]] * 2
+    error = refused(tmp_path, both(rows), label_separator=";", labels=["a", "b"])
+    assert "train.csv, row 3: label 'c' is not one of 'a', 'b'" in error.message
+
+
+def test_a_task_that_the_data_cannot_be(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(["1", "2", "three", "4"])]
+    error = refused(tmp_path, both(rows), "regression")
+    assert "train.csv, row 3: label 'three' is not a finite number" in error.message
+    rows[2]["label"] = "inf"
+    assert "row 3: label 'inf'" in refused(tmp_path, both(rows), "regression").message
+    assert "holds single values" in refused(tmp_path, both(rows), "multi-label").message
+    rows = [{**row, "more": "x"} for row in rows]
+    lists = [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}]
+    assert "holds lists" in refused(tmp_path, both(lists), "single-label", kind="jsonl").message
+    assert "task single-label has one" in refused(tmp_path, both(rows), "single-label", label=["label", "more"]).message
+
+
+def test_regression_is_cut_by_rank(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": f"{(i * 37 % 200) / 7:.3f}"} for i in range(200)]
+    _, parts, _ = build(tmp_path, {"all": rows}, train={"fraction": 0.8}, eval={"fraction": 0.2})
+    assert len(parts["eval"]) == 40
+    counts = np.histogram(parts["eval"].labels, bins=np.quantile(parts["train"].labels, np.linspace(0, 1, 5)))[0]
+    assert counts.min() >= 8, counts
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_text_or_label_are_named(tmp_path: Path) -> None:
+    rows = reviews(30)
+    for i in (3, 9, 12, 15, 18, 21):
+        rows[i]["text"] = " \n"
+    error = refused(tmp_path, both(reviews(9)) | {"train": rows})
+    assert (
+        f"train: 6 rows have an empty text (`text`): {tmp_path}/train.csv, rows 4, 10, 13, 16, 19 (and 1 more)"
+        == error.message
+    )
+    rows = reviews(30)
+    rows[7]["label"] = "  "
+    assert "train: 1 rows have no label (`label`): " in refused(tmp_path, both(reviews(9)) | {"train": rows}).message
+    jsonl = [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"label": "x", "text": "b"}]
+    assert "line 2" in refused(tmp_path, both(jsonl), kind="jsonl").message
+
+
+def test_bad_rows_outside_the_sample_do_no_harm(tmp_path: Path) -> None:
+    rows = reviews(60)
+    used = set(sample_rows(60, 20, 42).tolist())
+    spoilt = next(i for i in range(60) if i not in used)
+    rows[spoilt] |= {"text": "", "label": ""}
+    _, parts, _ = build(tmp_path, {"train": rows, "eval": reviews(9, start=90)}, train={"sample": 20})
+    assert len(parts["train"]) == 20
+
+
+def test_classes_that_cannot_be_learnt(tmp_path: Path) -> None:
+    error = refused(tmp_path, {"train": reviews(6, "ab"), "eval": reviews(6, "abc", 50)})
+    assert "train has no row with label 'c', eval has" in error.message
+    assert "every row has the label 'a'" in refused(tmp_path, both(reviews(6, "a"))).message
+    same = [{"text": f"t{i}", "label": "2.5"} for i in range(6)]
+    assert "every label is 2.5" in refused(tmp_path, both(same)).message
+    empty: Rows = [{"text": f"t{i}", "label": []} for i in range(6)]
+    assert "no row has any label" in refused(tmp_path, both(empty), kind="jsonl").message
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "meant"),
+    [
+        ("1.0 2.0", "1", "1.0"),
+        ("Good bad", "good", "Good"),
+        ("good bad", "goot", "good"),
+        ("naïve bad", "nai\u0308ve", "naïve"),
+    ],
+)
+def test_a_class_that_train_lacks_names_the_one_it_has(tmp_path: Path, train: str, other: str, meant: str) -> None:
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(train.split() * 3)]
+    error = refused(tmp_path, {"train": rows, "eval": [rows[1], {"text": "new", "label": other}]})
+    assert f"train has no row with label {other!r}, eval has ({tmp_path}/eval.csv, row 2)" == error.message
+    assert error.remedy.startswith(f"did you mean `{meant}`? train has ")
+
+
+def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
+    each = [{"text": f"t{i}", "label": f"id-{i}"} for i in range(30)]
+    error = refused(tmp_path, {"all": each})
+    assert f"{tmp_path}/all.csv: 30 rows, and as many labels (`label`)" in error.message
+    error = refused(tmp_path, {"all": reviews(3, "ab")})
+    assert "all.csv: 3 rows and 0.2 of them are asked for" in error.message
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            ["1", "1.0", "2"],
+            "labels that look alike are classes of their own: '1' (PLACE, row 1), '1.0' (PLACE, row 2)",
+        ),
+        (
+            ["Pos", "neg", "pos"],
+            "labels that look alike are classes of their own: 'Pos' (PLACE, row 1), 'pos' (PLACE, row 3)",
+        ),
+        (
+            ["a", "b", "a\u200b"],
+            "labels that look alike are classes of their own: 'a' (PLACE, row 1), 'a\\u200b' (PLACE, row 3)",
+        ),
+        (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text, and a class of its own"),
+        (["['a']", "['a', 'b']", "[]"], "label \"['a', 'b']\" (PLACE, row 2) looks like a list written as text"),
+        (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
+    ],
+)
+def test_labels_that_nobody_wanted(tmp_path: Path, values: list[str], said: str) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    warnings = build(tmp_path, both(rows))[2]
+    expected = said.replace("PLACE", f"{tmp_path}/train.csv")
+    assert any(warning.startswith(expected) for warning in warnings), warnings
+    assert not any("alike" in w or "is text" in w for w in build(tmp_path, both(rows), labels=values)[2])
+
+
+@pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"]])
+def test_a_number_that_is_missing_is_no_class(tmp_path: Path, values: list[str]) -> None:
+    rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
+    error = refused(tmp_path, both(rows))
+    assert "among numbers" in error.message and f"{tmp_path}/train.csv, row " in error.message
+    if "1.5" not in values:
+        assert build(tmp_path, both(rows), labels=values)[0].names == tuple(values)
+
+
+def test_lists_of_0_and_1_are_no_names(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": [i % 2, 1 - i % 2, 0]} for i in range(6)]
+    error = refused(tmp_path, both(rows), kind="jsonl")
+    assert "train.jsonl, line 1: column `label` holds 3 values of 0 and 1" in error.message
+    rows[3]["label"] = [1]
+    assert build(tmp_path, both(rows), kind="jsonl")[0].names == ("0", "1")
+
+
+def test_a_separator_that_separates_nothing(tmp_path: Path) -> None:
+    _, _, warnings = build(tmp_path, both(reviews(6)), label_separator="|")
+    assert any("no label holds data.label_separator '|'" in warning for warning in warnings)
+
+
+def test_an_id_is_one_value(tmp_path: Path) -> None:
+    rows = [{**row, "n": [1]} for row in reviews(6)]
+    assert "column `n` holds lists, an id is one value" in refused(tmp_path, both(rows), kind="jsonl", id="n").message
+
+
+def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
+    train = [
+        *reviews(20, "ab"),
+        {"text": "only one", "label": "c", "n": 99},
+        {"text": " text 0 ", "label": "b", "n": 100},
+    ]
+    evals = [{"text": "text 4", "label": "a", "n": 1}, {"text": "new", "label": "b", "n": 2}]
+    _, _, warnings = build(tmp_path, {"train": train, "eval": evals}, labels=["a", "b", "c", "d"])
+    said = "\n".join(warnings)
+    assert f"label 'c' occurs once in train ({tmp_path}/train.csv, row 21)" in said
+    assert "eval has no row with label 'c'" in said
+    assert "no row with label 'd' in any part" in said
+    assert (
+        f"1 of 2 rows of eval are in train too, word for word: {tmp_path}/eval.csv, row 1 = {tmp_path}/train.csv, row 5"
+        in said
+    )
+    assert f"1 texts of train are there more than once with different labels: {tmp_path}/train.csv, rows 1, 22" in said
+    assert len(warnings) == 5
+
+
+def test_pairs_are_the_same_only_if_both_texts_are(tmp_path: Path) -> None:
+    rows = [{"text": "same", "more": f"m{i}", "label": "ab"[i % 2]} for i in range(6)]
+    others = [{**r, "more": f"other {i}"} for i, r in enumerate(rows)]
+    _, parts, warnings = build(tmp_path, {"train": rows, "eval": others}, text=["text", "more"])
+    assert warnings == []
+    assert parts["train"].sizes.tolist() == [len(r["text"] + r["more"]) for r in rows]
+    rows[3]["more"] = ""
+    assert "empty text (`more`)" in refused(tmp_path, {"train": rows, "eval": others}, text=["text", "more"]).message
+
+
+def test_ids_are_kept(tmp_path: Path) -> None:
+    _, parts, _ = build(tmp_path, both(reviews(6)), id="n")
+    assert parts["eval"].ids is not None and parts["eval"].ids.to_pylist() == [str(i) for i in range(6)]

@@ -1,0 +1,472 @@
+"""Much data: memory stays flat, all cores give the same bytes, a prepare that is killed is gone on with."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.tiny import tiny_model, tiny_reviews, write_csv, write_jsonl, write_parquet
+from tests.unit.conftest import tree
+from tests.unit.data.test_prepare import SMALL_PIECES, leftovers, result
+
+from afina.errors import DataError
+from afina.recipe.schema import Recipe
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
+from afina.worker.data import shards, tokenise, write_split
+from afina.worker.data.encode import Encoder
+from afina.worker.data.shards import Missing, Pieces
+from afina.worker.data.splits import build_examples
+from afina.worker.data.tables import Source
+from afina.worker.model.pretrained import load_tokenizer
+from afina.worker.progress import Progress
+
+#: Read before the test environment forgets them.
+KILLS = max(1, int(os.environ.get("AFINA_TEST_KILLS", "8")) // 8)
+SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
+
+Making = Callable[..., tokenise._Making]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def model(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = tiny_model(tmp_path_factory.mktemp("it's a model"), arch)
+        return made[arch]
+
+    return model
+
+
+def recipe_of(model: Path, data: Path, **changes: Any) -> Recipe:
+    spec = {"files": {"all": str(data)}, "text": "text", "label": "stars", **changes}
+    return Recipe.model_validate({"name": "big", "model": str(model), "data": spec, "tokens": {"max_length": 24}})
+
+
+@pytest.fixture
+def making(models: Callable[[str], Path]) -> Making:
+    """What tokenises a file's rows in this process."""
+
+    def make(path: Path, arch: str = "bert", max_length: int = 24, **changes: Any) -> tokenise._Making:
+        recipe = recipe_of(models(arch), path, **changes)
+        source = Source((path,))
+        state = source.state()
+        table = source.read(recipe.data.label, recipe.data.text)
+        chosen = {part: "all" for part in ("train", "eval", "test") if getattr(recipe.data, part) is not None}
+        labels, parts = build_examples("auto", recipe.data, {"all": table}, chosen, [])
+        checked = tokenise.Checked(labels, parts, [], {"all": source}, {"all": state})
+        encoder = Encoder(load_tokenizer(models(arch), recipe), max_length)
+        return tokenise._Making(checked, recipe.data.text, encoder, None, np.uint16)
+
+    return make
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces and batches so small that little data has many."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(tokenise, "_BATCH_BYTES", 900)
+    monkeypatch.setattr("afina.worker.data.write_split._BLOCK_BYTES", 3000)
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+PARTS = {"train": {"fraction": 0.6, "sample": 150}, "eval": {"fraction": 0.2}, "test": {"fraction": 0.2, "sample": 31}}
+
+
+@pytest.mark.parametrize("arch, text", [("bert", ["text"]), ("bert", ["text", "more"]), ("roberta", ["text"])])
+def test_pieces_put_together_are_what_one_call_gives(
+    making: Making, models: Callable[[str], Path], tmp_path: Path, small: None, arch: str, text: list[str]
+) -> None:
+    rows = [{**row, "more": f"it was {row['rating']}"} for row in tiny_reviews(400)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    make = making(path, arch, text=text, **PARTS)
+    made = Pieces(tmp_path, "made", {})
+    make.make(made, print)
+    assert len(list(made.folder.iterdir())) > 8
+    splits, warnings = make.put_together(made, tmp_path, 24)
+    tokenizer = load_tokenizer(models(arch), recipe_of(models(arch), path))
+    for part, examples in make.checked.parts.items():
+        assert splits[part]["rows"] == len(examples) == {"train": 150, "eval": 80, "test": 31}[part]
+        offsets, tokens = (np.load(tmp_path / f"{part}.{name}.npy") for name in ("offsets", "tokens"))
+        types = np.load(tmp_path / f"{part}.types.npy") if len(text) > 1 else None
+        assert (tmp_path / f"{part}.types.npy").exists() == (len(text) > 1)
+        table = pq.read_table(tmp_path / f"{part}.rows.parquet")
+        for i, line in enumerate(table["row"].to_pylist()):
+            columns = [rows[line - 1][name] for name in text]
+            expected = tokenizer(*columns, truncation=True, max_length=24)
+            assert tokens[offsets[i] : offsets[i + 1]].tolist() == expected["input_ids"]
+            if types is not None:
+                assert types[offsets[i] : offsets[i + 1]].tolist() == expected["token_type_ids"]
+            if part != "train":
+                assert [table[name][i].as_py() for name in ("text", "text_pair")[: len(text)]] == columns
+        assert table["row"].to_pylist() == examples.table.row.tolist()
+        full = sum(len(tokenizer(*(rows[r - 1][name] for name in text))["input_ids"]) > 24 for r in examples.table.row)
+        assert any(w.startswith(f"{full:,} of {len(examples):,} texts of {part}") for w in warnings) or not full
+    assert not list(tmp_path.glob("*.spool"))
+
+
+@pytest.mark.parametrize("how", ["subclass", "python"])
+def test_a_tokenizer_with_code_of_its_own_is_called_as_it_is(models: Callable[[str], Path], how: str) -> None:
+    import transformers
+
+    class Shouting(transformers.BertTokenizer):  # type: ignore[misc]
+        def __call__(self, text: Any, *rest: Any, **options: Any) -> Any:
+            return super().__call__([t.replace("a", "the") for t in text], *rest, **options)
+
+    class Letters:
+        model_input_names = ("input_ids",)
+
+        def __call__(self, texts: list[str], *, max_length: int, **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[ord(c) for c in text][:max_length] for text in texts]}
+
+    tokenizer = Shouting.from_pretrained(models("bert")) if how == "subclass" else Letters()
+    encoder = Encoder(tokenizer, 8)
+    found = dict(encoder.encode([(1, [["a", "it"]]), (2, [["fine " * 20]])]))
+    expected = tokenizer(["a", "it"], truncation=True, max_length=8)["input_ids"]
+    assert found[1].tokens.tolist() == [i for ids in expected for i in ids] and found[1].lengths.tolist() == [
+        *map(len, expected)
+    ]
+    assert found[1].cut.tolist() == [False, False] and found[2].cut.tolist() == [True]
+    if how == "subclass":
+        assert found[1].tokens.tolist()[:3] == load_ids(models("bert"), "the")
+
+
+def load_ids(model: Path, text: str) -> list[int]:
+    import transformers
+
+    ids = transformers.AutoTokenizer.from_pretrained(str(model))(text)["input_ids"]
+    assert isinstance(ids, list)
+    return ids
+
+
+def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
+    """Each value becomes a text by itself, whatever stands beside it and wherever a batch ends."""
+    values = ["a", " b\n", 7, 1.0, 2.5, True, None, "", "é" * 300]
+    rows = [{"text": values[i % len(values)], "label": "x"} for i in range(5000)]
+    source = Source((write_jsonl(tmp_path / "a.jsonl", rows),))
+    texts = [text for (column,) in source.stream(["text"]) for text in column.to_pylist()]
+    assert texts == ["a", " b\n", "7", "1", "2.5", "true", None, "", "é" * 300] * 555 + ["a", " b\n", "7", "1", "2.5"]
+    kept = source.read(["label"], ["text"]).texts["text"]
+    assert kept.sizes[:9].tolist() == [1, 3, 1, 1, 3, 4, 0, 0, 600]
+    assert kept.blank[:9].tolist() == [False] * 6 + [True, True, False]
+    assert (kept.keys[0] == kept.keys[9]).all() and (kept.keys[0] != kept.keys[1]).any()
+    numbers = Source((write_parquet(tmp_path / "a.parquet", [{"text": v} for v in (1.0, 2.5, None)]),))
+    assert [c.to_pylist() for (c,) in numbers.stream(["text"])] == [["1", "2.5", None]]
+    for bad, said in (([1], "holds a list, a text is wanted"), ({"a": 1}, "holds an object, a text is wanted")):
+        source = Source((write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": bad, "label": "y"}]),))
+        with pytest.raises(DataError, match=rf"b\.jsonl, line 5001: column `text` {said}"):
+            source.read(["label"], ["text"])
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_piece_that_is_damaged_or_gone_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
+    make = making(write_csv(tmp_path / "a.csv", tiny_reviews(300)))
+    made = Pieces(tmp_path, "made", {})
+    make.make(made, print)
+    make.put_together(made, tmp_path, 24)
+    before = (tmp_path / "train.tokens.npy").read_bytes()
+    files = sorted(made.folder.iterdir())
+    content = {file.name: file.read_bytes() for file in files}
+    spoilt = bytearray(content[files[1].name])
+    spoilt[len(spoilt) // 2] ^= 1
+    for number, change in enumerate([b"", bytes(spoilt), content[files[2].name][:-40], content[files[0].name]]):
+        file = files[number]
+        file.unlink() if not change else file.write_bytes(change)
+        if number == 3:  # another piece under this one's name
+            assert change != content[file.name]
+        with pytest.raises(Missing):
+            make.put_together(made, tmp_path, 24)
+        said: list[str] = []
+        make.make(made, said.append)
+        assert said[0].startswith("going on where a prepare was stopped: ") and len(said) == 1
+        assert file.read_bytes() == content[file.name]
+    make.put_together(made, tmp_path, 24)
+    assert (tmp_path / "train.tokens.npy").read_bytes() == before
+
+
+def test_pieces_depend_on_the_rows_and_their_texts_only() -> None:
+    sizes = np.random.default_rng(SEED).integers(0, 40_000_000, 60)
+    rows = np.arange(0, 120, 2)
+    cut = shards.cut_pieces(0, "all", rows, sizes, np.zeros(60, bool))
+    assert np.concatenate([p.rows for p in cut]).tolist() == rows.tolist(), SEED
+    assert all(p.sizes[1:].sum() < shards.PIECE_BYTES for p in cut)
+    many = shards.cut_pieces(0, "all", np.arange(10**6), np.zeros(10**6, np.int64), np.zeros(10**6, bool))
+    assert 5 < len(many) < 10 and max(map(len, many)) <= shards.PIECE_BYTES // 64
+
+
+def test_what_was_abandoned_is_swept(tmp_path: Path) -> None:
+    now, place = time.time(), tmp_path / "prepare"
+    for name, age in (("fresh", 0.9), ("old", 1.1)):
+        (place / name).mkdir(parents=True)
+        (place / name / "0-00000.npz").write_bytes(b"x")
+        os.utime(place / name, (now, now - age * shards.ABANDONED_S))
+    shards.sweep(place, now=now)
+    assert [p.name for p in place.iterdir()] == ["fresh"]
+    shards.sweep(tmp_path / "not there", now=now)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_path: Path, small: None) -> None:
+    rows = tiny_reviews(200)
+    for change in (
+        lambda path: write_csv(path, rows[:100]),
+        lambda path: path.write_text(path.read_text() + "new,1,1\n"),
+    ):
+        path = write_csv(tmp_path / "a.csv", rows)
+        make = making(path)
+        change(path)
+        with pytest.raises(DataError, match=r"a\.csv: was written into while it was read") as error:
+            make.make(Pieces(tmp_path, str(random.random()), {}), print)
+        assert error.value.remedy
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(site: Site, models: Callable[[str], Path], tmp_path: Path) -> Plan:
+    path = write_csv(tmp_path / "it's big.csv", tiny_reviews(12_000))
+    return make_plan(
+        recipe_of(models("bert"), path, train={"fraction": 0.8, "sample": 9000}, eval={"fraction": 0.2}), site
+    )
+
+
+def start(plan: Plan, **env: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SMALL_PIECES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **env},
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(plan.to_json())
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def of_pieces(plan: Plan) -> list[Path]:
+    return sorted(tokenise.work_folder(plan).glob("*/*.npz"))
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan) -> None:
+    print(f"AFINA_TEST_SEED={SEED}")
+    chance = random.Random(SEED)
+    final = Path(result(finished(start(plan, RAYON_NUM_THREADS="1")))["prepared"])
+    undisturbed = tree(final)
+    assert of_pieces(plan) == [] and list(tokenise.work_folder(plan).iterdir()) == []
+    shutil.rmtree(final)
+    there = landed = 0
+    for _ in range(5 * KILLS):
+        process = start(plan, RAYON_NUM_THREADS=chance.choice("123"))
+        wanted = there + chance.randint(1, 3)
+        deadline = time.monotonic() + 100
+        while len(of_pieces(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
+            pass
+        time.sleep(chance.uniform(0, 0.01))
+        process.kill()
+        process.communicate(timeout=60)
+        if final.exists():  # too late, on a busy machine: once more from the beginning
+            shutil.rmtree(final)
+        else:
+            assert len(of_pieces(plan)) >= wanted
+            landed += 1
+        there = len(of_pieces(plan))
+        if landed >= KILLS and there:
+            break
+    assert there, "every kill came too late"
+    damaged = chance.choice(of_pieces(plan))
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    stamps = {path: path.stat().st_mtime_ns for path in of_pieces(plan) if path != damaged}
+    process = start(plan)
+    seen: dict[Path, int] = {}
+    while process.poll() is None and not final.exists():
+        for path in stamps:
+            if path.exists():
+                seen[path] = path.stat().st_mtime_ns
+    ran = finished(process)
+    said = re.search(r"going on where a prepare was stopped: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
+    assert result(ran)["reused"] is False and said, ran.stderr
+    assert 0 < int(said[1].replace(",", "")) < int(said[2].replace(",", ""))
+    assert seen == stamps, "a piece that was there was made again"
+    assert tree(final) == undisturbed
+    assert leftovers(plan) == [final.name] and list(tokenise.work_folder(plan).iterdir()) == []
+
+
+@pytest.mark.slow
+def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, SMALL_PIECES, plan.to_json()], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 100
+    while not of_pieces(plan):
+        assert time.monotonic() < deadline and Path(f"/proc/{pid}").exists()
+    parent.kill()
+    parent.communicate()
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
+        assert time.monotonic() < deadline, "works on for nobody"
+        time.sleep(0.05)
+    assert leftovers(plan) == [] and of_pieces(plan)
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+child.stdin.write(sys.argv[2].encode())
+child.stdin.close()
+print(child.pid, flush=True)
+child.stdout.read()
+"""
+
+
+# -- what is seen of the tokens ---------------------------------------------------------------------------------------
+
+
+def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
+    seen = write_split.Seen(np.array([1, 2]), 9)
+    seen.add(
+        {"tokens": (np.array([1, 5, 2, 1, 2, 9]), np.array([3, 0, 2, 1, 0])), "cut": (np.zeros(5, bool), np.ones(5))}
+    )
+    seen.add({"tokens": (np.array([5]), np.array([0, 1])), "cut": (np.ones(2, bool), np.ones(2))})
+    assert (seen.bare, seen.content, seen.unknown, seen.cut, seen.rows) == ([1, 2, 4, 5], 3, 1, 2, 7)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import pathlib, sys
+from afina.recipe import Data
+from afina.worker import assemble, pieces, tokenise
+from afina.worker.encode import Encoder
+from afina.worker.examples import build_examples
+from afina.worker.tables import Source
+
+class Tokenizer:
+    model_input_names = ("input_ids",)
+    unk_token_id, all_special_ids = None, []
+    def __call__(self, texts, **_):
+        return {"input_ids": [[len(text), 1] for text in texts]}
+
+pieces.PIECE_BYTES = assemble._BLOCK_BYTES = 1 << 20
+tokenise._BATCH_BYTES = 1 << 18
+path = pathlib.Path(sys.argv[1])
+source = Source((path,))
+parts = {"train": {"fraction": 0.5}, "eval": {"fraction": 0.5, "sample": int(sys.argv[2])}}
+data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label": "stars", **parts})
+table = source.read(data.label, data.text)
+labels, examples = build_examples("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
+checked = tokenise.Checked(labels, examples, [], {"all": source}, {"all": source.state()})
+making = tokenise._Making(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
+made = pieces.Pieces(path.parent, "made", {})
+making.make(made, print)
+making.put_together(made, path.parent, 32)
+# Not ru_maxrss, which a process begins with what its parent had when it was started.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, suffix: str) -> None:
+    """Reading, checking, tokenising (by a stand-in that costs nothing), a shuffled eval of half the rows: five times the data
+    in a fifth more memory, and less than half of what the texts have."""
+    write = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_pieces}[suffix]
+    peaks = {}
+    for rows in (4000, 20_000):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        path = folder / f"a.{suffix}"
+        write(path, [{"text": f"good {i} {'z' * 3000}", "stars": i % 5} for i in range(rows)])
+        argv = [sys.executable, "-c", MEASURE, str(path), str(rows // 2)]
+        ran = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == 0, ran.stderr
+        peaks[rows] = int(ran.stdout.splitlines()[-1]) << 10
+        assert len(pq.read_table(folder / "eval.rows.parquet")) == rows // 2
+    grown, added = peaks[20_000] - peaks[4000], 16_000 * 3000
+    assert grown < 0.5 * added, f"{grown / 2**20:.0f} MiB more for {added / 2**20:.0f} MiB of text"
+    assert peaks[20_000] < 1.2 * peaks[4000], peaks
+
+
+def write_pieces(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500, use_dictionary=False)
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    now = [0.0]
+    said: list[str] = []
+    with Progress(
+        "tokenising", "tokenised", "texts", 10_000, said.append, before=1000, clock=lambda: now[0]
+    ) as progress:
+        for _ in range(90):
+            now[0] += 2
+            progress.advance(100)
+    assert said == [
+        "tokenised 4,000 of 10,000 texts, 50 per second, about 2 min left",
+        "tokenised 7,000 of 10,000 texts, 50 per second, about 60 s left",
+        "tokenised 10,000 of 10,000 texts, 50 per second, about 0 s left",
+    ]
+    with Progress("reading", "read", "rows", None, said.append, clock=lambda: now[0]) as progress:
+        now[0] += 61
+        progress.advance(122_000)
+    assert said[3:] == ["read 122,000 rows, 2,000 per second"]
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    code = """
+import time
+from afina.worker.progress import Progress
+with Progress("tokenising", "tokenised", "texts", 4000, print) as progress:
+    for _ in range(4):
+        progress.advance(1000)
+        time.sleep(0.15)
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "90"},
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        shown += block
+    os.close(ours)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out == b""
+    assert b"tokenising" in shown and b"2000/4000" in shown and b"texts" in shown

@@ -1,0 +1,135 @@
+"""Tokens and passwords end nowhere: the prepare stage runs with real-looking ones, then every byte it wrote is searched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.hub.server import HubServer
+from tests.tiny import tiny_model
+from tests.unit.data.test_prepare import result
+from tests.unit.model_hub.test_prepare_hub import DATA, MODEL, data_files
+
+from afina.recipe.schema import Recipe
+from afina.redact import looks_secret, redact
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
+
+#: In the form of real ones, and of nobody's.
+HF = "hf_" + "qWeRtYuIoPaSdFgHjKlZxCvBnM12345678"
+SECRETS = {
+    "HF_TOKEN": HF,
+    "WANDB_API_KEY": "0f1e2d3c4b5a69788796a5b4c3d2e1f00f1e2d3c",
+    "AWS_SECRET": "wJalrXUtnFEMI/K7MDENG+bPxRfiCYzz",
+    "MY_DB_PASSWORD": "correct horse battery",
+    "HUGGING_FACE_HUB_TOKEN": HF,
+}
+PASSWORD = "pr0xy-p4ssw0rd"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, model: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as server:
+        server.tokens.add(HF)
+        server.add_model(MODEL, model)
+        server.add_dataset(DATA, data_files())
+        yield server
+
+
+@pytest.fixture
+def run(site: Site, hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the stage, searches what it wrote and said, and returns it."""
+
+    def prepare(*arguments: str, recipe: dict[str, Any] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        data = {"hub": DATA, "text": "text", "label": "stars", "eval": {"split": "test"}}
+        spec = {"name": "t", "model": MODEL, "data": data, "tokens": {"max_length": 64}, **(recipe or {})}
+        plan: Plan = make_plan(Recipe.model_validate(spec), site)
+        ran = subprocess.run(
+            [sys.executable, "-m", "afina.worker", "prepare", *arguments],
+            input=plan.to_json(),
+            env={**os.environ, **SECRETS, **hub.env(site.cache / "huggingface"), **env},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+        search(tmp_path, ran.stdout, ran.stderr)
+        return ran
+
+    return prepare
+
+
+def search(folder: Path, *texts: str) -> int:
+    """Fails where a secret is found; returns how many files were searched."""
+    needles = [value.encode() for value in (*set(SECRETS.values()), PASSWORD)]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for where, content in [(f, f.read_bytes()) for f in files] + [("what it said", t.encode()) for t in texts]:
+        found = [needle for needle in needles if needle in content]
+        assert not found, f"{found} in {where}"
+    return len(files)
+
+
+def test_nothing_that_is_written_holds_a_secret(
+    run: Callable[..., subprocess.CompletedProcess[str]], hub: HubServer, tmp_path: Path, site: Site
+) -> None:
+    ran = run()
+    prepared = result(ran)
+    assert any(request.authorization == f"Bearer {HF}" for request in hub.requests), "the token was used"
+    assert search(Path(prepared["prepared"])) > 8 and search(site.scratch) > 20
+    assert result(run())["reused"] is True
+    # The search finds what it looks for.
+    (tmp_path / "planted").write_text(f"x{HF}x")
+    with pytest.raises(AssertionError, match="planted"):
+        search(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"HF_ENDPOINT": f"http://me:{PASSWORD}@127.0.0.1:9"},
+        {"HF_ENDPOINT": f"http://me:{PASSWORD}@[bad"},
+        {"HF_ENDPOINT": "https://hub.invalid", "HTTPS_PROXY": f"http://me:{PASSWORD}@127.0.0.1:9", "NO_PROXY": ""},
+        {"HF_ENDPOINT": "https://hub.invalid", "HTTPS_PROXY": f"nonsense://me:{PASSWORD}@127.0.0.1:9", "NO_PROXY": ""},
+        {"HF_HOME": f"/proc/{HF}"},
+        {"HF_TOKEN": HF + "expired"},
+    ],
+    ids=["closed", "no url", "proxy", "no proxy", "in a path", "wrong token"],
+)
+def test_no_failure_says_a_secret(
+    run: Callable[..., subprocess.CompletedProcess[str]], env: dict[str, str], arguments: tuple[str, ...]
+) -> None:
+    ran = run(*arguments, **env)
+    assert ran.returncode != 0 and (ran.stderr or ran.stdout)
+
+
+@pytest.mark.parametrize("debug", ["HF_DEBUG", "HF_HUB_VERBOSITY"])
+def test_talkative_libraries_say_no_secret(run: Callable[..., subprocess.CompletedProcess[str]], debug: str) -> None:
+    result(run(**{debug: "1" if debug == "HF_DEBUG" else "debug"}))
+
+
+def test_what_is_blackened_and_what_is_not() -> None:
+    env = {
+        **SECRETS,
+        "SHORT_KEY": "abc",
+        "EMPTY_TOKEN": "",
+        "TOKENIZERS_PARALLELISM": "true",
+        "HF_TOKEN_PATH": "/a/path",
+    }
+    said = f"GET https://me:pw@host/x?y and {HF}! {SECRETS['AWS_SECRET']} abc true /a/path me@host"
+    assert redact(said, env) == "GET https://***@host/x?y and ***! *** abc true /a/path me@host"
+    assert redact(f"http://{HF}@hub/ of http://hub:8080/a@b", {}) == "http://***@hub/ of http://hub:8080/a@b"
+    assert redact("one: verylongsecret, another: verylong", {"A_KEY": "verylong", "B_KEY": "verylongsecret"}) == (
+        "one: ***, another: ***"
+    )
+    assert looks_secret({"a": [1, {"b": (HF,)}]}) and looks_secret({HF: 1}) and looks_secret("x://a:b@c")
+    assert not looks_secret(["hf_short", 5, None, "https://host/path", "a@b.c"])

@@ -1,0 +1,109 @@
+"""Model and data copied to the node's own disk: what is copied, what is left, and that the run is the same one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests import tiny
+
+from afina.worker.data import stage_in as module
+from afina.worker.data.stage_in import remove, stage, staged
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> dict[str, str]:
+    """A model whose weights are a link, as in a Hub cache, and prepared data."""
+    model, data = tmp_path / "mo del", tmp_path / "da,ta"
+    for folder in (model, data, tmp_path / "blobs"):
+        folder.mkdir()
+    (tmp_path / "blobs/weights").write_bytes(b"w" * 5000)
+    (model / "model.safetensors").symlink_to(tmp_path / "blobs/weights")
+    (data / "train.arrow").write_bytes(b"rows")
+    return {"prepared": str(data), "model_folder": str(model), "other": "stays"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(module.VARIABLE, "")
+
+
+def test_a_copy_is_made_read_and_removed(prepared: dict[str, str], tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    assert stage(prepared, {}, "7.0") == "" and staged(prepared, os.environ) == prepared
+    said = stage(prepared, {"AFINA_STAGE": "1", "SLURM_TMPDIR": str(local), "TMPDIR": "/nowhere"}, "7.0")
+    assert "staged in" in said
+    seen = staged(prepared, os.environ)
+    (folder,) = local.iterdir()
+    assert seen == {"prepared": f"{folder}/prepared", "model_folder": f"{folder}/model", "other": "stays"}
+    weights = Path(seen["model_folder"]) / "model.safetensors"
+    assert weights.read_bytes() == b"w" * 5000 and not weights.is_symlink()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    remove(os.environ)
+    assert list(local.iterdir()) == []
+
+
+def test_what_nobody_holds_is_cleared_and_what_is_held_stays(prepared: dict[str, str], tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    for name in ("dead", "living"):
+        (local / f"afina-stage-{os.getuid()}-{name}").mkdir(parents=True)
+        (local / f"afina-stage-{os.getuid()}-{name}/lock").touch()
+    (local / "afina-stage-0000-other").mkdir()
+    with (local / f"afina-stage-{os.getuid()}-living/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        stage(prepared, {"AFINA_STAGE": str(local)}, "7.0")
+    left = sorted(path.name.split("-")[3].split(".")[0] for path in local.iterdir())
+    assert left == ["7", "living", "other"]
+
+
+@pytest.mark.parametrize("why", ["full", "missing", "gone"])
+def test_what_cannot_be_staged_is_said(
+    prepared: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    local = tmp_path / "local"
+    if why != "missing":
+        local.mkdir()
+    if why == "full":
+        monkeypatch.setattr(module, "_SPARE", 1 << 60)
+    if why == "gone":
+        (Path(prepared["model_folder"]) / "config.json").symlink_to("/no/such/file")
+    said = stage(prepared, {"AFINA_STAGE": str(local)}, "7.0")
+    assert said.startswith("not staged: ") and staged(prepared, os.environ) == prepared
+    assert why == "missing" or list(local.iterdir()) == []
+
+
+def test_a_staged_run_is_the_same_run(tmp_path: Path) -> None:
+    """As a Slurm job starts it: `afina.worker.node.launch`, which copies, and becomes the training."""
+    for name in ("scratch", "local"):
+        (tmp_path / name).mkdir()
+    tiny.tiny_model(tmp_path / "model")
+    tiny.write_csv(tmp_path / "reviews.csv", tiny.tiny_reviews(60, 3))
+    part = {"fraction": 0.5, "seed": 1}
+    recipe = {
+        "name": "tiny",
+        "model": "model",
+        "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "max_steps": 4, "log_every": 1},
+        "resources": {"gpus_per_node": 0},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "afina.cli"]
+    subprocess.run([*argv, "train", "recipe.yaml", "--run", "plain"], cwd=tmp_path, env=env, check=True)
+    pointer = tmp_path / "pointer"
+    subprocess.run([*argv, "claim", "--pointer", pointer, "recipe.yaml"], cwd=tmp_path, env=env, check=True)
+    run = Path(pointer.read_text())
+    job = {"AFINA_LAUNCH": "slurm", "SLURM_JOB_ID": "7", "AFINA_ATTEMPT": "7.0", "AFINA_STAGE": str(tmp_path / "local")}
+    launch = [sys.executable, "-m", "afina.worker", "launch", str(run)]
+    done = subprocess.run(launch, env={**env, **job}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"staged in {tmp_path / 'local'}" in done.stdout and list((tmp_path / "local").iterdir()) == []
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert (run / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name

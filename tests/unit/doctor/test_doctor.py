@@ -1,0 +1,333 @@
+"""`afina doctor`: every kind of trouble is a line with a remedy, and a healthy machine has none. tests/slurm has the real job."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.unit.conftest import Ran, program, sif_bytes, tree
+
+from afina import __version__
+from afina.doctor import CHECKS, disk, examine
+from afina.doctor.finding import Finding, Patient
+from afina.recipe.schema import Recipe
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+from afina.slurm.cluster import Cluster, parse_associations, parse_config, parse_partitions
+from afina.worker.checks import environment as worker_doctor
+
+SINFO = "gpu*|up|1-00:00:00|1-4|2|8|64000|gpu:2|idle\nold|down|1:00:00|1-4|2|8|64000|(null)|down*\n"
+
+
+@pytest.fixture
+def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A healthy small cluster, first on PATH."""
+    folder = tmp_path / "fake bin"
+    program(folder, "sinfo", f"printf '{SINFO}'\n")
+    program(folder, "scontrol", 'date "+Configuration data as of %Y-%m-%dT%H:%M:%S"; echo "KillWait = 30 sec"\n')
+    for name in ("sbatch", "squeue", "scancel", "srun", "sacct", "sacctmgr"):
+        program(folder, name, "exit 0\n")
+    for name in ("quota", "lfs", "apptainer", "singularity"):
+        program(folder, name, "exit 1\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+def patient(site: Site, cluster: Cluster | None = None, **more: object) -> Patient:
+    return Patient(dict(os.environ), cluster or Cluster(parse_partitions(SINFO)), site, **more)  # type: ignore[arg-type]
+
+
+def found(p: Patient, check: str) -> list[Finding]:
+    return [f for f in examine(p) if f.check == check]
+
+
+def test_a_local_disk_is_a_doubt_until_a_job_looks(bin: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_file_system", lambda path: "ext4")
+    for limit in ("_FEW_GB", "_FEW_INODES"):  # the tests' own disk may be nearly full
+        monkeypatch.setattr(disk, limit, 0)
+    assert [f.remedy for f in found(patient(site), "scratch")][1:] == ["`afina doctor --job` tells"]
+    assert [f.level for f in found(patient(site, with_job=True), "scratch")] == ["ok"]
+
+
+def test_a_healthy_machine_has_no_failures_and_stays_as_it_was(bin: Path, site: Site) -> None:
+    before = tree(site.scratch)
+    findings = list(examine(patient(site)))
+    assert [f for f in findings if f.level == "failed"] == []
+    assert {
+        "site",
+        "scratch",
+        "quota",
+        "locks",
+        "rename",
+        "caches",
+        "token",
+        "clock",
+        "image",
+        "slurm",
+        "partition",
+    } <= {f.check for f in findings}
+    assert all(f.remedy for f in findings if f.level != "ok"), "a warning without a remedy"
+    assert tree(site.scratch) == before
+    assert len(CHECKS) == len(set(CHECKS))
+
+
+def test_without_a_site_the_rest_is_looked_at_all_the_same(bin: Path, afina: Callable[..., Ran], scratch: Path) -> None:
+    done = afina("doctor", "--json", env={"AFINA_SCRATCH": f"{scratch}x"})
+    said = json.loads(done.stdout)
+    assert done.returncode == 3 and said["failed"] == 1 and "Traceback" not in done.stderr
+    by_check = {f["check"]: f for f in said["findings"]}
+    assert by_check["site"]["level"] == "failed" and "mkdir -p" in by_check["site"]["remedy"]
+    assert by_check["slurm"]["level"] == "ok" and by_check["sacct"]["said"] == "works"
+    done = afina("doctor", "--site", "no such.env")
+    assert done.returncode == 3 and "failed   site " in done.stdout and "remedy: give --site FILE" in done.stdout
+
+
+def test_a_recipe_is_held_against_its_partition(
+    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path
+) -> None:
+    file = recipe_file(model=str(model_folder))
+    done = afina("doctor", file, "--json", "--set", "resources.time=2-0")
+    by_check = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 3 and "partition gpu allows" in by_check["resources"]["said"]
+    assert by_check["recipe"]["level"] == "ok"
+    done = afina("doctor", file, "--json")
+    assert done.returncode == 0, done.stdout
+    done = afina("doctor", file, "--set", "data.files=revews.csv")
+    assert done.returncode == 3 and "did you mean `reviews.csv`?" in done.stdout
+
+
+def test_what_is_not_fetched_is_said(recipe: Callable[..., Recipe], site: Site, bin: Path) -> None:
+    Path("reviews.csv").write_text("text,stars\ngood,5\n")
+    p = patient(site, plan=make_plan(recipe(), site), has_recipe=True)
+    (finding,) = found(p, "offline")
+    assert finding.level == "warning" and "model owner/model has not been fetched" in finding.said
+    (site.scratch / "pins").mkdir()
+    (site.scratch / "pins/model-owner--model-0.json").write_text(
+        json.dumps({"asked": "owner/model", "commit": "ab" * 20})
+    )
+    (finding,) = found(p, "offline")
+    assert finding.level == "ok" and "abababababab" in finding.said
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "said"),
+    [
+        ("/scratch 500 1000 1200 0 10 0 0 0", "ok", "500 of 1,200 KB"),
+        ("/scratch 1150* 1000 1200 0 10 0 0 0", "warning", "1,150 of 1,200 KB"),
+        ("/scratch 1300* 1000 1200 0 10 0 0 0", "failed", "1,300 of 1,200 KB"),
+        ("/scratch 5 0 0 0 99 100 100 0", "warning", "99 of 100 files"),
+        ("/scratch 5 0 0 0 99 0 0 0", "ok", "no quota is set"),
+    ],
+)
+def test_quotas(bin: Path, site: Site, line: str, level: str, said: str) -> None:
+    program(bin, "quota", f"echo 'Disk quotas for user me (uid 1):'; echo '{line}'\n")
+    (finding,) = found(patient(site), "quota")
+    assert finding.level == level and said in finding.said
+
+
+def test_locks_that_lock_nobody_out(bin: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = found(patient(site), "locks")
+    assert finding.level == "ok"
+    monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)  # as on a file system mounted with `localflock`
+    (finding,) = found(patient(site), "locks")
+    assert finding.level == "warning" and "locks nobody out" in finding.said
+
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(disk.fcntl, "flock", refuse)
+    (finding,) = found(patient(site), "locks")
+    assert finding.level == "warning" and "Function not implemented" in finding.said
+
+
+def test_a_replacement_that_is_seen_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(source: Path, target: Path) -> None:
+        raw = Path(source).read_bytes()
+        with Path(target).open("r+b") as file:
+            file.write(raw[:2048])
+            file.flush()
+            time.sleep(0.02)
+            file.write(raw[2048:])
+
+    monkeypatch.setattr(disk.os, "replace", torn)
+    finding = disk._try_rename(tmp_path, rounds=60)
+    assert finding.level == "failed" and "a reader saw a part of it" in finding.said
+
+
+def test_no_secret_is_shown(bin: Path, afina: Callable[..., Ran]) -> None:
+    token = "hf_" + "s3cr3t" * 6
+    done = afina("doctor", env={"HF_TOKEN": token})
+    assert "there is a Hugging Face token" in done.stdout and token not in done.stdout + done.stderr
+
+
+def test_clocks(bin: Path, site: Site) -> None:
+    (finding,) = found(patient(site), "clock")
+    assert finding.level == "ok" and finding.said == "agrees with the file server of scratch and slurmctld"
+    program(bin, "scontrol", 'date -d "90 seconds ago" "+Configuration data as of %Y-%m-%dT%H:%M:%S"\n')
+    (finding,) = found(patient(site), "clock")
+    assert finding.level == "warning" and "slurmctld differ by" in finding.said
+
+
+def test_slurm_that_does_not_answer(bin: Path, site: Site) -> None:
+    (finding,) = found(patient(site, Cluster()), "slurm")
+    assert finding.level == "failed" and "sinfo does not answer" in finding.said
+    program(bin, "squeue", "exit 1\n")
+    program(bin, "sacct", "exit 1\n")
+    assert found(patient(site), "squeue")[0].level == "failed"
+    assert found(patient(site), "sacct")[0] == Finding(
+        "sacct", "ok", "does not work here; afina reads run directories instead"
+    )
+    for name in ("scancel", "srun"):
+        (bin / name).unlink()
+    if shutil.which("scancel") is None:
+        assert "not on PATH: scancel, srun" in found(patient(site), "slurm")[0].said
+
+
+@pytest.mark.parametrize(
+    ("given", "check", "level", "said"),
+    [
+        ({}, "partition", "ok", "gpu: 2 nodes, 2 GPUs per node at most, up to 24 h"),
+        ({"SBATCH_PARTITION": "old"}, "partition", "warning", "old: 2 nodes (2 out of service), no GPUs"),
+        ({"SBATCH_PARTITION": "gqu"}, "partition", "failed", "SBATCH_PARTITION=gqu: no such partition"),
+        ({}, "account", "ok", "Slurm's default of yours: maths, physics"),
+        ({"SBATCH_ACCOUNT": "Maths"}, "account", "ok", "Maths"),
+        ({"SBATCH_ACCOUNT": "zoo"}, "account", "failed", "SBATCH_ACCOUNT=zoo is not yours"),
+        ({"SBATCH_QOS": "long"}, "qos", "ok", "long"),
+        ({"SBATCH_QOS": "long", "SBATCH_ACCOUNT": "maths"}, "qos", "failed", "SBATCH_QOS=long is not allowed"),
+    ],
+)  # fmt: skip
+def test_where_jobs_go(bin: Path, site: Site, given: dict[str, str], check: str, level: str, said: str) -> None:
+    accounts = parse_associations("elk|physics||normal,long|normal|\nelk|maths||normal||\n", "elk")
+    cluster = Cluster(parse_partitions(SINFO), {"ClusterName": "elk"}, accounts)
+    (finding,) = found(patient(site.model_copy(update={"sbatch": given}), cluster), check)
+    assert finding.level == level and said in finding.said
+
+
+@pytest.mark.parametrize(
+    ("config", "check", "level"),
+    [
+        ("PreemptMode = REQUEUE", "preemption", "ok"),
+        ("PreemptMode = GANG,CANCEL", "preemption", "warning"),
+        ("JobRequeue = 0", "requeue", "ok"),
+        ("KillWait = 5 sec", "kill wait", "warning"),
+        ("KillWait = 60 sec", "kill wait", "ok"),
+    ],
+)
+def test_what_slurm_does_with_a_job_at_its_end(bin: Path, site: Site, config: str, check: str, level: str) -> None:
+    cluster = Cluster(parse_partitions(SINFO), parse_config(config))
+    assert found(patient(site, cluster), check)[0].level == level
+
+
+# -- the container -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contained(bin: Path, site: Site, sif: Path) -> Patient:
+    """A site with an image, and an apptainer that starts it."""
+    body = (
+        f'case "$*" in --version) echo "apptainer version 1.4.5";; *exec*) echo "afina, version {__version__}";; esac\n'
+    )
+    program(bin, "apptainer", body)
+    return patient(site.model_copy(update={"image": sif, "runtime": "apptainer"}))
+
+
+def test_a_container_that_starts(contained: Patient) -> None:
+    assert [f.level for f in found(contained, "image")] == ["ok"]
+    (finding,) = found(contained, "container")
+    assert finding == Finding("container", "ok", f"the image starts, with afina {__version__}")
+    assert "apptainer version 1.4.5" in found(contained, "runtime")[0].said
+
+
+def test_a_container_with_another_afina(contained: Patient, bin: Path) -> None:
+    program(bin, "apptainer", "echo afina, version 0.0.1\n")
+    (finding,) = found(contained, "container")
+    assert finding.level == "warning" and "the image has afina 0.0.1" in finding.said
+
+
+def test_a_container_that_does_not_start(contained: Patient, bin: Path) -> None:
+    program(bin, "apptainer", "echo 'INFO: so' >&2; echo 'FATAL: user namespaces are disabled' >&2; exit 255\n")
+    (finding,) = found(contained, "container")
+    assert finding.level == "failed" and "user namespaces are disabled" in finding.said
+
+
+def test_an_image_that_is_cut_off_is_a_finding_of_the_site(
+    bin: Path, afina: Callable[..., Ran], tmp_path: Path
+) -> None:
+    image = tmp_path / "half.sif"
+    image.write_bytes(sif_bytes()[:300])
+    done = afina("doctor", env={"AFINA_IMAGE": str(image)})
+    assert done.returncode == 3 and "is cut off: 300 of 640 bytes are there" in done.stdout
+
+
+def test_a_setuid_installation_is_told_from_another(contained: Patient, bin: Path, tmp_path: Path) -> None:
+    starter = tmp_path / "lib exec/apptainer/bin/starter-suid"
+    starter.parent.mkdir(parents=True)
+    starter.write_text("")
+    program(
+        bin, "apptainer", f"case $1 in buildcfg) echo 'LIBEXECDIR={tmp_path}/lib exec';; --version) echo v;; esac\n"
+    )
+    assert "setuid" not in found(contained, "runtime")[0].said
+    starter.chmod(0o4755)
+    assert "setuid" in found(contained, "runtime")[0].said
+    assert found(contained, "fuse")[0].level == "warning"
+
+
+def test_binds(contained: Patient, tmp_path: Path) -> None:
+    assert contained.site is not None
+    binds = (f"{tmp_path}:/data:ro", f"{tmp_path}/nowhere")
+    broken = patient(contained.site.model_copy(update={"binds": binds}))
+    (finding,) = found(broken, "binds")
+    assert finding.level == "failed" and f"{tmp_path}/nowhere" in finding.said and ":/data" not in finding.said
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="here is an NVIDIA driver")
+@pytest.mark.parametrize(("allocated", "level"), [("2", "warning"), ("0", "ok"), (None, "ok")])
+def test_allocated_gpus_without_a_driver_are_a_warning(
+    allocated: str | None, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if allocated is not None:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", allocated)
+    ((check, said, text, _),) = worker_doctor._cuda()
+    assert (check, said) == ("cuda", level) and ("train on the CPU" in text) == (level == "warning")
+
+
+@pytest.mark.slow
+def test_the_inside_is_whole_here_and_a_broken_package_is_found(afina: Callable[..., Ran], tmp_path: Path) -> None:
+    """Without a site too: the image's own test calls it so."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "evaluate.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')\n")
+    argv = [sys.executable, "-m", "afina.cli", "doctor", "--inside", "--json"]
+    both = [
+        subprocess.Popen(argv, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for env in ({}, {"PYTHONPATH": str(broken)})
+    ]
+    (out, err), (broken_out, _) = (process.communicate(timeout=200) for process in both)
+    said = json.loads(out)
+    assert both[0].returncode == 0 and said["failed"] == 0, out + err
+    by_check = {f["check"]: f for f in said["findings"]}
+    assert "torch 2" in by_check["packages"]["said"] and "without network" in by_check["metrics"]["said"]
+    assert {"python", "packages", "cuda", "metrics", "room", "compiler", "rdma"} <= set(by_check)
+    assert both[1].returncode == 3
+    failed = [f for f in json.loads(broken_out)["findings"] if f["level"] == "failed"]
+    assert any("evaluate cannot be imported: libfoo.so.1" in f["said"] for f in failed)
+
+
+def test_a_job_is_not_tried_where_it_cannot_be(bin: Path, afina: Callable[..., Ran], scratch: Path) -> None:
+    program(bin, "sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1\n")
+    done = afina("doctor", "--job", "--json")
+    said = json.loads(done.stdout)
+    (refused,) = [f for f in said["findings"] if f["level"] == "failed"]
+    assert done.returncode == 3 and refused["check"] == "sbatch" and "SBATCH_ACCOUNT" in refused["remedy"]
+    assert list(scratch.iterdir()) == []

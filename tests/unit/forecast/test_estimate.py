@@ -1,0 +1,157 @@
+"""The forecast: what it is made of, where it comes from, and what it says is to be asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from afina.forecast.estimate import Earlier, Measured, Shape, describe, forecast, memory_of, pace
+from afina.recipe.schema import Recipe
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
+
+BERT = Shape(
+    parameters=108_310_272, layers=12, hidden=768, intermediate=3072, heads=12, longest=(512,) * 8,
+    train_rows=8000, eval_rows=1000,
+)  # fmt: skip
+MEASURED = Measured(
+    device="cpu", device_name="a processor", threads=2, batching="packed", parameters=108_310_272,
+    costs=(1000, 2000, 1500), seconds=(1.1, 2.1, 1.6), mean_cost=1200, longest_tokens=4096, train_rows=8000,
+    eval_cost=100_000, eval_seconds_per_cost=0.0004, save_seconds=2.0, stall_seconds=0.5, checkpoint_bytes=1_300_000_000,
+    startup_seconds=12.0, base_bytes=500_000_000, peak_bytes=5_000_000_000,
+)  # fmt: skip
+EARLIER = Earlier(
+    "run-1", "cpu", examples_per_second=10.0, startup_seconds=15.0, other_seconds=100.0, evaluated_rows=500
+)
+
+
+@pytest.fixture
+def plan(recipe: Callable[..., Recipe], site: Site) -> Callable[..., Plan]:
+    def make(nodes: int = 1, gpus: int = 0, **changes: Any) -> Plan:
+        return make_plan(
+            recipe(**{"train__epochs": 3, "train__batch_size": 16, "data__files": {"all": "reviews.csv"}, **changes}),
+            site,
+            recipe_file=None,
+            nodes=nodes,
+            gpus_per_node=gpus,
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _data_is_here(hostile: None) -> None:
+    from pathlib import Path
+
+    Path("reviews.csv").write_text("text,stars\ngood,5\n")
+
+
+def test_memory_is_the_sum_of_what_a_process_holds() -> None:
+    """BERT base, eight texts of 512 tokens in float32: 1.7 GB of state, and activations as the paper counts them."""
+    found = memory_of(BERT)
+    assert found["weights"] + found["gradients"] + found["moments"] == 16 * BERT.parameters
+    assert found["copy"] == 12 * BERT.parameters and memory_of(BERT, first=False)["copy"] == 0
+    # Section 4 of Korthikanti et al.: s b h (34 + 5 a s / h) bytes a layer in 16 bits.
+    s, b, h, a = 512, 8, 768, 12
+    assert memory_of(replace(BERT, half=True))["activations"] == 12 * s * b * h * (34 + 5 * a * s / h)
+    assert found["activations"] > 1.8 * memory_of(replace(BERT, half=True))["activations"]
+    assert memory_of(replace(BERT, attention_dropout=False))["activations"] < found["activations"]
+
+
+def test_memory_grows_with_the_longest_batch_alone() -> None:
+    longer = memory_of(replace(BERT, longest=(512,) * 16))
+    assert {k for k, v in longer.items() if v != memory_of(BERT)[k]} == {"activations"}
+    assert longer["activations"] == 2 * memory_of(BERT)["activations"]
+
+
+def test_the_pace_is_the_line_that_steps_lie_on_whatever_held_up_some_of_them() -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    costs = [rng.uniform(500, 4000) for _ in range(15)]
+    seconds = [0.2 + 0.001 * c for c in costs]
+    assert pace(costs, seconds) == (pytest.approx(0.2), pytest.approx(0.001))
+    for number in rng.sample(range(15), 3):
+        seconds[number] += 30
+    fixed, slope = pace(costs, seconds)
+    assert fixed + slope * 2000 == pytest.approx(2.2, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("costs", "seconds", "at_1000"),
+    [([1000], [2.0], 2.0), ([1000, 1000], [2.0, 2.2], 2.1), ([500, 1000], [3.0, 1.0], 2.0), ([500, 1000], [0.1, 9.0], 6.975)],
+)  # fmt: skip
+def test_a_pace_is_never_negative_nor_steeper_than_through_the_origin(
+    costs: list[float], seconds: list[float], at_1000: float
+) -> None:
+    fixed, slope = pace(costs, seconds)
+    assert fixed >= 0 and slope >= 0
+    assert fixed + slope * 1000 == pytest.approx(at_1000, rel=0.35)
+
+
+def test_a_rehearsal_becomes_the_time_of_the_run(plan: Callable[..., Plan]) -> None:
+    found = forecast(plan(), BERT, measured=MEASURED, limit_min=24 * 60)
+    assert found.basis == "rehearsal" and found.total_steps == 1500
+    parts = found.seconds_by_part
+    assert parts["startup"] == 12.0
+    assert parts["steps"] == pytest.approx(1500 * (0.1 + 0.001 * 1200), rel=0.01)
+    # Three epochs, and once more where the best one is not the last.
+    assert parts["evaluations"] == pytest.approx(4 * 40.0, rel=0.01)
+    assert found.seconds == pytest.approx(sum(parts.values()), abs=0.2)
+    assert found.host_gb == 5.0 and found.mem_gb == 6 and found.checkpoint_gb == 1.3
+    assert found.time_min is not None and found.time_min * 60 > 1.2 * (found.seconds or 0)
+    assert found.attempts == 1
+
+
+def test_a_short_limit_means_more_attempts(plan: Callable[..., Plan]) -> None:
+    found = forecast(plan(resources__time=15), BERT, measured=MEASURED, limit_min=15)
+    assert found.time_min == 15 and found.attempts is not None and 3 <= found.attempts <= 4
+    none = forecast(plan(resources__time=1), BERT, measured=MEASURED.model_copy(update={"startup_seconds": 90.0}))
+    assert none.attempts is None and "over before" in "\n".join(describe(none.to_json()))
+
+
+def test_several_processes_share_the_work_and_each_has_its_memory(plan: Callable[..., Plan]) -> None:
+    one, two = (forecast(plan(nodes=1), BERT, measured=MEASURED), forecast(plan(nodes=2), BERT, measured=MEASURED))
+    assert two.host_gb == one.host_gb, "per node"
+    assert two.seconds_by_part["evaluations"] == pytest.approx(one.seconds_by_part["evaluations"] / 2)
+    assert any("exchange of gradients" in note for note in two.notes) and not one.notes
+
+
+def test_what_was_rehearsed_on_a_cpu_says_no_time_for_a_gpu(plan: Callable[..., Plan]) -> None:
+    found = forecast(plan(gpus=1), BERT, measured=MEASURED)
+    assert (found.device, found.basis, found.seconds, found.time_min) == ("cuda", "model", None, None)
+    assert found.gpu_gb is not None and found.gpu_gb > 16 * BERT.parameters / 1e9
+    assert "srun --gpus=1" in found.notes[0]
+    said = "\n".join(describe(found.to_json()))
+    assert "no time is told" in said and "GB of each GPU" in said
+
+
+def test_earlier_runs_tell_the_time_of_the_next(plan: Callable[..., Plan]) -> None:
+    other = replace(EARLIER, device="cuda", examples_per_second=1e6)
+    found = forecast(plan(), BERT, earlier=[other, EARLIER])
+    assert found.basis == "earlier runs"
+    assert found.seconds_by_part == {"startup": 15.0, "steps": 2400.0, "evaluations": 800.0, "saves": 0.0}
+    assert forecast(plan(), BERT, earlier=[replace(EARLIER, peak_gb=3.5)]).host_gb == 3.5
+    # A rehearsal knows better.
+    assert forecast(plan(), BERT, measured=MEASURED, earlier=[EARLIER]).basis == "rehearsal"
+
+
+def test_without_any_measure_no_time_is_guessed(plan: Callable[..., Plan]) -> None:
+    found = forecast(plan(), BERT)
+    assert (found.basis, found.seconds, found.attempts) == ("model", None, None)
+    assert found.host_gb == pytest.approx(sum(memory_of(BERT).values()) / 1e9, abs=0.01)
+
+
+def test_too_little_memory_is_said(plan: Callable[..., Plan]) -> None:
+    assert "warning: 4 GB are asked for" in "\n".join(describe(forecast(plan(resources__mem_gb=4), BERT, measured=MEASURED).to_json()))  # fmt: skip
+    assert "warning" not in "\n".join(describe(forecast(plan(resources__mem_gb=6), BERT, measured=MEASURED).to_json()))
+
+
+@pytest.mark.parametrize(("minutes", "words"), [(0.5, "30 s"), (3, "3 min"), (150, "2 h 30 min"), (4320, "3 days")])
+def test_times_in_words(plan: Callable[..., Plan], minutes: float, words: str) -> None:
+    said = {**forecast(plan(), BERT, measured=MEASURED).to_json(), "seconds": minutes * 60}
+    assert f"about {words}; memory" in describe(said)[0]

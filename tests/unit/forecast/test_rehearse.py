@@ -1,0 +1,169 @@
+"""A rehearsal for real, with a tiny model: network cut, nothing left, and its forecast beside the run that follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests import tiny
+from tests.unit.conftest import program, tree
+
+from afina.api import plan_for
+from afina.forecast.evidence import earlier_runs, shape_of
+
+Ran = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("it's a place")
+    (place / "scra tch").mkdir()
+    tiny.tiny_model(place / "model")
+    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(260, 7))
+    recipe = {
+        "name": "tiny",
+        "model": "model",
+        "data": {"files": "reviews.csv", "text": "text", "label": "stars", "train": {"fraction": 0.8}, "eval": {"fraction": 0.2}},
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 16, "epochs": 2, "learning_rate": 0.003, "log_every": 1},
+        "resources": {"gpus_per_node": 0, "cpus_per_gpu": 1, "time": 30},
+    }  # fmt: skip
+    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    return place
+
+
+def afina(place: Path, *arguments: str, **env: str) -> Ran:
+    given = {**os.environ, "AFINA_SCRATCH": str(place / "scra tch"), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        [sys.executable, "-m", "afina.cli", *arguments],
+        env=given, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(place: Path) -> dict[str, Any]:
+    done = afina(place, "prefetch", "recipe.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@pytest.fixture(scope="module")
+def rehearsed(place: Path, prepared: dict[str, Any]) -> dict[str, Any]:
+    before = tree(place)
+    done = afina(place, "rehearse", "recipe.yaml", "--seconds", "0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert tree(place) == before, "something is left of the rehearsal"
+    said: dict[str, Any] = json.loads(done.stdout)
+    return said
+
+
+@pytest.mark.slow
+def test_a_rehearsal_makes_steps_a_save_and_an_evaluation(rehearsed: dict[str, Any], prepared: dict[str, Any]) -> None:
+    measured = rehearsed["measured"]
+    assert rehearsed["basis"] == "rehearsal" and measured["device"] == "cpu"
+    assert len(measured["seconds"]) == len(measured["costs"]) >= 2
+    assert measured["checkpoint_bytes"] > 12 * measured["parameters"] and measured["eval_seconds_per_cost"] > 0
+    assert rehearsed["total_steps"] == 2 * 13
+    # The longest batch of the epoch has more tokens than sixteen mean rows.
+    assert measured["longest_tokens"] > 16 * prepared["tokens"]["train"] / prepared["rows"]["train"]
+    assert measured["base_bytes"] < measured["peak_bytes"] < 3e9
+
+
+@pytest.mark.slow
+def test_the_network_is_cut_where_the_kernel_allows_it(rehearsed: dict[str, Any]) -> None:
+    code = (
+        "import ctypes,sys; libc = ctypes.CDLL(None); sys.exit(libc.unshare(0x40000000) and libc.unshare(0x50000000))"
+    )
+    allowed = subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert rehearsed["measured"]["network"] == ("cut" if allowed else "offline variables")
+
+
+def test_a_process_that_has_left_the_network_reaches_nobody() -> None:
+    """Not even this machine."""
+    code = (
+        "import os, socket\nfrom afina.worker.isolation import cut_network, interfaces\n"
+        "server = socket.socket(); server.bind(('127.0.0.1', 0)); server.listen()\n"
+        "before = os.getuid(), os.getgid()\n"
+        "if not cut_network(): raise SystemExit(77)\n"
+        "assert (os.getuid(), os.getgid()) == before and interfaces() == []\n"
+        "try: socket.create_connection(server.getsockname(), timeout=5)\n"
+        "except OSError as error: print(error)\n"
+        "else: raise SystemExit('connected')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("this kernel lets no ordinary user leave the network")
+    assert done.returncode == 0 and "unreachable" in done.stdout, done
+
+
+@pytest.mark.slow
+def test_the_shape_is_read_without_torch(
+    place: Path, prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import safe_open
+
+    monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
+    plan = plan_for(place / "recipe.yaml")
+    shape = shape_of(plan, prepared)
+    with safe_open(place / "model/model.safetensors", framework="np") as file:
+        assert shape.parameters == sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    lengths = np.diff(np.load(Path(prepared["prepared"]) / "train.offsets.npy"))
+    assert shape.longest == tuple(sorted(lengths.tolist(), reverse=True)[:16])
+    assert (shape.layers, shape.hidden, shape.heads, shape.train_rows) == (2, 32, 4, 208)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_run_is_what_the_next_forecast_is_made_from(
+    place: Path, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a submission writes it down, where a rehearsal has gone before, with what that measured."""
+    done = afina(place, "train", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
+    (run,) = earlier_runs(plan_for(place / "recipe.yaml"))
+    outcome = json.loads(next((place / "scra tch/runs").glob("*/outcome.json")).read_text())
+    assert run.examples_per_second == outcome["samples_per_second"] and run.device == "cpu"
+    assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 52
+    assert earlier_runs(plan_for(place / "recipe.yaml", overrides=["tokens.max_length=48"])) == []
+
+    folder = tmp_path / "fake bin"
+    program(folder, "sinfo", "echo 'gpu*|up|30:00|1-infinite|1|4|16000|(null)|idle'\n")
+    program(folder, "scontrol", "echo 'JobRequeue = 1'\n")
+    program(folder, "sbatch", "echo 77\n")
+    path = f"{folder}:{os.environ['PATH']}"
+    done = afina(place, "submit", "recipe.yaml", "--run", "quick", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "forecast from earlier runs like it: 26 steps" in done.stdout and "submitted job 77" in done.stdout
+    said = json.loads((place / "quick/estimate.json").read_text())
+    assert said["basis"] == "earlier runs" and said["limit_min"] == 30 and said["measured"] is None
+
+    done = afina(place, "submit", "recipe.yaml", "--rehearse", "--run", "careful", "--json", PATH=path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["job_id"] == "77" and said["estimate"] == json.loads((place / "careful/estimate.json").read_text())
+    assert said["estimate"]["basis"] == "rehearsal" and len(said["estimate"]["measured"]["seconds"]) >= 2
+    assert not list((place / "scra tch").glob(".rehearsal-*"))
+
+
+@pytest.mark.slow
+def test_what_fails_in_the_rehearsal_is_not_submitted(place: Path, prepared: dict[str, Any], tmp_path: Path) -> None:
+    """A learning rate that breaks the loss; the run directory goes, and nothing is asked of Slurm."""
+    folder = tmp_path / "fake bin"
+    program(folder, "sinfo", "exit 1\n")
+    program(folder, "sbatch", f"[ \"$1\" = --version ] || touch '{tmp_path}/submitted'; echo 77\n")
+    done = afina(
+        place, "submit", "recipe.yaml", "--rehearse", "--run", "never", "--set", "train.learning_rate=1e30",
+        "--set", "train.arguments.max_grad_norm=0", PATH=f"{folder}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert done.returncode == 4 and "the loss is not finite at step" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "never").exists() and not (tmp_path / "submitted").exists()
+    assert not list((place / "scra tch").glob(".rehearsal-*"))

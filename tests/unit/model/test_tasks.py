@@ -1,0 +1,69 @@
+"""The metrics of classes through `evaluate`, against scikit-learn called directly."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from afina.recipe.schema import METRICS
+from afina.worker.model.metrics import compute_metrics
+from afina.worker.model.tasks import decisions
+
+Array = np.ndarray[Any, Any]
+
+
+def _sklearn(task: str, labels: Array, said: Array, width: int) -> dict[str, Any]:
+    classes = list(range(width))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        each = metrics.precision_recall_fscore_support(labels, said, labels=classes, average=None, zero_division=0)
+        found: dict[str, Any] = {}
+        for name, values in zip(("precision", "recall", "f1"), each, strict=False):
+            found |= {name: float(np.mean(values)), f"{name}_per_class": list(map(float, values))}
+        if task == "single-label":
+            found["accuracy"] = float(metrics.accuracy_score(labels, said))
+            found["mcc"] = float(metrics.matthews_corrcoef(labels, said))
+            found["confusion_matrix"] = metrics.confusion_matrix(labels, said, labels=classes).tolist()
+        else:
+            found["f1_micro"] = float(metrics.f1_score(labels, said, average="micro", zero_division=0))
+            found["subset_accuracy"] = float(metrics.accuracy_score(labels, said))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_metrics_are_those_of_scikit_learn(task: str, seed: int) -> None:
+    """Few rows, so that classes are missing; rows of which all are right; a model that says one thing only."""
+    draw = np.random.default_rng(seed)
+    count, width = int(draw.integers(1, 300 if seed % 3 else 8)), int(draw.integers(2, 9))
+    logits = draw.normal(size=(count, width)).astype(np.float32)
+    if seed % 4 == 1:
+        logits[:, 0] = 9 if task == "single-label" else -9
+    said = decisions(task, logits).astype(np.int64)
+    labels = (
+        draw.integers(0, width, count) if task == "single-label" else (draw.random((count, width)) > 0.7).astype(int)
+    )
+    if seed % 4 == 2:
+        labels = said.copy()
+    found = compute_metrics(task, METRICS[task], decisions(task, logits), labels, width)
+    expected = _sklearn(task, labels, said, width)
+    mcc, theirs = found.pop("mcc", None), expected.pop("mcc", None)
+    assert found == expected, f"seed {seed}"
+    if mcc is not None:
+        assert mcc == pytest.approx(theirs, abs=1e-12)
+
+
+def test_large_counts_do_not_overflow() -> None:
+    """A hundred thousand rows and more, as int8 and int32: squares of counts are beyond 32 bits."""
+    count = 200_000
+    labels = np.arange(count) % 2
+    logits = np.stack([labels == 0, labels == 1], -1).astype(np.float32)
+    found = compute_metrics("single-label", ["mcc", "accuracy"], decisions("single-label", logits), labels, 2)
+    assert found == {"mcc": pytest.approx(1.0), "accuracy": 1.0}
+    both = np.ones((count, 2), np.float32)
+    found = compute_metrics("multi-label", ["f1", "f1_micro"], decisions("multi-label", both), both, 2)
+    assert found["f1"] == found["f1_micro"] == 1.0

@@ -1,0 +1,259 @@
+"""Trackers: what a recipe may name, what is refused and when, and that a killed and resumed run is recorded once and whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests import tiny
+from tests.unit.conftest import Ran, tree
+
+from afina.errors import EnvironmentProblem, RecipeError
+from afina.recipe import trackers
+from afina.recipe.schema import Recipe
+from afina.run.directory import RunDir
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_one_or_several_are_named_and_do_not_change_what_is_trained(
+    recipe: Callable[..., Recipe], site: Site, recipe_file: Callable[..., Path]
+) -> None:
+    plain = make_plan(recipe(), site, recipe_file=recipe_file())
+    for given, read in [
+        ("wandb", ("wandb",)),
+        (["mlflow", "wandb", "mlflow"], ("mlflow", "wandb")),
+        (None, ()),
+        ([], ()),
+    ]:
+        loaded = recipe(trackers=given)
+        assert loaded.trackers == read
+        assert make_plan(loaded, site, recipe_file=recipe_file()).digest == plain.digest
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["tensorboard", "wandbb"],
+            "`wandbb` is not a tracker; did you mean `wandb`? known: tensorboard, wandb, mlflow",
+        ),
+        ([{"wandb": 1}], "trackers.0"),
+        (7, "must be text, or a list of texts"),
+        ("hf_" + "a" * 34, "holds a token or a password"),
+    ],
+)
+def test_what_is_no_tracker(recipe: Callable[..., Recipe], given: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe(trackers=given)
+    assert message in str(caught.value)
+
+
+def test_a_missing_package_is_refused_before_anything_is_made(
+    afina: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path, scratch: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("mlflow"):
+        pytest.skip("mlflow is installed here")
+    path = recipe_file(model=str(model_folder), trackers=["mlflow"])
+    before = tree(scratch)
+    done = afina("train", path, "--run", tmp_path / "run")
+    assert done.returncode == 3 and "trackers: mlflow needs the package mlflow" in done.stderr, done
+    assert f"remedy: {shlex.quote(sys.executable)} -m pip install mlflow; or leave mlflow out" in done.stderr
+    assert not (tmp_path / "run").exists()
+    left = set(tree(scratch)) - set(before)
+    assert not [path for path in left if Path(path).is_file()], left
+
+
+def test_a_package_that_the_image_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", "no_such_package_of_wandb")
+    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/afina.sif")
+    with pytest.raises(EnvironmentProblem, match=r"which the image /images/afina\.sif does not have") as caught:
+        trackers.check_trackers(["wandb"])
+    assert "container/lock.sh" in caught.value.remedy
+    trackers.check_trackers([])
+
+
+def test_the_environment_is_offline_and_inside_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"
+    env = trackers.tracker_environment(run, "stars", "abc", {})
+    assert env["WANDB_MODE"] == "offline" and env["WANDB_PROJECT"] == "stars"
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TENSORBOARD_LOGGING_DIR"):
+        assert Path(env[name]).is_relative_to(run), name
+    assert env["MLFLOW_TRACKING_URI"] == f"sqlite:///{run}/tracking/mlflow.db"
+    mine = {"WANDB_MODE": "online", "WANDB_PROJECT": "mine", "WANDB_DIR": "/elsewhere", "WANDB_API_KEY": KEY}
+    env = trackers.tracker_environment(run, "stars", "abc", mine)
+    assert "WANDB_MODE" not in env and "WANDB_PROJECT" not in env, "what the user has set stays"
+    assert Path(env["WANDB_DIR"]).is_relative_to(run) and KEY not in str(env)
+
+
+def test_commands_name_only_what_is_there_and_quote_it(tmp_path: Path) -> None:
+    run = tmp_path / "it's a run"
+    assert trackers.sync_commands(run, trackers.TRACKERS) == []
+    for name in ("tensorboard", "wandb"):
+        (run / "tracking" / name).mkdir(parents=True)
+    (run / "tracking/wandb/offline-run-1").mkdir()
+    tensorboard, wandb = trackers.sync_commands(run, trackers.TRACKERS)
+    shown = subprocess.run(
+        ["bash", "-c", f"set -- {tensorboard}; printf '%s\\n' \"$@\""], capture_output=True, text=True
+    )
+    assert shown.stdout.splitlines() == ["tensorboard", "--logdir", str(run / "tracking/tensorboard")]
+    shown = subprocess.run(["bash", "-c", f"set -- {wandb}; printf '%s\\n' \"$@\""], capture_output=True, text=True)
+    assert shown.stdout.splitlines() == ["wandb", "sync", str(run / "tracking/wandb/offline-run-1")]
+    assert len(trackers.sync_commands(run, ["wandb"])) == 1
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a library's callback: what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        pass
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if logs.get("loss") == 13:
+            raise RuntimeError("the service died\nat length")
+        self.told.append((state.global_step, logs))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "run/tracking").mkdir(parents=True)
+    run = RunDir(tmp_path / "run")
+    lines = [
+        {"step": 1, "loss": 0.9},
+        {"step": 2, "loss": 0.8},
+        {"step": 2, "eval_loss": 0.7, "eval_x": [1]},
+        {"step": 3, "loss": 0.6},
+    ]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_an_attempt_records_what_was_logged_up_to_its_checkpoint(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb without a server: the files of the attempt before are set aside, and nothing is missing or twice."""
+    from afina.worker.training.tracking import Tracked, _set_aside
+
+    inner = Recorder()
+    monkeypatch.setattr(Tracked, "_make", lambda self: inner)
+    tracked = Tracked("wandb", run, resumed_step=2)
+    state = SimpleNamespace(global_step=2, epoch=0.5)
+    tracked.on_train_begin(None, state, None)
+    state.global_step = 3
+    tracked.on_log(None, state, None, {"loss": 0.61, "names": ["a"]})
+    assert [(step, sorted(logs)) for step, logs in inner.told] == [
+        (1, ["loss"]),
+        (2, ["loss"]),
+        (2, ["eval_loss"]),
+        (3, ["loss"]),
+    ]
+    old, uploaded = (run.path / "tracking/wandb" / name for name in ("offline-run-1-x", "offline-run-2-x"))
+    old.mkdir(parents=True)
+    assert not _set_aside(old.parent) and [p.name for p in old.parent.iterdir()] == ["replaced-offline-run-1-x"]
+    uploaded.mkdir()
+    (uploaded / "run-x.wandb.synced").touch()
+    assert _set_aside(old.parent) and uploaded.is_dir()
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from afina.worker.training.tracking import Tracked
+
+    inner = Recorder()
+    monkeypatch.setattr(Tracked, "_make", lambda self: inner)
+    tracked = Tracked("tensorboard", run, resumed_step=0)
+    state = SimpleNamespace(global_step=1)
+    tracked.on_train_begin(None, state, None)
+    for loss in (12, 13, 14):
+        tracked.on_log(None, state, None, {"loss": loss})
+    tracked.on_train_end(None, state, None)
+    assert [logs["loss"] for _, logs in inner.told] == [12]
+    said = capfd.readouterr()
+    assert (
+        said.err == "afina: WARNING: tensorboard records no more: RuntimeError: the service died\n" and said.out == ""
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_and_resumed_run_is_on_tensorboard_once(tmp_path: Path) -> None:
+    """The real library: killed some steps after a checkpoint, so that they are made twice."""
+    pytest.importorskip("tensorboard", reason="the extra `trackers` is not installed")
+    (tmp_path / "scratch").mkdir()
+    tiny.tiny_model(tmp_path / "model")
+    tiny.write_csv(tmp_path / "reviews.csv", tiny.tiny_reviews(203, 7))
+    recipe = {
+        "name": "tiny",
+        "model": str(tmp_path / "model"),
+        "data": {
+            "files": {"all": str(tmp_path / "reviews.csv")},
+            "text": "text",
+            "label": "stars",
+            "train": {"fraction": 0.8},
+            "eval": {"fraction": 0.2},
+        },
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "epochs": 8, "learning_rate": 0.003, "log_every": 1, "save_every": 20},
+        "trackers": ["tensorboard"],
+    }
+    file, run = tmp_path / "recipe.yaml", tmp_path / "it's a run"
+    file.write_text(json.dumps(recipe))
+    env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY}
+    argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)]
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for _ in range(6000):
+            if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 25:
+                break
+            assert process.poll() is None, process.stdout and process.stdout.read().decode()
+            time.sleep(0.02)
+        os.kill(json.loads((run / "lease.json").read_text())["pid"], signal.SIGKILL)
+        process.communicate(timeout=60)
+    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = trackers.sync_commands(run, ["tensorboard"])[0]
+    assert f"afina: tensorboard: {command}" in done.stdout
+    status = subprocess.run(
+        [sys.executable, "-m", "afina.cli", "status", str(run)], env=env, capture_output=True, text=True
+    )
+    assert f"  records: {command}\n" in status.stdout, status.stdout + status.stderr
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    folder = run / "tracking/tensorboard"
+    shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    shown.Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key, tag in (("loss", "train/loss"), ("eval_accuracy", "eval/accuracy")):
+        recorded = {event.step: event.value for event in shown.Scalars(tag)}
+        logged = {line["step"]: line[key] for line in lines if key in line}
+        assert len(shown.Scalars(tag)) == len(logged) and recorded == pytest.approx(logged), tag
+    raw = [
+        event.step
+        for file in sorted(folder.iterdir())
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+        if value.tag == "train/loss"
+    ]
+    assert max(Counter(raw).values()) == 2, "no step was made twice: the kill came too early to prove anything"
+    assert not [p for p in run.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]

@@ -1,0 +1,178 @@
+"""afina compare and the folders of runs: what differs, what is tested, a thousand runs, what is no run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.conftest import Ran, tree
+from tests.unit.statistics.test_scores import write
+
+from afina.errors import InputError
+from afina.recipe.schema import Recipe
+from afina.reports.compare import compare, to_json, verdicts
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+from afina.watch.glance import glance, names_of
+from afina.watch.overview import find_runs
+
+np = pytest.importorskip("numpy")
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_folder: Path) -> MakeRun:
+    """A run with 200 predictions, of which a share is right."""
+
+    def make(name: str, right: float = 0.8, seed: int = 0, size: int = 200, **changes: Any) -> Path:
+        plan = make_plan(
+            recipe(model=str(model_folder), **changes), site, recipe_file=tmp_path / "re cipes, 'mine'/recipe.yaml"
+        )
+        run = RunDir.claim(plan, {"labels": ["a", "b"]}, ["python"], "", tmp_path / name)
+        truth = np.random.default_rng(size).integers(0, 3, size)
+        said = np.where(np.random.default_rng(seed).random(size) < right, truth, (truth + 1) % 3)
+        write(run.predictions, "single-label", truth, 4 * np.eye(4)[said])
+        metrics = {"eval_accuracy": float((truth == said).mean()), "eval_loss": 0.5, "eval_f1_per_class": [1.0]}
+        run.begin_attempt("local-1")
+        run.record(
+            Outcome(
+                outcome="finished",
+                exit_code=0,
+                attempt="local-1",
+                task="single-label",
+                metrics=metrics,
+                samples_per_second=9.5,
+            )
+        )
+        return run.path
+
+    return make
+
+
+def test_what_differs_and_whether_it_is_chance(make_run: MakeRun) -> None:
+    runs = [
+        make_run("base", 0.6),
+        make_run("better", 0.95, 1, train__learning_rate=1e-4),
+        make_run("alike", 0.6, train__seed=2),
+    ]
+    found = compare(runs)
+    assert found.names == ("base", "better", "alike")
+    assert found.recipe == {"train.learning_rate": [5e-5, 1e-4, 5e-5], "train.seed": [1, 1, 2]}
+    assert set(found.metrics) == {"accuracy", "loss"} and found.about["samples_per_second"] == [9.5] * 3
+    better, alike = verdicts(found)
+    assert better.paired is not None and alike.paired is not None
+    first = better.paired.differences[0]
+    assert (first.metric, first.test) == ("accuracy", "McNemar exact") and first.p < 1e-6 and first.low > 0.2
+    assert better.p_corrected == pytest.approx(2 * first.p), "two runs are tested"
+    assert alike.paired.differences[0].p == 1.0 and (alike.paired.only_first, alike.paired.only_second) == (0, 0)
+    assert verdicts(found, "f1")[0].paired.differences[0].metric == "f1"  # type: ignore[union-attr]
+    assert json.loads(json.dumps(to_json(found, [better, alike]), allow_nan=False))["tests"][0]["paired"]["rows"] == 200
+
+
+def test_what_cannot_be_tested_is_said_and_the_others_are(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+    runs = [make_run("a"), make_run("other rows", size=150), make_run("gone"), make_run("fine", 0.9)]
+    (runs[2] / "predictions.parquet").unlink()
+    results = verdicts(compare(runs))
+    assert [r.paired is None for r in results] == [True, True, False]
+    assert "the eval rows differ: 200 and 150" in str(results[0].why_not) and "is missing" in str(results[1].why_not)
+    done = afina("compare", *runs)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "not possible: the eval rows differ: 200 and 150" in done.stdout and "McNemar exact (" in done.stdout
+    assert done.stdout.startswith("The recipes are the same.\n")
+
+
+def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path) -> None:
+    make_run("runs/one")
+    make_run("runs/two", 0.9)
+    before = tree(tmp_path / "runs")
+    done = afina("compare", tmp_path / "runs", "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 0 and [run["name"] for run in said["runs"]] == ["one", "two"]
+    assert said["tests"][0]["paired"]["differences"][0]["metric"] == "accuracy"
+    assert "tests" not in json.loads(afina("compare", tmp_path / "runs", "--json", "--no-test").stdout)
+    assert tree(tmp_path / "runs") == before, "comparing changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder, and no run or sweep of that name below "),
+        (["one"], "one run alone cannot be compared"),
+        (["one", "./one"], "one run alone cannot be compared"),
+        (["one", "two", "--metric", "acuracy"], "`acuracy` is not a score that can be tested"),
+    ],
+)
+def test_wrong_input(
+    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    make_run("one")
+    make_run("two")
+    done = afina("compare", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and "remedy: " in done.stderr, done
+    assert done.stdout == ""
+
+
+def test_damaged_runs_stay_in_the_table(make_run: MakeRun) -> None:
+    runs = [make_run("a"), make_run("b"), make_run("c")]
+    (runs[1] / "plan.json").write_text("{")
+    (runs[2] / "outcome.json").write_text("[]")
+    found = compare(runs)
+    assert found.metrics["accuracy"][2] is None and found.runs[1].recipe == {} and found.runs[2].state == "no outcome"
+
+
+def test_a_thousand_runs_are_read_in_seconds(make_run: MakeRun, tmp_path: Path, afina: Callable[..., Ran]) -> None:
+    one = make_run("one")
+    folder = tmp_path / "many"
+    for number in range(1000):
+        (folder / f"cell-{number}").mkdir(parents=True)
+        for name in ("plan.json", "outcome.json"):
+            shutil.copyfile(one / name, folder / f"cell-{number}" / name)
+    began = time.process_time()
+    found = compare([folder])
+    assert len(found.runs) == 1000 and found.recipe == {} and found.names[:3] == ("cell-0", "cell-1", "cell-2")
+    assert time.process_time() - began < 5, "0.4 s on an idle core"
+    done = afina("compare", folder)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1002, "no tests, one row a run"
+
+
+def test_runs_are_found_below_folders_and_not_in_their_own(make_run: MakeRun, tmp_path: Path) -> None:
+    for name in ("x/runs/cell-10", "x/runs/cell-9", "x/deep/er"):
+        make_run(name)
+    (tmp_path / "x/.hidden").mkdir()
+    shutil.copy(tmp_path / "x/deep/er/plan.json", tmp_path / "x/.hidden/plan.json")
+    (tmp_path / "x/deep/er/attempts/local-1/plan.json").write_text("{}")
+    (tmp_path / "x/loop").symlink_to(tmp_path / "x")
+    found = find_runs([tmp_path / "x"])
+    assert [str(p.relative_to(tmp_path)) for p in found if "loop" not in p.parts] == [
+        "x/deep/er",
+        "x/runs/cell-9",
+        "x/runs/cell-10",
+    ]
+    assert find_runs([found[0]]) == [found[0]]
+    with pytest.raises(InputError, match="no such folder"):
+        find_runs([tmp_path / "absent"])
+
+
+def test_names_are_as_short_as_can_be() -> None:
+    assert names_of([Path("/a/x/1"), Path("/a/y/2")]) == ["1", "2"]
+    assert names_of([Path("/a/x/1"), Path("/a/y/1")]) == ["x/1", "y/1"]
+
+
+def test_a_glance_at_a_run(make_run: MakeRun) -> None:
+    seen = glance(make_run("it's one", train__best_metric="f1"))
+    assert (
+        seen.metric is None and seen.recipe["train.learning_rate"] == 5e-5 and set(seen.metrics) == {"accuracy", "loss"}
+    )
+    assert glance(make_run("another")).metric == "accuracy"
+
+
+def test_one_run_alone() -> None:
+    with pytest.raises(InputError, match="one run alone"):
+        compare([])

@@ -1,0 +1,549 @@
+"""The report: what is on the page, what is left out, and that nothing in a run can break out of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from tests.unit.conftest import tree
+
+from afina import reports
+from afina.errors import EnvironmentProblem, InputError
+from afina.recipe.schema import Recipe
+from afina.reports import write_report
+from afina.reports.charts import thin, ticks
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+
+MakeRun = Callable[..., RunDir]
+EVIL = "<script>alert(1)</script> & \"quoted\" 'it' </pre>"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_folder: Path) -> MakeRun:
+    """A claimed run directory, written by the code that writes real ones."""
+
+    def make(labels: list[str] | None = None, **changes: Any) -> RunDir:
+        loaded = recipe(model=str(model_folder), **changes)
+        plan = make_plan(loaded, site, recipe_file=tmp_path / "re cipes, 'mine'/recipe.yaml")
+        text = json.dumps(loaded.model_dump(mode="json"))
+        prepared = {
+            "prepared": "/scratch/prepared/1",
+            "labels": labels or ["1", "2", "3"],
+            "rows": {"train": 600, "eval": 200},
+            "tokens": {"train": 12345, "eval": 4321},
+            "warnings": ["label '3' occurs once in train"],
+        }
+        return RunDir.claim(plan, prepared, ["python"], text, tmp_path / "run <&> 'x'")
+
+    return make
+
+
+def finish(run: RunDir, **fields: Any) -> None:
+    folder = run.begin_attempt()
+    (folder / "env.json").write_text(
+        json.dumps({"host": "node<1>", "started": 0, "geometry": {"nodes": 2, "processes_per_node": 2}})
+    )
+    given: dict[str, Any] = {
+        "outcome": "finished",
+        "exit_code": 0,
+        "attempt": folder.name,
+        "global_step": 40,
+        "max_steps": 40,
+        "samples_per_second": 12.5,
+        "labels": ["1", "2", "3"],
+        "metrics": {
+            "eval_loss": 0.5,
+            "eval_accuracy": 0.75,
+            "eval_f1_per_class": [0.11, 0.22, 0.33],
+            "eval_confusion_matrix": [[5, 1, 0], [2, 6, 0], [0, 0, 0]],
+        },
+    }
+    run.record(Outcome(**{**given, **fields}))
+
+
+def log(run: RunDir, *lines: dict[str, Any]) -> None:
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+CURVE = (
+    {"step": 10, "epoch": 0.5, "loss": 1.5},
+    {"step": 20, "epoch": 1.0, "loss": 1.0},
+    {"step": 20, "epoch": 1.0, "eval_loss": 0.9, "eval_accuracy": 0.5, "eval_f1_per_class": [0.1]},
+    {"step": 40, "epoch": 2.0, "loss": 0.7},
+    {"step": 40, "epoch": 2.0, "eval_loss": 0.5, "eval_accuracy": 0.75},
+)
+
+
+class Page(HTMLParser):
+    """The page as a tree walk: every element closed in order, its texts, its tables."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.open: list[str] = []
+        self.names: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.headings: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        values = dict(attrs)
+        self.ids += [i for i in [values.get("id")] if i]
+        assert not {"src", "onload", "onclick"} & values.keys(), "the page fetches or runs something"
+        self.links += [v for v in [values.get("href")] if v is not None]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
+
+    def svgs(self) -> list[ElementTree.Element]:
+        return [ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", self.source, re.DOTALL)]
+
+
+def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    path = write_report(run.path)
+    assert path == run.path / "report/index.html"
+    page = Page(path)
+    assert page.headings == [
+        "amazon-stars",
+        *("Outcome", "Epochs", "Loss", "Metrics", "Each class", "Confusion matrix", "Data", "Warnings"),
+        *("Speed", "Plan", "Attempts", "Record", "Recipe", "Run it again"),
+    ]
+    assert page.names.count("h1") == 1 and page.names.count("html") == page.names.count("main") == 1
+    assert ["1", "20", "1", "0.9", "0.5"] in page.rows and ["2", "40", "0.7", "0.5", "0.75"] in page.rows
+    assert ["outcome", "finished"] in page.rows and ["steps", "40 of 40"] in page.rows
+    assert ["2", "0.22"] in page.rows, "F1 of the second class"
+    assert ["2", "2", "6", "0"] in page.rows, "the second row of the confusion matrix"
+    assert ["train", "600", "12345"] in page.rows
+    assert ["local-1", "1970-01-01 00:00:00 UTC", "node<1>", "4", "–", "0"] in page.rows
+    assert "label '3' occurs once in train" in page.text
+
+
+def test_the_page_is_self_contained_and_follows_the_reader(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    page = Page(write_report(run.path))
+    assert "prefers-color-scheme: dark" in page.source and 'lang="en"' in page.source
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page.source)
+    assert len(page.ids) == len(set(page.ids))
+    sections = [link.removeprefix("#") for link in page.links]
+    assert len(sections) == 13 and all(link.startswith("#") for link in page.links) and set(sections) <= set(page.ids)
+
+
+def test_charts_say_in_words_what_they_draw(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    loss, metrics = Page(write_report(run.path)).svgs()
+    for svg, title in ((loss, "Loss by step"), (metrics, "Metrics by step")):
+        assert svg.get("role") == "img"
+        named = [svg.find(f"*[@id='{i}']") for i in str(svg.get("aria-labelledby")).split()]
+        assert [n.tag for n in named if n is not None] == ["title", "desc"] and named[0] is not None
+        assert named[0].text == title
+    desc = loss.find("desc")
+    assert desc is not None
+    assert desc.text == "training: 1.5 at step 10, 0.7 at step 40; validation: 0.9 at step 20, 0.5 at step 40."
+    lines = [line.get("points") for line in loss.iter("polyline")]
+    assert [len(str(points).split()) for points in lines] == [3, 2]
+    # The largest loss at the top left of the plot, the least at the bottom right.
+    assert str(lines[0]).split()[0] == "64.0,34.0" and str(lines[1]).split()[-1] == "700.0,250.0"
+    assert len({line.get("stroke-dasharray") for line in loss.iter("polyline")}) == 2, "colour is not the only sign"
+
+
+def test_a_single_evaluation_a_flat_line_and_missing_values_are_drawn(make_run: MakeRun) -> None:
+    run = make_run()
+    log(
+        run,
+        {"step": 5, "epoch": 1, "eval_loss": 0.5, "eval_pearson": None, "eval_mse": 0.0, "eval_mae": float("nan")},
+    )
+    page = Page(write_report(run.path))
+    for svg in page.svgs():
+        assert not re.search(r"nan|inf\b", ElementTree.tostring(svg, "unicode"), re.IGNORECASE)
+    assert [svg.find("title").text for svg in page.svgs()] == ["Loss by step", "Errors by step"]  # type: ignore[union-attr]
+
+
+def test_nothing_in_a_run_breaks_out_of_the_page(make_run: MakeRun) -> None:
+    run = make_run([EVIL, "a", "b"], name=EVIL.replace("/", ""), data__label=EVIL)
+    finish(run, labels=[EVIL, "a", "b"], outcome="failed", exit_code=4, error=EVIL, device=EVIL)
+    prepared = json.loads((run.path / "prepared.json").read_text())
+    (run.path / "prepared.json").write_text(json.dumps({**prepared, "warnings": [EVIL], "rows": {EVIL: 1}}))
+    log(run, *CURVE, {"step": 41, "epoch": 3, "eval_loss": 1.0, f"eval_{EVIL}": 0.5})
+    page = Page(write_report(run.path))
+    assert "script" not in page.names
+    assert page.text.count(EVIL) >= 6
+    for svg in page.svgs():
+        assert svg.find(".//script") is None
+
+
+def test_a_run_that_has_not_begun_and_one_that_failed_have_a_page(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "No outcome is recorded" in Page(write_report(run.path)).text
+    run.begin_attempt("123.0")
+    run.record_failure("123.0", "the loss is nan at step 3", exit_code=4)
+    page = Page(write_report(run.path))
+    assert ["outcome", "failed"] in page.rows and "the loss is nan at step 3" in page.text
+    assert "Epochs" not in page.headings and not page.svgs()
+
+
+def test_damaged_files_leave_their_section_out(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    (run.path / "prepared.json").write_text('{"rows": ')
+    (run.attempts / "local-1/env.json").write_text("[]")
+    (run.path / "recipe.yaml").unlink()
+    run.metrics_file.write_text(json.dumps(CURVE[2]) + '\n{"step": 41, "eva')
+    page = Page(write_report(run.path))
+    assert "Data" not in page.headings and "Recipe" not in page.headings and "Epochs" in page.headings
+    assert ["local-1", "–", "–", "–", "–", "0"] in page.rows
+
+
+def test_the_account_and_the_environment_stay_at_home(tmp_path: Path, scratch: Path, make_run: MakeRun) -> None:
+    run = make_run()
+    plan = json.loads(run.plan_file.read_text())
+    plan["site"]["sbatch"] = {"SBATCH_ACCOUNT": "secret-project"}
+    plan["site"]["setup"] = ["MY_SETTING"]
+    run.plan_file.write_text(json.dumps(plan))
+    finish(run)
+    source = write_report(run.path).read_text("utf-8")
+    assert "secret-project" not in source and "MY_SETTING" not in source
+
+
+def test_nothing_but_the_page_and_its_figures_is_written_and_a_second_one_replaces_it(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    before = tree(run.path)
+    first = write_report(run.path).read_text("utf-8")
+    assert write_report(run.path).read_text("utf-8") == first
+    after = tree(run.path)
+    new = {str(run.path / "report"), *(str(run.path / "report" / n) for n in ("index.html", "loss.svg", "metrics.svg"))}
+    assert after.keys() - before.keys() == new
+    assert {k: v for k, v in after.items() if k not in new} == before
+
+
+def test_what_is_not_a_run_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        write_report(tmp_path)
+    assert reports.main([str(tmp_path)]) == 2 and "remedy:" in capsys.readouterr().err
+    assert reports.main([]) == 2 and "usage:" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_page_that_cannot_be_written_is_said_so(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    (run.path / "report").write_text("in the way")
+    with pytest.raises(EnvironmentProblem):
+        write_report(run.path)
+    assert reports.main([str(run.path)]) == 3
+
+
+def test_the_command_prints_the_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run()
+    assert reports.main([str(run.path)]) == 0
+    assert capsys.readouterr().out == f"{run.path / 'report/index.html'}\n"
+
+
+# -- what needs predictions, events, records, accounting ---------------------------------------------------------------
+
+
+def predict(run: RunDir, *, texts: list[str] | None = None, part: str = "") -> None:
+    """Predictions of 90 rows: label 1 always right, 2 half, 3 never, and surest of the wrong ones with the highest row."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    truth = [1 + i % 3 for i in range(90)]
+    said = [1 if t == 1 or t == 3 or i % 2 else 2 for i, t in enumerate(truth)]
+    sure = [0.5 + i / 200 for i in range(90)]
+    table = {
+        "row": list(range(90)),
+        "file": ["some where/reviews.csv"] * 90,
+        "id": [f"r{i}" for i in range(90)],
+        "text": texts or [f"text number {i} " + "long " * 100 for i in range(90)],
+        "label": list(map(str, truth)),
+        "prediction": list(map(str, said)),
+        **{f"score: {k}": [s if p == k else (1 - s) / 2 for p, s in zip(said, sure, strict=True)] for k in (1, 2, 3)},
+    }
+    pq.write_table(pa.table(table), run.path / f"predictions{part}.parquet")
+
+
+def test_predictions_give_intervals_calibration_and_mistakes(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run, metrics={"eval_loss": 0.5})
+    predict(run)
+    page = Page(write_report(run.path))
+    assert next(row for row in page.rows if row[:1] == ["1"] and "(" in row[-1])[:2] == ["1", "30"]
+    first, second, third = (next(r for r in page.rows if r[0] == k and "(" in r[-1]) for k in "123")
+    assert first[3] == "1.000 (1.000–1.000)" and re.fullmatch(r"0\.500 \(0\.3\d\d–0\.6\d\d\)", second[3]), second
+    assert third[2:] == ["0.000 (0.000–0.000)"] * 3, "never predicted: precision 0, as scikit-learn says"
+    assert ["2", "15", "15", "0"] in page.rows, "the confusion matrix, from the predictions"
+    assert "expected calibration error on eval" in page.text and "of 15 equal bins" in page.text
+    mistakes = [row for row in page.rows if len(row) == 6 and row[1].startswith("r")]
+    assert len(mistakes) == 20 and mistakes[0][:5] == ["89", "r89", "3", "1", "0.945"]
+    assert all(len(row[5]) == 300 and row[5].endswith("…") for row in mistakes)
+    assert "Rows of some where/reviews.csv" in page.text
+    assert "accuracy on eval" in page.text and re.search(r"0\.5000.*95 % interval 0\.[34]\d+ to 0\.6", page.text)
+    reliability = next(s for s in page.svgs() if s.find("title").text == "Reliability on eval")  # type: ignore[union-attr]
+    assert len(reliability.findall("rect")) == len(re.findall("confidence", str(reliability.find("desc").text)))  # type: ignore[union-attr]
+
+
+def test_texts_are_escaped_and_can_be_left_out(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    predict(run, texts=[EVIL + "\n\x00 two lines"] * 90)
+    page = Page(write_report(run.path))
+    assert "script" not in page.names and page.text.count(EVIL) == 20
+    page = Page(write_report(run.path, texts=False))
+    assert EVIL not in page.text and "r89" in page.text
+
+
+def test_many_labels_become_the_most_frequent_confusions(make_run: MakeRun) -> None:
+    run = make_run()
+    names = [f"label {i}" for i in range(80)]
+    matrix = [[10 if i == j else 3 if j == i + 1 else 0 for j in range(80)] for i in range(80)]
+    finish(run, labels=names, metrics={"eval_confusion_matrix": matrix})
+    page = Page(write_report(run.path))
+    assert ["label 0", "label 1", "3", "23.1%"] in page.rows and "30 most frequent of 79 confusions" in page.text
+    assert len(page.source) < 60_000
+
+
+def test_without_numpy_and_pyarrow_the_page_says_so(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    (run.path / "predictions.parquet").write_bytes(b"whatever")
+    import importlib.util
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("numpy", "pyarrow") else there(name))
+    page = Page(write_report(run.path))
+    assert "needs numpy and pyarrow, which are not installed here" in page.text
+    assert "apptainer run afina.sif" in page.text
+    assert ["2", "0.22"] in page.rows, "what the run logged is shown"
+
+
+def test_damaged_predictions_are_said_in_their_place(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run)
+    (run.path / "predictions.parquet").write_bytes(b"PAR1 and no more")
+    page = Page(write_report(run.path))
+    assert "predictions.parquet: cannot be read as predictions" in page.text and "Confusion matrix" in page.headings
+
+
+def attempts(run: RunDir) -> None:
+    """Three attempts as the worker and the requeue write them; the second was killed."""
+    events: list[dict[str, Any]] = []
+    for number, (name, step, start) in enumerate((("7.0", 0, 1000.0), ("7.1", 20, 2000.0), ("7.2", 30, 3000.0))):
+        (run.attempts / name).mkdir()
+        facts = {
+            "host": "n1",
+            "started": start,
+            "slurm": {"SLURM_JOB_ID": "7"},
+            "cores": 4,
+            "versions": {"torch": "2.13"},
+        }
+        (run.attempts / name / "env.json").write_text(json.dumps(facts))
+        events += [
+            {"time": start, "event": "attempt_started", "attempt": name},
+            {"time": start + 10, "event": "training", "attempt": name, "step": step, "max_steps": 40},
+            {"time": start + 12, "event": "first_step", "attempt": name, "step": step + 1},
+            {
+                "time": start + 50,
+                "event": "pace",
+                "attempt": name,
+                "step": step + 9,
+                "tokens_per_s": 900.0 + number,
+                "memory_gb": 1.5,
+            },
+            {
+                "time": start + 90,
+                "event": "checkpoint",
+                "attempt": name,
+                "step": step + 10,
+                "seconds": 4.0,
+                "stall_s": 0.5,
+                "bytes": 9,
+            },
+        ]
+    text = "".join(json.dumps(event) + "\n" for event in events) + '{"event": "torn'
+    (run.path / "events.jsonl").write_text(text)
+
+
+def test_attempts_are_marked_and_their_time_is_told(make_run: MakeRun) -> None:
+    run = make_run()
+    attempts(run)
+    finish(run, attempt="7.2")
+    log(run, *CURVE)
+    page = Page(write_report(run.path))
+    loss = page.svgs()[0]
+    marks = [line for line in loss.iter("line") if line.get("class") == "mark"]
+    # Steps 10 to 40 lie between 64 and 700: 20 at a third.
+    assert [float(str(line.get("x1"))) for line in marks] == [276.0, 488.0]
+    assert [text.text for text in loss.iter("text") if text.get("class") == "mark"] == ["attempt 2", "attempt 3"]
+    assert "attempt 3 began at step 30" in str(loss.find("desc").text)  # type: ignore[union-attr]
+    assert ["7.1", "1:30 min", "10 s", "2 s", "20", "30", "1", "4 s", "0.5 s"] in page.rows
+    assert "Tokens per second by step" in page.source and "Memory in GB by step" in page.source
+    assert ["torch", "2.13"] in page.rows
+    said = json.loads(run.outcome_file.read_text())
+    used = {"real_token_share": 0.5, "mfu": 0.25, "peak_flops": 2e12, "peak_source": "measured", "peak_memory_gb": 3.5}
+    used["seconds_by_part"] = {"input": 1.0, "forward_backward": 3.0}  # type: ignore[assignment]
+    run.outcome_file.write_text(json.dumps({**said, "utilisation": used}))
+    page = Page(write_report(run.path))
+    assert ["model FLOP utilisation", "25.0%"] in page.rows and ["of a peak of", "2 TFLOP/s (measured)"] in page.rows
+    assert ["forward and backward", "3 s", "75.0%"] in page.rows
+    assert next(row for row in page.rows if row[0].startswith("memory per node"))[2] == "3.5 GB"
+
+
+SACCT = """#!/bin/bash
+[ "$1" = --duplicates ] && [ "$2" = --noheader ] && [ "$3" = --parsable2 ] || exit 9
+echo "$@" >>"$0.calls"
+cat <<'ROWS'
+7|REQUEUED|90|60|00:01:30|4|1|8G||0|billing=4,cpu=4,gres/gpu=2,mem=8G,node=1
+7.batch|COMPLETED|90||00:01:30|4|1||1048576K|0|cpu=4
+7|COMPLETED|1000|60|50:00.500|4|1|8G||7200000|billing=4,cpu=4,gres/gpu=2,mem=8G,node=1
+7.batch|COMPLETED|1000||00:00:01|4|1||512M|3600000|cpu=4
+7.0|COMPLETED|1000||50:00|4|1||4G|3600000|cpu=4
+ROWS
+"""
+
+
+def test_what_was_asked_for_and_used(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sacct").write_text(SACCT)
+    (folder / "sacct").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    run = make_run(resources={"nodes": 1, "mem_gb": 16, "time": 60})
+    attempts(run)
+    finish(run, attempt="7.2")
+    page = Page(write_report(run.path))
+    assert (
+        len((folder / "sacct.calls").read_text().splitlines()) == 1
+        and "--jobs=7" in (folder / "sacct.calls").read_text()
+    )
+    assert ["memory per node, largest task", "16 GB", "4 GB", "25%"] in page.rows
+    assert ["time of the longest attempt", "60 min", "1:30 min", "2%"] in page.rows
+    used = next(row for row in page.rows if row[0] == "processor time")
+    assert used[3] == f"{3090.5 / (1090 * 4):.0%}"
+    assert ["7", "COMPLETED", "16:40 min", "60", "1", "4", "2", "75.0%", "4", "7.2e+06"] in page.rows
+    assert "2 kWh (7,200,000 J)" in page.text
+    (folder / "sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    page = Page(write_report(run.path))
+    assert "accounting (sacct) says nothing here" in page.text
+    assert ["memory per node, largest task", "16 GB", "1.5 GB", "9%"] in page.rows, "from the run's own events"
+
+
+def test_figures_are_files_too(make_run: MakeRun) -> None:
+    pytest.importorskip("matplotlib")
+    run = make_run()
+    finish(run)
+    predict(run)
+    log(run, *CURVE, {"step": 40, "epoch": 2.0, "loss": 0.7, "learning_rate": 1e-5})
+    folder = write_report(run.path, png=True).parent
+    names = {p.name for p in folder.iterdir()}
+    keys = ("loss", "metrics", "learning-rate", "calibration-eval")
+    assert names == {"index.html", "confusion-eval.png", *(f"{k}.{s}" for k in keys for s in ("svg", "png"))}
+    for key in keys:
+        root = ElementTree.parse(folder / f"{key}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.find("{*}style") is not None
+        raw = (folder / f"{key}.png").read_bytes()
+        assert raw.startswith(b"\x89PNG") and len(raw) > 5000
+    first = (folder / "loss.png").read_bytes()
+    write_report(run.path, png=True)
+    assert (folder / "loss.png").read_bytes() == first
+
+
+def test_png_files_without_matplotlib_are_refused_before_anything_is_written(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    import importlib.util
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
+    with pytest.raises(EnvironmentProblem, match="PNG files needs matplotlib"):
+        write_report(run.path, png=True)
+    assert not (run.path / "report").exists()
+
+
+def test_many_points_are_thinned_and_no_spike_is_lost() -> None:
+    points = [(float(i), 1.0) for i in range(100_000)]
+    points[77_777] = (77_777.0, 9.0)
+    points[5] = (5.0, -3.0)
+    kept = thin(points)
+    assert len(kept) <= 1300 and points[77_777] in kept and points[5] in kept
+    assert kept[0] == points[0] and kept[-1] == points[-1] and kept == sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.61, 1.61, [0.8, 1, 1.2, 1.4, 1.6]),
+        (-5, 5, [-4, -2, 0, 2, 4]),
+        (1e-5, 9e-5, [2e-5, 4e-5, 6e-5, 8e-5]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_many_runs_have_one_page(make_run: MakeRun, tmp_path: Path) -> None:
+    for number, (rate, accuracy) in enumerate(((1e-5, 0.5), (2e-5, 0.9), (3e-5, None)), start=1):
+        run = make_run(train__learning_rate=rate)
+        if accuracy is not None:
+            finish(run, metrics={"eval_accuracy": accuracy}, task="single-label", seconds=60.0)
+        (tmp_path / "sw eep/runs").mkdir(parents=True, exist_ok=True)
+        run.path.rename(tmp_path / f"sw eep/runs/cell {number}")
+    (tmp_path / "sw eep/sweep.json").write_text(
+        json.dumps({"grid": {"train.learning_rate": ["1e-5", "2e-5"]}, "seeds": [1, 2], "plan": {"a": "b"}})
+    )
+    page = Page(write_report(tmp_path / "sw eep"))
+    table = [row for row in page.rows if row[0].startswith("cell")]
+    assert [row[:4] for row in table] == [
+        ["cell 2", "2e-05", "finished", "0.9000"],
+        ["cell 1", "1e-05", "finished", "0.5000"],
+        ["cell 3", "3e-05", "no outcome", "–"],
+    ]
+    assert "3 of the runs have no page" in page.text and not any("cell" in link for link in page.links)
+    assert ["train.learning_rate", "1e-5, 2e-5"] in page.rows and ["seeds", "1, 2"] in page.rows
+    page = Page(write_report(tmp_path / "sw eep", each=True))
+    linked = [link for link in page.links if not link.startswith("#")]
+    assert linked[0] == "../runs/cell%202/report/index.html" and len(linked) == 3
+    assert all((tmp_path / "sw eep/report" / unquote(link)).is_file() for link in linked)

@@ -1,0 +1,246 @@
+"""What README and docs promise, held against the code: keys, commands, messages, files, links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from pydantic import BaseModel
+from tests.unit.conftest import ROOT
+
+from afina import errors
+from afina.cli import cli
+from afina.recipe.schema import METRICS, Data, Part, Recipe, Resources, Tokens, Train, load_recipe, parse_recipe
+from afina.run.outcome import Outcome
+from afina.site.settings import CACHE_VARIABLES
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def _blocks(language: str) -> list[tuple[Path, str]]:
+    return [
+        (page, text) for page in PAGES for kind, text in _FENCE.findall(page.read_text("utf-8")) if kind == language
+    ]
+
+
+def _shell_lines() -> Iterator[tuple[str, str]]:
+    """Lines of shell blocks and inline code, with the page they are on."""
+    for page, text in _blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            yield page.name, line
+    for page in PAGES:
+        for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text("utf-8"))):
+            yield page.name, span
+
+
+def _commands(program: str) -> list[tuple[str, list[str]]]:
+    found = []
+    for page, line in _shell_lines():
+        if re.match(rf"(\w+=\S* )*{program} ", line) and "…" not in line:
+            words = shlex.split(line, comments=True)
+            while "=" in words[0]:
+                words.pop(0)
+            found.append((page, words[1:]))
+    return found
+
+
+def _parse(words: list[str]) -> None:
+    """Parse as click would, and call nothing."""
+    if words[0].startswith("-"):
+        assert words in (["--help"], ["--version"]), words
+        return
+    command = cli.commands.get(words[0])
+    assert command is not None, f"afina {words[0]}: no such command; there are {', '.join(cli.commands)}"
+    if len(words) == 1:  # the command is spoken of, not called
+        return
+    command.make_context(f"afina {words[0]}", list(words[1:]), parent=click.Context(cli))
+
+
+AFINA = _commands("afina")
+
+
+@pytest.mark.parametrize(("page", "words"), AFINA, ids=[" ".join(w) for _, w in AFINA])
+def test_every_afina_command_parses(page: str, words: list[str]) -> None:
+    _parse(words)
+
+
+def test_the_documents_name_every_command() -> None:
+    named = {words[0] for _, words in AFINA}
+    assert named == {name for name, command in cli.commands.items() if not command.hidden}
+
+
+def test_a_wrong_command_does_not_parse() -> None:
+    with pytest.raises(click.UsageError):
+        _parse(["train", "recipe.yaml", "--nodes", "2"])
+    with pytest.raises(AssertionError):
+        _parse(["tarin", "recipe.yaml"])
+
+
+def test_recipes_on_the_command_lines_exist() -> None:
+    words = {w for _, line in [*AFINA, *_commands("sbatch"), *_commands("apptainer")] for w in line}
+    recipes = {w for w in words if w.startswith("slurm/")}
+    assert len(recipes) >= 3
+    for path in recipes:
+        assert (ROOT / path).is_file(), path
+        if path.endswith(".yaml"):
+            load_recipe(ROOT / path)
+
+
+def test_the_image_and_the_batch_script_are_called_with_what_afina_takes() -> None:
+    apptainer = [w for _, w in _commands("apptainer") if w[0] == "run"]
+    sbatch = [w for _, w in _commands("sbatch") if len(w) > 1]
+    assert apptainer and sbatch
+    for words in apptainer:
+        _parse(words[words.index("afina.sif") + 1 :])
+    for words in sbatch:
+        assert words[0] == "slurm/finetune.sbatch"
+        _parse(["train", *words[1:]])
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = {words[0] for _, words in _commands("make")}
+    assert {"demo", "test", "check", "test-cluster"} <= targets
+    for target in targets:
+        assert re.search(rf"(?m)^{target}:.*##", makefile), f"make {target}"
+    ci = (ROOT / ".ci/run").read_text("utf-8")
+    assert re.findall(r"(?m)^(?:last_)?stage make (\S+)$", ci) == ["demo", "check", "test", "test-cluster"]
+
+
+def test_scripts_that_are_named_exist_and_can_be_run() -> None:
+    scripts = {line.split()[0] for _, line in _shell_lines() if re.match(r"(container|tests|slurm)/\S+\.sh\b", line)}
+    assert "container/build.sh" in scripts
+    for script in scripts:
+        assert (ROOT / script).stat().st_mode & 0o100, script
+
+
+@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Resources], ids=lambda m: m.__name__)
+def test_every_key_is_in_its_table(model: type[BaseModel]) -> None:
+    rows = _rows("recipe.md", model.__name__)
+    keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(keys) == sorted(model.model_fields)
+
+
+@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Resources], ids=lambda m: m.__name__)
+def test_required_keys_and_numbers_in_the_tables_are_those_of_the_code(model: type[BaseModel]) -> None:
+    for name, default, _ in _rows("recipe.md", model.__name__):
+        for key in re.findall(r"`([^`]+)`", name):
+            field = model.model_fields[key]
+            assert (default == "required") == field.is_required(), key
+            if re.fullmatch(r"[\d.e-]+", default):
+                value = Train().num_epochs if key == "epochs" else field.default
+                assert float(default) == value, key
+            elif re.fullmatch(r"`\w+`", default):
+                assert default.strip("`") == str(field.default).lower(), key
+
+
+def test_metrics_are_named_in_their_order() -> None:
+    table = {row[0].strip("`"): tuple(re.findall(r"`([^`]+)`", row[1])) for row in _rows("recipe.md", "Metrics")}
+    assert table == METRICS
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    codes = {int(row[0]) for row in _rows("README.md", "Exit codes")}
+    assert codes == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_the_outcome_has_the_keys_that_are_promised() -> None:
+    row = next(row for row in _rows("README.md", "The run directory") if "`outcome.json`" in row[0])
+    keys = set(re.findall(r"`(\w+)`", row[1])) - {"eval_accuracy"}
+    assert {"outcome", "global_step", "metrics", "samples_per_second", "seconds", "attempts"} <= keys
+    assert keys <= set(Outcome.model_fields)
+
+
+def test_the_run_directory_is_described_as_the_module_does() -> None:
+    described = " ".join(row[0] for row in _rows("README.md", "The run directory"))
+    source = ast.get_docstring(ast.parse((ROOT / "src/afina/rundir.py").read_text("utf-8"))) or ""
+    files = set(re.findall(r"\b(\w+\.(?:jsonl?|yaml|argv|parquet))\b", source)) - {"env.json"}
+    assert len(files) >= 8
+    for file in files:
+        assert f"`{file}`" in described, file
+
+
+def test_site_variables_are_all_described() -> None:
+    page = (ROOT / "docs/site.md").read_text("utf-8")
+    example = (ROOT / "slurm/site.example.env").read_text("utf-8")
+    for name in [*re.findall(r"\b(?:AFINA|SBATCH)_[A-Z]+\b", example), *CACHE_VARIABLES]:
+        assert f"`{name}`" in page or name == "SBATCH_QOS", name
+
+
+def test_messages_in_the_troubleshooting_table_are_in_the_source() -> None:
+    source = "\n".join(p.read_text("utf-8") for p in (ROOT / "src").rglob("*.py"))
+    flat = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*f?"', "", source))
+    rows = _rows("troubleshooting.md", "When something goes wrong")
+    assert len(rows) >= 10
+    for row in rows:
+        for message in re.findall(r"`([^`]+)`", row[0]):
+            for piece in message.split("…"):
+                assert piece.strip() in flat or message in ("UNKNOWN",), message
+
+
+def test_the_recipe_in_the_readme_is_read() -> None:
+    recipes = [text for _, text in _blocks("yaml")]
+    assert len(recipes) == 1
+    assert parse_recipe(recipes[0]).name == "amazon-stars"
+
+
+def test_python_blocks_use_what_exists() -> None:
+    blocks = [text for _, text in _blocks("python")]
+    assert blocks
+    for text in blocks:
+        tree = ast.parse(text)
+        names: dict[str, Any] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.asname or alias.name: importlib.import_module(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module is not None
+                for alias in node.names:
+                    package = importlib.import_module(node.module)
+                    names[alias.name] = getattr(package, alias.name, None) or importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )
+        assert names
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in names:
+                    assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
+                elif node.value.id == "run":
+                    assert hasattr(importlib.import_module("afina.watch.handle").Run, node.attr), ast.unparse(node)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text("utf-8"))):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_relative_to(ROOT) and file.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.+)$", _FENCE.sub("", file.read_text("utf-8")))
+            slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{page.name}: {target}"
+
+
+def _rows(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text("utf-8")
+    section = re.split(
+        r"(?m)^#+ ", text.split(f"# {heading}\n" if f"# {heading}\n" in text else "# The recipe\n", 1)[1]
+    )[0]
+    if heading == "Recipe":
+        section = re.split(r"(?m)^#+ ", text.split("\n## Recipe\n", 1)[1])[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    # A bar inside code is not a border.
+    rows = [re.split(r"(?<!`\")\|(?!\"`)", line.strip().strip("|")) for line in lines[2:]]
+    assert rows, f"no table under {heading} in {page}"
+    return [[cell.strip() for cell in row] for row in rows]

@@ -1,0 +1,124 @@
+"""What comes after an attempt: the table of `afina.run.requeue`, from real run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afina.recipe.schema import Recipe
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.plan import make_plan
+from afina.run.requeue import conclude, decide
+from afina.site.settings import Site
+
+
+@pytest.fixture
+def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
+    plan = make_plan(recipe(), site, recipe_file=recipe_file())
+    return RunDir.claim(plan, {}, ["false"], "", tmp_path / "a run")
+
+
+def attempt(run: RunDir, name: str, began: int | None, committed: int) -> None:
+    """What the worker leaves: it began to train at a step, and checkpoints up to another one are there."""
+    run.begin_attempt(name)
+    if began is not None:
+        run.event("training", attempt=name, step=began, max_steps=100)
+    folder = run.checkpoints / f"step-{committed}"
+    if committed and not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+
+def ended(name: str, kind: Any, **fields: Any) -> Outcome:
+    code = {"finished": 0, "stopped": 75, "failed": 4}[kind]
+    return Outcome(outcome=kind, attempt=name, **{"exit_code": code, **fields})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "began", "committed", "action"),
+    [
+        (ended("1.0", "finished"), 0, 100, "end"),
+        (ended("1.0", "stopped", cause="asked"), 0, 10, "end"),
+        (ended("1.0", "stopped", cause="limit"), 0, 10, "requeue"),
+        (ended("1.0", "stopped", cause="limit"), 10, 10, "end"),
+        (ended("1.0", "stopped", cause="signal"), 10, 10, "requeue"),
+        (ended("1.0", "failed", cause="killed", error="killed"), 0, 10, "requeue"),
+        (ended("1.0", "failed", cause="killed", error="killed"), 10, 10, "requeue"),
+        (ended("1.0", "failed", cause="killed", error="killed"), None, 0, "requeue"),
+        (ended("1.0", "failed", cause="stall", error="nothing has moved"), 0, 0, "requeue"),
+        (ended("1.0", "failed", cause="loss", error="not finite"), 0, 10, "end"),
+        (ended("1.0", "failed", cause="disk", error="full", exit_code=3), 0, 10, "end"),
+        (ended("1.0", "failed", cause="claimed", error="running", exit_code=2), None, 0, "end"),
+        (ended("1.0", "failed", error="no such file", exit_code=3), None, 0, "end"),
+    ],
+)
+def test_the_table(run: RunDir, outcome: Outcome, began: int | None, committed: int, action: str) -> None:
+    attempt(run, "1.0", began, committed)
+    assert decide(run, outcome).action == action
+
+
+def test_a_broken_node_is_left_out(run: RunDir) -> None:
+    attempt(run, "1.0", None, 0)
+    outcome = ended("1.0", "failed", cause="node", exit_code=3, error="n2: there is an NVIDIA driver, and torch …")
+    assert decide(run, outcome).exclude == ("n2",)
+    (run.attempts / "1.0/failed.node1.json").write_text(
+        json.dumps({"exit_code": 3, "error": "n2, n3: broken: driver", "cause": "node"})
+    )
+    conclude(run, "1.0", 1)
+    assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2,n3"]
+
+
+def test_a_node_on_which_nothing_began_is_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(run, "1.0", None, 0)
+    monkeypatch.setenv("AFINA_NODES", "n1 n2 ")
+    (run.attempts / "1.0/node0.json").write_text("{}")
+    outcome = conclude(run, "1.0", 255)
+    assert (outcome.cause, outcome.exit_code) == ("node", 3)
+    assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2"]
+
+
+def test_the_same_failure_twice_without_a_step_is_the_end(run: RunDir) -> None:
+    """Another failure, or a step in between, begins the count anew."""
+
+    def fails(name: str, began: int, committed: int, error: str) -> str:
+        attempt(run, name, began, committed)
+        (run.attempts / name / "failed.rank0.json").write_text(
+            json.dumps({"exit_code": 4, "error": error, "cause": "RuntimeError"})
+        )
+        conclude(run, name, 4)
+        action, _, why = (run.attempts / name / "next").read_text().splitlines()
+        assert why
+        return action
+
+    assert fails("1.0", 0, 0, "RuntimeError: at address 0x12") == "requeue"
+    assert fails("1.1", 0, 0, "RuntimeError: another") == "requeue"
+    assert fails("1.2", 0, 20, "RuntimeError: another") == "requeue"
+    assert fails("1.3", 20, 20, "RuntimeError: another at 7") == "requeue"
+    assert fails("1.4", 20, 20, "RuntimeError: another at 8") == "end"
+    assert run.outcome() is not None
+
+
+def test_a_preempted_run_goes_on_without_end(run: RunDir) -> None:
+    for number in range(30):
+        attempt(run, f"1.{number}", 10, 10)
+        run.record(ended(f"1.{number}", "stopped", cause="signal"))
+        conclude(run, f"1.{number}", 75)
+        assert (run.attempts / f"1.{number}/next").read_text().startswith("requeue\n")
+
+
+def test_an_attempt_that_found_another_at_work_leaves_its_outcome_alone(run: RunDir) -> None:
+    run.record(ended("1.0", "finished"))
+    run.begin_attempt("2.0")
+    (run.attempts / "2.0/failed.rank0.json").write_text(
+        json.dumps({"exit_code": 2, "error": "attempt 1.0 is running", "cause": "claimed"})
+    )
+    outcome = conclude(run, "2.0", 2)
+    assert (outcome.outcome, outcome.exit_code) == ("failed", 2)
+    left = run.outcome()
+    assert left is not None and (left.outcome, left.attempt) == ("finished", "1.0")
+    assert (run.attempts / "2.0/next").read_text().startswith("end\n")

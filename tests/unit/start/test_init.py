@@ -1,0 +1,354 @@
+"""`afina init`: what it sees in data of every format, and that what it proposes is read and prepared as it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny
+from tests.hub.server import HubServer
+from tests.unit.conftest import Ran, program, tree
+
+from afina import cli
+from afina.api import plan_for
+from afina.recipe.schema import Recipe, load_recipe
+from afina.run.plan import Plan
+from afina.start import examine
+from afina.start.init import find_host
+
+Init = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """First on PATH, a cluster that does not answer and no module system."""
+    folder = tmp_path / "fake bin"
+    for name in ("sinfo", "scontrol", "sacctmgr"):
+        program(folder, name, "exit 1\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.fixture
+def init(no_cluster: Path, scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Init:
+    """Runs `afina init FOLDER … --json` here; returns what it says and the recipe it wrote."""
+
+    def run(folder: Path | str, *arguments: object) -> dict[str, Any]:
+        capsys.readouterr()
+        cli.main(["init", str(folder), *map(str, arguments), "--scratch", str(scratch), "--json"])
+        said: dict[str, Any] = json.loads(capsys.readouterr().out)
+        said["recipe"] = load_recipe(Path(folder) / "recipe.yaml")
+        said["text"] = (Path(folder) / "recipe.yaml").read_text()
+        monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_model(tmp_path_factory.mktemp("it's a model") / "tiny model")
+
+
+def prepared(*plans: Plan) -> list[dict[str, Any]]:
+    """What `afina prefetch` makes of each, in one process of its own: importing transformers takes seconds."""
+    code = (
+        "import json, os, sys\nfrom afina.run.plan import Plan\nfrom afina.worker import prepare\n"
+        "for line in sys.stdin:\n    plan = Plan.model_validate_json(line)\n    prepare.set_environment(plan, os.environ)\n"
+        "    print(json.dumps(prepare.prepare(plan)))\n"
+    )
+    lines = "\n".join(json.dumps(plan.model_dump(mode="json")) for plan in plans)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def reviews(count: int = 150, seed: int = 3) -> list[dict[str, Any]]:
+    return [{"id": f"r{n}", **row} for n, row in enumerate(tiny.tiny_reviews(count, seed))]
+
+
+# -- from files to a recipe that is prepared ---------------------------------------------------------------------------
+
+
+def test_a_csv_becomes_a_recipe_that_is_prepared(init: Init, tmp_path: Path, model: Path) -> None:
+    data = tiny.write_csv(tmp_path / "re views; 'mine'.csv", reviews())
+    said = init(tmp_path / "pro ject", "--data", data, "--model", model, "--label", "stars")
+    recipe: Recipe = said["recipe"]
+    assert (recipe.data.text, recipe.data.label, recipe.data.id) == (("text",), ("stars",), "id")
+    assert said["rows"] == 150 and sum(said["labels"].values()) == 150 and said["warnings"] == []
+    assert recipe.metrics is not None and recipe.train.best_metric == recipe.metrics[0] == "accuracy"
+    (done,) = prepared(plan_for(tmp_path / "pro ject/recipe.yaml"))
+    assert (done["rows"], done["task"], len(done["labels"])) == ({"train": 120, "eval": 30}, "single-label", 5)
+    # The length was counted with the tokenizer: about one text in a hundred is cut, and the share is said.
+    assert not [w for w in done["warnings"] if "were cut" in w]
+    assert f"{recipe.tokens.max_length}}}" in said["text"] and "by the model's tokenizer" in said["text"]
+
+
+@pytest.mark.slow
+def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, tmp_path: Path, model: Path) -> None:
+    rows = reviews(200)
+    plans: list[Plan] = []
+
+    def proposed(*arguments: object) -> dict[str, Any]:
+        folder = tmp_path / str(len(plans))
+        said = init(folder, "--data", *arguments, "--model", model)
+        plans.append(plan_for(folder / "recipe.yaml"))
+        return said
+
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name, some in (("train", rows[:120]), ("validation", rows[120:160]), ("test", rows[160:])):
+        tiny.write_csv(parts / f"{name}.csv", some)
+    proposed(parts, "--label", "stars")
+
+    # One of them stands for all; where there is no eval part a tenth of train is kept for it.
+    two = tmp_path / "two parts"
+    two.mkdir()
+    for name in ("train", "test"):
+        (two / f"{name}.csv").write_bytes((parts / f"{name}.csv").read_bytes())
+    proposed(two / "train.csv", "--label", "stars")
+
+    many = [
+        {"text": r["text"], "tags": ["good"] * (r["stars"] > 3) + ["strong"] * (r["stars"] in (1, 5))} for r in rows
+    ]
+    said = proposed(tiny.write_jsonl(tmp_path / "many.jsonl", many))
+    assert said["recipe"].data.label == ("tags",) and said["recipe"].train.best_metric == "f1"
+
+    joined = [{"text": r["text"], "label": "|".join(m["tags"]) or "neither"} for r, m in zip(rows, many, strict=True)]
+    assert proposed(tiny.write_csv(tmp_path / "joined.csv", joined))["recipe"].data.label_separator == "|"
+
+    scored = [{"sentence": r["text"], "score": r["rating"]} for r in rows]
+    said = proposed(tiny.write_tsv(tmp_path / "scores.tsv", scored))
+    assert said["recipe"].train.best_metric == "mse" and "a regression" in said["text"]
+
+    names = tiny.star_names()
+    classes = [{"text": r["text"], "label": r["stars"] - 1} for r in rows]
+    said = proposed(tiny.write_parquet(tmp_path / "classes.parquet", classes, {"label": names}))
+    assert set(said["labels"]) == set(names), "labels by their names"
+
+    found = prepared(*plans)
+    assert found[0]["rows"] == {"train": 120, "eval": 40, "test": 40}
+    assert found[1]["rows"] == {"train": 108, "eval": 12, "test": 40}
+    assert [f["task"] for f in found] == ["single-label", "single-label", "multi-label", "multi-label", "regression", "single-label"]  # fmt: skip
+    assert found[3]["labels"] == ["good", "neither", "strong"] and found[5]["labels"] == names
+
+
+def test_every_path_and_name_survives(init: Init, tmp_path: Path, nasty: str, model: Path) -> None:
+    """The recipe is read back and names the very file; or it is refused and nothing is written."""
+    folder = tmp_path / nasty
+    folder.mkdir()
+    column = nasty.replace("\n", " ")
+    data = folder / f"{nasty[:40]}.csv"
+    with data.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([column, "label: x"])
+        writer.writerows((r["text"], r["stars"]) for r in reviews(30))
+    said = init(
+        folder, "--data", data, "--text", column, "--label", "label: x", "--model", model, "--name", "a: 'b' #c"
+    )
+    assert plan_for(folder / "recipe.yaml").files == {"all": (data,)}
+    assert said["recipe"].data.text == (column,) and said["recipe"].name == "a: 'b' #c"
+    assert Path("pwned").exists() is False
+
+
+def test_what_prefetch_would_refuse_is_said_with_its_rows(init: Init, tmp_path: Path, model: Path) -> None:
+    rows = reviews(40)
+    rows[4]["text"], rows[6]["text"], rows[9]["stars"] = "", "  ", ""
+    rows[11]["text"] = rows[10]["text"]
+    said = init(
+        tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows), "--label", "stars", "--model", model
+    )
+    assert len(said["warnings"]) == 2
+    assert "2 rows have an empty text (rows 5, 7)" in said["warnings"][0]
+    assert "1 row has no label (row 10)" in said["warnings"][1]
+    assert "1 text is there more than once" in said["text"]
+
+
+def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [
+        {"text": f"{n} " + " ".join(["word"] * rng.randint(100, 1500)), "label": "rare" if n % 10 == 0 else "usual"}
+        for n in range(300)
+    ]
+    data = tmp_path / "d"
+    data.mkdir()
+    tiny.write_csv(data / "train.csv", rows)
+    tiny.write_csv(data / "dev.csv", rows[:20])
+    said = init(tmp_path / "p", "--data", data)
+    recipe: Recipe = said["recipe"]
+    assert recipe.metrics is not None and (recipe.metrics[0], recipe.train.best_metric) == ("f1", "f1")
+    assert "9.0 times the rows of the smallest" in said["text"]
+    assert recipe.tokens.max_length == 512 and "of the texts will be cut at 512" in said["text"]
+    assert any("20 texts of the other parts are in train too" in w for w in said["warnings"])
+    assert recipe.model == "google-bert/bert-base-cased" and recipe.train.epochs == 5
+
+
+def test_a_text_that_is_not_in_english_gets_a_model_that_reads_it(init: Init, tmp_path: Path) -> None:
+    rows = [{"text": f"Очень хорошая книга номер {n}", "label": n % 2} for n in range(40)]
+    assert init(tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows))["recipe"].model == "FacebookAI/xlm-roberta-base"  # fmt: skip
+    # A language without spaces has a token for each character.
+    assert examine.count_pieces("这本书非常好。") == 7 and examine.count_pieces("It's good.") == 5
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
+    init: Init, tmp_path: Path, scratch: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "stars": row["stars"] - 1} for row in tiny.tiny_reviews(60, 1)]
+    card = tiny.dataset_card(
+        {"default": {"train": "train.parquet", "validation": "dev.parquet"}}, {"stars": tiny.star_names()}, {"text": "string", "rating": "float64"}
+    )  # fmt: skip
+    files = {
+        "README.md": card,
+        "train.parquet": tiny.parquet_bytes(rows[:40]),
+        "dev.parquet": tiny.parquet_bytes(rows[40:]),
+    }
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_dataset("me/reviews", files)
+        for name, value in hub.env(scratch / "cache/huggingface").items():
+            monkeypatch.setenv(name, value)
+        said = init(tmp_path / "p", "--data", "me/reviews", "--model", model)
+        recipe: Recipe = said["recipe"]
+        assert (recipe.name, recipe.data.hub, recipe.data.label) == ("reviews", "me/reviews", ("stars",))
+        assert said["rows"] == 40 and set(said["labels"]) == set(tiny.star_names())
+        assert recipe.data.eval.split == "validation"
+        hub.clear()
+        (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
+        assert done["rows"] == {"train": 40, "eval": 20} and not hub.requests, "asked the Hub again"
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
+    data = tiny.write_csv(tmp_path / "r.csv", reviews(30))
+    folder = tmp_path / "p"
+    said = init(folder, "--data", data, "--label", "stars")
+    assert [Path(w).name for w in said["written"]] == ["site.env", "recipe.yaml"]
+    before = tree(folder)
+    done = afina("init", folder, "--data", data, "--yes")
+    assert done.returncode == 2 and f"{folder}/recipe.yaml is there already, and is not overwritten" in done.stderr
+    done = afina("init", folder, "--site-only", "--yes")
+    assert done.returncode == 2 and "slurm/site.env is there already" in done.stderr
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "remedy"),
+    [
+        (["--data", "revews.csv"], "--data revews.csv: no such file or folder", "did you mean `reviews.csv`?"),
+        (
+            ["--data", "reviews.xlsx"],
+            "format .xlsx is not known",
+            "save the sheet as `CSV UTF-8`; known formats: .csv, .tsv",
+        ),
+        (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
+        (["--data", "head.csv"], "no rows", "each further one is an example"),
+        (["--data", "semi.csv"], "looks separated by `;`", "save .csv with commas"),
+        (["--data", "latin.csv"], "not UTF-8", "save the file as UTF-8"),
+        (["--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON", "correct that line"),
+        (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),
+        (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
+        (["--data", "reviews.csv", "--label", "text", "--text", "text"], "none of them a label", "once"),
+        (["--data", "numbers.csv"], "nothing to guess from: Text column", "say it with --text"),
+        (["--data", "reviews.csv", "--config", "x"], "belongs to a Hub data set", "leave it out"),
+        ([], "nothing to guess from: Data", "say it with --data"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_recipe(
+    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, arguments: list[str], said: str, remedy: str
+) -> None:
+    here = tmp_path / "files" if arguments else tmp_path / "none"
+    here.mkdir()
+    if arguments:
+        tiny.write_csv(here / "reviews.csv", reviews(20))
+        tiny.write_csv(here / "numbers.csv", [{"a": n, "b": n % 2} for n in range(20)])
+        for name, raw in {
+            "reviews.xlsx": b"PK", "empty.csv": b"", "head.csv": b"text,label\n", "semi.csv": b"text;label\ngood;1\n",
+            "latin.csv": b"text,label\ncaf\xe9 au lait,1\n", "broken.jsonl": b'{"text": "a", "label": 1}\n{"text": \n',
+        }.items():  # fmt: skip
+            (here / name).write_bytes(raw)
+    done = afina("init", "new", *arguments, "--yes", cwd=here)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done
+    assert said in done.stderr and remedy in done.stderr
+    assert not (here / "new/recipe.yaml").exists()
+
+
+def test_answers_are_asked_for_with_a_guess(tmp_path: Path, no_cluster: Path, scratch: Path) -> None:
+    """Enter takes the guess; a columns' table is shown first; an end of input is no answer."""
+    tiny.write_csv(tmp_path / "reviews.csv", reviews(40))
+    argv = [sys.executable, "-m", "afina.cli", "init"]
+    env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
+    done = subprocess.run(
+        argv, input="\n\n\nrating\n\nmy run\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Data: a file, a folder, or the id of a Hub data set [reviews.csv]:" in done.stderr
+    assert "Text column [text]:" in done.stderr and "different in 40 rows" in done.stderr
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.name, recipe.data.label, recipe.data.text) == ("my run", ("rating",), ("text",))
+    (tmp_path / "recipe.yaml").unlink()
+    done = subprocess.run(argv, input="\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nobody answers: Text column" in done.stderr, done.stderr
+    assert "--text, or take all guesses with --yes" in done.stderr and not (tmp_path / "recipe.yaml").exists()
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+
+def test_the_site_says_what_the_cluster_says(afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path) -> None:
+    sinfo = (
+        "cpu*|up|2-00:00:00|1-infinite|10|48|190000|(null)|idle\nlong|up|7-00:00:00|1-4|4|64|512000|gpu:a100:4|mixed\n"
+    )
+    program(no_cluster, "sinfo", f"printf '{sinfo}'\n")
+    program(no_cluster, "scontrol", "echo 'ClusterName = elk'\n")
+    program(
+        no_cluster, "sacctmgr",
+        'case "$*" in *assoc*user=me*) printf "elk|physics||normal,long|normal|\\nelk|maths||normal||\\n";; esac\n',
+    )  # fmt: skip
+    (tmp_path / "big scratch").mkdir()
+    data = tiny.write_csv(tmp_path / "r.csv", reviews(60))
+    env = {"USER": "me", "SCRATCH": str(tmp_path / "big scratch"), "AFINA_SCRATCH": None}
+    image = tmp_path / "afina.sif"
+    from tests.unit.conftest import sif_bytes
+
+    image.write_bytes(sif_bytes())
+    done = afina("init", tmp_path / "p", "--data", data, "--label", "stars", "--image", image, "--yes", env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "afina submit recipe.yaml"
+    site = tmp_path / "p/slurm/site.env"
+    shown = subprocess.run(
+        ["bash", "-c", 'set -eu; USER=me; . "$1"; printf "%s\\n" "$AFINA_SCRATCH" "$AFINA_IMAGE" "$SBATCH_PARTITION" "$SBATCH_ACCOUNT"', "x", site],
+        env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert shown == [f"{tmp_path}/big scratch/afina", str(image), "long", "physics"]
+    assert (tmp_path / "big scratch/afina").is_dir()
+    text = site.read_text()
+    assert "cpu*: up to 2 days; 10 × 48 cores, 185 GB" in text and "long: up to 7 days; 4 × 64 cores, 500 GB, 4 GPUs a100" in text  # fmt: skip
+    assert "Your accounts (sacctmgr): physics, maths" in text and "QOS that they allow: normal, long" in text
+    resources = load_recipe(tmp_path / "p/recipe.yaml").resources
+    assert (resources.gpus_per_node, resources.cpus_per_gpu) == (1, 8)
+
+
+def test_a_module_is_loaded_where_apptainer_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "only these"
+    for name in ("bash",):
+        folder.mkdir()
+        (folder / name).symlink_to(f"/bin/{name}")
+    home = Path(os.environ["HOME"])
+    listed = "/apps/modules:\\napptainer/1.2.5\\napptainer/1.3.4(default)\\nsingularity/3.8\\n"
+    (home / ".bash_profile").write_text(f"module() {{ printf '{listed}' >&2; }}\nPATH='{folder}'\n")
+    monkeypatch.setenv("PATH", str(folder))
+    host = find_host(tmp_path, {**os.environ, "AFINA_IMAGE": "/nowhere/afina.sif"}, scratch=str(tmp_path))
+    assert (host.module, host.runtime) == ("apptainer/1.3.4", "apptainer")
+    assert host.image == "/nowhere/afina.sif" and "not there yet" in host.image_why

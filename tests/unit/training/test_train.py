@@ -1,0 +1,417 @@
+"""Training for real, with tiny models: every task, both geometries that fit here, stops and resumes, and what is written.
+
+Each run is the command line in a process of its own, as a user starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import tiny
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models (with dropout, and without), reviews in several shapes, and a scratch folder."""
+    place = tmp_path_factory.mktemp("it's a place")
+    (place / "scratch").mkdir()
+    tiny.tiny_model(place / "model")
+    still = place / "still"
+    tiny.tiny_model(still)
+    config = json.loads((still / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps(config))
+    rows = tiny.tiny_reviews(203, 7)
+    tiny.write_csv(place / "reviews.csv", rows)
+    both = [
+        {
+            "text": r["text"],
+            "good": int(r["stars"] > 3),
+            "bad": int(r["stars"] < 3),
+            "extreme": int(r["stars"] in (1, 5)),
+        }
+        for r in rows
+    ]
+    tiny.write_csv(place / "many.csv", both)
+    return place
+
+
+def _recipe(place: Path, **changes: Any) -> dict[str, Any]:
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "model": str(place / "model"),
+        "data": {
+            "files": {"all": str(place / "reviews.csv")},
+            "text": "text",
+            "label": "stars",
+            "train": {"fraction": 0.8, "seed": 42},
+            "eval": {"fraction": 0.2, "seed": 42},
+        },
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "epochs": 2, "learning_rate": 0.003, "seed": 1, "log_every": 1},
+        "metrics": ["accuracy", "f1"],
+    }
+    for key, value in changes.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+    return recipe
+
+
+def _environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> subprocess.Popen[str]:
+    file = run.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe))
+    argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run), *options]
+    return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _train(place: Path, name: str, recipe: dict[str, Any], *options: str, code: int = 0) -> Path:
+    run = place / name
+    process = _start(place, run, recipe, *options)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return run
+
+
+def _resume(place: Path, run: Path, *options: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "afina.cli", "resume", str(run), *options]
+    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def _outcome(run: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((run / "outcome.json").read_text())
+    return outcome
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _wait_for_lines(run: Path, count: int, *, attempt: int = 1) -> None:
+    """Until the given attempt trains and the metrics log has at least `count` lines."""
+    for _ in range(1200):
+        events, metrics = run / "events.jsonl", run / "metrics.jsonl"
+        started = events.exists() and events.read_text().count("first_step") >= attempt
+        if started and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} did not come to {count} lines")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    """The undisturbed run."""
+    return _train(place, "whole", _recipe(place))
+
+
+def test_a_finished_run_has_all_that_was_promised(whole: Path) -> None:
+    import pyarrow.parquet as pq
+
+    outcome = _outcome(whole)
+    steps = -(-162 // 8) * 2
+    assert (outcome["outcome"], outcome["exit_code"], outcome["attempts"], outcome["global_step"]) == (
+        "finished",
+        0,
+        1,
+        steps,
+    )
+    assert outcome["samples_per_second"] > 0
+    assert outcome["seconds"] > 0
+    table = pq.read_table(whole / "predictions.parquet").to_pydict()
+    assert len(table["text"]) == 41
+    right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
+    assert right / 41 == pytest.approx(outcome["metrics"]["eval_accuracy"])
+    log = (whole / "attempts/local-1/node0.log").read_text()
+    assert "validation loss" in log and "Traceback" not in log
+    assert whole.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_model_loads_in_a_plain_pipeline_and_says_the_users_labels(whole: Path) -> None:
+    code = (
+        "import json, sys\nfrom transformers import pipeline\n"
+        "p = pipeline('text-classification', model=sys.argv[1], top_k=None)\n"
+        "print(json.dumps(sorted(x['label'] for x in p(['it was superb'])[0])))\n"
+    )
+    argv = [sys.executable, "-W", "ignore", "-c", code, str(whole / "model")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == STARS
+    assert (whole / "model/model.safetensors").is_file()
+
+
+def test_predictions_of_the_exported_model_are_the_recorded_ones(whole: Path) -> None:
+    code = (
+        "import json, sys, torch\nfrom transformers import AutoTokenizer, AutoModelForSequenceClassification as M\n"
+        "import pyarrow.parquet as pq\n"
+        "t = pq.read_table(sys.argv[1] + '/predictions.parquet').to_pydict()\n"
+        "m = M.from_pretrained(sys.argv[1] + '/model').eval(); k = AutoTokenizer.from_pretrained(sys.argv[1] + '/model')\n"
+        "b = k(t['text'], padding=True, truncation=True, max_length=64, return_tensors='pt')\n"
+        "with torch.no_grad(): p = m(**b).logits.softmax(-1)\n"
+        "print(json.dumps(max(abs(float(p[i, j]) - t['score: ' + m.config.id2label[j]][i]) for i in range(len(p)) for j in range(5))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(whole)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path) -> None:
+    """Every step is evaluated, so that each stop leaves an evaluation to the attempt that goes on."""
+    recipe = _recipe(place, train={"evaluate": 1, "save_every": 5, "epochs": 4})
+    whole = _train(place, "undisturbed", recipe)
+    run = place / "stopped"
+    process = _start(place, run, recipe)
+    _wait_for_lines(run, 5)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert _outcome(run)["outcome"] == "stopped"
+    resume = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
+    _wait_for_lines(run, 20, attempt=2)
+    resumed.send_signal(signal.SIGTERM)
+    assert resumed.wait(timeout=120) == 75
+    resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
+    _wait_for_lines(run, 50, attempt=3)
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
+    assert resumed.wait(timeout=120) == 4
+    assert "signal 9" in _outcome(run)["error"]
+    code, said = _resume(place, run)
+    assert code == 0, said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert _outcome(run)["attempts"] == 4
+    code, said = _resume(place, run)
+    assert code == 0, "a finished run is left as it is"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("batching", ["longest", "grouped", "packed"])
+def test_two_processes_and_accumulation_are_the_same_training(place: Path, batching: str) -> None:
+    """Without dropout one process, two, and one with accumulation differ by rounding only, uneven last steps included."""
+    exact = {"precision": "fp32"}
+    recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching}, train=exact)
+    one = _lines(_train(place, f"one-{batching}", recipe))
+    two = _lines(_train(place, f"two-{batching}", recipe, "--num-processes", "2"))
+    parts = _lines(
+        _train(
+            place,
+            f"parts-{batching}",
+            _recipe(
+                place,
+                model=str(place / "still"),
+                tokens={"batching": batching},
+                train={**exact, "max_batch_per_device": 2},
+            ),
+        )
+    )
+    for other in (two, parts):
+        assert [line["step"] for line in one] == [line["step"] for line in other]
+        for a, b in zip(one, other, strict=True):
+            for key in ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm"):
+                if key in a:
+                    assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, processes: str) -> None:
+    """The evaluation takes seconds, one row at a time; the stop is asked for when its step has been logged."""
+    rows = tiny.tiny_reviews(1200, 11)
+    tiny.write_csv(place / "long.csv", rows)
+    one_by_one = {"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1}
+    recipe = _recipe(place, train=one_by_one, tokens={"batching": "longest"})
+    recipe["data"] = {
+        "files": {"train": str(place / "reviews.csv"), "eval": str(place / "long.csv")},
+        "text": "text",
+        "label": "stars",
+    }
+    whole = _train(place, f"evaluated-{processes}", recipe, "--num-processes", processes)
+    run = place / f"abandoned-{processes}"
+    process = _start(place, run, recipe, "--num-processes", processes)
+    _wait_for_lines(run, 6)
+    (run / "stop").touch()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the evaluation was not waited for"
+    assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
+    code, said = _resume(place, run, "--num-processes", processes)
+    assert code == 0, said
+    assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
+    """The lead is 15 seconds, two saves and three steps: a deadline in 25 seconds leaves some for the training."""
+    recipe = _recipe(place, train={"epochs": 4000, "save_every": 5000, "log_every": 100})
+    run = place / "limited"
+    file = run.with_suffix(".yaml")
+    file.write_text(json.dumps(recipe))
+    deadline = time.time() + 28
+    done = subprocess.run(
+        [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)],
+        env={**_environment(place), "AFINA_DEADLINE": str(deadline)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    outcome = _outcome(run)
+    assert outcome["cause"] == "limit"
+    assert (run / f"checkpoints/step-{outcome['global_step']}/manifest.json").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_an_old_checkpoint_is_followed_by_another_one(place: Path) -> None:
+    recipe = _recipe(place, train={"epochs": 30, "save_every": 5000, "save_minutes": 0.005, "evaluate": 5000})
+    run = _train(place, "old", recipe)
+    saved = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "checkpoint"]
+    assert len(saved) > 2
+    assert all(e["bytes"] > 0 and e["seconds"] > 0 and e["stall_s"] >= 0 for e in saved)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
+    recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8, "precision": "fp32"})
+    whole = _train(place, "one", recipe)
+    run = place / "geometry"
+    process = _start(place, run, recipe)
+    _wait_for_lines(run, 4)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) and process.returncode == 75
+    code, said = _resume(place, run, "--num-processes", "2")
+    assert code == 0, said
+    one, two = _lines(whole), _lines(run)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
+    code, said = _resume(place, run, "--num-processes", "3")
+    assert code in (0, 2), said
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        (
+            "regression",
+            {"task": "regression", "data": {"label": "rating"}, "metrics": ["mse", "mae", "pearson", "spearman"]},
+            {"eval_mse", "eval_mae", "eval_pearson", "eval_spearman"},
+        ),
+        (
+            "multi",
+            {"data": {"label": ["good", "bad", "extreme"]}, "metrics": ["f1", "f1_micro", "subset_accuracy"]},
+            {"eval_f1", "eval_f1_micro", "eval_subset_accuracy"},
+        ),
+        (
+            "all metrics",
+            {"metrics": ["accuracy", "precision", "recall", "f1", "mcc", "confusion_matrix"]},
+            {"eval_confusion_matrix", "eval_mcc", "eval_recall_per_class"},
+        ),
+    ],
+)
+def test_every_task_trains_and_measures(place: Path, name: str, changes: dict[str, Any], keys: set[str]) -> None:
+    recipe = _recipe(place, **changes)
+    if name == "multi":
+        recipe["data"]["files"] = {"all": str(place / "many.csv")}
+    run = _train(place, name, recipe)
+    outcome = _outcome(run)
+    assert keys <= set(outcome["metrics"])
+    config = json.loads((run / "model/config.json").read_text())
+    expected = {
+        "regression": "regression",
+        "multi": "multi_label_classification",
+        "all metrics": "single_label_classification",
+    }
+    assert config["problem_type"] == expected[name]
+    if name == "multi":
+        assert list(config["id2label"].values()) == ["good", "bad", "extreme"]
+    losses = [line["loss"] for line in _lines(run) if "loss" in line]
+    assert len(losses) == outcome["global_step"]
+    assert min(losses[-10:]) < losses[0]
+
+
+def test_the_losses_are_those_of_the_tutorial(place: Path) -> None:
+    """`tests/bench/loss_curve.py`, small: Trainer's own loop and afina give the same loss, step by step."""
+    bench = Path(__file__).parents[2] / "bench/loss_curve.py"
+    argv = [
+        sys.executable,
+        str(bench),
+        "--csv",
+        str(place / "reviews.csv"),
+        "--model",
+        str(place / "model"),
+        "--sample",
+        "64",
+    ]
+    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["compared_loss"] == found["steps"] == 16
+    assert found["max_difference_loss"] < 1e-5
+    assert found["max_difference_eval_loss"] < 1e-5
+    assert found["max_difference_eval_accuracy"] < 1e-9
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
+    run = _train(place, "nan", _recipe(place, train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
+    outcome = _outcome(run)
+    assert outcome["outcome"] == "failed"
+    assert (outcome["cause"], outcome["exit_code"]) == ("loss", 4)
+    assert "rows of that step: " in outcome["error"] and "remedy" in outcome["error"]
+    step = int(outcome["error"].split("at step ")[1].split()[0])
+    rows = outcome["error"].split("rows of that step: ")[1].splitlines()[0]
+    assert step >= 1 and rows.count("row ") == 8 and "reviews.csv" in rows, rows
+
+
+def test_a_claimed_run_directory_is_refused_and_left_alone(place: Path, whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    process = _start(place, whole, _recipe(place))
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "afina resume" in said and "Traceback" not in said
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
+    run = place / "damaged"
+    process = _start(place, run, _recipe(place, train={"save_every": 2, "epochs": 8}))
+    _wait_for_lines(run, 9)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) and process.returncode == 75
+    newest, older = sorted((run / "checkpoints").glob("step-*"), key=lambda p: -int(p.name.split("-")[1]))[:2]
+    (newest / "optimizer.pt").unlink()
+    code, said = _resume(place, run)
+    assert code == 0, said
+    assert f"resuming from {older.name}" in said and "optimizer.pt: is missing" in said
+    bad = place / "all bad"
+    process = _start(place, bad, _recipe(place, train={"save_every": 2, "epochs": 8}))
+    _wait_for_lines(bad, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) and process.returncode == 75
+    for checkpoint in (bad / "checkpoints").glob("step-*"):
+        with (checkpoint / "model.safetensors").open("r+b") as file:
+            file.seek(5000)
+            byte = file.read(1)
+            file.seek(5000)
+            file.write(bytes([byte[0] ^ 1]))
+    code, said = _resume(place, bad)
+    assert code == 3
+    assert "no checkpoint is usable" in said
