@@ -116,7 +116,7 @@ class Variant:
         if way.fast_dropout:
             dropout.use_fast_dropout(self.model)
         if way.fast_dropout or way.batching == "packed":
-            packed_model.accept_packed(self.model, attention.FAST if way.fast_dropout else attention.PLAIN)
+            packed_model.enable_packing(self.model, attention.FAST if way.fast_dropout else attention.PLAIN)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.collate: Callable[[list[int]], dict[str, Any]]
         if way.batching == "packed":
@@ -130,7 +130,7 @@ class Variant:
         self.marks: list[float] = []
         self.compute: cuda_graphs.Step = self._compute
         if way.recorded:
-            self.compute = cuda_graphs.Recorded(self._compute, self.model, batch_size, 512)
+            self.compute = cuda_graphs.GraphedStep(self._compute, self.model, batch_size, 512)
 
     def _batches(self) -> Iterator[list[int]]:
         while True:
@@ -304,12 +304,12 @@ def main() -> None:
     parser.add_argument("--calls", action="store_true")
     parser.add_argument("--json", type=Path, help="write all that was found here too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--keep-freed", action="store_true", help="as a run does it: all variants alike")
+    parser.add_argument("--tune-malloc", action="store_true", help="as a run does it: all variants alike")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.keep_freed:
-        allocator.keep_freed()
+    if options.tune_malloc:
+        allocator.tune_malloc()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.clock == "cpu":

@@ -237,14 +237,14 @@ def peaks_now(threads: int) -> dict[str, Any]:
     number; and whether afina trains in `half` of a float32 by itself here."""
     code = """
 import json, torch
-from afina.recipe import Train
-from afina.worker import precision, products
-from afina.worker.flops import peak_of
+from afina.recipe.schema import Train
+from afina.worker.compute import precision, products
+from afina.worker.compute.flops import device_peak
 products.use_onednn()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-found = {"half": precision.choose(Train(), precision.here()).precision == "bf16"}
+found = {"half": precision.choose(Train(), precision.current_device()).precision == "bf16"}
 for numbers in ("float32", *(["bfloat16"] if found["half"] else [])):
-    found[numbers] = peak_of(device, numbers).flops
+    found[numbers] = device_peak(device, numbers).flops
 print(json.dumps(found))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

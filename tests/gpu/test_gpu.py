@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.unit import test_packed as packing_tests
-from tests.unit import test_train as runs
+from tests.unit.compute import test_packed as packing_tests
+from tests.unit.training import test_train as runs
 
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
 from afina.worker.compute.batches import Collator, PackedCollator
@@ -42,7 +42,7 @@ def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Te
     collate: Collator | PackedCollator = Collator(split, packing_tests.PAD)
     if packs:
         about = packed_model.PROVEN[model.config.model_type]
-        packed_model.accept_packed(model, attention.PLAIN)
+        packed_model.enable_packing(model, attention.PLAIN)
         collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=about.offset, device="cuda")
     batch = {key: value.to(torch.device("cuda")) for key, value in collate(ROWS).items()}
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
@@ -76,7 +76,7 @@ def test_flash_attention_drops_out_as_it_says(first_only: bool) -> None:
     if first_only:
         q, upstream = (x.index_select(0, packing.starts) for x in (q, upstream))
     q, k, v, upstream = (x.bfloat16() for x in (q, k, v, upstream))
-    assert flash.takes(q)
+    assert flash.supports(q)
 
     def out(values: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def _trained(
     """A model on the GPU, a collator for it, and an ordinary step in bfloat16."""
     model = packing_tests.model_of(packing_tests.CONFIGS[name])
     model = (model if dropout else packing_tests.still(model)).train().cuda()
-    packed_model.accept_packed(model, attention.PLAIN)
+    packed_model.enable_packing(model, attention.PLAIN)
     types = "token_type_ids" in packing_tests._inputs(model)
     lengths = [60 - n % 50 for n in range(200)]
     split = packing_tests.split_of(lengths, 5, types=types)
@@ -136,8 +136,8 @@ BATCHES = [list(range(8)), [*range(30, 38)], [*range(100, 108)], [*range(50, 58)
 def test_a_recorded_step_is_the_step(name: str) -> None:
     """Without dropout: losses and gradients, two micro-batches of one step, and a batch that is not recorded."""
     model, batch_of, step = _trained(name, dropout=False)
-    assert cuda_graphs.why_not(model, "packed", 1, half=True, twice=False) is None
-    recorded = cuda_graphs.Recorded(step, model, rows=8, longest=64)
+    assert cuda_graphs.why_not_graphed(model, "packed", 1, half=True, twice=False) is None
+    recorded = cuda_graphs.GraphedStep(step, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     for number, rows in enumerate([*BATCHES, list(range(5)), *BATCHES]):
         found = []
@@ -162,7 +162,7 @@ def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
     losses = []
     for _ in range(2):
         model, batch_of, step = _trained("bert", dropout=True)
-        recorded = cuda_graphs.Recorded(step, model, rows=8, longest=64)
+        recorded = cuda_graphs.GraphedStep(step, model, rows=8, longest=64)
         items = torch.tensor(8, device="cuda")
         for skipped in (0, 2):  # the second time all are recorded already
             torch.manual_seed(5)
@@ -187,7 +187,7 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
         float(items)  # waits for the GPU, which no recording can
         return step(batch, items)
 
-    recorded = cuda_graphs.Recorded(waits, model, rows=8, longest=64)
+    recorded = cuda_graphs.GraphedStep(waits, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     torch.manual_seed(5)
     found = [float(recorded(batch_of(rows), items)) for rows in BATCHES]

@@ -20,8 +20,8 @@ from afina.worker.compute.batches import (
     PackedCollator,
     Rows,
     StepBatches,
+    balance,
     costs,
-    deal,
     epoch_steps,
 )
 
@@ -119,12 +119,12 @@ def test_work_is_shared_evenly(processes: int, accumulation: int, batch: int) ->
 
 def test_a_deal_is_the_same_every_time_and_full_to_the_brim() -> None:
     price = np.array([5.0, 5.0, 5.0, 1.0, 1.0, 9.0, 1.0, 5.0])
-    parts = deal(price, 4, 2)
-    assert parts == deal(price.copy(), 4, 2)
+    parts = balance(price, 4, 2)
+    assert parts == balance(price.copy(), 4, 2)
     assert sorted(itertools.chain(*parts)) == list(range(8))
     assert all(len(part) == 2 for part in parts)
     assert max(sum(price[part]) for part in parts) == 10.0
-    assert deal(price[:2], 4, 2) == [[0], [1], [], []]
+    assert balance(price[:2], 4, 2) == [[0], [1], [], []]
 
 
 @pytest.mark.parametrize("batching", ["packed", "grouped"])

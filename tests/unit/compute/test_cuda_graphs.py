@@ -20,7 +20,7 @@ ITEMS = torch.tensor(len(LENGTHS))
 
 
 def test_widths_are_few_and_not_much_too_wide() -> None:
-    widths = [cuda_graphs.width_of(tokens) for tokens in range(1, 16_384)]
+    widths = [cuda_graphs.padded_width(tokens) for tokens in range(1, 16_384)]
     assert widths == sorted(widths) and len(set(widths)) < 45
     for tokens, width in enumerate(widths, 1):
         assert tokens < width <= max(tokens + 256, tokens * 9 / 8), tokens
@@ -33,11 +33,11 @@ def test_a_batch_that_is_filled_up_teaches_the_same(name: str) -> None:
     model = still(model_of(CONFIGS[name], dtype=torch.float64)).train()
     split = split_of(LENGTHS, 5, types="token_type_ids" in _inputs(model), forbidden=None)
     offset = packed_model.PROVEN[model.config.model_type].offset
-    packed_model.accept_packed(model, attention.PLAIN)
+    packed_model.enable_packing(model, attention.PLAIN)
     collate = PackedCollator(split, PAD, heads=4, offset=offset)
     rows = [row for row in ROWS if LENGTHS[row] > 1]
     wide, narrow = collate(rows), collate([*rows[1:], len(LENGTHS) - 1])
-    slot = cuda_graphs._Slot(wide, ITEMS, cuda_graphs.width_of(sum(LENGTHS)), cuda_graphs._UNIT)
+    slot = cuda_graphs._Slot(wide, ITEMS, cuda_graphs.padded_width(sum(LENGTHS)), cuda_graphs._UNIT)
     slot.fill(narrow, ITEMS)
     bounds = slot.packing.bounds.tolist()
     alone = tuple(Group(1, b - a, b - a) for a, b in itertools.pairwise(bounds))
@@ -52,7 +52,7 @@ def test_a_batch_that_is_filled_up_teaches_the_same(name: str) -> None:
 
 def test_gradients_begin_at_zero_and_go_on_within_a_step() -> None:
     model = torch.nn.Linear(3, 2)
-    recorded = cuda_graphs.Recorded(lambda batch, items: items, model, 8, 512)
+    recorded = cuda_graphs.GraphedStep(lambda batch, items: items, model, 8, 512)
     buffers = [torch.full_like(p, 7.0) for p in model.parameters()]
     recorded._gradients = list(zip(model.parameters(), buffers, strict=True))
     recorded._lay_gradients()
@@ -88,9 +88,9 @@ class _OnGpu:
     ],
 )
 def test_why_steps_are_not_recorded(changes: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs.varlen, "fits", lambda device, width: width % 8 == 0)
+    monkeypatch.setattr(cuda_graphs.flash, "available", lambda device, width: width % 8 == 0)
     about = {"kind": "bert", "width": 64, "batching": "packed", "processes": 1, "half": True, "twice": False, **changes}
-    why = cuda_graphs.why_not(
+    why = cuda_graphs.why_not_graphed(
         _OnGpu(about["kind"], about["width"]),
         about["batching"],
         about["processes"],
@@ -101,4 +101,4 @@ def test_why_steps_are_not_recorded(changes: dict[str, Any], said: str | None, m
 
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
-    assert cuda_graphs.why_not(model_of(CONFIGS["bert"]), "packed", 1, half=True, twice=False) == "no GPU"
+    assert cuda_graphs.why_not_graphed(model_of(CONFIGS["bert"]), "packed", 1, half=True, twice=False) == "no GPU"

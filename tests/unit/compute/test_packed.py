@@ -28,7 +28,7 @@ from afina.worker.compute import attention, dropout, packed_model, products
 from afina.worker.compute.attention import attend
 from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
 from afina.worker.compute.cpu import Processor
-from afina.worker.compute.packing import Packing, cut, pack
+from afina.worker.compute.packing import Packing, group_sequences, pack
 from afina.worker.data.prepared import Split
 
 VOCABULARY, PAD = 200, 1
@@ -110,7 +110,7 @@ def test_packed_is_padded(name: str, precision: torch.dtype, cuts: str, monkeypa
     rows = list(range(len(LENGTHS)))
     about = packed_model.PROVEN[model.config.model_type]
     expected = step(model, Collator(split, PAD)(rows))
-    packed_model.accept_packed(model, attention.FAST)
+    packed_model.enable_packing(model, attention.FAST)
     batch = PackedCollator(split, PAD, heads=4, offset=about.offset)(rows)
     assert batch["input_ids"].shape == (1, sum(LENGTHS))
     found = step(model, batch)
@@ -142,7 +142,9 @@ def reference(
     for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
         group = LENGTHS[start : start + size]
         rows = 1 if first_only else group[0]
-        masks = dropout.keep(dropout.bits(size * heads, rows, group[0]), p, q.dtype).view(size, heads, rows, group[0])
+        masks = dropout.keep_mask(dropout.random_bits(size * heads, rows, group[0]), p, q.dtype).view(
+            size, heads, rows, group[0]
+        )
         for length, mask in zip(group, masks, strict=True):
             a, b, c = (x[0, :, first : first + length] for x in (q, k, v))
             scores = (a @ b.transpose(1, 2)) * q.shape[-1] ** -0.5 + bias[0, :, :length, :length]
@@ -265,12 +267,12 @@ def test_flash_attention_is_told_the_sequences(name: str, monkeypatch: pytest.Mo
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
         return torch.cat(parts)
 
-    monkeypatch.setattr(attention.varlen, "takes", lambda query: True)
-    monkeypatch.setattr(attention.varlen, "attend", attend)
+    monkeypatch.setattr(attention.flash, "supports", lambda query: True)
+    monkeypatch.setattr(attention.flash, "attend", attend)
     model = still(model_of(CONFIGS[name])).train()
     split, rows = split_of(LENGTHS, 6), list(range(len(LENGTHS)))
     expected = step(model, Collator(split, PAD)(rows))
-    packed_model.accept_packed(model, attention.PLAIN)
+    packed_model.enable_packing(model, attention.PLAIN)
     found = step(model, PackedCollator(split, PAD, 4, packed_model.PROVEN[model.config.model_type].offset)(rows))
     assert told == [False, False, not name.endswith("mean")]
     for number, what in enumerate(("logits", "loss")):
@@ -279,10 +281,10 @@ def test_flash_attention_is_told_the_sequences(name: str, monkeypatch: pytest.Mo
 
 def test_cudnn_is_kept_from_attention_on_gpus_only() -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    attention.take_from_cudnn(torch.device("cpu"))
+    attention.disable_cudnn_sdpa(torch.device("cpu"))
     assert torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        attention.take_from_cudnn(torch.device("cuda"))
+        attention.disable_cudnn_sdpa(torch.device("cuda"))
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -293,7 +295,7 @@ def test_activation_checkpointing_packs_too() -> None:
     steps = []
     for checkpointing in (False, True):
         model = still(model_of(CONFIGS["bert"])).train()
-        packed_model.accept_packed(model, attention.FAST)
+        packed_model.enable_packing(model, attention.FAST)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         steps.append(step(model, PackedCollator(split, PAD, 4)(rows)))
@@ -315,7 +317,7 @@ def test_with_dropout_packed_and_padded_differ_by_chance_only() -> None:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
         if way == "packed":
             dropout.use_fast_dropout(model)
-            packed_model.accept_packed(model, attention.FAST)
+            packed_model.enable_packing(model, attention.FAST)
         batch = (PackedCollator(split, PAD, 4) if way == "packed" else Collator(split, PAD))(rows)
         weights = []
         for _ in range(300):
@@ -357,7 +359,7 @@ def test_the_cut_is_the_cheapest_of_all(seed: int) -> None:
         for count in range(len(lengths))
         for bars in itertools.combinations(range(1, len(lengths)), count)
     ]
-    assert price(cut(lengths, call)) == pytest.approx(min(map(price, ways))), (seed, lengths, call)
+    assert price(group_sequences(lengths, call)) == pytest.approx(min(map(price, ways))), (seed, lengths, call)
 
 
 def test_fast_dropout_keeps_the_right_share_and_its_mean() -> None:
@@ -372,7 +374,7 @@ def test_fast_dropout_keeps_the_right_share_and_its_mean() -> None:
         y.backward(torch.ones_like(y))
         assert torch.equal(x.grad, y.detach()), "the gradient goes through the same mask"
         assert torch.equal(layer.eval()(x), x)
-    exact = dropout.keep(torch.arange(-32768, 32768).to(torch.int16), 0.1, torch.float32)
+    exact = dropout.keep_mask(torch.arange(-32768, 32768).to(torch.int16), 0.1, torch.float32)
     assert int((exact == 0).sum()) == round(65536 * 0.1)
 
 
@@ -389,17 +391,17 @@ def test_the_generators_state_is_all_there_is(tmp_path: Any) -> None:
     from afina.worker.survival.snapshot import random_state, set_random_state
 
     dropout.seed(1, 0)
-    dropout.bits(3)  # a draw that does not fill a word
+    dropout.random_bits(3)  # a draw that does not fill a word
     torch.save([{"random": random_state()}], tmp_path / "ranks.pt")
-    following = [dropout.bits(1001), dropout.bits(2, 3)]
+    following = [dropout.random_bits(1001), dropout.random_bits(2, 3)]
     dropout.seed(9, 9)
     set_random_state(torch.load(tmp_path / "ranks.pt", weights_only=True)[0]["random"])
-    again = [dropout.bits(1001), dropout.bits(2, 3)]
+    again = [dropout.random_bits(1001), dropout.random_bits(2, 3)]
     assert all(torch.equal(a, b) for a, b in zip(following, again, strict=True))
     dropout.seed(1, 1)
-    other = dropout.bits(1003)[3:]
+    other = dropout.random_bits(1003)[3:]
     dropout.seed(1, 0)
-    assert not torch.equal(dropout.bits(1003)[3:], other), "ranks draw from streams of their own"
+    assert not torch.equal(dropout.random_bits(1003)[3:], other), "ranks draw from streams of their own"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,7 @@ def test_what_cannot_be_packed_is_grouped_and_said(
     model = model_of({**_BERT, "model_type": kind, **about})
     recipe = Recipe.model_validate({**recipe_dict(), "tokens": {"batching": asked}})
     settings = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **arguments)
-    batching, notes = packed_model.prepare(model, recipe, settings)
+    batching, notes = packed_model.configure(model, recipe, settings)
     assert batching == expected
     assert notes == ([f"batches are grouped by length, not packed: {said}"] if said else [])
     fast = any(isinstance(module, dropout.FastDropout) for module in model.modules())
@@ -433,7 +435,7 @@ def test_no_fast_dropout_where_a_layer_is_computed_twice(tmp_path: Any) -> None:
     settings = TrainingArguments(
         output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", activation_checkpointing=True
     )
-    assert packed_model.prepare(model, Recipe.model_validate(recipe_dict()), settings)[0] == "packed"
+    assert packed_model.configure(model, Recipe.model_validate(recipe_dict()), settings)[0] == "packed"
     assert not any(isinstance(module, dropout.FastDropout) for module in model.modules())
     assert model.config._attn_implementation == attention.PLAIN
 
@@ -481,7 +483,7 @@ def test_the_loss_curve_is_that_of_the_other_batchings() -> None:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
         collate: Any = Collator(split, PAD, 64 if batching == "padded" else None)
         if batching == "packed":
-            packed_model.accept_packed(model, attention.FAST)
+            packed_model.enable_packing(model, attention.FAST)
             collate = PackedCollator(split, PAD, 4, offset=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         steps, losses = StepBatches(split.lengths, layout, 0, 2, batching), []
@@ -508,8 +510,8 @@ def test_the_loss_curve_is_that_of_the_other_batchings() -> None:
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Page faults of 20 blocks of 48 MB, taken and freed in turn; `MALLOC_…` in the environment has precedence."""
     code = (
-        "import resource, sys\nfrom afina.worker.compute.allocator import keep_freed\n"
-        "kept = sys.argv[1] == 'keep' and keep_freed()\nimport torch\n"
+        "import resource, sys\nfrom afina.worker.compute.allocator import tune_malloc\n"
+        "kept = sys.argv[1] == 'keep' and tune_malloc()\nimport torch\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): torch.zeros(12_000_000)\n"  # until there is enough to keep
         "before = faults()\n"

@@ -19,7 +19,16 @@ from afina.recipe.schema import Train
 from afina.run.directory import RunDir
 from afina.worker.compute import products
 from afina.worker.compute.cpu import Processor, processor
-from afina.worker.compute.precision import Choice, Device, announce, arguments, choose, difference, here, of_run
+from afina.worker.compute.precision import (
+    Device,
+    PrecisionChoice,
+    announce,
+    choose,
+    choose_for_run,
+    compare_devices,
+    current_device,
+    training_arguments,
+)
 
 CPU, ZEN2, ZEN4 = (
     Device("cpu", "POWER9"),
@@ -47,7 +56,7 @@ MI250 = Device("cuda", "MI250", None)
 )
 def test_auto_follows_the_device(device: Device, precision: str, made: dict[str, bool]) -> None:
     choice = choose(Train(), device)
-    assert (choice.precision, choice.compile, arguments(choice)) == (precision, False, made)
+    assert (choice.precision, choice.compile, training_arguments(choice)) == (precision, False, made)
     assert choice.why
 
 
@@ -64,7 +73,7 @@ def test_auto_follows_the_device(device: Device, precision: str, made: dict[str,
     ],
 )
 def test_what_the_recipe_asks_for(asked: Any, device: Device, made: dict[str, bool]) -> None:
-    assert arguments(choose(Train(precision=asked), device)) == made
+    assert training_arguments(choose(Train(precision=asked), device)) == made
 
 
 @pytest.mark.parametrize(
@@ -95,12 +104,16 @@ def test_a_run_goes_on_in_fp32_where_the_cpu_lacks_the_instructions(tmp_path: Pa
     run = RunDir(tmp_path)
     for choice in (choose(Train(), ZEN4), found):
         announce(run, "local-1", choice, "eager")
-    assert of_run(run, Train()).precision == choose(Train(), here(), "bf16").precision
+    assert choose_for_run(run, Train()).precision == choose(Train(), current_device(), "bf16").precision
 
 
 def test_train_arguments_count_and_are_not_said_twice() -> None:
     choice = choose(Train(arguments={"bf16": True}), CPU)
-    assert (choice.precision, arguments(choice), choice.why) == (None, {}, "the recipe's train.arguments (bf16)")
+    assert (choice.precision, training_arguments(choice), choice.why) == (
+        None,
+        {},
+        "the recipe's train.arguments (bf16)",
+    )
     for clash in (
         {"precision": "fp16", "arguments": {"bf16": True}},
         {"compile": True, "arguments": {"torch_compile": False}},
@@ -116,22 +129,22 @@ def test_compiling_needs_a_compiler(tmp_path: Path) -> None:
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\n")
     compiler.chmod(0o755)
-    assert arguments(choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})) == {"torch_compile": True}
+    assert training_arguments(choose(Train(compile=True), CPU, env={"PATH": str(tmp_path)})) == {"torch_compile": True}
     assert choose(Train(), CPU, env={"PATH": ""}).compile is False
 
 
 def test_unlike_gpus_are_refused_or_named() -> None:
-    def chosen(*devices: Device) -> list[Choice]:
+    def chosen(*devices: Device) -> list[PrecisionChoice]:
         return [choose(Train(), device) for device in devices]
 
-    assert difference(chosen(A100, A100), ["n1", "n2"]) == []
-    (warning,) = difference(chosen(A100, H100), ["n1", "n2"])
+    assert compare_devices(chosen(A100, A100), ["n1", "n2"]) == []
+    (warning,) = compare_devices(chosen(A100, H100), ["n1", "n2"])
     assert "A100" in warning and "H100" in warning and "on n2" in warning
     with pytest.raises(EnvironmentProblem, match="unlike GPUs") as caught:
-        difference(chosen(A100, V100), ["n1", "n2"])
+        compare_devices(chosen(A100, V100), ["n1", "n2"])
     assert "AFINA_GPU_REQUEST" in caught.value.remedy
-    assert difference(chosen(ZEN4, ZEN4), ["n1", "n2"]) == difference(chosen(ZEN2, CPU), ["n1", "n2"]) == []
-    (warning,) = difference(chosen(ZEN4, ZEN2), ["n1", "n2"])
+    assert compare_devices(chosen(ZEN4, ZEN4), ["n1", "n2"]) == compare_devices(chosen(ZEN2, CPU), ["n1", "n2"]) == []
+    (warning,) = compare_devices(chosen(ZEN4, ZEN2), ["n1", "n2"])
     assert "bf16 on n1 (EPYC 9654); fp32 on n2 (EPYC 7742)" in warning
 
 
@@ -139,11 +152,11 @@ def test_the_setting_that_trainer_makes_can_be_read_back() -> None:
     """In a process of its own: torch keeps the setting, and refuses to be asked in the old way after it."""
     code = """
 from transformers.utils.import_utils import enable_tf32
-from afina.worker.precision import products_in_tf32
-said = [products_in_tf32()]
+from afina.worker.compute.precision import tf32_enabled
+said = [tf32_enabled()]
 for on in (True, False):
     enable_tf32(on)
-    said.append(products_in_tf32())
+    said.append(tf32_enabled())
 print(said)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -208,7 +221,7 @@ def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
     file.write_text(CPUINFO.format(vendor="AuthenticAMD", name="AMD EPYC 9554", flags="avx512f avx512_bf16"))
     found = processor(file)
     assert (found.name, found.vendor) == ("AMD EPYC 9554", "AuthenticAMD")
-    assert found.flags == {"fpu", "avx512f", "avx512_bf16"} and found.multiplies_bfloat16
+    assert found.flags == {"fpu", "avx512f", "avx512_bf16"} and found.has_bfloat16
     file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert processor(file) == processor(tmp_path / "absent") == Processor(os.uname().machine, "", frozenset())
 
@@ -217,7 +230,7 @@ def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path: Path) -> No
     run = RunDir(tmp_path)
 
     def said(precision: Any, device: Device) -> list[str]:
-        return announce(run, "local-1", Choice(precision, False, "", device), "eager")[1:]
+        return announce(run, "local-1", PrecisionChoice(precision, False, "", device), "eager")[1:]
 
     assert "EPYC 7742 has no instructions for bfloat16" in said("bf16", ZEN2)[0]
     assert said("bf16", ZEN4) == said("fp32", ZEN2) == said("bf16", CPU) == []
@@ -285,7 +298,7 @@ def test_what_a_cpu_cannot_ends_with_three(place: Path) -> None:
 
 _SITE = """
 import os
-from afina.worker import processor as module
+from afina.worker.compute import cpu as module
 rank = int(os.environ.get("LOCAL_RANK", "0"))
 found = module.Processor(("EPYC 9654", "EPYC 7742")[rank], "AuthenticAMD", frozenset(("avx512_bf16", "avx2")[rank : rank + 1]))
 module.processor = lambda: found

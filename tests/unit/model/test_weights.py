@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 
 from afina.errors import InputError
 from afina.recipe.schema import parse_recipe
-from afina.worker.model.weights import check_body, headers_digest
+from afina.worker.model.weights import check_weights, headers_digest
 from afina.worker.training.build import build_model
 
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path) -> list[str]:
-    return check_body(folder, transformers.AutoConfig.from_pretrained(str(folder)))
+    return check_weights(folder, transformers.AutoConfig.from_pretrained(str(folder)))
 
 
 def renamed(model: Path, folder: Path, name: Callable[[str], str | None]) -> Path:

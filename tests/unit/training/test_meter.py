@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afina.worker.compute import flops
 from afina.worker.compute.batches import epoch_steps
-from afina.worker.compute.flops import DATASHEET, Peak, formula_of, forward_flops, peak_of
+from afina.worker.compute.flops import DATASHEET, Peak, device_peak, flops_formula, forward_flops
 from afina.worker.model.metrics import compute_metrics
 from afina.worker.model.tasks import TASKS, decisions
 from afina.worker.training import evaluation
@@ -33,7 +33,7 @@ def test_the_formulas_count_what_torch_counts(name: str) -> None:
     model = model_of({**CONFIGS[name], "eos_token_id": 3, "bos_token_id": 2}).eval()
     if model.config.model_type != "mpnet":
         model.set_attn_implementation("eager")
-    assert "approximation" not in formula_of(model.config)
+    assert "approximation" not in flops_formula(model.config)
     for length in (2, 9, 40):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(input_ids=torch.full((1, length), 5))
@@ -50,7 +50,7 @@ def test_an_unknown_kind_is_an_approximation_and_says_so() -> None:
     from transformers import DebertaV2Config
 
     config = DebertaV2Config()
-    assert "approximation" in formula_of(config)
+    assert "approximation" in flops_formula(config)
     assert forward_flops(config, np.array([3, 10]), 1000).tolist() == [6000.0, 20000.0]
 
 
@@ -88,7 +88,7 @@ def test_the_sheet_is_consistent() -> None:
 
 def test_a_peak_is_measured_in_less_than_a_second_and_draws_no_random_numbers() -> None:
     state, began = torch.random.get_rng_state(), time.perf_counter()
-    peak = peak_of(torch.device("cpu"), "float32")
+    peak = device_peak(torch.device("cpu"), "float32")
     taken = time.perf_counter() - began
     assert torch.equal(state, torch.random.get_rng_state())
     assert 1e9 < peak.flops < 1e14 and "torch.mm" in peak.source

@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 import os
 
-__all__ = ["keep_freed"]
+__all__ = ["tune_malloc"]
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def keep_freed() -> bool:
+def tune_malloc() -> bool:
     """Keep freed memory in this process; returns whether the C library does. A `MALLOC_…` in the environment has precedence."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

@@ -25,7 +25,7 @@ from afina.worker.compute import dropout as fast
 from afina.worker.compute import flash, products
 from afina.worker.compute.packing import Group, Packing
 
-__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "take_from_cudnn"]
+__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "disable_cudnn_sdpa"]
 
 #: What `model.set_attn_implementation` takes: with torch's dropout, and with the fast one.
 PLAIN, FAST = "afina", "afina_fast_dropout"
@@ -41,7 +41,7 @@ def register() -> None:
         AttentionMaskInterface.register(name, _mask)
 
 
-def take_from_cudnn(device: torch.device) -> None:
+def disable_cudnn_sdpa(device: torch.device) -> None:
     """On a GPU, let other libraries compute `scaled_dot_product_attention`: cuDNN makes a plan for each new shape, 150 ms (H100, torch 2.11)."""
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -83,7 +83,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
-    by_flash = packing is not None and bias is None and not (first_only and sliding_window) and flash.takes(q)
+    by_flash = packing is not None and bias is None and not (first_only and sliding_window) and flash.supports(q)
     if packing is None:
         calls = [Call(whole := Group(query.shape[0], query.shape[2], tokens), whole, attention_mask)]
     else:
@@ -211,8 +211,8 @@ class _Attention(torch.autograd.Function):
             if call.mask is not None:
                 by_head.masked_fill_(~call.mask, -torch.inf)
             probabilities = scores.softmax(-1)
-            drawn = fast.bits(*probabilities.shape)
-            dropped = fast.keep(drawn, p, query.dtype).mul_(probabilities)
+            drawn = fast.random_bits(*probabilities.shape)
+            dropped = fast.keep_mask(drawn, p, query.dtype).mul_(probabilities)
             out[rows] = _rows_first(_product(dropped, v, 1 / (1 - p)), call.queries)
             kept += [probabilities, drawn]
         ctx.save_for_backward(query, key, value, bias, out, *kept)
@@ -232,7 +232,7 @@ class _Attention(torch.autograd.Function):
             probabilities, drawn = kept[2 * number], kept[2 * number + 1]
             q, dout, rowsum = (_heads_first(x[rows], call.queries) for x in (query, gradient, sums))
             k, v = (_heads_first(x[seen], call.keys) for x in (key, value))
-            dropped = fast.keep(drawn, p, query.dtype).mul_(probabilities)
+            dropped = fast.keep_mask(drawn, p, query.dtype).mul_(probabilities)
             into_value[seen] = _rows_first(_product(dropped.transpose(1, 2), dout, 1 / (1 - p)), call.keys)
             dscores = _product(dout, v.transpose(1, 2), 1 / (1 - p)).mul_(dropped)
             dscores.addcmul_(probabilities, rowsum, value=-1)

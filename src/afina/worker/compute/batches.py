@@ -36,7 +36,7 @@ __all__ = [
     "Rows",
     "StepBatches",
     "costs",
-    "deal",
+    "balance",
     "epoch_steps",
 ]
 
@@ -88,7 +88,7 @@ def costs(lengths: np.ndarray[Any, Any], hidden_size: int) -> np.ndarray[Any, An
     return np.asarray(each + each**2 / (6 * hidden_size))
 
 
-def deal(costs: np.ndarray[Any, Any], parts: int, most: int) -> list[list[int]]:
+def balance(costs: np.ndarray[Any, Any], parts: int, most: int) -> list[list[int]]:
     """Share numbers 0 to N - 1 out into parts of at most `most`, so that the costliest part costs little.
 
     The costliest first, each to the part that has least (longest processing time first); the same input gives the same
@@ -153,8 +153,8 @@ class StepBatches(Sampler[list[int]]):
         if self.batching in ("longest", "padded"):
             return np.array_split(rows, micros * ranks)[self.rank :: ranks]
         # Ranks wait for each other once a step, so that the sum of a rank's micro-batches is what counts.
-        mine = rows[deal(self.costs[rows], ranks, micros * most)[self.rank]]
-        shares = [mine[part] for part in deal(self.costs[mine], micros, most)]
+        mine = rows[balance(self.costs[rows], ranks, micros * most)[self.rank]]
+        shares = [mine[part] for part in balance(self.costs[mine], micros, most)]
         return [share[np.argsort(-self.lengths[share], kind="stable")] for share in shares]
 
 

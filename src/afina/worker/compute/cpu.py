@@ -18,7 +18,7 @@ class Processor:
     flags: frozenset[str]
 
     @property
-    def multiplies_bfloat16(self) -> bool:
+    def has_bfloat16(self) -> bool:
         """It has instructions for products in bfloat16 (x86: AVX512-BF16, AMX); without them they are emulated."""
         return not self.flags.isdisjoint({"avx512_bf16", "amx_bf16"})
 

@@ -27,7 +27,7 @@ from afina.worker.compute import flash
 from afina.worker.compute.batches import IGNORED
 from afina.worker.compute.packing import Packing
 
-__all__ = ["Recorded", "why_not", "width_of"]
+__all__ = ["GraphedStep", "why_not_graphed", "padded_width"]
 
 #: Encoders whose packed forward pass neither waits for the GPU nor takes a shape from the host, by `model_type`.
 _KINDS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "distilbert")
@@ -42,13 +42,13 @@ _WIDEST = 16_384
 Step = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
 
-def width_of(tokens: int) -> int:
+def padded_width(tokens: int) -> int:
     """The width that a batch of so many tokens is filled up to: more than it has, by 256 or an eighth at most."""
     unit = min(_UNIT, max(256, (1 << tokens.bit_length() - 1) // 8))
     return -(-(tokens + 1) // unit) * unit
 
 
-def why_not(model: Any, batching: str, processes: int, *, half: bool, twice: bool) -> str | None:
+def why_not_graphed(model: Any, batching: str, processes: int, *, half: bool, twice: bool) -> str | None:
     """Why the steps of `model` are not recorded, or None where they can be.
 
     Args:
@@ -68,12 +68,12 @@ def why_not(model: Any, batching: str, processes: int, *, half: bool, twice: boo
         return "activation checkpointing"
     if config.model_type not in _KINDS:
         return f"not tried for {config.model_type}"
-    if not flash.fits(device, config.hidden_size // config.num_attention_heads):
+    if not flash.available(device, config.hidden_size // config.num_attention_heads):
         return "no flash attention"
     return None
 
 
-class Recorded:
+class GraphedStep:
     """A training step on packed batches of one GPU.
 
     Args:
@@ -100,7 +100,7 @@ class Recorded:
     def __call__(self, batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
         """The loss of a batch on the GPU; its gradients are added to the parameters'."""
         tokens = batch["input_ids"].shape[1]
-        width = width_of(tokens)
+        width = padded_width(tokens)
         if self.given_up or width > _WIDEST or len(batch["packing"].lengths) != self.rows:
             return self.step(batch, items)
         slot = self._slots.get(width)

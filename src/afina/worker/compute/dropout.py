@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["FastDropout", "bits", "keep", "seed", "set_state", "state", "use_fast_dropout"]
+__all__ = ["FastDropout", "random_bits", "keep_mask", "seed", "set_state", "state", "use_fast_dropout"]
 
 _generator = np.random.SFC64(0)
 
@@ -39,14 +39,14 @@ def set_state(words: torch.Tensor) -> None:
     _generator.state = known
 
 
-def bits(*shape: int) -> torch.Tensor:
+def random_bits(*shape: int) -> torch.Tensor:
     """Uniform random int16 of `shape`."""
     count = int(np.prod(shape))
     words = _generator.random_raw(-(-count // 4))
     return torch.from_numpy(words.view(np.int16))[:count].view(shape)
 
 
-def keep(drawn: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
+def keep_mask(drawn: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
     """0 with probability `p`, else 1, from uniform int16."""
     # In floating point: comparing integers gives bool, and converting bool is twice as slow as all of this. Not in half
     # precision, which would round the numbers.
@@ -56,7 +56,7 @@ def keep(drawn: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        mask = keep(bits(*x.shape), p, x.dtype).mul_(1 / (1 - p))
+        mask = keep_mask(random_bits(*x.shape), p, x.dtype).mul_(1 / (1 - p))
         ctx.save_for_backward(mask)
         return x * mask
 

@@ -14,16 +14,16 @@ import torch
 
 from afina.worker.compute.packing import Packing
 
-__all__ = ["attend", "fits", "takes"]
+__all__ = ["attend", "available", "supports"]
 
 
-def takes(query: torch.Tensor) -> bool:
+def supports(query: torch.Tensor) -> bool:
     """Whether the kernel can compute attention of such queries, (tokens, heads, D): half precision, compute capability 8.0 or newer."""
-    return query.dtype in (torch.float16, torch.bfloat16) and fits(query.get_device(), query.shape[-1])
+    return query.dtype in (torch.float16, torch.bfloat16) and available(query.get_device(), query.shape[-1])
 
 
 @functools.cache
-def fits(device: int, width: int) -> bool:
+def available(device: int, width: int) -> bool:
     """Whether the kernel is there for heads of this width on a GPU; -1 is the CPU."""
     return (
         device >= 0

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["DATASHEET", "Peak", "forward_flops", "formula_of", "peak_of"]
+__all__ = ["DATASHEET", "Peak", "forward_flops", "flops_formula", "device_peak"]
 
 Array = np.ndarray[Any, Any]
 
@@ -75,7 +75,7 @@ class Peak:
     source: str
 
 
-def formula_of(config: Any) -> str:
+def flops_formula(config: Any) -> str:
     """How `forward_flops` counts a model with this configuration."""
     kind = getattr(config, "model_type", "")
     if kind in (*_BERTS, "distilbert", "modernbert"):
@@ -121,7 +121,7 @@ def _near_pairs(lengths: Array, window: int) -> Array:
     return np.asarray(lengths**2 - far * (far + 1))
 
 
-def peak_of(device: torch.device, precision: str) -> Peak:
+def device_peak(device: torch.device, precision: str) -> Peak:
     """The peak of this process's device: from the table for a GPU that it knows, else measured in less than a second.
 
     Args:

@@ -30,10 +30,10 @@ from afina.worker.compute.packing import Packing
 __all__ = [
     "PROVEN",
     "Architecture",
-    "accept_packed",
+    "enable_packing",
     "attention_dropout",
-    "computes_twice",
-    "prepare",
+    "checkpoints_activations",
+    "configure",
     "why_not_packed",
 ]
 
@@ -83,7 +83,7 @@ def why_not_packed(model: Any) -> str | None:
     return None
 
 
-def accept_packed(model: Any, implementation: str) -> None:
+def enable_packing(model: Any, implementation: str) -> None:
     """Let `model` take `packing=` beside `input_ids` and `position_ids` of (1, T); padded batches work as before.
 
     Args:
@@ -183,18 +183,18 @@ def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
     )
 
 
-def computes_twice(arguments: TrainingArguments) -> bool:
+def checkpoints_activations(arguments: TrainingArguments) -> bool:
     """Whether layers are computed once more for their gradients (activation checkpointing)."""
     return any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
 
 
-def prepare(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[Batching, list[str]]:
+def configure(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[Batching, list[str]]:
     """Ready `model` for the recipe's batching and dropout; returns the batching it can take, and notes for the log."""
     asked, notes = recipe.tokens.batching, []
     compiled = bool(arguments.torch_compile)
     fast = recipe.train.fast_dropout and arguments.device.type == "cpu" and not compiled
     # It restores torch's random numbers for the second time, not ours.
-    fast = fast and not computes_twice(arguments)
+    fast = fast and not checkpoints_activations(arguments)
     if fast:
         use_fast_dropout(model)
     unproven = "not proven under torch_compile" if compiled else why_not_packed(model)
@@ -204,9 +204,9 @@ def prepare(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[B
         if unproven is not None:
             notes.append(f"batches are grouped by length, not packed: {unproven}")
     if unproven is None and (fast or batching == "packed"):
-        accept_packed(model, attention.FAST if fast else attention.PLAIN)
+        enable_packing(model, attention.FAST if fast else attention.PLAIN)
     if batching != "padded":
-        attention.take_from_cudnn(arguments.device)
+        attention.disable_cudnn_sdpa(arguments.device)
     if recipe.train.attention_dropout is not None:
         notes.append("dropout of attention probabilities is 0, whatever the model's configuration says (the recipe)")
     return batching, notes

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["CALL_SCORES", "Group", "Packing", "cut", "pack"]
+__all__ = ["CALL_SCORES", "Group", "Packing", "group_sequences", "pack"]
 
 #: What a call of attention costs, in scores (elements of heads × L × L) that take as long, forward and backward.
 #: CPU: 19,000 to 23,000 with one thread (`tests/bench/batching.py --calls`), more with more. GPU: a guess, not measured.
@@ -68,7 +68,7 @@ class Packing:
         return Packing(self.lengths, starts, bounds, groups)
 
 
-def cut(lengths: Sequence[int], call: float) -> list[int]:
+def group_sequences(lengths: Sequence[int], call: float) -> list[int]:
     """Sizes of the groups that cost least.
 
     Args:
@@ -96,7 +96,7 @@ def cut(lengths: Sequence[int], call: float) -> list[int]:
 def pack(lengths: Sequence[int], heads: int, device: str = "cpu") -> Packing:
     """The packing of sequences of `lengths`, longest first, for attention with so many heads on a kind of device."""
     assert list(lengths) == sorted(lengths, reverse=True), "longest first"
-    sizes = cut(lengths, CALL_SCORES.get(device, CALL_SCORES["cpu"]) / heads)
+    sizes = group_sequences(lengths, CALL_SCORES.get(device, CALL_SCORES["cpu"]) / heads)
     groups, done = [], 0
     for size in sizes:
         groups.append(_group(lengths[done : done + size]))

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 __all__ = [
-    "Choice",
+    "PrecisionChoice",
     "Device",
     "announce",
-    "arguments",
+    "training_arguments",
     "choose",
-    "difference",
-    "here",
-    "numbers_of",
-    "of_run",
-    "products_in_tf32",
+    "compare_devices",
+    "current_device",
+    "matmul_dtype",
+    "choose_for_run",
+    "tf32_enabled",
 ]
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -75,7 +75,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrecisionChoice:
     """The numbers to compute in and why; `precision` is None where `train.arguments` has decided."""
 
     precision: Precision | None
@@ -89,19 +89,21 @@ class Choice:
         return self.precision == "bf16" and self.device.kind == "cpu"
 
 
-def here() -> Device:
+def current_device() -> Device:
     """The device of this process, as Trainer will take it."""
     import torch
 
     if not torch.cuda.is_available():
         cpu = processor()
-        return Device("cpu", cpu.name, bfloat16=cpu.multiplies_bfloat16 if cpu.flags else None)
+        return Device("cpu", cpu.name, bfloat16=cpu.has_bfloat16 if cpu.flags else None)
     index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
     return Device("cuda", torch.cuda.get_device_name(index), capability)
 
 
-def choose(train: Train, device: Device, before: str | None = None, env: Mapping[str, str] | None = None) -> Choice:
+def choose(
+    train: Train, device: Device, before: str | None = None, env: Mapping[str, str] | None = None
+) -> PrecisionChoice:
     """What the recipe asks for on this device.
 
     Args:
@@ -121,28 +123,28 @@ def choose(train: Train, device: Device, before: str | None = None, env: Mapping
             "set train.compile: false, or build the image with --apt-packages 'g++ python3-dev'",
         )
     if said := [name for name in _ARGUMENTS if train.arguments.get(name) is not None]:
-        return Choice(None, compiled, f"the recipe's train.arguments ({', '.join(said)})", device)
+        return PrecisionChoice(None, compiled, f"the recipe's train.arguments ({', '.join(said)})", device)
     if train.precision != "auto":
         if missing := _missing(train.precision, device):
             raise EnvironmentProblem(
                 f"train.precision: {train.precision} is not to be had on {device.words}: {missing}",
                 "set train.precision: auto, or ask for another GPU",
             )
-        return Choice(train.precision, compiled, "the recipe asks for it", device)
+        return PrecisionChoice(train.precision, compiled, "the recipe asks for it", device)
     best, why = _best(device)
     if before is None or before == best:
-        return Choice(best, compiled, why, device)
+        return PrecisionChoice(best, compiled, why, device)
     kept: Precision | None = next((name for name in ("fp32", "tf32", "bf16", "fp16") if name == before), None)
     if kept is None:
-        return Choice(best, compiled, why, device)
+        return PrecisionChoice(best, compiled, why, device)
     if kept == "bf16" and device.kind == "cpu":  # and not the best: there are no instructions for it
-        return Choice(best, compiled, f"{why}; the attempts before computed in bf16", device)
+        return PrecisionChoice(best, compiled, f"{why}; the attempts before computed in bf16", device)
     if missing := _missing(kept, device):
         raise EnvironmentProblem(
             f"this run computes in {kept} since its first attempt, which is not to be had on {device.words}: {missing}",
             f"continue it on the kind of GPU that it began on, or start a new run (here it would be {best})",
         )
-    return Choice(kept, compiled, "the attempts before computed in it", device)
+    return PrecisionChoice(kept, compiled, "the attempts before computed in it", device)
 
 
 def _best(device: Device) -> tuple[Precision, str]:
@@ -170,7 +172,7 @@ def _missing(precision: str, device: Device) -> str:
     return ""
 
 
-def arguments(choice: Choice) -> dict[str, Any]:
+def training_arguments(choice: PrecisionChoice) -> dict[str, Any]:
     """The choice as TrainingArguments; nothing for what they do by themselves, nor for `bf16_on_cpu`."""
     chosen: dict[str, Any] = {}
     if choice.compile:
@@ -183,13 +185,13 @@ def arguments(choice: Choice) -> dict[str, Any]:
     return chosen
 
 
-def of_run(run: RunDir, train: Train) -> Choice:
+def choose_for_run(run: RunDir, train: Train) -> PrecisionChoice:
     """The choice for this process, which keeps to what the run's earlier attempts computed in."""
     before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
-    return choose(train, here(), before[0] if before else None)
+    return choose(train, current_device(), before[0] if before else None)
 
 
-def products_in_tf32() -> bool:
+def tf32_enabled() -> bool:
     """Whether products of float32 matrices on a GPU are computed in TF32 now.
 
     `torch.get_float32_matmul_precision` raises once the newer setting has been used, as Transformers does (torch 2.13).
@@ -200,16 +202,16 @@ def products_in_tf32() -> bool:
     return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def numbers_of(choice: Choice, used: TrainingArguments) -> str:
+def matmul_dtype(choice: PrecisionChoice, used: TrainingArguments) -> str:
     """What training multiplies, by the name that `worker.flops` has for it; `used` may hold the recipe's own arguments."""
     if used.bf16 or choice.bf16_on_cpu:
         return "bfloat16"
     if used.fp16:
         return "float16"
-    return "tf32" if used.device.type == "cuda" and products_in_tf32() else "float32"
+    return "tf32" if used.device.type == "cuda" and tf32_enabled() else "float32"
 
 
-def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
+def compare_devices(choices: Sequence[PrecisionChoice], hosts: Sequence[str]) -> list[str]:
     """What to say of ranks on unlike devices: a warning, where they compute alike or are CPUs.
 
     Raises:
@@ -235,7 +237,7 @@ def difference(choices: Sequence[Choice], hosts: Sequence[str]) -> list[str]:
     return [f"unlike GPUs in one job: {listed}; each step takes as long as the slowest of them"]
 
 
-def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[str]:
+def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str) -> list[str]:
     """Compare the ranks' choices (collective), record this one, and return the lines for the log; rank 0 writes and says."""
     import platform
 
@@ -249,7 +251,7 @@ def announce(run: RunDir, attempt: str, choice: Choice, attention: str) -> list[
         rank = dist.get_rank()
         all_of_them: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(all_of_them, (choice, platform.node()))
-        warnings = difference([found for found, _ in all_of_them], [host for _, host in all_of_them])
+        warnings = compare_devices([found for found, _ in all_of_them], [host for _, host in all_of_them])
     if rank:
         return []
     gpu = choice.device.kind == "cuda"

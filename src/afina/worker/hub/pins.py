@@ -23,7 +23,7 @@ from afina.processes import turn
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
 from afina.worker.hub.errors_explained import LONGEST_WAIT, PREFETCH, bound_waits, hub_errors, persist, wait_of
-from afina.worker.model.pretrained import wanted_files
+from afina.worker.model.pretrained import training_files
 
 __all__ = ["HubModel", "Pin", "fetch_model", "pin", "slug"]
 
@@ -93,7 +93,7 @@ def fetch_model(site: Site, recipe: Recipe, pin: Pin, say: Say) -> HubModel:
         HubError: not allowed, the transfer broke off, or the Hub cannot be reached.
         InputError: the repository holds no weights.
     """
-    wanted = wanted_files(pin.files, recipe)
+    wanted = training_files(pin.files, recipe)
     if not wanted:
         raise InputError(
             f"model {recipe.model}: its repository has no model.safetensors and no pytorch_model.bin",

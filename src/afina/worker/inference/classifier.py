@@ -26,8 +26,8 @@ from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
 from afina.worker.data.prepared import Split
 from afina.worker.inference.export_info import note_of
-from afina.worker.model.outputs import columns_of, probabilities
-from afina.worker.model.pretrained import check_files, positions
+from afina.worker.model.outputs import prediction_columns, probabilities
+from afina.worker.model.pretrained import check_files, max_positions
 from afina.worker.startup import uncollected
 
 __all__ = ["Classifier", "DType", "Encoded"]
@@ -106,9 +106,9 @@ class Classifier:
         self.batch_size = batch_size or _BATCH_ROWS
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
-        attention.take_from_cudnn(self.device)
+        attention.disable_cudnn_sdpa(self.device)
         if packed_model.why_not_packed(self.model) is None:
-            packed_model.accept_packed(self.model, attention.PLAIN)
+            packed_model.enable_packing(self.model, attention.PLAIN)
             self.batching = "packed"
 
     def __repr__(self) -> str:
@@ -125,7 +125,9 @@ class Classifier:
             None for a blank text.
         """
         logits = self.logits(*_parted(texts))
-        columns = {name: values.to_pylist() for name, values in columns_of(self.task, self.labels, logits).items()}
+        columns = {
+            name: values.to_pylist() for name, values in prediction_columns(self.task, self.labels, logits).items()
+        }
         decided = columns.pop("prediction")
         if self.labels is None:
             return [{"prediction": value} for value in decided]
@@ -260,7 +262,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
 
 def _limit(tokenizer: Any, config: Any) -> int:
     """What the model itself can take; 512 tokens where neither it nor its tokenizer says."""
-    said = [n for n in (tokenizer.model_max_length, positions(config)) if isinstance(n, int) and 0 < n < 1_000_000]
+    said = [n for n in (tokenizer.model_max_length, max_positions(config)) if isinstance(n, int) and 0 < n < 1_000_000]
     return min(said) if said else _MAX_LENGTH
 
 

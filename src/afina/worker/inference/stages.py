@@ -256,7 +256,7 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
         device = f"cuda:{number % torch.cuda.device_count()}"
     else:
         device = "cpu"
-        allocator.keep_freed()
+        allocator.tune_malloc()
     classifier = Classifier(
         job.model,
         max_length=job.max_length,
@@ -301,13 +301,13 @@ def _write(
     import numpy as np
     import pyarrow as pa
 
-    from afina.worker.model.outputs import columns_of
+    from afina.worker.model.outputs import prediction_columns
 
     rows, done = len(table), progress.rows
     logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)
     logits[encoded.rows] = classifier.run(encoded, progress.advance)
     progress.advance(done + rows - progress.rows)  # blank rows too
-    columns = columns_of(classifier.task, classifier.labels, logits)
+    columns = prediction_columns(classifier.task, classifier.labels, logits)
     if parts.job.keep == "id":
         files, numbers = reader.places(chunk)
         kept = {"file": pa.array(files, pa.string()), "row": pa.array(numbers, pa.int64())}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import RecipeError, nearest
-from afina.worker.model.check_cache import recorded
+from afina.worker.model.check_cache import checked_once
 from afina.worker.startup import uncollected
 
 __all__ = ["check_arguments"]
@@ -52,7 +52,7 @@ def check_arguments(arguments: Mapping[str, Any], pins: Path) -> list[str]:
     Raises:
         RecipeError: an unknown name (with what replaces it), a value of the wrong type or that is refused.
     """
-    return recorded(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
+    return checked_once(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
 
 
 def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any
 from afina.errors import EnvironmentProblem
 from afina.files import write_atomic
 
-__all__ = ["recorded"]
+__all__ = ["checked_once"]
 
 
-def recorded(pins: Path, about: list[Any], check: Callable[[], list[str]]) -> list[str]:
+def checked_once(pins: Path, about: list[Any], check: Callable[[], list[str]]) -> list[str]:
     """Run `check` unless it passed before with the same versions; returns its warnings.
 
     Args:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from afina.worker.model.tasks import decisions
 
-__all__ = ["columns_of", "listed", "probabilities"]
+__all__ = ["prediction_columns", "label_lists", "probabilities"]
 
 Array = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ def probabilities(task: str, logits: Array) -> Array:
     return logits
 
 
-def columns_of(task: str, labels: Sequence[str] | None, logits: Array) -> dict[str, pa.Array]:
+def prediction_columns(task: str, labels: Sequence[str] | None, logits: Array) -> dict[str, pa.Array]:
     """`prediction`, and `score: NAME` for each label; null where the logits are NaN.
 
     Args:
@@ -48,14 +48,14 @@ def columns_of(task: str, labels: Sequence[str] | None, logits: Array) -> dict[s
     names = pa.array(labels, pa.string())
     scores = probabilities(task, logits)
     single = task == "single-label"
-    chosen = names.take(pa.array(decided, mask=empty)) if single else listed(names, decided > 0, empty)
+    chosen = names.take(pa.array(decided, mask=empty)) if single else label_lists(names, decided > 0, empty)
     return {
         "prediction": chosen,
         **{f"score: {name}": pa.array(scores[:, i], mask=empty) for i, name in enumerate(labels)},
     }
 
 
-def listed(names: pa.Array, chosen: Array, empty: Array | None = None) -> pa.ListArray:
+def label_lists(names: pa.Array, chosen: Array, empty: Array | None = None) -> pa.ListArray:
     """For each row of a (N, K) mask the names that it chooses; null where `empty`."""
     ends = np.concatenate([[0], np.cumsum(chosen.sum(-1))]).astype(np.int32)
     values = names.take(pa.array(np.nonzero(chosen)[1]))

@@ -17,19 +17,19 @@ from typing import Any
 from afina.errors import InputError, RecipeError, SiteError
 from afina.files import FileRecord, describe, difference, sha256
 from afina.recipe.schema import Recipe
-from afina.worker.model.check_cache import recorded
-from afina.worker.model.weights import check_body, headers_digest
+from afina.worker.model.check_cache import checked_once
+from afina.worker.model.weights import check_weights, headers_digest
 from afina.worker.startup import uncollected, without
 
 __all__ = [
     "check_files",
     "check_model",
     "load_tokenizer",
-    "positions",
+    "max_positions",
     "record_model",
     "tokenizer_identity",
     "verify_model",
-    "wanted_files",
+    "training_files",
 ]
 
 #: Files of which at least one makes a tokenizer.
@@ -85,7 +85,7 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
             "save the tokenizer into the same folder: tokenizer.save_pretrained(FOLDER)",
         )
     for path in _weights(folder, remedy):
-        _check_weights(path, remedy)
+        _check_weight_file(path, remedy)
     return config
 
 
@@ -121,7 +121,7 @@ def _weights(folder: Path, remedy: str) -> list[Path]:
     raise InputError(f"model: {folder} has no weights (model.safetensors)", remedy)
 
 
-def _check_weights(path: Path, remedy: str) -> None:
+def _check_weight_file(path: Path, remedy: str) -> None:
     if path.suffix != ".safetensors":
         if not path.stat().st_size:
             raise InputError(f"model: {path} is empty", remedy)
@@ -138,7 +138,7 @@ def _check_weights(path: Path, remedy: str) -> None:
         ) from None
 
 
-def wanted_files(files: Iterable[str], recipe: Recipe) -> list[str]:
+def training_files(files: Iterable[str], recipe: Recipe) -> list[str]:
     """Of a model's files those that training reads: config, tokenizer, weights, and code where the recipe trusts it.
 
     Safetensors where there are any, pickled weights only where not. Empty if there are no weights.
@@ -162,7 +162,7 @@ def record_model(folder: Path, recipe: Recipe) -> dict[str, FileRecord]:
     """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all of them."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     weights = [path.relative_to(folder).as_posix() for path in _weights(folder, _SAVE_AGAIN)]
-    return describe(folder, sorted({*wanted_files(names, recipe), *weights}))
+    return describe(folder, sorted({*training_files(names, recipe), *weights}))
 
 
 def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
@@ -212,7 +212,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
         _check_code(folder)
     config = sha256(folder / "config.json")
     about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length, headers_digest(folder)]
-    return recorded(pins, about, lambda: _check_architecture(folder, recipe))
+    return checked_once(pins, about, lambda: _check_architecture(folder, recipe))
 
 
 def _check_code(folder: Path) -> None:
@@ -259,16 +259,16 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"model: transformers has no sequence classification for architecture `{config.model_type}`",
             "use a text encoder or a causal language model: bert, roberta, deberta-v2, modernbert, llama, …",
         )
-    limit = positions(config)
+    limit = max_positions(config)
     if limit is not None and recipe.tokens.max_length > limit:
         raise RecipeError(
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
-    return check_body(folder, config) if not own_code and any(folder.glob("*.safetensors")) else []
+    return check_weights(folder, config) if not own_code and any(folder.glob("*.safetensors")) else []
 
 
-def positions(config: Any) -> int | None:
+def max_positions(config: Any) -> int | None:
     """Longest input in tokens; None where positions are relative or not stated."""
     if getattr(config, "position_biased_input", True) is False:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["check_body", "headers_digest"]
+__all__ = ["check_weights", "headers_digest"]
 
 _LARGEST_HEADER = 100_000_000
 _SHARE = 0.5
@@ -28,7 +28,7 @@ def headers_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_body(folder: Path, config: Any) -> list[str]:
+def check_weights(folder: Path, config: Any) -> list[str]:
     """Build the model without memory for its weights, and see which of them would be made up; returns warnings.
 
     A new head is as it should be, and so is a pooler: pretraining on masked words has none.

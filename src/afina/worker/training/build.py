@@ -17,7 +17,7 @@ __all__ = ["build_arguments", "build_model"]
 
 
 def build_arguments(
-    plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str, numbers: precision.Choice
+    plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str, choice: precision.PrecisionChoice
 ) -> TrainingArguments:
     """TrainingArguments of the plan. Where no GPU can be used the CPU is taken, with gloo between processes."""
     train = plan.recipe.train
@@ -28,7 +28,7 @@ def build_arguments(
             "lr_scheduler_type": "linear",
             "dataloader_pin_memory": not cpu,
             "logging_first_step": False,
-            **precision.arguments(numbers),
+            **precision.training_arguments(choice),
             **train.arguments,
             # What the recipe's own keys, or afina, decide.
             "output_dir": str(run.path / "trainer"),

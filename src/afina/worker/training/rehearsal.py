@@ -66,8 +66,8 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
     task = manifest["task"]
     splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
     best = plan.recipe.train.best_metric or METRICS[task][0]
-    numbers = precision.of_run(run, plan.recipe.train)
-    arguments = build_arguments(plan, plan.geometry, run, best, task, numbers)
+    choice = precision.choose_for_run(run, plan.recipe.train)
+    arguments = build_arguments(plan, plan.geometry, run, best, task, choice)
     transformers.set_seed(plan.recipe.train.seed)
     model = build_model(plan, prepared["model_folder"], task, manifest["labels"], manifest["num_labels"])
     parameters = sum(p.numel() for p in model.parameters())
@@ -88,7 +88,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
             "train": splits["train"],
             **({"eval": _longest_rows(splits["eval"], arguments)} if "eval" in splits else {}),
         },
-        numbers=numbers,
+        choice=choice,
         stop=StopRequest(run),
         lease=lease,
         model=model,

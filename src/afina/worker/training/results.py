@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from afina.worker.compute.batches import Rows
-from afina.worker.model.outputs import columns_of, listed
+from afina.worker.model.outputs import label_lists, prediction_columns
 from afina.worker.training.evaluation import scores
 
 if TYPE_CHECKING:
@@ -105,5 +105,5 @@ def _columns(task: str, known: list[str] | None, logits: Array, labels: Array) -
     else:
         assert known is not None
         names = pa.array(known, pa.string())
-        said = names.take(pa.array(labels)) if task == "single-label" else listed(names, labels > 0)
-    return {"label": said, **columns_of(task, known, logits)}
+        said = names.take(pa.array(labels)) if task == "single-label" else label_lists(names, labels > 0)
+    return {"label": said, **prediction_columns(task, known, logits)}

@@ -125,8 +125,8 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         metric_names = [*metric_names, best]
     splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
 
-    numbers = precision.of_run(run, plan.recipe.train)
-    arguments = build_arguments(plan, geometry, run, best, task, numbers)
+    choice = precision.choose_for_run(run, plan.recipe.train)
+    arguments = build_arguments(plan, geometry, run, best, task, choice)
     resume, notes = checkpoints.newest(run.checkpoints) if rank == 0 else (None, [])
     resume = _from_rank_zero(resume)
     transformers.set_seed(plan.recipe.train.seed)
@@ -144,7 +144,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         metric_names=metric_names,
         pad_token_id=manifest["pad_token_id"],
         splits=splits,
-        numbers=numbers,
+        choice=choice,
         stop=stop,
         lease=lease,
         model=model,
@@ -158,7 +158,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
     trainer.find_peak()
     attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
-    say(*precision.announce(run, attempt, numbers, attention))
+    say(*precision.announce(run, attempt, choice, attention))
     if rank == 0:
         found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
         run.event("preflight", attempt=attempt, **found)

@@ -38,7 +38,7 @@ from afina.version import __version__
 from afina.worker.compute import allocator as memory
 from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, products
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
-from afina.worker.compute.flops import Peak, forward_flops, peak_of
+from afina.worker.compute.flops import Peak, device_peak, forward_flops
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
 from afina.worker.survival import checkpoint as checkpoints
@@ -74,7 +74,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         began_at: the step that this attempt began at.
         model_step: the step whose weights `model/` holds.
         batching: how batches are made: the recipe's word, or what the model can take.
-        numbers: those that training computes in; on a CPU evaluations are in float32 whatever they are, so that what
+        choice: the precision that training computes in; on a CPU evaluations are in float32 whatever they are, so that what
             the run records of its model is what everybody else computes with it.
     """
 
@@ -92,7 +92,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         metric_names: list[str],
         pad_token_id: int,
         splits: dict[str, Split],
-        numbers: precision.Choice,
+        choice: precision.PrecisionChoice,
         stop: StopRequest,
         lease: Lease,
         **trainer: Any,
@@ -107,7 +107,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
         self.stop_request, self.lease = stop, lease
-        self.numbers = numbers
+        self.choice = choice
         self.stopped = ""
         self.abandoned = False
         self.meter = Meter(launched(run.attempts / attempt))
@@ -131,9 +131,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             compute_metrics=lambda _: {},
         )
         if self.args.device.type == "cpu":
-            memory.keep_freed()
+            memory.tune_malloc()
         dropout.seed(train.seed, self.rank)
-        self.batching, notes = packed_model.prepare(self.model, plan.recipe, self.args)
+        self.batching, notes = packed_model.configure(self.model, plan.recipe, self.args)
         if self.args.device.type == "cpu":
             products.use_onednn(train.onednn and self.batching == "packed")
         self.recorded = self._recorded(notes)
@@ -231,7 +231,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack: contextlib.ExitStack = super().compute_loss_context_manager()
-        if self.numbers.bf16_on_cpu:
+        if self.choice.bf16_on_cpu:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         return stack
 
@@ -244,15 +244,15 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self.meter.enter("optimizer")
         return loss
 
-    def _recorded(self, notes: list[str]) -> cuda_graphs.Recorded | None:
+    def _recorded(self, notes: list[str]) -> cuda_graphs.GraphedStep | None:
         """The recorded step, where the recipe asks for it and it can be had; a note for the log, also where it would be worth asking."""
         wanted, arguments = self.plan.recipe.train.cuda_graphs, self.args
-        why = cuda_graphs.why_not(
+        why = cuda_graphs.why_not_graphed(
             self.model,
             self.batching,
             self.geometry.num_processes,
             half=arguments.bf16,
-            twice=packed_model.computes_twice(arguments),
+            twice=packed_model.checkpoints_activations(arguments),
         )
         if why is not None or not wanted:
             if wanted:
@@ -262,7 +262,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             return None
         notes.append("steps are recorded as CUDA graphs, one for each width of a batch")
         usual = super().training_step
-        return cuda_graphs.Recorded(
+        return cuda_graphs.GraphedStep(
             lambda batch, items: usual(self.model_wrapped, batch, items),
             self.model,
             self.geometry.batch_per_device,
@@ -270,7 +270,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _replay(
-        self, recorded: cuda_graphs.Recorded, model: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor
+        self, recorded: cuda_graphs.GraphedStep, model: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor
     ) -> torch.Tensor:
         filled, widths, given_up = recorded.filled, len(recorded.seconds), recorded.given_up
         loss = recorded(self._prepare_inputs(batch), num_items_in_batch)
@@ -289,7 +289,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         """Measure what the processes' devices could do, all of them at the same moment; the best time counts. Collective."""
         arguments = self.args
         self.barrier()
-        mine = peak_of(arguments.device, precision.numbers_of(self.numbers, arguments))
+        mine = device_peak(arguments.device, precision.matmul_dtype(self.choice, arguments))
         ranks = self.geometry.num_processes
         if ranks > 1:
             total = torch.tensor(mine.flops, dtype=torch.float64, device=arguments.device)
