@@ -83,7 +83,7 @@ def _public(path: Path) -> set[str]:
             found.update(t.id for t in node.targets if isinstance(t, ast.Name))
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found.add(node.target.id)
-    return {name for name in found if not name.startswith("_")}
+    return {name for name in found if not name.startswith("_")} | (found & {"__version__"})
 
 
 #: Type aliases and the like: public for readers of the module, not part of what it gives.
