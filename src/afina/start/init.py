@@ -23,6 +23,7 @@ from afina import errors
 from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.forecast.evidence import parameters_of
+from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
 from afina.run.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
@@ -260,14 +261,12 @@ def find_model(model: str, sample: Sequence[str], pieces: Callable[[str], int]) 
         raise InputError(
             f"--model {model}: cannot be read: {error}", "give a whole model folder, or a Hub id"
         ) from None
-    positions = config.get("max_position_embeddings")
-    shifted = (
-        2 if "roberta" in str(config.get("model_type")) or config.get("model_type") in ("camembert", "mpnet") else 0
-    )
+    limit = config.get("max_position_embeddings") if config.get("position_biased_input") is not False else None
+    positions = longest_input(str(config.get("model_type")), limit, config.get("pad_token_id"))
     return Model(
         str(folder.absolute()),
         parameters=parameters,
-        positions=min(8192, int(positions) - shifted) if isinstance(positions, int) and positions > shifted else 512,
+        positions=min(8192, positions) if positions is not None and positions > 0 else 512,
         known=True,
         tokens_per_piece=_measured(folder / "tokenizer.json", sample, pieces),
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from afina.errors import InputError, RecipeError, SiteError
 from afina.files import FileRecord, describe, difference, sha256
+from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest
@@ -55,21 +56,6 @@ _SAVE_AGAIN = "download the model again, or save it with `save_pretrained`"
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 _SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
-
-#: Position tables of these models begin at pad_token_id + 1.
-_SHIFTED_POSITIONS = {
-    "camembert",
-    "data2vec-text",
-    "ibert",
-    "longformer",
-    "luke",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-}
 
 
 def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
@@ -272,12 +258,8 @@ def max_positions(config: Any) -> int | None:
     """Longest input in tokens; None where positions are relative or not stated."""
     if getattr(config, "position_biased_input", True) is False:
         return None
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    if config.model_type in _SHIFTED_POSITIONS:
-        limit -= (config.pad_token_id if config.pad_token_id is not None else 1) + 1
-    return limit
+    limit, pad = (getattr(config, name, None) for name in ("max_position_embeddings", "pad_token_id"))
+    return longest_input(config.model_type, limit, pad)
 
 
 def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
