@@ -113,7 +113,7 @@ def _afina(folder: Path, environment: dict[str, str], *arguments: str) -> str:
 def _foresee(folder: Path, environment: dict[str, str], *overrides: str) -> dict[str, Any]:
     """What `afina submit` would write down, without submitting."""
     code = (
-        "import json, sys; from afina import jobs; from afina.forecast.forecast import foresee\n"
+        "import json, sys; from afina import api as jobs; from afina.forecast.forecast import foresee\n"
         "plan = jobs.plan_for('recipe.yaml', overrides=sys.argv[1:])\n"
         "print(json.dumps(foresee(plan, jobs.prepare(plan)).to_json()))"
     )

@@ -47,7 +47,7 @@ PEERS = ("afina", "map", "map on all cores", "padded", "padded on all cores")
 #: As `python -m afina.worker prepare`, with pieces of another size.
 PREPARE = """
 import sys
-from afina.worker import pieces, prepare
+from afina.worker.data import shards as pieces, prepare
 pieces.PIECE_BYTES = int(sys.argv[1])
 sys.exit(prepare.main([]))
 """

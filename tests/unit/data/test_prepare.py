@@ -31,7 +31,7 @@ TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 #: The prepare stage with pieces so small that little data has many.
 SMALL_PIECES = """
 import sys
-from afina.worker import pieces, prepare, tokenise
+from afina.worker.data import shards as pieces, prepare, tokenise
 pieces.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
 sys.exit(prepare.main([]))
 """

@@ -362,11 +362,11 @@ def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
 
 MEASURE = """
 import pathlib, sys
-from afina.recipe import Data
-from afina.worker import assemble, pieces, tokenise
-from afina.worker.encode import Encoder
-from afina.worker.examples import build_examples
-from afina.worker.tables import Source
+from afina.recipe.schema import Data
+from afina.worker.data import write_split as assemble, shards as pieces, tokenise
+from afina.worker.data.encode import Encoder
+from afina.worker.data.splits import build_examples
+from afina.worker.data.tables import Source
 
 class Tokenizer:
     model_input_names = ("input_ids",)

@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("AFINA_TEST_KILLS", "10"))
 
 HOLD = """
 import pathlib, sys
-from afina.worker.turns import turn
+from afina.processes import turn
 with turn(pathlib.Path(sys.argv[1]), "preparing reviews", lambda line: print(line, flush=True)):
     print("held", flush=True)
     sys.stdin.readline()
@@ -151,7 +151,7 @@ def test_one_elsewhere_that_beats_is_waited_for(child: Callable[..., Child], pla
 def test_turns_do_not_overlap(place: Path) -> None:
     code = """
 import pathlib, sys
-from afina.worker.turns import turn
+from afina.processes import turn
 here = pathlib.Path(sys.argv[1])
 for _ in range(25):
     with turn(here / "turn", "counting", lambda line: None):
@@ -258,7 +258,7 @@ def test_staging_is_removed_on_failure(place: Path) -> None:
 def test_litter_is_removed_when_its_owner_is_dead_and_not_before(child: Callable[..., Child], place: Path) -> None:
     code = """
 import pathlib, sys
-from afina.worker.publish import staging
+from afina.publish import staging
 with staging(pathlib.Path(sys.argv[1])) as aside:
     (aside / "half").write_text("x"); print(aside, flush=True); sys.stdin.readline()
 """
@@ -291,7 +291,7 @@ with staging(pathlib.Path(sys.argv[1])) as aside:
 
 PUBLISH = """
 import pathlib, sys
-from afina.worker.publish import publish, staging
+from afina.publish import publish, staging
 final = pathlib.Path(sys.argv[1])
 def whole(folder):
     return all((folder / str(i)).exists() for i in range(20))

@@ -143,8 +143,8 @@ def test_nasty_names(plan: Plan, tmp_path: Path, nasty: str) -> None:
 
 CLAIM = """
 import sys, time
-from afina.plan import load_plan
-from afina.rundir import RunDir
+from afina.run.plan import load_plan
+from afina.run.directory import RunDir
 from afina.errors import ClaimedError, InputError
 plan = load_plan(sys.argv[1])
 print("ready", flush=True)
@@ -217,8 +217,8 @@ def test_threads_race_too(plan: Plan, tmp_path: Path) -> None:
 CLAIM_FULL = """
 import os, sys
 from afina.errors import AfinaError
-from afina.plan import load_plan
-from afina.rundir import RunDir
+from afina.run.plan import load_plan
+from afina.run.directory import RunDir
 plan = load_plan(sys.argv[1])
 try:
     RunDir.claim(plan, {}, ["{run}"] * 9000, "x" * int(sys.argv[3]), sys.argv[2])

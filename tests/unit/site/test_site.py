@@ -245,7 +245,7 @@ def test_scratch_without_inodes(scratch: Path) -> None:
 AS_NOBODY = """
 import os, sys
 from afina.errors import AfinaError
-from afina.site import load_site
+from afina.site.settings import load_site
 import pydantic
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:

@@ -61,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(*plans: Plan) -> list[dict[str, Any]]:
     """What `afina prefetch` makes of each, in one process of its own: importing transformers takes seconds."""
     code = (
-        "import json, os, sys\nfrom afina.run.plan import Plan\nfrom afina.worker import prepare\n"
+        "import json, os, sys\nfrom afina.run.plan import Plan\nfrom afina.worker.data import prepare\n"
         "for line in sys.stdin:\n    plan = Plan.model_validate_json(line)\n    prepare.set_environment(plan, os.environ)\n"
         "    print(json.dumps(prepare.prepare(plan)))\n"
     )

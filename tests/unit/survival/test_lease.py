@@ -19,8 +19,8 @@ from afina.worker.survival.lease import Lease
 
 HOLD = """
 import sys, time
-from afina.rundir import RunDir
-from afina.worker import lease
+from afina.run.directory import RunDir
+from afina.worker.survival import lease
 lease.BEAT_S = 0.1
 lease.Lease(RunDir(sys.argv[1]), sys.argv[2]).take()
 print("held", flush=True)

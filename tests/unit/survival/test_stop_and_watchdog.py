@@ -22,8 +22,8 @@ from afina.worker.survival.watch import CAUSES, StepTimes, lead
 
 STOP = """
 import os, signal, sys
-from afina.rundir import RunDir
-from afina.worker.watch import StopRequest
+from afina.run.directory import RunDir
+from afina.worker.survival.watch import StopRequest
 stop = StopRequest(RunDir(sys.argv[1]))
 for name in sys.argv[2:]:
     os.kill(os.getpid(), getattr(signal, name))
@@ -79,8 +79,8 @@ def test_the_lead_grows_with_saves_and_steps() -> None:
 
 BITE = """
 import sys, time
-from afina.rundir import RunDir
-from afina.worker.watch import Watchdog
+from afina.run.directory import RunDir
+from afina.worker.survival.watch import Watchdog
 dog = Watchdog(RunDir(sys.argv[1]), "1.0", 3, float(sys.argv[2]) / 60, lambda: None)
 dog.start()
 def where_it_hangs():
@@ -154,7 +154,7 @@ def test_too_little_room_is_said_before_the_first_step(run: RunDir, tmp_path: Pa
         tmp_path,
         sys.executable,
         "-c",
-        "import sys; from afina.run.directory import RunDir; from afina.worker import preflight\n"
+        "import sys; from afina.run.directory import RunDir; from afina.worker.survival import preflight\n"
         "preflight.check_room(RunDir(sys.argv[1]), 1000, 2)",
         tmp_path,
     )
