@@ -49,7 +49,7 @@ def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
     assert [about["torch"], about["cuda"], about["python"]] == json.loads(done.stdout)
     assert about["device"] == ("cuda" if about["cuda"] else "cpu")
     assert about["base"] and about["base_digest"] and "PyTorch" in about["contents"]
-    assert [f.answer for f in fit(read_image(image)) if f.question == "version"] == ["ok"]
+    assert [f.level for f in fit(read_image(image)) if f.check == "version"] == ["ok"]
 
 
 def test_the_time_of_the_build_is_nowhere(image: Path, apptainer: Apptainer) -> None:
@@ -159,7 +159,7 @@ def verified(image: Path, env: dict[str, str], *options: str) -> tuple[int, dict
     argv = [sys.executable, "-m", "afina.cli", "image", "verify", str(image), "--json", *options]
     done = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
-    return done.returncode, {f["question"]: f["answer"] for f in json.loads(done.stdout)["findings"]}
+    return done.returncode, {f["check"]: f["level"] for f in json.loads(done.stdout)["findings"]}
 
 
 def test_verify_a_good_image_and_a_damaged_one(image: Path, home: Path, as_the_user: dict[str, str]) -> None:

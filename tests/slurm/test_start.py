@@ -64,24 +64,27 @@ def test_the_site_and_the_recipe_are_those_of_this_cluster(cluster: Cluster, pro
 def test_the_login_node_is_in_order(cluster: Cluster, host: Path, project: Path) -> None:
     code, found = _doctor(cluster, host, project, "recipe.yaml")
     assert code == 0, found
-    said = {check: [f["said"] for f in findings] for check, findings in found.items()}
+    said = {check: [f["message"] for f in findings] for check, findings in found.items()}
     assert said["slurm"][0].startswith("cluster afina, Slurm ")
     assert said["partition"] == ["gpu: 2 nodes, 2 GPUs per node at most, no time limit"]
     assert said["sacct"] == ["works"] and said["preemption"] == ["PreemptMode=REQUEUE"]
     assert found["image"][0]["level"] == found["container"][0]["level"] == found["fuse"][0]["level"] == "ok"
     assert found["kill wait"][0]["level"] == "warning", "ten seconds, as configured"
-    assert found["clock"][0]["said"].endswith("and slurmctld")
+    assert found["clock"][0]["message"].endswith("and slurmctld")
 
 
 def test_a_short_job_goes_the_way_of_a_run(cluster: Cluster, host: Path, project: Path) -> None:
     before = sorted((project / "scratch").iterdir())
     code, found = _doctor(cluster, host, project, "recipe.yaml", "--job", "--nodes", "2", "--gpus-per-node", "2")
     assert code == 0, found
-    nodes = {f["said"].partition(":")[0] for f in found["runtime"][1:]}
+    nodes = {f["message"].partition(":")[0] for f in found["runtime"][1:]}
     assert nodes == set(cluster.node_names), "the runtime on the login node, then on each node"
-    assert "USR1 reaches the batch script" in found["signal"][0]["said"]
-    assert found["processes"][0]["said"].startswith("4 processes on ") and "all-reduce" in found["processes"][0]["said"]
-    assert found["step"][0]["said"] == "srun started 2 tasks on 2 nodes"
+    assert "USR1 reaches the batch script" in found["signal"][0]["message"]
+    assert (
+        found["processes"][0]["message"].startswith("4 processes on ")
+        and "all-reduce" in found["processes"][0]["message"]
+    )
+    assert found["step"][0]["message"] == "srun started 2 tasks on 2 nodes"
     assert "mount" not in found, "the image could be mounted out of reach of signals"
     assert sorted((project / "scratch").iterdir()) == before
 
@@ -119,7 +122,7 @@ def test_a_job_that_waits_too_long_is_given_up(cluster: Cluster, host: Path, pro
         code, found = _doctor(cluster, host, project, "--job", "--wait-minutes", "0.05")
     finally:
         cluster.root(["scancel", str(blocker)])
-    assert code == 3 and "still waits after" in found["queue"][0]["said"]
+    assert code == 3 and "still waits after" in found["queue"][0]["message"]
     assert not cluster.root(["squeue", "--noheader", "--name=afina-doctor", "--format=%i"]).stdout.strip()
 
 

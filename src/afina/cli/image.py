@@ -44,15 +44,13 @@ def info(image: str | None, site: str | None, as_json: bool) -> None:
       afina image info afina.sif
       afina image info --json
     """
-    from dataclasses import asdict
-
     from afina.site.gpus import driver_version
     from afina.site.image import fit, image_of, summary
 
     read = image_of(image, site)[0]
     about, findings = summary(read), fit(read, driver_version())
     if as_json:
-        print(json.dumps({**about, "fit": [asdict(finding) for finding in findings]}, indent=2, ensure_ascii=False))
+        print(json.dumps({**about, "fit": [finding.to_json() for finding in findings]}, indent=2, ensure_ascii=False))
         return
     print(about["image"])
     for name, value in _lines(about):
@@ -72,8 +70,6 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
       afina image verify
       afina image verify afina.sif --key public.pem
     """
-    from dataclasses import asdict
-
     from afina.errors import EXIT_ENVIRONMENT, InputError
     from afina.site import image as images
     from afina.site.settings import image_key, in_container
@@ -89,9 +85,9 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
                 reading.clear()
                 _tell(finding)
     if as_json:
-        found = {"image": str(read.path), "findings": [asdict(finding) for finding in findings]}
+        found = {"image": str(read.path), "findings": [finding.to_json() for finding in findings]}
         print(json.dumps(found, indent=2, ensure_ascii=False))
-    if any(finding.answer == "failed" for finding in findings):
+    if any(finding.level == "failed" for finding in findings):
         sys.exit(EXIT_ENVIRONMENT)
 
 
@@ -128,8 +124,8 @@ class _Reading:
 
 
 def _tell(finding: Any) -> None:
-    print(f"  {_MARKS[finding.answer]} {finding.question}: {finding.said}", flush=True)
-    if finding.remedy and finding.answer in ("failed", "warning"):
+    print(f"  {_MARKS[finding.level]} {finding.check}: {finding.message}", flush=True)
+    if finding.remedy and finding.level in ("failed", "warning"):
         print(f"          remedy: {finding.remedy}", flush=True)
 
 

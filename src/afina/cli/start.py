@@ -316,10 +316,10 @@ def doctor(
       afina doctor --inside
     """
     from afina import doctor as checks
-    from afina.doctor.finding import Finding
     from afina.doctor.job import try_job
+    from afina.site.finding import Finding
 
-    patient = _patient(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside, with_job=with_job)
+    target = _target(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside, with_job=with_job)
     found: list[Any] = []
 
     def say(findings: Any) -> None:
@@ -330,14 +330,14 @@ def doctor(
                 _print_finding(finding)
 
     if is_inside:
-        say(checks.inside(patient))
+        say(checks.inside(target))
     else:
-        say(checks.examine(patient))
+        say(checks.examine(target))
         if with_job:
-            if patient.site is None or not patient.has_slurm:
+            if target.site is None or not target.has_slurm:
                 say([Finding("job", "failed", "no job can be tried: see above", "mend the site first")])
             else:
-                job = try_job(patient, wait_s=wait_minutes * 60, progress=_progress)
+                job = try_job(target, wait_s=wait_minutes * 60, progress=_progress)
                 with contextlib.closing(job):
                     say(job)
     _clear()
@@ -351,7 +351,7 @@ def doctor(
     sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
 
 
-def _patient(
+def _target(
     recipe: str | None,
     site: str | None,
     overrides: tuple[str, ...],
@@ -363,7 +363,7 @@ def _patient(
 ) -> Any:
     """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
     from afina import api
-    from afina.doctor.finding import Patient
+    from afina.doctor.target import Target
     from afina.errors import AfinaError
     from afina.site.settings import environment, load_site
     from afina.slurm.client import ask_cluster
@@ -381,7 +381,7 @@ def _patient(
             plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
     except AfinaError as problem:
         error = problem
-    return Patient(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None, with_job)
+    return Target(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None, with_job)
 
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -389,7 +389,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 def _print_finding(finding: Any) -> None:
     level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
-    click.echo(f"{level} {finding.check:<11} {finding.said}")
+    click.echo(f"{level} {finding.check:<11} {finding.message}")
     if finding.remedy and finding.level != "ok":
         click.echo(f"{'':<20} remedy: {finding.remedy}")
 

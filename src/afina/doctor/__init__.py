@@ -25,14 +25,15 @@ from afina.doctor.disk import (
     check_site,
     check_token,
 )
-from afina.doctor.finding import Finding, Patient
 from afina.doctor.queue import check_account, check_after_the_end, check_partitions, check_slurm
+from afina.doctor.target import Target
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.run.commands import worker_argv, worker_environment
+from afina.site.finding import Finding
 
 __all__ = ["CHECKS", "examine", "inside"]
 
-CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
+CHECKS: tuple[Callable[[Target], list[Finding]], ...] = (
     check_site,
     check_recipe,
     check_scratch,
@@ -52,13 +53,13 @@ CHECKS: tuple[Callable[[Patient], list[Finding]], ...] = (
 _WITHOUT_SITE = (check_site, check_token, check_slurm, check_after_the_end)
 
 
-def examine(patient: Patient, checks: Sequence[Callable[[Patient], list[Finding]]] | None = None) -> Iterator[Finding]:
+def examine(target: Target, checks: Sequence[Callable[[Target], list[Finding]]] | None = None) -> Iterator[Finding]:
     """The findings, as they come. Without a site only what needs none is looked at."""
     for check in checks if checks is not None else CHECKS:
-        if patient.site is None and check not in _WITHOUT_SITE:
+        if target.site is None and check not in _WITHOUT_SITE:
             continue
         try:
-            yield from check(patient)
+            yield from check(target)
         except AfinaError as error:
             yield Finding(_named(check), "failed", error.message, error.remedy)
         except OSError as error:
@@ -70,22 +71,22 @@ def examine(patient: Patient, checks: Sequence[Callable[[Patient], list[Finding]
             )
 
 
-def _named(check: Callable[[Patient], list[Finding]]) -> str:
+def _named(check: Callable[[Target], list[Finding]]) -> str:
     return check.__name__.removeprefix("check_").replace("_", " ")
 
 
-def inside(p: Patient) -> Iterator[Finding]:
+def inside(target: Target) -> Iterator[Finding]:
     """What `afina.worker.checks.environment` finds in the container, or here where we are in it or there is none.
 
     Raises:
         EnvironmentProblem: it cannot be started, or says nothing.
     """
-    env = dict(p.env)
-    if p.where is None:
+    env = dict(target.env)
+    if target.where is None:
         argv = [sys.executable, "-m", "afina.worker", "doctor"]
     else:
-        argv = worker_argv(p.where, "doctor")
-        env |= worker_environment(p.where, offline=True, env=env)
+        argv = worker_argv(target.where, "doctor")
+        env |= worker_environment(target.where, offline=True, env=env)
     try:
         worker = subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
@@ -99,6 +100,6 @@ def inside(p: Patient) -> Iterator[Finding]:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 said = json.loads(line)
                 any_line = True
-                yield Finding(said["check"], said["level"], said["said"], said["remedy"])
+                yield Finding(said["check"], said["level"], said["message"], said["remedy"])
     if not any_line or worker.returncode not in (0, 3):
         raise EnvironmentProblem(f"the checks in the image ended with {worker.returncode}", "see the lines above")

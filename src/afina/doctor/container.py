@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from afina.doctor.finding import ANSWER_S, Finding, Patient, answer_of
+from afina.doctor.target import ANSWER_S, Target, answer_of
 from afina.run.commands import container_argv
+from afina.site.finding import Finding
 from afina.site.image import check_image
 from afina.site.settings import in_container
 from afina.version import __version__
@@ -19,20 +20,20 @@ from afina.version import __version__
 __all__ = ["check_binds", "check_image_file", "check_runtime"]
 
 
-def check_image_file(p: Patient) -> list[Finding]:
-    assert p.site is not None and p.where is not None
-    if p.site.image is None or p.site.runtime == "none":
+def check_image_file(target: Target) -> list[Finding]:
+    assert target.site is not None and target.where is not None
+    if target.site.image is None or target.site.runtime == "none":
         return [Finding("image", "ok", f"none: jobs run {sys.executable}, which every node must see")]
-    size = p.site.image.stat().st_size / 1e9 if p.site.image.exists() else 0.0
-    found = [Finding("image", "ok", f"{p.site.image}: whole, {size:.2f} GB")]
-    if p.site.image_key:
-        check_image(p.site)
-        found.append(Finding("image key", "ok", f"signed by {p.site.image_key}"))
-    argv = container_argv(p.where, ["afina", "--version"])
+    size = target.site.image.stat().st_size / 1e9 if target.site.image.exists() else 0.0
+    found = [Finding("image", "ok", f"{target.site.image}: whole, {size:.2f} GB")]
+    if target.site.image_key:
+        check_image(target.site)
+        found.append(Finding("image key", "ok", f"signed by {target.site.image_key}"))
+    argv = container_argv(target.where, ["afina", "--version"])
     try:
         done = subprocess.run(
             argv,
-            env=p.env,
+            env=target.env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -49,7 +50,7 @@ def check_image_file(p: Patient) -> list[Finding]:
             Finding(
                 "container",
                 "failed",
-                f"{p.site.runtime} cannot start the image here: {why}",
+                f"{target.site.runtime} cannot start the image here: {why}",
                 "see `runtime` and `fuse` below; on a login node user namespaces may be forbidden: try --job",
             ),
         ]
@@ -68,23 +69,23 @@ def check_image_file(p: Patient) -> list[Finding]:
     return found
 
 
-def check_runtime(p: Patient) -> list[Finding]:
-    assert p.site is not None
-    if p.site.runtime == "none" or in_container():
+def check_runtime(target: Target) -> list[Finding]:
+    assert target.site is not None
+    if target.site.runtime == "none" or in_container():
         return []
-    path = shutil.which(p.site.runtime, path=p.env.get("PATH"))
+    path = shutil.which(target.site.runtime, path=target.env.get("PATH"))
     if path is None:
         return [
             Finding(
                 "runtime",
                 "failed",
-                f"{p.site.runtime} is not on PATH",
+                f"{target.site.runtime} is not on PATH",
                 "load its module in site.env, or set AFINA_RUNTIME",
             )
         ]
-    version = (answer_of([p.site.runtime, "--version"], p.env) or "").strip() or p.site.runtime
-    setuid = _setuid(p)
-    spaces = _user_namespaces(p.env)
+    version = (answer_of([target.site.runtime, "--version"], target.env) or "").strip() or target.site.runtime
+    setuid = _setuid(target)
+    spaces = _user_namespaces(target.env)
     if not setuid and not spaces:
         return [
             Finding(
@@ -109,7 +110,7 @@ def check_runtime(p: Patient) -> list[Finding]:
     missing = [
         " or ".join(names)
         for names in (("squashfuse_ll", "squashfuse"), ("fusermount3", "fusermount"))
-        if not _anywhere(names, p.env)
+        if not _anywhere(names, target.env)
     ]
     fuse = Path("/dev/fuse")
     if not (fuse.exists() and os.access(fuse, os.R_OK | os.W_OK)):
@@ -139,11 +140,11 @@ def _anywhere(names: Sequence[str], env: Mapping[str, str]) -> bool:
     return any(shutil.which(name, path=path) for name in names)
 
 
-def _setuid(p: Patient) -> bool:
-    assert p.site is not None
-    said = answer_of([p.site.runtime, "buildcfg"], p.env) or ""
+def _setuid(target: Target) -> bool:
+    assert target.site is not None
+    said = answer_of([target.site.runtime, "buildcfg"], target.env) or ""
     folder = re.search(r"(?m)^LIBEXECDIR=(.+)$", said)
-    starter = Path(folder[1]) / p.site.runtime / "bin/starter-suid" if folder else None
+    starter = Path(folder[1]) / target.site.runtime / "bin/starter-suid" if folder else None
     return starter is not None and starter.exists() and bool(starter.stat().st_mode & 0o4000)
 
 
@@ -153,9 +154,9 @@ def _user_namespaces(env: Mapping[str, str]) -> bool:
     return subprocess.run([sys.executable, "-c", code], env=dict(env), timeout=ANSWER_S, check=False).returncode == 0
 
 
-def check_binds(p: Patient) -> list[Finding]:
-    assert p.site is not None
-    sources = [bind.partition(":")[0] for bind in p.site.binds]
+def check_binds(target: Target) -> list[Finding]:
+    assert target.site is not None
+    sources = [bind.partition(":")[0] for bind in target.site.binds]
     missing = [s for s in sources if not Path(s).exists()]
     if missing:
         return [

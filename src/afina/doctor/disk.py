@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from afina.doctor.finding import ANSWER_S, Finding, Level, Patient, answer_of
+from afina.doctor.target import ANSWER_S, Target, answer_of
 from afina.errors import EnvironmentProblem
+from afina.site.finding import Finding, Level
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
 from afina.slurm.client import heard
 
@@ -36,41 +37,45 @@ _SKEW_S = 5.0
 _LOCAL = ("tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs", "ramfs")
 
 
-def check_site(p: Patient) -> list[Finding]:
-    if p.site is None:
-        error = p.error or EnvironmentProblem("no site", "")
+def check_site(target: Target) -> list[Finding]:
+    if target.site is None:
+        error = target.error or EnvironmentProblem("no site", "")
         return [Finding("site", "failed", error.message, error.remedy or "write one: afina init --site-only")]
-    if p.site.file is None:
+    if target.site.file is None:
         return [Finding("site", "ok", "no site file: the environment is the site")]
     sbatch = "".join(
         f", {name}={value}"
-        for name, value in p.site.sbatch.items()
+        for name, value in target.site.sbatch.items()
         if name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
     )
-    return [Finding("site", "ok", f"{p.site.file}{sbatch}")]
+    return [Finding("site", "ok", f"{target.site.file}{sbatch}")]
 
 
-def check_recipe(p: Patient) -> list[Finding]:
-    if p.plan is None:
-        return [Finding("recipe", "failed", p.error.message, p.error.remedy)] if p.error and p.site else []
-    if not p.has_recipe:
+def check_recipe(target: Target) -> list[Finding]:
+    if target.plan is None:
+        return (
+            [Finding("recipe", "failed", target.error.message, target.error.remedy)]
+            if target.error and target.site
+            else []
+        )
+    if not target.has_recipe:
         return []
-    recipe = p.plan.recipe
-    count = sum(map(len, p.plan.files.values()))
+    recipe = target.plan.recipe
+    count = sum(map(len, target.plan.files.values()))
     found = [
         Finding(
             "recipe",
             "ok",
             f"{recipe.name}: {count} data file{'s' * (count != 1)}"
-            if p.plan.files
+            if target.plan.files
             else f"{recipe.name}: data set {recipe.data.hub}",
         )
     ]
-    assert p.site is not None
-    wanted = [] if p.plan.model_folder else [("model", recipe.model)]
+    assert target.site is not None
+    wanted = [] if target.plan.model_folder else [("model", recipe.model)]
     wanted += [("dataset", recipe.data.hub)] if recipe.data.hub else []
     for kind, name in wanted:
-        pins = _pins(p.site, kind, name)
+        pins = _pins(target.site, kind, name)
         if pins:
             found.append(Finding("offline", "ok", f"{kind} {name} is pinned at {pins[-1][:12]}"))
         else:
@@ -96,9 +101,9 @@ def _pins(site: Site, kind: str, name: str) -> list[str]:
     return found
 
 
-def check_scratch(p: Patient) -> list[Finding]:
-    assert p.site is not None
-    scratch = p.site.scratch
+def check_scratch(target: Target) -> list[Finding]:
+    assert target.site is not None
+    scratch = target.site.scratch
     space = os.statvfs(scratch)
     free, kind = space.f_bavail * space.f_frsize / 1e9, _file_system(scratch)
     said = f"{scratch} ({kind}): {free:,.1f} GB free" + (f", {space.f_favail:,} inodes" if space.f_files else "")
@@ -113,7 +118,7 @@ def check_scratch(p: Patient) -> list[Finding]:
         )
     else:
         found.append(Finding("scratch", "ok", said))
-    if p.has_slurm and kind in _LOCAL and not p.with_job:
+    if target.has_slurm and kind in _LOCAL and not target.with_job:
         found.append(
             Finding(
                 "scratch",
@@ -137,16 +142,16 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-def check_quota(p: Patient) -> list[Finding]:
+def check_quota(target: Target) -> list[Finding]:
     """`lfs quota` on Lustre, else `quota`: used against limit, of bytes and of files."""
-    assert p.site is not None
-    user = p.env.get("USER") or str(os.getuid())
+    assert target.site is not None
+    user = target.env.get("USER") or str(os.getuid())
     argv = (
-        ["lfs", "quota", "-q", "-u", user, str(p.site.scratch)]
-        if _file_system(p.site.scratch) == "lustre"
+        ["lfs", "quota", "-q", "-u", user, str(target.site.scratch)]
+        if _file_system(target.site.scratch) == "lustre"
         else ["quota", "-w", "-p"]
     )
-    said = answer_of(argv, p.env)
+    said = answer_of(argv, target.env)
     if said is None:
         return [Finding("quota", "ok", f"`{argv[0]}` does not answer here: see your cluster's own command")]
     found = []
@@ -167,10 +172,10 @@ def check_quota(p: Patient) -> list[Finding]:
     return found or [Finding("quota", "ok", "no quota is set")]
 
 
-def check_locks(p: Patient) -> list[Finding]:
+def check_locks(target: Target) -> list[Finding]:
     """Is what one process locks locked for another, and is a replaced file always whole? Tried on scratch."""
-    assert p.site is not None
-    folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=p.site.scratch))
+    assert target.site is not None
+    folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=target.site.scratch))
     try:
         return [_try_lock(folder), _try_rename(folder)]
     finally:
@@ -227,17 +232,17 @@ def _try_rename(folder: Path, rounds: int = 200) -> Finding:
     return Finding("rename", "ok", f"{rounds} replacements on scratch, each seen whole")
 
 
-def check_caches(p: Patient) -> list[Finding]:
-    assert p.site is not None
-    env = {**p.env}
-    paths = cache_environment(p.site, env)
+def check_caches(target: Target) -> list[Finding]:
+    assert target.site is not None
+    env = {**target.env}
+    paths = cache_environment(target.site, env)
     home = Path(env.get("HOME", "/")).resolve()
     inside = [
         n
         for n in CACHE_VARIABLES
         if env.get(n)
         and Path(env[n]).resolve().is_relative_to(home)
-        and not p.site.scratch.resolve().is_relative_to(home)
+        and not target.site.scratch.resolve().is_relative_to(home)
     ]
     if inside:
         return [
@@ -253,9 +258,9 @@ def check_caches(p: Patient) -> list[Finding]:
     ]
 
 
-def check_token(p: Patient) -> list[Finding]:
-    home = Path(p.env.get("HF_HOME") or Path(p.env.get("HOME", "/")) / ".cache/huggingface")
-    there = bool(p.env.get("HF_TOKEN")) or Path(p.env.get("HF_TOKEN_PATH") or home / "token").is_file()
+def check_token(target: Target) -> list[Finding]:
+    home = Path(target.env.get("HF_HOME") or Path(target.env.get("HOME", "/")) / ".cache/huggingface")
+    there = bool(target.env.get("HF_TOKEN")) or Path(target.env.get("HF_TOKEN_PATH") or home / "token").is_file()
     return [
         Finding(
             "token",
@@ -267,11 +272,11 @@ def check_token(p: Patient) -> list[Finding]:
     ]
 
 
-def check_clock(p: Patient) -> list[Finding]:
+def check_clock(target: Target) -> list[Finding]:
     """Against the file server's, and against slurmctld's."""
-    assert p.site is not None
+    assert target.site is not None
     found = []
-    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=p.site.scratch) as file:
+    with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=target.site.scratch) as file:
         file.write(b"x")
         file.flush()
         skews = {"the file server of scratch": os.fstat(file.fileno()).st_mtime - time.time()}

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from afina.doctor.finding import Finding, Level, Patient
+from afina.doctor.target import Target
 from afina.errors import AfinaError, SlurmError
 from afina.files import write_atomic
 from afina.run.commands import container_argv, job_scripts, sbatch_options, worker_argv
 from afina.run.plan import Plan
+from afina.site.finding import Finding, Level
 from afina.slurm.client import Job, cancel, query, submit_script
 from afina.slurm.reasons import explain
 
@@ -28,7 +29,7 @@ _TIME_MIN = 10
 _LEVELS: dict[str, Level] = {"ok": "ok", "warning": "warning", "failed": "failed"}
 
 
-def try_job(p: Patient, *, wait_s: float, progress: Callable[[str], None]) -> Generator[Finding, None, None]:
+def try_job(target: Target, *, wait_s: float, progress: Callable[[str], None]) -> Generator[Finding, None, None]:
     """Submit it, and yield what it finds as it finds it.
 
     Args:
@@ -37,9 +38,9 @@ def try_job(p: Patient, *, wait_s: float, progress: Callable[[str], None]) -> Ge
 
     A job that Slurm refuses is a finding. Closing the generator cancels the job.
     """
-    plan = p.where
-    assert plan is not None and p.site is not None
-    folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=p.site.scratch))
+    plan = target.where
+    assert plan is not None and target.site is not None
+    folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=target.site.scratch))
     job: str | None = None
     try:
         argv = _prepare(plan, folder)

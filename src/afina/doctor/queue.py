@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 
-from afina.doctor.finding import Finding, Patient
+from afina.doctor.target import Target
+from afina.site.finding import Finding
 from afina.slurm.client import heard
 from afina.slurm.cluster import Partition, ask_of, refusal, words_of_minutes
 
 __all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
 
 
-def check_slurm(p: Patient) -> list[Finding]:
-    if not p.has_slurm:
+def check_slurm(target: Target) -> list[Finding]:
+    if not target.has_slurm:
         return [
             Finding(
                 "slurm",
@@ -23,7 +24,9 @@ def check_slurm(p: Patient) -> list[Finding]:
             )
         ]
     missing = [
-        c for c in ("squeue", "scontrol", "scancel", "srun", "sinfo") if not shutil.which(c, path=p.env.get("PATH"))
+        c
+        for c in ("squeue", "scontrol", "scancel", "srun", "sinfo")
+        if not shutil.which(c, path=target.env.get("PATH"))
     ]
     if missing:
         return [
@@ -34,10 +37,10 @@ def check_slurm(p: Patient) -> list[Finding]:
                 "load Slurm's module, also in site.env: jobs need them too",
             )
         ]
-    if not p.cluster.partitions:
+    if not target.cluster.partitions:
         return [Finding("slurm", "failed", "sinfo does not answer", "is slurmctld up? `scontrol ping`")]
-    version = p.cluster.config.get("SLURM_VERSION", "")
-    found = [Finding("slurm", "ok", f"cluster {p.cluster.name or '?'}, Slurm {version or '?'}")]
+    version = target.cluster.config.get("SLURM_VERSION", "")
+    found = [Finding("slurm", "ok", f"cluster {target.cluster.name or '?'}, Slurm {version or '?'}")]
     if heard(["squeue", "--noheader", "--me", "--format=%i"]) is None:
         found.append(
             Finding(
@@ -54,8 +57,8 @@ def check_slurm(p: Patient) -> list[Finding]:
     return found
 
 
-def check_partitions(p: Patient) -> list[Finding]:
-    asked = _asked(p)
+def check_partitions(target: Target) -> list[Finding]:
+    asked = _asked(target)
     found = [Finding("partition", "ok", _described(x)) for x in asked if x.up]
     found += [
         Finding(
@@ -67,9 +70,9 @@ def check_partitions(p: Patient) -> list[Finding]:
         for x in asked
         if not x.up
     ]
-    if p.plan is not None and p.cluster.partitions:
-        refused = refusal(ask_of(p.plan, p.env), p.cluster)
-        ask = ask_of(p.plan, p.env)
+    if target.plan is not None and target.cluster.partitions:
+        refused = refusal(ask_of(target.plan, target.env), target.cluster)
+        ask = ask_of(target.plan, target.env)
         if refused is not None:
             found.append(Finding("resources", "failed", *refused))
         else:
@@ -82,21 +85,21 @@ def check_partitions(p: Patient) -> list[Finding]:
                 )
             )
     elif (
-        p.cluster.partitions
+        target.cluster.partitions
         and not asked
-        and (name := {**p.env, **(p.site.sbatch if p.site else {})}.get("SBATCH_PARTITION"))
+        and (name := {**target.env, **(target.site.sbatch if target.site else {})}.get("SBATCH_PARTITION"))
     ):
-        known = ", ".join(x.name for x in p.cluster.partitions)
+        known = ", ".join(x.name for x in target.cluster.partitions)
         found.append(Finding("partition", "failed", f"SBATCH_PARTITION={name}: no such partition", f"known: {known}"))
     return found
 
 
-def _asked(p: Patient) -> list[Partition]:
+def _asked(target: Target) -> list[Partition]:
     """The partitions that jobs go to."""
-    named = {**p.env, **(p.site.sbatch if p.site else {})}.get("SBATCH_PARTITION", "")
+    named = {**target.env, **(target.site.sbatch if target.site else {})}.get("SBATCH_PARTITION", "")
     if named:
-        return [x for x in p.cluster.partitions if x.name in named.split(",")]
-    return [p.cluster.default] if p.cluster.default else []
+        return [x for x in target.cluster.partitions if x.name in named.split(",")]
+    return [target.cluster.default] if target.cluster.default else []
 
 
 def _described(x: Partition) -> str:
@@ -106,10 +109,10 @@ def _described(x: Partition) -> str:
     return f"{x.name}: {x.num_nodes} nodes{f' ({away} out of service)' if away else ''}{gpus}, {limit}"
 
 
-def check_account(p: Patient) -> list[Finding]:
+def check_account(target: Target) -> list[Finding]:
     """The account and the QOS that jobs go under, against what accounting has of this user."""
-    given = {**p.env, **(p.site.sbatch if p.site else {})}
-    known = p.cluster.associations
+    given = {**target.env, **(target.site.sbatch if target.site else {})}
+    known = target.cluster.associations
     if not known:
         return []
     found = []
@@ -129,9 +132,9 @@ def check_account(p: Patient) -> list[Finding]:
     return found
 
 
-def check_after_the_end(p: Patient) -> list[Finding]:
+def check_after_the_end(target: Target) -> list[Finding]:
     """What Slurm does with a job at its limit and at a preemption."""
-    config = p.cluster.config
+    config = target.cluster.config
     if not config:
         return []
     found = []

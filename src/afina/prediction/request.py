@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, nearest
+from afina.frozen import FrozenModel
 from afina.recipe.schema import Data, Recipe, Resources
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import Plan, check_format, data_files, geometry_for
@@ -43,7 +44,7 @@ OUTPUTS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl
 CHUNK_ROWS = 32_768
 
 
-class Prediction(BaseModel):
+class Prediction(FrozenModel):
     """Everything that a worker needs to know. Paths are absolute.
 
     Attributes:
@@ -58,8 +59,6 @@ class Prediction(BaseModel):
         dtype: of the weights and of what is computed.
         chunk_rows: rows of a part at most.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: Plan
     trained: bool

@@ -18,10 +18,10 @@ from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.yaml_source import where
 from afina.redact import redact
 
-__all__ = ["At", "explain", "model_of", "shown"]
+__all__ = ["KeyedError", "explain", "model_of", "shown"]
 
 
-class At(ValueError):
+class KeyedError(ValueError):
     """A value error of the key `keys` below the one that is being validated."""
 
     def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
@@ -50,7 +50,7 @@ def explain(
     """
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
-    keys = [str(k) for k in first["loc"]] + list(cause.keys if isinstance(cause, At) else ())
+    keys = [str(k) for k in first["loc"]] + list(cause.keys if isinstance(cause, KeyedError) else ())
     unknown = first["type"] == "extra_forbidden"
     if keys and keys[-1] == "[key]":  # a key of a mapping whose keys are a choice
         keys, unknown = keys[:-1], True
@@ -75,7 +75,7 @@ def _said(error: ErrorDetails) -> tuple[str, str]:
     remedy = "correct the value; docs/recipe.md lists the keys"
     if kind == "value_error":
         cause = context.get("error")
-        return str(cause), (cause.remedy if isinstance(cause, At) else "") or remedy
+        return str(cause), (cause.remedy if isinstance(cause, KeyedError) else "") or remedy
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context["expected"]))
         return f"must be one of {', '.join(choices)}, found {found}", nearest(str(error["input"]), choices) or remedy

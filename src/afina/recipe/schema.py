@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from afina.errors import RecipeError, nearest
-from afina.recipe.explain import At, explain, shown
+from afina.recipe.explain import KeyedError, explain, shown
 from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.trackers import TRACKERS
 from afina.recipe.yaml_source import apply_override, read_yaml
@@ -75,7 +75,7 @@ class _Frozen(BaseModel):
         if isinstance(value, bool) and field is not None and field.annotation is not bool:
             raise ValueError(f"{str(value).lower()} makes no sense here")
         if not isinstance(value, dict) and looks_secret(value):
-            raise At(_SECRET[0], remedy=_SECRET[1])
+            raise KeyedError(_SECRET[0], remedy=_SECRET[1])
         return value
 
 
@@ -171,7 +171,7 @@ class Data(_Frozen):
             raise ValueError("is an empty list: name the labels, or leave it out to take those of the data")
         for place, name in enumerate(value):
             if name is None or isinstance(name, list | tuple | Mapping) or not str(name).strip():
-                raise At(f"{shown(name)} is no label name; put it in quotes if it is text", str(place))
+                raise KeyedError(f"{shown(name)} is no label name; put it in quotes if it is text", str(place))
         return tuple(str(v).strip() for v in value)
 
     @field_validator("text")
@@ -197,7 +197,7 @@ class Data(_Frozen):
     def _text_is_no_label(self) -> Data:
         for name in self.label:
             if name in self.text:
-                raise At(f"column `{name}` is the text too: the label would be read off the text", "label")
+                raise KeyedError(f"column `{name}` is the text too: the label would be read off the text", "label")
         return self
 
     @model_validator(mode="after")
@@ -207,12 +207,12 @@ class Data(_Frozen):
         if self.files is not None:
             for key in ("config", "splits", "revision"):
                 if getattr(self, key) is not None:
-                    raise At("belongs to a Hub data set; with `files` leave it out", key)
+                    raise KeyedError("belongs to a Hub data set; with `files` leave it out", key)
             if not self.files:
-                raise At("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
+                raise KeyedError("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
             for part, paths in self.files.items():
                 if not paths:
-                    raise At("names no file", "files", part)
+                    raise KeyedError("names no file", "files", part)
         return self._enough_to_give()
 
     def _enough_to_give(self) -> Data:
@@ -272,13 +272,15 @@ class Train(_Frozen):
     def _reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
         for key in value:
             if key in RESERVED_ARGUMENTS:
-                raise At("is set by afina itself", key, remedy=RESERVED_ARGUMENTS[key])
+                raise KeyedError("is set by afina itself", key, remedy=RESERVED_ARGUMENTS[key])
             if looks_secret(value[key]):
-                raise At(_SECRET[0], key, remedy=_SECRET[1])
+                raise KeyedError(_SECRET[0], key, remedy=_SECRET[1])
             try:
                 json.dumps(value[key], allow_nan=False)
             except (TypeError, ValueError):
-                raise At(f"{shown(value[key])} is not a plain value; put it in quotes if it is text", key) from None
+                raise KeyedError(
+                    f"{shown(value[key])} is not a plain value; put it in quotes if it is text", key
+                ) from None
         return value
 
     @model_validator(mode="after")
@@ -291,11 +293,11 @@ class Train(_Frozen):
     def _said_once(self) -> Train:
         for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
             if key in self.arguments:
-                raise At(
+                raise KeyedError(
                     "says another time what `train.precision` says", "arguments", key, remedy="leave one of them out"
                 )
         if self.compile and "torch_compile" in self.arguments:
-            raise At(
+            raise KeyedError(
                 "says another time what `train.compile` says",
                 "arguments",
                 "torch_compile",
@@ -365,7 +367,7 @@ class Recipe(_Frozen):
         for number, name in enumerate(value):
             if name not in TRACKERS:
                 hint = nearest(name, TRACKERS)
-                raise At(
+                raise KeyedError(
                     f"`{name}` is not a tracker; {hint + ' ' if hint else ''}known: {', '.join(TRACKERS)}", str(number)
                 )
         return tuple(dict.fromkeys(value))
@@ -380,7 +382,7 @@ class Recipe(_Frozen):
             if metric not in known:
                 hint = nearest(metric, known)
                 of = "" if self.task == "auto" else f" of a {self.task} task"
-                raise At(
+                raise KeyedError(
                     f"`{metric}` is not a metric{of}; {hint + ' ' if hint else ''}known: {', '.join(known)}", *keys
                 )
         return self
@@ -390,7 +392,7 @@ class Recipe(_Frozen):
         local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
         if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
             found = f"`{self.revision}` may mean other code tomorrow" if self.revision else "`revision` is missing"
-            raise At(
+            raise KeyedError(
                 f"runs code from the model's repository, {found}",
                 "trust_remote_code",
                 remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits (a branch or a tag "

@@ -15,9 +15,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from afina.errors import DataError, InputError, RecipeError, nearest
+from afina.frozen import FrozenModel
 from afina.recipe.schema import Recipe, Resources
 from afina.site.settings import Site, in_container
 from afina.version import __version__
@@ -55,11 +56,7 @@ _PART_NAMES = {
 }
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Geometry(_Frozen):
+class Geometry(FrozenModel):
     """How the processes are laid out, and how the global batch falls on them.
 
     `batch_per_device * accumulation * num_processes == global_batch`, examples per optimizer step.
@@ -78,7 +75,7 @@ class Geometry(_Frozen):
         return self.nodes * self.processes_per_node
 
 
-class Plan(_Frozen):
+class Plan(FrozenModel):
     """Recipe, site and geometry, with every path absolute. JSON both ways."""
 
     afina_version: str
@@ -86,7 +83,7 @@ class Plan(_Frozen):
     site: Site
     geometry: Geometry
     recipe_file: Path | None = None
-    files: dict[str, tuple[Path, ...]] = {}
+    files: dict[str, tuple[Path, ...]] = Field(default_factory=dict)
     model_folder: Path | None = None
 
     @property

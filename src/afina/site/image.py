@@ -17,31 +17,22 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from afina.errors import InputError, SiteError
+from afina.site.finding import Finding
 from afina.site.gpus import driver_version, fits_driver, minimum_driver
 from afina.site.settings import Site, environment, in_container, site_image
 from afina.site.sif import Image, read_image
 from afina.version import __version__
 
-__all__ = ["Finding", "check_image", "fit", "image_of", "summary", "verify"]
+__all__ = ["check_image", "fit", "image_of", "summary", "verify"]
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "386": "i686"}
 _BLOCK = 1 << 22
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One question about an image and its answer; `remedy` where there is something to do."""
-
-    question: str
-    answer: Literal["ok", "warning", "failed", "unknown"]
-    said: str
-    remedy: str = ""
 
 
 def check_image(site: Site) -> None:

@@ -25,10 +25,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.files import write_atomic
+from afina.frozen import FrozenModel
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
@@ -52,11 +53,7 @@ SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
 _OURS = {".lock", "cells", "logs", "runs", "trial.argv", *SCRIPTS}
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CellRecord(_Frozen):
+class CellRecord(FrozenModel):
     """One cell: its folder, its point of the grid, its seed, what `--set` it is, and the digest of its plan.
 
     The cells of a search have a name and no more: what a trial tries is in its run directory once it has been asked for.
@@ -69,7 +66,7 @@ class CellRecord(_Frozen):
     digest: str | None = None
 
 
-class SearchRecord(_Frozen):
+class SearchRecord(FrozenModel):
     """What a search needs in the job: the space, and all that a run directory is made from (`run_record`: its record.json)."""
 
     space: Space
@@ -84,12 +81,12 @@ class SearchRecord(_Frozen):
     worker_argv: tuple[str, ...]
 
 
-class SweepRecord(_Frozen):
+class SweepRecord(FrozenModel):
     """`sweep.json`. `plan` is that of the recipe without a cell's values."""
 
     afina_version: str = __version__
     plan: Plan
-    grid: dict[str, tuple[str, ...]] = {}
+    grid: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     cells: tuple[CellRecord, ...] = ()
     search: SearchRecord | None = None

@@ -16,9 +16,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from afina.errors import InputError
+from afina.frozen import FrozenModel
 from afina.sweeps.grid import refuse_keys, split_values
 
 __all__ = ["Choices", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
@@ -30,11 +31,7 @@ _PREPARED = ("data", "model", "revision", "task", "trust_remote_code", "tokens.m
 _EXAMPLE = "for example train.learning_rate=1e-6..1e-4:log, train.epochs=1..5 or tokens.batching=packed,grouped"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(_Frozen):
+class Range(FrozenModel):
     """Numbers from `low` to `high`, both included; `whole` numbers only, or evenly in the logarithm (`log`)."""
 
     kind: Literal["range"] = "range"
@@ -44,7 +41,7 @@ class Range(_Frozen):
     whole: bool = False
 
 
-class Choices(_Frozen):
+class Choices(FrozenModel):
     """One of these values, as YAML text."""
 
     kind: Literal["choices"] = "choices"

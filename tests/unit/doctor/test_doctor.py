@@ -16,9 +16,10 @@ from tests.unit.conftest import Ran, program, sif_bytes, tree
 
 from afina import __version__
 from afina.doctor import CHECKS, disk, examine
-from afina.doctor.finding import Finding, Patient
+from afina.doctor.target import Target
 from afina.recipe.schema import Recipe
 from afina.run.plan import make_plan
+from afina.site.finding import Finding
 from afina.site.settings import Site
 from afina.slurm.cluster import Cluster, parse_associations, parse_config, parse_partitions
 from afina.worker.checks import environment as worker_doctor
@@ -40,11 +41,11 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def patient(site: Site, cluster: Cluster | None = None, **more: object) -> Patient:
-    return Patient(dict(os.environ), cluster or Cluster(parse_partitions(SINFO)), site, **more)  # type: ignore[arg-type]
+def target(site: Site, cluster: Cluster | None = None, **more: object) -> Target:
+    return Target(dict(os.environ), cluster or Cluster(parse_partitions(SINFO)), site, **more)  # type: ignore[arg-type]
 
 
-def found(p: Patient, check: str) -> list[Finding]:
+def found(p: Target, check: str) -> list[Finding]:
     return [f for f in examine(p) if f.check == check]
 
 
@@ -52,13 +53,13 @@ def test_a_local_disk_is_a_doubt_until_a_job_looks(bin: Path, site: Site, monkey
     monkeypatch.setattr(disk, "_file_system", lambda path: "ext4")
     for limit in ("_FEW_GB", "_FEW_INODES"):  # the tests' own disk may be nearly full
         monkeypatch.setattr(disk, limit, 0)
-    assert [f.remedy for f in found(patient(site), "scratch")][1:] == ["`afina doctor --job` tells"]
-    assert [f.level for f in found(patient(site, with_job=True), "scratch")] == ["ok"]
+    assert [f.remedy for f in found(target(site), "scratch")][1:] == ["`afina doctor --job` tells"]
+    assert [f.level for f in found(target(site, with_job=True), "scratch")] == ["ok"]
 
 
 def test_a_healthy_machine_has_no_failures_and_stays_as_it_was(bin: Path, site: Site) -> None:
     before = tree(site.scratch)
-    findings = list(examine(patient(site)))
+    findings = list(examine(target(site)))
     assert [f for f in findings if f.level == "failed"] == []
     assert {
         "site",
@@ -84,7 +85,7 @@ def test_without_a_site_the_rest_is_looked_at_all_the_same(bin: Path, afina: Cal
     assert done.returncode == 3 and said["failed"] == 1 and "Traceback" not in done.stderr
     by_check = {f["check"]: f for f in said["findings"]}
     assert by_check["site"]["level"] == "failed" and "mkdir -p" in by_check["site"]["remedy"]
-    assert by_check["slurm"]["level"] == "ok" and by_check["sacct"]["said"] == "works"
+    assert by_check["slurm"]["level"] == "ok" and by_check["sacct"]["message"] == "works"
     done = afina("doctor", "--site", "no such.env")
     assert done.returncode == 3 and "failed   site " in done.stdout and "remedy: give --site FILE" in done.stdout
 
@@ -95,7 +96,7 @@ def test_a_recipe_is_held_against_its_partition(
     file = recipe_file(model=str(model_folder))
     done = afina("doctor", file, "--json", "--set", "resources.time=2-0")
     by_check = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
-    assert done.returncode == 3 and "partition gpu allows" in by_check["resources"]["said"]
+    assert done.returncode == 3 and "partition gpu allows" in by_check["resources"]["message"]
     assert by_check["recipe"]["level"] == "ok"
     done = afina("doctor", file, "--json")
     assert done.returncode == 0, done.stdout
@@ -105,15 +106,15 @@ def test_a_recipe_is_held_against_its_partition(
 
 def test_what_is_not_fetched_is_said(recipe: Callable[..., Recipe], site: Site, bin: Path) -> None:
     Path("reviews.csv").write_text("text,stars\ngood,5\n")
-    p = patient(site, plan=make_plan(recipe(), site), has_recipe=True)
+    p = target(site, plan=make_plan(recipe(), site), has_recipe=True)
     (finding,) = found(p, "offline")
-    assert finding.level == "warning" and "model owner/model has not been fetched" in finding.said
+    assert finding.level == "warning" and "model owner/model has not been fetched" in finding.message
     (site.scratch / "pins").mkdir()
     (site.scratch / "pins/model-owner--model-0.json").write_text(
         json.dumps({"asked": "owner/model", "commit": "ab" * 20})
     )
     (finding,) = found(p, "offline")
-    assert finding.level == "ok" and "abababababab" in finding.said
+    assert finding.level == "ok" and "abababababab" in finding.message
 
 
 @pytest.mark.parametrize(
@@ -128,23 +129,23 @@ def test_what_is_not_fetched_is_said(recipe: Callable[..., Recipe], site: Site, 
 )
 def test_quotas(bin: Path, site: Site, line: str, level: str, said: str) -> None:
     program(bin, "quota", f"echo 'Disk quotas for user me (uid 1):'; echo '{line}'\n")
-    (finding,) = found(patient(site), "quota")
-    assert finding.level == level and said in finding.said
+    (finding,) = found(target(site), "quota")
+    assert finding.level == level and said in finding.message
 
 
 def test_locks_that_lock_nobody_out(bin: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = found(patient(site), "locks")
+    (finding,) = found(target(site), "locks")
     assert finding.level == "ok"
     monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)  # as on a file system mounted with `localflock`
-    (finding,) = found(patient(site), "locks")
-    assert finding.level == "warning" and "locks nobody out" in finding.said
+    (finding,) = found(target(site), "locks")
+    assert finding.level == "warning" and "locks nobody out" in finding.message
 
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(disk.fcntl, "flock", refuse)
-    (finding,) = found(patient(site), "locks")
-    assert finding.level == "warning" and "Function not implemented" in finding.said
+    (finding,) = found(target(site), "locks")
+    assert finding.level == "warning" and "Function not implemented" in finding.message
 
 
 def test_a_replacement_that_is_seen_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def test_a_replacement_that_is_seen_in_parts(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(disk.os, "replace", torn)
     finding = disk._try_rename(tmp_path, rounds=60)
-    assert finding.level == "failed" and "a reader saw a part of it" in finding.said
+    assert finding.level == "failed" and "a reader saw a part of it" in finding.message
 
 
 def test_no_secret_is_shown(bin: Path, afina: Callable[..., Ran]) -> None:
@@ -168,26 +169,26 @@ def test_no_secret_is_shown(bin: Path, afina: Callable[..., Ran]) -> None:
 
 
 def test_clocks(bin: Path, site: Site) -> None:
-    (finding,) = found(patient(site), "clock")
-    assert finding.level == "ok" and finding.said == "agrees with the file server of scratch and slurmctld"
+    (finding,) = found(target(site), "clock")
+    assert finding.level == "ok" and finding.message == "agrees with the file server of scratch and slurmctld"
     program(bin, "scontrol", 'date -d "90 seconds ago" "+Configuration data as of %Y-%m-%dT%H:%M:%S"\n')
-    (finding,) = found(patient(site), "clock")
-    assert finding.level == "warning" and "slurmctld differ by" in finding.said
+    (finding,) = found(target(site), "clock")
+    assert finding.level == "warning" and "slurmctld differ by" in finding.message
 
 
 def test_slurm_that_does_not_answer(bin: Path, site: Site) -> None:
-    (finding,) = found(patient(site, Cluster()), "slurm")
-    assert finding.level == "failed" and "sinfo does not answer" in finding.said
+    (finding,) = found(target(site, Cluster()), "slurm")
+    assert finding.level == "failed" and "sinfo does not answer" in finding.message
     program(bin, "squeue", "exit 1\n")
     program(bin, "sacct", "exit 1\n")
-    assert found(patient(site), "squeue")[0].level == "failed"
-    assert found(patient(site), "sacct")[0] == Finding(
+    assert found(target(site), "squeue")[0].level == "failed"
+    assert found(target(site), "sacct")[0] == Finding(
         "sacct", "ok", "does not work here; afina reads run directories instead"
     )
     for name in ("scancel", "srun"):
         (bin / name).unlink()
     if shutil.which("scancel") is None:
-        assert "not on PATH: scancel, srun" in found(patient(site), "slurm")[0].said
+        assert "not on PATH: scancel, srun" in found(target(site), "slurm")[0].message
 
 
 @pytest.mark.parametrize(
@@ -206,8 +207,8 @@ def test_slurm_that_does_not_answer(bin: Path, site: Site) -> None:
 def test_where_jobs_go(bin: Path, site: Site, given: dict[str, str], check: str, level: str, said: str) -> None:
     accounts = parse_associations("elk|physics||normal,long|normal|\nelk|maths||normal||\n", "elk")
     cluster = Cluster(parse_partitions(SINFO), {"ClusterName": "elk"}, accounts)
-    (finding,) = found(patient(site.model_copy(update={"sbatch": given}), cluster), check)
-    assert finding.level == level and said in finding.said
+    (finding,) = found(target(site.model_copy(update={"sbatch": given}), cluster), check)
+    assert finding.level == level and said in finding.message
 
 
 @pytest.mark.parametrize(
@@ -222,39 +223,39 @@ def test_where_jobs_go(bin: Path, site: Site, given: dict[str, str], check: str,
 )
 def test_what_slurm_does_with_a_job_at_its_end(bin: Path, site: Site, config: str, check: str, level: str) -> None:
     cluster = Cluster(parse_partitions(SINFO), parse_config(config))
-    assert found(patient(site, cluster), check)[0].level == level
+    assert found(target(site, cluster), check)[0].level == level
 
 
 # -- the container -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def contained(bin: Path, site: Site, sif: Path) -> Patient:
+def contained(bin: Path, site: Site, sif: Path) -> Target:
     """A site with an image, and an apptainer that starts it."""
     body = (
         f'case "$*" in --version) echo "apptainer version 1.4.5";; *exec*) echo "afina, version {__version__}";; esac\n'
     )
     program(bin, "apptainer", body)
-    return patient(site.model_copy(update={"image": sif, "runtime": "apptainer"}))
+    return target(site.model_copy(update={"image": sif, "runtime": "apptainer"}))
 
 
-def test_a_container_that_starts(contained: Patient) -> None:
+def test_a_container_that_starts(contained: Target) -> None:
     assert [f.level for f in found(contained, "image")] == ["ok"]
     (finding,) = found(contained, "container")
     assert finding == Finding("container", "ok", f"the image starts, with afina {__version__}")
-    assert "apptainer version 1.4.5" in found(contained, "runtime")[0].said
+    assert "apptainer version 1.4.5" in found(contained, "runtime")[0].message
 
 
-def test_a_container_with_another_afina(contained: Patient, bin: Path) -> None:
+def test_a_container_with_another_afina(contained: Target, bin: Path) -> None:
     program(bin, "apptainer", "echo afina, version 0.0.1\n")
     (finding,) = found(contained, "container")
-    assert finding.level == "warning" and "the image has afina 0.0.1" in finding.said
+    assert finding.level == "warning" and "the image has afina 0.0.1" in finding.message
 
 
-def test_a_container_that_does_not_start(contained: Patient, bin: Path) -> None:
+def test_a_container_that_does_not_start(contained: Target, bin: Path) -> None:
     program(bin, "apptainer", "echo 'INFO: so' >&2; echo 'FATAL: user namespaces are disabled' >&2; exit 255\n")
     (finding,) = found(contained, "container")
-    assert finding.level == "failed" and "user namespaces are disabled" in finding.said
+    assert finding.level == "failed" and "user namespaces are disabled" in finding.message
 
 
 def test_an_image_that_is_cut_off_is_a_finding_of_the_site(
@@ -266,25 +267,25 @@ def test_an_image_that_is_cut_off_is_a_finding_of_the_site(
     assert done.returncode == 3 and "is cut off: 300 of 640 bytes are there" in done.stdout
 
 
-def test_a_setuid_installation_is_told_from_another(contained: Patient, bin: Path, tmp_path: Path) -> None:
+def test_a_setuid_installation_is_told_from_another(contained: Target, bin: Path, tmp_path: Path) -> None:
     starter = tmp_path / "lib exec/apptainer/bin/starter-suid"
     starter.parent.mkdir(parents=True)
     starter.write_text("")
     program(
         bin, "apptainer", f"case $1 in buildcfg) echo 'LIBEXECDIR={tmp_path}/lib exec';; --version) echo v;; esac\n"
     )
-    assert "setuid" not in found(contained, "runtime")[0].said
+    assert "setuid" not in found(contained, "runtime")[0].message
     starter.chmod(0o4755)
-    assert "setuid" in found(contained, "runtime")[0].said
+    assert "setuid" in found(contained, "runtime")[0].message
     assert found(contained, "fuse")[0].level == "warning"
 
 
-def test_binds(contained: Patient, tmp_path: Path) -> None:
+def test_binds(contained: Target, tmp_path: Path) -> None:
     assert contained.site is not None
     binds = (f"{tmp_path}:/data:ro", f"{tmp_path}/nowhere")
-    broken = patient(contained.site.model_copy(update={"binds": binds}))
+    broken = target(contained.site.model_copy(update={"binds": binds}))
     (finding,) = found(broken, "binds")
-    assert finding.level == "failed" and f"{tmp_path}/nowhere" in finding.said and ":/data" not in finding.said
+    assert finding.level == "failed" and f"{tmp_path}/nowhere" in finding.message and ":/data" not in finding.message
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
@@ -317,11 +318,11 @@ def test_the_inside_is_whole_here_and_a_broken_package_is_found(afina: Callable[
     said = json.loads(out)
     assert both[0].returncode == 0 and said["failed"] == 0, out + err
     by_check = {f["check"]: f for f in said["findings"]}
-    assert "torch 2" in by_check["packages"]["said"] and "without network" in by_check["metrics"]["said"]
+    assert "torch 2" in by_check["packages"]["message"] and "without network" in by_check["metrics"]["message"]
     assert {"python", "packages", "cuda", "metrics", "room", "compiler", "rdma"} <= set(by_check)
     assert both[1].returncode == 3
     failed = [f for f in json.loads(broken_out)["findings"] if f["level"] == "failed"]
-    assert any("evaluate cannot be imported: libfoo.so.1" in f["said"] for f in failed)
+    assert any("evaluate cannot be imported: libfoo.so.1" in f["message"] for f in failed)
 
 
 def test_a_job_is_not_tried_where_it_cannot_be(bin: Path, afina: Callable[..., Ran], scratch: Path) -> None:

@@ -15,7 +15,8 @@ from tests.unit.conftest import Ran
 
 from afina import __version__
 from afina.errors import InputError
-from afina.site.image import Finding, fit, summary, verify
+from afina.site.finding import Finding
+from afina.site.image import fit, summary, verify
 from afina.site.sif import FileSystem, Image, Signature, read_image
 
 LABELS = {
@@ -98,7 +99,7 @@ def test_a_damaged_image_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
 
 
 def answers(findings: list[Finding]) -> dict[str, str]:
-    return {finding.question: finding.answer for finding in findings}
+    return {finding.check: finding.level for finding in findings}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_does_it_fit(tmp_path: Path, changes: dict[str, str], driver: str | None
         expected = {**expected, "machine": "failed"}
     found = fit(image, driver)
     assert answers(found) == expected
-    assert all(finding.remedy for finding in found if finding.answer in ("failed", "warning"))
+    assert all(finding.remedy for finding in found if finding.level in ("failed", "warning"))
 
 
 def test_an_image_without_labels_fits_nobody_knows(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_verify_finds_nothing_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     env = program(tmp_path / "bin", f'[ "$2" = run ] && echo "afina, version {__version__}"')
     monkeypatch.setenv("PATH", env["PATH"])
     found = list(verify(read_image(path), None, "apptainer", env))
-    assert [f.answer for f in found if f.question in ("whole", "checksum", "starts", "version")] == ["ok"] * 4
+    assert [f.level for f in found if f.check in ("whole", "checksum", "starts", "version")] == ["ok"] * 4
     assert answers(found)["signature"] == "unknown"
 
 

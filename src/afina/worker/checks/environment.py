@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         return _ranks(folder, count)
     for line in lines:
         print(
-            json.dumps(dict(zip(("check", "level", "said", "remedy"), line, strict=True)), ensure_ascii=False),
+            json.dumps(dict(zip(("check", "level", "message", "remedy"), line, strict=True)), ensure_ascii=False),
             flush=True,
         )
     return 3 if any(level == "failed" for _, level, _, _ in lines) else 0

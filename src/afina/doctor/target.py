@@ -1,4 +1,4 @@
-"""What a check says, and whom it looks at: the two values that all checks share."""
+"""The target of the checks: one site, its cluster and, where one is given, a recipe's plan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from afina.errors import AfinaError
 from afina.run.plan import Plan
@@ -14,29 +13,15 @@ from afina.site.settings import Site
 from afina.slurm.cluster import Cluster
 from afina.start.init import bare_plan
 
-__all__ = ["ANSWER_S", "Finding", "Level", "Patient", "answer_of"]
+__all__ = ["ANSWER_S", "Target", "answer_of"]
 
-Level = Literal["ok", "warning", "failed"]
-
+#: Seconds that a command may take to answer.
 ANSWER_S = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """One line: which check, how it came out, what was found, and what to do about it."""
-
-    check: str
-    level: Level
-    said: str
-    remedy: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Patient:
-    """What is examined. `site` and `plan` are None where they could not be read; the error says why."""
+class Target:
+    """What the checks examine. `site` and `plan` are None where they could not be read; `error` says why."""
 
     env: Mapping[str, str]
     cluster: Cluster
@@ -57,7 +42,7 @@ class Patient:
 
 
 def answer_of(argv: Sequence[str], env: Mapping[str, str]) -> str | None:
-    """What a command says, None where it is missing, fails or is silent for long."""
+    """The standard output of a command; None where it is missing, fails or takes longer than `ANSWER_S`."""
     try:
         done = subprocess.run(
             list(argv),
