@@ -37,7 +37,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from afina.run.plan import Geometry
-from afina.worker.compute import allocator, attention, cuda_graphs, dropout, packed_model, products
+from afina.worker.compute import allocator, attention, cuda_graphs, dropout, packed_model
 from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
@@ -49,7 +49,6 @@ class Way(NamedTuple):
     batching: Batching
     fast_dropout: bool = False
     attention_dropout: float | None = None
-    onednn: bool = False
     bfloat16: bool = False
     recorded: bool = False
 
@@ -62,9 +61,8 @@ VARIANTS = {
     "grouped, fast dropout": Way("grouped", True),
     "packed": Way("packed"),
     "packed, fast dropout": Way("packed", True),
-    "packed, fast dropout, oneDNN": Way("packed", True, None, True),
-    "packed, attention dropout 0": Way("packed", True, 0.0, True),
-    "packed, bfloat16": Way("packed", True, None, True, True),
+    "packed, attention dropout 0": Way("packed", True, 0.0),
+    "packed, bfloat16": Way("packed", True, bfloat16=True),
     "packed, bfloat16, CUDA graphs": Way("packed", bfloat16=True, recorded=True),
 }
 
@@ -156,7 +154,6 @@ class Variant:
     def step(self) -> dict[str, float]:
         """One training step; seconds by part (of a recorded one all is backward), real tokens and computed tokens."""
         rows = next(self.batches)
-        products.use_onednn(self.way.onednn)
         self.marks.clear()
         self._mark()
         batch = {name: value.to(DEVICE) for name, value in self.collate(rows).items()}

@@ -233,14 +233,12 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
 
 
 def peaks_now(threads: int) -> dict[str, Any]:
-    """The best torch.mm of so many threads, in a process of its own, by the faster of the libraries, in FLOP/s by the kind of
-    number; and whether afina trains in `half` of a float32 by itself here."""
+    """The best torch.mm of so many threads, in a process of its own, in FLOP/s by dtype; `half`: afina chooses bf16 here."""
     code = """
 import json, torch
 from afina.recipe.schema import Train
-from afina.worker.compute import precision, products
+from afina.worker.compute import precision
 from afina.worker.compute.flops import device_peak
-products.use_onednn()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 found = {"half": precision.choose(Train(), precision.current_device()).precision == "bf16"}
 for numbers in ("float32", *(["bfloat16"] if found["half"] else [])):

@@ -24,10 +24,9 @@ from transformers import (
 
 from afina.recipe.schema import Recipe
 from afina.run.plan import Geometry
-from afina.worker.compute import attention, dropout, packed_model, products
+from afina.worker.compute import attention, dropout, packed_model
 from afina.worker.compute.attention import attend
 from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
-from afina.worker.compute.cpu import Processor
 from afina.worker.compute.packing import Packing, group_sequences, pack
 from afina.worker.data.prepared import Split
 
@@ -194,29 +193,6 @@ def test_padded_attention_with_dropout_draws_the_same_and_sees_no_padding() -> N
         outs.append(attend(torch.nn.Identity(), q, keys, values, mask, dropout=0.5, fast_dropout=True)[0])
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], attend(torch.nn.Identity(), q, k, v, mask, dropout=0.5, fast_dropout=True)[0])
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_products_of_attention_stay_with_mkl_in_both_directions(p: float) -> None:
-    lengths = (200, 120, 3)
-    packing, draw = pack(lengths, heads=4), torch.Generator().manual_seed(3)
-    inputs = [torch.randn(1, 4, sum(lengths), 32, generator=draw) for _ in range(3)]
-    found = []
-    try:
-        for wanted in (False, True):
-            chosen = products.use_onednn(wanted, Processor("", "AuthenticAMD", frozenset({"avx512f"})))
-            before = torch.get_float32_matmul_precision()
-            assert (before == "medium") == chosen
-            q, k, v = (x.clone().requires_grad_() for x in inputs)
-            dropout.seed(1, 0)
-            out, _ = attend(torch.nn.Identity(), q, k, v, None, dropout=p, packing=packing, fast_dropout=True)
-            assert torch.get_float32_matmul_precision() == before
-            out.square().sum().backward()
-            assert torch.get_float32_matmul_precision() == before
-            found.append([out, q.grad, k.grad, v.grad])
-    finally:
-        products.use_onednn(False)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_under_autocast_attention_with_dropout_is_float32s() -> None:

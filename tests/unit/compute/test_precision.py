@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 from tests import tiny
 
 from afina.errors import EnvironmentProblem
 from afina.recipe.schema import Train
 from afina.run.directory import RunDir
-from afina.worker.compute import products
 from afina.worker.compute.cpu import Processor, processor
 from afina.worker.compute.precision import (
     Device,
@@ -236,40 +234,6 @@ def test_bfloat16_without_instructions_for_it_is_warned_of(tmp_path: Path) -> No
     assert said("bf16", ZEN4) == said("fp32", ZEN2) == said("bf16", CPU) == []
     assert choose(Train(), CPU).why == "the CPU"
     assert choose(Train(), ZEN2).why == "the CPU has no instructions for bfloat16"
-
-
-@pytest.mark.parametrize(
-    ("vendor", "flags", "faster"),
-    [
-        ("AuthenticAMD", ("avx2", "avx512f"), True),
-        ("AuthenticAMD", ("avx2",), False),
-        ("GenuineIntel", ("avx2", "avx512f"), False),
-        ("", (), False),
-    ],
-)
-def test_products_by_onednn_are_float32s(vendor: str, flags: tuple[str, ...], faster: bool) -> None:
-    drawn = torch.get_rng_state()
-    left, right = (torch.randn(700, 384, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
-    true, by_mkl = left.double() @ right.T.double(), left @ right.T
-    try:
-        chosen = products.use_onednn(True, Processor("a processor", vendor, frozenset(flags)))
-        # Where this processor would round to bfloat16 (AMX), oneDNN is not taken, whatever it is said to be.
-        assert chosen == (faster and "amx_bf16" not in processor().flags)
-        assert products.library() == ("oneDNN" if chosen else "torch's choice")
-        assert float((left @ right.T - true).norm() / true.norm()) < 1e-6
-        with products.by_mkl():
-            assert torch.equal(left @ right.T, by_mkl) and torch.get_float32_matmul_precision() == "highest"
-        assert not products.use_onednn(False) and torch.equal(left @ right.T, by_mkl)
-        assert torch.equal(torch.get_rng_state(), drawn)
-    finally:
-        products.use_onednn(False)
-
-
-def test_products_that_are_rounded_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_permit", lambda permitted: None)
-    rounded = lambda x: x.bfloat16().to(x.dtype) if x.dtype == torch.float32 else x  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: torch.mm(rounded(a), rounded(b)))
-    assert not products.use_onednn(True, Processor("with tiles", "AuthenticAMD", frozenset({"avx512f"})))
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_every_way_to_make_a_step_makes_one(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     _bench("batching.py", "--quick", "--lengths", "short", "--json", found)
     ways = json.loads(found.read_text())["short"]["variants"]
-    assert {"padded", "packed, fast dropout, oneDNN", "packed, bfloat16"} < ways.keys()
+    assert {"padded", "packed, fast dropout", "packed, bfloat16"} < ways.keys()
     for name, way in ways.items():
         assert way["ms_per_example"][0] > 0 and (way["share_of_real"] == 1) == name.startswith("packed"), name
 

@@ -161,7 +161,7 @@ def test_the_outcome_has_the_keys_that_are_promised() -> None:
 
 def test_the_run_directory_is_described_as_the_module_does() -> None:
     described = " ".join(row[0] for row in _rows("README.md", "The run directory"))
-    source = ast.get_docstring(ast.parse((ROOT / "src/afina/rundir.py").read_text("utf-8"))) or ""
+    source = ast.get_docstring(ast.parse((ROOT / "src/afina/run/directory.py").read_text("utf-8"))) or ""
     files = set(re.findall(r"\b(\w+\.(?:jsonl?|yaml|argv|parquet))\b", source)) - {"env.json"}
     assert len(files) >= 8
     for file in files:

@@ -247,7 +247,7 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
     with uncollected():
         import torch
 
-        from afina.worker.compute import allocator, products
+        from afina.worker.compute import allocator
         from afina.worker.inference.classifier import Classifier
         from afina.worker.inference.inputs import Reader, as_texts
 
@@ -266,8 +266,6 @@ def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) 
         device=device,
         trust_remote_code=job.plan.recipe.trust_remote_code,
     )
-    if device == "cpu":
-        products.use_onednn(classifier.batching == "packed")
     reader = Reader(parts.inputs, parts.files())
 
     def ahead(chunk: int) -> tuple[pa.Table, Encoded]:

@@ -36,7 +36,7 @@ from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
 from afina.version import __version__
 from afina.worker.compute import allocator as memory
-from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, products
+from afina.worker.compute import cuda_graphs, dropout, packed_model, precision
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
 from afina.worker.compute.flops import Peak, device_peak, forward_flops
 from afina.worker.data.prepared import Split
@@ -134,8 +134,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             memory.tune_malloc()
         dropout.seed(train.seed, self.rank)
         self.batching, notes = packed_model.configure(self.model, plan.recipe, self.args)
-        if self.args.device.type == "cpu":
-            products.use_onednn(train.onednn and self.batching == "packed")
         self.recorded = self._recorded(notes)
         for note in notes if self.rank == 0 else ():
             print(f"afina: {note}", flush=True)
