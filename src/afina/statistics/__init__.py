@@ -1,5 +1,5 @@
-"""What predictions and seeds can tell; no file of a run is read but `predictions.parquet`.
+"""Statistics of predictions and of seeds. The only file of a run that is read is `predictions.parquet`.
 
-predictions   the file as arrays       scores      scores with bootstrap intervals, calibration, mistakes
-intervals     a mean over seeds        paired      is one model better than another on the same rows?
+predictions   the file as arrays        scores   scores with bootstrap intervals, calibration, mistakes
+intervals     means over seeds          paired   paired tests of two models on the same rows
 """

@@ -1,9 +1,9 @@
-"""Is one model better than another on the same rows? Paired tests on their predictions.
+"""Paired tests: is one model better than another on the same rows?
 
-Accuracy of classifiers: McNemar's exact test (1947), the binomial test on the rows on which one is right and the other wrong. Every other
-score: the paired bootstrap, which draws rows and takes both models' predictions for them. Regression: also Wilcoxon's signed-rank test
-on the absolute errors. Runs that were evaluated on different rows are not compared, and why is said. The tests know nothing of the chance in
-training: two seeds of one recipe may differ as much. NumPy and SciPy are imported inside the functions.
+Accuracy of classifiers: McNemar's exact test (1947), a binomial test on the rows that only one model gets right. Mean absolute error:
+Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which resamples rows and takes both models' predictions for them.
+Runs that were evaluated on different rows are refused with the reason. Not covered: randomness in training; two seeds of one recipe may
+differ as much. NumPy and SciPy are imported inside the functions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import DataError
-from afina.statistics.predictions import Predictions, need
+from afina.statistics.predictions import Predictions
 from afina.statistics.scores import DRAWS, contributions, limits, resample, sums_of
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
@@ -22,12 +22,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Difference:
-    """Second model minus first in one score.
+    """Difference of two models in one score, second minus first.
 
     Attributes:
         first, second: the scores.
-        low, high: 95 % interval of the difference, over resamples of the rows.
-        p: two-sided; of the test that `test` names.
+        low, high: 95 % bootstrap interval of the difference.
+        p: two-sided p-value of `test`.
         test: McNemar exact, Wilcoxon or paired bootstrap.
     """
 
@@ -42,11 +42,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Paired:
-    """What two models say about the same rows.
+    """Comparison of two models on the same rows.
 
     Attributes:
-        rows: how many.
-        only_first, only_second: rows that only one of them has right; None for regression.
+        rows: number of rows.
+        only_first, only_second: rows that only one model gets right; None for regression.
         differences: one per score.
     """
 
@@ -57,13 +57,13 @@ class Paired:
 
 
 def align(first: Predictions, second: Predictions) -> Array:
-    """The places in `second` of the rows of `first`, int64 (N,).
+    """Indices in `second` of the rows of `first`, int64 (N,).
 
-    The same rows are those with the same texts and labels. Where they come in another order, they are matched by text, label and how
-    often both were seen before.
+    Rows are the same if texts and labels are. Rows in another order are matched by text, label and the number of earlier
+    occurrences of both.
 
     Raises:
-        DataError: the rows or the tasks are not the same; with the difference.
+        DataError: the rows, the labels or the tasks differ; the message says how.
     """
     import numpy as np
 
@@ -77,56 +77,54 @@ def align(first: Predictions, second: Predictions) -> Array:
     left, right = _identity(first), _identity(second)
     if left == right:
         return np.arange(len(left))
-    place = {key: number for number, key in enumerate(right)}
-    common = sum(key in place for key in left)
+    index = {key: number for number, key in enumerate(right)}
+    common = sum(key in index for key in left)
     if common != len(left) or len(left) != len(right):
         raise DataError(f"the eval rows differ: {len(left)} and {len(right)}, {common} of them in both", remedy)
-    return np.array([place[key] for key in left], np.int64)
+    return np.array([index[key] for key in left], np.int64)
 
 
 def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
-    """What makes an example the same one in another run."""
+    """A key per example that is the same in another run: texts, label, number of the occurrence."""
     table = predictions.table
     names = [name for name in ("text", "text_pair") if name in table.column_names] or ["file", "row"]
-    truth = table.column("label").to_pylist()
+    labels = table.column("label").to_pylist()
     columns = [table.column(name).to_pylist() for name in names]
     seen: dict[tuple[Any, ...], int] = {}
-    found = []
-    for label, *about in zip(truth, *columns, strict=True):
-        key = (*about, tuple(sorted(label)) if isinstance(label, list) else label)
+    keys = []
+    for label, *texts in zip(labels, *columns, strict=True):
+        key = (*texts, tuple(sorted(label)) if isinstance(label, list) else label)
         seen[key] = seen.get(key, 0) + 1
-        found.append((*key, seen[key]))
-    return found
+        keys.append((*key, seen[key]))
+    return keys
 
 
 def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS) -> Paired:
-    """The paired tests of `second` against `first`.
+    """Paired tests of `second` against `first`.
 
     Raises:
         DataError: see `align`.
-        EnvironmentProblem: SciPy is not installed here.
     """
-    need("the paired test", "numpy", "scipy")
     import numpy as np
 
-    places = align(first, second)
+    rows = align(first, second)
     task, width, size = first.task, len(first.labels), len(first)
-    one, two = first.predicted, _in_labels_of(first, second)[places]
+    one, two = first.predicted, _in_labels_of(first, second)[rows]
     kinds, counts = _joint_kinds(task, width, first.truth, one, two)
     depth = kinds.shape[1] // 2
     drawn = resample(kinds, counts, draws)
     sums = (counts @ kinds)[None, :]
     points = [sums_of(task, width, part, size) for part in (sums[:, :depth], sums[:, depth:])]
     spread = [sums_of(task, width, part, size) for part in (drawn[:, :depth], drawn[:, depth:])]
-    right = [_right(task, first.truth, said) for said in (one, two)] if task != "regression" else None
+    right = [_right(task, first.truth, predicted) for predicted in (one, two)] if task != "regression" else None
     differences = []
     for name, value in points[0].items():
         if value.ndim > 1:
             continue
         a, b = float(value[0]), float(points[1][name][0])
-        by = spread[1][name] - spread[0][name]
-        low, high = (float(v) for v in limits(by))
-        p, test = _bootstrap_p(by), "paired bootstrap"
+        resampled = spread[1][name] - spread[0][name]
+        low, high = (float(v) for v in limits(resampled))
+        p, test = _bootstrap_p(resampled), "paired bootstrap"
         if name in ("accuracy", "subset_accuracy") and right is not None:
             p, test = _mcnemar(*right), "McNemar exact"
         elif name == "mae":
@@ -137,7 +135,7 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS) 
 
 
 def _in_labels_of(first: Predictions, second: Predictions) -> Array:
-    """`second.predicted` in the label numbers of `first`."""
+    """`second.predicted` with the label indices of `first`."""
     import numpy as np
 
     if not first.labels or first.labels == second.labels:
@@ -148,7 +146,7 @@ def _in_labels_of(first: Predictions, second: Predictions) -> Array:
 
 
 def _joint_kinds(task: str, width: int, truth: Array, one: Array, two: Array) -> tuple[Array, Array]:
-    """Kinds of rows by truth and both predictions: what they add to both models' sums, (U, 2 D), and their number (U,)."""
+    """Distinct rows by truth and both predictions: their contributions to both models' sums, (U, 2 D), and counts (U,)."""
     import numpy as np
 
     counts = np.ones(len(truth), np.int64)
@@ -158,12 +156,12 @@ def _joint_kinds(task: str, width: int, truth: Array, one: Array, two: Array) ->
         step = unique.shape[1] // 3
         cut = [unique[:, k * step : (k + 1) * step] for k in range(3)]
         truth, one, two = (c[:, 0] for c in cut) if task == "single-label" else cut
-    both = [contributions(task, width, truth, said) for said in (one, two)]
+    both = [contributions(task, width, truth, predicted) for predicted in (one, two)]
     return np.concatenate(both, axis=1), counts
 
 
-def _right(task: str, truth: Array, said: Array) -> Array:
-    return truth == said if task == "single-label" else (truth == said).all(axis=1)
+def _right(task: str, truth: Array, predicted: Array) -> Array:
+    return truth == predicted if task == "single-label" else (truth == predicted).all(axis=1)
 
 
 def _mcnemar(one: Array, two: Array) -> float:
@@ -173,17 +171,17 @@ def _mcnemar(one: Array, two: Array) -> float:
     return float(binomtest(first, first + second, 0.5).pvalue) if first + second else 1.0
 
 
-def _wilcoxon(by: Array) -> float:
+def _wilcoxon(differences: Array) -> float:
     from scipy.stats import wilcoxon
 
-    return float(wilcoxon(by).pvalue) if (by != 0).any() else 1.0
+    return float(wilcoxon(differences).pvalue) if (differences != 0).any() else 1.0
 
 
-def _bootstrap_p(by: Array) -> float:
-    """Twice the share of resamples on the wrong side of 0; never 0, for so few resamples cannot say so."""
+def _bootstrap_p(differences: Array) -> float:
+    """Twice the share of resamples on the wrong side of 0; never 0, which a finite number of resamples cannot show."""
     import numpy as np
 
-    known = by[np.isfinite(by)]
+    known = differences[np.isfinite(differences)]
     if not len(known):
         return float("nan")
     side = min((known <= 0).sum(), (known >= 0).sum())
@@ -191,7 +189,7 @@ def _bootstrap_p(by: Array) -> float:
 
 
 def holm(values: list[float]) -> list[float]:
-    """p-values of several tests, corrected after Holm (1979)."""
+    """p-values of several tests, corrected by Holm's method (1979)."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     corrected, most = [0.0] * len(values), 0.0
     for rank, i in enumerate(order):

@@ -1,7 +1,7 @@
-"""`predictions.parquet` of a run as arrays: what each row was, what the model said, and how sure it was.
+"""`predictions.parquet` of a run as arrays: labels, predictions and probabilities of each row.
 
-Reads what the worker wrote (`afina.worker.training.results`). NumPy and pyarrow are imported inside the functions: a login node may have
-neither, and is told so. Texts stay in the table until one is asked for.
+Reads what `afina.worker.training.results` wrote. Texts stay in the table until one is needed. NumPy and pyarrow are imported inside the
+functions: `afina --help` needs neither.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import DataError, EnvironmentProblem
+from afina.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Predictions", "need", "read_predictions"]
+__all__ = ["Predictions", "read_predictions"]
 
 _SCORE = "score: "
-#: Columns that say which row it is; the others are what the model said.
-_ABOUT = ("row", "file", "id", "text", "text_pair")
+#: Columns that identify a row; the others are its label, the prediction and the scores.
+_IDENTITY = ("row", "file", "id", "text", "text_pair")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions of one part (eval or test), in the order of the prepared data.
+    """The predictions for one split (eval or test), in the order of the prepared data.
 
     Attributes:
         task: single-label, multi-label or regression.
@@ -47,36 +47,17 @@ class Predictions:
         return len(self.truth)
 
     def about(self, index: int) -> dict[str, Any]:
-        """Row, file, id and texts of one example, as far as they are there."""
-        names = [name for name in _ABOUT if name in self.table.column_names]
+        """Row, file, id and texts of one example, as far as the file has them."""
+        names = [name for name in _IDENTITY if name in self.table.column_names]
         return {name: self.table.column(name)[index].as_py() for name in names}
-
-
-def need(what: str, *modules: str) -> None:
-    """Say that `what` needs modules that are not installed here.
-
-    Raises:
-        EnvironmentProblem: names those that are missing.
-    """
-    from importlib.util import find_spec
-
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        are = "is" if len(missing) == 1 else "are"
-        raise EnvironmentProblem(
-            f"{what} needs {' and '.join(missing)}, which {are} not installed here",
-            f"pip install {' '.join(missing)}, or run it in the image: `apptainer run afina.sif` in place of `afina`",
-        )
 
 
 def read_predictions(path: Path) -> Predictions:
     """Read one `predictions*.parquet`.
 
     Raises:
-        EnvironmentProblem: NumPy or pyarrow is not installed here.
         DataError: the file is missing, damaged or not what a run writes.
     """
-    need("reading predictions", "numpy", "pyarrow")
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -87,34 +68,34 @@ def read_predictions(path: Path) -> Predictions:
         labels = tuple(name.removeprefix(_SCORE) for name in table.column_names if name.startswith(_SCORE))
         truth, predicted = table.column("label"), table.column("prediction")
         if not labels:
-            found = [np.asarray(column.to_numpy(), np.float64) for column in (truth, predicted)]
-            return Predictions("regression", (), found[0], found[1], None, table)
+            values = [np.asarray(column.to_numpy(), np.float64) for column in (truth, predicted)]
+            return Predictions("regression", (), values[0], values[1], None, table)
         scores = np.stack([np.asarray(table.column(_SCORE + name).to_numpy(), np.float64) for name in labels], axis=1)
         several = pa.types.is_list(truth.type) or pa.types.is_large_list(truth.type)
-        found = [(_flags if several else _numbers)(column, labels) for column in (truth, predicted)]
+        values = [(_flags if several else _numbers)(column, labels) for column in (truth, predicted)]
     except FileNotFoundError:
         raise DataError(f"{path}: is missing", "a run writes it when it finishes") from None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: cannot be read as predictions: {reason}", remedy) from None
-    return Predictions("multi-label" if several else "single-label", labels, found[0], found[1], scores, table)
+    return Predictions("multi-label" if several else "single-label", labels, values[0], values[1], scores, table)
 
 
 def _numbers(column: Any, labels: Sequence[str]) -> Any:
-    """Label names to their numbers, int64 (N,)."""
+    """Label names as indices into `labels`, int64 (N,)."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.index_in(column, value_set=pa.array(labels, column.type))
-    if found.null_count:
-        at = int(np.argmax(np.asarray(found.is_null().to_numpy())))
-        raise ValueError(f"label {column[at].as_py()!r} in row {at} has no column of scores")
-    return np.asarray(found.to_numpy(), np.int64)
+    indices = pc.index_in(column, value_set=pa.array(labels, column.type))
+    if indices.null_count:
+        row = int(np.argmax(np.asarray(indices.is_null().to_numpy())))
+        raise ValueError(f"label {column[row].as_py()!r} in row {row} has no column of scores")
+    return np.asarray(indices.to_numpy(), np.int64)
 
 
 def _flags(column: Any, labels: Sequence[str]) -> Any:
-    """Lists of label names to bool (N, L)."""
+    """Lists of label names as bool (N, L)."""
     import numpy as np
 
     whole = column.combine_chunks()

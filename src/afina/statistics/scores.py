@@ -1,9 +1,9 @@
-"""How good predictions are, and how sure that is: scores with bootstrap intervals, calibration, the worst mistakes.
+"""Scores of predictions with bootstrap intervals, their calibration, and the worst mistakes.
 
-Every score here is a function of sums over examples (examples right of each class, squared errors, …), so that a resample needs only
-how often each kind of example was drawn, not the examples: its cost does not grow with their number for a classifier. Agrees with
-scikit-learn's figures (tested); a class that nobody predicted has precision 0, as there. Spearman's correlation is not such a function
-and is left out. NumPy is imported inside the functions.
+Every score here is a function of sums over examples (correct examples of each class, squared errors, …). A resample therefore needs only
+the count of each kind of example, and for a classifier its cost does not grow with the number of examples. The scores agree with
+scikit-learn (tested); a class that is never predicted has precision 0, as there. Not covered: Spearman's correlation, which is no such
+function. NumPy is imported inside the functions.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = [
     "sums_of",
 ]
 
-#: Resamples of a bootstrap; fewer where there are very many kinds of examples (see `resample`).
+#: Resamples of a bootstrap; fewer for very many kinds of examples (see `resample`).
 DRAWS = 2000
 BINS = 15
 _SEED = 20170706
-#: Cells of one block of resamples, 8 bytes each, and of all of them together.
+#: Cells (8 bytes each) of one block of resamples, and of all blocks together.
 _BLOCK, _WORK = 4_000_000, 400_000_000
 
 Array = Any
@@ -40,7 +40,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the interval in which 95 % of the resamples lie."""
+    """A score and the interval that holds 95 % of its resamples."""
 
     value: float
     low: float
@@ -55,7 +55,7 @@ class Scores:
         overall: metric -> interval.
         per_class: metric -> one interval per label; None where the label has no example and was not predicted.
         support: examples of each label.
-        draws: resamples behind the intervals.
+        draws: number of resamples.
     """
 
     overall: dict[str, Interval]
@@ -66,13 +66,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Confidence against truth in equal bins of confidence; empty bins are left out.
+    """Accuracy by confidence, in bins of equal width; empty bins are left out.
 
     Attributes:
-        bins: (low, high, count, mean confidence, share that was right, low and high of its 95 % interval after Wilson).
-        error: expected calibration error (Guo et al. 2017): the mean over examples of |share right - confidence| of their bin.
-        brier: mean squared difference between the probabilities and what was true (Brier 1950), summed over labels.
-        what: of what the confidence is.
+        bins: (low, high, count, mean confidence, share correct, low and high of its 95 % Wilson interval).
+        error: expected calibration error (Guo et al. 2017): the mean over examples of |share correct - confidence| of their bin.
+        brier: mean squared difference between the probabilities and the truth (Brier 1950), summed over labels.
+        what: which probability the confidence is.
     """
 
     bins: tuple[tuple[float, float, int, float, float, float, float], ...]
@@ -82,7 +82,7 @@ class Calibration:
 
 
 def score(predictions: Predictions, draws: int = DRAWS) -> Scores:
-    """Scores with intervals; the same predictions give the same intervals on every machine of one NumPy."""
+    """Scores with intervals. With one version of NumPy, the same predictions give the same intervals on every machine."""
     kinds, counts = _kinds(predictions.task, len(predictions.labels), predictions.truth, predictions.predicted)
     drawn = resample(kinds, counts, draws)
     sums = (counts @ kinds)[None, :]
@@ -104,12 +104,12 @@ def score(predictions: Predictions, draws: int = DRAWS) -> Scores:
 
 
 def resample(kinds: Array, counts: Array, draws: int = DRAWS, seed: int = _SEED) -> Array:
-    """Sums over `draws` bootstrap samples, float64 (draws, D).
+    """Sums over bootstrap samples, float64 (B, D).
 
     Args:
-        kinds: (U, D) what one example of each kind adds to the sums.
-        counts: (U,) how many examples of each kind there are.
-        draws: at most; at least 200. Between them it is as many as `_WORK` cells allow.
+        kinds: (U, D) contribution of one example of each kind.
+        counts: (U,) number of examples of each kind.
+        draws: the largest B. At least 200 samples are drawn; in between, as many as `_WORK` cells allow.
     """
     import numpy as np
 
@@ -122,7 +122,7 @@ def resample(kinds: Array, counts: Array, draws: int = DRAWS, seed: int = _SEED)
 
 
 def limits(drawn: Array) -> Array:
-    """Where the middle 95 % of resamples (B, …) lie: (2, …). NaN where no resample has a value."""
+    """Limits of the middle 95 % of resamples (B, …), as (2, …); NaN if no resample has a value."""
     import numpy as np
 
     if not np.isfinite(drawn).any():
@@ -131,7 +131,7 @@ def limits(drawn: Array) -> Array:
 
 
 def _kinds(task: str, width: int, truth: Array, predicted: Array) -> tuple[Array, Array]:
-    """Kinds of examples: what each adds to the sums, float64 (U, D), and how many there are, int64 (U,)."""
+    """Distinct examples by truth and prediction: their contributions, float64 (U, D), and counts, int64 (U,)."""
     import numpy as np
 
     if task == "regression":
@@ -144,9 +144,9 @@ def _kinds(task: str, width: int, truth: Array, predicted: Array) -> tuple[Array
 
 
 def contributions(task: str, width: int, truth: Array, predicted: Array) -> Array:
-    """What each example adds to the sums, float64 (N, D).
+    """Contribution of each example to the sums, float64 (N, D).
 
-    D is 3 L + 1 for classifiers (right, true and predicted of each label, all right) and 7 for regression.
+    D is 3 L + 1 for classifiers (correct, predicted and true of each label, all labels correct) and 7 for regression.
     """
     import numpy as np
 
@@ -156,12 +156,12 @@ def contributions(task: str, width: int, truth: Array, predicted: Array) -> Arra
         return np.stack(columns, axis=1)
     if task == "single-label":
         eye = np.eye(width)
-        true, said = eye[truth], eye[predicted]
+        actual, chosen = eye[truth], eye[predicted]
         exact = truth == predicted
     else:
-        true, said = truth.astype(float), predicted.astype(float)
+        actual, chosen = truth.astype(float), predicted.astype(float)
         exact = (truth == predicted).all(axis=1)
-    return np.concatenate([true * said, said, true, exact[:, None].astype(float)], axis=1)
+    return np.concatenate([actual * chosen, chosen, actual, exact[:, None].astype(float)], axis=1)
 
 
 def _support(sums: Array, width: int) -> Array:
@@ -169,7 +169,7 @@ def _support(sums: Array, width: int) -> Array:
 
 
 def sums_of(task: str, width: int, sums: Array, size: int) -> dict[str, Array]:
-    """Scores from sums (B, D) over `size` examples: one per row (B,), and `*_per_class` (B, L). 0 / 0 is 0, for correlations NaN."""
+    """Scores from sums (B, D) over `size` examples: (B,) each, `*_per_class` (B, L). 0 / 0 is 0, in a correlation NaN."""
     import numpy as np
 
     if task == "regression":
@@ -177,20 +177,20 @@ def sums_of(task: str, width: int, sums: Array, size: int) -> dict[str, Array]:
         spread = np.sqrt(np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0))
         with np.errstate(invalid="ignore", divide="ignore"):
             return {"mse": squared, "mae": absolute, "pearson": np.where(spread > 1e-12, (xy - x * y) / spread, np.nan)}
-    right, said, true = sums[:, :width], sums[:, width : 2 * width], _support(sums, width)
-    precision, recall = _ratio(right, said), _ratio(right, true)
-    f1 = _ratio(2 * right, said + true)
+    correct, chosen, actual = sums[:, :width], sums[:, width : 2 * width], _support(sums, width)
+    precision, recall = _ratio(correct, chosen), _ratio(correct, actual)
+    f1 = _ratio(2 * correct, chosen + actual)
     each = {"precision": precision, "recall": recall, "f1": f1}
-    found = {name: values.mean(axis=1) for name, values in each.items()}
-    found |= {f"{name}_per_class": values for name, values in each.items()}
+    scores = {name: values.mean(axis=1) for name, values in each.items()}
+    scores |= {f"{name}_per_class": values for name, values in each.items()}
     if task == "multi-label":
-        micro = _ratio(2 * right.sum(axis=1), (said + true).sum(axis=1))
-        return {"f1_micro": micro, "subset_accuracy": sums[:, -1] / size, **found}
-    # Matthews' coefficient for K classes (Gorodkin 2004), of the counts alone.
-    hits = right.sum(axis=1)
-    spread = np.sqrt((size**2 - (said**2).sum(axis=1)) * (size**2 - (true**2).sum(axis=1)))
-    mcc = _ratio(hits * size - (said * true).sum(axis=1), spread)
-    return {"accuracy": sums[:, -1] / size, "mcc": mcc, **found}
+        micro = _ratio(2 * correct.sum(axis=1), (chosen + actual).sum(axis=1))
+        return {"f1_micro": micro, "subset_accuracy": sums[:, -1] / size, **scores}
+    # Matthews' coefficient for K classes (Gorodkin 2004), from the counts.
+    hits = correct.sum(axis=1)
+    spread = np.sqrt((size**2 - (chosen**2).sum(axis=1)) * (size**2 - (actual**2).sum(axis=1)))
+    mcc = _ratio(hits * size - (chosen * actual).sum(axis=1), spread)
+    return {"accuracy": sums[:, -1] / size, "mcc": mcc, **scores}
 
 
 def _ratio(above: Array, below: Array) -> Array:
@@ -202,7 +202,7 @@ def _ratio(above: Array, below: Array) -> Array:
 def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
     """Calibration of the probabilities; None for regression.
 
-    Single-label: the probability of the label that was chosen, against whether it was right. Multi-label: the probability of each
+    Single-label: the probability of the predicted label, against whether it is correct. Multi-label: the probability of each
     label of each example, against whether it applies.
     """
     import numpy as np
@@ -211,31 +211,30 @@ def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
     if scores is None or not len(predictions):
         return None
     if predictions.task == "single-label":
-        confidence, right = scores.max(axis=1), predictions.predicted == predictions.truth
-        true = np.eye(len(predictions.labels))[predictions.truth]
-        what = "probability of the label that was chosen"
+        confidence, correct = scores.max(axis=1), predictions.predicted == predictions.truth
+        actual = np.eye(len(predictions.labels))[predictions.truth]
+        what = "probability of the predicted label"
     else:
-        confidence, right = scores.ravel(), predictions.truth.ravel()
-        true = predictions.truth.astype(float)
+        confidence, correct = scores.ravel(), predictions.truth.ravel()
+        actual = predictions.truth.astype(float)
         what = "probability of a label, for every label of every example"
     number = np.minimum((confidence * bins).astype(int), bins - 1)
-    count, sure, hits = (
-        np.bincount(number, weights=w, minlength=bins) for w in (np.ones(len(right)), confidence, right)
-    )
+    weights = (np.ones(len(correct)), confidence, correct)
+    count, total, hits = (np.bincount(number, weights=w, minlength=bins) for w in weights)
     rows = [
         (
             b / bins,
             (b + 1) / bins,
             int(count[b]),
-            float(sure[b] / count[b]),
+            float(total[b] / count[b]),
             float(hits[b] / count[b]),
             *_wilson(hits[b], count[b]),
         )
         for b in range(bins)
         if count[b]
     ]
-    error = sum(row[2] * abs(row[4] - row[3]) for row in rows) / len(right)
-    return Calibration(tuple(rows), error, float(((scores - true) ** 2).sum(axis=1).mean()), what)
+    error = sum(row[2] * abs(row[4] - row[3]) for row in rows) / len(correct)
+    return Calibration(tuple(rows), error, float(((scores - actual) ** 2).sum(axis=1).mean()), what)
 
 
 def _wilson(hits: float, count: float) -> tuple[float, float]:
@@ -247,22 +246,22 @@ def _wilson(hits: float, count: float) -> tuple[float, float]:
 
 
 def mistakes(predictions: Predictions, most: int) -> list[tuple[int, float]]:
-    """The worst mistakes as (example, how bad), the worst first.
+    """The worst mistakes as (example, size), the worst first.
 
-    How bad: single-label, the probability of the wrong label that was chosen; multi-label, the largest difference between a label's
-    probability and the truth, where the set of labels is wrong; regression, the absolute error.
+    Size: single-label, the probability of the wrong label; multi-label, the largest difference between a label's probability and the
+    truth, if the set of labels is wrong; regression, the absolute error.
     """
     import numpy as np
 
     truth, predicted, scores = predictions.truth, predictions.predicted, predictions.scores
     if predictions.task == "regression":
-        bad, wrong = np.abs(predicted - truth), predicted != truth
+        size, wrong = np.abs(predicted - truth), predicted != truth
     elif predictions.task == "single-label":
         assert scores is not None
-        bad, wrong = scores[np.arange(len(predicted)), predicted], predicted != truth
+        size, wrong = scores[np.arange(len(predicted)), predicted], predicted != truth
     else:
         assert scores is not None
-        bad, wrong = np.abs(scores - truth).max(axis=1), (truth != predicted).any(axis=1)
-    places = np.flatnonzero(wrong)
-    order = places[np.argsort(-bad[places], kind="stable")][:most]
-    return [(int(i), float(bad[i])) for i in order]
+        size, wrong = np.abs(scores - truth).max(axis=1), (truth != predicted).any(axis=1)
+    examples = np.flatnonzero(wrong)
+    order = examples[np.argsort(-size[examples], kind="stable")][:most]
+    return [(int(i), float(size[i])) for i in order]

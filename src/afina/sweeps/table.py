@@ -17,7 +17,7 @@ from typing import Any, Literal
 from afina.errors import InputError, nearest
 from afina.recipe.schema import METRICS
 from afina.run.outcome import Outcome
-from afina.statistics.intervals import Interval, PairedTest, mean_interval, paired_t_test
+from afina.statistics.intervals import MeanInterval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
 from afina.sweeps.directory import SweepRecord
 
@@ -46,7 +46,7 @@ class Row:
     overrides: Mapping[str, str]
     values: Mapping[int, float]
     states: Mapping[str, int]
-    interval: Interval | None = None
+    interval: MeanInterval | None = None
     against_best: PairedTest | None = None
     p: float | None = None
 
@@ -297,7 +297,7 @@ def _left(row: Row) -> str:
     return ", ".join(f"{count} {state.lower()}" for state, count in left.items())
 
 
-def _span(interval: Interval) -> str:
+def _span(interval: MeanInterval) -> str:
     return (
         "-" if interval.low is None or interval.high is None else f"[{_number(interval.low)}, {_number(interval.high)}]"
     )

@@ -6,16 +6,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from afina.errors import DataError
 from afina.statistics.paired import align, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import calibrate, mistakes, score
-
-np = pytest.importorskip("numpy")
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 LABELS = ("one star", 'tw,o "stars"', "three", "four, never right")
 Array = Any
@@ -188,7 +188,6 @@ def test_equal_models_are_seldom_told_apart_and_better_ones_are(tmp_path: Path) 
 
 
 def test_regression_is_tested_on_its_errors(tmp_path: Path) -> None:
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(9)
     truth = rng.normal(size=250)
     close, far = (truth + rng.normal(size=250) * width for width in (0.2, 1.0))
