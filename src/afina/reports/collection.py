@@ -1,7 +1,6 @@
-"""One page about many runs, a sweep's or any folder's: what differs between their recipes, how each ended, its score with an interval.
+"""One page about many runs, of a sweep or any folder: differences of recipes, outcomes, scores with intervals.
 
-The interval is that of the rows that it was evaluated on. Means over seeds and whether the best cell is better than the next are what `afina sweep`
-says; two runs on the same rows are tested against each other by `afina compare`.
+The intervals cover the sampling of eval rows. Not covered: means over seeds (`afina sweep`) and tests between runs (`afina compare`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from afina.watch.glance import Glance, differing, glance, names_of
 
 __all__ = ["collection_page"]
 
-#: More runs than this are not drawn, and their intervals take too long.
+#: The most runs in the chart; the most whose intervals are computed, which takes time.
 _MOST_DRAWN = 60
 _MOST_SCORED = 200
 #: Resamples per run; there are many runs.
@@ -33,41 +32,16 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
     """The page and its charts. `paths` are run directories below `folder`."""
     runs = [glance(path) for path in paths]
     names = names_of(paths) if folder not in paths else [folder.name]
-    keys = differing(runs)
     metric = next((run.metric for run in runs if run.metric), None)
     intervals, why = _intervals(runs, metric)
     order = _ranked(runs, metric)
-    rows, links = [], {}
-    for i in order:
-        run, found = runs[i], intervals.get(i)
-        value = run.metrics.get(metric) if metric else None
-        page = run.path / "report/index.html"
-        if page.is_file():
-            links[names[i]] = quote(os.path.relpath(page, folder / "report"))
-        shown = None if value is None else f"{value:.4f}"
-        spread = f"{found.low:.4f}–{found.high:.4f}" if found else None
-        speed = run.outcome.get("samples_per_second")
-        rows.append(
-            [
-                names[i],
-                *(_shown(run.recipe.get(key)) for key in keys),
-                run.state,
-                shown,
-                spread,
-                run.outcome.get("global_step"),
-                seconds(run.outcome.get("seconds")),
-                speed,
-            ]
-        )
-    heads = ["run", *keys, "outcome", metric or "score", "95 % interval", "steps", "wall time", "examples/s"]
+    spread = {names[i]: intervals[i] for i in order if i in intervals}
     chart = Chart(
         "runs",
         f"{metric} of the runs, with 95 % intervals",
         x=metric or "",
-        ranges=[(names[i], intervals[i].low, intervals[i].value, intervals[i].high) for i in order if i in intervals][
-            :_MOST_DRAWN
-        ],
-        said="; ".join(f"{names[i]}: {intervals[i].value:.4f}" for i in order if i in intervals) + ".",
+        ranges=[(name, s.low, s.value, s.high) for name, s in spread.items()][:_MOST_DRAWN],
+        description="; ".join(f"{name}: {s.value:.4f}" for name, s in spread.items()) + ".",
     )
     finished = sum(run.state == "finished" for run in runs)
     best = next((i for i in order if metric and metric in runs[i].metrics), None)
@@ -76,25 +50,49 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
         lead[f"best {metric}"] = (f"{runs[best].metrics[metric]:.4f}", names[best])
     spent = sum(float(run.outcome.get("seconds") or 0) for run in runs)
     lead["wall time of all"] = (seconds(spent) or "–", "")
-    without = sum(not (run.path / "report/index.html").is_file() for run in runs)
-    hint = f"{without} of the runs have no page of their own yet: `afina report --each` writes them." if without else ""
+    missing = sum(not _page_of(run).is_file() for run in runs)
+    hint = f"{missing} of the runs have no page of their own yet: `afina report --each` writes them." if missing else ""
+    listed = _table(folder, [(names[i], runs[i], intervals.get(i)) for i in order], metric)
     body = [
-        (
-            "Runs",
-            table(heads, rows, "The best first", links=links) + note("; ".join(filter(None, (why, hint))))
-            if rows
-            else "",
-        ),
+        ("Runs", listed + note("; ".join(filter(None, (why, hint)))) if listed else ""),
         ("Scores", figure(chart)),
         ("Sweep", _sweep(read_json(folder / "sweep.json"))),
     ]
-    common = {str(run.recipe.get("model")) for run in runs}
-    about = f"{len(runs)} runs, {', '.join(sorted(common))}" if len(common) <= 3 else f"{len(runs)} runs"
+    models = {str(run.recipe.get("model")) for run in runs}
+    about = f"{len(runs)} runs, {', '.join(sorted(models))}" if len(models) <= 3 else f"{len(runs)} runs"
     return document(folder.name, about, tiles(lead), body), [chart]
 
 
+def _page_of(run: Glance) -> Path:
+    return run.path / "report/index.html"
+
+
+def _table(folder: Path, runs: Sequence[tuple[str, Glance, Interval | None]], metric: str | None) -> str:
+    """One row per run: what differs in its recipe, how it ended, its score with an interval."""
+    keys = differing([run for _, run, _ in runs])
+    rows, links = [], {}
+    for name, run, interval in runs:
+        if _page_of(run).is_file():
+            links[name] = quote(os.path.relpath(_page_of(run), folder / "report"))
+        value = run.metrics.get(metric) if metric else None
+        rows.append(
+            [
+                name,
+                *(_shown(run.recipe.get(key)) for key in keys),
+                run.state,
+                None if value is None else f"{value:.4f}",
+                f"{interval.low:.4f}–{interval.high:.4f}" if interval else None,
+                run.outcome.get("global_step"),
+                seconds(run.outcome.get("seconds")),
+                run.outcome.get("samples_per_second"),
+            ]
+        )
+    heads = ["run", *keys, "outcome", metric or "score", "95 % interval", "steps", "wall time", "examples/s"]
+    return table(heads, rows, "The best first", links=links)
+
+
 def _sweep(record: Mapping[str, Any]) -> str:
-    """The grid and the seeds, or the space of a search, as `sweep.json` says."""
+    """The grid and the seeds, or the space of a search, from `sweep.json`."""
     grid, search = record.get("grid"), record.get("search")
     rows = {str(key): _shown(values) for key, values in grid.items()} if isinstance(grid, Mapping) else {}
     rows |= {"seeds": _shown(record.get("seeds") or None)}
@@ -104,7 +102,7 @@ def _sweep(record: Mapping[str, Any]) -> str:
 
 
 def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:
-    """The best first; runs without the score last, in their own order."""
+    """Indices of the runs, the best first; runs without the score last, in their own order."""
     sign = 1 if metric in ("mse", "mae", "loss") else -1
     return sorted(
         range(len(runs)),
@@ -113,12 +111,12 @@ def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:
 
 
 def _intervals(runs: Sequence[Glance], metric: str | None) -> tuple[dict[int, Interval], str]:
-    """Run -> interval of its score, and in words why some have none."""
+    """Index of a run -> interval of its score; and the reason why some have none."""
     if metric is None:
         return {}, ""
     if len(runs) > _MOST_SCORED:
         return {}, f"Intervals are left out for more than {_MOST_SCORED} runs"
-    found: dict[int, Interval] = {}
+    intervals: dict[int, Interval] = {}
     why = ""
     for number, run in enumerate(runs):
         if metric not in run.metrics:
@@ -129,8 +127,8 @@ def _intervals(runs: Sequence[Glance], metric: str | None) -> tuple[dict[int, In
             why = str(error)
             continue
         if metric in scores.overall:
-            found[number] = scores.overall[metric]
-    return found, why
+            intervals[number] = scores.overall[metric]
+    return intervals, why
 
 
 def _shown(value: object) -> object:

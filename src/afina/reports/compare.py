@@ -1,7 +1,8 @@
-"""Runs side by side: what differs between their recipes, their scores and speed, and whether a difference is more than chance.
+"""Runs side by side: differences of recipes, scores and speed, and paired tests of their predictions.
 
-`compare` reads plans and outcomes and is quick for a thousand runs; `verdicts` reads predictions and tests each run against the first (`afina.statistics.paired`).
-A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not an error.
+`compare` reads plans and outcomes, a thousand runs in less than a second; `verdicts` reads predictions and tests each run against the
+first (`afina.statistics.paired`). A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not
+an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from afina.watch.overview import find_runs
 
 __all__ = ["Comparison", "Verdict", "compare", "to_json", "verdicts"]
 
-#: Fields of the outcome that are set side by side, after the scores.
+#: Fields of the outcome that are compared, after the scores.
 _FIELDS = ("outcome", "global_step", "samples_per_second", "seconds", "attempts", "device", "world_size")
 
 
@@ -29,8 +30,8 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        names: short and different.
-        recipe: key -> one value per run (None: not set), only where they differ.
+        names: short, and different from each other.
+        recipe: key -> one value per run (None: not set), for keys that differ.
         metrics: score -> one value per run.
         about: fields of the outcome -> one value per run.
     """
@@ -44,10 +45,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A run against the first one: the paired tests, or why there are none.
+    """Paired tests of a run against the first one, or the reason why there are none.
 
     Attributes:
-        p_corrected: of the first difference (the score that was asked for), after Holm over all runs that were tested.
+        p_corrected: p-value of the first difference (the chosen score), corrected by Holm's method over all tested runs.
     """
 
     run: str
@@ -61,10 +62,9 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
     """Read runs; a folder stands for the runs below it.
 
     Raises:
-        InputError: a path that is no run directory and has none below it; fewer than two runs.
+        InputError: a path is no run directory and has none below it; fewer than two runs.
     """
-    found = find_runs(paths)
-    unique = list({path.absolute(): path for path in found}.values())
+    unique = list({path.absolute(): path for path in find_runs(paths)}.values())
     if len(unique) < 2:
         raise InputError(
             "one run alone cannot be compared", "give two run directories or more, or the folder of a sweep"
@@ -85,20 +85,19 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
 
 
 def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]:
-    """Each run against the first, on the predictions for its eval rows.
+    """Test each run against the first, on the predictions for the eval rows.
 
     Args:
-        metric: comes first among the differences, and is the one that is corrected; by default what chooses the best checkpoint.
+        metric: the score that comes first and is corrected; by default the one that chooses the best checkpoint.
 
     Raises:
-        EnvironmentProblem: NumPy, pyarrow or SciPy is not installed here.
         InputError: no such score.
     """
     metric = metric or comparison.runs[0].metric
-    names, found = comparison.names, [_predictions(run.path) for run in comparison.runs]
-    first = found[0]
+    names, predictions = comparison.names, [_predictions(run.path) for run in comparison.runs]
+    first = predictions[0]
     results: list[Verdict] = []
-    for name, other in zip(names[1:], found[1:], strict=True):
+    for name, other in zip(names[1:], predictions[1:], strict=True):
         why = next((reason for reason in (first, other) if isinstance(reason, str)), None)
         paired: Paired | None = None
         if isinstance(first, Predictions) and isinstance(other, Predictions):
@@ -135,7 +134,7 @@ def _predictions(run: Path) -> Predictions | str:
 
 
 def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str, Any]:
-    """What `afina compare --json` prints; NaN becomes None."""
+    """The object that `afina compare --json` prints; NaN becomes None."""
     runs = [
         {
             "name": name,
@@ -146,11 +145,11 @@ def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str
         }
         for i, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))
     ]
-    said: dict[str, Any] = {"runs": runs}
+    answer: dict[str, Any] = {"runs": runs}
     if tests is not None:
-        said["tests"] = [asdict(test) for test in tests]
-    clean: dict[str, Any] = _finite(said)
-    return clean
+        answer["tests"] = [asdict(test) for test in tests]
+    finite: dict[str, Any] = _finite(answer)
+    return finite
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,6 @@
-"""All that a page is made of, read once: `read_facts` touches the disk (and asks `sacct`), the sections do not.
+"""Everything that a page shows, read once: `read_facts` reads files and asks `sacct`, the sections are pure.
 
-A file that is missing or damaged leaves its part empty: a run that failed, or is still training, has a page too. What needs NumPy or pyarrow
-is a line of text where they are not installed.
+A missing or damaged file leaves its split empty: a run that failed or is still training has a page too.
 """
 
 from __future__ import annotations
@@ -19,31 +18,32 @@ from afina.run.plan import Plan
 from afina.run.record import read_record
 from afina.slurm.accounting import FIELDS, AttemptTimes, Used, job_ids, timeline, used
 from afina.slurm.client import accounting
-from afina.statistics.predictions import Predictions, need, read_predictions
+from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
 
-__all__ = ["Attempt", "Facts", "Lengths", "read_facts", "read_json"]
+__all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts", "read_json"]
 
-PARTS = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
+_PREDICTIONS = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One attempt: what its node wrote down (`env.json`), when it did what, how it ended."""
+class AttemptFacts:
+    """One attempt: its `env.json`, its times, its exit code."""
 
     name: str
-    facts: Mapping[str, Any]
+    environment: Mapping[str, Any]
     exit_code: str | None
     times: AttemptTimes
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the texts of one part.
+    """Tokens per text of one split.
 
     Attributes:
+        cut: texts of `tokens.max_length` or more tokens.
         bars: (from, to, texts) of equal bins.
-        batches: the real tokens of a batch over its width times its rows, with as many rows as the run's, for random batches.
+        longest_share: share of real tokens if random batches of the run's size are padded to their longest text.
     """
 
     rows: int
@@ -57,14 +57,15 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A run as it lies on disk.
+class RunFacts:
+    """A run as it is on disk.
 
     Attributes:
-        predictions, scores: part -> what was found, or in words why not; parts that the run has no predictions for are left out.
-        lengths: part -> as above.
-        jobs: what accounting says; None where there is none.
-        utilisation: of the outcome: tokens per second, memory, seconds by part, …; empty where nobody measured them.
+        predictions: split -> its predictions, or the reason why they cannot be read; splits without predictions are left out.
+        scores: split -> scores of its predictions.
+        lengths: split -> lengths of its texts, or the reason why they cannot be read.
+        jobs: Slurm's accounting of the run's jobs; None without accounting.
+        utilisation: of the outcome: tokens per second, memory, seconds by split, …; empty if nothing was measured.
     """
 
     path: Path
@@ -74,7 +75,7 @@ class Facts:
     record: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
-    attempts: Sequence[Attempt]
+    attempts: Sequence[AttemptFacts]
     recipe_text: str | None
     predictions: Mapping[str, Predictions | str]
     scores: Mapping[str, Scores]
@@ -88,7 +89,7 @@ class Facts:
 
     @property
     def task(self) -> str:
-        """single-label, multi-label, regression, or auto where nobody knows yet."""
+        """single-label, multi-label, regression, or auto as long as the data has not been examined."""
         return str((self.outcome.task if self.outcome else None) or self.prepared.get("task") or self.plan.recipe.task)
 
     @property
@@ -96,7 +97,7 @@ class Facts:
         return [line for line in self.metrics if "eval_loss" in line]
 
 
-def read_facts(run: RunDir) -> Facts:
+def read_facts(run: RunDir) -> RunFacts:
     """Read a run.
 
     Raises:
@@ -106,7 +107,7 @@ def read_facts(run: RunDir) -> Facts:
     events = list(_objects(run, "events.jsonl"))
     times = {attempt.name: attempt for attempt in timeline(events)}
     attempts = [
-        Attempt(
+        AttemptFacts(
             name,
             read_json(run.attempts / name / "env.json"),
             _text(run.attempts / name / "exit"),
@@ -114,10 +115,12 @@ def read_facts(run: RunDir) -> Facts:
         )
         for name in run.attempt_names()
     ]
-    predictions = {part: _predictions(run.path / name) for part, name in PARTS.items() if (run.path / name).exists()}
+    predictions = {
+        split: _predictions(run.path / name) for split, name in _PREDICTIONS.items() if (run.path / name).exists()
+    }
     prepared = read_json(run.path / "prepared.json")
     rows = accounting(job_ids(_objects(run, "submissions.jsonl"), [a.name for a in attempts]), FIELDS)
-    return Facts(
+    return RunFacts(
         path=run.path,
         plan=plan,
         outcome=run.outcome(),
@@ -129,7 +132,7 @@ def read_facts(run: RunDir) -> Facts:
         recipe_text=_text(run.path / "recipe.yaml"),
         predictions=predictions,
         scores={
-            part: score(found) for part, found in predictions.items() if isinstance(found, Predictions) and len(found)
+            split: score(rows) for split, rows in predictions.items() if isinstance(rows, Predictions) and len(rows)
         },
         lengths=_lengths(prepared, plan),
         jobs=used(rows) if rows is not None else None,
@@ -138,8 +141,8 @@ def read_facts(run: RunDir) -> Facts:
 
 
 def _utilisation(run: RunDir) -> dict[str, Any]:
-    found = read_json(run.outcome_file).get("utilisation")
-    return found if isinstance(found, dict) else {}
+    value = read_json(run.outcome_file).get("utilisation")
+    return value if isinstance(value, dict) else {}
 
 
 def _objects(run: RunDir, name: str) -> list[dict[str, Any]]:
@@ -154,15 +157,10 @@ def _predictions(path: Path) -> Predictions | str:
 
 
 def _lengths(prepared: Mapping[str, Any], plan: Plan) -> dict[str, Lengths | str]:
-    """Lengths of the texts, where the prepared data is still there."""
+    """Lengths of the texts, as long as the prepared data exists."""
     folder = Path(str(prepared.get("prepared") or "/nowhere"))
-    parts = [part for part in prepared.get("rows") or {} if (folder / f"{part}.offsets.npy").is_file()]
-    try:
-        if parts:
-            need("the lengths of the texts", "numpy")
-        return {part: _lengths_of(folder / f"{part}.offsets.npy", plan) for part in parts}
-    except AfinaError as error:
-        return {part: str(error) for part in parts}
+    files = {split: folder / f"{split}.offsets.npy" for split in prepared.get("rows") or {}}
+    return {split: _lengths_of(file, plan) for split, file in files.items() if file.is_file()}
 
 
 def _lengths_of(path: Path, plan: Plan) -> Lengths | str:
@@ -200,7 +198,7 @@ def _text(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is missing or damaged: the page shows the rest."""
+    """A JSON object; empty if the file is missing or damaged, so that the page shows the rest."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

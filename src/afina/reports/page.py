@@ -1,7 +1,7 @@
-"""The page as HTML: its frame, its style, tables, pairs and notes. Pure; every text that is put in is escaped here.
+"""The page as HTML: frame, style, tables, pairs and notes. Pure; every text is escaped here.
 
-No script, no image, nothing to fetch. Follows the reader's light or dark, prints in black on white, and can be walked through by keyboard:
-a list of its sections comes first, what scrolls can be focused.
+No script, no image, nothing to fetch. Follows the reader's light or dark mode, prints in black on white, and works by keyboard: the list of
+sections comes first, and what scrolls can be focused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }} svg .axis, s
   svg, td, .tiles div {{ print-color-adjust: exact; }} }}
 """
 
-#: For an SVG file that stands alone: on white, whatever the reader's browser prefers.
+#: For an SVG file that stands alone: on white in every browser.
 FIGURE_STYLE = (
     f"svg {{ background: #fff; {_LIGHT} }} text {{ fill: var(--text); font: 13px system-ui, Helvetica, Arial, sans-serif; }} "
     ".axis, .mark { fill: var(--soft); }"
@@ -99,7 +99,7 @@ def _slug(name: str) -> str:
 
 
 def pairs(rows: Mapping[str, Any]) -> str:
-    """A table of names and values; what is None is left out."""
+    """A table of names and values, without those that are None."""
     cells = "".join(
         f'<tr><th scope="row">{escape(k)}</th><td>{cell(v)}</td></tr>' for k, v in rows.items() if v is not None
     )
@@ -114,18 +114,18 @@ def table(
     kind: str = "numbers",
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """A table with a head. What is wider than the page scrolls, also by keyboard.
+    """A table with a head. A table wider than the page scrolls, also by keyboard.
 
     Args:
-        links: text of a first cell -> where it leads, a relative address.
+        links: text of a first cell -> its relative address.
     """
     if not rows:
         return ""
     links = links or {}
 
     def first(value: Any) -> str:
-        shown, to = cell(value), links.get(str(value))
-        return f'<a href="{escape(to, quote=True)}">{shown}</a>' if to else shown
+        shown, target = cell(value), links.get(str(value))
+        return f'<a href="{escape(target, quote=True)}">{shown}</a>' if target else shown
 
     head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
     body = "".join(
@@ -137,12 +137,12 @@ def table(
 
 
 def scroll(html: str, name: str) -> str:
-    """Something that may be wider than the page."""
+    """A box that scrolls if its content is wider than the page."""
     return f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(name, quote=True)}">{html}</div>'
 
 
 def tiles(rows: Mapping[str, tuple[str, str]]) -> str:
-    """The few figures that a reader looks for first: name -> value, and what is said under it."""
+    """The most important figures: name -> value, and a line under it."""
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(below)}</small>' if below else ''}</dd></div>"
         for name, (value, below) in rows.items()
@@ -151,7 +151,7 @@ def tiles(rows: Mapping[str, tuple[str, str]]) -> str:
 
 
 def figure(chart: Chart) -> str:
-    """A chart with its title under it; an empty string where there is nothing to draw."""
+    """A chart with its title under it; an empty string if there is nothing to draw."""
     drawn = svg(chart)
     return (
         f"<figure>{scroll(drawn, chart.title)}<figcaption>{escape(chart.title)}</figcaption></figure>" if drawn else ""
@@ -173,7 +173,7 @@ def cell(value: Any) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str | None:
-    """A number with so many digits after the point, or None for what is no number."""
+    """A number with `digits` digits after the point; None if `value` is not a number."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 

@@ -1,4 +1,4 @@
-"""Sections about the model: each class, the confusion matrix, calibration, the worst mistakes. Pure: facts in, HTML out."""
+"""Sections about the model: scores, classes, the confusion matrix, calibration, the worst mistakes. Pure: facts -> HTML."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from html import escape
 from typing import Any
 
 from afina.reports.charts import Chart
-from afina.reports.facts import Facts
+from afina.reports.facts import RunFacts
 from afina.reports.page import note, number, pairs, scroll, table
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import Interval, Scores, calibrate, mistakes
 
-__all__ = ["calibration", "classes", "confusion", "confusion_of", "overall", "worst"]
+__all__ = ["calibration", "classes", "confusion", "matrices", "overall", "worst"]
 
-#: More labels than this make a table that nobody can read: then the most frequent confusions are listed.
+#: With more labels than this, the most frequent confusions are listed instead of the matrix.
 _MOST_LABELS = 30
 _MOST_CONFUSIONS = 30
 _MOST_MISTAKES = 20
@@ -22,59 +22,59 @@ _MOST_TEXT = 300
 _MOST_DOTS = 2000
 
 
-def overall(facts: Facts) -> str:
-    """Scores of the model in model/ with their intervals."""
+def overall(facts: RunFacts) -> str:
+    """Scores of the model in model/, with intervals."""
     parts = []
-    for part, scores in facts.scores.items():
+    for split, scores in facts.scores.items():
         rows = [[name, _digits(i.value), _digits(i.low), _digits(i.high)] for name, i in scores.overall.items()]
-        parts.append(table(["score", "value", "95 % from", "to"], rows, f"On {part}, the model in model/"))
+        parts.append(table(["score", "value", "95 % from", "to"], rows, f"On {split}, the model in model/"))
     return _why_not(facts) + "".join(parts) + (_about_intervals(facts) if parts else "")
 
 
-def _about_intervals(facts: Facts) -> str:
+def _about_intervals(facts: RunFacts) -> str:
     draws = max(scores.draws for scores in facts.scores.values())
     return note(
-        f"Intervals: percentiles of {draws:,} bootstrap samples of the rows, with a fixed seed. They tell how much the choice of rows "
-        "matters, not how much another seed of the training would."
+        f"Intervals: percentiles of {draws:,} bootstrap samples of the rows, with a fixed seed. They cover the sampling of rows, not "
+        "randomness in training."
     )
 
 
-def _why_not(facts: Facts) -> str:
-    """In the place of what needs the predictions: why it is not there."""
-    reasons = dict.fromkeys(found for found in facts.predictions.values() if isinstance(found, str))
+def _why_not(facts: RunFacts) -> str:
+    """The reasons why predictions cannot be shown."""
+    reasons = dict.fromkeys(reason for reason in facts.predictions.values() if isinstance(reason, str))
     return "".join(note(reason) for reason in reasons)
 
 
-def classes(facts: Facts) -> str:
+def classes(facts: RunFacts) -> str:
     metrics = facts.outcome.metrics if facts.outcome else {}
     return "".join(
-        _classes_scored(facts.scores[part], facts.predictions[part], part)
-        if part in facts.scores and facts.scores[part].per_class
-        else _classes_logged(metrics, part, facts.labels)
-        for part in ("eval", "test")
+        _classes_scored(facts.scores[split], facts.predictions[split], split)
+        if split in facts.scores and facts.scores[split].per_class
+        else _classes_logged(metrics, split, facts.labels)
+        for split in ("eval", "test")
     )
 
 
-def _classes_scored(scores: Scores, predictions: Predictions | str, part: str) -> str:
+def _classes_scored(scores: Scores, predictions: Predictions | str, split: str) -> str:
     assert isinstance(predictions, Predictions)
     names = ("precision", "recall", "f1")
     rows = [
         [label, scores.support[k], *(_interval(scores.per_class[name][k]) for name in names)]
         for k, label in enumerate(predictions.labels)
     ]
-    return table(["class", "rows", *names], rows, f"On {part}, the model in model/; in brackets 95 % intervals")
+    return table(["class", "rows", *names], rows, f"On {split}, the model in model/; in brackets 95 % intervals")
 
 
-def _interval(found: Interval | None) -> str | None:
-    return None if found is None else f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})"
+def _interval(score: Interval | None) -> str | None:
+    return None if score is None else f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})"
 
 
-def _classes_logged(metrics: Mapping[str, Any], part: str, labels: Sequence[str]) -> str:
-    """As the run logged it, where there are no predictions to compute from."""
+def _classes_logged(metrics: Mapping[str, Any], split: str, labels: Sequence[str]) -> str:
+    """Scores as the run logged them, without predictions to compute from."""
     columns = {
-        name: metrics[f"{part}_{name}_per_class"]
+        name: metrics[f"{split}_{name}_per_class"]
         for name in ("f1", "precision", "recall")
-        if isinstance(metrics.get(f"{part}_{name}_per_class"), list)
+        if isinstance(metrics.get(f"{split}_{name}_per_class"), list)
     }
     if not columns:
         return ""
@@ -82,164 +82,179 @@ def _classes_logged(metrics: Mapping[str, Any], part: str, labels: Sequence[str]
         [_label(labels, i), *(values[i] for values in columns.values())]
         for i in range(min(len(v) for v in columns.values()))
     ]
-    return table(["class", *columns], rows, f"On {part}, the model in model/")
+    return table(["class", *columns], rows, f"On {split}, the model in model/")
 
 
-def confusion_of(facts: Facts, part: str) -> tuple[list[list[int]], list[str]] | None:
-    """Counts (truth × prediction) and label names, from the metrics or else the predictions; None where neither has them."""
+def _confusion_of(facts: RunFacts, split: str) -> tuple[list[list[int]], list[str]] | None:
+    """Counts (truth × prediction) and label names, from the metrics or else the predictions; None if neither has them."""
     metrics = facts.outcome.metrics if facts.outcome else {}
-    matrix = metrics.get(f"{part}_confusion_matrix")
+    matrix = metrics.get(f"{split}_confusion_matrix")
     if isinstance(matrix, list) and matrix:
         return matrix, [_label(facts.labels, i) for i in range(len(matrix))]
-    found = facts.predictions.get(part)
-    if not isinstance(found, Predictions) or found.task != "single-label":
+    predictions = facts.predictions.get(split)
+    if not isinstance(predictions, Predictions) or predictions.task != "single-label":
         return None
     import numpy as np
 
-    width = len(found.labels)
-    counts = np.bincount(found.truth * width + found.predicted, minlength=width * width).reshape(width, width)
-    return counts.tolist(), list(found.labels)
+    width = len(predictions.labels)
+    pairs = predictions.truth * width + predictions.predicted
+    counts = np.bincount(pairs, minlength=width * width).reshape(width, width)
+    return counts.tolist(), list(predictions.labels)
 
 
-def confusion(facts: Facts) -> str:
-    parts = []
-    for part in ("eval", "test"):
-        found = confusion_of(facts, part)
-        if found is not None:
-            parts.append((_matrix if len(found[1]) <= _MOST_LABELS else _confusions)(*found, part))
-    return "".join(parts)
+def confusion(facts: RunFacts) -> str:
+    """The confusion matrix of each split as a table."""
+    html = ""
+    for split in ("eval", "test"):
+        if (matrix := _confusion_of(facts, split)) is not None:
+            html += (_matrix if len(matrix[1]) <= _MOST_LABELS else _confusions)(*matrix, split)
+    return html
 
 
-def _matrix(matrix: Sequence[Sequence[int]], labels: Sequence[str], part: str) -> str:
+def matrices(facts: RunFacts) -> list[Chart]:
+    """The confusion matrix of each split as a chart, for the files; the page has the table."""
+    charts = []
+    for split in ("eval", "test"):
+        if (matrix := _confusion_of(facts, split)) is not None:
+            title = f"Confusion matrix on {split}"
+            rows = (f"{name}: {', '.join(map(str, row))}" for row, name in zip(*matrix, strict=True))
+            description = f"Rows are the labels, columns the predictions in the same order. {'; '.join(rows)}."
+            charts.append(
+                Chart(
+                    f"confusion-{split}",
+                    title,
+                    x="predicted",
+                    y="label",
+                    matrix=matrix[0],
+                    names=matrix[1],
+                    description=description,
+                )
+            )
+    return charts
+
+
+def _matrix(matrix: Sequence[Sequence[int]], labels: Sequence[str], split: str) -> str:
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in labels)
     rows = []
     for name, row in zip(labels, matrix, strict=True):
         total = sum(row) or 1
         cells = "".join(f'<td style="background: rgba(var(--cell), {0.5 * n / total:.3f})">{n:d}</td>' for n in row)
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    caption = f"On {part}: rows are the labels, columns the predictions; darker is a larger share of the row"
+    caption = f"On {split}: rows are the labels, columns the predictions; darker is a larger share of the row"
     whole = (
         f'<table class="numbers matrix"><caption>{caption}</caption><thead><tr><th scope="col">label</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
-    return scroll(whole, f"Confusion matrix on {part}")
+    return scroll(whole, f"Confusion matrix on {split}")
 
 
-def _confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str], part: str) -> str:
-    found = [
+def _confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str], split: str) -> str:
+    pairs = [
         (n, sum(row), labels[i], labels[j]) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j
     ]
-    found.sort(key=lambda entry: -entry[0])
-    rows = [[true, said, n, f"{n / total:.1%}"] for n, total, true, said in found[:_MOST_CONFUSIONS]]
-    caption = f"On {part}: the {len(rows)} most frequent of {len(found)} confusions among {len(labels)} labels"
+    pairs.sort(key=lambda pair: -pair[0])
+    rows = [[label, predicted, n, f"{n / total:.1%}"] for n, total, label, predicted in pairs[:_MOST_CONFUSIONS]]
+    caption = f"On {split}: the {len(rows)} most frequent of {len(pairs)} confusions among {len(labels)} labels"
     return table(["label", "predicted as", "rows", "share of the label"], rows, caption)
 
 
-def calibration(facts: Facts) -> tuple[str, list[Chart]]:
-    """HTML without its charts, and the charts: reliability, or for regression what was said against what is true."""
+def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
+    """HTML without its charts, and the charts: reliability, or for regression predicted against true values."""
     html, charts = "", []
-    for part, found in facts.predictions.items():
-        if isinstance(found, str) or not len(found):
+    for split, predictions in facts.predictions.items():
+        if isinstance(predictions, str) or not len(predictions):
             continue
-        if found.task == "regression":
-            charts.append(_scatter(found, part))
+        if predictions.task == "regression":
+            charts.append(_scatter(predictions, split))
             continue
-        how = calibrate(found)
+        how = calibrate(predictions)
         assert how is not None
         bars = [(low, high, share) for low, high, _, _, share, *_ in how.bins]
         charts.append(
             Chart(
-                f"calibration-{part}",
-                f"Reliability on {part}",
+                f"calibration-{split}",
+                f"Reliability on {split}",
                 x=how.what,
-                y="share that was right",
-                bars={"share right": bars},
+                y="share correct",
+                bars={"share correct": bars},
                 whiskers=[((low + high) / 2, least, most) for low, high, _, _, _, least, most in how.bins],
                 diagonal=True,
                 frame=((0.0, 1.0), (0.0, 1.0)),
-                said="; ".join(
-                    f"confidence {sure:.2f}: {share:.2f} right of {n}" for _, _, n, sure, share, *_ in how.bins
+                description="; ".join(
+                    f"confidence {confidence:.2f}: {share:.2f} correct of {n}"
+                    for _, _, n, confidence, share, *_ in how.bins
                 )
                 + ".",
             )
         )
         html += pairs(
             {
-                f"expected calibration error on {part}": f"{how.error:.4f} ({len(how.bins)} of 15 equal bins hold rows)",
-                f"Brier score on {part}": number(how.brier),
+                f"expected calibration error on {split}": f"{how.error:.4f} ({len(how.bins)} of 15 equal bins hold rows)",
+                f"Brier score on {split}": number(how.brier),
             }
         )
     if html:
         html += note(
-            "On the dotted line a model is right as often as it says. Whiskers: 95 % intervals of the share (Wilson). "
-            "The error depends on the number of bins and is never below 0 by chance: compare it only between equal sets."
+            "On the dotted line, confidence equals accuracy. Whiskers: 95 % intervals of the share (Wilson). The error depends on the "
+            "number of bins and of rows: compare it only between equal sets of rows."
         )
     return html, charts
 
 
-def _scatter(found: Predictions, part: str) -> Chart:
-    step = max(1, -(-len(found) // _MOST_DOTS))
-    points = [(float(x), float(y)) for x, y in zip(found.truth[::step], found.predicted[::step], strict=True)]
-    shown = f"{len(points):,} of {len(found):,} rows" if step > 1 else f"{len(points):,} rows"
-    bias = float((found.predicted - found.truth).mean())
-    ends = [v for point in points for v in point]
-    both = (min(ends), max(ends)) if max(ends) > min(ends) else (ends[0] - 0.5, ends[0] + 0.5)
+def _scatter(predictions: Predictions, split: str) -> Chart:
+    step = max(1, -(-len(predictions) // _MOST_DOTS))
+    points = [
+        (float(x), float(y)) for x, y in zip(predictions.truth[::step], predictions.predicted[::step], strict=True)
+    ]
+    shown = f"{len(points):,} of {len(predictions):,} rows" if step > 1 else f"{len(points):,} rows"
+    bias = float((predictions.predicted - predictions.truth).mean())
+    values = [value for point in points for value in point]
+    low, high = min(values), max(values)
+    both = (low, high) if high > low else (low - 0.5, high + 0.5)
     return Chart(
-        f"scatter-{part}",
-        f"Predicted against true values on {part}",
+        f"scatter-{split}",
+        f"Predicted against true values on {split}",
         x="true value",
         y="predicted",
         dots=points,
         diagonal=True,
         frame=(both, both),
-        said=f"{shown}; predictions are {bias:+.4g} off on average.",
+        description=f"{shown}; predictions are {bias:+.4g} off on average.",
     )
 
 
-def worst(facts: Facts, *, texts: bool = True) -> str:
-    """The mistakes that the model was surest of. `texts`: show them; without, row and id only."""
-    parts = []
-    for part, found in facts.predictions.items():
-        if isinstance(found, str):
-            continue
-        listed = mistakes(found, _MOST_MISTAKES)
-        if not listed:
-            continue
-        what = (
-            "off by"
-            if found.task == "regression"
-            else "confidence"
-            if found.task == "single-label"
-            else "probability off by"
-        )
-        with_id, pair = "id" in found.table.column_names, "text_pair" in found.table.column_names
-        heads = ["row", *(["id"] if with_id else []), "label", "predicted", what, *(["text"] if texts else [])]
-        rows = []
-        for index, bad in listed:
-            about = found.about(index)
-            text = " ⏐ ".join(str(about[name]) for name in ("text", *(["text_pair"] if pair else [])) if name in about)
-            rows.append(
-                [
-                    about.get("row"),
-                    *([about.get("id")] if with_id else []),
-                    _said(found, found.truth, index),
-                    _said(found, found.predicted, index),
-                    f"{bad:.3f}",
-                    *([_cut(text)] if texts else []),
-                ]
-            )
-        files = sorted({str(found.about(index).get("file")) for index, _ in listed if found.about(index).get("file")})
-        caption = f"On {part}, the {len(rows)} worst; row as in predictions{'' if part == 'eval' else '_test'}.parquet"
-        parts.append(table(heads, rows, caption, kind="text") + (note(f"Rows of {', '.join(files)}") if files else ""))
-    return "".join(parts)
+#: By task, the column that says how large a mistake is.
+_MISTAKE = {"regression": "off by", "single-label": "confidence", "multi-label": "probability off by"}
 
 
-def _said(found: Predictions, values: Any, index: int) -> str:
-    if found.task == "regression":
+def worst(facts: RunFacts, *, texts: bool = True) -> str:
+    """The worst mistakes, with their texts or with row and id only."""
+    html = ""
+    for split, predictions in facts.predictions.items():
+        if isinstance(predictions, str) or not (listed := mistakes(predictions, _MOST_MISTAKES)):
+            continue
+        ids = ["id"] if "id" in predictions.table.column_names else []
+        heads = ["row", *ids, "label", "predicted", _MISTAKE[predictions.task], *(["text"] if texts else [])]
+        rows, files = [], set()
+        for index, size in listed:
+            about = predictions.about(index)
+            text = " ⏐ ".join(str(about[name]) for name in ("text", "text_pair") if name in about)
+            labels = [_label_of(predictions, values, index) for values in (predictions.truth, predictions.predicted)]
+            identity = [about.get(name) for name in ("row", *ids)]
+            rows.append([*identity, *labels, f"{size:.3f}", *([_cut(text)] if texts else [])])
+            files |= {str(about["file"])} if about.get("file") else set()
+        name = f"predictions{'' if split == 'eval' else '_test'}.parquet"
+        html += table(heads, rows, f"On {split}, the {len(rows)} worst; row as in {name}", kind="text")
+        html += note(f"Rows of {', '.join(sorted(files))}") if files else ""
+    return html
+
+
+def _label_of(predictions: Predictions, values: Any, index: int) -> str:
+    if predictions.task == "regression":
         return f"{values[index]:.4g}"
-    if found.task == "single-label":
-        return found.labels[int(values[index])]
-    return ", ".join(name for name, flag in zip(found.labels, values[index], strict=True) if flag) or "–"
+    if predictions.task == "single-label":
+        return predictions.labels[int(values[index])]
+    return ", ".join(name for name, flag in zip(predictions.labels, values[index], strict=True) if flag) or "–"
 
 
 def _cut(text: str) -> str:

@@ -1,8 +1,8 @@
-"""A run once more: a new run directory from what the old one wrote down, on the site of today.
+"""Rerun: a new run from the recipe, overrides and revisions of an old one, on today's site.
 
-The recipe's text and its overrides are those of the old run, model and data are pinned to the commits that it used, and files are looked for where
-it found them. What is not the same now (image, versions, commit, prepared data, number of processes) is said before anything is trained. The old run is not
-touched. Equal inputs make an equal model where the machine does: see docs/stopping.md.
+Model and data are pinned to the commits that the old run used, and files are read from the same absolute paths. Differences (image,
+versions, commit, prepared data, number of processes) are reported before training starts. The old run is not changed. Equal inputs give
+an equal model if the machine computes alike: see docs/stopping.md.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ __all__ = ["Again", "plan_again", "rerun"]
 
 @dataclass(frozen=True)
 class Again:
-    """A run that is to be made again.
+    """A rerun that has been planned.
 
     Attributes:
-        plan: of the new run.
-        text: the recipe as the old run has it.
-        overrides: over that text.
-        notes: what is not as it was, in words.
+        old: the run that is repeated.
+        plan: the plan of the new run.
+        text: the old run's recipe.
+        overrides: overrides of that text.
+        notes: differences from the old run, in words.
     """
 
     old: RunDir
@@ -55,13 +56,13 @@ def plan_again(
     num_processes: int | None = None,
     local: bool = True,
 ) -> Again:
-    """The plan of `run` once more; changes nothing.
+    """Plan `run` again; changes nothing.
 
     Args:
-        local: for this machine: then the processes are the old run's, if that used one node, else what this machine has.
+        local: train on this machine, with the old run's number of processes if that used one node, else one per GPU here.
 
     Raises:
-        InputError: not a run directory, or its files are not there any more.
+        InputError: not a run directory, or its files do not exist any more.
     """
     old = Run(run).dir
     before, prepared, record = old.plan(), old.prepared(), read_record(old.path)
@@ -82,13 +83,13 @@ def plan_again(
     plan = _planned(recipe, before, site, processes)
     if plan.geometry.num_processes != before.geometry.num_processes:
         notes.append(
-            f"processes: {before.geometry.num_processes} then, {plan.geometry.num_processes} now (the same rows and order, other dropout masks)"
+            f"processes: {before.geometry.num_processes} then, {plan.geometry.num_processes} now (same rows and order, other dropout masks)"
         )
-    return Again(old, plan, text, (*overrides, *pins), (*notes, *_not_the_same(record, plan, text)))
+    return Again(old, plan, text, (*overrides, *pins), (*notes, *_differences(record, plan, text)))
 
 
 def _recipe_text(old: RunDir, before: Plan) -> tuple[str, list[str], list[str]]:
-    """The recipe's text and overrides; checked against the plan, which is what was run."""
+    """The recipe's text, its overrides, and notes; checked against the plan, which is what the run used."""
     whole = json.dumps(before.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
     try:
         text = (old.path / "recipe.yaml").read_text(encoding="utf-8")
@@ -99,7 +100,7 @@ def _recipe_text(old: RunDir, before: Plan) -> tuple[str, list[str], list[str]]:
     with contextlib.suppress(RecipeError):
         if parse_recipe(text, lines) == before.recipe:
             return text, lines, []
-    return whole, [], ["recipe.yaml and record.json do not make the recipe that was run: it is taken from plan.json"]
+    return whole, [], ["recipe.yaml and record.json do not give the recipe that was run: it is taken from plan.json"]
 
 
 def _processes(before: Plan) -> int:
@@ -108,15 +109,15 @@ def _processes(before: Plan) -> int:
 
 
 def _planned(recipe: Recipe, before: Plan, site: str | Path | None, processes: int | None) -> Plan:
-    """As `make_plan`, with the files that the old run found: its relative paths may mean others from here."""
+    """Like `make_plan`, but with the absolute paths of the old run's files: its relative paths may mean others from here."""
     missing = [path for paths in before.files.values() for path in paths if not path.exists()]
     missing += [before.model_folder] if before.model_folder and not before.model_folder.is_dir() else []
     if missing:
         raise DataError(
-            f"{missing[0]}: is not there any more, and the run was made from it",
+            f"{missing[0]}: does not exist any more, and the run was made from it",
             "put it back, or train its recipe.yaml with `--set data.files=…`",
         )
-    # Absolute paths for the look at the disk; the recipe itself stays as it was written.
+    # Absolute paths to find the files; the recipe itself stays as it was written.
     there: dict[str, object] = {}
     if before.files:
         files = {part: tuple(map(str, paths)) for part, paths in before.files.items()}
@@ -129,10 +130,10 @@ def _planned(recipe: Recipe, before: Plan, site: str | Path | None, processes: i
     return plan.model_copy(update={"recipe": recipe, "files": before.files, "model_folder": before.model_folder})
 
 
-def _not_the_same(record: dict[str, object], plan: Plan, text: str) -> list[str]:
-    """What differs now, as far as it can be told before data and model are looked at."""
+def _differences(record: dict[str, object], plan: Plan, text: str) -> list[str]:
+    """Differences that are known before data and model have been read."""
     if not record:
-        return ["the old run has no record.json: what differs now cannot be told"]
+        return ["the old run has no record.json: differences from it are unknown"]
     return differences(record, make_record(plan, {}, text, version()))
 
 
@@ -149,14 +150,14 @@ def rerun(
     num_processes: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Run:
-    """Make `run` again; trains here and returns at the end, or with `submit` returns once it is in the queue.
+    """Repeat `run`: train here and return at the end, or with `submit` return once the job is in the queue.
 
     Args:
         path: the new run directory; by default one under `$AFINA_SCRATCH/runs/`.
-        say: called with lines about what differs.
+        say: called with a line for each difference.
 
     Raises:
-        AfinaError: as `jobs.train` and `jobs.submit`; a run directory that was made for a refused submission is taken back.
+        AfinaError: as `afina.train` and `afina.submit`; the run directory of a refused submission is removed.
     """
     if submit:
         need_slurm()
@@ -172,12 +173,12 @@ def rerun(
     for note in again.notes:
         say(f"differs: {note}")
     made = api.claim(again.plan, path, text=again.text)
-    told = set(again.notes)
-    late = [line for line in differences(read_record(again.old.path), read_record(made.path)) if line not in told]
+    reported = set(again.notes)
+    late = [line for line in differences(read_record(again.old.path), read_record(made.path)) if line not in reported]
     for line in late:
         say(f"differs: {line}")
     if not (again.notes or late):
-        say("nothing that is recorded differs from the first time")
+        say("no recorded difference from the first run")
     say(f"run {made.path}")
     try:
         return api.submit(made.path, via=via) if submit else api.resume(made.path)

@@ -1,4 +1,4 @@
-"""Sections about the run: its outcome, its curves, its data, its plan, how it can be made again. Pure: facts in, HTML out."""
+"""Sections about the run: outcome, curves, data, plan, attempts, record, commands to repeat it. Pure: facts -> HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from afina.reports.charts import Chart, Point
-from afina.reports.facts import Facts
+from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles
 
 __all__ = [
@@ -27,60 +27,60 @@ __all__ = [
     "wall_time",
 ]
 
-#: Metrics that are errors: they have no upper bound, and get a chart of their own.
+#: Metrics without an upper bound, in a chart of their own.
 _ERRORS = ("mse", "mae")
 
 
-def summary(facts: Facts) -> str:
-    """The figures that a reader looks for first."""
-    found = facts.outcome
-    rows: dict[str, tuple[str, str]] = {}
-    if found is None:
+def summary(facts: RunFacts) -> str:
+    """The most important figures."""
+    end = facts.outcome
+    if end is None:
         return ""
-    rows["outcome"] = (found.outcome, f"{found.cause}" if found.cause and found.outcome != "finished" else "")
-    for part, scores in facts.scores.items():
+    rows: dict[str, tuple[str, str]] = {
+        "outcome": (end.outcome, f"{end.cause}" if end.cause and end.outcome != "finished" else "")
+    }
+    for split, scores in facts.scores.items():
         chosen = facts.plan.recipe.train.best_metric or next(iter(scores.overall), "")
         best = scores.overall.get(chosen)
         if best is not None:
-            rows[f"{chosen} on {part}"] = (f"{best.value:.4f}", f"95 % interval {best.low:.4f} to {best.high:.4f}")
-    rows["steps"] = (str(found.global_step), f"of {found.max_steps}" if found.max_steps else "")
-    began = f"{found.attempts} attempt{'s' if found.attempts != 1 else ''}"
-    rows["wall time"] = (seconds(wall_time(facts)) or "–", began)
-    if found.samples_per_second:
-        rows["speed"] = (f"{found.samples_per_second:.4g}", "training examples per second")
+            rows[f"{chosen} on {split}"] = (f"{best.value:.4f}", f"95 % interval {best.low:.4f} to {best.high:.4f}")
+    rows["steps"] = (str(end.global_step), f"of {end.max_steps}" if end.max_steps else "")
+    rows["wall time"] = (seconds(wall_time(facts)) or "–", f"{end.attempts} attempt{'s' if end.attempts != 1 else ''}")
+    if end.samples_per_second:
+        rows["speed"] = (f"{end.samples_per_second:.4g}", "training examples per second")
     return tiles(rows)
 
 
-def wall_time(facts: Facts) -> float | None:
-    """Seconds of all attempts: as the outcome says, else from the first to the last event of each."""
+def wall_time(facts: RunFacts) -> float | None:
+    """Seconds of all attempts: from the outcome, else from the first to the last event of each."""
     if facts.outcome is not None and facts.outcome.seconds:
         return facts.outcome.seconds
     spent = [a.times.last - a.times.started for a in facts.attempts if a.times.last and a.times.started]
     return sum(spent) if spent else None
 
 
-def outcome(facts: Facts) -> str:
-    found = facts.outcome
-    if found is None:
+def outcome(facts: RunFacts) -> str:
+    end = facts.outcome
+    if end is None:
         return "<p>No outcome is recorded: the run has not ended, or was never started.</p>"
     rows: dict[str, Any] = {
-        "outcome": found.outcome,
-        "steps": f"{found.global_step}" + (f" of {found.max_steps}" if found.max_steps else ""),
-        "weights in model/": f"step {found.model_step}" if found.model_step else None,
-        "task": found.task,
-        "training examples per second": found.samples_per_second,
-        "seconds, all attempts": found.seconds,
-        "attempts": found.attempts,
-        "processes": found.world_size,
-        "device": found.device,
-        **{k: v for k, v in found.metrics.items() if isinstance(v, int | float)},
+        "outcome": end.outcome,
+        "steps": f"{end.global_step}" + (f" of {end.max_steps}" if end.max_steps else ""),
+        "weights in model/": f"step {end.model_step}" if end.model_step else None,
+        "task": end.task,
+        "training examples per second": end.samples_per_second,
+        "seconds, all attempts": end.seconds,
+        "attempts": end.attempts,
+        "processes": end.world_size,
+        "device": end.device,
+        **{k: v for k, v in end.metrics.items() if isinstance(v, int | float)},
     }
-    error = f"<h3>What failed</h3>{pre(found.error, 'What failed')}" if found.error else ""
+    error = f"<h3>What failed</h3>{pre(end.error, 'What failed')}" if end.error else ""
     return pairs(rows) + error
 
 
-def epochs(facts: Facts) -> str:
-    """The table that the run prints at its end: one row per evaluation, with the training loss logged last before it."""
+def epochs(facts: RunFacts) -> str:
+    """The table that the run prints at its end: one row per evaluation, with the last training loss before it."""
     names = list(dict.fromkeys(k for line in facts.evaluations for k in _scalars(line)))
     rows, loss = [], None
     for line in facts.metrics:
@@ -91,8 +91,8 @@ def epochs(facts: Facts) -> str:
     return table(heads, rows, "One row per evaluation")
 
 
-def curves(facts: Facts) -> dict[str, list[Chart]]:
-    """Charts over steps, by the section that they belong to; the attempts after the first are marked where they began."""
+def curves(facts: RunFacts) -> dict[str, list[Chart]]:
+    """Charts over steps by section, with a mark where each attempt after the first began."""
     marks = {
         float(attempt.times.step): f"attempt {number}"
         for number, attempt in enumerate(facts.attempts, start=1)
@@ -129,15 +129,15 @@ def curves(facts: Facts) -> dict[str, list[Chart]]:
     }
 
 
-def data(facts: Facts) -> str:
+def data(facts: RunFacts) -> str:
     prepared = facts.prepared
     if not prepared:
         return ""
     tokens = prepared.get("tokens") or {}
-    rows = [[part, count, tokens.get(part)] for part, count in (prepared.get("rows") or {}).items()]
+    rows = [[split, count, tokens.get(split)] for split, count in (prepared.get("rows") or {}).items()]
     warnings = [str(w) for w in prepared.get("warnings") or []]
     return (
-        table(["part", "rows", "tokens"], rows, "")
+        table(["split", "rows", "tokens"], rows, "")
         + pairs(
             {
                 "labels": ", ".join(map(str, prepared.get("labels") or [])) or None,
@@ -150,7 +150,7 @@ def data(facts: Facts) -> str:
     )
 
 
-def plan(facts: Facts) -> str:
+def plan(facts: RunFacts) -> str:
     geometry, resources = facts.plan.geometry, facts.plan.recipe.resources
     return pairs(
         {
@@ -168,25 +168,25 @@ def plan(facts: Facts) -> str:
     )
 
 
-def attempts(facts: Facts) -> str:
+def attempts(facts: RunFacts) -> str:
     rows = []
     for attempt in facts.attempts:
-        geometry = attempt.facts.get("geometry") or {}
+        geometry = attempt.environment.get("geometry") or {}
         processes = geometry.get("nodes", 0) * geometry.get("processes_per_node", 0) or None
-        said = [attempt.facts.get(name) for name in ("started", "host", "python")]
-        rows.append([attempt.name, _time(said[0]), said[1], processes, said[2], attempt.exit_code])
+        started, host, python = (attempt.environment.get(name) for name in ("started", "host", "python"))
+        rows.append([attempt.name, _time(started), host, processes, python, attempt.exit_code])
     return table(["attempt", "started", "first host", "processes", "Python", "exit code"], rows, "")
 
 
-def record(facts: Facts) -> str:
-    """What is needed to say later how this was made."""
-    kept, known = facts.record, [a.facts for a in reversed(facts.attempts) if a.facts]
-    newest = next((found for found in known if found.get("versions")), known[0] if known else {})
+def record(facts: RunFacts) -> str:
+    """Versions, revisions and hardware: how this run was made."""
+    kept, known = facts.record, [a.environment for a in reversed(facts.attempts) if a.environment]
+    newest = next((one for one in known if one.get("versions")), known[0] if known else {})
     image, git = (kept.get(name) or {} for name in ("image", "git"))
     model, source = kept.get("model") or {}, kept.get("data") or {}
     hardware = newest.get("hardware") or {}
     changes = f"{len(git['changed'])} changed, {git.get('untracked', 0)} untracked files" if "changed" in git else None
-    versions = {**(newest.get("versions") or {})}
+    versions = newest.get("versions") or {}
     rows: dict[str, Any] = {
         "afina": kept.get("afina") or facts.plan.afina_version,
         "Python": newest.get("python"),
@@ -212,22 +212,22 @@ def record(facts: Facts) -> str:
     if not kept:
         return note("This run has no record.json: an older afina claimed it.") + pairs(rows)
     diff = git.get("diff") or ""
-    cut = " (cut; the whole is not kept)" if git.get("diff_cut") else ""
+    cut = " (truncated)" if git.get("diff_cut") else ""
     return pairs(rows) + (
         f"<h3>Changes since the commit{cut}</h3>{pre(diff, 'Changes since the commit')}" if diff else ""
     )
 
 
-def recipe(facts: Facts) -> str:
+def recipe(facts: RunFacts) -> str:
     if facts.recipe_text is None:
         return ""
     overrides = (facts.record.get("recipe") or {}).get("overrides")
-    over = f"<h3>Set over it</h3>{pre(chr(10).join(overrides), 'Set over it')}" if overrides else ""
-    return pre(facts.recipe_text, "Recipe") + over
+    more = f"<h3>Overrides</h3>{pre(chr(10).join(overrides), 'Overrides')}" if overrides else ""
+    return pre(facts.recipe_text, "Recipe") + more
 
 
-def rerun(facts: Facts) -> str:
-    """The commands that make this run again."""
+def rerun(facts: RunFacts) -> str:
+    """Commands that repeat this run."""
     made = facts.record.get("recipe") or {}
     pins = [
         f'{key}="{commit}"'
@@ -238,30 +238,30 @@ def rerun(facts: Facts) -> str:
         if commit
     ]
     lines = [
-        "# from the run directory: recipe, overrides and revisions as they were",
+        "# from the run directory, with its recipe, overrides and revisions",
         f"afina rerun {shlex.quote(str(facts.path))}",
     ]
     if made.get("overrides") is not None:
         words = [word for override in (*made["overrides"], *pins) for word in ("--set", override)]
         lines += [
             "",
-            "# from the recipe below, wherever it lies",
+            "# from the recipe above, in any folder",
             shlex.join(["afina", "train", "recipe.yaml", *words]),
         ]
-    return pre("\n".join(lines), "Commands that make this run again")
+    return pre("\n".join(lines), "Commands that repeat this run")
 
 
 def _points(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
-    found = [(line.get("step"), line.get(key)) for line in lines]
+    points = ((line.get("step"), line.get(key)) for line in lines)
     return [
         (float(x), float(y))
-        for x, y in found
+        for x, y in points
         if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
     ]
 
 
 def _scalars(line: Mapping[str, Any]) -> list[str]:
-    """The metrics of an evaluation that are one number."""
+    """Names of the metrics of an evaluation that are one number."""
     return [k for k, v in line.items() if k.startswith("eval_") and k != "eval_loss" and isinstance(v, int | float)]
 
 

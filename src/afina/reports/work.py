@@ -1,4 +1,4 @@
-"""Sections about the work: lengths and padding, speed, where the time went, what was asked for and what was used. Pure."""
+"""Sections about the work: lengths and padding, speed, time, requested and used resources. Pure: facts -> HTML."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from afina.reports.charts import Chart, Point
-from afina.reports.facts import Facts, Lengths
+from afina.reports.facts import Lengths, RunFacts
 from afina.reports.page import note, pairs, seconds, table
 from afina.reports.sections import wall_time
 from afina.slurm.accounting import Used
 
-__all__ = ["asked_and_used", "lengths", "speed", "time_spent"]
+__all__ = ["lengths", "requested_and_used", "speed", "time_spent"]
 
 
-def lengths(facts: Facts) -> tuple[str, list[Chart]]:
-    """Lengths of the texts, and what padding would cost: a table, notes, and one chart for the training texts."""
-    found = {part: value for part, value in facts.lengths.items() if isinstance(value, Lengths)}
+def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
+    """Lengths of the texts and the cost of padding: a table, notes, and a chart of the training texts."""
+    known = {split: value for split, value in facts.lengths.items() if isinstance(value, Lengths)}
     html = "".join(note(reason) for reason in dict.fromkeys(v for v in facts.lengths.values() if isinstance(v, str)))
-    if not found:
+    if not known:
         return html, []
     limit = facts.plan.recipe.tokens.max_length
     rows = [
         [
-            part,
+            split,
             v.shortest,
             f"{v.median:g}",
             f"{v.mean:.1f}",
@@ -32,25 +32,30 @@ def lengths(facts: Facts) -> tuple[str, list[Chart]]:
             f"{v.mean / limit:.1%}",
             f"{v.longest_share:.1%}",
         ]
-        for part, v in found.items()
+        for split, v in known.items()
     ]
-    heads = ["part", "shortest", "median", "mean", "longest", f"{limit} or more", "real, padded", "real, longest"]
+    heads = ["split", "shortest", "median", "mean", "longest", f"{limit} or more", "real, padded", "real, longest"]
     html += table(heads, rows, "Tokens per text, special tokens included")
     how = facts.plan.recipe.tokens.batching
     html += note(
-        f"“real” is the share of tokens that are text and not padding: padded to {limit} tokens (padded), and to the longest text of a random "
-        f"batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding."
+        f"“real” is the share of tokens that are not padding, if texts are padded to {limit} tokens (padded) or to the longest text of a "
+        f"random batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding."
     )
-    bars = {part: [(a, b, n / v.rows) for a, b, n in v.bars] for part, v in found.items() if part == "train"} or {
-        part: [(a, b, n / v.rows) for a, b, n in v.bars] for part, v in list(found.items())[:1]
-    }
-    part, v = next((p, found[p]) for p in bars)
-    said = f"{v.rows:,} texts of {v.shortest} to {v.longest} tokens, half of them up to {v.median:g}."
-    return html, [Chart("lengths", f"Tokens per text in {part}", x="tokens", y="share of texts", bars=bars, said=said)]
+    split = "train" if "train" in known else next(iter(known))
+    v = known[split]
+    chart = Chart(
+        "lengths",
+        f"Tokens per text in {split}",
+        x="tokens",
+        y="share of texts",
+        bars={split: [(low, high, n / v.rows) for low, high, n in v.bars]},
+        description=f"{v.rows:,} texts of {v.shortest} to {v.longest} tokens, half of them up to {v.median:g}.",
+    )
+    return html, [chart]
 
 
-def speed(facts: Facts) -> tuple[str, list[Chart]]:
-    """Throughput, utilisation and memory, as far as the run wrote them down."""
+def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
+    """Throughput, utilisation and memory, as far as the run measured them."""
     utilisation = facts.utilisation
     rows: dict[str, Any] = {
         "training examples per second": facts.outcome.samples_per_second if facts.outcome else None,
@@ -72,8 +77,8 @@ def speed(facts: Facts) -> tuple[str, list[Chart]]:
     return pairs(rows), [chart for chart in charts if chart]
 
 
-def time_spent(facts: Facts) -> str:
-    """Where the wall time went: by part of the training, and by attempt."""
+def time_spent(facts: RunFacts) -> str:
+    """Wall time by part of the training and by attempt."""
     parts = {
         str(k).replace("_", " and "): v
         for k, v in (facts.utilisation.get("seconds_by_part") or {}).items()
@@ -83,7 +88,7 @@ def time_spent(facts: Facts) -> str:
     html = table(
         ["part", "time", "share"],
         [[name, seconds(s), f"{s / total:.1%}"] for name, s in parts.items()],
-        "Of all attempts, as far as checkpoints carry it on",
+        "All attempts, as far as checkpoints record it",
     )
     rows = []
     for attempt in facts.attempts:
@@ -113,15 +118,15 @@ def time_spent(facts: Facts) -> str:
         "from step",
         "to step",
         "saves",
-        "writing them",
-        "training stood still",
+        "writing",
+        "training paused",
     ]
-    caption = "By attempt, from its events; checkpoints are written beside the training"
+    caption = "By attempt; checkpoints are written while training continues"
     return html + table(heads, rows, caption)
 
 
-def asked_and_used(facts: Facts) -> str:
-    """Resources of the recipe against what the attempts and Slurm's accounting say."""
+def requested_and_used(facts: RunFacts) -> str:
+    """Resources that the recipe requests, and what the attempts and Slurm's accounting say was used."""
     resources, jobs = facts.plan.recipe.resources, list(facts.jobs or [])
     spent = [a.times.last - a.times.started for a in facts.attempts if a.times.last and a.times.started]
     rows: list[list[Any]] = []
@@ -143,21 +148,19 @@ def asked_and_used(facts: Facts) -> str:
     held = sum(job.elapsed_s * job.cpus for job in jobs)
     if held:
         rows.append(["processor time", f"{seconds(held)} on all cores", seconds(cpu), f"{cpu / held:.0%}"])
-    html = table(["what", "asked for or held", "used", "share"], rows, "All attempts together")
+    html = table(["resource", "requested or allocated", "used", "share"], rows, "All attempts together")
     energy = sum(job.energy_j or 0 for job in jobs)
     if energy:
         html += pairs(
-            {"energy": f"{energy / 3.6e6:.3g} kWh ({energy:,.0f} J), as Slurm measured it, mostly for whole nodes"}
+            {"energy": f"{energy / 3.6e6:.3g} kWh ({energy:,.0f} J), measured by Slurm, mostly for whole nodes"}
         )
     html += table(
         ["job", "state", "wall time", "limit, min", "nodes", "cores", "GPUs", "cores used", "memory, GB", "energy, J"],
         [_job(job) for job in jobs],
-        "As sacct says",
+        "From sacct",
     )
-    if not jobs and any(attempt.facts.get("slurm") for attempt in facts.attempts):
-        html += note(
-            "Slurm's accounting (sacct) says nothing here: no processor time, no memory and no energy per job."
-        )
+    if not jobs and any(attempt.environment.get("slurm") for attempt in facts.attempts):
+        html += note("No accounting from Slurm (sacct): processor time, memory and energy of the jobs are unknown.")
     total = wall_time(facts)
     gpus = facts.plan.geometry.gpus_per_node * facts.plan.geometry.nodes
     if total and gpus:
@@ -180,11 +183,11 @@ def _job(job: Used) -> list[Any]:
     ]
 
 
-def _memory_measured(facts: Facts) -> float | None:
-    """The largest that the worker itself saw, GB."""
-    found = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
-    found.append(facts.utilisation.get("peak_memory_gb"))
-    return _largest([float(v) for v in found if isinstance(v, int | float)])
+def _memory_measured(facts: RunFacts) -> float | None:
+    """The largest memory that the worker measured, GB."""
+    values = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
+    values.append(facts.utilisation.get("peak_memory_gb"))
+    return _largest([float(v) for v in values if isinstance(v, int | float)])
 
 
 def _largest(values: list[float | None]) -> float | None:
@@ -193,12 +196,12 @@ def _largest(values: list[float | None]) -> float | None:
 
 
 def _pace(events: list[Mapping[str, Any]], key: str) -> list[Point]:
-    found = {
+    points = {
         float(e["step"]): float(e[key])
         for e in events
         if isinstance(e.get(key), int | float) and isinstance(e.get("step"), int)
     }
-    return sorted(found.items())
+    return sorted(points.items())
 
 
 def _percent(value: Any) -> str | None:

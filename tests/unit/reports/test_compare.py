@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.unit.conftest import Ran, tree
 from tests.unit.statistics.test_scores import write
@@ -23,7 +24,6 @@ from afina.site.settings import Site
 from afina.watch.glance import glance, names_of
 from afina.watch.overview import find_runs
 
-np = pytest.importorskip("numpy")
 MakeRun = Callable[..., Path]
 
 

@@ -90,7 +90,7 @@ def test_a_run_is_recorded_reported_and_made_again(place: Path, tmp_path: Path) 
     assert dry.returncode == 0 and json.loads(dry.stdout)["differs"] == [], dry
     done = _afina(place, "rerun", first, "--run", second, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "nothing that is recorded differs" in done.stdout and f"afina: finished: {second}" in done.stdout
+    assert "no recorded difference" in done.stdout and f"afina: finished: {second}" in done.stdout
     assert tree(first) == before, "the old run is not touched"
     assert (second / "recipe.yaml").read_text() == (first / "recipe.yaml").read_text()
     assert (second / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
@@ -185,7 +185,7 @@ def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
 def test_files_that_are_gone_are_named(old: Callable[..., RunDir], tmp_path: Path) -> None:
     run = old()
     (tmp_path / "re cipes, 'mine'/reviews.csv").unlink()
-    with pytest.raises(DataError, match=r"reviews\.csv: is not there any more"):
+    with pytest.raises(DataError, match=r"reviews\.csv: does not exist any more"):
         plan_again(run.path)
 
 
