@@ -159,7 +159,7 @@ def test_a_worker_that_dies_is_settled(afina: Callable[..., Ran], run: RunDir, c
 def test_the_workers_outcome_is_the_exit_code(afina: Callable[..., Ran], run: RunDir) -> None:
     """accelerate says 1 whatever its workers said: what counts is what the worker wrote."""
     script = (
-        "import sys; from afina.run.directory import *;"
+        "import sys; from afina.run.directory import RunDir; from afina.run.outcome import Outcome;"
         "RunDir(sys.argv[1]).record(Outcome(outcome='stopped', exit_code=75, attempt='local-1', global_step=3));"
         "sys.exit(1)"
     )

@@ -188,7 +188,7 @@ def test_worker_argv_inside_and_outside(monkeypatch: pytest.MonkeyPatch) -> None
     plan = plan_with(site_with())
     argv = worker_argv(plan, "prepare")
     assert argv[0] == "apptainer" and "exec" in argv[:3]
-    assert worker_argv(plan, "prepare")[-3:] == ["python", "-m", "afina.worker", "prepare"]
+    assert worker_argv(plan, "prepare")[-4:] == ["python", "-m", "afina.worker", "prepare"]
     monkeypatch.setenv("APPTAINER_CONTAINER", "/x.sif")
     assert worker_argv(plan, "prepare")[0] == sys.executable
 
@@ -205,7 +205,7 @@ def test_node_argv_is_the_hosts_wherever_it_is_made(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("APPTAINER_CONTAINER", "/x.sif")
     assert node_argv(plan) == outside
     assert outside[:3] == ["bash", "{run}/node.sh", "/images/afina.sif"] and outside.count("/images/afina.sif") == 2
-    assert outside[-4:] == ["python", "-m", "afina.worker", "launch", "{run}"]
+    assert outside[-5:] == ["python", "-m", "afina.worker", "launch", "{run}"]
     assert node_argv(plan_with(site)) == [sys.executable, "-m", "afina.worker", "launch", "{run}"]
 
 
