@@ -1,6 +1,6 @@
 """Pure: plan -> the command lines that are run. What is printed by a dry run is what is run.
 
-worker_argv       python -m afina.worker.X …       in the container, or here where the site has none
+worker_argv       python -m afina.worker COMMAND … in the container, or here where the site has none
 container_argv    apptainer exec … <worker_argv>
 node_argv         bash node.sh IMAGE <container_argv>   what a run directory keeps as the command of each node
 accelerate_argv   python -m accelerate.commands.launch … -m afina.worker train RUN

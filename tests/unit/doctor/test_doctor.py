@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tests.unit.conftest import Ran, program, sif_bytes, tree
 
 from afina import __version__
@@ -301,6 +302,26 @@ def test_allocated_gpus_without_a_driver_are_a_warning(
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", allocated)
     ((check, said, text, _),) = worker_doctor._cuda()
     assert (check, said) == ("cuda", level) and ("train on the CPU" in text) == (level == "warning")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "level", "words"),
+    [
+        ("12.6", "525.60.9", "failed", "needs driver 525.60.13 or newer, this is 525.60.9"),
+        ("13.0", "570.10", "failed", "needs driver 580.65.06 or newer"),
+        ("12.6", "535.104.05", "failed", "driver 535.104.05 is there, and torch cannot use it"),
+        (None, "535.104.05", "warning", "there is an NVIDIA driver"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_the_driver_is_held_against_the_one_table(
+    cuda: str | None, driver: str, level: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    file = tmp_path / "version"
+    file.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\n")
+    ((_, found, text, _),) = worker_doctor._cuda(file)
+    assert found == level and words in text, text
 
 
 @pytest.mark.slow

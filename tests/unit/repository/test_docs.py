@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import re
 import shlex
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,59 @@ def test_links_resolve(page: Path) -> None:
             titles = re.findall(r"(?m)^#+ (.+)$", _FENCE.sub("", file.read_text("utf-8")))
             slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
             assert anchor in slugs, f"{page.name}: {target}"
+
+
+#: Dotted names of the package in running text; not in paths, and not behind another name.
+_DOTTED = re.compile(r"(?<![\w./:-])(?:afina|worker)(?:\.[A-Za-z_]\w*)+(?![\w/])")
+_FILES = {"sif", "json", "argv", "sh"}
+
+
+def _prose(path: Path) -> Iterator[str]:
+    """The text of a page; the comments and docstrings of a module."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".md":
+        yield text
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def _resolves(name: str) -> bool:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        missing = object()
+        for part in parts[end:]:
+            value = getattr(value, part, missing)
+        return value is not missing
+    return False
+
+
+def test_dotted_names_of_modules_exist() -> None:
+    """In docstrings, comments and pages: a module that was moved takes its mentions along."""
+    labels = set(re.findall(r"\bprintf '(afina\.\w+)", (ROOT / "Apptainer.def").read_text("utf-8")))
+    assert "afina.torch" in labels, "labels of the image are no modules"
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    named: dict[str, set[str]] = {}
+    for path in [*PAGES, *sources]:
+        for text in _prose(path):
+            for name in _DOTTED.findall(text):
+                named.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    assert len(named) > 40
+    gone = {n: sorted(p) for n, p in named.items() if n.rpartition(".")[2] not in _FILES and n not in labels}
+    assert {name: paths for name, paths in gone.items() if not _resolves(name)} == {}
+
+
+def test_a_module_that_is_gone_does_not_resolve() -> None:
+    assert _resolves("afina.worker.compute.packing.pack") and _resolves("afina.site.gpus")
+    assert not _resolves("afina.doctor_job") and not _resolves("afina.site.gpus.nothing")
 
 
 def _rows(page: str, heading: str) -> list[list[str]]:

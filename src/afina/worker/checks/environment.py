@@ -4,7 +4,7 @@
     python -m afina.worker doctor ranks FOLDER COUNT    of a node in a job: its checks, then COUNT processes that meet the others
 
 A line has check, level (ok, warning, failed), said and remedy. The exit code is 3 where something failed. What is written in
-FOLDER, one file of lines a node, is read by `afina.doctor_job`. GPUs, NCCL and InfiniBand were not at hand: those lines are
+FOLDER, one file of lines a node, is read by `afina.doctor.job`. GPUs, NCCL and InfiniBand were not at hand: those lines are
 written from documentation.
 """
 
@@ -15,7 +15,6 @@ import ctypes
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
 from afina.version import __version__
 
@@ -44,8 +44,6 @@ _NEEDED = (
     "scipy",
     "submitit",
 )
-#: The oldest driver that runs a CUDA of this major version (NVIDIA's compatibility table).
-_DRIVERS = {11: 450, 12: 525, 13: 580}
 _MEET_S = 180
 
 Line = tuple[str, str, str, str]
@@ -103,14 +101,13 @@ def _packages() -> Iterator[Line]:
     yield "packages", "ok", ", ".join(versions), ""
 
 
-def _cuda() -> Iterator[Line]:
+def _cuda(driver_file: Path = DRIVER_FILE) -> Iterator[Line]:
     import torch
 
     built = torch.version.cuda
-    driver = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module.*?(\d+)\.\d+", driver.read_text()) if driver.exists() else None
+    driver = driver_version(driver_file)
     version = f"torch {torch.__version__}, built for {f'CUDA {built}' if built else 'the CPU'}"
-    if found is None and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+    if driver is None and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
         yield (
             "cuda",
             "warning",
@@ -118,7 +115,7 @@ def _cuda() -> Iterator[Line]:
             "ask for none (--gpus-per-node 0), or for a partition whose nodes have GPUs",
         )
         return
-    if found is None:
+    if driver is None:
         yield "cuda", "ok", f"{version}; no NVIDIA driver here", ""
         return
     if built is None:
@@ -129,12 +126,12 @@ def _cuda() -> Iterator[Line]:
             "build the image with a CUDA build of PyTorch to use the GPUs",
         )
         return
-    least = _DRIVERS.get(int(built.split(".")[0]))
-    if least and int(found[1]) < least:
+    minimum = minimum_driver(built)
+    if minimum is not None and not fits_driver(driver, minimum):
         yield (
             "cuda",
             "failed",
-            f"{version} needs driver {least} or newer, this is {found[1]}",
+            f"{version} needs driver {minimum} or newer, this is {driver}",
             "build the image for an older CUDA (Apptainer.def, TORCH_INDEX)",
         )
         return
@@ -142,7 +139,7 @@ def _cuda() -> Iterator[Line]:
         yield (
             "cuda",
             "failed",
-            f"{version}: driver {found[1]} is there, and torch cannot use it",
+            f"{version}: driver {driver} is there, and torch cannot use it",
             "start the image with --nv (resources.gpus_per_node above 0 does), or exclude this node",
         )
         return
@@ -153,7 +150,7 @@ def _cuda() -> Iterator[Line]:
         ones = torch.ones(64, 64, device=f"cuda:{number}")
         works = float((ones @ ones).sum()) == 64.0**3
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-        said = f"GPU {number}: {name}, {total:.0f} GB, compute capability {major}.{minor}, {bf16}, driver {found[1]}, CUDA {built}"
+        said = f"GPU {number}: {name}, {total:.0f} GB, compute capability {major}.{minor}, {bf16}, driver {driver}, CUDA {built}"
         yield (
             "cuda",
             "ok" if works else "failed",

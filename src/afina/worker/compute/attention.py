@@ -1,9 +1,9 @@
 """Attention over packed sequences, and over padded ones with the fast dropout, behind Transformers' attention interface.
 
-Packed, each sequence attends to itself, group by group (`worker.packing`). Where attention probabilities are dropped out
+Packed, each sequence attends to itself, group by group (`afina.worker.compute.packing`). Where attention probabilities are dropped out
 on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel takes no dropout there, and the
 general path draws a slow mask and keeps three copies of the probabilities; this one keeps the probabilities and 16 bits for each.
-On GPUs in half precision it is one call of torch's variable-length flash attention (`worker.varlen`). Everywhere else
+On GPUs in half precision it is one call of torch's variable-length flash attention (`afina.worker.compute.flash`). Everywhere else
 `scaled_dot_product_attention` does the work.
 
 Not covered: causal attention, keys and values of another length than the queries, returning the probabilities.
@@ -76,7 +76,7 @@ def attend(
         attention_mask: True where a key may be seen, bool (B, 1, 1 or L, L), or None.
         sliding_window: keys at this distance or further away are not seen.
         bias: added to the scores, (1, heads, longest, longest).
-        fast_dropout: draw from `worker.dropout`'s generator where that is possible.
+        fast_dropout: draw from `afina.worker.compute.dropout`'s generator where that is possible.
 
     Returns: (B, L, heads, D), None.
     """

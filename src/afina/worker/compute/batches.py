@@ -7,7 +7,7 @@ seed + epoch), so that a run with the tutorial's settings sees the tutorial's ba
     padded   pad to `max_length`, as the tutorial does
     longest  pad to the longest of the batch
     grouped  as longest, and rows of like length are brought together: in windows of 50 steps, steps then shuffled
-    packed   the rows of padded and longest, behind each other without padding (`worker.packing`)
+    packed   the rows of padded and longest, behind each other without padding (`afina.worker.compute.packing`)
 
 `packed` and `grouped` deal the rows of a step out by cost, not by count: every rank gets about the same work.
 """

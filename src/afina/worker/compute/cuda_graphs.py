@@ -9,7 +9,7 @@ A batch is replayed or computed kernel by kernel by what it is, not by what was 
 the undisturbed one drew. Recording draws nothing. Whether a step can be recorded at all is tried before, where a failure harms
 nothing: after one within a recording torch cannot draw any more (its generator stays in the recording, torch 2.13).
 
-Covered: one process, bfloat16, flash attention (`worker.varlen`), the kinds in `_KINDS`. Not covered: several processes,
+Covered: one process, bfloat16, flash attention (`afina.worker.compute.flash`), the kinds in `_KINDS`. Not covered: several processes,
 float16 (whose loss is scaled), evaluation.
 """
 

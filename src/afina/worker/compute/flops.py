@@ -3,7 +3,7 @@
 MFU as in PaLM (Chowdhery et al. 2022, appendix B): the floating-point operations of the model's own matrix products, forward
 and backward, for real tokens only, over what the hardware does at its peak in the same time. Padding counts for nothing.
 So does what an implementation computes twice, and nothing is taken off for what it leaves out: packed batches compute
-most of the last layer for first tokens only (`worker.packed`) and are credited with all of it: a seventh of a model of six layers.
+most of the last layer for first tokens only (`afina.worker.compute.packed_model`) and are credited with all of it: a seventh of a model of six layers.
 
 A multiplication and an addition are 2 operations. Per layer and token of a text of L tokens, with H the width and I that of the
 feed-forward network, forward: 8 H² for queries, keys, values and output, 4 H I for the network (6 H I where it is gated), 4 H

@@ -1,7 +1,7 @@
 """The model's side of packed batches: any encoder of a proven architecture takes them, with its own head, unchanged.
 
 A packed batch is (1, T): the examples of a micro-batch behind each other. Positions restart with each of them, attention
-keeps them apart (`worker.attention`), and a hook hands on the first token of each, (B, 1, hidden), from the point in the last
+keeps them apart (`afina.worker.compute.attention`), and a hook hands on the first token of each, (B, 1, hidden), from the point in the last
 layer where the others are no longer needed: what follows (most of the last layer, pooler, classifier) sees B short
 examples. That is also why packed batches do up to a layer's work less than padded ones.
 

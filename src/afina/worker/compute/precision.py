@@ -203,7 +203,7 @@ def tf32_enabled() -> bool:
 
 
 def matmul_dtype(choice: PrecisionChoice, used: TrainingArguments) -> str:
-    """What training multiplies, by the name that `worker.flops` has for it; `used` may hold the recipe's own arguments."""
+    """What training multiplies, by the name that `afina.worker.compute.flops` has for it; `used` may hold the recipe's own arguments."""
     if used.bf16 or choice.bf16_on_cpu:
         return "bfloat16"
     if used.fp16:

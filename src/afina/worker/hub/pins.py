@@ -2,7 +2,7 @@
 
 A pin (`<scratch>/pins/<kind>-….json`) says which commit a name meant when it was first asked for; every later prepare and
 every job takes that commit, until `AFINA_REFRESH=1` (`afina prefetch --refresh`) asks again. Models stay in the Hub's own
-cache; a file of it that is not what the Hub said it is gets fetched again. Data sets: `afina.worker.hub.pins.datasets`.
+cache; a file of it that is not what the Hub said it is gets fetched again. Data sets: `afina.worker.hub.datasets`.
 """
 
 from __future__ import annotations

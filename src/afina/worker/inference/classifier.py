@@ -1,6 +1,6 @@
 """A trained classifier in use: texts in, logits out in their order, by the batches that evaluation makes.
 
-Batches are sorted by length and packed where the architecture is proven (`worker.packed`), else padded to the longest;
+Batches are sorted by length and packed where the architecture is proven (`afina.worker.compute.packed_model`), else padded to the longest;
 they depend on the texts and on the settings alone, so that the same texts give the same numbers again. A text that is
 missing, empty or blank is not given to the model: no training saw one, and what the model said of it would look like
 knowledge. Its logits are NaN, its prediction is None.

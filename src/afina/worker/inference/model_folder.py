@@ -2,9 +2,9 @@
 
     DIR/  config.json, model.safetensors     as the run's model/
           tokenizer …                        as the run's model/; its longest input is that of the training
-          afina.json                         how the model wants its texts (`worker.note`)
-          README.md                          the model card (`worker.card`)
-          onnx/model.onnx                    if asked for, and equal to PyTorch (`worker.onnx_export`)
+          afina.json                         how the model wants its texts (`afina.worker.inference.export_info`)
+          README.md                          the model card (`afina.worker.inference.model_card`)
+          onnx/model.onnx                    if asked for, and equal to PyTorch (`afina.worker.inference.onnx_export`)
 
 Written aside and published by rename: it is there whole or not at all, and nothing that exists is overwritten.
 """

@@ -6,7 +6,7 @@
 
 Every stage may be killed at any instant and repeated. `--progress` chooses what a run says meanwhile: `json`, lines
 `{"rows": …}` on standard output for the host to draw; `log`, a line a minute. The last line of standard output is the
-result (see `worker.reply`).
+result (see `afina.worker.reply`).
 
 Not covered: one chunk over several processes; a share's chunks are predicted one after the other by one process.
 """

@@ -128,7 +128,7 @@ _SCORES: dict[str, Callable[..., dict[str, Any]]] = {
 def compute_metrics(
     task: str, names: Sequence[str], predictions: Array, labels: Array, num_labels: int
 ) -> dict[str, Any]:
-    """The named metrics of `task` (see `afina.recipe.METRICS`) for `tasks.decisions` against labels; NaN becomes None.
+    """The named metrics of `task` (see `afina.recipe.schema.METRICS`) for `tasks.decisions` against labels; NaN becomes None.
 
     Values are floats, or lists with one entry per class.
     """

@@ -1,7 +1,7 @@
 """What watches a training from beside it: whether to stop, and whether it still moves.
 
 A stop has one of four causes. Rank 0 looks at the stop file and at the deadline, every rank hears signals; the ranks agree at
-the end of a step (`worker.flow`). The watchdog is a thread: the training itself may hang in a collective.
+the end of a step (`afina.worker.training.control`). The watchdog is a thread: the training itself may hang in a collective.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def build_arguments(
             "max_steps": train.max_steps or -1,
             "learning_rate": train.learning_rate,
             "seed": train.seed,
-            # The flow is decided by `worker.flow`; these only have to be consistent with each other.
+            # The flow is decided by `afina.worker.training.control`; these only have to be consistent with each other.
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "logging_strategy": "steps",

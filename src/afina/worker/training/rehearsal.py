@@ -48,7 +48,7 @@ _ATTEMPT = "rehearsal"
 
 
 def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began: float) -> dict[str, Any]:
-    """What it cost. Bytes, seconds, and costs in tokens (`worker.batches.costs`), as measured in this process.
+    """What it cost. Bytes, seconds, and costs in tokens (`afina.worker.compute.batches.costs`), as measured in this process.
 
     Args:
         run: claimed, with a plan for one process whose `max_steps` bounds the steps.

@@ -1,8 +1,8 @@
 """`transformers.Trainer` with afina's batches, checkpoints, evaluation and moment to stop.
 
 Trainer keeps what it is good at: optimizer, schedule, mixed precision, gradient clipping, DDP through accelerate. What is
-replaced: the order of batches (`worker.batches`), the loss (summed and divided by the examples of the *global* step, so
-that uneven last steps are exact on any number of processes), evaluation (`worker.evaluation`) and saving (`worker.checkpoint`).
+replaced: the order of batches (`afina.worker.compute.batches`), the loss (summed and divided by the examples of the *global* step, so
+that uneven last steps are exact on any number of processes), evaluation (`afina.worker.training.evaluation`) and saving (`afina.worker.survival.checkpoint`).
 What Trainer counts anew in every step, and the plan knows, is not counted: examples (by a collective) and parameters.
 """
 
@@ -281,7 +281,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `worker.flops`
+        return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `afina.worker.compute.flops`
 
     def find_peak(self) -> None:
         """Measure what the processes' devices could do, all of them at the same moment; the best time counts. Collective."""
