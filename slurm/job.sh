@@ -40,6 +40,24 @@ afina_expand() {
   done
 }
 
+# With AFINA_IMAGE_KEY (a PEM public key, or a PGP fingerprint): exit with 3 unless that key has signed all of the image.
+afina_check_image() { # RUNTIME IMAGE
+  [ -n "${AFINA_IMAGE_KEY:-}" ] || return 0
+  local answer='' signer fingerprint=${AFINA_IMAGE_KEY//[[:space:]]/} how=(--key "$AFINA_IMAGE_KEY")
+  fingerprint=${fingerprint,,}
+  fingerprint=${fingerprint#0x}
+  if [[ $fingerprint =~ ^[0-9a-f]{40}$ ]]; then how=(--local --json); else fingerprint=; fi
+  if answer=$("$1" verify "${how[@]}" "$2" 2>&1 </dev/null); then
+    [ -n "$fingerprint" ] || return 0
+    signer=$(sed -nE 's/^ *"Fingerprint": "([^"]*)",?$/\1/p' <<<"$answer" | tr '[:upper:]' '[:lower:]' | sort -u | paste -sd ' ' -)
+    [ "$signer" != "$fingerprint" ] || return 0
+    answer="signed by ${signer:-an unknown key}"
+  fi
+  printf 'error: AFINA_IMAGE=%s is not the image that AFINA_IMAGE_KEY=%s signed: %s\n' "$2" "$AFINA_IMAGE_KEY" "${answer##*$'\n'}" >&2
+  printf '  remedy: fetch the image again from its signer; see also: %s verify%s\n' "$1" "$(printf ' %q' "${how[@]}" "$2")" >&2
+  exit 3
+}
+
 # Where the nodes meet, and when the job ends.
 afina_meet() {
   local head address port left

@@ -208,7 +208,7 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
     parts = Path(about["parts"])
     _check_queue(parts)
     tasks = min(array, about["chunks"] - about["done"])
-    scripts = job_scripts(("predict.sbatch", "node.sh"))
+    scripts = job_scripts(("predict.sbatch", "job.sh", "node.sh"))
     try:
         for name, script in scripts.items():
             write_atomic(parts / name, script.read_bytes())

@@ -89,7 +89,7 @@ def _why(said: str) -> str:
 def _refused(image: Path, key: str, why: str, argv: list[str]) -> SiteError:
     return SiteError(
         f"AFINA_IMAGE={image} is not the image that AFINA_IMAGE_KEY={key} signed: {why}",
-        "fetch the image again from whoever signed it, or sign your own (`apptainer sign --key PRIVATE.pem IMAGE`) and name "
+        "fetch the image again from its signer, or sign your own (`apptainer sign --key PRIVATE.pem IMAGE`) and name "
         f"its public key in AFINA_IMAGE_KEY; see also: {shlex.join(argv)}",
     )
 
