@@ -25,7 +25,9 @@ from afina.run.workers import ask_worker
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.image import check_image
 from afina.site.settings import environment, hub_token, load_site
-from afina.slurm.client import need_slurm, submit_sbatch, submit_submitit, submitit_script, version
+from afina.slurm.client import need_slurm, version
+from afina.slurm.submit import submit_sbatch
+from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, run_named
 
 __all__ = [

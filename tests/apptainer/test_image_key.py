@@ -23,7 +23,7 @@ from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
 from afina.site.image import check_image
 from afina.site.settings import Site
-from afina.slurm.client import submitit_script
+from afina.slurm.submitit_job import submitit_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/finetune.sbatch"

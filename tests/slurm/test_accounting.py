@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from afina.slurm.accounting import FIELDS, used
-from afina.slurm.client import accounting, version
+from afina.slurm.accounting import job_usage
+from afina.slurm.client import version
 
 _BUSY = "#!/bin/bash\nsrun python3 -c 'import time\nbegan = time.process_time()\nwhile time.process_time() - began < 2: pass'\nsleep 1\n"
 
 
-def test_used_time_and_resources_are_those_of_the_jobs(
-    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_usage_is_that_of_the_jobs(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
     script = folder / "busy.sh"
@@ -31,9 +29,9 @@ def test_used_time_and_resources_are_those_of_the_jobs(
         assert cluster.wait(each) == "COMPLETED"
     deadline = time.monotonic() + 30
     while True:  # what slurmctld knows reaches the accounting later, in parts
-        rows = accounting([job], FIELDS)
-        assert rows is not None
-        first, second = used(rows)
+        usage = job_usage([job])
+        assert usage is not None
+        first, second = usage
         if (second.state == "COMPLETED" and second.limit_min is not None) or time.monotonic() > deadline:
             break
         time.sleep(0.5)
@@ -42,15 +40,15 @@ def test_used_time_and_resources_are_those_of_the_jobs(
     assert second.asked_memory_gb == pytest.approx(500 / 1024)
     assert second.cpu_s is not None and 1.5 < second.cpu_s < 6 and second.elapsed_s >= 3
     assert second.cpu_share is not None and 0 < second.cpu_share <= 1 and second.energy_j is None
-    tasks = used(accounting([f"{array}_1", f"{array}_2"], FIELDS) or [])
+    tasks = job_usage([f"{array}_1", f"{array}_2"]) or []
     assert sorted(task.job for task in tasks) == [f"{array}_1", f"{array}_2"]
     assert str(version()).startswith("slurm")
 
 
-def test_without_accounting_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_accounting_there_is_no_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
     (tmp_path / "sacct").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert accounting(["1"], FIELDS) is None
+    assert job_usage(["1"]) is None
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert accounting(["1"], FIELDS) is None and version() is None and accounting([], FIELDS) is None
+    assert job_usage(["1"]) is None and version() is None and job_usage([]) is None

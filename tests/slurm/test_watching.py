@@ -16,7 +16,8 @@ import pytest
 from cluster import Cluster
 
 from afina.run.directory import RunDir
-from afina.slurm import client
+from afina.slurm import query as slurm_query
+from afina.slurm.query import Job, query
 from afina.slurm.reasons import explain
 from afina.watch.cancel import cancel_runs
 from afina.watch.overview import RunSummary, known_runs, summarise
@@ -36,8 +37,8 @@ def runs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def _run(folder: Path, name: str, *options: str, script: str = SLEEP, task: int | None = None) -> str:
     """A run directory with a job of its own, or with a task of an array."""
     argv = ["sbatch", "--parsable", "--output=/dev/null", "--ntasks=1", "--time=10", *options]
-    said = subprocess.run(argv, input=script, capture_output=True, text=True, check=True, cwd="/").stdout
-    job = said.strip() if task is None else f"{said.strip()}_{task}"
+    answer = subprocess.run(argv, input=script, capture_output=True, text=True, check=True, cwd="/").stdout
+    job = answer.strip() if task is None else f"{answer.strip()}_{task}"
     (folder / name / "attempts").mkdir(parents=True)
     (folder / name / "plan.json").write_text(json.dumps({"recipe": {"name": name}}))
     RunDir(folder / name).append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
@@ -98,8 +99,8 @@ def test_waiting_running_and_gone(
         assert 3000 < (found["later"].starts or 0) - time.time() <= 3700
         assert found["ended"].why and found["ended"].why.startswith("job ")
         # Once slurmctld has forgotten a job only accounting knows of it.
-        assert client.query(["999999"])["999999"] == client.Job("999999", "GONE")
-        assert set(client._accounted([running])) == ({running} if accounting else set()), (
+        assert query(["999999"])["999999"] == Job("999999", "GONE")
+        assert set(slurm_query._final_states([running])) == ({running} if accounting else set()), (
             "the database is behind by seconds"
         )
         assert {c.did for c in cancel_runs(known_runs())} == {"cancelled", "nothing"}

@@ -64,7 +64,7 @@ def init(
       afina init --data train.parquet --text sentence --label class --model ./model
     """
     from afina.site.settings import find_site_file, load_site
-    from afina.slurm.client import ask_cluster
+    from afina.slurm.cluster import read_cluster
     from afina.start import examine
     from afina.start import init as start
     from afina.start.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
@@ -74,7 +74,7 @@ def init(
     recipe_path = None if site_only else start.check_new(base)
     if site_only and (base / start.SITE).exists():
         raise InputError(f"{base / start.SITE} is there already, and is not overwritten", "use it, or move it away")
-    cluster = ask_cluster()
+    cluster = read_cluster()
 
     # The site first: Parquet and the Hub may need its image and its scratch.
     site_path = None if site_only else find_site_file()
@@ -240,7 +240,7 @@ def rehearse(
     from afina.forecast.estimate import describe
     from afina.forecast.forecast import foresee
     from afina.site.image import check_image
-    from afina.slurm.client import ask_cluster
+    from afina.slurm.cluster import read_cluster
 
     plan = api.plan_for(
         recipe,
@@ -253,7 +253,7 @@ def rehearse(
     check_image(plan.site)
     prepared = api.prepare(plan)
     measured = measure.rehearse(plan, prepared, seconds=seconds)
-    said = foresee(plan, prepared, ask_cluster(accounting=False), measured)
+    said = foresee(plan, prepared, read_cluster(accounting=False), measured)
     if as_json:
         print(json.dumps({**said.to_json(), "measured": measured.model_dump()}))
         return
@@ -366,8 +366,7 @@ def _target(
     from afina.doctor.target import Target
     from afina.errors import AfinaError
     from afina.site.settings import environment, load_site
-    from afina.slurm.client import ask_cluster
-    from afina.slurm.cluster import Cluster
+    from afina.slurm.cluster import Cluster, read_cluster
     from afina.start.init import bare_plan
 
     where = plan = error = None
@@ -381,7 +380,7 @@ def _target(
             plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
     except AfinaError as problem:
         error = problem
-    return Target(env, Cluster() if quick else ask_cluster(), where, plan, error, recipe is not None, with_job)
+    return Target(env, Cluster() if quick else read_cluster(), where, plan, error, recipe is not None, with_job)
 
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}

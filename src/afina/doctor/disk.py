@@ -18,7 +18,7 @@ from afina.doctor.target import ANSWER_S, Target, answer_of
 from afina.errors import EnvironmentProblem
 from afina.site.finding import Finding, Level
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
-from afina.slurm.client import heard
+from afina.slurm.cluster import read_config
 
 __all__ = [
     "check_caches",
@@ -281,10 +281,8 @@ def check_clock(target: Target) -> list[Finding]:
         file.flush()
         skews = {"the file server of scratch": os.fstat(file.fileno()).st_mtime - time.time()}
     with contextlib.suppress(KeyError, ValueError):
-        said = heard(["scontrol", "show", "config"])
-        match = re.search(r"Configuration data as of (\S+)", said or "")
-        if match:
-            skews["slurmctld"] = time.mktime(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) - time.time()
+        answered = time.strptime(read_config()["AsOf"], "%Y-%m-%dT%H:%M:%S")
+        skews["slurmctld"] = time.mktime(answered) - time.time()
     for who, skew in skews.items():
         # Slurm prints whole seconds, in this machine's time zone or in its own.
         if _SKEW_S < abs(skew) < 1700:

@@ -20,8 +20,9 @@ from afina.files import write_atomic
 from afina.run.commands import container_argv, job_scripts, sbatch_options, worker_argv
 from afina.run.plan import Plan
 from afina.site.finding import Finding, Level
-from afina.slurm.client import Job, cancel, query, submit_script
+from afina.slurm.query import Job, cancel, query
 from afina.slurm.reasons import explain
+from afina.slurm.submit import submit_script
 
 __all__ = ["try_job"]
 

@@ -6,9 +6,12 @@ import re
 import shutil
 
 from afina.doctor.target import Target
+from afina.recipe.time_limit import minutes_in_words
 from afina.site.finding import Finding
-from afina.slurm.client import heard
-from afina.slurm.cluster import Partition, ask_of, refusal, words_of_minutes
+from afina.slurm.accounting import accounting_works
+from afina.slurm.cluster import Partition
+from afina.slurm.limits import job_size, refusal
+from afina.slurm.query import queue_answers
 
 __all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
 
@@ -41,7 +44,7 @@ def check_slurm(target: Target) -> list[Finding]:
         return [Finding("slurm", "failed", "sinfo does not answer", "is slurmctld up? `scontrol ping`")]
     version = target.cluster.config.get("SLURM_VERSION", "")
     found = [Finding("slurm", "ok", f"cluster {target.cluster.name or '?'}, Slurm {version or '?'}")]
-    if heard(["squeue", "--noheader", "--me", "--format=%i"]) is None:
+    if not queue_answers():
         found.append(
             Finding(
                 "squeue",
@@ -50,9 +53,10 @@ def check_slurm(target: Target) -> list[Finding]:
                 "is slurmctld up? `scontrol ping`",
             )
         )
-    accounted = heard(["sacct", "--noheader", "--allocations", "--starttime=now-1hours", "--format=JobID"]) is not None
     found.append(
-        Finding("sacct", "ok", "works" if accounted else "does not work here; afina reads run directories instead")
+        Finding(
+            "sacct", "ok", "works" if accounting_works() else "does not work here; afina reads run directories instead"
+        )
     )
     return found
 
@@ -71,17 +75,17 @@ def check_partitions(target: Target) -> list[Finding]:
         if not x.up
     ]
     if target.plan is not None and target.cluster.partitions:
-        refused = refusal(ask_of(target.plan, target.env), target.cluster)
-        ask = ask_of(target.plan, target.env)
+        job = job_size(target.plan, target.env)
+        refused = refusal(job, target.cluster)
         if refused is not None:
             found.append(Finding("resources", "failed", *refused))
         else:
-            memory = f", {ask.mem_gb} GB" if ask.mem_gb else ""
+            memory = f", {job.mem_gb} GB" if job.mem_gb else ""
             found.append(
                 Finding(
                     "resources",
                     "ok",
-                    f"{ask.nodes} × ({ask.gpus} GPUs, {ask.cpus} cores{memory}) for {words_of_minutes(ask.minutes)}",
+                    f"{job.nodes} × ({job.gpus} GPUs, {job.cpus} cores{memory}) for {minutes_in_words(job.minutes)}",
                 )
             )
     elif (
@@ -104,7 +108,7 @@ def _asked(target: Target) -> list[Partition]:
 
 def _described(x: Partition) -> str:
     away = sum(kind.count for kind in x.nodes if kind.away)
-    limit = "no time limit" if x.max_minutes is None else f"up to {words_of_minutes(x.max_minutes)}"
+    limit = "no time limit" if x.max_minutes is None else f"up to {minutes_in_words(x.max_minutes)}"
     gpus = f", {x.gpus_per_node} GPUs per node at most" if x.gpus_per_node else ", no GPUs"
     return f"{x.name}: {x.num_nodes} nodes{f' ({away} out of service)' if away else ''}{gpus}, {limit}"
 

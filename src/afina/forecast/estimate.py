@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from afina.recipe.time_limit import minutes_in_words
 from afina.run.plan import Plan
-from afina.slurm.cluster import words_of_minutes
 
 __all__ = ["Earlier", "Estimate", "Measured", "Shape", "describe", "forecast", "memory_of", "pace"]
 
@@ -340,7 +340,7 @@ def describe(said: Mapping[str, Any]) -> list[str]:
     lines = [
         f"forecast from {_BASES[e.basis]}: {e.total_steps:,} steps, {took}; memory {e.host_gb:.1f} GB per node{gpu}; "
         f"a checkpoint {e.checkpoint_gb:.2f} GB, the run directory up to {e.disk_gb:.1f} GB",
-        f"asked for: {words_of_minutes(e.asked_time_min)}, {memory}; enough: {enough}resources.mem_gb {e.mem_gb}",
+        f"asked for: {minutes_in_words(e.asked_time_min)}, {memory}; enough: {enough}resources.mem_gb {e.mem_gb}",
     ]
     if e.attempts is None and e.seconds is not None:
         lines.append("warning: the time asked for is over before much is done")
@@ -355,4 +355,4 @@ _BASES = {"rehearsal": "a rehearsal", "earlier runs": "earlier runs like it", "m
 
 
 def _words_of_seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else words_of_minutes(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else minutes_in_words(seconds / 60)

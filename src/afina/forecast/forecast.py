@@ -15,13 +15,13 @@ from afina.forecast.estimate import Estimate, Measured, forecast
 from afina.forecast.evidence import earlier_runs, rehearse, shape_of
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
-from afina.slurm import cluster
-from afina.slurm.client import ask_cluster
+from afina.slurm.cluster import Cluster, read_cluster
+from afina.slurm.limits import job_size, limit_of, refusal
 
 __all__ = ["check_possible", "foresee", "write_forecast"]
 
 
-def check_possible(plan: Plan) -> cluster.Cluster:
+def check_possible(plan: Plan) -> Cluster:
     """Refuse what no partition that is asked for will ever run. What Slurm does not say is not held against anybody.
 
     Returns: what the cluster says of itself.
@@ -29,15 +29,15 @@ def check_possible(plan: Plan) -> cluster.Cluster:
     Raises:
         SlurmError: the time, nodes, GPUs, cores or memory asked for, and what there is.
     """
-    found = ask_cluster()
-    refused = cluster.refusal(cluster.ask_of(plan, os.environ), found)
+    found = read_cluster()
+    refused = refusal(job_size(plan, os.environ), found)
     if refused is not None:
         raise SlurmError(*refused)
     return found
 
 
 def foresee(
-    plan: Plan, prepared: Mapping[str, Any], found: cluster.Cluster | None = None, measured: Measured | None = None
+    plan: Plan, prepared: Mapping[str, Any], found: Cluster | None = None, measured: Measured | None = None
 ) -> Estimate:
     """The forecast of a plan: from what was measured, else from earlier runs like it, else from the model's numbers.
 
@@ -48,11 +48,11 @@ def foresee(
     Raises:
         EnvironmentProblem: model or prepared data cannot be read.
     """
-    limit = None if found is None else cluster.limit_of(cluster.ask_of(plan, os.environ), found)
+    limit = None if found is None else limit_of(job_size(plan, os.environ), found)
     return forecast(plan, shape_of(plan, prepared), measured=measured, earlier=earlier_runs(plan), limit_min=limit)
 
 
-def write_forecast(plan: Plan, directory: RunDir, found: cluster.Cluster, *, rehearsed: bool) -> None:
+def write_forecast(plan: Plan, directory: RunDir, found: Cluster, *, rehearsed: bool) -> None:
     """`estimate.json` of a run that was just claimed, for the report to set beside what was used.
 
     Args:

@@ -38,7 +38,9 @@ from afina.run.plan import Plan, check_cores
 from afina.run.processes_of_workers import call, call_all
 from afina.site.image import check_image
 from afina.site.settings import Site, environment, find_site_file, load_site
-from afina.slurm.client import need_slurm, query, submit_script
+from afina.slurm.client import need_slurm
+from afina.slurm.query import query
+from afina.slurm.submit import submit_script
 from afina.watch.overview import place_of
 
 __all__ = ["compose", "predict", "site_for", "submission", "submit_prediction", "worker_env"]

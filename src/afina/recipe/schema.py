@@ -28,6 +28,7 @@ from pydantic import (
 from afina.errors import RecipeError, nearest
 from afina.recipe.explain import KeyedError, explain, shown
 from afina.recipe.reserved import RESERVED_ARGUMENTS
+from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
 from afina.recipe.yaml_source import apply_override, read_yaml
 from afina.redact import looks_secret
@@ -56,7 +57,6 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
-_DIGITS = re.compile(r"[0-9]{1,9}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECRET = (
     "holds a token or a password",
@@ -80,24 +80,13 @@ class _Frozen(BaseModel):
 
 
 def _slurm_time(value: Any) -> Any:
-    """Slurm's time formats to minutes, rounded up: `90`, `90:00`, `1:30:00`, `1-0`, `1-2:30`, `1-2:30:00`."""
+    """Minutes, rounded up."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    days, dash, rest = value.strip().rpartition("-") if isinstance(value, str) else ("", "", "")
-    fields = rest.split(":")
-    if not all(_DIGITS.fullmatch(f) for f in fields) or len(fields) > 3 or (dash and not _DIGITS.fullmatch(days)):
+    seconds = parse_seconds(value) if isinstance(value, str) and "." not in value else None
+    if seconds is None:
         raise ValueError(f"{shown(value)} is not a time limit: write minutes (90), `HH:MM:SS` or `D-HH:MM:SS`")
-    numbers = [int(f) for f in fields]
-    if dash:
-        hours, minutes, seconds = (*numbers, 0, 0)[:3]
-        total = int(days) * 86400 + hours * 3600 + minutes * 60 + seconds
-    elif len(numbers) == 3:
-        total = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
-    elif len(numbers) == 2:
-        total = numbers[0] * 60 + numbers[1]
-    else:
-        total = numbers[0] * 60
-    return math.ceil(total / 60)
+    return math.ceil(seconds / 60)
 
 
 def _listed(value: Any) -> Any:

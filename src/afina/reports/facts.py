@@ -16,10 +16,11 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.run.record import read_record
-from afina.slurm.accounting import FIELDS, AttemptTimes, Used, job_ids, timeline, used
-from afina.slurm.client import accounting
+from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
+from afina.watch.reading import job_ids_of
+from afina.watch.timeline import AttemptTimes, timeline
 
 __all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts", "read_json"]
 
@@ -80,7 +81,7 @@ class RunFacts:
     predictions: Mapping[str, Predictions | str]
     scores: Mapping[str, Scores]
     lengths: Mapping[str, Lengths | str]
-    jobs: Sequence[Used] | None
+    jobs: Sequence[JobUsage] | None
     utilisation: Mapping[str, Any]
 
     @property
@@ -119,7 +120,6 @@ def read_facts(run: RunDir) -> RunFacts:
         split: _predictions(run.path / name) for split, name in _PREDICTIONS.items() if (run.path / name).exists()
     }
     prepared = read_json(run.path / "prepared.json")
-    rows = accounting(job_ids(_objects(run, "submissions.jsonl"), [a.name for a in attempts]), FIELDS)
     return RunFacts(
         path=run.path,
         plan=plan,
@@ -135,7 +135,7 @@ def read_facts(run: RunDir) -> RunFacts:
             split: score(rows) for split, rows in predictions.items() if isinstance(rows, Predictions) and len(rows)
         },
         lengths=_lengths(prepared, plan),
-        jobs=used(rows) if rows is not None else None,
+        jobs=job_usage(job_ids_of(_objects(run, "submissions.jsonl"), [a.name for a in attempts])),
         utilisation=_utilisation(run),
     )
 

@@ -9,7 +9,7 @@ from afina.reports.charts import Chart, Point
 from afina.reports.facts import Lengths, RunFacts
 from afina.reports.page import note, pairs, seconds, table
 from afina.reports.sections import wall_time
-from afina.slurm.accounting import Used
+from afina.slurm.accounting import JobUsage
 
 __all__ = ["lengths", "requested_and_used", "speed", "time_spent"]
 
@@ -168,7 +168,7 @@ def requested_and_used(facts: RunFacts) -> str:
     return html
 
 
-def _job(job: Used) -> list[Any]:
+def _job(job: JobUsage) -> list[Any]:
     return [
         job.job,
         job.state,

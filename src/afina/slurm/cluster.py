@@ -1,54 +1,49 @@
-"""What a cluster says of itself, read from the words of sinfo, scontrol and sacctmgr; and what it will never run.
+"""What a cluster says of itself: partitions, nodes, accounts and QOS, from sinfo, scontrol and sacctmgr.
 
-Pure: the commands are run by `afina.slurm`. A field that cannot be read is None, and nothing is concluded from it. Nodes count
-whatever state they are in: one that is down today may be back tomorrow, and Slurm keeps the job until then.
+A field that cannot be read is None. Nodes count whatever their state: one that is down today may be back tomorrow, and Slurm
+keeps the job until then.
 
 Not covered: features and constraints, reservations, limits of a user or an account, licences.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from afina.errors import nearest
-from afina.run.plan import Plan
+from afina.recipe.time_limit import parse_seconds
+from afina.slurm.client import try_command
 
 __all__ = [
-    "ASSOC_ARGV",
-    "QOS_ARGV",
-    "SINFO_ARGV",
-    "Ask",
     "Association",
     "Cluster",
     "Nodes",
     "Partition",
     "Qos",
-    "ask_of",
-    "limit_of",
-    "minutes",
     "parse_associations",
     "parse_config",
     "parse_partitions",
     "parse_qos",
-    "refusal",
-    "words_of_minutes",
+    "read_cluster",
+    "read_config",
 ]
 
-#: `--exact`: nodes that differ are told apart, instead of the least of them with a plus.
-SINFO_ARGV = ("sinfo", "--exact", "--noheader", "--format=%P|%a|%l|%s|%D|%c|%m|%G|%T")
-ASSOC_ARGV = ("sacctmgr", "--noheader", "--parsable2", "show", "assoc", "format=Cluster,Account,Partition,QOS,DefaultQOS,MaxWall")  # fmt: skip
-QOS_ARGV = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,MaxWall,Flags")
+#: `--exact`: one line for each kind of node, instead of the smallest of them with a plus.
+_SINFO = ("sinfo", "--exact", "--noheader", "--format=%P|%a|%l|%s|%D|%c|%m|%G|%T")
+_CONFIG = ("scontrol", "show", "config")
+_SACCTMGR = ("sacctmgr", "--noheader", "--parsable2", "show")
+_ASSOCIATIONS = (*_SACCTMGR, "assoc", "format=Cluster,Account,Partition,QOS,DefaultQOS,MaxWall")
+_QOS = (*_SACCTMGR, "qos", "format=Name,MaxWall,Flags")
 
-_MANY = 10**9
 #: States in which a node takes no job now, in sinfo's long names; a `*` means that it does not respond.
 _AWAY = ("down", "drain", "fail", "maint", "power", "unknown", "reserved", "no_respond")
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """`count` nodes of one kind: cores, memory in MB, GPUs and their types, and the state that sinfo names."""
+    """`count` nodes of one kind: cores, memory in MB, GPUs and their types, and their state as sinfo names it."""
 
     count: int
     cpus: int | None
@@ -60,6 +55,11 @@ class Nodes:
     @property
     def away(self) -> bool:
         return self.state.endswith("*") or self.state.lower().startswith(_AWAY)
+
+    def __str__(self) -> str:
+        memory = f", {self.mem_mb // 1024} GB" if self.mem_mb is not None else ""
+        types = f" ({', '.join(self.gpu_types)})" if self.gpu_types else ""
+        return f"{self.count} × {self.cpus or '?'} cores{memory}{f', {self.gpus} GPUs{types}' if self.gpus else ''}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Qos:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What could be learnt. Empty tuples and mappings where a command was missing, refused or silent."""
+    """One cluster. Tuples and mappings are empty where a command was missing, refused or did not answer."""
 
     partitions: tuple[Partition, ...] = ()
     config: Mapping[str, str] = field(default_factory=dict)
@@ -113,150 +113,54 @@ class Cluster:
     def name(self) -> str | None:
         return self.config.get("ClusterName")
 
-    def partition(self, name: str) -> Partition | None:
-        return next((p for p in self.partitions if p.name == name), None)
-
     @property
     def default(self) -> Partition | None:
         return next((p for p in self.partitions if p.default), None)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What a plan asks of Slurm, per node where it is per node. `partitions` empty: the default one."""
+def read_cluster(*, accounting: bool = True) -> Cluster:
+    """Ask the cluster with four short commands; what one does not answer stays empty.
 
-    nodes: int
-    gpus: int
-    cpus: int
-    mem_gb: int | None
-    minutes: int
-    partitions: tuple[str, ...] = ()
-    qos: str = ""
-
-
-def ask_of(plan: Plan, env: Mapping[str, str]) -> Ask:
-    """Args: env: what sbatch would see, the site's `SBATCH_*` aside."""
-    geometry, resources = plan.geometry, plan.recipe.resources
-    given = {**env, **plan.site.sbatch}
-    return Ask(
-        nodes=geometry.nodes,
-        gpus=geometry.gpus_per_node,
-        cpus=resources.cpus_per_gpu * geometry.processes_per_node,
-        mem_gb=resources.mem_gb,
-        minutes=resources.time,
-        partitions=tuple(p for p in given.get("SBATCH_PARTITION", "").split(",") if p),
-        qos=given.get("SBATCH_QOS", ""),
-    )
-
-
-def refusal(ask: Ask, cluster: Cluster) -> tuple[str, str] | None:
-    """Why no partition that is asked for will ever run this, and what to ask for instead; None where one may.
-
-    Several partitions are as in sbatch: the job goes to whichever takes it. Nothing is refused that is not known.
+    Args:
+        accounting: also ask for this user's accounts and for the QOS, where a cluster has accounting.
     """
-    known = cluster.partitions
-    if not known:
-        return None
-    names = ask.partitions or ((cluster.default.name,) if cluster.default else ())
-    found = [p for p in known if p.name in names]
-    if ask.partitions and not found:
-        hint = nearest(ask.partitions[0], [p.name for p in known])
-        return (
-            f"SBATCH_PARTITION={','.join(ask.partitions)}: this cluster has no such partition",
-            f"{hint + ' ' if hint else ''}known: {', '.join(p.name for p in known)}",
-        )
-    qos = next((q for q in cluster.qos if q.name == ask.qos), None)
-    if qos is not None and qos.max_minutes is not None and ask.minutes > qos.max_minutes:
-        return (
-            f"{words_of_minutes(ask.minutes)} are more than the {words_of_minutes(qos.max_minutes)} that QOS {qos.name} allows",
-            f"ask for less (`--time {qos.max_minutes}`; a run goes on after a requeue), or another SBATCH_QOS",
-        )
-    said = [why for partition in found if (why := _against(ask, partition, qos)) is not None]
-    if not found or len(said) < len(found):
-        return None
-    others = [p.name for p in known if p not in found and p.up and _against(ask, p, qos) is None]
-    elsewhere = f", or SBATCH_PARTITION={others[0]}, which has it" if others else ""
-    message, remedy = said[0]
-    return message, remedy + elsewhere
+    partitions = parse_partitions(try_command(_SINFO) or "")
+    if not partitions:
+        return Cluster()
+    config = read_config()
+    if not accounting:
+        return Cluster(partitions, config)
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
+    associations = parse_associations(try_command([*_ASSOCIATIONS, f"user={user}"]) or "", config.get("ClusterName"))
+    return Cluster(partitions, config, associations, parse_qos(try_command(_QOS) or ""))
 
 
-def limit_of(ask: Ask, cluster: Cluster) -> int | None:
-    """The longest time in minutes that a partition that is asked for allows; None where there is no limit or none is known."""
-    names = ask.partitions or ((cluster.default.name,) if cluster.default else ())
-    limits = [p.max_minutes for p in cluster.partitions if p.name in names]
-    known = [limit for limit in limits if limit is not None]
-    return max(known) if known and len(known) == len(limits) else None
+def read_config() -> dict[str, str]:
+    """Slurm's configuration, see `parse_config`; empty where slurmctld does not answer."""
+    return parse_config(try_command(_CONFIG) or "")
 
 
-def _against(ask: Ask, partition: Partition, qos: Qos | None) -> tuple[str, str] | None:
-    """What a partition has against a job."""
-    flags = {flag.lower() for flag in qos.flags} if qos is not None else set()
-    # A QOS that is not known here may lift the partition's limits.
-    lifted = (ask.qos and qos is None) or "partitiontimelimit" in flags
-    where = f"partition {partition.name}"
-    if partition.max_minutes is not None and ask.minutes > partition.max_minutes and not lifted:
-        return (
-            f"{words_of_minutes(ask.minutes)} are more than the {words_of_minutes(partition.max_minutes)} that {where} allows",
-            f"ask for less (`--time {partition.max_minutes}`; a run goes on after a requeue)",
-        )
-    if partition.max_nodes is not None and ask.nodes > partition.max_nodes and not (ask.qos and qos is None):
-        return (
-            f"{ask.nodes} nodes are more than the {partition.max_nodes} that {where} allows in one job",
-            f"ask for fewer: `--nodes {partition.max_nodes}`",
-        )
-    needs: tuple[tuple[int, str, Callable[[Nodes], int], str], ...] = (
-        (ask.gpus, "GPUs", lambda kind: kind.gpus, "--gpus-per-node"),
-        (ask.cpus, "cores", lambda kind: kind.cpus or _MANY, "resources.cpus_per_gpu"),
-        ((ask.mem_gb or 0) * 1024, "MB", lambda kind: kind.mem_mb or _MANY, "resources.mem_gb"),
-    )
-    if not partition.nodes:
-        return None
-    for wanted, what, of, key in needs:
-        most = max(of(kind) for kind in partition.nodes)
-        if wanted > most:
-            has = f"{most // 1024} GB of memory" if what == "MB" else f"{most} {what}" if most else f"no {what}"
-            asked = f"{ask.mem_gb} GB of memory" if what == "MB" else f"{wanted} {what}"
-            return f"{asked} per node are asked for, and no node of {where} has more than {has}", f"lower {key}"
-    fit = sum(kind.count for kind in partition.nodes if all(of(kind) >= wanted for wanted, _, of, _ in needs))
-    if fit < ask.nodes:
-        together = f"{ask.gpus} GPUs, {ask.cpus} cores" + (f" and {ask.mem_gb} GB" if ask.mem_gb else "")
-        return (
-            f"{ask.nodes} nodes with {together} each are asked for, and {where} has {fit} of them",
-            f"ask for fewer nodes, or for less per node: {'; '.join(dict.fromkeys(map(_described, partition.nodes)))}",
-        )
-    return None
-
-
-def _described(kind: Nodes) -> str:
-    memory = f", {kind.mem_mb // 1024} GB" if kind.mem_mb is not None else ""
-    gpus = f", {kind.gpus} GPUs{' (' + ', '.join(kind.gpu_types) + ')' if kind.gpu_types else ''}" if kind.gpus else ""
-    return f"{kind.count} × {kind.cpus or '?'} cores{memory}{gpus}"
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def parse_partitions(said: str) -> tuple[Partition, ...]:
-    """The answer of `SINFO_ARGV`; lines that are not understood are left out."""
-    found: dict[str, Partition] = {}
-    for line in said.splitlines():
+def parse_partitions(answer: str) -> tuple[Partition, ...]:
+    """Partitions from sinfo's answer; lines that are not understood are left out."""
+    partitions: dict[str, Partition] = {}
+    for line in answer.splitlines():
         fields = [f.strip() for f in line.split("|")]
         if len(fields) != 9 or not fields[0]:
             continue
         name, state, limit, sizes, count, cpus, memory, gres, nodes_state = fields
         kinds = _kinds(count, cpus, memory, gres, nodes_state)
         name, default = name.rstrip("*"), name.endswith("*")
-        before = found.get(name)
+        before = partitions.get(name)
         most = sizes.rpartition("-")[2]
-        found[name] = Partition(
+        partitions[name] = Partition(
             name=name,
             default=default,
             up=state.lower() == "up",
-            max_minutes=minutes(limit),
+            max_minutes=_minutes(limit),
             max_nodes=int(most) if most.isdigit() else None,
             nodes=(*(before.nodes if before else ()), *kinds),
         )
-    return tuple(found.values())
+    return tuple(partitions.values())
 
 
 def _kinds(count: str, cpus: str, memory: str, gres: str, state: str) -> tuple[Nodes, ...]:
@@ -283,54 +187,41 @@ def _gpus(gres: str) -> tuple[int, tuple[str, ...]]:
     return total, tuple(dict.fromkeys(types))
 
 
-def parse_config(said: str) -> dict[str, str]:
-    """The answer of `scontrol show config` as a mapping; `AsOf` is the first line's time."""
-    found: dict[str, str] = {}
-    for line in said.splitlines():
+def parse_config(answer: str) -> dict[str, str]:
+    """The answer of `scontrol show config`; `AsOf` is the time of its first line."""
+    config: dict[str, str] = {}
+    for line in answer.splitlines():
         name, equals, value = line.partition("=")
         if equals:
-            found.setdefault(name.strip(), value.strip())
+            config.setdefault(name.strip(), value.strip())
         elif match := re.match(r"Configuration data as of (\S+)", line):
-            found["AsOf"] = match[1]
-    return found
+            config["AsOf"] = match[1]
+    return config
 
 
-def parse_associations(said: str, cluster: str | None) -> tuple[Association, ...]:
-    """The answer of `ASSOC_ARGV`, of this cluster only where its name is known."""
-    found = []
-    for line in said.splitlines():
+def parse_associations(answer: str, cluster: str | None) -> tuple[Association, ...]:
+    """This user's accounts from sacctmgr's answer; those of this cluster only, where its name is known."""
+    associations = []
+    for line in answer.splitlines():
         fields = [f.strip() for f in line.split("|")]
         if len(fields) != 6 or not fields[1] or (cluster and fields[0] and fields[0] != cluster):
             continue
         _, account, partition, qos, default, wall = fields
-        found.append(Association(account, partition, tuple(q for q in qos.split(",") if q), default, minutes(wall)))
-    return tuple(dict.fromkeys(found))
+        associations.append(
+            Association(account, partition, tuple(q for q in qos.split(",") if q), default, _minutes(wall))
+        )
+    return tuple(dict.fromkeys(associations))
 
 
-def parse_qos(said: str) -> tuple[Qos, ...]:
-    """The answer of `QOS_ARGV`."""
-    rows = [[f.strip() for f in line.split("|")] for line in said.splitlines()]
+def parse_qos(answer: str) -> tuple[Qos, ...]:
+    """QOS from sacctmgr's answer."""
+    rows = [[f.strip() for f in line.split("|")] for line in answer.splitlines()]
     return tuple(
-        Qos(row[0], minutes(row[1]), tuple(f for f in row[2].split(",") if f)) for row in rows if len(row) == 3
+        Qos(row[0], _minutes(row[1]), tuple(f for f in row[2].split(",") if f)) for row in rows if len(row) == 3
     )
 
 
-def minutes(text: str) -> int | None:
-    """Minutes of a limit as Slurm prints it (`4:00:00`, `1-00:00:00`, `30:00`), rounded down; None: none, or not readable."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
-    if match is None:
-        return None
-    days, hours, minute, _ = (int(g or 0) for g in match.groups())
-    return days * 1440 + hours * 60 + minute
-
-
-def words_of_minutes(number: float) -> str:
-    """`90 min` up to two hours, then `2 h 30 min`, from two days on `3 days 4 h`; to the minute."""
-    whole = round(number)
-    if whole < 120:
-        return f"{whole} min"
-    days, hours, rest = (
-        (whole // 1440, whole % 1440 // 60, whole % 60) if whole >= 2880 else (0, whole // 60, whole % 60)
-    )
-    parts = ((days, "days"), (hours, "h"), (rest, "min"))
-    return " ".join(f"{count} {unit}" for count, unit in parts if count)
+def _minutes(text: str) -> int | None:
+    """Minutes of a limit, rounded down; None: no limit, or not readable."""
+    seconds = parse_seconds(text)
+    return None if seconds is None else int(seconds // 60)

@@ -1,7 +1,7 @@
-"""Why a job waits, in words that a researcher understands, and what to do about it.
+"""Why a job waits, in plain words, and what to do about it.
 
-squeue gives a reason as one word of Slurm's (`QOSMaxGRESPerUser`). The words here are of Slurm 22.05 to 25.05, from its manual
-(squeue, "JOB REASON CODES") and its source; what is not in the table is shown as Slurm says it.
+squeue gives a reason as one word (`QOSMaxGRESPerUser`). The table covers Slurm 22.05 to 25.05, from its manual (squeue, "JOB
+REASON CODES") and its source; a reason that is not in it is shown as Slurm names it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 __all__ = ["Waiting", "explain"]
 
-_QUEUE = "nothing: Slurm starts it when its turn comes; a shorter --time fits into gaps sooner"
+_QUEUE = "nothing: it starts when resources are free; a shorter --time fits into gaps sooner"
 _PARTITION = "`sinfo -o '%P %a %l %D'` shows the partitions; set SBATCH_PARTITION in site.env and submit again"
 _LIMITS = "`sacctmgr show qos format=name,maxtrespu,maxjobspu,maxwall` shows the limits"
 
-#: Slurm's word (a pattern for all of it) -> what it means, what to do. `{job}` stands for the job's number.
+#: A pattern for the whole reason -> what it means, what to do. `{job}` stands for the job id.
 _REASONS: tuple[tuple[str, str, str], ...] = (
-    ("None|WaitingForScheduling", "Slurm has not looked at it yet", "nothing: look again in a minute"),
-    ("Priority", "jobs with a higher priority come first", _QUEUE),
+    ("None|WaitingForScheduling", "Slurm has not considered it yet", "nothing: check again in a minute"),
+    ("Priority", "jobs with a higher priority start first", _QUEUE),
     ("Resources", "it is next, and the nodes or GPUs it asks for are busy", _QUEUE),
     ("BeginTime", "it may not start yet (after a requeue Slurm waits about two minutes)", "nothing"),
-    ("Cleaning|Prolog|Configuring|NodesConfiguring", "its nodes are being made ready", "nothing"),
-    ("JobArrayTaskLimit", "as many runs of its sweep are running as it allows at once", "nothing"),
+    ("Cleaning|Prolog|Configuring|NodesConfiguring", "its nodes are being prepared", "nothing"),
+    ("JobArrayTaskLimit", "its sweep runs as many jobs at once as it allows", "nothing"),
     ("Dependency", "it waits for another job to end", "nothing: `scontrol show job {job}` names that job"),
     (
         "DependencyNeverSatisfied",
-        "it waits for a job that ended in another way: it will never start",
+        "it depends on a job that ended otherwise: it will never start",
         "scancel {job}, and submit again",
     ),
     ("JobHeldUser", "it is held", "scontrol release {job}"),
@@ -34,44 +34,44 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "launch failed requeued held|job requeued in held state|JobHoldMaxRequeue",
         "a node could not start it, and Slurm holds it",
-        "look into its log (afina logs), then: scontrol release {job}",
+        "read its log (afina logs), then: scontrol release {job}",
     ),
     (
         "PartitionTimeLimit",
         "it asks for more time than the partition allows: it will never start",
-        "scontrol update JobId={job} TimeLimit=…, or cancel it and submit again with a shorter --time: the run goes on by "
-        "itself from attempt to attempt",
+        "scontrol update JobId={job} TimeLimit=…, or cancel it and submit again with a shorter --time: the run continues "
+        "from attempt to attempt",
     ),
     (
         "Partition(NodeLimit|MaxNodes|MinNodes|Config)",
         "it asks for what the partition does not allow (more nodes?): it will not start",
         "cancel it, and submit again with fewer --nodes or another SBATCH_PARTITION; `sinfo -s` shows them",
     ),
-    ("PartitionDown|PartitionInactive", "the partition takes no jobs just now", _PARTITION),
+    ("PartitionDown|PartitionInactive", "the partition is not accepting jobs now", _PARTITION),
     (
         "ReqNodeNotAvail.*|ReservedNodes?.*|.*UnavailableNodes.*",
         "nodes it could run on are down, drained or reserved (maintenance?)",
-        "`scontrol show reservation` and `sinfo -R` say until when; a --time that ends before may start now",
+        "`scontrol show reservation` and `sinfo -R` show until when; a --time that ends before may start now",
     ),
     (
         "Nodes required for job are DOWN, DRAINED.*|NodeDown",
         "nodes it could run on are down, drained or reserved",
-        "`sinfo -R` says why; fewer --nodes, or another partition",
+        "`sinfo -R` shows why; ask for fewer --nodes, or another partition",
     ),
     ("Reservation|ReservationDeleted", "it waits for its reservation", "scontrol show reservation"),
-    ("BurstBuffer\\w*", "the cluster copies files for it", "nothing"),
+    ("BurstBuffer\\w*", "the cluster is copying files for it", "nothing"),
     ("Licenses", "a licence it asks for is in use", "scontrol show licenses"),
     (
         "BadConstraints|ReqNode.*Constraint.*",
         "no node has all that it asks for: it will never start",
-        "cancel it; `sinfo -o '%P %D %c %m %G %f'` shows what nodes there are",
+        "cancel it; `sinfo -o '%P %D %c %m %G %f'` shows the nodes there are",
     ),
     (
         "InvalidAccount|AccountNotAllowed",
-        "the account may not be used here",
+        "this account is not allowed here",
         "set SBATCH_ACCOUNT in site.env; `sacctmgr show assoc user=$USER` lists yours",
     ),
-    ("InvalidQOS|QOSNotAllowed", "the quality of service may not be used here", "set SBATCH_QOS in site.env"),
+    ("InvalidQOS|QOSNotAllowed", "this quality of service is not allowed here", "set SBATCH_QOS in site.env"),
     (
         "(Assoc|QOS)Grp\\w*RunMin\\w*",
         "your group's running jobs hold as much compute time as the group may have at once",
@@ -109,7 +109,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "FrontEndDown|SystemFailure|.*[Ss]ystem.*",
-        "Slurm or a node of it is in trouble",
+        "Slurm or one of its nodes has a problem",
         "wait, or ask the cluster's support",
     ),
 )
@@ -117,13 +117,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Waiting:
-    """Why a job waits.
-
-    Attributes:
-        reason: Slurm's word.
-        words: what it means.
-        remedy: what to do.
-    """
+    """Why a job waits: Slurm's reason, what it means, what to do."""
 
     reason: str
     words: str
@@ -134,7 +128,7 @@ class Waiting:
 
 
 def explain(reason: str, job_id: str) -> Waiting:
-    """The words for squeue's reason (its format `%r`) of one job."""
+    """Explain squeue's reason (its format `%r`) of one job."""
     reason = reason.strip().strip("()")
     for pattern, words, remedy in _REASONS:
         if re.fullmatch(pattern, reason or "None"):

@@ -17,7 +17,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from afina.slurm.cluster import Cluster, Nodes, Partition, words_of_minutes
+from afina.recipe.time_limit import minutes_in_words
+from afina.slurm.cluster import Cluster, Nodes, Partition
 from afina.start.examine import Examined, quantile
 
 __all__ = [
@@ -316,7 +317,7 @@ def _time(p: Proposal, flops: float) -> tuple[str, str]:
     device = f"{p.gpus} GPU" if p.gpus else f"{p.cpus} cores"
     why = f"a guess from {flops:.1e} floating-point operations on {device}; `afina rehearse` measures it"
     if p.limit_min is not None and asked > p.limit_min:
-        why += f"; the partition allows {words_of_minutes(p.limit_min)}, and the run goes on in another job after that"
+        why += f"; the partition allows {minutes_in_words(p.limit_min)}, and the run goes on in another job after that"
         asked = p.limit_min
     return f"{asked // 60}:{asked % 60:02d}:00", why
 
@@ -394,7 +395,7 @@ def site_text(host: Host, cluster: Cluster) -> str:
 
 
 def _partition_line(p: Partition) -> str:
-    limit = "no time limit" if p.max_minutes is None else f"up to {words_of_minutes(p.max_minutes)}"
+    limit = "no time limit" if p.max_minutes is None else f"up to {minutes_in_words(p.max_minutes)}"
     kinds: dict[Nodes, int] = {}
     for kind in p.nodes:
         key = replace(kind, count=0, state="")

@@ -19,7 +19,8 @@ from afina.run.commands import sweep_argv
 from afina.run.directory import is_run_dir
 from afina.run.plan import Plan, check_cores, make_plan
 from afina.site.settings import load_site
-from afina.slurm.client import max_array_size, query
+from afina.slurm.query import query
+from afina.slurm.submit import max_array_size
 from afina.sweeps.directory import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
 from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners

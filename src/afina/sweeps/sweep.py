@@ -32,7 +32,8 @@ from afina.run.commands import worker_environment
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import Plan
 from afina.site.settings import environment
-from afina.slurm.client import need_slurm, submit_script
+from afina.slurm.client import need_slurm
+from afina.slurm.submit import submit_script
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.directory import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo

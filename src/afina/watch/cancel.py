@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from afina.errors import EnvironmentProblem, SlurmError
 from afina.run.directory import RunDir
-from afina.slurm.client import cancel, query
+from afina.slurm.query import cancel, query
 from afina.watch.reading import Reading, read_run
 
 __all__ = ["Cancelled", "cancel_runs"]

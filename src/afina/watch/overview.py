@@ -19,7 +19,7 @@ from typing import Any, Literal
 from afina.errors import InputError, SiteError, nearest
 from afina.recipe.trackers import sync_commands
 from afina.site.settings import scratch_of
-from afina.slurm.client import Job, query
+from afina.slurm.query import Job, query
 from afina.slurm.reasons import explain
 from afina.watch.reading import Reading, read_run
 
@@ -348,9 +348,9 @@ def _judge_ended(reading: Reading, job: Job | None) -> tuple[State, str | None, 
     if _says_how(reading):
         return recorded, _first_line(outcome), again if recorded == "STOPPED" else None
     if job is not None:
-        if job.said == "CANCELLED" or job.job_id in reading.cancelled:
+        if job.slurm_state == "CANCELLED" or job.job_id in reading.cancelled:
             return "STOPPED", "its job was cancelled", again
-        said = f" (Slurm says {job.said})" if job.said else ""
+        said = f" (Slurm says {job.slurm_state})" if job.slurm_state else ""
         what = f"attempt {attempt}" if attempt else f"job {job.job_id}"
         return (
             "FAILED",

@@ -12,12 +12,12 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Reading", "Sign", "read_run"]
+__all__ = ["Reading", "Sign", "job_ids_of", "read_run"]
 
 #: How much of a log is read, in bytes: some four hours of its once-a-minute lines.
 _TAIL = 65536
@@ -112,7 +112,7 @@ def read_run(path: Path) -> Reading:
         trackers=tuple(map(str, recipe.get("trackers") or ())),
         outcome=outcome,
         recorded=recorded,
-        job_ids=_job_ids(jobs, attempts),
+        job_ids=job_ids_of(jobs, attempts),
         submitted=max((float(j.get("time") or 0) for j in jobs), default=0.0),
         cancelled=events.cancelled,
         attempts=attempts,
@@ -185,8 +185,8 @@ def _folders(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def _job_ids(submissions: list[dict[str, Any]], attempts: tuple[str, ...]) -> tuple[str, ...]:
-    """As they were submitted; a run that was claimed inside its job is known by the names of its attempts only."""
+def job_ids_of(submissions: Sequence[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
+    """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
     known = [str(s["job_id"]) for s in submissions if s.get("job_id")]
     if not known:
         found = (m[1] for name in attempts if (m := _OF_A_JOB.fullmatch(name)))

@@ -1,4 +1,4 @@
-"""What a cluster says, read from the words of its commands, and what is refused because of it."""
+"""Facts about a cluster from its commands' answers, and the jobs that it will never run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from pathlib import Path
 import pytest
 from tests.unit.conftest import Ran, program, tree
 
-from afina.slurm.client import ask_cluster
 from afina.slurm.cluster import (
-    Ask,
     Cluster,
     Qos,
-    limit_of,
-    minutes,
     parse_associations,
     parse_config,
     parse_partitions,
-    refusal,
+    read_cluster,
 )
+from afina.slurm.limits import JobSize, limit_of, refusal
 
 #: As sinfo 22.05 and 23.11 print it: two kinds of nodes, a drained one, types, sockets, no GPUs, a limit on nodes.
 SINFO = """\
@@ -61,25 +58,17 @@ def test_partitions_are_read_with_all_their_kinds_of_nodes(cluster: Cluster) -> 
     assert cluster.name == "elk"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("30:00", 30), ("4:00:00", 240), ("1-00:00:00", 1440), ("2-12:30:59", 3630), ("infinite", None), ("n/a", None), ("", None)],
-)  # fmt: skip
-def test_limits(text: str, expected: int | None) -> None:
-    assert minutes(text) == expected
-
-
-USUAL = Ask(nodes=1, gpus=1, cpus=8, mem_gb=64, minutes=60)
+USUAL = JobSize(nodes=1, gpus=1, cpus=8, mem_gb=64, minutes=60)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"minutes": 1440}, None),
         ({"minutes": 1441}, "24 h 1 min are more than the 24 h that partition gpu allows"),
         ({"gpus": 4}, None),
-        ({"gpus": 5}, "5 GPUs per node are asked for, and no node of partition gpu has more than 4 GPUs"),
+        ({"gpus": 5}, "5 GPUs per node are requested, and no node of partition gpu has more than 4 GPUs"),
         ({"cpus": 65}, "65 cores per node"),
         ({"mem_gb": 501}, "no node of partition gpu has more than 500 GB of memory"),
         ({"nodes": 5}, "5 nodes are more than the 4"),
@@ -93,12 +82,14 @@ USUAL = Ask(nodes=1, gpus=1, cpus=8, mem_gb=64, minutes=60)
         ({"qos": "long", "gpus": 5}, "5 GPUs"),
     ],
 )
-def test_what_no_partition_will_run_is_refused(cluster: Cluster, changes: dict[str, object], said: str | None) -> None:
-    found = refusal(replace(USUAL, **changes), cluster)  # type: ignore[arg-type]
-    if said is None:
-        assert found is None
+def test_what_no_partition_will_run_is_refused(
+    cluster: Cluster, changes: dict[str, object], message: str | None
+) -> None:
+    refused = refusal(replace(USUAL, **changes), cluster)  # type: ignore[arg-type]
+    if message is None:
+        assert refused is None
     else:
-        assert found is not None and said in found[0] and found[1]
+        assert refused is not None and message in refused[0] and refused[1]
 
 
 def test_remedies_name_what_there_is(cluster: Cluster) -> None:
@@ -114,7 +105,7 @@ def test_a_qos_with_a_limit_of_its_own(cluster: Cluster) -> None:
     assert refusal(replace(USUAL, qos="plain", minutes=5000), short) is not None
 
 
-def test_nothing_is_held_against_anybody_where_nothing_is_known() -> None:
+def test_nothing_is_refused_where_nothing_is_known() -> None:
     assert refusal(replace(USUAL, gpus=99), Cluster()) is None
     blank = Cluster(parse_partitions("x*|up|n/a|n/a|1|?|?|gpu:?|unknown\n"))
     assert refusal(replace(USUAL, gpus=1, minutes=10**6), blank) is None
@@ -128,13 +119,13 @@ def test_the_limit_is_that_of_the_partitions_asked_for(cluster: Cluster) -> None
 
 
 def test_accounts_of_other_clusters_are_not_ours() -> None:
-    said = "elk|physics||normal,long|normal|2-00:00:00\nmoose|zoo||normal||\nelk|maths|gpu|||\nelk|||||\n"
-    found = parse_associations(said, "elk")
+    answer = "elk|physics||normal,long|normal|2-00:00:00\nmoose|zoo||normal||\nelk|maths|gpu|||\nelk|||||\n"
+    found = parse_associations(answer, "elk")
     assert [(a.account, a.partition, a.qos, a.max_minutes) for a in found] == [
         ("physics", "", ("normal", "long"), 2880),
         ("maths", "gpu", (), None),
     ]
-    assert {a.account for a in parse_associations(said, None)} == {"physics", "zoo", "maths"}
+    assert {a.account for a in parse_associations(answer, None)} == {"physics", "zoo", "maths"}
 
 
 # -- through the commands ----------------------------------------------------------------------------------------------
@@ -143,8 +134,8 @@ def test_accounts_of_other_clusters_are_not_ours() -> None:
 @pytest.fixture
 def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "fake bin"
-    (tmp_path / "said").write_text(SINFO)
-    program(folder, "sinfo", f'[ "$1" = --exact ] && cat "{tmp_path}/said"\n')
+    (tmp_path / "answer").write_text(SINFO)
+    program(folder, "sinfo", f'[ "$1" = --exact ] && cat "{tmp_path}/answer"\n')
     program(folder, "scontrol", f"cat <<'END'\n{CONFIG}END\n")
     for name in ("sacctmgr", "sbatch", "squeue", "sacct", "scancel", "srun"):
         program(folder, name, f'echo "{name}: not here" >&2; exit 1\n')
@@ -153,15 +144,15 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_cluster_without_accounting_is_known_without_accounts(bin: Path) -> None:
-    found = ask_cluster()
+    found = read_cluster()
     assert len(found.partitions) == 4 and found.name == "elk"
     assert found.associations == () and found.qos == ()
     program(bin, "sinfo", "exit 1\n")
-    assert ask_cluster() == Cluster()
+    assert read_cluster() == Cluster()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--time", "2-0"], "partition gpu allows"),
         (["--gpus-per-node", "8"], "8 GPUs per node"),
@@ -170,13 +161,13 @@ def test_a_cluster_without_accounting_is_known_without_accounts(bin: Path) -> No
 )
 def test_a_submission_that_cannot_succeed_leaves_nothing(
     afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path,
-    options: list[str], said: str,
+    options: list[str], message: str,
 ) -> None:  # fmt: skip
     """And it is refused before anything is prepared."""
     file = recipe_file(model=str(model_folder))
     before = tree(scratch)
     done = afina("submit", file, *options)
-    assert done.returncode == 3 and said in done.stderr and "remedy: " in done.stderr, done
+    assert done.returncode == 3 and message in done.stderr and "remedy: " in done.stderr, done
     assert tree(scratch) == before
 
 

@@ -1,0 +1,169 @@
+"""State of jobs, from one squeue and at most one sacct for any number of them; and scancel.
+
+A query that fails gives UNKNOWN, never FAILED: clusters without accounting have no sacct, and a busy slurmctld does not answer.
+
+Not covered: jobs of other users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from afina.errors import SlurmError
+from afina.recipe.time_limit import parse_seconds
+from afina.slurm.client import run_command, try_command
+
+__all__ = ["Job", "JobState", "cancel", "query", "queue_answers"]
+
+JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
+
+#: Slurm's states -> ours; any other (RUNNING, COMPLETING, SIGNALING, STAGE_OUT, …) is RUNNING.
+_STATES: dict[str, JobState] = {
+    **dict.fromkeys(
+        (
+            "PENDING",
+            "CONFIGURING",
+            "REQUEUED",
+            "REQUEUE_FED",
+            "REQUEUE_HOLD",
+            "SPECIAL_EXIT",
+            "SUSPENDED",
+            "STOPPED",
+            "RESV_DEL_HOLD",
+        ),
+        "PENDING",
+    ),
+    **dict.fromkeys(
+        (
+            "BOOT_FAIL",
+            "CANCELLED",
+            "COMPLETED",
+            "DEADLINE",
+            "FAILED",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "REVOKED",
+            "TIMEOUT",
+        ),
+        "GONE",
+    ),
+}
+#: One argument of a command may have 131,072 bytes on Linux.
+_MAX_ARGUMENT = 100_000
+#: Somebody waits at a screen for the answer.
+_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm knows of a job.
+
+    Attributes:
+        job_id: as in the query: `123`, or `123_4` for a task of an array.
+        state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
+        slurm_state: Slurm's own name of the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
+        reason: why it waits, in Slurm's word; `afina.slurm.reasons` explains it.
+        time_left_s: seconds to its time limit.
+        start: when it started, or when Slurm expects it to start, in seconds since the epoch.
+        nodes: the nodes that it runs on, as Slurm abbreviates them.
+    """
+
+    job_id: str
+    state: JobState
+    slurm_state: str = ""
+    reason: str = ""
+    time_left_s: int | None = None
+    start: float | None = None
+    nodes: str = ""
+
+
+def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -> dict[str, Job]:
+    """What Slurm knows of each job.
+
+    Args:
+        job_ids: `123`, or `123_4` for a task of an array. A task that runs can also be named by its own SLURM_JOB_ID.
+        account: ask sacct how these ended; by default all. Without accounting their `slurm_state` stays empty.
+    """
+    if not job_ids:
+        return {}
+    # Times as seconds since the epoch: no time zone, no hour that comes twice.
+    argv = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%L|%S|%N|%r"]
+    try:
+        answer = run_command(argv, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=_TIMEOUT_S)
+    except SlurmError:
+        return {job_id: Job(job_id, "UNKNOWN") for job_id in job_ids}
+    queued = _queued(answer)
+    missing = [job_id for job_id in job_ids if job_id not in queued]
+    ended = _final_states([j for j in missing if account is None or j in account])
+    gone = {job_id: Job(job_id, "GONE", ended.get(job_id, "")) for job_id in missing}
+    return {job_id: gone[job_id] if job_id in gone else queued[job_id] for job_id in job_ids}
+
+
+def queue_answers() -> bool:
+    """Whether squeue works here."""
+    return try_command(["squeue", "--noheader", "--me", "--format=%i"]) is not None
+
+
+def cancel(*job_ids: str) -> None:
+    """Cancel jobs with one scancel; a job that has ended meanwhile is not an error.
+
+    Raises:
+        SlurmError: Slurm refused.
+    """
+    if job_ids:
+        run_command(["scancel", *job_ids])
+
+
+def _queued(answer: str) -> dict[str, Job]:
+    """squeue's lines by job id; lines that it did not write (a wrapper's greeting) are left out."""
+    jobs: dict[str, Job] = {}
+    for line in answer.splitlines():
+        fields = line.strip().split("|", 6)
+        if len(fields) < 7:
+            continue
+        job_id, own_id, state, left, start, nodes, reason = fields
+        left_s = parse_seconds(left)
+        jobs[job_id] = Job(
+            job_id,
+            _STATES.get(state, "RUNNING"),
+            state,
+            reason,
+            None if left_s is None else int(left_s),
+            float(start) if start.strip().isdigit() else None,
+            nodes,
+        )
+        # Tasks of an array that have not begun share its number; the last one to begin keeps it as its own.
+        jobs.setdefault(own_id, jobs[job_id])
+    return jobs
+
+
+def _final_states(job_ids: Sequence[str]) -> dict[str, str]:
+    """How jobs ended according to sacct: COMPLETED, TIMEOUT, CANCELLED, …; empty without accounting."""
+    ended: dict[str, str] = {}
+    argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State"]
+    for ids in _arguments(job_ids):
+        answer = try_command([*argv, f"--jobs={ids}"], timeout_s=_TIMEOUT_S)
+        if answer is None:
+            return ended
+        for line in answer.splitlines():
+            fields = line.split("|")
+            if len(fields) == 3 and fields[2].split():
+                state = fields[2].split()[0]  # `CANCELLED by 1000`
+                ended[fields[0]] = state
+                ended.setdefault(fields[1], state)
+    return ended
+
+
+def _arguments(job_ids: Sequence[str]) -> Iterator[str]:
+    """The ids joined by commas, in pieces that fit into one argument each: a thousand ids are one piece."""
+    piece = ""
+    for job_id in job_ids:
+        if piece and len(piece) + len(job_id) >= _MAX_ARGUMENT:
+            yield piece
+            piece = ""
+        piece = f"{piece},{job_id}" if piece else job_id
+    if piece:
+        yield piece
