@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from afina.errors import AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.errors import AfinaError, InputError
 from afina.forecast.forecast import check_possible, write_forecast
 from afina.recipe.schema import Recipe, load_recipe
 from afina.run.commands import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, check_cores, geometry_for, make_plan
 from afina.run.record import make_record
-from afina.run.supervise import run_node, settle
+from afina.run.supervise import ensure_outcome, run_node
 from afina.run.workers import ask_worker
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.image import check_image
@@ -83,7 +83,7 @@ def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
         **hub_token(here),
         **({"AFINA_REFRESH": "1"} if refresh else {}),
     }
-    return ask_worker(worker_argv(plan, "prepare", "--json"), plan.to_json(), env, "the prepare stage")
+    return ask_worker(worker_argv(plan, "prepare"), env, plan.model_dump(mode="json"), name="the prepare stage")
 
 
 def claim(
@@ -260,12 +260,12 @@ def _attempt(directory: RunDir, env: dict[str, str]) -> None:
     folder = directory.begin_attempt()
     site = environment(directory.plan().site)
     code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env})
-    outcome = settle(directory, folder.name, code)
+    outcome = ensure_outcome(directory, folder.name, code)
     recorded = directory.outcome()
     if recorded is None or recorded.attempt != folder.name:
         # Another attempt works there, or the disk is full: what the directory says is not about this attempt.
-        kind = {2: InputError, 3: EnvironmentProblem}.get(outcome.exit_code, TrainingError)
-        raise kind(*(outcome.error or "").split("\n  remedy: ", 1))
+        assert outcome.failure is not None
+        raise outcome.failure.error()
 
 
 def visible_gpus() -> int:

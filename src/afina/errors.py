@@ -18,8 +18,9 @@ are defects of afina: they keep their traceback.
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 __all__ = [
     "EXIT_ENVIRONMENT",
@@ -31,6 +32,7 @@ __all__ = [
     "ClaimedError",
     "DataError",
     "EnvironmentProblem",
+    "Failure",
     "HubError",
     "InputError",
     "RecipeError",
@@ -47,31 +49,91 @@ EXIT_FAILED = 4
 EXIT_STOPPED = 75
 
 
-class AfinaError(Exception):
-    """What went wrong, and what to do about it.
+@dataclass(frozen=True)
+class Failure:
+    """An error as data: it crosses processes, JSON and pickles, and becomes an `AfinaError` again.
 
-    Args:
+    Attributes:
+        kind: the error's name in the tree above; another name becomes a plain `AfinaError`.
         message: what was found, where, and what is allowed.
-        remedy: what the user can do next; printed on a line of its own.
-        cause: one word for who decides whether to try again (`afina.run.supervise`): loss, disk, node, claimed, …
+        remedy: what the user can do next.
+        cause: one word that decides whether to try again (`afina.run.requeue`): loss, disk, node, claimed, …
+        nodes: where the cause is `node`, the nodes that cannot run the job.
     """
 
-    exit_code = 1
-
-    def __init__(self, message: str, remedy: str = "", *, cause: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
-        self.cause = cause
+    kind: str
+    message: str
+    remedy: str = ""
+    cause: str = ""
+    nodes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
 
-    def to_json(self) -> str:
-        return json.dumps({"error": type(self).__name__, "message": self.message, "remedy": self.remedy})
+    @property
+    def exit_code(self) -> int:
+        return _KINDS.get(self.kind, AfinaError).exit_code
 
-    def __reduce__(self) -> tuple[type[AfinaError], tuple[str, str]]:
-        return type(self), (self.message, self.remedy)
+    @classmethod
+    def of_exit_code(cls, code: int, message: str, remedy: str = "", cause: str = "") -> Failure:
+        """A failure of which only the exit code is known: 2 is bad input, 3 the environment, any other the training."""
+        kind = {EXIT_INPUT: InputError, EXIT_ENVIRONMENT: EnvironmentProblem}.get(code, TrainingError)
+        return cls(kind.__name__, message, remedy, cause)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Failure:
+        """The failure that `to_dict` wrote; keys of a newer afina are ignored.
+
+        Raises:
+            TypeError: kind or message is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        failure = cls(**{key: item for key, item in value.items() if key in known})
+        return replace(failure, nodes=tuple(failure.nodes))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def error(self) -> AfinaError:
+        """The exception of this failure, to be raised."""
+        kind = _KINDS.get(self.kind, AfinaError)
+        return kind(self.message, self.remedy, cause=self.cause, nodes=self.nodes)
+
+
+class AfinaError(Exception):
+    """What went wrong, and what to do about it; the arguments are those of `Failure`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "", *, cause: str = "", nodes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.failure = Failure(type(self).__name__, message, remedy, cause, nodes)
+
+    @property
+    def message(self) -> str:
+        return self.failure.message
+
+    @property
+    def remedy(self) -> str:
+        return self.failure.remedy
+
+    @property
+    def cause(self) -> str:
+        return self.failure.cause
+
+    def __str__(self) -> str:
+        return str(self.failure)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Failure.error, (self.failure,)
+
+    def about(self, what: str) -> AfinaError:
+        """The same error, whose message begins with what it is about: `cell a: …`."""
+        return self.reworded(f"{what}: {self.message}")
+
+    def reworded(self, message: str) -> AfinaError:
+        """The same error with another message."""
+        return replace(self.failure, message=message).error()
 
 
 class InputError(AfinaError):
@@ -108,6 +170,12 @@ class SlurmError(EnvironmentProblem):
 
 class TrainingError(AfinaError):
     exit_code = EXIT_FAILED
+
+
+_KINDS: dict[str, type[AfinaError]] = {
+    kind.__name__: kind
+    for kind in (InputError, RecipeError, DataError, ClaimedError, EnvironmentProblem, SiteError, HubError, SlurmError, TrainingError)
+}  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -47,9 +47,10 @@ PEERS = ("afina", "map", "map on all cores", "padded", "padded on all cores")
 #: As `python -m afina.worker prepare`, with pieces of another size.
 PREPARE = """
 import sys
-from afina.worker.data import shards as pieces, prepare
+from afina.worker.__main__ import main
+from afina.worker.data import shards as pieces
 pieces.PIECE_BYTES = int(sys.argv[1])
-sys.exit(prepare.main([]))
+sys.exit(main(["prepare"]))
 """
 
 MAP = """

@@ -8,9 +8,6 @@ Not covered: quotas of file systems whose tools (`quota`, `lfs`) are not here, a
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,8 +24,9 @@ from afina.doctor.disk import (
 )
 from afina.doctor.queue import check_account, check_after_the_end, check_partitions, check_slurm
 from afina.doctor.target import Target
-from afina.errors import AfinaError, EnvironmentProblem
+from afina.errors import AfinaError
 from afina.run.commands import worker_argv, worker_environment
+from afina.run.workers import follow_worker
 from afina.site.finding import Finding
 
 __all__ = ["CHECKS", "examine", "inside"]
@@ -87,19 +85,5 @@ def inside(target: Target) -> Iterator[Finding]:
     else:
         argv = worker_argv(target.where, "doctor")
         env |= worker_environment(target.where, offline=True, env=env)
-    try:
-        worker = subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
-        )
-    except OSError as error:
-        raise EnvironmentProblem(f"{argv[0]}: {error.strerror}", "load its module in site.env") from None
-    any_line = False
-    with worker:
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                said = json.loads(line)
-                any_line = True
-                yield Finding(said["check"], said["level"], said["message"], said["remedy"])
-    if not any_line or worker.returncode not in (0, 3):
-        raise EnvironmentProblem(f"the checks in the image ended with {worker.returncode}", "see the lines above")
+    for line in follow_worker(argv, env, name="the checks in the image"):
+        yield Finding(line["check"], line["level"], line["message"], line["remedy"])

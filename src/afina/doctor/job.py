@@ -66,9 +66,9 @@ def _prepare(plan: Plan, folder: Path) -> list[str]:
     for name, path in job_scripts(("doctor.sbatch", "finetune.sbatch", "job.sh", "node.sh")).items():
         shutil.copyfile(path, folder / name)
     if plan.site.runtime == "none":
-        worker = worker_argv(plan, "doctor", "ranks", str(folder), count)
+        worker = worker_argv(plan, "check-node", str(folder), count)
     else:
-        inner = container_argv(plan, ["python", "-m", "afina.worker", "doctor", "ranks", str(folder), count])
+        inner = container_argv(plan, ["python", "-m", "afina.worker", "check-node", str(folder), count])
         worker = ["bash", str(folder / "node.sh"), str(plan.site.image), *inner]
         assert plan.site.image is not None
         about = (str(plan.site.image), str(plan.site.image.stat().st_size), plan.site.runtime)

@@ -66,9 +66,9 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
         if plan.geometry.gpus_per_node:
             # Plain Python that sees several GPUs would use nn.DataParallel.
             env["CUDA_VISIBLE_DEVICES"] = here.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        question = json.dumps({"geometry": plan.geometry.model_dump(), "steps": _LEAST_STEPS, "seconds": seconds})
-        said = ask_worker(worker_argv(plan, "rehearse", str(run.path)), question, env, "the rehearsal")
-        return Measured.model_validate(said)
+        question = {"geometry": plan.geometry.model_dump(), "steps": _LEAST_STEPS, "seconds": seconds}
+        answer = ask_worker(worker_argv(plan, "rehearse", str(run.path)), env, question, name="the rehearsal")
+        return Measured.model_validate(answer)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

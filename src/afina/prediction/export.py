@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from afina.errors import InputError
 from afina.prediction.jobs import site_for, worker_env
 from afina.prediction.request import find_model, plan_of
 from afina.run.commands import worker_argv
-from afina.run.processes_of_workers import call
+from afina.run.workers import ask_worker
 from afina.watch.overview import place_of
 
 __all__ = ["export"]
@@ -41,5 +40,6 @@ def export(
     if not target.parent.is_dir():
         raise InputError(f"-o {target}: there is no folder {target.parent}", f"mkdir -p '{target.parent}'")
     plan = plan_of(directory, model, [], site_for(directory, site), gpus=0)
-    argv = worker_argv(plan, "export", "--json", binds=[directory.path, target.parent])
-    return call(argv, worker_env(plan), json.dumps({"run": str(directory.path), "out": str(target), "onnx": onnx}))
+    argv = worker_argv(plan, "export", binds=[directory.path, target.parent])
+    question = {"run": str(directory.path), "out": str(target), "onnx": onnx}
+    return ask_worker(argv, worker_env(plan), question, name="the export")

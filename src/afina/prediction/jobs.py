@@ -35,7 +35,7 @@ from afina.prediction.request import (
 from afina.run.commands import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, check_cores
-from afina.run.processes_of_workers import call, call_all
+from afina.run.workers import ask_worker, ask_workers
 from afina.site.image import check_image
 from afina.site.settings import Site, environment, find_site_file, load_site
 from afina.slurm.client import need_slurm
@@ -170,7 +170,6 @@ def predict(
             "--merge",
             "--progress",
             "json",
-            "--json",
             binds=binds,
         )
         for k in range(processes)
@@ -178,11 +177,12 @@ def predict(
     said: list[dict[str, Any]] = []
     if about["done"] < about["chunks"]:
         with _Bar(about["rows"], about["rows_done"]) as bar:
-            said = call_all(argvs, [env] * processes, hear=bar.hear)
+            said = ask_workers(argvs, [env] * processes, name="the prediction", on_progress=bar.hear)
     predicting = max((worker["seconds_predicting"] for worker in said), default=0.0)
     summary = next((worker["summary"] for worker in said if worker["merged"]), None)
     if summary is None:
-        summary = call(worker_argv(job.plan, "predict", "merge", parts, "--json", binds=binds), env)
+        argv = worker_argv(job.plan, "predict", "merge", parts, binds=binds)
+        summary = ask_worker(argv, env, name="merging the prediction")
     seconds = time.monotonic() - began
     fresh = about["rows"] - about["rows_done"]
     return {
@@ -245,8 +245,8 @@ def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
     what = str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files"
     _say(f"looking through {'standard input' if STDIN in job.inputs else what}")
     with _spooled(job, stdin) as ready:
-        argv = worker_argv(ready.plan, "predict", "plan", "--json", binds=_binds(ready))
-        return call(argv, worker_env(ready.plan), ready.model_dump_json())
+        argv = worker_argv(ready.plan, "predict", "plan", binds=_binds(ready))
+        return ask_worker(argv, worker_env(ready.plan), ready.model_dump(mode="json"), name="the prediction")
 
 
 @contextlib.contextmanager

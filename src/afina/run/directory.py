@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from afina.errors import AfinaError, ClaimedError, EnvironmentProblem, InputError
+from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import write_atomic
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
@@ -292,21 +292,42 @@ class RunDir:
         if folder.is_dir():
             write_atomic(folder / "exit", f"{outcome.exit_code}\n")
 
-    def record_failure(self, attempt: str, error: AfinaError | str, *, exit_code: int = 4, **fields: Any) -> Outcome:
+    def record_failure(self, attempt: str, failure: Failure, **fields: Any) -> Outcome:
         """Record that `attempt` failed, unless the attempt itself recorded how it ended."""
         known = self.outcome()
         if known is not None and known.attempt == attempt:
             return known
         outcome = Outcome(
             outcome="failed",
-            exit_code=exit_code,
+            exit_code=failure.exit_code,
             attempt=attempt,
             attempts=len(self.attempt_names()),
-            error=str(error),
+            failure=failure,
             **fields,
         )
         self.record(outcome)
         return outcome
+
+    def report_failure(self, attempt: str, process: str, failure: Failure) -> None:
+        """Leave the failure of one process in `attempts/<id>/failed.<process>.json`; the oldest becomes the outcome.
+
+        Raises:
+            EnvironmentProblem: no space, no quota, no permission.
+        """
+        record = {"exit_code": failure.exit_code, "error": str(failure), "cause": failure.cause}
+        path = self.attempts / attempt / f"failed.{process}.json"
+        write_atomic(path, json.dumps({**record, "failure": failure.to_dict()}))
+
+    def reported_failures(self, attempt: str) -> list[Failure]:
+        """What `report_failure` left, the oldest first; damaged files are left out."""
+        paths = sorted((self.attempts / attempt).glob("failed.*.json"), key=lambda path: path.stat().st_mtime_ns)
+        failures = []
+        for path in paths:
+            # Cut off: the disk was full, or the process was killed while it wrote.
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                outcome = Outcome(outcome="failed", attempt=attempt, **json.loads(path.read_bytes()))
+                failures += [outcome.failure] if outcome.failure else []
+        return failures
 
 
 def _without(script: bytes, options: Sequence[str]) -> bytes:

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         attempt = f"{os.environ.get('SLURM_JOB_ID', 'local')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         run.begin_attempt(attempt)
-        run.record_failure(attempt, error, exit_code=error.exit_code)
+        run.record_failure(attempt, error.failure)
         return error.exit_code
     return 0
 

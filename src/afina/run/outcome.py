@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+
+from afina.errors import Failure
 
 __all__ = ["Outcome"]
 
@@ -24,7 +26,8 @@ class Outcome(BaseModel):
             refers to, the most memory of a process, examples per step, wall seconds by part.
         seconds: wall time of all attempts up to here, start-up included.
         attempts: how many there were.
-        error: what failed, and the remedy.
+        failure: what failed. A file of an afina before 0.2 has its text alone, in `error`.
+        error: its text, message and remedy.
         cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
             exception's name.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
@@ -42,7 +45,7 @@ class Outcome(BaseModel):
     utilisation: dict[str, Any] = {}
     seconds: float = 0.0
     attempts: int = 1
-    error: str | None = None
+    failure: Failure | None = None
     cause: str | None = None
     max_steps: int | None = None
     best_step: int | None = None
@@ -52,3 +55,23 @@ class Outcome(BaseModel):
     device: str | None = None
     world_size: int | None = None
     global_batch: int | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def error(self) -> str | None:
+        return str(self.failure) if self.failure else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Failure and cause from each other; a failure from the `error` of older files."""
+        if not isinstance(values, dict):
+            return values
+        failure = values.get("failure")
+        if failure is None and values.get("error"):
+            code, cause = values.get("exit_code", 4), values.get("cause") or ""
+            return {**values, "failure": Failure.of_exit_code(code, values["error"], cause=cause)}
+        if failure is not None and not values.get("cause"):
+            cause = failure.cause if isinstance(failure, Failure) else failure.get("cause")
+            return {**values, "cause": cause or None}
+        return values

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT
 from afina.files import write_atomic
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
-from afina.run.supervise import settle
+from afina.run.supervise import ensure_outcome
 
-__all__ = ["Next", "conclude", "decide"]
+__all__ = ["Next", "decide", "finish_attempt"]
 
 #: Failures that another attempt would meet again.
 _LASTING = ("loss", "disk", "claimed")
@@ -37,9 +37,9 @@ class Next:
     exclude: tuple[str, ...] = ()
 
 
-def conclude(run: RunDir, attempt: str, code: int) -> Outcome:
-    """Settle an attempt of a Slurm job that has ended, decide what is next, and write it to `attempts/<id>/next`."""
-    outcome = settle(run, attempt, code)
+def finish_attempt(run: RunDir, attempt: str, code: int) -> Outcome:
+    """Record how an attempt of a Slurm job ended, decide what comes next, and write it to `attempts/<id>/next`."""
+    outcome = ensure_outcome(run, attempt, code)
     step, committed = _progress(run, attempt)
     following = decide(run, outcome)
     run.event(
@@ -72,7 +72,7 @@ def decide(run: RunDir, outcome: Outcome) -> Next:
             return Next("end", "no step was made within the time limit: ask for more time (resources.time, --time)")
         return Next("requeue", f"stopped ({cause or 'signal'}) with a checkpoint at step {committed}: to be continued")
     if cause == "node":
-        bad = tuple(_bad_nodes(outcome))
+        bad = outcome.failure.nodes if outcome.failure else ()
         return Next("requeue", f"{', '.join(bad)} cannot run this job: again without it", bad)
     if cause in _LASTING or outcome.exit_code in (EXIT_INPUT, EXIT_ENVIRONMENT):
         return Next("end", "this would fail again: see the error and its remedy above")
@@ -103,10 +103,5 @@ def _signature(outcome: Outcome) -> str | None:
     """What makes two failures the same: the cause and the first line without its numbers."""
     if outcome.outcome != "failed":
         return None
-    first: Any = (outcome.error or "").splitlines()[:1]
-    return f"{outcome.cause}: {re.sub(r'[0-9]+', '#', first[0])[:200] if first else ''}"
-
-
-def _bad_nodes(outcome: Outcome) -> list[str]:
-    """The error of a broken node begins with its name: `n1, n2: …`."""
-    return [name.strip() for name in (outcome.error or "").partition(":")[0].split(",")]
+    first = outcome.failure.message.partition("\n")[0] if outcome.failure else ""
+    return f"{outcome.cause}: {re.sub(r'[0-9]+', '#', first)[:200]}"

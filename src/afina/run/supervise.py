@@ -1,7 +1,7 @@
 """The host's side of one attempt on one node: start the worker, keep its log, hear signals, ask for a stop.
 
 Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal is answered by the run's stop
-file: the ranks then agree on a step, commit a checkpoint and leave. When the attempt has ended, its outcome is settled.
+file: the ranks then agree on a step, commit a checkpoint and leave. An attempt that could not record its outcome gets one here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem
+from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem, Failure
 from afina.files import write_atomic
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
+from afina.run.workers import cannot_start
 
-__all__ = ["run_node", "settle"]
+__all__ = ["ensure_outcome", "run_node"]
 
 
 def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0, show: bool = True) -> int:
@@ -53,10 +55,7 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
             start_new_session=True,  # the terminal's Ctrl-C is for the supervisor: the ranks stop together, at a step
         )
     except OSError as error:
-        raise EnvironmentProblem(
-            f"{argv[0]}: {error.strerror}",
-            "install Apptainer, or load its module in site.env (AFINA_RUNTIME=none runs without)",
-        ) from None
+        raise cannot_start(argv[0], error) from None
     hear = _Ear(run, worker)
     assert worker.stdout is not None
     with (folder / f"node{node}.log").open("ab", buffering=0) as log, hear:
@@ -69,8 +68,8 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
     return _recorded_code(folder, code)
 
 
-def settle(run: RunDir, attempt: str, code: int) -> Outcome:
-    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed here.
+def ensure_outcome(run: RunDir, attempt: str, code: int) -> Outcome:
+    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed.
 
     Args:
         code: the exit code of the attempt's first node.
@@ -79,37 +78,32 @@ def settle(run: RunDir, attempt: str, code: int) -> Outcome:
     if known is not None and known.attempt == attempt:
         return known
     folder = run.attempts / attempt
-    if code == EXIT_ENVIRONMENT and not list(folder.glob("failed.*.json")) and (full := _is_full(run.path)):
-        return Outcome(outcome="failed", attempt=attempt, exit_code=code, cause="disk", error=full)
-    failures = sorted(folder.glob("failed.*.json"), key=lambda path: path.stat().st_mtime_ns)
-    for failure in failures:
-        try:
-            said = json.loads(failure.read_text())
-        except ValueError:  # cut off: the disk was full, or the rank was killed while it wrote
-            continue
-        if said.get("cause") == "claimed":  # the outcome is for the attempt that works there to write
-            return Outcome(outcome="failed", attempt=attempt, **said)
-        return run.record_failure(attempt, said["error"], exit_code=said["exit_code"], cause=said.get("cause"))
-    cause = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
-    absent = _absent_nodes(folder)
+    reported = run.reported_failures(attempt)
+    if code == EXIT_ENVIRONMENT and not reported and (full := _full_disk(run.path)):
+        return Outcome(outcome="failed", attempt=attempt, exit_code=code, failure=full)
+    if reported and reported[0].cause == "claimed":  # the outcome belongs to the attempt that is running
+        return Outcome(outcome="failed", attempt=attempt, exit_code=reported[0].exit_code, failure=reported[0])
+    return run.record_failure(attempt, reported[0] if reported else _without_outcome(folder, code))
+
+
+def _without_outcome(folder: Path, code: int) -> Failure:
+    """The failure of an attempt that recorded nothing: what its exit code, its nodes and its log show."""
+    how = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
+    remedy = f"see {folder}/node*.log; `afina resume` continues from the newest checkpoint"
     last = _last_lines(folder)
-    return run.record_failure(
-        attempt,
-        (f"{', '.join(absent)}: the worker never started there" if absent else "the worker ended without an outcome")
-        + f" ({cause})"
-        + (f"; its last lines:\n{last}" if last else "")
-        + f"\n  remedy: see {folder}/node*.log; `afina resume` continues from the newest checkpoint",
-        exit_code=EXIT_ENVIRONMENT if absent else code if code in (2, 3) else EXIT_FAILED,
-        cause="node" if absent else "killed",
-    )
+    lines = f"; its last lines:\n{last}" if last else ""
+    if absent := _absent_nodes(folder):
+        message = f"{', '.join(absent)}: the worker never started there ({how}){lines}"
+        return Failure("EnvironmentProblem", message, remedy, "node", tuple(absent))
+    return Failure.of_exit_code(code, f"the worker ended without an outcome ({how}){lines}", remedy, "killed")
 
 
-def _is_full(folder: Path) -> str | None:
-    """What to say where not even the outcome can be recorded."""
+def _full_disk(folder: Path) -> Failure | None:
+    """The failure of a disk on which not even the outcome can be recorded."""
     try:
         write_atomic(folder / ".room", bytes(4096))
     except EnvironmentProblem as error:
-        return str(error)
+        return replace(error.failure, cause="disk")
     (folder / ".room").unlink()
     return None
 

@@ -18,7 +18,7 @@ from afina.errors import SlurmError
 from afina.run.commands import slurm_options
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
-from afina.run.requeue import conclude
+from afina.run.requeue import finish_attempt
 from afina.run.supervise import run_node
 from afina.slurm.client import need_command
 from afina.slurm.submit import site_variables
@@ -42,7 +42,7 @@ class NodeTask:
         code = run_node(run, attempt, env={"AFINA_LAUNCH": "slurm"}, node=node, show=node == 0)
         if node:
             return None
-        return conclude(run, attempt, code).model_dump()
+        return finish_attempt(run, attempt, code).model_dump()
 
 
 def submit_submitit(plan: Plan, run: RunDir) -> str:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from afina import errors
-from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError
+from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.forecast.evidence import parameters_of
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
 from afina.run.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
+from afina.run.workers import follow_worker
 from afina.site.settings import Site, cache_environment, environment, hub_token, load_site
 from afina.slurm.cluster import Cluster
 from afina.start import examine, propose
@@ -214,24 +215,7 @@ def _worker_lines(question: Mapping[str, Any], site: Site | None, paths: Sequenc
                 "build the image (container/build.sh) and name it in site.env, or `pip install 'afina[train]'`",
             )
         argv = container_argv(bare_plan(site), ["python", *argv[1:]], [p.parent for p in paths])
-    worker = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, encoding="utf-8")
-    assert worker.stdin is not None and worker.stdout is not None
-    with worker:
-        worker.stdin.write(json.dumps(question))
-        worker.stdin.close()
-        try:
-            for text in worker.stdout:
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue
-                if "error" in line:
-                    raise getattr(errors, str(line["error"]), AfinaError)(line["message"], line["remedy"])
-                yield line
-        finally:
-            worker.stdout.close()
-    if worker.returncode:
-        raise EnvironmentProblem(f"looking into the data ended with {worker.returncode}", "see the lines above")
+    return follow_worker(argv, env, question, name="the examination of the data")
 
 
 def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:

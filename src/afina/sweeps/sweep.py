@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from afina import api
-from afina.errors import ClaimedError, EnvironmentProblem, InputError
+from afina.errors import ClaimedError, InputError
 from afina.forecast.forecast import check_possible
 from afina.recipe.schema import Recipe
 from afina.run.commands import worker_environment
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import Plan
+from afina.run.workers import ask_worker
 from afina.site.settings import environment
 from afina.slurm.client import need_slurm
 from afina.slurm.submit import submit_script
@@ -301,10 +301,8 @@ def _run_here(home: SweepDir, record: SweepRecord, wanted: Sequence[int], num_pr
         if outcome is not None and outcome.outcome == "stopped":
             say("stopped; the same command goes on from here")
             return
-        if outcome is not None and outcome.exit_code in (2, 3):
-            kind = InputError if outcome.exit_code == 2 else EnvironmentProblem
-            message, _, remedy = (outcome.error or "").partition("\n  remedy: ")
-            raise kind(f"{cell.name}: {message}", remedy)
+        if outcome is not None and outcome.failure is not None and outcome.exit_code in (2, 3):
+            raise outcome.failure.error().about(cell.name)
 
 
 def _ask(home: SweepDir, plan: Plan, run: RunDir) -> None:
@@ -315,15 +313,5 @@ def _ask(home: SweepDir, plan: Plan, run: RunDir) -> None:
     """
     words = [os.fsdecode(word) for word in home.trial_argv.read_bytes().split(b"\0")[:-1]]
     here = {**os.environ, **environment(plan.site)}
-    done = subprocess.run(
-        [*words, str(run.path)],
-        env={**here, **worker_environment(plan, offline=True, env=here)},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said, _, remedy = done.stderr.strip().removeprefix("error: ").partition("\n  remedy: ")
-        kind = InputError if done.returncode == 2 else EnvironmentProblem
-        raise kind(said or f"the trial could not be made: exit code {done.returncode}", remedy or "see the lines above")
+    env = {**here, **worker_environment(plan, offline=True, env=here)}
+    ask_worker([*words, str(run.path)], env, name="the next trial")

@@ -102,9 +102,13 @@ class Run:
             return outcome
         if state == "PLANNED":
             raise InputError(f"{self.path}: was never submitted", f"afina submit '{self.path}'")
-        cause = outcome.error if outcome and outcome.error else "its job left the queue without an outcome"
+        failure = outcome.failure if outcome else None
+        why = failure.message if failure else "its job left the queue without an outcome"
+        resume = f"`afina resume '{self.path}'` continues from the newest checkpoint"
         raise TrainingError(
-            f"{self.path}: {state}: {cause}", f"afina resume '{self.path}' continues from the newest checkpoint"
+            f"{self.path}: {state}: {why}",
+            f"{failure.remedy}; {resume}" if failure and failure.remedy else resume,
+            cause=failure.cause if failure else "",
         )
 
     def records(self) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""The one door into the container: `python -m afina.worker COMMAND …`. Nothing else of the worker is started as a process."""
+"""The one door into the container: `python -m afina.worker COMMAND … [--json]`. Nothing else of the worker is started as a process.
+
+With `--json` a failure is the last line of standard output (see `afina.worker.reply`), else a message on standard error.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,44 @@ import sys
 from importlib import import_module
 
 from afina.redact import RedactedStream
+from afina.worker.reply import reply
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["ANSWERS", "PROCESSES", "main"]
 
-#: Each command and the module whose `main(argv)` it is; imported only when it is asked for.
-COMMANDS = {
+#: Commands that answer their caller, and the module whose `answer(arguments)` makes the answer; imported when it is needed.
+ANSWERS = {
     "prepare": "afina.worker.data.prepare",
     "peek": "afina.worker.data.peek",
-    "launch": "afina.worker.node.launch",
-    "train": "afina.worker.training.train",
-    "finish": "afina.worker.node.finish",
     "trial": "afina.worker.node.trial",
     "rehearse": "afina.worker.training.rehearse",
     "predict": "afina.worker.inference.stages",
     "export": "afina.worker.inference.model_folder",
     "doctor": "afina.worker.checks.environment",
+}
+#: Commands that run processes, and the module whose `main(arguments)` returns the exit code.
+PROCESSES = {
+    "launch": "afina.worker.node.launch",
+    "train": "afina.worker.training.train",
+    "finish": "afina.worker.node.finish",
+    "check-node": "afina.worker.checks.environment",
     "selftest": "afina.worker.checks.selftest",
 }
 
 
 def main(argv: list[str]) -> int:
     """Run a command; returns its exit code, see `afina.errors`."""
-    if not argv or argv[0] not in COMMANDS:
-        print(f"usage: python -m afina.worker {'|'.join(COMMANDS)} …", file=sys.stderr)
+    command, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if command not in ANSWERS and command not in PROCESSES:
+        print(f"usage: python -m afina.worker {'|'.join([*ANSWERS, *PROCESSES])} …", file=sys.stderr)
         return 2
-    if argv[0] not in ("launch", "train"):  # these two write the log of a node, each in its own way
+    if command not in ("launch", "train"):  # these two write the log of a node, each in its own way
         # Also what libraries log, and the traceback of a defect.
         sys.stderr = RedactedStream.over(sys.stderr)
-    code: int = import_module(COMMANDS[argv[0]]).main(argv[1:])
-    return code
+    if command in PROCESSES:
+        code: int = import_module(PROCESSES[command]).main(arguments)
+        return code
+    words = [word for word in arguments if word != "--json"]
+    return reply(lambda: import_module(ANSWERS[command]).answer(words), as_json=words != arguments)
 
 
 if __name__ == "__main__":

@@ -1,71 +1,155 @@
-"""How a stage answers the host: one JSON object as the last line of standard output, an error as one too; messages for people
-go to standard error."""
+"""How a worker answers its caller: lines of JSON on standard output, messages for people on standard error.
+
+    {"progress": {…}}     what there is so far (rows done, a row, a finding); any number of lines
+    {…}                   the answer; the last line
+    {"failure": {…}}      in its place, an `afina.errors.Failure`
+
+The question is JSON on standard input. `afina.run.workers` is the caller's side. Exit codes: 0, those of `afina.errors`, 130 after
+an interrupt, 143 after SIGTERM, 141 where the caller has gone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import os
+import select
+import shutil
 import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
-from afina.errors import AfinaError, EnvironmentProblem
+from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError
+from afina.files import readable_size
+from afina.redact import redact
 
-__all__ = ["reply"]
+__all__ = ["Terminated", "disk_errors", "not_a_question", "read_question", "reply", "report"]
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM came: unwind, clean up, exit 143."""
 
 
 def reply(work: Callable[[], dict[str, Any]], *, as_json: bool) -> int:
-    """Do `work` and say what it returns; the exit code (see `afina.errors`), 130 after an interrupt, 143 after
-    SIGTERM, 141 where nobody listens any more.
+    """Do `work` and print what it returns as the answer; returns the exit code.
 
     Args:
-        as_json: an error is the last line of standard output, for the caller to say it once; else a message.
+        as_json: a failure is the last line of standard output, for a program; else a message on standard error.
     """
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with _full_disk():
-            said = work()
-        print(json.dumps(said, ensure_ascii=False), flush=True)
-        return 0
-    except AfinaError as error:
-        if as_json:
-            print(error.to_json(), flush=True)
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except BrokenPipeError:  # the host was killed
-        return 141
+        return _reply(work, as_json)
+    except BrokenPipeError:
+        code = 141
     except KeyboardInterrupt:
-        return 130
-    except _Terminated:
-        return 143
+        code = 130
+    except Terminated:
+        code = 143
     finally:
         signal.signal(signal.SIGTERM, previous)
+    with contextlib.suppress(OSError, ValueError):
+        # Nobody reads what is still in the buffer: it must not fail at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
+def _reply(work: Callable[[], dict[str, Any]], as_json: bool) -> int:
+    try:
+        with disk_errors():
+            answer = work()
+    except AfinaError as error:
+        failure = _redacted(error.failure)
+        if as_json:
+            print(json.dumps({"failure": failure.to_dict()}, ensure_ascii=False), flush=True)
+        else:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        return failure.exit_code
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    return 0
+
+
+def report(progress: dict[str, Any], *, flush: bool = True) -> None:
+    """Print what there is so far; many small lines go together where `flush` is False."""
+    print(json.dumps({"progress": progress}, ensure_ascii=False, default=str), flush=flush)
+
+
+def read_question(what: str) -> Any:
+    """The JSON on standard input. From here on this process ends with its caller.
+
+    Args:
+        what: what is expected, for the message: "a plan".
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    text = sys.stdin.read()
+    _end_with_caller()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise not_a_question(what, str(error)) from None
+
+
+def not_a_question(what: str, why: str) -> InputError:
+    """The error for standard input that holds something else."""
+    return InputError(
+        f"standard input is not {what}: {why}", "this command is called by `afina`; by hand give it what `afina` would"
+    )
 
 
 @contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
-    """A full disk, a spent quota, a folder that cannot be written to become one message."""
+def disk_errors(folder: Path | None = None) -> Iterator[None]:
+    """Turn a full disk, a spent quota, a limit on file sizes, a folder that cannot be written to into one message.
+
+    Args:
+        folder: where the block writes; every error of a file in it counts.
+    """
     try:
         yield
     except OSError as error:
+        what = f"{error.filename or folder or 'the output'}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = f"; {_free(folder)} are free on the file system of {folder}" if folder else ""
             raise EnvironmentProblem(
-                f"{error.filename or 'the output'}: {error.strerror or error}",
-                "free space or quota (`df -h`, `quota`), then run the same command again: it goes on where it was",
+                f"{what}{free}",
+                "free space or quota (`df -h`, `df -i`, `quota`, `ulimit -f`), then run the same command again: it resumes",
+                cause="disk",
             ) from error
+        if folder is not None and str(error.filename or "").startswith(str(folder)):
+            raise EnvironmentProblem(what, f"check {folder} and its permissions") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            raise EnvironmentProblem(
-                f"{error.filename}: {error.strerror}", "choose a folder that you may write to"
-            ) from error
+            raise EnvironmentProblem(what, "choose a folder that you may write to") from error
         raise
+
+
+def _free(folder: Path) -> str:
+    return readable_size(shutil.disk_usage(folder).free)
+
+
+def _redacted(failure: Failure) -> Failure:
+    return replace(failure, message=redact(failure.message), remedy=redact(failure.remedy))
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
+def _end_with_caller() -> None:
+    """Terminate this process when its caller is gone, killed perhaps: a pipe that nobody reads reports an error."""
+    output = sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
+    if output < 0 or not stat.S_ISFIFO(os.fstat(output).st_mode):
+        return
+    poll = select.poll()
+    poll.register(output, 0)
+
+    def wait() -> None:
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="caller", daemon=True).start()

@@ -12,6 +12,7 @@ import pytest
 from tests.unit.conftest import Ran
 
 from afina import __version__
+from afina.errors import Failure
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
@@ -118,7 +119,7 @@ def test_status(afina: Callable[..., Ran], run: RunDir) -> None:
 
 
 def test_status_of_a_failure(afina: Callable[..., Ran], run: RunDir) -> None:
-    run.record_failure("local-1", "the loss is not finite\n  remedy: a smaller train.learning_rate")
+    run.record_failure("local-1", Failure("TrainingError", "the loss is not finite", "a smaller train.learning_rate"))
     done = afina("status", run.path)
     assert done.returncode == 0 and done.stdout.startswith("FAILED  step 0")
     assert "the loss is not finite" in done.stdout and "remedy: " in done.stdout

@@ -31,9 +31,10 @@ TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 #: The prepare stage with pieces so small that little data has many.
 SMALL_PIECES = """
 import sys
-from afina.worker.data import shards as pieces, prepare, tokenise
+from afina.worker.__main__ import main
+from afina.worker.data import shards as pieces, tokenise
 pieces.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
-sys.exit(prepare.main([]))
+sys.exit(main(["prepare"]))
 """
 
 Ran = subprocess.CompletedProcess[str]
@@ -296,7 +297,7 @@ def test_a_signal_leaves_nothing_half_made_behind(
     child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert child.returncode == code, err
-    assert out == "" and "Traceback" not in err and "what was tokenised is kept for the next time" in err
+    assert out == "" and "Traceback" not in err and "finished token shards are kept for the next time" in err
     assert leftovers(made) == []
     assert {path.suffix for path in made.site.cache.glob("prepare/*/*")} == {".npz"}
 
@@ -345,12 +346,9 @@ def test_scratch_that_cannot_be_written(plan: Callable[..., Plan], tmp_path: Pat
 def test_errors_as_json_for_a_parent(plan: Callable[..., Plan]) -> None:
     ran = prepare(plan(data={"label": "star"}), "--json")
     assert ran.returncode == 2 and "error:" not in ran.stderr
-    said = json.loads(ran.stdout.splitlines()[-1])
-    assert (
-        said["error"] == "DataError"
-        and "no column `star`" in said["message"]
-        and said["remedy"] == "did you mean `stars`?"
-    )
+    failure = json.loads(ran.stdout.splitlines()[-1])["failure"]
+    assert failure["kind"] == "DataError" and "no column `star`" in failure["message"]
+    assert failure["remedy"] == "did you mean `stars`?"
 
 
 def test_not_a_plan(site: Site) -> None:

@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from afina import errors
-from afina.errors import AfinaError, nearest
+from afina.errors import AfinaError, EnvironmentProblem, Failure, nearest
+from afina.run.outcome import Outcome
 
 KINDS = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, AfinaError)]
 
@@ -34,15 +35,39 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_errors_survive_pickling_and_json(kind: type[AfinaError]) -> None:
-    error = kind("what is wrong ☃", "what to do")
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is kind and str(again) == str(error) == "what is wrong ☃\n  remedy: what to do"
-    assert json.loads(error.to_json()) == {
-        "error": kind.__name__,
-        "message": "what is wrong ☃",
-        "remedy": "what to do",
-    }
+@pytest.mark.parametrize("way", ["pickle", "json", "outcome"])
+def test_errors_keep_all_parts_on_every_way(kind: type[AfinaError], way: str) -> None:
+    error = kind("what is wrong ☃", "what to do", cause="disk", nodes=("n1", "n2"))
+    again: AfinaError
+    if way == "pickle":
+        again = pickle.loads(pickle.dumps(error))
+    elif way == "json":
+        again = Failure.from_dict(json.loads(json.dumps({**error.failure.to_dict(), "newer": 1}))).error()
+    else:
+        outcome = Outcome(outcome="failed", exit_code=error.exit_code, attempt="1.0", failure=error.failure)
+        read = Outcome.model_validate_json(outcome.model_dump_json())
+        assert read == outcome and read.failure is not None and read.cause == "disk"
+        again = read.failure.error()
+    assert type(again) is kind and again.failure == error.failure and again.failure.exit_code == kind.exit_code
+    assert str(again) == "what is wrong ☃\n  remedy: what to do"
+
+
+def test_the_error_of_an_older_outcome_becomes_its_failure() -> None:
+    """outcome.json of an afina before 0.2 holds the text alone; this one writes it too, for older readers."""
+    old = {"outcome": "failed", "exit_code": 3, "attempt": "1.0", "cause": "disk", "error": "full\n  remedy: free it"}
+    outcome = Outcome.model_validate(old)
+    assert outcome.failure == Failure("EnvironmentProblem", "full\n  remedy: free it", cause="disk")
+    assert {**outcome.model_dump(), **old} == outcome.model_dump()
+
+
+def test_an_unknown_kind_is_a_plain_error() -> None:
+    error = Failure("OfTomorrow", "what is wrong").error()
+    assert type(error) is AfinaError and error.exit_code == 1
+
+
+def test_another_message_keeps_kind_remedy_and_cause() -> None:
+    error = EnvironmentProblem("no room", "free some", cause="disk").about("cell a")
+    assert error.failure == Failure("EnvironmentProblem", "cell a: no room", "free some", "disk")
 
 
 def test_no_remedy_no_line() -> None:

@@ -29,6 +29,7 @@ from afina.cli import main
 from afina.errors import AfinaError, InputError
 from afina.prediction import jobs as predicting
 from afina.prediction.request import Prediction, folder_of
+from afina.worker.__main__ import main as door
 from afina.worker.inference import stages as worker
 from afina.worker.inference.parts import Parts
 
@@ -196,15 +197,15 @@ def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: 
 def test_a_pipe(run: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers in this process, to save their starts: other tests start them."""
 
-    def call(argv: list[str], env: Any, data: str = "") -> dict[str, Any]:
+    def ask_worker(argv: list[str], env: Any, question: Any = None, *, name: str) -> dict[str, Any]:
         stage, *words = argv[argv.index("afina.worker") + 2 :]
-        return worker.plan(Prediction.model_validate_json(data)) if stage == "plan" else worker.merge(words[0])
+        return worker.plan(Prediction.model_validate(question)) if stage == "plan" else worker.merge(words[0])
 
-    def call_all(argvs: list[list[str]], envs: Any, hear: Any) -> list[dict[str, Any]]:
+    def ask_workers(argvs: list[list[str]], *_: Any, **__: Any) -> list[dict[str, Any]]:
         return [worker.run(argv[argv.index("run") + 1], 0, 1, and_merge=False, progress="log") for argv in argvs]
 
-    monkeypatch.setattr(predicting, "call", call)
-    monkeypatch.setattr(predicting, "call_all", call_all)
+    monkeypatch.setattr(predicting, "ask_worker", ask_worker)
+    monkeypatch.setattr(predicting, "ask_workers", ask_workers)
     texts = "what a great thing\n\nit was awful, broken ☃\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(texts.encode())))
     main(["predict", str(run), "-"])
@@ -488,11 +489,11 @@ def test_a_full_disk_keeps_what_is_done(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
-        code = worker.main(["merge", about["parts"], "--json"])
+        code = door(["predict", "merge", about["parts"], "--json"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = json.loads(capsys.readouterr().out)
-    assert code == 3 and "File too large" in said["message"] and "goes on where it was" in said["remedy"]
+    failure = json.loads(capsys.readouterr().out)["failure"]
+    assert code == 3 and "File too large" in failure["message"] and "it resumes" in failure["remedy"]
     assert tree(Path(about["parts"])) == before and not out.exists()
     here(run, reviews, out, chunk_rows=20)
     assert len(rows_of_csv(out)) == 203

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.unit.conftest import Ran, tree
 
-from afina.errors import EnvironmentProblem, InputError
+from afina.errors import EnvironmentProblem, Failure, InputError
 from afina.recipe.schema import Recipe
 from afina.reports import write_report
 from afina.reports.charts import thin, ticks
@@ -219,7 +219,7 @@ def test_a_run_that_has_not_begun_and_one_that_failed_have_a_page(make_run: Make
     run = make_run()
     assert "No outcome is recorded" in Page(write_report(run.path)).text
     run.begin_attempt("123.0")
-    run.record_failure("123.0", "the loss is nan at step 3", exit_code=4)
+    run.record_failure("123.0", Failure("TrainingError", "the loss is nan at step 3"))
     page = Page(write_report(run.path))
     assert ["outcome", "failed"] in page.rows and "the loss is nan at step 3" in page.text
     assert "Epochs" not in page.headings and not page.svgs()

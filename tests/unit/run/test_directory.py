@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from tests.unit.conftest import NASTY, private_mounts, tree
 
-from afina.errors import ClaimedError, EnvironmentProblem, InputError, TrainingError
+from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import write_atomic
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, make_plan
-from afina.run.supervise import settle
+from afina.run.supervise import ensure_outcome
 from afina.site.settings import Site
 
 ARGV = [
@@ -406,8 +406,8 @@ def test_a_failure_does_not_overwrite_what_the_attempt_said(plan: Plan, tmp_path
     run = claimed(plan, tmp_path / "r")
     run.begin_attempt("local-1")
     run.record(outcome(global_step=7))
-    assert run.record_failure("local-1", "killed").outcome == "finished"
-    failed = run.record_failure("local-2", TrainingError("it broke", "mend it"))
+    assert run.record_failure("local-1", Failure("TrainingError", "killed")).outcome == "finished"
+    failed = run.record_failure("local-2", Failure("TrainingError", "it broke", "mend it"))
     assert (failed.outcome, failed.exit_code, failed.error) == ("failed", 4, "it broke\n  remedy: mend it")
     assert run.outcome() == failed
 
@@ -416,27 +416,31 @@ def test_a_failure_does_not_overwrite_what_the_attempt_said(plan: Plan, tmp_path
     ("code", "says", "recorded"),
     [(-9, "signal 9", 4), (137, "signal 9", 4), (1, "exit code 1", 4), (3, "exit code 3", 3), (2, "exit code 2", 2)],
 )
-def test_settling_an_attempt_that_said_nothing(plan: Plan, tmp_path: Path, code: int, says: str, recorded: int) -> None:
+def test_an_attempt_that_recorded_nothing_gets_an_outcome(
+    plan: Plan, tmp_path: Path, code: int, says: str, recorded: int
+) -> None:
     run = claimed(plan, tmp_path / "it's")
     folder = run.begin_attempt("9.0")
     (folder / "node0.log").write_bytes(b"first\n" * 100 + b"Killed \xff here\n")
-    settled = settle(run, "9.0", code)
-    assert (settled.outcome, settled.exit_code) == ("failed", recorded)
-    assert says in (settled.error or "") and "| Killed" in (settled.error or "") and "remedy: " in (settled.error or "")
+    ended = ensure_outcome(run, "9.0", code)
+    assert (ended.outcome, ended.exit_code) == ("failed", recorded)
+    assert says in (ended.error or "") and "| Killed" in (ended.error or "") and "remedy: " in (ended.error or "")
     assert (folder / "exit").read_text() == f"{recorded}\n"
 
 
-def test_settling_prefers_what_a_rank_wrote_down(plan: Plan, tmp_path: Path) -> None:
+def test_the_failure_that_a_rank_reported_becomes_the_outcome(plan: Plan, tmp_path: Path) -> None:
     run = claimed(plan, tmp_path / "r")
     folder = run.begin_attempt("9.0")
     (folder / "failed.rank0.json").write_text('{"error": "cut o')
-    (folder / "failed.rank1.json").write_text(json.dumps({"error": "loss is NaN", "exit_code": 4}))
-    assert settle(run, "9.0", 1).error == "loss is NaN"
+    reported = Failure("TrainingError", "loss is NaN", "lower the rate", "loss")
+    run.report_failure("9.0", "rank1", reported)
+    run.report_failure("9.0", "rank2", Failure("TrainingError", "a later one"))
+    assert ensure_outcome(run, "9.0", 1).failure == reported
 
 
-def test_settling_without_a_folder(plan: Plan, tmp_path: Path) -> None:
+def test_an_attempt_without_a_folder_gets_an_outcome(plan: Plan, tmp_path: Path) -> None:
     run = claimed(plan, tmp_path / "r")
-    assert settle(run, "1.0", 1).outcome == "failed"
+    assert ensure_outcome(run, "1.0", 1).outcome == "failed"
 
 
 def test_nasty_names_make_no_files_elsewhere(plan: Plan, tmp_path: Path) -> None:

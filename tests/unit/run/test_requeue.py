@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from afina.errors import ClaimedError, EnvironmentProblem, TrainingError
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
-from afina.run.requeue import conclude, decide
+from afina.run.requeue import decide, finish_attempt
 from afina.site.settings import Site
 
 
@@ -64,12 +65,10 @@ def test_the_table(run: RunDir, outcome: Outcome, began: int | None, committed: 
 
 def test_a_broken_node_is_left_out(run: RunDir) -> None:
     attempt(run, "1.0", None, 0)
-    outcome = ended("1.0", "failed", cause="node", exit_code=3, error="n2: there is an NVIDIA driver, and torch …")
-    assert decide(run, outcome).exclude == ("n2",)
-    (run.attempts / "1.0/failed.node1.json").write_text(
-        json.dumps({"exit_code": 3, "error": "n2, n3: broken: driver", "cause": "node"})
-    )
-    conclude(run, "1.0", 1)
+    broken = EnvironmentProblem("there is an NVIDIA driver, and torch …", cause="node", nodes=("n2",)).failure
+    assert decide(run, ended("1.0", "failed", exit_code=3, failure=broken)).exclude == ("n2",)
+    run.report_failure("1.0", "node1", replace(broken, nodes=("n2", "n3")))
+    finish_attempt(run, "1.0", 1)
     assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2,n3"]
 
 
@@ -77,7 +76,7 @@ def test_a_node_on_which_nothing_began_is_left_out(run: RunDir, monkeypatch: pyt
     attempt(run, "1.0", None, 0)
     monkeypatch.setenv("AFINA_NODES", "n1 n2 ")
     (run.attempts / "1.0/node0.json").write_text("{}")
-    outcome = conclude(run, "1.0", 255)
+    outcome = finish_attempt(run, "1.0", 255)
     assert (outcome.cause, outcome.exit_code) == ("node", 3)
     assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2"]
 
@@ -87,10 +86,8 @@ def test_the_same_failure_twice_without_a_step_is_the_end(run: RunDir) -> None:
 
     def fails(name: str, began: int, committed: int, error: str) -> str:
         attempt(run, name, began, committed)
-        (run.attempts / name / "failed.rank0.json").write_text(
-            json.dumps({"exit_code": 4, "error": error, "cause": "RuntimeError"})
-        )
-        conclude(run, name, 4)
+        run.report_failure(name, "rank0", TrainingError(error, cause="RuntimeError").failure)
+        finish_attempt(run, name, 4)
         action, _, why = (run.attempts / name / "next").read_text().splitlines()
         assert why
         return action
@@ -107,17 +104,15 @@ def test_a_preempted_run_goes_on_without_end(run: RunDir) -> None:
     for number in range(30):
         attempt(run, f"1.{number}", 10, 10)
         run.record(ended(f"1.{number}", "stopped", cause="signal"))
-        conclude(run, f"1.{number}", 75)
+        finish_attempt(run, f"1.{number}", 75)
         assert (run.attempts / f"1.{number}/next").read_text().startswith("requeue\n")
 
 
 def test_an_attempt_that_found_another_at_work_leaves_its_outcome_alone(run: RunDir) -> None:
     run.record(ended("1.0", "finished"))
     run.begin_attempt("2.0")
-    (run.attempts / "2.0/failed.rank0.json").write_text(
-        json.dumps({"exit_code": 2, "error": "attempt 1.0 is running", "cause": "claimed"})
-    )
-    outcome = conclude(run, "2.0", 2)
+    run.report_failure("2.0", "rank0", ClaimedError("attempt 1.0 is running", cause="claimed").failure)
+    outcome = finish_attempt(run, "2.0", 2)
     assert (outcome.outcome, outcome.exit_code) == ("failed", 2)
     left = run.outcome()
     assert left is not None and (left.outcome, left.attempt) == ("finished", "1.0")

@@ -502,7 +502,7 @@ def ask(made: Sweep, number: int) -> RunDir:
     from afina.worker.node import trial
 
     run = made.dir.run(made.record.cells[number].name)
-    assert trial.main([str(run.path)]) == 0
+    assert trial.answer([str(run.path)]) == {"run": str(run.path)}
     return run
 
 
@@ -593,7 +593,8 @@ def test_a_search_survives_what_a_kill_leaves(sweep: Callable[..., Sweep], monke
     assert run.plan().recipe.train.learning_rate == lost["train.learning_rate"] and len(study(made)) == 1
     with monkeypatch.context() as patch:
         patch.setattr(trial, "geometry_for", lambda *_, **__: (_ for _ in ()).throw(InputError("does not divide", "")))
-        assert trial.main([str(made.dir.run("trial-001").path)]) == 2
+        with pytest.raises(InputError):
+            trial.answer([str(made.dir.run("trial-001").path)])
     assert [t.state.name for t in study(made)] == ["RUNNING", "FAIL"] and not made.dir.run("trial-001").path.exists()
     ask(made, 1)
     assert len(study(made)) == 3

@@ -1,10 +1,10 @@
 """Does the inside of the image hold what a run needs? And do the processes of a job reach each other?
 
-    python -m afina.worker doctor                       the checks of this environment, one JSON line each
-    python -m afina.worker doctor ranks FOLDER COUNT    of a node in a job: its checks, then COUNT processes that meet the others
+    python -m afina.worker doctor                       the checks of this environment, each reported as it ends
+    python -m afina.worker check-node FOLDER COUNT      of a node in a job: its checks, then COUNT processes that meet the others
 
-A line has check, level (ok, warning, failed), said and remedy. The exit code is 3 where something failed. What is written in
-FOLDER, one file of lines a node, is read by `afina.doctor.job`. GPUs, NCCL and InfiniBand were not at hand: those lines are
+A line has check, level (ok, warning, failed), message and remedy. What is written in FOLDER, one file of lines a node, is read by
+`afina.doctor.job`; the exit code of `check-node` is 3 where something failed. GPUs, NCCL and InfiniBand were not at hand: those lines are
 written from documentation.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -28,8 +27,9 @@ from typing import Any
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
 from afina.version import __version__
+from afina.worker.reply import report
 
-__all__ = ["CHECKS", "ON_NODE", "main"]
+__all__ = ["CHECKS", "ON_NODE", "answer", "main"]
 
 _NEEDED = (
     "torch",
@@ -49,21 +49,23 @@ _MEET_S = 180
 Line = tuple[str, str, str, str]
 
 
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["rank"]:
-        return _rank(Path(argv[1]))
-    on_node = argv[:1] == ["ranks"]
-    lines = list(_run_checks(ON_NODE if on_node else CHECKS))
-    if on_node:
-        folder, count = Path(argv[1]), int(argv[2])
-        _write(folder, [_on_node(line) for line in lines if line[1] != "ok"] or [_on_node(_summary(lines))])
-        return _ranks(folder, count)
-    for line in lines:
-        print(
-            json.dumps(dict(zip(("check", "level", "message", "remedy"), line, strict=True)), ensure_ascii=False),
-            flush=True,
-        )
-    return 3 if any(level == "failed" for _, level, _, _ in lines) else 0
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """Report each finding; the answer counts them."""
+    levels = []
+    for line in _run_checks(CHECKS):
+        report(dict(zip(("check", "level", "message", "remedy"), line, strict=True)))
+        levels.append(line[1])
+    return {"checks": len(levels), "failed": levels.count("failed")}
+
+
+def main(arguments: list[str]) -> int:
+    """A node of the doctor's job: `check-node FOLDER COUNT` checks it and starts COUNT processes, each `check-node rank FOLDER`."""
+    if arguments[0] == "rank":
+        return _rank(Path(arguments[1]))
+    folder, count = Path(arguments[0]), int(arguments[1])
+    lines = list(_run_checks(ON_NODE))
+    _write(folder, [_on_node(line) for line in lines if line[1] != "ok"] or [_on_node(_summary(lines))])
+    return _ranks(folder, count)
 
 
 def _run_checks(checks: Sequence[Callable[[], Iterator[Line]]]) -> Iterator[Line]:
@@ -331,7 +333,7 @@ def _ranks(folder: Path, count: int) -> int:
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    argv = [sys.executable, "-m", "afina.worker", "doctor", "rank", str(folder)]
+    argv = [sys.executable, "-m", "afina.worker", "check-node", "rank", str(folder)]
     processes = [
         subprocess.Popen(
             argv, env={**env, "LOCAL_RANK": str(i), "RANK": str(node * count + i)}, stdin=subprocess.DEVNULL

@@ -1,37 +1,30 @@
-"""Rows of Parquet files and of Hub data sets as JSON Lines, for the host: `python -m afina.worker peek`.
+"""Rows of Parquet files and of Hub data sets, for the host: `python -m afina.worker peek`.
 
-Standard input: {"files": [...]} or {"site": a site, "hub": id, "config": name or null, "revision": …}, and "limit", rows of each
-part at most. Standard output: {"part": name, "rows": how many there are} before the rows of each part, {"row": {…}} for each
-row; an error as the last line, as `afina.errors` writes it. A data set from the Hub is fetched whole, to where
-`afina prefetch` finds it again. Labels that the file names (`ClassLabel`) come by their names.
+The question: {"files": [...]} or {"site": a site, "hub": id, "config": name or null, "revision": …}, and "limit", rows of each
+part at most. It reports {"part": name, "rows": how many there are} before the rows of each part, and {"row": {…}} for each row. A data
+set from the Hub is fetched whole, to where `afina prefetch` finds it again. Labels that the file names (`ClassLabel`) come by
+their names.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from afina.errors import AfinaError
+from afina.worker.reply import read_question, report
 
-__all__ = ["main"]
+__all__ = ["answer"]
 
 
-def main(argv: list[str]) -> int:
-    question = json.loads(sys.stdin.read())
-    try:
-        parts = _hub_parts(question) if question.get("hub") else {"all": [Path(name) for name in question["files"]]}
-        for part, paths in parts.items():
-            _tell(part, paths, question["limit"])
-    except AfinaError as error:
-        print(error.to_json(), flush=True)
-        return error.exit_code
-    except BrokenPipeError:  # the host has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """Report the rows; the answer names the parts."""
+    question = read_question("a question about data")
+    parts = _hub_parts(question) if question.get("hub") else {"all": [Path(name) for name in question["files"]]}
+    for part, paths in parts.items():
+        _report_rows(part, paths, question["limit"])
+    return {"parts": list(parts)}
 
 
 def _hub_parts(question: dict[str, Any]) -> dict[str, list[Path]]:
@@ -49,7 +42,7 @@ def _hub_parts(question: dict[str, Any]) -> dict[str, list[Path]]:
     return {split: [found.folder / name] for split, name in found.splits.items()}
 
 
-def _tell(part: str, paths: list[Path], limit: int) -> None:
+def _report_rows(part: str, paths: list[Path], limit: int) -> None:
     import pyarrow.parquet as pq
 
     from afina.worker.data.readers import readable
@@ -58,14 +51,14 @@ def _tell(part: str, paths: list[Path], limit: int) -> None:
     for path in paths:
         with readable(path):
             files.append(pq.ParquetFile(path))
-    print(json.dumps({"part": part, "rows": sum(file.metadata.num_rows for file in files)}))
+    report({"part": part, "rows": sum(file.metadata.num_rows for file in files)})
     left = limit
     for file in files:
         for row in _rows(file):
             if not left:
                 return
             left -= 1
-            print(json.dumps({"row": row}, ensure_ascii=False, default=str))
+            report({"row": row}, flush=False)
 
 
 def _rows(file: Any) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The prepare stage: `python -m afina.worker prepare [--json]` with a plan (JSON) on standard input.
+"""The prepare stage: `python -m afina.worker prepare` with a plan (JSON) on standard input.
 
 Pins revisions, loads, checks the data, maps labels, tokenises once and publishes by rename under
 `<scratch>/prepared/<digest>/` (see `afina.worker.data.prepared`). The digest covers everything that decides the content, so
@@ -14,32 +14,24 @@ where all is there. Tokens and passwords are blackened in whatever this stage sa
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-import select
-import shutil
-import signal
-import stat
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
 
-from afina.errors import AfinaError, DataError, EnvironmentProblem, InputError, SiteError
+from afina.errors import DataError, InputError, SiteError
 from afina.recipe.trackers import check_trackers
-from afina.redact import redact
 from afina.run.plan import Plan
 from afina.site.settings import cache_environment
+from afina.worker.reply import Terminated, disk_errors, not_a_question, read_question
 
-__all__ = ["main", "prepare"]
+__all__ = ["answer", "prepare"]
 
 #: Raised when the same inputs would be prepared differently than before.
 _RECIPE_FORMAT = 1
@@ -47,51 +39,28 @@ _RECIPE_FORMAT = 1
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK",
              "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")  # fmt: skip
 
-_LEFT = "nothing half-made is left; what was tokenised is kept for the next time"
-
 Say = Callable[[str], None]
 
 
-class _Terminated(BaseException):
-    """SIGTERM came: unwind, clean up, exit 143."""
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """Prepare the plan on standard input; returns what `prepare` returns.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; see `afina.errors`. 130 after an interrupt, 143 after SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
-    unknown = [a for a in argv if a != "--json"]
-    if unknown:
-        print(
-            f"error: unknown argument {unknown[0]}\n  remedy: python -m afina.worker prepare [--json] < plan.json",
-            file=sys.stderr,
-        )
-        return InputError.exit_code
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    _stop_with_reader()
+    Raises:
+        InputError, EnvironmentProblem: as `prepare`.
+    """
+    if arguments:
+        raise InputError(f"unknown argument {arguments[0]}", "python -m afina.worker prepare < plan.json")
+    plan = _read_plan()
+    set_environment(plan, os.environ)
     try:
-        plan = _read_plan(sys.stdin.read())
-        set_environment(plan, os.environ)
-        with _full_disk(plan):
+        with disk_errors(plan.site.scratch):
             result = prepare(plan)
-        for warning in result["warnings"]:
-            print(f"warning: {warning}", file=sys.stderr)
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-        return 0
-    except AfinaError as error:
-        if "--json" in argv:
-            # The caller says it, once.
-            print(type(error)(redact(error.message), redact(error.remedy)).to_json(), flush=True)
-        else:
-            print(f"error: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"interrupted: {_LEFT}", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print(f"terminated: {_LEFT}", file=sys.stderr)
-        return 143
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except (KeyboardInterrupt, Terminated):
+        print("stopped: nothing unfinished is left; finished token shards are kept for the next time", file=sys.stderr)
+        raise
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    return result
 
 
 def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) -> dict[str, Any]:
@@ -207,35 +176,13 @@ def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
         env.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-def _stop_with_reader() -> None:
-    """Stop when the process that waits for the result is gone, killed perhaps: a pipe that nobody reads reports an error."""
-    output = sys.__stdout__.fileno() if sys.__stdout__ is not None else -1
-    if output < 0 or not stat.S_ISFIFO(os.fstat(output).st_mode):
-        return
-    poll = select.poll()
-    poll.register(output, 0)
-
-    def wait() -> None:
-        poll.poll()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, name="reader", daemon=True).start()
-
-
-def _read_plan(text: str) -> Plan:
+def _read_plan() -> Plan:
     try:
-        return Plan.model_validate_json(text)
+        return Plan.model_validate(read_question("a plan"))
     except ValidationError as error:
         reason = error.errors()[0]
         where = ".".join(str(k) for k in reason["loc"])
-        raise InputError(
-            f"standard input is not a plan: {where + ': ' if where else ''}{reason['msg']}",
-            "this stage is run by `afina prefetch RECIPE`; by hand give it the plan.json of a run",
-        ) from None
+        raise not_a_question("a plan", f"{where}: {reason['msg']}" if where else reason["msg"]) from None
 
 
 # -- what it is: the digest -------------------------------------------------------------------------------------------
@@ -325,24 +272,3 @@ def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
         tables = {key: source.read(columns, spec.text, progress.advance) for key, source in sources.items()}
     labels, parts = build_examples(plan.recipe.task, spec, tables, chosen, warnings)
     return Checked(labels, parts, warnings, sources, states)
-
-
-@contextlib.contextmanager
-def _full_disk(plan: Plan) -> Iterator[None]:
-    """A full disk, a spent quota, a limit on file size, wherever it shows, becomes one message."""
-    from afina.files import readable_size
-
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EnvironmentProblem(
-                f"{error.filename or plan.site.scratch}: {error.strerror}; {readable_size(shutil.disk_usage(plan.site.scratch).free)} are free on the file system of "
-                f"{plan.site.scratch}",
-                "free space or quota (`df -h`, `df -i`, `quota`, `ulimit -f`), then run the same command again",
-            ) from error
-        if error.filename is not None and str(error.filename).startswith(str(plan.site.scratch)):
-            raise EnvironmentProblem(
-                f"{error.filename or plan.site.scratch}: {error.strerror}", "check AFINA_SCRATCH and its permissions"
-            ) from error
-        raise

@@ -1,4 +1,4 @@
-"""A finished run -> a model folder to give away: `python -m afina.worker export [--json] < request.json`.
+"""A finished run -> a model folder to give away: `python -m afina.worker export < request.json`.
 
     DIR/  config.json, model.safetensors     as the run's model/
           tokenizer …                        as the run's model/; its longest input is that of the training
@@ -15,26 +15,24 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError
 from afina.run.directory import RunDir
 from afina.version import __version__
-from afina.worker.reply import reply
+from afina.worker.reply import read_question
 
-__all__ = ["export", "main"]
+__all__ = ["answer", "export"]
 
 #: Of a run's model folder, what is not passed on.
 _LEFT_OUT = ("README.md", "training_args.bin")
 _COMPARED = 26
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; see `afina.errors`."""
-    argv = sys.argv[1:] if argv is None else argv
-    return reply(lambda: export(**json.loads(sys.stdin.read())), as_json="--json" in argv)
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """The question is {"run": …, "out": …, "onnx": …}, as `export`."""
+    return export(**read_question("a request to export"))
 
 
 def export(run: str, out: str, onnx: bool) -> dict[str, Any]:

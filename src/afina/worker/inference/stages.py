@@ -1,12 +1,11 @@
 """A finished run and new text -> predictions: `python -m afina.worker predict STAGE …`, reached by `afina predict`.
 
-    plan [--json] < job.json              look through the inputs, begin `OUT.parts/` or find out how far it is
+    plan < job.json                       look through the inputs, begin `OUT.parts/` or find out how far it is
     run PARTS [--share K/N] [--merge]     predict the chunks of a share that are missing: those with number ≡ K modulo N
     merge PARTS                           parts to the output
 
-Every stage may be killed at any instant and repeated. `--progress` chooses what a run says meanwhile: `json`, lines
-`{"rows": …}` on standard output for the host to draw; `log`, a line a minute. The last line of standard output is the
-result (see `afina.worker.reply`).
+Every stage may be killed at any instant and repeated. `--progress` chooses what a run says meanwhile: `json`, reports
+`{"rows": …}` for the host to draw (see `afina.worker.reply`); `log`, a line a minute on standard error.
 
 Not covered: one chunk over several processes; a share's chunks are predicted one after the other by one process.
 """
@@ -14,7 +13,6 @@ Not covered: one chunk over several processes; a share's chunks are predicted on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
 from afina.prediction.request import STDIN, Prediction, folder_of
-from afina.worker.reply import reply
+from afina.worker.reply import read_question, report
 from afina.worker.startup import uncollected
 
 if TYPE_CHECKING:
@@ -37,35 +35,31 @@ if TYPE_CHECKING:
     from afina.worker.inference.inputs import Inputs
     from afina.worker.inference.parts import Parts
 
-__all__ = ["main"]
+__all__ = ["answer"]
 
 #: The share of texts that were cut at which it is worth a word.
 _TRUNCATED_SHARE = 0.01
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code; see `afina.errors`."""
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """The answer of one stage."""
     parser = argparse.ArgumentParser(prog="afina.worker predict", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     for name in ("plan", "run", "merge"):
         stage = stages.add_parser(name)
-        stage.add_argument("--json", action="store_true", dest="as_json")
         if name != "plan":
             stage.add_argument("parts")
         if name == "run":
             stage.add_argument("--share", default="0/1")
             stage.add_argument("--merge", action="store_true")
             stage.add_argument("--progress", choices=("json", "log"), default="log")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.stage == "plan":
-        return reply(lambda: plan(Prediction.model_validate_json(sys.stdin.read())), as_json=options.as_json)
+        return plan(Prediction.model_validate(read_question("a prediction")))
     if options.stage == "merge":
-        return reply(lambda: merge(options.parts), as_json=options.as_json)
+        return merge(options.parts)
     number, _, of = options.share.partition("/")
-    return reply(
-        lambda: run(options.parts, int(number), int(of), and_merge=options.merge, progress=options.progress),
-        as_json=options.as_json,
-    )
+    return run(options.parts, int(number), int(of), and_merge=options.merge, progress=options.progress)
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
@@ -355,7 +349,7 @@ class _Progress:
             return
         self._said = now
         if self.mode == "json":
-            print(json.dumps({"rows": self.rows}), flush=True)
+            report({"rows": self.rows})
             return
         rate = self.rows / (now - self._began)
         left = (self.total - self.rows) / rate / 60
@@ -365,7 +359,7 @@ class _Progress:
     def end(self) -> None:
         self.seconds = time.monotonic() - self._began
         if self.mode == "json":
-            print(json.dumps({"rows": self.rows}), flush=True)
+            report({"rows": self.rows})
         else:
             rate = self.rows / max(self.seconds, 1e-9)
             print(f"afina: {self.rows:,} rows in {self.seconds:.0f} s, {rate:,.0f} rows/s", file=sys.stderr, flush=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from afina.run.directory import RunDir
-from afina.run.requeue import conclude
+from afina.run.requeue import finish_attempt
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    outcome = conclude(RunDir(argv[0]), argv[1], int(argv[2]))
+    outcome = finish_attempt(RunDir(argv[0]), argv[1], int(argv[2]))
     if outcome.outcome == "failed":
         print(f"error: {outcome.error}", file=sys.stderr)
     return 0

@@ -58,11 +58,10 @@ def main(argv: list[str]) -> int:
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if run.attempts.is_dir():
-            said = {"exit_code": error.exit_code, "error": str(error), "cause": error.cause}
             with contextlib.suppress(AfinaError):
-                write_atomic(run.attempts / attempt / f"failed.node{node}.json", json.dumps(said))
+                run.report_failure(attempt, f"node{node}", error.failure)
                 if node == 0:
-                    run.record_failure(attempt, error, exit_code=error.exit_code, cause=error.cause)
+                    run.record_failure(attempt, error.failure)
         return error.exit_code
     sys.stdout.flush()
     os.execv(command[0], command)
@@ -126,6 +125,7 @@ def _devices() -> str:
             f"(CUDA {torch.version.cuda}) cannot use it",
             "use an image whose CUDA fits the driver (afina image info), start it with --nv, or exclude this node",
             cause="node",
+            nodes=(_node_name(),),
         )
     if _allocated_gpus() and _node() == 0:
         print(

@@ -25,29 +25,25 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from afina.errors import AfinaError, InputError
+from afina.errors import InputError
 from afina.recipe.schema import parse_recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for
 from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
 from afina.sweeps.space import Choices, Space, value_text
 
-__all__ = ["main", "open_study", "take_trial", "tell_what_ended"]
+__all__ = ["answer", "open_study", "take_trial", "tell_what_ended"]
 
 #: A trial that was asked for and is of no run after this long was lost in between.
 _LOST_AFTER = timedelta(minutes=15)
 
 
-def main(argv: list[str]) -> int:
-    """Returns the exit code; see `afina.errors`."""
-    run = RunDir(argv[0])
-    try:
-        if not is_run_dir(run.path):
-            take_trial(SweepDir(run.path.parents[1]), run)
-    except AfinaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """The run directory, made if it is not there yet."""
+    run = RunDir(arguments[0])
+    if not is_run_dir(run.path):
+        take_trial(SweepDir(run.path.parents[1]), run)
+    return {"run": str(run.path)}
 
 
 def take_trial(sweep: SweepDir, run: RunDir) -> None:
@@ -76,7 +72,7 @@ def take_trial(sweep: SweepDir, run: RunDir) -> None:
     except InputError:
         _tell(study, number, None)
         raise
-    print(f"afina: {name} tries {' '.join(overrides)}", flush=True)
+    print(f"afina: {name} tries {' '.join(overrides)}", file=sys.stderr, flush=True)
 
 
 def open_study(sweep: SweepDir, search: SearchRecord, cell: str = "") -> Any:

@@ -7,7 +7,6 @@ the end of a step (`afina.worker.training.control`). The watchdog is a thread: t
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import statistics
@@ -18,8 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from afina.errors import EXIT_FAILED
-from afina.files import write_atomic
+from afina.errors import EXIT_FAILED, TrainingError
 from afina.run.directory import RunDir
 
 __all__ = ["CAUSES", "StepTimes", "StopRequest", "Watchdog", "lead"]
@@ -167,8 +165,8 @@ class Watchdog:
         )
         print(f"error: rank {self.rank}: {said}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        record = {"exit_code": EXIT_FAILED, "error": f"{said}\n  remedy: {remedy}", "cause": "stall"}
         try:
-            write_atomic(self.run.attempts / self.attempt / f"failed.rank{self.rank}.json", json.dumps(record))
+            failure = TrainingError(said, remedy, cause="stall").failure
+            self.run.report_failure(self.attempt, f"rank{self.rank}", failure)
         finally:
             os._exit(EXIT_FAILED)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
 import os
 import sys
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.files import write_atomic
 from afina.recipe.schema import METRICS
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
@@ -64,13 +62,10 @@ def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
     if not isinstance(error, (AfinaError, OSError)):
         traceback.print_exc()
     print(f"error: rank {rank}: {known}", file=sys.stderr, flush=True)
-    said = {"exit_code": known.exit_code, "error": str(known), "cause": known.cause}
     try:
-        write_atomic(run.attempts / attempt / f"failed.rank{rank}.json", json.dumps(said))
+        run.report_failure(attempt, f"rank{rank}", known.failure)
         if rank == 0 and known.cause != "claimed":
-            run.record_failure(
-                attempt, known, exit_code=known.exit_code, cause=known.cause, seconds=_seconds(run, attempt)
-            )
+            run.record_failure(attempt, known.failure, seconds=_seconds(run, attempt))
     except (AfinaError, OSError) as another:
         print(f"error: rank {rank}: this could not be recorded: {another}", file=sys.stderr, flush=True)
     finally:
