@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from afina.recipe.metrics import lower_is_better
+
 if TYPE_CHECKING:
     from afina.watch.overview import RunSummary
 
@@ -163,7 +165,7 @@ def list_(folder: str | None, states: tuple[str, ...], sort: str, with_size: boo
 def _order(s: RunSummary, sort: str, sizes: dict[Path, int]) -> Any:
     if sort == "best":
         value = s.best_value if s.best_value is not None else float("-inf")
-        return s.best_value is None, s.best_metric or "", value if s.best_metric in ("mse", "mae") else -value
+        return s.best_value is None, s.best_metric or "", value if lower_is_better(s.best_metric or "") else -value
     keys = {
         "age": -s.made,
         "state": _FIRST.index(s.state),

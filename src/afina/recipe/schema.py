@@ -27,6 +27,7 @@ from pydantic import (
 
 from afina.errors import RecipeError, nearest
 from afina.recipe.explain import KeyedError, explain, shown
+from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
@@ -34,7 +35,6 @@ from afina.recipe.yaml_source import apply_override, read_yaml
 from afina.redact import looks_secret
 
 __all__ = [
-    "METRICS",
     "Data",
     "Part",
     "Recipe",
@@ -48,13 +48,6 @@ __all__ = [
 ]
 
 Task = Literal["auto", "single-label", "multi-label", "regression"]
-
-#: The metrics that each task knows; the first is the one by which the best checkpoint is chosen.
-METRICS: dict[str, tuple[str, ...]] = {
-    "single-label": ("accuracy", "f1", "precision", "recall", "mcc", "confusion_matrix"),
-    "multi-label": ("f1", "f1_micro", "subset_accuracy", "precision", "recall"),
-    "regression": ("mse", "mae", "pearson", "spearman"),
-}
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from afina.errors import AfinaError
+from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart
 from afina.reports.facts import read_json
 from afina.reports.page import document, figure, note, pairs, seconds, table, tiles
@@ -103,7 +104,7 @@ def _sweep(record: Mapping[str, Any]) -> str:
 
 def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:
     """Indices of the runs, the best first; runs without the score last, in their own order."""
-    sign = 1 if metric in ("mse", "mae", "loss") else -1
+    sign = 1 if metric and lower_is_better(metric) else -1
     return sorted(
         range(len(runs)),
         key=lambda i: (0, sign * runs[i].metrics[metric]) if metric and metric in runs[i].metrics else (1, 0.0),

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
+from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart, Point
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 #: Metrics without an upper bound, in a chart of their own.
-_ERRORS = ("mse", "mae")
 
 
 def summary(facts: RunFacts) -> str:
@@ -100,7 +100,7 @@ def curves(facts: RunFacts) -> dict[str, list[Chart]]:
     }
     lines, evaluations = facts.metrics, facts.evaluations
     names = list(dict.fromkeys(k for line in evaluations for k in _scalars(line)))
-    errors = [n for n in names if n.removeprefix("eval_") in _ERRORS]
+    errors = [n for n in names if lower_is_better(n)]
 
     def series(chosen: Iterable[str]) -> dict[str, list[Point]]:
         return {n.removeprefix("eval_"): _points(evaluations, n) for n in chosen}

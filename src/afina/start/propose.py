@@ -17,6 +17,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from afina.recipe.metrics import selection_metric
 from afina.recipe.time_limit import minutes_in_words
 from afina.slurm.cluster import Cluster, Nodes, Partition
 from afina.start.examine import Examined, quantile
@@ -289,7 +290,7 @@ def _batch(rows: int) -> int:
 def _metrics(x: Examined, regression: bool, multiple: bool) -> tuple[list[str], str, str]:
     """Metrics, the one that chooses the best checkpoint, and why."""
     if regression:
-        return ["mse", "mae", "pearson"], "mse", "of a regression"
+        return ["mse", "mae", "pearson"], selection_metric("regression"), "of a regression"
     counts = sorted(x.labels.values())
     if multiple:
         return (

@@ -17,6 +17,7 @@ from typing import Any
 from afina import api
 from afina.errors import ClaimedError, InputError
 from afina.files import write_atomic
+from afina.recipe.metrics import lower_is_better
 from afina.recipe.schema import parse_recipes
 from afina.run.commands import job_scripts, node_argv
 from afina.run.directory import is_run_dir
@@ -27,7 +28,7 @@ from afina.slurm.client import version
 from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.draft import Draft
 from afina.sweeps.space import corners
-from afina.sweeps.table import LOWER_IS_BETTER, best_metric
+from afina.sweeps.table import best_metric
 
 __all__ = ["claim_cells", "make_home", "prepare_cells"]
 
@@ -138,12 +139,11 @@ def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> Searc
     if draft.before is not None and draft.before.search is not None:
         return draft.before.search.model_copy(update={"trials": search.trials})
     metric = best_metric(draft.record, str(prepared["task"]))
-    name = metric.partition("_")[2]
     plan = draft.record.plan
     return search.model_copy(
         update={
             "metric": metric,
-            "direction": "minimize" if name in LOWER_IS_BETTER else "maximize",
+            "direction": "minimize" if lower_is_better(metric) else "maximize",
             "prepared": dict(prepared),
             "run_record": _shared_record(draft, plan, prepared, say),
             "worker_argv": tuple(node_argv(plan, _outside(draft.home, plan))),

@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from afina.errors import InputError, nearest
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
 from afina.sweeps.directory import SweepRecord
 
-__all__ = ["LOWER_IS_BETTER", "Row", "Table", "best_metric", "tabulate"]
+__all__ = ["Row", "Table", "best_metric", "tabulate"]
 
-#: Metrics of which the least is best.
-LOWER_IS_BETTER = frozenset({"loss", "mae", "mse"})
 _LEVEL = 0.05
 
 
@@ -101,7 +99,7 @@ def best_metric(record: SweepRecord, task: str | None, given: str | None = None)
             )
         return f"{part}_{name}"
     task = task or (recipe.task if recipe.task != "auto" else "single-label")
-    return f"eval_{recipe.train.best_metric or METRICS[task][0]}"
+    return f"eval_{selection_metric(task, recipe.train.best_metric)}"
 
 
 def tabulate(
@@ -123,7 +121,7 @@ def tabulate(
     """
     finished = [outcome for outcome in outcomes if outcome is not None and outcome.outcome == "finished"]
     column = best_metric(record, finished[0].task if finished else None, metric)
-    lower = column.partition("_")[2] in LOWER_IS_BETTER
+    lower = lower_is_better(column)
     grouped: dict[str, list[int]] = {}
     for number, cell in enumerate(record.cells):
         grouped.setdefault(cell.name if record.search else cell.point, []).append(number)

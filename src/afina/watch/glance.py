@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import METRICS
 
 __all__ = ["Glance", "differing", "glance", "names_of"]
 

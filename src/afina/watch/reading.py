@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
+
 __all__ = ["Reading", "Sign", "job_ids_of", "read_run"]
 
 #: How much of a log is read, in bytes: some four hours of its once-a-minute lines.
@@ -24,7 +26,6 @@ _TAIL = 65536
 #: A lease is renewed every ten seconds; a shared file system may show it a little later.
 _FRESH_S = 60.0
 #: Metrics of which the least is best.
-_LESS_IS_BETTER = ("mse", "mae")
 #: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
 _OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 
@@ -296,12 +297,12 @@ def _best(
             found.append((float(value), int(record.get("step") or 0)))
     if not found:
         return None
-    value, step = (min if name in _LESS_IS_BETTER else max)(found, key=lambda pair: pair[0])
+    value, step = (min if lower_is_better(name) else max)(found, key=lambda pair: pair[0])
     return name, value, step
 
 
 def _first_metric(task: Any, record: dict[str, Any]) -> str:
-    known = {"single-label": "accuracy", "multi-label": "f1", "regression": "mse"}
+    known = {task: selection_metric(task) for task in METRICS}
     return known.get(task) or next((m for m in known.values() if f"eval_{m}" in record and m != "f1"), "f1")
 
 

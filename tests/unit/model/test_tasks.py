@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import METRICS, lower_is_better
 from afina.worker.model.metrics import compute_metrics
 from afina.worker.model.tasks import decisions
 
@@ -67,3 +67,16 @@ def test_large_counts_do_not_overflow() -> None:
     both = np.ones((count, 2), np.float32)
     found = compute_metrics("multi-label", ["f1", "f1_micro"], decisions("multi-label", both), both, 2)
     assert found["f1"] == found["f1_micro"] == 1.0
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_each_metric_is_better_in_the_direction_that_is_named(task: str) -> None:
+    labels = np.array(
+        {"single-label": [0, 1, 0, 1], "multi-label": [[0, 1], [1, 0]] * 2}.get(task, [0.0, 1.0, 2.0, 4.0])
+    )
+    wrong = labels[::-1].copy() if task == "regression" else 1 - labels
+    names = [name for name in METRICS[task] if name != "confusion_matrix"]
+    best, worst = (compute_metrics(task, names, decided, labels, 2) for decided in (labels, wrong))
+    for name in names:
+        assert (best[name] < worst[name]) == lower_is_better(f"eval_{name}"), name
+        assert best[name] != worst[name]

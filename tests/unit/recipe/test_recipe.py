@@ -12,8 +12,9 @@ from tests.unit.conftest import DROP, ROOT, recipe_dict
 
 from afina.errors import RecipeError
 from afina.recipe.explain import model_of
+from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
-from afina.recipe.schema import METRICS, Recipe, Resources, load_recipe, parse_recipe
+from afina.recipe.schema import Recipe, Resources, load_recipe, parse_recipe
 
 BASE = """\
 name: stars

@@ -31,7 +31,6 @@ from afina.sweeps.draft import draft_sweep, dry_run
 from afina.sweeps.grid import parse_grid
 from afina.sweeps.space import parse_search
 from afina.sweeps.sweep import Sweep, carry_out
-from afina.worker.model import tasks
 
 GRID = "train.learning_rate=5e-3,1e-3"
 
@@ -483,13 +482,6 @@ def test_a_metric_of_which_the_least_is_best(sweep: Callable[..., Sweep]) -> Non
     table = made.table()
     assert (table.metric, table.direction, made.best().point) == ("eval_mse", "minimize", "learning_rate=1e-3")
     assert made.best("pearson").point == "learning_rate=5e-3"
-
-
-def test_the_direction_of_every_metric_is_the_workers() -> None:
-    from afina.sweeps.table import LOWER_IS_BETTER
-
-    lower = {metric for task in tasks.TASKS.values() for metric in task.lower_is_better}
-    assert lower | {"loss"} == LOWER_IS_BETTER
 
 
 # -- a search ----------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
         "multi-label": (draw.random((count, 5)) > 0.6).astype(np.float32),
         "regression": draw.normal(size=count).astype(np.float32),
     }[task]
-    from afina.recipe.schema import METRICS
+    from afina.recipe.metrics import METRICS
 
     names = list(METRICS[task])
     whole = evaluation.scores(task, names, logits, labels)

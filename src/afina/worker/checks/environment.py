@@ -165,7 +165,7 @@ def _metrics() -> Iterator[Line]:
     """Every metric of every task, computed without network."""
     import numpy as np
 
-    from afina.recipe.schema import METRICS
+    from afina.recipe.metrics import METRICS
     from afina.worker.model.metrics import compute_metrics
     from afina.worker.model.tasks import decisions
 

@@ -15,7 +15,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import METRICS
 
 __all__ = ["compute_metrics"]
 

@@ -38,19 +38,17 @@ class Task:
         problem_type: what Transformers writes into the model's config.
         loss: logits (B, K), labels (B,) or (B, K) -> loss per example (B,); 0 where the label is -100.
         decide: logits (N, K) -> predictions: class ids (N,), 0/1 (N, K) or values (N,).
-        lower_is_better: metrics of which the least is best.
     """
 
     problem_type: str
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     decide: Callable[[Array], Array]
-    lower_is_better: frozenset[str] = frozenset()
 
 
 TASKS: dict[str, Task] = {
     "single-label": Task("single_label_classification", _single_label_loss, lambda logits: logits.argmax(-1)),
     "multi-label": Task("multi_label_classification", _multi_label_loss, lambda logits: (logits > 0).astype(np.int64)),
-    "regression": Task("regression", _regression_loss, lambda logits: logits[:, 0], frozenset({"mse", "mae"})),
+    "regression": Task("regression", _regression_loss, lambda logits: logits[:, 0]),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from afina.errors import InputError
+from afina.recipe.metrics import lower_is_better
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
 from afina.worker.compute import packed_model, precision
@@ -46,7 +47,7 @@ def build_arguments(
             "logging_steps": train.log_every,
             "logging_nan_inf_filter": False,
             "metric_for_best_model": best,
-            "greater_is_better": best not in TASKS[task].lower_is_better,
+            "greater_is_better": not lower_is_better(best),
             "load_best_model_at_end": False,
             "report_to": "none",
             "disable_tqdm": True,

@@ -22,7 +22,7 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, TrainerCallback
 
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import default_metrics, selection_metric
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.compute import precision
@@ -65,7 +65,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
     verify_model(prepared)
     task = manifest["task"]
     splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
-    best = plan.recipe.train.best_metric or METRICS[task][0]
+    best = selection_metric(task, plan.recipe.train.best_metric)
     choice = precision.choose_for_run(run, plan.recipe.train)
     arguments = build_arguments(plan, plan.geometry, run, best, task, choice)
     transformers.set_seed(plan.recipe.train.seed)
@@ -82,7 +82,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
         geometry=plan.geometry,
         task=task,
         labels=manifest["labels"],
-        metric_names=list(dict.fromkeys([*(plan.recipe.metrics or METRICS[task][:2]), best])),
+        metric_names=list(dict.fromkeys([*default_metrics(task, plan.recipe.metrics), best])),
         pad_token_id=manifest["pad_token_id"],
         splits={
             "train": splits["train"],

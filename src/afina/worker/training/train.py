@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.recipe.schema import METRICS
+from afina.recipe.metrics import METRICS, default_metrics, selection_metric
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan, geometry_for
@@ -115,7 +115,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
         verify_model(prepared)
     task, labels = manifest["task"], manifest["labels"]
     metric_names = _metric_names(plan, task)
-    best = plan.recipe.train.best_metric or METRICS[task][0]
+    best = selection_metric(task, plan.recipe.train.best_metric)
     if best not in metric_names:
         metric_names = [*metric_names, best]
     splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
@@ -232,7 +232,7 @@ def _from_rank_zero(value: Any) -> Any:
 
 
 def _metric_names(plan: Plan, task: str) -> list[str]:
-    names = list(plan.recipe.metrics or METRICS[task][:2])
+    names = list(default_metrics(task, plan.recipe.metrics))
     for name in [*names, *([plan.recipe.train.best_metric] if plan.recipe.train.best_metric else [])]:
         if name not in METRICS[task]:
             raise TrainingError(
