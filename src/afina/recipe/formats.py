@@ -1,23 +1,20 @@
-"""CSV, TSV and JSON Lines as they are read everywhere: strictly, and what is wrong is said with file and row.
+"""CSV, TSV and JSON Lines, read strictly. Training, prediction and `afina init` share this reader; errors name file and row.
 
-For training, prediction and `afina init` alike, so that a file that one of them takes the others take too. Only the standard
-library, as `afina init` needs no more; Parquet is in `afina.worker.data.readers`.
-
-Every cell of a CSV or TSV is text: nothing is guessed, an empty cell is an empty text, `NA` is the two letters. Rows are read
-by Python's strict parser: others read on to the end of the file after a quote that is never closed, and drop quotes in odd
-places, silently. Memory is that of a row, whatever the file's size, except for a `.json` file that is one array: it is
+Every cell of a CSV or TSV is text: nothing is guessed, an empty cell is an empty text, `NA` is the two letters. Python's strict
+parser reads the rows: others read on to the end of the file after a quote that is never closed, and drop misplaced quotes, both
+without a message. Memory is that of one row, whatever the file's size, except for a `.json` file that holds one array, which is
 parsed whole.
 
-Not covered: compressed files, separators other than comma and tab, encodings other than UTF-8.
+Only the standard library is needed, so `afina init` runs where nothing else is installed; Parquet is in
+`afina.worker.data.readers`. Not covered: compressed files, separators other than comma and tab, encodings other than UTF-8.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,19 @@ from afina.errors import DataError, nearest
 __all__ = [
     "check_characters",
     "check_columns",
-    "check_separator",
     "json_kind",
     "json_unit",
-    "no_text",
+    "not_a_text",
     "number_text",
     "read_delimited",
     "read_json",
+    "read_rows",
     "undecodable",
 ]
 
 _SHOWN_COLUMNS = 30
 _SEPARATED = "save .csv with commas, .tsv with tabs"
-#: How files begin that are no text: what they are, and what to do.
+#: First bytes of files that are not text: what the file is, and the remedy.
 _MAGIC = {
     b"\x1f\x8b": ("compressed with gzip", "unpack it: gunzip -c FILE > NEW"),
     b"PK\x03\x04": ("a ZIP archive or a spreadsheet (.xlsx)", "unpack it, or save the sheet as `CSV UTF-8`"),
@@ -50,7 +47,7 @@ _MAGIC = {
 }
 
 
-# -- what is wrong in any format --------------------------------------------------------------------------------------
+# -- errors of any format ---------------------------------------------------------------------------------------------
 
 
 def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], unique: Sequence[str], remedy: str) -> None:
@@ -58,10 +55,10 @@ def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], uniqu
 
     Args:
         unique: columns that must not be there twice.
-        remedy: what to do where no column looks like the one that is missing.
+        remedy: used where no column has a similar name.
 
     Raises:
-        DataError: with the nearest name, or the separator that the file looks to have.
+        DataError: with the nearest name, or the separator that the file seems to use.
     """
     for name in unique:
         if found.count(name) > 1:
@@ -70,18 +67,12 @@ def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], uniqu
         if name not in found:
             listed = ", ".join(f"`{f}`" for f in found[:_SHOWN_COLUMNS]) or "none"
             other = _other_separator(path, found)
-            hint = f"the file looks separated by {other}: {_SEPARATED}" if other else nearest(name, found)
+            hint = f"the file seems to be separated by {other}: {_SEPARATED}" if other else nearest(name, found)
             raise DataError(
                 f"{path}: there is no column `{name}`; columns: {listed}"
                 + (", …" if len(found) > _SHOWN_COLUMNS else ""),
                 hint or remedy,
             )
-
-
-def check_separator(path: Path, header: Sequence[str]) -> None:
-    """Raises DataError: the one column of a CSV or TSV looks like several."""
-    if other := _other_separator(path, header):
-        raise DataError(f"{path}: the file looks separated by {other}", _SEPARATED)
 
 
 def _other_separator(path: Path, header: Sequence[str]) -> str | None:
@@ -91,10 +82,10 @@ def _other_separator(path: Path, header: Sequence[str]) -> str | None:
     return "tab" if other == "\t" else other and f"`{other}`"
 
 
-def no_text(path: Path, unit: str, number: int, name: str, found: str) -> DataError:
-    """What is said of a column of texts that holds `found` in some row."""
+def not_a_text(path: Path, unit: str, number: int, name: str, found: str) -> DataError:
+    """The error for a row that holds `found` (a list, an object) where a text is expected."""
     return DataError(
-        f"{path}, {unit} {number}: column `{name}` holds {found}, a text is wanted",
+        f"{path}, {unit} {number}: column `{name}` holds {found}, a text is expected",
         "name a column of texts: `data.text` in a recipe, --text on a command line",
     )
 
@@ -110,7 +101,7 @@ def number_text(value: Any) -> str | None:
 
 
 def undecodable(path: Path) -> DataError:
-    """What is said of a file that is not UTF-8: what it is instead, or the first such byte by row, line and offset."""
+    """The error for a file that is not UTF-8: its real format, or row, line and offset of the first wrong byte."""
     with path.open("rb") as file:
         start = file.read(4)
     for magic, (what, how) in _MAGIC.items():
@@ -148,34 +139,24 @@ def _lines_before(path: Path, end: int) -> Iterator[str]:
 # -- CSV and TSV ------------------------------------------------------------------------------------------------------
 
 
-def read_delimited(path: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """All rows of a `.csv` or `.tsv`: number, byte where it ends, and cells, as many as the header has.
+def read_delimited(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each row of a `.csv` or `.tsv`; every row has as many cells as the header.
 
-    The header comes first, as number 0; a row's number is counted without it and without blank lines, which are left out.
+    The header comes first, as number 0. Rows are counted from 1 without it; blank lines are skipped and not counted.
 
     Raises:
-        DataError: the file is empty, a row has too few or too many cells, a quote is not closed or stands in an odd place,
-            bytes are not UTF-8.
+        DataError: the file is empty, a row has too few or too many cells, a quote is not closed or misplaced, bytes are not
+            UTF-8.
     """
     csv.field_size_limit(2**31 - 1)
     number = 0
-    with path.open("rb") as raw:
-        at = len(codecs.BOM_UTF8) if raw.read(3) == codecs.BOM_UTF8 else 0
-        raw.seek(at)
-
-        def lines(file: Iterable[str]) -> Iterator[str]:
-            nonlocal at
-            for line in file:
-                at += len(line) if line.isascii() else len(line.encode())
-                yield line
-
-        text = io.TextIOWrapper(raw, encoding="utf-8", newline="")
-        reader = csv.reader(lines(text), delimiter=_delimiter(path), strict=True)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=_delimiter(path), strict=True)
         try:
             header = next((cells for cells in reader if cells), None)
             if header is None:
                 raise DataError(f"{path}: the file is empty", "the first line names the columns")
-            yield 0, at, header
+            yield 0, header
             width = len(header)
             for cells in reader:
                 if not cells:
@@ -186,7 +167,7 @@ def read_delimited(path: Path) -> Iterator[tuple[int, int, list[str]]]:
                         f"{path}, row {number} (line {reader.line_num}): {len(cells)} cells, the header has {width}",
                         'quote the cell that holds the separator: "like, this"; or correct the row',
                     )
-                yield number, at, cells
+                yield number, cells
         except UnicodeDecodeError:
             raise undecodable(path) from None
         except csv.Error as error:
@@ -201,6 +182,26 @@ def read_delimited(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             ) from None
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV, TSV or JSON Lines file as dictionaries by column.
+
+    Raises:
+        DataError: as `read_delimited` and `read_json`; the one column of a CSV or TSV looks like several.
+    """
+    try:
+        if path.suffix.lower() not in (".csv", ".tsv"):
+            yield from (record for _, record in read_json(path))
+            return
+        rows = read_delimited(path)
+        _, header = next(rows)
+        if other := _other_separator(path, header):
+            raise DataError(f"{path}: the file seems to be separated by {other}", _SEPARATED)
+        for _, cells in rows:
+            yield dict(zip(header, cells, strict=True))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
+
+
 def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
@@ -209,61 +210,63 @@ def _delimiter(path: Path) -> str:
 
 
 def json_unit(path: Path) -> str:
-    """What the rows of a JSON file are called: `record` if it is one array, else `line`."""
+    """The word for a row of a JSON file: `record` if the file is one array, else `line`."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     return "record" if start.startswith(b"[") else "line"
 
 
-def read_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """All rows: number of the line, counted from 1, byte where it ends, and the object on it; blank lines are left out.
-
-    Of a file that is one array: number of the object, twice, and the object.
+def read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each row of a `.jsonl` or `.json`: the line, counted from 1, blank ones included; of a file that
+    holds one array, the number of the object.
 
     Raises:
         DataError: not JSON, not objects, or bytes are not UTF-8.
     """
-    unit = json_unit(path)
-    at = 0
+    unit, number = json_unit(path), 0
     try:
         if unit == "record":
-            records = json.loads(path.read_bytes().decode("utf-8-sig"))
-            for number, record in enumerate(records, 1):
-                if not isinstance(record, dict):
-                    raise _no_object(path, unit, number, record)
-                yield number, number, record
+            for number, record in enumerate(json.loads(path.read_bytes().decode("utf-8-sig")), 1):
+                yield number, _object(path, unit, number, record)
             return
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                at += len(raw)
-                if raw.isspace():
-                    continue
-                record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(record, dict):
-                    raise _no_object(path, unit, number, record)
-                yield number, at, record
+                if not raw.isspace():
+                    record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    yield number, _object(path, unit, number, record)
     except UnicodeDecodeError:
         raise undecodable(path) from None
-    except json.JSONDecodeError as error:
-        if unit == "record":
-            raise DataError(
-                f"{path}, line {error.lineno}: not valid JSON: {error.msg}", "correct it, or write one object per line"
-            ) from None
+    except (ValueError, RecursionError) as error:
+        raise _not_json(path, number if unit == "line" else None, error) from None
+
+
+def _object(path: Path, unit: str, number: int, record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
         raise DataError(
-            f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})",
+            f"{path}, {unit} {number}: a JSON object is expected, found {json_kind(record)}",
+            'one object per line: {"text": "…", "label": "…"}',
+        )
+    return record
+
+
+def _not_json(path: Path, line: int | None, error: Exception) -> DataError:
+    place = f", line {line}" if line is not None else ""
+    remedy = "correct that line" if place else "correct it, or write one object per line"
+    if isinstance(error, json.JSONDecodeError):
+        if line is None:
+            return DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}", remedy)
+        return DataError(
+            f"{path}{place}: not valid JSON: {error.msg} (column {error.colno})",
             "JSON Lines holds one whole object on each line; correct that line",
-        ) from None
-    except (ValueError, RecursionError) as error:  # JSON that Python does not take
-        deep = "lists or objects are nested too deeply"
-        why = deep if isinstance(error, RecursionError) else f"cannot be read: {str(error).partition(';')[0]}"
-        place = f", line {number}" if unit == "line" else ""
-        raise DataError(
-            f"{path}{place}: {why}", "correct that line" if place else "correct it, or write one object per line"
-        ) from None
+        )
+    if isinstance(error, RecursionError):
+        return DataError(f"{path}{place}: lists or objects are nested too deeply", remedy)
+    # JSON that Python does not take: a number of thousands of digits.
+    return DataError(f"{path}{place}: cannot be read: {str(error).partition(';')[0]}", remedy)
 
 
 def check_characters(path: Path, unit: str, number: int, record: Mapping[str, Any]) -> None:
-    """Raises DataError: a text holds half of a character, which JSON can write (`\\ud83d` alone) and UTF-8 cannot."""
+    """Raises DataError: a text holds half of a character, which JSON can express (`\\ud83d` alone) and UTF-8 cannot."""
     for name, value in record.items():
         if not isinstance(value, str | list | dict):
             continue
@@ -277,15 +280,8 @@ def check_characters(path: Path, unit: str, number: int, record: Mapping[str, An
             ) from None
 
 
-def _no_object(path: Path, unit: str, number: int, found: Any) -> DataError:
-    return DataError(
-        f"{path}, {unit} {number}: a JSON object is wanted, found {json_kind(found)}",
-        'one object per line: {"text": "…", "label": "…"}',
-    )
-
-
 def json_kind(value: Any) -> str:
-    """What a value is called: `a text`, `a list`."""
+    """A value's kind in words: `a text`, `a list`."""
     return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
         type(value), "a number"
     )

@@ -17,11 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError, nearest
-from afina.recipe.formats import check_separator, read_delimited, read_json
 
 __all__ = [
     "MOST_ROWS",
@@ -34,7 +32,6 @@ __all__ = [
     "examine",
     "guess_columns",
     "quantile",
-    "read_rows",
 ]
 
 MOST_ROWS = 300_000
@@ -124,30 +121,6 @@ class Examined:
     foreign: float
     digests: frozenset[bytes]
     sample: tuple[str, ...]
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """The rows of CSV, TSV and JSON Lines files, one after the other, as mappings from column to value.
-
-    Raises:
-        DataError: a file that is not what its suffix says; with the line.
-    """
-    for path in paths:
-        try:
-            if path.suffix.lower() in (".csv", ".tsv"):
-                rows = read_delimited(path)
-                _, _, header = next(rows)
-                check_separator(path, header)
-                for _, _, cells in rows:
-                    yield dict(zip(header, cells, strict=True))
-            else:
-                for _, _, record in read_json(path):
-                    yield record
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from afina import errors
 from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.forecast.evidence import parameters_of
+from afina.recipe.formats import read_rows
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
@@ -154,7 +155,7 @@ def _source(paths: Sequence[Path], site: Site | None) -> Source:
     size = sum(p.stat().st_size for p in paths)
     # Line breaks inside a quoted cell count too: then it is an estimate.
     total = sum(_line_breaks(p) for p in paths) if size > _LARGE else None
-    return Source(name, lambda: examine.read_rows(paths), total)
+    return Source(name, lambda: (row for path in paths for row in read_rows(path)), total)
 
 
 def _line_breaks(path: Path) -> int:

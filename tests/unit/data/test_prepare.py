@@ -32,8 +32,8 @@ TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 SMALL_PIECES = """
 import sys
 from afina.worker.__main__ import main
-from afina.worker.data import shards as pieces, tokenise
-pieces.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
+from afina.worker.data import shards, tokenise
+shards.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
 sys.exit(main(["prepare"]))
 """
 

@@ -14,7 +14,7 @@ from afina.errors import AfinaError, DataError, RecipeError
 from afina.recipe.schema import Data
 from afina.worker.data.labels import Labels
 from afina.worker.data.splits import Examples, build_examples, choose_sources, cut, sample_rows
-from afina.worker.data.tables import Table, read_files
+from afina.worker.data.tables import DataTable, read_files
 
 Rows = list[dict[str, Any]]
 
@@ -28,7 +28,7 @@ def build(
     spec = Data.model_validate({"files": {part: str(path) for part, path in paths.items()}, **data})
     warnings: list[str] = []
     sources = choose_sources(spec, list(paths), warnings)
-    tables: dict[str, Table] = {
+    tables: dict[str, DataTable] = {
         source: read_files([paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text)
         for source in set(sources.values())
     }

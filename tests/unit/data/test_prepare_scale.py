@@ -30,7 +30,7 @@ from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
 from afina.worker.data.shards import Missing, Pieces
 from afina.worker.data.splits import build_examples
-from afina.worker.data.tables import Source
+from afina.worker.data.tables import DataSource
 from afina.worker.model.pretrained import load_tokenizer
 from afina.worker.progress import Progress
 
@@ -64,7 +64,7 @@ def making(models: Callable[[str], Path]) -> Making:
 
     def make(path: Path, arch: str = "bert", max_length: int = 24, **changes: Any) -> tokenise._Making:
         recipe = recipe_of(models(arch), path, **changes)
-        source = Source((path,))
+        source = DataSource((path,))
         state = source.state()
         table = source.read(recipe.data.label, recipe.data.text)
         chosen = {part: "all" for part in ("train", "eval", "test") if getattr(recipe.data, part) is not None}
@@ -159,17 +159,17 @@ def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
     """Each value becomes a text by itself, whatever stands beside it and wherever a batch ends."""
     values = ["a", " b\n", 7, 1.0, 2.5, True, None, "", "é" * 300]
     rows = [{"text": values[i % len(values)], "label": "x"} for i in range(5000)]
-    source = Source((write_jsonl(tmp_path / "a.jsonl", rows),))
+    source = DataSource((write_jsonl(tmp_path / "a.jsonl", rows),))
     texts = [text for (column,) in source.stream(["text"]) for text in column.to_pylist()]
     assert texts == ["a", " b\n", "7", "1", "2.5", "true", None, "", "é" * 300] * 555 + ["a", " b\n", "7", "1", "2.5"]
     kept = source.read(["label"], ["text"]).texts["text"]
     assert kept.sizes[:9].tolist() == [1, 3, 1, 1, 3, 4, 0, 0, 600]
     assert kept.blank[:9].tolist() == [False] * 6 + [True, True, False]
     assert (kept.keys[0] == kept.keys[9]).all() and (kept.keys[0] != kept.keys[1]).any()
-    numbers = Source((write_parquet(tmp_path / "a.parquet", [{"text": v} for v in (1.0, 2.5, None)]),))
+    numbers = DataSource((write_parquet(tmp_path / "a.parquet", [{"text": v} for v in (1.0, 2.5, None)]),))
     assert [c.to_pylist() for (c,) in numbers.stream(["text"])] == [["1", "2.5", None]]
-    for bad, said in (([1], "holds a list, a text is wanted"), ({"a": 1}, "holds an object, a text is wanted")):
-        source = Source((write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": bad, "label": "y"}]),))
+    for bad, said in (([1], "holds a list, a text is expected"), ({"a": 1}, "holds an object, a text is expected")):
+        source = DataSource((write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": bad, "label": "y"}]),))
         with pytest.raises(DataError, match=rf"b\.jsonl, line 5001: column `text` {said}"):
             source.read(["label"], ["text"])
 
@@ -363,10 +363,10 @@ def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
 MEASURE = """
 import pathlib, sys
 from afina.recipe.schema import Data
-from afina.worker.data import write_split as assemble, shards as pieces, tokenise
+from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
 from afina.worker.data.splits import build_examples
-from afina.worker.data.tables import Source
+from afina.worker.data.tables import DataSource
 
 class Tokenizer:
     model_input_names = ("input_ids",)
@@ -374,17 +374,17 @@ class Tokenizer:
     def __call__(self, texts, **_):
         return {"input_ids": [[len(text), 1] for text in texts]}
 
-pieces.PIECE_BYTES = assemble._BLOCK_BYTES = 1 << 20
+shards.PIECE_BYTES = write_split._BLOCK_BYTES = 1 << 20
 tokenise._BATCH_BYTES = 1 << 18
 path = pathlib.Path(sys.argv[1])
-source = Source((path,))
+source = DataSource((path,))
 parts = {"train": {"fraction": 0.5}, "eval": {"fraction": 0.5, "sample": int(sys.argv[2])}}
 data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label": "stars", **parts})
 table = source.read(data.label, data.text)
 labels, examples = build_examples("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
 checked = tokenise.Checked(labels, examples, [], {"all": source}, {"all": source.state()})
 making = tokenise._Making(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
-made = pieces.Pieces(path.parent, "made", {})
+made = shards.Pieces(path.parent, "made", {})
 making.make(made, print)
 making.put_together(made, path.parent, 32)
 # Not ru_maxrss, which a process begins with what its parent had when it was started.

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import star_names, tiny_reviews, write_csv, write_jsonl, write_parquet, write_tsv
 
 from afina.errors import DataError
-from afina.worker.data.tables import Table, as_text, examples_of, read_files
+from afina.worker.data.tables import DataTable, as_text, examples_of, read_files
 
 NASTY = [
     "plain",
@@ -27,7 +27,7 @@ NASTY = [
 ]
 
 
-def column(table: Table, name: str) -> list[object]:
+def column(table: DataTable, name: str) -> list[object]:
     values = table.columns[name].to_pylist()
     assert isinstance(values, list)
     return values
@@ -138,7 +138,9 @@ def test_duplicate_columns_and_empty_files(tmp_path: Path) -> None:
 def test_json_lines_are_located(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert "line 3: not valid JSON" in refused(path, '{"text": "a"}\n\n{"text": \n', ["text"]).message
-    assert "line 2: a JSON object is wanted, found a list" in refused(path, '{"text": "a"}\n["b"]\n', ["text"]).message
+    assert (
+        "line 2: a JSON object is expected, found a list" in refused(path, '{"text": "a"}\n["b"]\n', ["text"]).message
+    )
     assert "holds an object here" in refused(path, '{"text": "a"}\n{"text": {"b": 1}}\n', ["text"]).message
     path.write_text('{"text": "a"}\n\n{"text": "b", "more": 1}\n')
     table = read_files([path], ["text"])

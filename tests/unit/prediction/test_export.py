@@ -225,7 +225,7 @@ def test_a_model_in_python(place: Path) -> None:
     assert model.predict([]) == [] and model.predict_proba([]).shape == (0, 3)
     pairs = model.predict_proba([(texts[0], texts[1]), (texts[2], "")])
     assert np.isfinite(pairs[0]).all() and np.isnan(pairs[1]).all()
-    with pytest.raises(InputError, match="a list of texts is wanted"):
+    with pytest.raises(InputError, match="a list of texts is expected"):
         model.predict("one text")
     with pytest.raises(InputError, match="mixed"):
         model.predict(["one", ("two", "three")])

@@ -190,8 +190,8 @@ def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: 
     made = made_by(out)
     assert made is not None
     assert made["summary"]["blank"] == 3
-    assert made["summary"]["blank_rows"] == [f"{data}, row {n}" for n in (3, 4, 5)]
-    assert any("3 of 5 rows" in line and ", row 3" in line for line in worker._warnings(made["summary"]))
+    assert made["summary"]["blank_rows"] == [f"{data}, line {n}" for n in (3, 4, 5)]
+    assert any("3 of 5 rows" in line and ", line 3" in line for line in worker._warnings(made["summary"]))
 
 
 def test_a_pipe(run: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_what_differs_is_refused_and_said(run: Path, reviews: Path, tmp_path: Pa
     weights = bytearray((another / "model/model.safetensors").read_bytes())
     weights[-5] ^= 1
     (another / "model/model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match="the model is another"):
+    with pytest.raises(InputError, match="the model is a different one"):
         worker.plan(predicting.compose(another, [reviews], out, chunk_rows=50))
     text = reviews.read_text()
     reviews.write_text(text.replace("r7", "x7"))
@@ -404,8 +404,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: column `text` holds .ud83d", "cut in the middle"),
     "gzip": ("a.csv", lambda p: p.write_bytes(b"\x1f\x8b\x08\xff"), {}, "compressed with gzip", "gunzip"),
     "deep": ("a.jsonl", lambda p: p.write_text("[" * 99999), {}, "nested too deeply", "correct it"),
-    "no object": ("a.jsonl", lambda p: p.write_text('["a"]'), {}, "record 1: a JSON object is wanted", "one object"),
-    "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n'), {}, "line 1: column `text` holds a list, a text is wanted", "--text"),
+    "no object": ("a.jsonl", lambda p: p.write_text('["a"]'), {}, "record 1: a JSON object is expected", "one object"),
+    "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n'), {}, "line 1: column `text` holds a list, a text is expected", "--text"),
     "no Parquet": ("a.parquet", lambda p: p.write_bytes(b"PAR1 nonsense"), {}, "not a readable Parquet file", "write the file again"),
     "empty": ("a.csv", lambda p: p.write_text(""), {}, "the file is empty", "names the columns"),
     "no rows": ("a.csv", lambda p: p.write_text("text\n"), {}, "no rows", "has rows"),

@@ -254,7 +254,7 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         ),
         (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
         (["--data", "head.csv"], "no rows", "each further one is an example"),
-        (["--data", "semi.csv"], "looks separated by `;`", "save .csv with commas"),
+        (["--data", "semi.csv"], "seems to be separated by `;`", "save .csv with commas"),
         (["--data", "latin.csv"], "not UTF-8", "save the file as UTF-8"),
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON", "correct that line"),
         (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),

@@ -1,7 +1,7 @@
-"""Texts to tokens, on all cores: the Rust tokenizer's own threads, one batch ahead of whoever uses what it gives.
+"""Tokenisation on all cores: the Rust tokenizer's own threads, with batches encoded ahead of the caller.
 
-There are as many threads as this process may use cores, or `RAYON_NUM_THREADS`; the tokens do not depend on it. A tokenizer that
-is written in Python, or that changes in Python what the Rust one gives, runs on one core.
+There are as many threads as this process may use cores, or `RAYON_NUM_THREADS`; the tokens do not depend on it. A tokenizer
+written in Python, or one that changes in Python what the Rust one returns, runs on one core.
 """
 
 from __future__ import annotations
@@ -15,32 +15,44 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["Encoded", "Encoder"]
+__all__ = ["EncodedBatch", "Encoder"]
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
-#: Batches that wait to be encoded, or to be used: enough that neither side waits for the other.
+#: Batches encoded ahead: enough that neither side waits for the other.
 _AHEAD = 2
-#: Methods that a tokenizer must not have changed, if the Rust one behind it is to be called directly.
+#: Methods that a tokenizer's class must not override if its Rust tokenizer is to be called directly.
 _PLAIN = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch of N texts with T tokens.
 
     Attributes:
-        tokens: ids, the texts one after the other, int64 (T,).
+        tokens: ids, the texts one after the other, uint32 (T,).
         lengths: tokens of each text, int64 (N,).
         types: token types, uint8 (T,); None where all are 0.
-        cut: the text was longer than allowed, bool (N,).
+        cut: the text was longer than `max_length`, bool (N,).
     """
 
     tokens: Array
     lengths: Array
     types: Array | None
     cut: Array
+
+    @classmethod
+    def joined(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:
+        """Batches as one; `batches` may be empty."""
+        types = None
+        if any(batch.types is not None for batch in batches):
+            zeros = [np.zeros(len(batch.tokens), np.uint8) for batch in batches]
+            types = np.concatenate([z if b.types is None else b.types for z, b in zip(zeros, batches, strict=True)])
+        tokens = np.concatenate([np.empty(0, np.uint32), *(batch.tokens for batch in batches)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(batch.lengths for batch in batches)])
+        cut = np.concatenate([np.empty(0, bool), *(batch.cut for batch in batches)])
+        return cls(tokens, lengths, types, cut)
 
 
 class Encoder:
@@ -60,11 +72,11 @@ class Encoder:
             tokenizer(["a"], **self._options)
             self._backend = tokenizer.backend_tokenizer
 
-    def encode(self, batches: Iterable[tuple[T, Sequence[Sequence[str]]]]) -> Generator[tuple[T, Encoded]]:
+    def encode(self, batches: Iterable[tuple[T, Sequence[Sequence[str]]]]) -> Generator[tuple[T, EncodedBatch]]:
         """Encode batches, in their order.
 
         Args:
-            batches: anything that belongs to the batch, and its one or two columns of texts.
+            batches: the caller's own description of a batch, passed through; and its one or two columns of texts.
         """
         ahead: deque[tuple[T, Future[Any]]] = deque()
         pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -78,9 +90,9 @@ class Encoder:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self, ahead: deque[tuple[T, Future[Any]]]) -> tuple[T, Encoded]:
+    def _next(self, ahead: deque[tuple[T, Future[Any]]]) -> tuple[T, EncodedBatch]:
         about, future = ahead.popleft()
-        return about, self._packed(future.result())
+        return about, self._flatten(*future.result())
 
     def _call(self, columns: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[int]] | None, Any]:
         """Token ids, token types, and the Rust tokenizer's encodings if it has one."""
@@ -89,26 +101,25 @@ class Encoder:
             types = batch.get("token_type_ids")
             return batch["input_ids"], types, getattr(batch, "encodings", None)
         texts = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
-        # `fast`: without the place of each token in its text, a sixth of the work.
+        # `fast`: without the offsets of each token in its text, a sixth of the work.
         encodings = self._backend.encode_batch_fast(texts)
         types = [e.type_ids for e in encodings] if self._has_types else None
         return [e.ids for e in encodings], types, encodings
 
-    def _packed(self, found: tuple[list[list[int]], list[list[int]] | None, Any]) -> Encoded:
-        ids, types, encodings = found
+    def _flatten(self, ids: list[list[int]], types: list[list[int]] | None, encodings: Any) -> EncodedBatch:
         lengths = np.array([len(row) for row in ids], np.int64)
         total = int(lengths.sum())
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, total)
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, total)
         flat_types = np.fromiter(itertools.chain.from_iterable(types), np.uint8, total) if types is not None else None
         cut = lengths >= self._max_length
         if encodings is not None:
             for i in np.flatnonzero(cut):
                 cut[i] = bool(encodings[i].overflowing)
-        return Encoded(flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut)
+        return EncodedBatch(flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut)
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether calling the Rust tokenizer directly gives what calling this one does."""
+    """Whether the Rust tokenizer, called directly, returns the same as this tokenizer."""
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     return isinstance(tokenizer, TokenizersBackend) and all(

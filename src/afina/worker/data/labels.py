@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.schema import Data
-from afina.worker.data.tables import Table, as_text
+from afina.worker.data.tables import DataTable, as_text
 
 __all__ = ["LabelColumns", "Labels", "as_number", "find_labels", "label_array", "listed"]
 
@@ -39,7 +39,7 @@ class Labels:
 class LabelColumns:
     """Labels of one source, as the task sees them: read once for all parts that share it."""
 
-    def __init__(self, table: Table, data: Data) -> None:
+    def __init__(self, table: DataTable, data: Data) -> None:
         self.table, self.columns = table, [table.columns[name] for name in data.label]
         self.names, self.separator = data.label, data.label_separator
 
@@ -211,7 +211,7 @@ def label_array(columns: LabelColumns, labels: Labels, rows: Array) -> Array:
     return matrix[rows]
 
 
-def _refuse_unknown(table: Table, texts: pa.Array, ids: pa.Array, rows: Array, names: Sequence[str]) -> None:
+def _refuse_unknown(table: DataTable, texts: pa.Array, ids: pa.Array, rows: Array, names: Sequence[str]) -> None:
     if not ids.null_count:
         return
     wrong = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))

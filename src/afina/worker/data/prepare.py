@@ -216,10 +216,10 @@ def _content(plan: Plan, folder: Path, data: Any) -> dict[str, Any]:
 
 def _states(plan: Plan) -> dict[str, Any]:
     """Of the files of each key of `data.files`, before anything is read."""
-    from afina.worker.data.tables import Source
+    from afina.worker.data.tables import DataSource
 
     try:
-        return {key: Source(tuple(paths)).state() for key, paths in plan.files.items()}
+        return {key: DataSource(tuple(paths)).state() for key, paths in plan.files.items()}
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}", "check the path and its permissions") from None
 
@@ -253,7 +253,7 @@ def _find(final: Path, say: Say | None = None) -> dict[str, Any] | None:
 def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
     """Read the data once, and see that they can be trained on."""
     from afina.worker.data.splits import build_examples, choose_sources
-    from afina.worker.data.tables import Source
+    from afina.worker.data.tables import DataSource
     from afina.worker.data.tokenise import Checked
     from afina.worker.progress import Progress
 
@@ -262,7 +262,9 @@ def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
     chosen = choose_sources(spec, list(data.splits if data is not None else plan.files), warnings)
     keys = list(dict.fromkeys(chosen.values()))
     sources = {
-        key: Source((data.file(key),), f"{data.id}/{key}") if data is not None else Source(tuple(plan.files[key]))
+        key: DataSource((data.file(key),), f"{data.id}/{key}")
+        if data is not None
+        else DataSource(tuple(plan.files[key]))
         for key in keys
     }
     if data is not None:

@@ -23,7 +23,7 @@ from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.schema import Data, Part
 from afina.worker.data.label_checks import check_found_labels, nearest_label
 from afina.worker.data.labels import LabelColumns, Labels, find_labels, label_array, listed
-from afina.worker.data.tables import Table, examples_of
+from afina.worker.data.tables import DataTable, examples_of
 
 __all__ = ["Examples", "Labels", "build_examples", "choose_sources", "cut", "sample_rows"]
 
@@ -51,7 +51,7 @@ class Examples:
 
     source: str
     rows: Array
-    table: Table
+    table: DataTable
     sizes: Array
     labels: Array
     ids: pa.Array | None
@@ -197,7 +197,7 @@ def sample_rows(num_rows: int, sample: int | None, seed: int) -> Array:
 
 
 def build_examples(
-    task: str, data: Data, tables: Mapping[str, Table], sources: Mapping[str, str], warnings: list[str]
+    task: str, data: Data, tables: Mapping[str, DataTable], sources: Mapping[str, str], warnings: list[str]
 ) -> tuple[Labels, dict[str, Examples]]:
     """Cut, sample, label and check.
 
@@ -238,7 +238,7 @@ def build_examples(
     return labels, parts
 
 
-def _ids(table: Table, name: str, rows: Array) -> pa.Array:
+def _ids(table: DataTable, name: str, rows: Array) -> pa.Array:
     ids = table.columns[name]
     if pa.types.is_list(ids.type):
         raise DataError(
@@ -380,7 +380,7 @@ def _first_alike(keys: Array) -> Array:
     return first
 
 
-def _beside(table: Table, index: int, train: Table, twin: int) -> str:
+def _beside(table: DataTable, index: int, train: DataTable, twin: int) -> str:
     there = train.where(twin)
     if table.sources[table.source[index]] == train.sources[train.source[twin]]:
         there = f"{train.unit} {train.row[twin]}"

@@ -1,6 +1,6 @@
-"""Data files to columns, located to the row; of texts only what the checks need is kept, they are read again one batch at a time.
+"""Data files as tables that know where each row came from. Of texts only digests are kept; they are read again in batches.
 
-What the formats are, and how a row is counted: see `afina.worker.data.readers`.
+Formats, and how rows are counted: see `afina.worker.data.readers`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
-from afina.worker.data.readers import as_text, open_reader
+from afina.worker.data.readers import as_text, is_blank, open_reader
 
-__all__ = ["Source", "Table", "Texts", "as_text", "examples_of", "read_files"]
+__all__ = ["DataSource", "DataTable", "TextDigests", "as_text", "examples_of", "read_files"]
 
 Array = np.ndarray[Any, Any]
-Seen = Callable[[int], None]
+Advance = Callable[[int], None]
 
 _SHOWN = 5
 _KEY_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextDigests:
     """What is kept of a text column: 21 bytes a row.
 
     Attributes:
@@ -43,7 +43,7 @@ class Texts:
     sizes: Array
 
     @classmethod
-    def of(cls, texts: pa.Array) -> Texts:
+    def of(cls, texts: pa.Array) -> TextDigests:
         trimmed = pc.utf8_trim_whitespace(texts)
         hashed = [
             hashlib.blake2b(text or b"", digest_size=_KEY_BYTES).digest()
@@ -51,21 +51,21 @@ class Texts:
         ]
         return cls(
             np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2),
-            pc.fill_null(pc.equal(trimmed, ""), True).to_numpy(zero_copy_only=False),
+            is_blank(texts),
             pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64),
         )
 
     @classmethod
-    def joined(cls, pieces: Sequence[Texts]) -> Texts:
+    def joined(cls, pieces: Sequence[TextDigests]) -> TextDigests:
         pieces = [cls(np.empty((0, 2), np.uint64), np.empty(0, bool), np.empty(0, np.int64)), *pieces]
         return cls(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("keys", "blank", "sizes")))
 
-    def take(self, rows: Array) -> Texts:
-        return Texts(self.keys[rows], self.blank[rows], self.sizes[rows])
+    def take(self, rows: Array) -> TextDigests:
+        return TextDigests(self.keys[rows], self.blank[rows], self.sizes[rows])
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """Columns of equal length, and where each row came from.
 
     Attributes:
@@ -83,41 +83,41 @@ class Table:
     source: Array
     row: Array
     unit: str = "row"
-    texts: Mapping[str, Texts] = field(default_factory=dict)
+    texts: Mapping[str, TextDigests] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.row)
 
-    def take(self, rows: Array) -> Table:
+    def take(self, rows: Array) -> DataTable:
         columns = {name: column.take(pa.array(rows)) for name, column in self.columns.items()}
         texts = {name: column.take(rows) for name, column in self.texts.items()}
-        return Table(columns, self.classes, self.sources, self.source[rows], self.row[rows], self.unit, texts)
+        return DataTable(columns, self.classes, self.sources, self.source[rows], self.row[rows], self.unit, texts)
 
-    def places(self, rows: Array) -> Table:
+    def places(self, rows: Array) -> DataTable:
         """Where `rows` came from, without columns."""
-        return Table({}, {}, self.sources, self.source[rows], self.row[rows], self.unit)
+        return DataTable({}, {}, self.sources, self.source[rows], self.row[rows], self.unit)
 
     def where(self, index: int) -> str:
         """`reviews.csv, row 12`."""
         return f"{self.sources[self.source[index]]}, {self.unit} {self.row[index]}"
 
 
-def examples_of(table: Table, indices: Array) -> str:
+def examples_of(table: DataTable, indices: Array) -> str:
     """The first five of some rows, by file: `a.csv, rows 3, 9, 12; b.csv, row 1 (and 40 more)`."""
     shown = indices[:_SHOWN]
     groups: dict[int, list[int]] = {}
     for index in shown:
         groups.setdefault(int(table.source[index]), []).append(int(table.row[index]))
-    said = "; ".join(
+    listed = "; ".join(
         f"{table.sources[source]}, {table.unit}{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}"
         for source, rows in groups.items()
     )
     more = len(indices) - len(shown)
-    return f"{said} (and {more:,} more)" if more else said
+    return f"{listed} (and {more:,} more)" if more else listed
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where rows come from: files, one after the other, or one split of a Hub data set.
 
     Attributes:
@@ -128,13 +128,13 @@ class Source:
     paths: tuple[Path, ...]
     called: str | None = None
 
-    def read(self, columns: Sequence[str], texts: Sequence[str], seen: Seen = lambda rows: None) -> Table:
+    def read(self, columns: Sequence[str], texts: Sequence[str], advance: Advance = lambda rows: None) -> DataTable:
         """See `read_files`."""
         with self._renamed():
-            table = read_files(self.paths, columns, texts, seen)
+            table = read_files(self.paths, columns, texts, advance)
         if self.called is None:
             return table
-        return Table(table.columns, table.classes, (self.called,), table.source, table.row, texts=table.texts)
+        return DataTable(table.columns, table.classes, (self.called,), table.source, table.row, texts=table.texts)
 
     def stream(self, names: Sequence[str]) -> Iterator[list[pa.Array]]:
         """Text columns batch by batch, in the order of `read`: large_string (n,) each."""
@@ -159,48 +159,48 @@ class Source:
 
 
 def read_files(
-    paths: Sequence[Path], columns: Sequence[str], texts: Sequence[str] = (), seen: Seen = lambda rows: None
-) -> Table:
+    paths: Sequence[Path], columns: Sequence[str], texts: Sequence[str] = (), advance: Advance = lambda rows: None
+) -> DataTable:
     """Read all files, one after the other.
 
     Args:
         columns: kept whole.
         texts: of these only what the checks need is kept.
-        seen: told how many rows were read since it was told last.
+        advance: called with the number of rows of each batch.
 
     Raises:
         DataError: a column is missing or there twice, a row is ragged, bytes are not UTF-8, JSON is broken; with file and row.
     """
-    tables = [_read(path, list(dict.fromkeys(columns)), list(dict.fromkeys(texts)), seen) for path in paths]
+    tables = [_read(path, list(dict.fromkeys(columns)), list(dict.fromkeys(texts)), advance) for path in paths]
     return tables[0] if len(tables) == 1 else _concatenate(tables)
 
 
-def _read(path: Path, columns: list[str], texts: list[str], seen: Seen) -> Table:
+def _read(path: Path, columns: list[str], texts: list[str], advance: Advance) -> DataTable:
     reader = open_reader(path)
     wanted = list(dict.fromkeys([*texts, *columns]))
     kept: dict[str, list[Any]] = {name: [] for name in columns}
-    digested: dict[str, list[Texts]] = {name: [] for name in texts}
+    digested: dict[str, list[TextDigests]] = {name: [] for name in texts}
     rows = [np.empty(0, np.int64)]
     for batch in reader.batches(wanted):
-        for name, pieces in kept.items():
-            pieces.append(batch.values[name])
-        for name, found in digested.items():
-            found.append(Texts.of(reader.texts(name, batch)))
+        for name, values in kept.items():
+            values.append(reader.values(name, batch))
+        for name, digests in digested.items():
+            digests.append(TextDigests.of(reader.texts(name, batch)))
         rows.append(batch.row)
-        seen(len(batch.row))
+        advance(len(batch))
     row = np.concatenate(rows)
-    return Table(
-        {name: reader.column(name, pieces, row) for name, pieces in kept.items()},
+    return DataTable(
+        {name: reader.column(name, values, row) for name, values in kept.items()},
         reader.classes(columns),
         (str(path),),
         np.zeros(len(row), np.int32),
         row,
         reader.unit,
-        {name: Texts.joined(found) for name, found in digested.items()},
+        {name: TextDigests.joined(digests) for name, digests in digested.items()},
     )
 
 
-def _concatenate(tables: Sequence[Table]) -> Table:
+def _concatenate(tables: Sequence[DataTable]) -> DataTable:
     columns, classes = {}, {}
     for name in tables[0].columns:
         pieces = [table.columns[name] for table in tables]
@@ -221,12 +221,12 @@ def _concatenate(tables: Sequence[Table]) -> Table:
             classes[name] = tables[0].classes[name]
     sources = tuple(source for table in tables for source in table.sources)
     units = {table.unit for table in tables}
-    return Table(
+    return DataTable(
         columns,
         classes,
         sources,
         np.concatenate([np.full(len(table), number, np.int32) for number, table in enumerate(tables)]),
         np.concatenate([table.row for table in tables]),
         units.pop() if len(units) == 1 else "row",
-        {name: Texts.joined([table.texts[name] for table in tables]) for name in tables[0].texts},
+        {name: TextDigests.joined([table.texts[name] for table in tables]) for name in tables[0].texts},
     )

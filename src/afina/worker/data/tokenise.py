@@ -25,10 +25,10 @@ from afina.files import readable_size
 from afina.publish import publish, staging
 from afina.run.plan import Plan
 from afina.worker.data import prepared
-from afina.worker.data.encode import Encoded, Encoder
+from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.shards import Missing, Piece, Pieces, cut_pieces, discard
 from afina.worker.data.splits import Examples, Labels
-from afina.worker.data.tables import Source, examples_of
+from afina.worker.data.tables import DataSource, examples_of
 from afina.worker.data.write_split import TEXTS, Seen, write_part
 from afina.worker.model.pretrained import load_tokenizer
 from afina.worker.progress import Progress
@@ -61,7 +61,7 @@ class Checked:
     labels: Labels
     parts: Mapping[str, Examples]
     warnings: list[str]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, DataSource]
     states: Mapping[str, Any]
 
 
@@ -165,7 +165,7 @@ class _Making:
             Progress("tokenising", "tokenised", "texts", total, say, before=total - left) as progress,
             contextlib.closing(self.encoder.encode(self._batches(missing))) as batches,
         ):
-            encoded: list[Encoded] = []
+            encoded: list[EncodedBatch] = []
             for (piece, columns, is_last), found in batches:
                 self._check(piece, sum(len(e.lengths) for e in encoded), found)
                 encoded.append(found)
@@ -210,7 +210,7 @@ class _Making:
             if rows.state() != self.checked.states[source]:
                 raise _written_into(rows)
 
-    def _check(self, piece: Piece, done: int, found: Encoded) -> None:
+    def _check(self, piece: Piece, done: int, found: EncodedBatch) -> None:
         empty = np.flatnonzero(found.lengths == 0)
         if len(empty):
             row = piece.rows[done + empty[0]]
@@ -268,7 +268,9 @@ def _pieces(number: int, source: str, parts: Mapping[str, Examples]) -> list[Pie
     return cut_pieces(number, source, rows, sizes, kept)
 
 
-def _gather(source: Source, names: Sequence[str], pieces: Sequence[Piece]) -> Iterator[tuple[Piece, list[pa.Array]]]:
+def _gather(
+    source: DataSource, names: Sequence[str], pieces: Sequence[Piece]
+) -> Iterator[tuple[Piece, list[pa.Array]]]:
     """The texts of `pieces`, which ascend; the source is read as far as they go.
 
     Raises:
@@ -296,23 +298,18 @@ def _gather(source: Source, names: Sequence[str], pieces: Sequence[Piece]) -> It
         raise _written_into(source)
 
 
-def _written_into(source: Source) -> DataError:
+def _written_into(source: DataSource) -> DataError:
     return DataError(
         f"{', '.join(map(str, source.paths))}: was written into while it was read",
         "run the same command again when nobody writes there",
     )
 
 
-def _arrays(piece: Piece, columns: Sequence[pa.Array], encoded: Sequence[Encoded], dtype: Any) -> dict[str, Array]:
-    arrays = {
-        "tokens": np.concatenate([e.tokens for e in encoded]).astype(dtype),
-        "lengths": np.concatenate([e.lengths for e in encoded]),
-        "cut": np.concatenate([e.cut for e in encoded]),
-    }
-    if any(e.types is not None for e in encoded):
-        arrays["types"] = np.concatenate(
-            [np.zeros(len(e.tokens), np.uint8) if e.types is None else e.types for e in encoded]
-        )
+def _arrays(piece: Piece, columns: Sequence[pa.Array], encoded: Sequence[EncodedBatch], dtype: Any) -> dict[str, Array]:
+    whole = EncodedBatch.joined(encoded)
+    arrays = {"tokens": whole.tokens.astype(dtype), "lengths": whole.lengths, "cut": whole.cut}
+    if whole.types is not None:
+        arrays["types"] = whole.types
     if piece.kept.any():
         for name, column in zip(TEXTS, columns, strict=False):
             texts = column.filter(pa.array(piece.kept)).cast(pa.large_binary())

@@ -1,22 +1,22 @@
-"""A trained classifier in use: texts in, logits out in their order, by the batches that evaluation makes.
+"""A trained classifier for use: texts in, logits out in the same order, in the batches that evaluation makes.
 
-Batches are sorted by length and packed where the architecture is proven (`afina.worker.compute.packed_model`), else padded to the longest;
-they depend on the texts and on the settings alone, so that the same texts give the same numbers again. A text that is
-missing, empty or blank is not given to the model: no training saw one, and what the model said of it would look like
-knowledge. Its logits are NaN, its prediction is None.
+Batches are sorted by length and packed where the architecture is proven (`afina.worker.compute.packed_model`), else padded to the
+longest; they depend on the texts and the settings alone, so the same texts give the same numbers again. A missing, empty or
+blank text is not given to the model: no training sees one, so a score for it would mean nothing. Its logits are NaN, its
+prediction is None.
 
-Not covered: several GPUs in one process (each process takes one), models that are not sequence classifiers.
+Not covered: several GPUs in one process (each process uses one), models that are not sequence classifiers.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,13 +24,15 @@ from afina.errors import InputError
 from afina.prediction.request import CHUNK_ROWS
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
+from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.prepared import Split
-from afina.worker.inference.export_info import note_of
+from afina.worker.data.readers import is_blank
+from afina.worker.inference.export_info import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.pretrained import check_files, max_positions
 from afina.worker.startup import uncollected
 
-__all__ = ["Classifier", "DType", "Encoded"]
+__all__ = ["Classifier", "DType", "EncodedTexts"]
 
 Array = np.ndarray[Any, Any]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -48,8 +50,14 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Tokens of some texts; `rows` are their numbers, int64, of those that have any tokens."""
+class EncodedTexts:
+    """Tokens of those of N texts that have any.
+
+    Attributes:
+        split: tokens of M texts; the labels in it mean nothing.
+        rows: their numbers among the N, ascending, int64 (M,).
+        truncated: how many were longer than allowed.
+    """
 
     split: Split
     rows: Array
@@ -83,7 +91,7 @@ class Classifier:
         """Load it.
 
         Args:
-            max_length, text_columns: by default what `afina export` noted in the folder; else the model's own limit.
+            max_length, text_columns: by default what `afina export` wrote into the folder; else the model's own limit.
             batch_size: rows of a padded batch (32), and 128 tokens for each of them in a packed one.
             max_tokens: tokens of a packed batch.
             device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
@@ -93,7 +101,7 @@ class Classifier:
         """
         path = Path(folder).absolute()
         check_files(path)
-        note = note_of(path)
+        info = export_info(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
         config = self.model.config
@@ -101,8 +109,8 @@ class Classifier:
         self.task = _TASKS[kind]
         names = [str(config.id2label[i]) for i in range(config.num_labels)]
         self.labels: list[str] | None = None if self.task == "regression" else names
-        self.text_columns = tuple(text_columns or note.get("text_columns") or ()) or None
-        self.max_length = max_length or note.get("max_length") or _limit(self.tokenizer, config)
+        self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
+        self.max_length = max_length or info.get("max_length") or _limit(self.tokenizer, config)
         self.batch_size = batch_size or _BATCH_ROWS
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
@@ -152,45 +160,31 @@ class Classifier:
         Args:
             advance: told how many rows are done, batch by batch.
         """
+        columns = [_text_array(texts)] if pairs is None else [_text_array(texts), _text_array(pairs)]
         found = np.full((len(texts), int(self.model.config.num_labels)), np.nan, np.float32)
         for start in range(0, len(texts), CHUNK_ROWS):
-            stop = start + CHUNK_ROWS
-            encoded = self.encode(texts[start:stop], pairs[start:stop] if pairs is not None else None)
+            encoded = self.encode([column.slice(start, CHUNK_ROWS) for column in columns])
             found[start + encoded.rows] = self.run(encoded, advance)
         return found
 
-    def encode(self, texts: Sequence[str | None], pairs: Sequence[str | None] | None = None) -> Encoded:
-        """Tokens of those texts (and pairs) that are not blank."""
-        blank = np.array([text is None or not text.strip() for text in texts], bool)
-        if pairs is not None:
-            blank |= np.array([text is None or not text.strip() for text in pairs], bool)
-        rows = np.flatnonzero(~blank)
-        ids: list[Array] = []
-        types: list[Array] = []
-        lengths: list[int] = []
-        truncated = 0
-        for start in range(0, len(rows), _TOKENIZED):
-            chosen = rows[start : start + _TOKENIZED].tolist()
-            batch = self.tokenizer(
-                [texts[row] for row in chosen],
-                [pairs[row] for row in chosen] if pairs is not None else None,
-                truncation=True,
-                max_length=self.max_length,
-                return_attention_mask=False,
-            )
-            lengths += [len(row) for row in batch["input_ids"]]
-            ids.append(_flat(batch["input_ids"], np.uint32))
-            if "token_type_ids" in batch:
-                types.append(_flat(batch["token_type_ids"], np.uint8))
-            truncated += _count_truncated(batch, self.max_length)
-        kept = np.array(lengths, np.int64) > 0  # a tokenizer without special tokens may make nothing of a text
-        tokens = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
-        offsets = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64)[kept])])
-        kinds = np.concatenate(types) if types and any(part.any() for part in types) else None
-        split = Split(tokens, offsets, np.zeros(len(offsets) - 1, np.int64), kinds)
-        return Encoded(split, rows[kept], truncated)
+    def encode(self, columns: Sequence[pa.Array]) -> EncodedTexts:
+        """Tokens of the texts that are not blank.
 
-    def run(self, encoded: Encoded, advance: Callable[[int], None] = lambda rows: None) -> Array:
+        Args:
+            columns: large_string (N,), one, or two for pairs.
+        """
+        given = np.flatnonzero(~np.any([is_blank(column) for column in columns], axis=0))
+        starts = range(0, len(given), _TOKENIZED)
+        taken = ([c.take(pa.array(given[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
+        # Made anew each time: a call of the tokenizer by its user changes the truncation that is set in it.
+        encoder = Encoder(self.tokenizer, self.max_length)
+        batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in taken)])
+        kept = batch.lengths > 0  # a tokenizer without special tokens may make no token of a text
+        offsets = np.concatenate([[0], np.cumsum(batch.lengths[kept])])
+        split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types)
+        return EncodedTexts(split, given[kept], int(batch.cut.sum()))
+
+    def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
         """Logits of what was encoded, float32 (rows, K), in the order of `encoded.rows`."""
         split = encoded.split
         found = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
@@ -261,28 +255,28 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
 
 
 def _limit(tokenizer: Any, config: Any) -> int:
-    """What the model itself can take; 512 tokens where neither it nor its tokenizer says."""
-    said = [n for n in (tokenizer.model_max_length, max_positions(config)) if isinstance(n, int) and 0 < n < 1_000_000]
-    return min(said) if said else _MAX_LENGTH
+    """The model's own limit; 512 tokens where neither it nor its tokenizer has one."""
+    limits = [
+        n for n in (tokenizer.model_max_length, max_positions(config)) if isinstance(n, int) and 0 < n < 1_000_000
+    ]
+    return min(limits, default=_MAX_LENGTH)
+
+
+def _text_array(texts: Sequence[str | None]) -> pa.Array:
+    try:
+        return pa.array(texts, pa.large_string())
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        wrong = next(text for text in texts if text is not None and not isinstance(text, str))
+        raise InputError(f"{wrong!r} is not a text", "give texts, or None where there is none") from None
 
 
 def _parted(texts: Sequence[Any]) -> tuple[list[str | None], list[str | None] | None]:
     """Texts, or pairs of texts, as one or two lists."""
     if isinstance(texts, str):
-        raise InputError("one text was given, a list of texts is wanted", "put it into a list: predict([text])")
+        raise InputError("one text was given, a list of texts is expected", "put it into a list: predict([text])")
     rows = list(texts)
     if not any(isinstance(row, (tuple, list)) for row in rows):
         return rows, None
     if any(not isinstance(row, (tuple, list)) or len(row) != 2 for row in rows):
         raise InputError("single texts and pairs of texts are mixed", 'give pairs only: [("a", "b"), …]')
     return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _flat(rows: list[list[int]], dtype: Any) -> Array:
-    return np.fromiter(itertools.chain.from_iterable(rows), dtype, count=sum(map(len, rows)))
-
-
-def _count_truncated(batch: Any, max_length: int) -> int:
-    encodings = getattr(batch, "encodings", None)
-    full = [i for i, row in enumerate(batch["input_ids"]) if len(row) >= max_length]
-    return sum(1 for i in full if encodings is None or encodings[i].overflowing)

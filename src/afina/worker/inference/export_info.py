@@ -1,4 +1,4 @@
-"""`afina.json` in an exported model folder: how the model wants its texts. Written by export, read where it is used."""
+"""`afina.json` in an exported model folder: text columns and longest input of its training, for prediction with that folder."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["NOTE", "note_of"]
+__all__ = ["FILE_NAME", "export_info"]
 
-NOTE = "afina.json"
+FILE_NAME = "afina.json"
 
 
-def note_of(folder: Path) -> dict[str, Any]:
-    """`text_columns`, `max_length`, `task`; empty where the folder has none.
+def export_info(folder: Path) -> dict[str, Any]:
+    """`text_columns`, `max_length`, `task`; empty where the folder has no such file.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        info = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise InputError(f"model: {folder / NOTE} cannot be read: {error}", "export the model again") from None
-    return note if isinstance(note, dict) else {}
+        raise InputError(f"model: {folder / FILE_NAME} cannot be read: {error}", "export the model again") from None
+    return info if isinstance(info, dict) else {}

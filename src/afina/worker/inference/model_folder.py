@@ -45,7 +45,7 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
     from dataclasses import replace
 
     from afina.files import sync_folder
-    from afina.worker.inference.export_info import NOTE
+    from afina.worker.inference.export_info import FILE_NAME
     from afina.worker.inference.model_card import facts_of, model_card
     from afina.worker.model.pretrained import check_files
 
@@ -68,13 +68,13 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
             if path.is_file() and path.name not in _LEFT_OUT:
                 shutil.copyfile(path, aside / path.name)
         _limit_tokenizer(aside, recipe.tokens.max_length)
-        note = {
+        info = {
             "afina": __version__,
             "task": outcome.task,
             "text_columns": list(recipe.data.text),
             "max_length": recipe.tokens.max_length,
         }
-        (aside / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / FILE_NAME).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         difference = None
         if onnx:

@@ -1,14 +1,15 @@
-"""What a prediction is made of while it is not whole, and how it becomes one file.
+"""Parts of an unfinished prediction, and how they become one file.
 
     OUT.parts/
-        job.json                what was asked for, as the host said it
-        manifest.json           what is predicted (digests of inputs and model, options), and where each chunk begins
+        job.json                the request, as the host sent it
+        manifest.json           identity (digests of inputs and model, options), schema, rows of each chunk
+        stdin.txt               a copy of standard input, where that is the input
         part-000000.parquet     the rows of a chunk with their predictions; written aside, then renamed
-        merged.json             size and SHA-256 of the whole, from before it gets its name until this folder is gone
+        merged.json             size and SHA-256 of the output, from before it is renamed until this folder is removed
 
-The folder is there whole or not at all. A part depends on its chunk, the model and the options alone, so that two processes
-that make the same one do no harm, and what is merged is the same file however often the work was killed. The whole is
-written in the folder, renamed to OUT, and then the folder is removed.
+The folder appears complete, by rename. A part depends on its chunk, the model and the options alone: two processes may make the
+same one, and the merged file is the same however often the work was killed. It is written in the folder and renamed to OUT;
+then the folder is removed. Tokens are not kept: making them again costs a hundredth of predicting.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from afina.worker.inference.inputs import Inputs
 
 __all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
 
-FORMAT = 1
+#: 2: chunks are numbers of rows. 1, of older afinas: also the bytes of the files.
+FORMAT = 2
 #: Key of our own record in the metadata of a Parquet file.
 _KEY = b"afina"
 
 
 class Parts:
-    """An unfinished prediction; `Parts.begin` makes one, `Parts(folder)` opens one."""
+    """The folder of an unfinished prediction; `Parts.begin` makes it, `Parts(folder)` opens it."""
 
     def __init__(self, folder: str | Path) -> None:
         """Raises:
-        InputError: the folder holds no prediction, or one of another version.
+        InputError: the folder holds no prediction, or one of another format.
         """
         self.folder = Path(folder).absolute()
         try:
@@ -52,15 +54,15 @@ class Parts:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(
-                f"{error.filename}: is missing: {self.folder} is no unfinished prediction",
+                f"{error.filename}: is missing, so {self.folder} is not an unfinished prediction",
                 "choose another output with -o, or remove that folder",
             ) from None
         except (OSError, ValueError) as error:
             raise InputError(f"{self.folder}: cannot be read: {error}", "remove that folder to begin anew") from None
         if manifest.get("format") != FORMAT:
             raise InputError(
-                f"{self.folder}: format {manifest.get('format')}, this afina reads {FORMAT}",
-                "go on with the afina that began it, or remove that folder to begin anew",
+                f"{self.folder}: made by {'an older' if manifest.get('format') == 1 else 'another'} afina",
+                "remove that folder to begin anew, or finish with the afina that began it",
             )
         self.identity: dict[str, Any] = manifest["identity"]
         self.times: dict[str, int] = manifest["times"]
@@ -69,7 +71,7 @@ class Parts:
 
     @classmethod
     def begin(cls, job: Prediction, identity: Mapping[str, Any], times: Mapping[str, int], inputs: Inputs) -> Parts:
-        """Make the folder, whole.
+        """Make the folder.
 
         Raises:
             InputError: another process has just made it.
@@ -80,16 +82,16 @@ class Parts:
         try:
             if job.spool:
                 shutil.copyfile(job.spool, aside / "stdin.txt")
-            said = {"format": FORMAT, "identity": identity, "times": times, "inputs": inputs.to_json()}
+            manifest = {"format": FORMAT, "identity": identity, "times": times, "inputs": inputs.to_json()}
             write_atomic(aside / "job.json", job.model_copy(update={"spool": None}).model_dump_json(indent=1))
-            write_atomic(aside / "manifest.json", json.dumps(said))
+            write_atomic(aside / "manifest.json", json.dumps(manifest))
             try:
                 aside.rename(final)
             except OSError:
                 if not final.exists():
                     raise
                 raise InputError(
-                    f"{final}: another process has just begun this", "run the same command again to go on with it"
+                    f"{final}: another process has just begun this", "run the same command again to continue it"
                 ) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -100,9 +102,6 @@ class Parts:
     def chunks(self) -> int:
         return len(self.inputs.chunks)
 
-    def rows_of(self, chunk: int) -> int:
-        return sum(segment.rows for segment in self.inputs.chunks[chunk])
-
     def path(self, chunk: int) -> Path:
         return self.folder / f"part-{chunk:06}.parquet"
 
@@ -111,29 +110,29 @@ class Parts:
         return tuple(self.folder / "stdin.txt" if path == STDIN else path for path in self.inputs.files)
 
     def done(self) -> set[int]:
-        """Chunks whose part is there; a damaged one is removed."""
+        """Chunks that have a part; damaged parts are removed."""
         found = set()
         for chunk in range(self.chunks):
             path = self.path(chunk)
             if not path.exists():
                 continue
             try:
-                whole = pq.read_metadata(path).num_rows == self.rows_of(chunk)
+                complete = pq.read_metadata(path).num_rows == self.inputs.chunks[chunk]
             except (OSError, pa.ArrowInvalid):
-                whole = False
-            if whole:
+                complete = False
+            if complete:
                 found.add(chunk)
             else:
                 path.unlink(missing_ok=True)
         return found
 
-    def write(self, chunk: int, table: pa.Table, about: Mapping[str, Any]) -> None:
-        """Publish a part; `about` is what `summary_of` adds up."""
+    def write(self, chunk: int, table: pa.Table, summary: Mapping[str, Any]) -> None:
+        """Publish a part; `summary_of` adds the summaries up."""
         path = self.path(chunk)
         aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             pq.write_table(
-                table.replace_schema_metadata({_KEY: json.dumps(about)}),
+                table.replace_schema_metadata({_KEY: json.dumps(summary)}),
                 aside,
                 compression="zstd",
                 row_group_size=1 << 20,
@@ -145,45 +144,45 @@ class Parts:
                 aside.unlink()
 
     def check_inputs(self) -> None:
-        """Compare the inputs with what was begun; content is read only where size or time of change differ.
+        """Compare the inputs with those of the plan; content is read only where size or modification time differ.
 
         Raises:
             InputError: one is missing or has changed.
         """
-        for said, path in zip(self.identity["inputs"], self.inputs.files, strict=True):
+        for record, path in zip(self.identity["inputs"], self.inputs.files, strict=True):
             if path == STDIN:
                 continue
             try:
-                about = path.stat()
+                stat = path.stat()
             except OSError as error:
                 raise InputError(
                     f"{path}: {error.strerror}", "put the file back, and run the same command again"
                 ) from None
-            same = about.st_size == said["size"] and about.st_mtime_ns == self.times.get(str(path))
-            if not same and (wrong := difference(path.parent, {path.name: said})):
+            same = stat.st_size == record["size"] and stat.st_mtime_ns == self.times.get(str(path))
+            if not same and (wrong := difference(path.parent, {path.name: record})):
                 raise InputError(wrong, "put the file back, or predict it into another output: -o")
 
     def merge(self) -> dict[str, Any]:
-        """All parts to the output, and the folder removed; returns the summary. May be repeated, and done by two at once.
+        """Write the output from all parts and remove the folder; returns the summary. Two processes may do it at once.
 
         Raises:
-            InputError: something else has that name now.
+            InputError: another file has the output's name.
             EnvironmentProblem: a part is damaged.
         """
         marker = self.folder / "merged.json"
         if self.out.exists():
             wrong = "there is another file" if not marker.exists() else None
             if wrong is None:
-                said = json.loads(marker.read_text())
-                wrong = difference(self.out.parent, {self.out.name: said["file"]})
+                merged = json.loads(marker.read_text())
+                wrong = difference(self.out.parent, {self.out.name: merged["file"]})
             if wrong:
                 raise InputError(
                     f"{self.out}: exists ({wrong}); nothing that exists is overwritten",
                     "move it away and run the same command again, or choose another output: -o",
                 )
             self._remove()
-            return dict(said["summary"])
-        summary = summary_of(self._abouts())
+            return dict(merged["summary"])
+        summary = summary_of(self._summaries())
         aside = self.folder / f".merged.{os.getpid()}.{secrets.token_hex(4)}"
         try:
             _WRITERS[OUTPUTS[self.out.suffix.lower()]](aside, self._tables(), self.schema(summary))
@@ -199,11 +198,11 @@ class Parts:
         return summary
 
     def schema(self, summary: Mapping[str, Any]) -> pa.Schema:
-        """Of the whole: that of the parts, and who made it of what; nothing that depends on place or time."""
-        said = {"identity": self.identity, "summary": summary}
-        return pq.read_schema(self.path(0)).with_metadata({_KEY: json.dumps(said, sort_keys=True)})
+        """The output's schema: that of the parts, with identity and summary; nothing that depends on place or time."""
+        record = {"identity": self.identity, "summary": summary}
+        return pq.read_schema(self.path(0)).with_metadata({_KEY: json.dumps(record, sort_keys=True)})
 
-    def _abouts(self) -> Iterator[dict[str, Any]]:
+    def _summaries(self) -> Iterator[dict[str, Any]]:
         for chunk in range(self.chunks):
             yield json.loads(pq.read_schema(self.path(chunk)).metadata[_KEY])
 
@@ -214,12 +213,12 @@ class Parts:
             except pa.ArrowInvalid as error:
                 self.path(chunk).unlink(missing_ok=True)
                 raise EnvironmentProblem(
-                    f"{self.path(chunk)}: was damaged and is removed: {str(error).splitlines()[0]}",
-                    "run the same command again: it is made anew",
+                    f"{self.path(chunk)}: was damaged and has been removed: {str(error).splitlines()[0]}",
+                    "run the same command again: it predicts this part anew",
                 ) from None
 
     def _remove(self) -> None:
-        """Under another name first: nobody takes a half-removed folder for an unfinished prediction."""
+        """Renamed first, so that a half-removed folder never looks like an unfinished prediction."""
         gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(gone)
@@ -235,22 +234,24 @@ def made_by(out: Path) -> dict[str, Any] | None:
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How one identity differs from another, in words; empty if they are equal."""
-    said = []
+    """Differences between two identities, in words."""
+    changes = []
     old, new = ({entry["name"]: entry for entry in side["inputs"]} for side in (before, now))
-    said += [f"input {name} was not there" for name in new if name not in old]
-    said += [f"input {name} is not given" for name in old if name not in new]
-    said += [f"input {name} has changed" for name in new if name in old and new[name] != old[name]]
-    if not said and list(old) != list(new):
-        said.append("the inputs are in another order")
+    changes += [f"input {name} was not there" for name in new if name not in old]
+    changes += [f"input {name} is not given" for name in old if name not in new]
+    changes += [f"input {name} has changed" for name in new if name in old and new[name] != old[name]]
+    if not changes and list(old) != list(new):
+        changes.append("the inputs are in another order")
     if before["model"] != now["model"]:
-        said.append("the model is another")
+        changes.append("the model is a different one")
     keys = [*before["options"], *(key for key in now["options"] if key not in before["options"])]
     for key in keys:
         was, given = before["options"].get(key), now["options"].get(key)
         if was != given:
-            said.append(f"{key} was {json.dumps(was, ensure_ascii=False)}, is {json.dumps(given, ensure_ascii=False)}")
-    return said
+            changes.append(
+                f"{key} was {json.dumps(was, ensure_ascii=False)}, is {json.dumps(given, ensure_ascii=False)}"
+            )
+    return changes
 
 
 def digest_of(files: Mapping[str, Any]) -> str:
@@ -258,15 +259,15 @@ def digest_of(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def summary_of(abouts: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Rows, tokens, blank and cut texts, and how often each label was predicted."""
+def summary_of(summaries: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the parts: rows, tokens, blank and cut texts, and how often each label was predicted."""
     sums: Counter[str] = Counter()
     predictions: Counter[str] = Counter()
     blank: list[str] = []
-    for about in abouts:
-        sums.update({key: about[key] for key in ("rows", "tokens", "blank", "truncated")})
-        predictions.update(about["predictions"])
-        blank += about["blank_rows"]
+    for part in summaries:
+        sums.update({key: part[key] for key in ("rows", "tokens", "blank", "truncated")})
+        predictions.update(part["predictions"])
+        blank += part["blank_rows"]
     return {**sums, "blank_rows": blank[:5], "predictions": dict(sorted(predictions.items()))}
 
 
@@ -308,7 +309,7 @@ def _json_texts(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _shortest(column: pa.ChunkedArray) -> Sequence[float | None]:
-    """Numbers with as few digits as tell them apart in their own width: 0.9, not 0.8999999761581421. What JSON has no word for is null."""
+    """Numbers with the fewest digits that identify them in their own width: 0.9, not 0.8999999761581421. Where JSON has no word, null."""
     texts = column.cast(pa.string()).to_pylist()
     return [None if text in (None, "nan", "inf", "-inf") else float(text) for text in texts]
 

@@ -1,23 +1,24 @@
-"""A finished run and new text -> predictions: `python -m afina.worker predict STAGE …`, reached by `afina predict`.
+"""Prediction with a model folder on files: `python -m afina.worker predict STAGE …`, started by `afina predict`.
 
-    plan < job.json                       look through the inputs, begin `OUT.parts/` or find out how far it is
-    run PARTS [--share K/N] [--merge]     predict the chunks of a share that are missing: those with number ≡ K modulo N
+    plan < job.json                       check the inputs and make `OUT.parts/`, or report how much of it is done
+    run PARTS [--share K/N] [--merge]     predict the missing chunks of a share: those with number ≡ K modulo N
     merge PARTS                           parts to the output
 
-Every stage may be killed at any instant and repeated. `--progress` chooses what a run says meanwhile: `json`, reports
-`{"rows": …}` for the host to draw (see `afina.worker.reply`); `log`, a line a minute on standard error.
+Every stage may be killed at any instant and repeated. `--progress json` reports `{"rows": …}` for the host's bar (see
+`afina.worker.reply`); `--progress log` prints a line a minute on standard error.
 
-Not covered: one chunk over several processes; a share's chunks are predicted one after the other by one process.
+Not covered: one chunk over several processes; one process predicts a share's chunks one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +26,18 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
 from afina.prediction.request import STDIN, Prediction, folder_of
+from afina.worker.progress import Progress
 from afina.worker.reply import read_question, report
 from afina.worker.startup import uncollected
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from afina.worker.inference.classifier import Classifier, Encoded
-    from afina.worker.inference.inputs import Inputs
+    from afina.worker.inference.classifier import Classifier, EncodedTexts
+    from afina.worker.inference.inputs import Chunk, Inputs
     from afina.worker.inference.parts import Parts
 
-__all__ = ["answer"]
+__all__ = ["answer", "merge", "plan", "run"]
 
-#: The share of texts that were cut at which it is worth a word.
+#: The share of truncated texts above which a warning is printed.
 _TRUNCATED_SHARE = 0.01
 
 
@@ -66,29 +66,21 @@ def answer(arguments: list[str]) -> dict[str, Any]:
 
 
 def plan(job: Prediction) -> dict[str, Any]:
-    """Check everything that can be checked without the model, and begin; or find the same prediction begun or whole.
+    """Check everything that can be checked without the model, and make the folder of parts; or resume the same prediction.
 
     Raises:
         InputError: what cannot be predicted, or an output that belongs to something else.
     """
-    from afina.files import describe
-    from afina.worker.inference.inputs import look_through
-    from afina.worker.inference.parts import Parts, compare, made_by
+    from afina.worker.inference.inputs import examine
+    from afina.worker.inference.parts import Parts, compare
     from afina.worker.model.pretrained import check_files
 
     config = check_files(job.model)
     _check_head(job.model, config)
     job = job.model_copy(update={"text": _text_columns(job)})
     files = [job.spool if path == STDIN and job.spool else path for path in job.inputs]
-    records = [describe(path.parent, [path.name])[path.name] for path in files]
-    identity = {
-        "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
-        "model": _model_identity(job),
-        "options": job.model_dump(
-            mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}
-        ),
-    }
-    out, folder = job.out, folder_of(job.out)
+    identity = _identity(job, files)
+    folder = folder_of(job.out)
     if folder.exists():
         parts = Parts(folder)
         if different := compare(parts.identity, identity):
@@ -97,26 +89,51 @@ def plan(job: Prediction) -> dict[str, Any]:
                 "choose another output with -o, or remove that folder to begin anew",
             )
         done = parts.done()
-        if out.exists() and not (folder / "merged.json").exists():
-            raise _exists(out)
-        return _about(parts, "resumed", done)
-    if out.exists():
-        made = made_by(out)
-        if made is None:
-            raise _exists(out)
-        if different := compare(made["identity"], identity):
-            raise _exists(out, f" (another prediction: {'; '.join(different)})")
-        return {"state": "whole", "out": str(out), "rows": made["summary"]["rows"], "summary": made["summary"]}
-    inputs = look_through(files, job.text, job.chunk_rows)
+        if job.out.exists() and not (folder / "merged.json").exists():
+            raise _exists(job.out)
+        return _report(parts, "resumed", done)
+    if job.out.exists():
+        return _check_complete(job.out, identity)
+    id_column = [job.id_column] if job.id_column else []
+    inputs = examine(files, job.text, None if job.keep == "all" else id_column, job.chunk_rows)
     _check_names(job, inputs, config)
     times = {str(path): path.stat().st_mtime_ns for path in files}
-    return _about(Parts.begin(job, identity, times, replace(inputs, files=job.inputs)), "begun", set())
+    return _report(Parts.begin(job, identity, times, replace(inputs, files=job.inputs)), "begun", set())
 
 
-def _about(parts: Parts, state: str, done: set[int]) -> dict[str, Any]:
-    rows = sum(parts.rows_of(chunk) for chunk in done)
-    about = {"chunks": parts.chunks, "done": len(done), "rows": parts.inputs.rows, "rows_done": rows}
-    return {"state": state, "parts": str(parts.folder), "out": str(parts.out), **about}
+def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
+    """Everything that decides the output: digests of inputs and model, options."""
+    from afina.files import describe
+    from afina.worker.inference.parts import digest_of
+    from afina.worker.model.pretrained import record_model
+
+    records = [describe(path.parent, [path.name])[path.name] for path in files]
+    model_files = record_model(job.model, job.plan.recipe)
+    return {
+        "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
+        "model": digest_of({**model_files, "settings": {"max_length": job.max_length}}),
+        "options": job.model_dump(
+            mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}
+        ),
+    }
+
+
+def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The report on an output that the same prediction has written; any other one is refused."""
+    from afina.worker.inference.parts import compare, made_by
+
+    made = made_by(out)
+    if made is None:
+        raise _exists(out)
+    if different := compare(made["identity"], identity):
+        raise _exists(out, f" (another prediction: {'; '.join(different)})")
+    return {"state": "whole", "out": str(out), "rows": made["summary"]["rows"], "summary": made["summary"]}
+
+
+def _report(parts: Parts, state: str, done: set[int]) -> dict[str, Any]:
+    rows = sum(parts.inputs.chunks[chunk] for chunk in done)
+    counts = {"chunks": parts.chunks, "done": len(done), "rows": parts.inputs.rows, "rows_done": rows}
+    return {"state": state, "parts": str(parts.folder), "out": str(parts.out), **counts}
 
 
 def _exists(out: Path, why: str = "") -> InputError:
@@ -127,7 +144,7 @@ def _exists(out: Path, why: str = "") -> InputError:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """What tells the inputs apart and does not depend on where they lie."""
+    """Paths relative to their common folder, so that they do not depend on where the inputs lie."""
     above = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     return [str(path.relative_to(above)) for path in paths]
 
@@ -142,17 +159,17 @@ def _check_head(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _text_columns(job: Prediction) -> tuple[str, ...]:
-    """The columns to predict on: as asked for, else as in training, else `text`; as many as the model reads."""
-    from afina.worker.inference.export_info import note_of
+    """The columns of texts: as asked for, else as in training, else `text`; as many as the model reads."""
+    from afina.worker.inference.export_info import export_info
 
-    trained = job.trained_columns or tuple(note_of(job.model).get("text_columns") or ())
+    trained = job.trained_columns or tuple(export_info(job.model).get("text_columns") or ())
     asked = job.text
     if STDIN in job.inputs:
         return ("text", "text_pair") if len(asked or trained) == 2 else ("text",)
     if trained and asked and len(asked) != len(trained):
-        wants = "two texts" if len(trained) == 2 else "one text"
+        needs = "two texts" if len(trained) == 2 else "one text"
         raise InputError(
-            f"--text {','.join(asked)}: the model reads {wants} a row (in training: {', '.join(trained)})",
+            f"--text {','.join(asked)}: the model reads {needs} a row (in training: {', '.join(trained)})",
             "--text FIRST,SECOND" if len(trained) == 2 else "--text COLUMN",
         )
     if len(asked) > 2:
@@ -160,16 +177,8 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
     return asked or trained or ("text",)
 
 
-def _model_identity(job: Prediction) -> str:
-    from afina.worker.inference.parts import digest_of
-    from afina.worker.model.pretrained import record_model
-
-    files = record_model(job.model, job.plan.recipe)
-    return digest_of({**files, "settings": {"max_length": job.max_length}})
-
-
 def _check_names(job: Prediction, inputs: Inputs, config: dict[str, Any]) -> None:
-    """Refuse columns that would be there twice in the output."""
+    """Refuse input columns that have the name of an output column."""
     if job.keep != "all":
         return
     taken = {"prediction", *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
@@ -185,32 +194,31 @@ def _check_names(job: Prediction, inputs: Inputs, config: dict[str, Any]) -> Non
 
 
 def run(folder: str, number: int, of: int, *, and_merge: bool, progress: str) -> dict[str, Any]:
-    """Predict what is missing of a share.
+    """Predict the missing chunks of a share.
 
     Args:
-        number, of: chunks whose number is `number` modulo `of`.
-        and_merge: merge if no chunk is missing afterwards: whoever is last does.
+        number, of: the share: chunks whose number is `number` modulo `of`.
+        and_merge: merge if no chunk is missing afterwards; the last process to finish does.
+        progress: json or log.
     """
     from afina.worker.inference.parts import Parts
 
     parts = Parts(folder)
     parts.check_inputs()
-    there = parts.done()
-    missing = [chunk for chunk in range(number, parts.chunks, of) if chunk not in there]
+    done = parts.done()
+    missing = [chunk for chunk in range(number, parts.chunks, of) if chunk not in done]
     began = time.monotonic()
-    rows = sum(parts.rows_of(chunk) for chunk in missing)
-    shown = _Progress(progress, rows)
-    if missing:
-        _predict(parts, missing, number, shown)
-    seconds = {"seconds": round(time.monotonic() - began, 3), "seconds_predicting": round(shown.seconds, 3)}
-    said: dict[str, Any] = {"rows": rows, **seconds, "merged": False}
+    rows = sum(parts.inputs.chunks[chunk] for chunk in missing)
+    predicting = _predict(parts, missing, number, rows, progress) if missing else 0.0
+    seconds = {"seconds": round(time.monotonic() - began, 3), "seconds_predicting": round(predicting, 3)}
+    result: dict[str, Any] = {"rows": rows, **seconds, "merged": False}
     if and_merge and len(parts.done()) == parts.chunks:
-        said |= {"merged": True, "summary": merge(folder)}
-    return said
+        result |= {"merged": True, "summary": merge(folder)}
+    return result
 
 
 def merge(folder: str) -> dict[str, Any]:
-    """Merge, and say what is doubtful; another process that does the same at the same time is no error."""
+    """Merge the parts and print warnings; another process that does the same at the same time is no error."""
     from afina.worker.inference.parts import Parts, made_by
 
     parts = Parts(folder)
@@ -236,58 +244,56 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{summary['truncated']:,} texts ({share:.1%}) are longer than the model was trained for and were cut"
 
 
-def _predict(parts: Parts, chunks: list[int], number: int, progress: _Progress) -> None:
+def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progress: str) -> float:
+    """Predict `chunks`, which have `rows` rows; returns the seconds without loading the model."""
+    classifier = _load(parts.job, number)
+    from afina.worker.inference.inputs import read_chunks
+
+    source = read_chunks(parts.inputs, parts.files(), set(chunks))
+
+    def encode_next() -> tuple[Chunk, EncodedTexts] | None:
+        chunk = next(source, None)
+        return (chunk, classifier.encode(chunk.texts)) if chunk is not None else None
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool, _progress(progress, rows) as advance:
+        # While the model works on a chunk the next one is read and tokenised.
+        waiting = pool.submit(encode_next)
+        while (ready := waiting.result()) is not None:
+            waiting = pool.submit(encode_next)
+            _write(parts, *ready, classifier, advance)
+            del ready
+    seconds = time.monotonic() - began
+    if progress == "log":
+        _say(f"{rows:,} rows in {seconds:.0f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
+    return seconds
+
+
+def _load(job: Prediction, number: int) -> Classifier:
+    """The classifier of share `number`: on its own GPU, else on all cores."""
     os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
     with uncollected():
         import torch
 
         from afina.worker.compute import allocator
         from afina.worker.inference.classifier import Classifier
-        from afina.worker.inference.inputs import Reader, as_texts
 
-    job = parts.job
-    if torch.cuda.is_available():
-        device = f"cuda:{number % torch.cuda.device_count()}"
-    else:
-        device = "cpu"
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         allocator.tune_malloc()
-    classifier = Classifier(
+    return Classifier(
         job.model,
         max_length=job.max_length,
         batch_size=job.batch_size,
         max_tokens=job.max_tokens,
         dtype=job.dtype,
-        device=device,
+        device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
         trust_remote_code=job.plan.recipe.trust_remote_code,
     )
-    reader = Reader(parts.inputs, parts.files())
-
-    def ahead(chunk: int) -> tuple[pa.Table, Encoded]:
-        table = reader.table(chunk)
-        columns = [as_texts(table.column(name)) for name in job.text]
-        return table, classifier.encode(columns[0], columns[1] if len(columns) > 1 else None)
-
-    progress.begin()
-    with ThreadPoolExecutor(1) as pool:
-        # While the model works on a chunk the next one is read and tokenised.
-        waiting = pool.submit(ahead, chunks[0])
-        for place, chunk in enumerate(chunks):
-            table, encoded = waiting.result()
-            if place + 1 < len(chunks):
-                waiting = pool.submit(ahead, chunks[place + 1])
-            _write(parts, chunk, reader, table, encoded, classifier, progress)
-            del table, encoded
-    progress.end()
 
 
 def _write(
-    parts: Parts,
-    chunk: int,
-    reader: Any,
-    table: pa.Table,
-    encoded: Encoded,
-    classifier: Classifier,
-    progress: _Progress,
+    parts: Parts, chunk: Chunk, encoded: EncodedTexts, classifier: Classifier, advance: Callable[[int], None]
 ) -> None:
     """Predict a chunk and publish its part."""
     import numpy as np
@@ -295,74 +301,59 @@ def _write(
 
     from afina.worker.model.outputs import prediction_columns
 
-    rows, done = len(table), progress.rows
+    rows, job = len(chunk), parts.job
     logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)
-    logits[encoded.rows] = classifier.run(encoded, progress.advance)
-    progress.advance(done + rows - progress.rows)  # blank rows too
+    logits[encoded.rows] = classifier.run(encoded, advance)
+    advance(rows - len(encoded.rows))
     columns = prediction_columns(classifier.task, classifier.labels, logits)
-    if parts.job.keep == "id":
-        files, numbers = reader.places(chunk)
-        kept = {"file": pa.array(files, pa.string()), "row": pa.array(numbers, pa.int64())}
-        name = parts.job.id_column
-        if name and name in table.column_names:
-            kept[name] = table.column(name)
-        table = pa.table(kept)
+    table = chunk.table
+    if job.keep == "id":
+        names = np.array([str(path) for path in parts.inputs.files], object)
+        table = pa.table({"file": pa.array(names[chunk.file], pa.string()), "row": pa.array(chunk.row, pa.int64())})
+        for name in chunk.table.column_names:
+            table = table.append_column(name, chunk.table.column(name))
     for name, values in columns.items():
         table = table.append_column(name, values)
-    blank = sorted(set(range(rows)) - set(encoded.rows.tolist())) if len(encoded.rows) < rows else []
-    shown = []
-    if blank:
-        files, numbers = reader.places(chunk)
-        shown = [f"{files[row]}, row {numbers[row]}" for row in blank[:5]]
-    decided: Counter[str] = Counter()
+    blank = np.setdiff1d(np.arange(rows), encoded.rows)
+    counts: Counter[str] = Counter()
     if classifier.task != "regression":
         chosen = columns["prediction"].drop_null()
-        decided.update((chosen.flatten() if classifier.task == "multi-label" else chosen).to_pylist())
-    about = {
+        counts.update((chosen.flatten() if classifier.task == "multi-label" else chosen).to_pylist())
+    summary = {
         "rows": rows,
         "tokens": int(encoded.split.offsets[-1]),
         "blank": len(blank),
-        "blank_rows": shown,
+        "blank_rows": [chunk.where(row, parts.inputs.files) for row in blank[:5].tolist()],
         "truncated": encoded.truncated,
-        "predictions": decided,
+        "predictions": counts,
     }
-    parts.write(chunk, table, about)
+    parts.write(chunk.number, table, summary)
 
 
-class _Progress:
-    """Rows that are done: as JSON lines for the host, twice a second, or in words, once a minute."""
+@contextlib.contextmanager
+def _progress(mode: str, rows: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of rows done since its last call."""
+    if mode == "log":
+        _say(f"predicting {rows:,} rows")
+        with Progress("predicting", "predicted", "rows", rows, _say) as progress:
+            yield progress.advance
+        return
+    done, printed = 0, time.monotonic()
 
-    def __init__(self, mode: str, total: int) -> None:
-        self.mode, self.total, self.rows = mode, total, 0
-        self.seconds = 0.0
-        self._began = self._said = time.monotonic()
+    def advance(count: int) -> None:
+        """Report at most twice a second."""
+        nonlocal done, printed
+        done += count
+        if time.monotonic() - printed >= 0.5:
+            printed = time.monotonic()
+            report({"rows": done})
 
-    def begin(self) -> None:
-        self._began = self._said = time.monotonic()
-        if self.mode == "log":
-            print(f"afina: predicting {self.total:,} rows", file=sys.stderr, flush=True)
+    yield advance
+    report({"rows": done})
 
-    def advance(self, rows: int) -> None:
-        self.rows += rows
-        now = time.monotonic()
-        if now - self._said < (0.5 if self.mode == "json" else 60.0):
-            return
-        self._said = now
-        if self.mode == "json":
-            report({"rows": self.rows})
-            return
-        rate = self.rows / (now - self._began)
-        left = (self.total - self.rows) / rate / 60
-        share = f"{self.rows:,} of {self.total:,} rows ({self.rows / self.total:.0%})"
-        print(f"afina: {share}, {rate:,.0f} rows/s, {left:.0f} min left", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        self.seconds = time.monotonic() - self._began
-        if self.mode == "json":
-            report({"rows": self.rows})
-        else:
-            rate = self.rows / max(self.seconds, 1e-9)
-            print(f"afina: {self.rows:,} rows in {self.seconds:.0f} s, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+def _say(line: str) -> None:
+    print(f"afina: {line}", file=sys.stderr, flush=True)
 
 
 def _cores() -> int:
