@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, nearest
 from afina.frozen import FrozenModel
+from afina.recipe.data_files import check_format, data_files
 from afina.recipe.schema import Data, Recipe, Resources
 from afina.run.directory import RunDir, is_run_dir
-from afina.run.plan import Plan, check_format, data_files, geometry_for
+from afina.run.plan import Plan, geometry_for
 from afina.site.settings import Site
 from afina.version import __version__
 

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from afina.errors import RecipeError, nearest
+from afina.recipe.data_files import NamedSplit
 from afina.recipe.explain import KeyedError, explain, shown
 from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
@@ -123,7 +124,7 @@ class Data(_Frozen):
     config: str | None = None
     splits: dict[str, str] | None = None
     revision: Text | None = None
-    files: Mapping[Literal["all", "train", "eval", "test"], Names] | None = None
+    files: Mapping[NamedSplit, Names] | None = None
     text: Names
     label: Names
     labels: tuple[str, ...] | None = None

@@ -23,11 +23,12 @@ from afina import errors
 from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.forecast.evidence import parameters_of
+from afina.recipe.data_files import DATA_SUFFIXES, check_format, data_files, split_of
 from afina.recipe.formats import read_rows
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
-from afina.run.plan import DATA_SUFFIXES, Plan, check_format, data_files, make_plan, part_of
+from afina.run.plan import Plan, make_plan
 from afina.run.workers import follow_worker
 from afina.site.settings import Site, cache_environment, environment, hub_token, load_site
 from afina.slurm.cluster import Cluster
@@ -128,13 +129,13 @@ def find_data(data: str, site: Site | None, config: str | None = None) -> Found:
     path = path.absolute()
     if path.is_file():
         check_format(path, str(path))
-        sisters = [p for p in sorted(path.parent.iterdir()) if p.suffix.lower() == path.suffix.lower() and part_of(p)]
-        files = sisters if part_of(path) == "train" else [path]
+        sisters = [p for p in sorted(path.parent.iterdir()) if p.suffix.lower() == path.suffix.lower() and split_of(p)]
+        files = sisters if split_of(path) == "train" else [path]
     else:
         files = data_files(path, str(path))
     parts: dict[str, tuple[Path, ...]] = {}
     for file in files:
-        part = part_of(file) or "all"
+        part = split_of(file) or "all"
         parts[part] = (*parts.get(part, ()), file)
     if "all" in parts and len(parts) > 1:
         named = next(p for p in parts if p != "all")
@@ -171,7 +172,7 @@ def _find_hub(hub: str, config: str | None, site: Site | None) -> Found:
         )
     question = {"hub": hub, "config": config, "site": site.model_dump(mode="json")}
     sources = _from_worker(question, hub, site, [])
-    names = {part_of(Path(split)) or split: split for split in sources}
+    names = {split_of(Path(split)) or split: split for split in sources}
     if "train" not in names and "all" not in names:
         names = {"train": next(iter(sources)), **{k: v for k, v in names.items() if k in ("eval", "test")}}
     parts: dict[str, str] = {part: names[part] for part in ("train", "eval", "test") if part in names}
@@ -357,7 +358,7 @@ def examine_all(
 def usual_name(found: Found, folder: Path) -> str:
     """A name for the run: the data's, without what a folder's name cannot hold."""
     stem = (found.hub or "").rpartition("/")[2] or Path(found.what).stem
-    if part_of(Path(found.what)) and not found.hub:
+    if split_of(Path(found.what)) and not found.hub:
         stem = Path(found.what).absolute().parent.name
     return re.sub(r"[\x00-\x1f\x7f/]+", "-", stem).strip(".- ")[:60] or "run"
 

@@ -11,8 +11,9 @@ from tests.unit.conftest import DROP, recipe_dict
 
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError
+from afina.recipe.data_files import DATA_SUFFIXES
 from afina.recipe.schema import Recipe
-from afina.run.plan import DATA_SUFFIXES, Plan, check_cores, geometry_for, load_plan, make_plan
+from afina.run.plan import Plan, check_cores, geometry_for, load_plan, make_plan
 from afina.site.settings import Site
 
 Load = Callable[..., Recipe]
@@ -179,8 +180,8 @@ def test_a_folder_that_mixes_parts_and_others_is_refused(tmp_path: Path, site: S
     base = put(tmp_path / "b", "p/train.csv", "p/test.csv", "p/more.csv")
     with pytest.raises(DataError) as caught:
         files("p", base, site)
-    assert "holds test.csv, which is test, and more.csv, which is no part" in caught.value.message
-    assert "name the files of each part" in caught.value.remedy
+    assert "holds test.csv, which is test, and more.csv, which is not named after a split" in caught.value.message
+    assert "name the files of each split" in caught.value.remedy
 
 
 @pytest.mark.parametrize("suffix", DATA_SUFFIXES)

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afina.errors import DataError
+from afina.recipe.data_files import DATA_SUFFIXES
 from afina.recipe.formats import (
     check_characters,
     check_columns,
@@ -32,7 +33,6 @@ from afina.recipe.formats import (
     read_json,
     undecodable,
 )
-from afina.run.plan import DATA_SUFFIXES
 
 __all__ = ["FileReader", "RowBatch", "as_text", "class_names", "is_blank", "open_reader", "readable"]
 

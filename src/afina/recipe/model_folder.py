@@ -1,0 +1,50 @@
+"""The folder of a local pretrained model, checked for the files that it needs before anything is loaded.
+
+Not covered: what these files hold; the worker examines that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from afina.errors import InputError, nearest
+from afina.recipe.data_files import check_utf8, find_paths
+
+__all__ = ["find_model_folder"]
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def find_model_folder(model: str, base: Path) -> Path | None:
+    """The absolute folder of a local model, or None if `model` is a Hub id.
+
+    Args:
+        base: the recipe's folder; a relative path starts here, then in the working directory.
+
+    Raises:
+        InputError: no such folder, a file, or no config.json or weights in it.
+    """
+    path = find_paths(model, base)[0]
+    check_utf8(path)
+    if not path.is_dir():
+        local = model.startswith((".", "/", "~", "$")) or model.count("/") > 1
+        if path.exists():
+            raise InputError(f"model: {path} is a file", "give the folder that holds config.json and model.safetensors")
+        if local:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise InputError(
+                f"model: {path}: no such folder",
+                nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
+            )
+        return None
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"model: {path} has no config.json: it is not a Transformers model folder",
+            "give the folder that `save_pretrained` wrote",
+        )
+    if not any((path / name).is_file() for name in _WEIGHTS):
+        raise InputError(
+            f"model: {path} has no weights ({', '.join(_WEIGHTS[:2])})",
+            "download the model again, or save it with `save_pretrained`",
+        )
+    return path
