@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from afina.errors import AfinaError, InputError
 from afina.forecast.forecast import check_possible, write_forecast
 from afina.recipe.schema import Recipe, load_recipe
 from afina.run.commands import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
 from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts
 from afina.run.plan import Plan, check_cores, geometry_for, make_plan
 from afina.run.record import make_record
 from afina.run.supervise import ensure_outcome, run_node
@@ -30,44 +32,30 @@ from afina.slurm.submit import submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, run_named
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = [
     "claim",
     "dry_run",
+    "on_this_machine",
     "plan_for",
     "plan_to_submit",
     "prepare",
     "resume",
     "submit",
+    "submit_to_slurm",
     "train",
+    "train_here",
     "visible_gpus",
 ]
 
-Via = Literal["sbatch", "submitit"]
 
-
-def plan_for(
-    recipe: str | Path | Recipe,
-    *,
-    overrides: Sequence[str] = (),
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    num_processes: int | None = None,
-    job: bool = False,
-) -> Plan:
-    """Recipe and site to a plan. `num_processes` makes it one for this machine alone, `job` one for the allocation we are in."""
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    where = load_site(site, job=job)
-    local = {"nodes": 1, "processes_per_node": num_processes} if num_processes is not None else {"nodes": nodes}
-    return make_plan(
-        loaded,
-        where,
-        recipe_file=None if isinstance(recipe, Recipe) else recipe,
-        gpus_per_node=gpus_per_node,
-        time_min=time_min,
-        **local,
-    )
+def plan_for(recipe: str | Path | Recipe, request: JobRequest = JobRequest()) -> Plan:
+    """Load recipe and site as the request says, and compose the plan."""
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, request.overrides)
+    site = load_site(request.site, job=request.in_job)
+    return make_plan(loaded, site, request, recipe_file=None if isinstance(recipe, Recipe) else recipe)
 
 
 def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
@@ -139,13 +127,29 @@ def train(
         run: the run directory; by default one under `$AFINA_SCRATCH/runs/`.
         num_processes: processes on this machine; by default one per visible GPU, or one.
     """
-    processes = num_processes if num_processes is not None else visible_gpus() or 1
-    check_cores(processes)
-    plan = plan_for(recipe, overrides=overrides, site=site, num_processes=processes, gpus_per_node=visible_gpus())
-    directory = claim(plan, run)
+    request = JobRequest(overrides=overrides, run=run, site=site, num_processes=num_processes)
+    return train_here(recipe, request)
+
+
+def train_here(recipe: str | Path | Recipe, request: JobRequest) -> Run:
+    """`train` for a request."""
+    plan = plan_for(recipe, on_this_machine(request))
+    directory = claim(plan, request.run)
     print(f"afina: run {directory.path}", flush=True)
     _attempt(directory, {})
     return Run(directory.path)
+
+
+def on_this_machine(request: JobRequest) -> JobRequest:
+    """The request for this machine alone: its processes, by default one per visible GPU, or one.
+
+    Raises:
+        InputError: more processes than cores.
+    """
+    gpus = visible_gpus()
+    processes = request.num_processes if request.num_processes is not None else gpus or 1
+    check_cores(processes)
+    return replace(request, num_processes=processes, gpus_per_node=gpus, nodes=None)
 
 
 def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
@@ -169,31 +173,23 @@ def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
     return run
 
 
-def submit(
-    recipe: str | Path | Recipe,
-    *,
-    via: Via = "submitit",
-    overrides: Sequence[str] = (),
-    run: str | Path | None = None,
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    rehearse: bool = False,
-) -> Run:
+@accepts(SubmitOptions, JobRequest)
+def submit(recipe: str | Path | Recipe, **options: Unpack[SubmitOptions]) -> Run:
     """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run: it is submitted again.
 
     Args:
-        time_min: the job's time limit in minutes; the only one of these that can be changed for a run.
-        rehearse: first make a few steps and a save here, with the network cut; what fails is not submitted.
+        options: of `JobRequest`; for a run only `time_min` (the job's time limit in minutes) and `via`.
 
     Raises:
         AfinaError: what would have failed in the queue is refused here.
     """
+    return submit_to_slurm(recipe, JobRequest(**options))
 
+
+def submit_to_slurm(recipe: str | Path | Recipe, request: JobRequest) -> Run:
+    """`submit` for a request."""
     need_slurm()
-    asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time_min": time_min}
-    plan, handle = plan_to_submit(recipe, overrides=overrides, run=run, site=site, rehearse=rehearse, **asked)
+    plan, handle = plan_to_submit(recipe, request)
     if handle is not None:
         directory = handle.dir
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
@@ -202,11 +198,11 @@ def submit(
         check_image(plan.site)
         check_possible(plan)
     else:
-        found = check_possible(plan)
-        directory = claim(plan, run)
-        write_forecast(plan, directory, found, rehearsed=rehearse)
+        cluster = check_possible(plan)
+        directory = claim(plan, request.run)
+        write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
     try:
-        (submit_sbatch if via == "sbatch" else submit_submitit)(plan, directory)
+        (submit_sbatch if request.via == "sbatch" else submit_submitit)(plan, directory)
     except AfinaError:
         if handle is None:  # claimed a moment ago, for this submission
             shutil.rmtree(directory.path)
@@ -214,45 +210,32 @@ def submit(
     return Run(directory.path)
 
 
-def plan_to_submit(
-    recipe: str | Path | Recipe,
-    *,
-    overrides: Sequence[str] = (),
-    run: str | Path | None = None,
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    rehearse: bool = False,
-) -> tuple[Plan, Run | None]:
-    """What `submit` submits: a new plan, or a run and its own plan, whose time limit alone can be changed.
+def plan_to_submit(recipe: str | Path | Recipe, request: JobRequest) -> tuple[Plan, Run | None]:
+    """What `submit` submits: a new plan, or a run and its own plan, of which only the time limit can change.
 
     Raises:
-        InputError: something else of a run is to be changed.
+        InputError: the request changes something else of a run.
     """
     handle = run_named(recipe)
     if handle is None:
-        plan = plan_for(
-            recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node, time_min=time_min
-        )
-        return plan, None
+        return plan_for(recipe, request), None
     given = {
-        "--set": overrides or None,
-        "--run": run,
-        "--site": site,
-        "--nodes": nodes,
-        "--gpus-per-node": gpus_per_node,
-        "--rehearse": rehearse or None,
+        "--set": request.overrides or None,
+        "--run": request.run,
+        "--site": request.site,
+        "--nodes": request.nodes,
+        "--gpus-per-node": request.gpus_per_node,
+        "--rehearse": request.rehearse or None,
     }
     if named := [option for option, value in given.items() if value is not None]:
         raise InputError(
-            f"{named[0]}: {handle.path} is a run, which goes on as it was planned; only --time can be changed",
+            f"{named[0]}: {handle.path} is a run, which continues as it was planned; only --time can change",
             "leave it out, or start another run from the recipe",
         )
     plan = handle.dir.plan()
-    if time_min is None:
+    if request.time_min is None:
         return plan, handle
-    resources = plan.recipe.resources.model_copy(update={"time": time_min})
+    resources = plan.recipe.resources.model_copy(update={"time": request.time_min})
     return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})}), handle
 
 

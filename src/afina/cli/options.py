@@ -1,44 +1,108 @@
-"""What several commands share: the options of a recipe, a time on the command line, how a run's end is told."""
+"""What several commands share: the options that make a JobRequest, a time on the command line, and how a run's end is printed."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import click
 
 from afina.errors import AfinaError, InputError
+from afina.run.job_request import JobRequest
 
-__all__ = ["again", "finish", "following", "minutes_of", "recipe_options"]
-
-F = TypeVar("F", bound=Callable[..., Any])
+__all__ = ["another_command", "finish", "minutes", "request_options", "watch_hint"]
 
 
-def recipe_options(command: F) -> F:
-    for decorate in (
-        click.option(
-            "--site",
-            metavar="FILE",
-            help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env.",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            metavar="KEY=VALUE",
-            multiple=True,
-            help="Overrule a key of the recipe, e.g. train.learning_rate=3e-5.",
-        ),
-        click.argument("recipe"),
-    ):
-        command = decorate(command)
-    return command
+def minutes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Callback of an option: minutes, HH:MM:SS or D-HH:MM:SS, in minutes."""
+    from pydantic import ValidationError
+
+    from afina.recipe.schema import Resources
+
+    if value is None:
+        return None
+    try:
+        return Resources.model_validate({"time": value}).time
+    except ValidationError as error:
+        raise InputError(
+            f"--time {value}: {error.errors()[0]['msg'].removeprefix('Value error, ')}",
+            "for example --time 90 or --time 2:30:00",
+        ) from None
+
+
+_partial = functools.partial
+#: Fields of a JobRequest as options.
+_OPTIONS: dict[str, Callable[..., Any]] = {
+    "overrides": _partial(
+        click.option,
+        "--set",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Override a key of the recipe, e.g. train.learning_rate=3e-5.",
+    ),
+    "site": _partial(
+        click.option,
+        "--site",
+        metavar="FILE",
+        help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env.",
+    ),
+    "via": _partial(
+        click.option, "--via", type=click.Choice(["sbatch", "submitit"]), default="sbatch", show_default=True
+    ),
+    "run": _partial(
+        click.option, "--run", metavar="DIR", help="The run directory; by default one under $AFINA_SCRATCH/runs/."
+    ),
+    "nodes": _partial(click.option, "--nodes", type=click.IntRange(1), metavar="N"),
+    "gpus_per_node": _partial(
+        click.option, "--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU."
+    ),
+    "time_min": _partial(
+        click.option, "--time", callback=minutes, metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS."
+    ),
+    "num_processes": _partial(
+        click.option,
+        "--num-processes",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Processes on this machine; by default one per GPU, or one.",
+    ),
+    "rehearse": _partial(
+        click.option,
+        "--rehearse",
+        is_flag=True,
+        help="First a few steps and a save here, without network; then submit.",
+    ),
+}
+
+
+def request_options(*names: str, **helps: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command: these fields of a JobRequest become options, and the command gets the `request` that they make.
+
+    Args:
+        helps: the help of a field where it differs.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(*args: Any, **given: Any) -> Any:
+            request = JobRequest(**{name: given.pop(name) for name in names})
+            return command(*args, request=request, **given)
+
+        decorated: Callable[..., Any] = call
+        for name in reversed(names):
+            help_text = {"help": helps[name]} if name in helps else {}
+            decorated = _OPTIONS[name](name, **help_text)(decorated)
+        return decorated
+
+    return decorate
 
 
 def finish(run: Any, as_json: bool) -> None:
-    """Say how the run ended, and exit with its code."""
+    """Print how the run ended, and exit with its code."""
     outcome = run.outcome
     if outcome is None:
         raise AfinaError(f"{run.path}: no outcome was recorded", "see the logs in attempts/")
@@ -51,31 +115,15 @@ def finish(run: Any, as_json: bool) -> None:
     sys.exit(outcome.exit_code)
 
 
-def again(command: str, recipe: str, overrides: Sequence[str] = (), site: str | None = None) -> str:
-    """Another command for the same recipe, as a shell takes it."""
-    words = ["afina", command, recipe, *(word for value in overrides for word in ("--set", value))]
-    return shlex.join([*words, *(["--site", site] if site else [])])
+def another_command(command: str, recipe: str, request: JobRequest = JobRequest()) -> str:
+    """Another command for the same recipe, overrides and site, quoted for a shell."""
+    words = ["afina", command, recipe, *(word for value in request.overrides for word in ("--set", value))]
+    return shlex.join([*words, *(["--site", str(request.site)] if request.site else [])])
 
 
-def following(run: Any) -> str:
-    """How to watch a run that was just submitted, in a line."""
+def watch_hint(run: Any) -> str:
+    """One line: how to watch a run that was just submitted."""
     from afina.watch.overview import short_names
 
     name = shlex.quote(short_names([run.path])[0])
-    return f"afina: watch it with `afina status {name} --watch`, read along with `afina logs {name} -f`"
-
-
-def minutes_of(text: str | None) -> int | None:
-    from pydantic import ValidationError
-
-    from afina.recipe.schema import Resources
-
-    if text is None:
-        return None
-    try:
-        return Resources.model_validate({"time": text}).time
-    except ValidationError as error:
-        raise InputError(
-            f"--time {text}: {error.errors()[0]['msg'].removeprefix('Value error, ')}",
-            "for example --time 90 or --time 2:30:00",
-        ) from None
+    return f"afina: watch it with `afina status {name} --watch`, follow its log with `afina logs {name} -f`"

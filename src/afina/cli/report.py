@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from afina.cli.options import finish, following, minutes_of
+from afina.cli.options import finish, request_options, watch_hint
+from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
@@ -80,33 +81,22 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
 
 @click.command()
 @click.argument("run_dir")
-@click.option("--run", metavar="DIR", help="The new run directory; by default one under $AFINA_SCRATCH/runs/.")
 @click.option("--submit", is_flag=True, help="As a Slurm job, instead of here.")
-@click.option("--via", type=click.Choice(["sbatch", "submitit"]), default="sbatch", show_default=True)
-@click.option("--site", metavar="FILE", help="Site file; by default as for `afina train`.")
-@click.option(
-    "--nodes", type=click.IntRange(1), metavar="N", help="With --submit: other resources than the first time."
+@request_options(
+    "run",
+    "via",
+    "site",
+    "nodes",
+    "gpus_per_node",
+    "time_min",
+    "num_processes",
+    run="The new run directory; by default one under $AFINA_SCRATCH/runs/.",
+    nodes="With --submit: other resources than the first time.",
+    num_processes="Here: by default as many as the first time.",
 )
-@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N")
-@click.option("--time", "time_limit", metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS.")
-@click.option(
-    "--num-processes", type=click.IntRange(1), metavar="N", help="Here: by default as many as the first time."
-)
-@click.option("--dry-run", is_flag=True, help="Say what differs now and print the plan; change nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what differs now, and the plan; change nothing.")
 @click.option("--json", "as_json", is_flag=True)
-def rerun(
-    run_dir: str,
-    run: str | None,
-    submit: bool,
-    via: Any,
-    site: str | None,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time_limit: str | None,
-    num_processes: int | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_json: bool) -> None:
     """Make RUN_DIR once more, as a new run: the same recipe, overrides and revisions, on the site of today.
 
     What differs from the first time (image, versions, git commit, data, processes) is said first.
@@ -120,19 +110,13 @@ def rerun(
     from afina.reports.rerun import plan_again
     from afina.reports.rerun import rerun as run_again
 
-    if not submit and (nodes is not None or time_limit is not None or gpus_per_node is not None):
+    asked = (request.nodes, request.gpus_per_node, request.time_min)
+    if not submit and any(value is not None for value in asked):
         raise InputError("--nodes, --gpus-per-node and --time are for a job", "add --submit, or leave them out")
-    if submit and num_processes is not None:
+    if submit and request.num_processes is not None:
         raise InputError("--num-processes is for this machine", "with --submit use --nodes and --gpus-per-node")
-    options: dict[str, Any] = {
-        "site": site,
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "time_min": minutes_of(time_limit),
-        "num_processes": num_processes,
-    }
     if dry_run:
-        again = plan_again(run_dir, local=not submit, **options)
+        again = plan_again(run_dir, request, local=not submit)
         if as_json:
             shown = {"plan": again.plan.model_dump(mode="json"), "overrides": again.overrides, "differs": again.notes}
             print(json.dumps(shown, ensure_ascii=False))
@@ -145,13 +129,13 @@ def rerun(
     def say(line: str) -> None:
         print(f"afina: {line}", flush=True)
 
-    made = run_again(run_dir, path=run, submit=submit, via=via, say=say, **options)
+    made = run_again(run_dir, request, submit=submit, say=say)
     if not submit:
         finish(made, as_json)
     elif as_json:
-        print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": via}))
+        print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": request.via}))
     else:
-        print(f"afina: submitted job {made.job_id} through {via}\n{following(made)}")
+        print(f"afina: submitted job {made.job_id} through {request.via}\n{watch_hint(made)}")
 
 
 def _print(found: Any, tests: Any, missing: str) -> None:

@@ -7,15 +7,19 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from afina.cli.options import again, minutes_of, recipe_options
+from afina.cli.options import another_command, request_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
+from afina.run.job_request import JobRequest
 
 if TYPE_CHECKING:
+    from afina.site.settings import Site
+    from afina.slurm.cluster import Cluster
     from afina.start.examine import Column, Examined
 
 __all__ = ["COMMANDS"]
@@ -38,24 +42,11 @@ __all__ = ["COMMANDS"]
 @click.option("--site-only", is_flag=True, help="Write only the site file.")
 @click.option("--yes", is_flag=True, help="Ask nothing: take the guesses.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; asks nothing.")
-def init(
-    folder: str,
-    data: str | None,
-    config: str | None,
-    texts: tuple[str, ...],
-    labels: tuple[str, ...],
-    model: str | None,
-    name: str | None,
-    scratch: str | None,
-    image: str | None,
-    site_only: bool,
-    yes: bool,
-    as_json: bool,
-) -> None:
-    """Look into labelled data and at this cluster, and write recipe.yaml and slurm/site.env into FOLDER.
+def init(**options: Any) -> None:
+    """Examine labelled data and this cluster, and write recipe.yaml and slurm/site.env into FOLDER.
 
-    Asks for what the options leave open, with a guess to accept. Every choice in the recipe has its reason as a comment.
-    Nothing that exists is overwritten: a recipe.yaml that is there is refused, a site file that is there is used.
+    Asks for what the options leave open and suggests a default. A comment in the recipe gives the reason for each choice.
+    Nothing is overwritten: an existing recipe.yaml is refused, an existing site file is used.
 
     \b
     Examples:
@@ -63,50 +54,91 @@ def init(
       afina init project --data reviews.csv --yes
       afina init --data train.parquet --text sentence --label class --model ./model
     """
-    from afina.site.settings import find_site_file, load_site
     from afina.slurm.cluster import read_cluster
+    from afina.start import init as start
+
+    given = _Given(**options)
+    base = Path(given.folder)
+    recipe_path = None if given.site_only else start.check_new(base)
+    ask = _Asker(given.yes or given.as_json)
+    cluster = read_cluster()
+    # The site first: Parquet and the Hub may need its image and its scratch.
+    site_path, site, is_new = _site(given, base, cluster, ask)
+    written = [str(site_path)] if is_new else []
+    examined: Examined | None = None
+    doubts: list[str] = []
+    if recipe_path is not None:
+        examined, doubts = _recipe(given, recipe_path, base, site, cluster, ask)
+        written.append(str(recipe_path))
+    following = _next_commands(recipe_path, cluster.partitions != (), site, base)
+    if given.as_json:
+        about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
+        print(json.dumps({"written": written, **about, "warnings": doubts, "next": following}, ensure_ascii=False))
+        return
+    for path in written:
+        print(f"wrote {path}")
+    if examined is not None:
+        print(f"{examined.rows:,} rows, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe")
+    for doubt in doubts:
+        print(f"warning: {doubt}")
+    print("\n".join(["next:", *(f"  {command}" for command in following)]))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The options of `afina init`; what is None or empty is asked for."""
+
+    folder: str
+    data: str | None
+    config: str | None
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    model: str | None
+    name: str | None
+    scratch: str | None
+    image: str | None
+    site_only: bool
+    yes: bool
+    as_json: bool
+
+
+def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Path, Site | None, bool]:
+    """The site file that is there, or a new one; the site (None without its image); whether it is new."""
+    from afina.site.settings import find_site_file, load_site
+    from afina.start import init as start
+
+    path = base / start.SITE
+    if given.site_only and path.exists():
+        raise InputError(f"{path} exists and is not overwritten", "use it, or move it away")
+    known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
+    if known is not None:
+        return known, load_site(known), False
+    host = start.find_host(base, os.environ, given.scratch, given.image)
+    if not given.scratch:
+        chosen = ask("Scratch folder, which every node sees", host.scratch, "--scratch")
+        if chosen != host.scratch:
+            host = start.find_host(base, os.environ, chosen, given.image)
+    return *start.write_site(base, host, cluster), True
+
+
+def _recipe(
+    given: _Given, path: Path, base: Path, site: Site | None, cluster: Cluster, ask: _Asker
+) -> tuple[Examined, list[str]]:
+    """Examine the data, ask what is open, write the recipe; what was examined, and warnings."""
     from afina.start import examine
     from afina.start import init as start
     from afina.start.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
 
-    ask = _Asker(yes or as_json)
-    base = Path(folder)
-    recipe_path = None if site_only else start.check_new(base)
-    if site_only and (base / start.SITE).exists():
-        raise InputError(f"{base / start.SITE} is there already, and is not overwritten", "use it, or move it away")
-    cluster = read_cluster()
-
-    # The site first: Parquet and the Hub may need its image and its scratch.
-    site_path = None if site_only else find_site_file()
-    if site_path is None and (base / start.SITE).is_file():
-        site_path = base / start.SITE
-    written: list[str] = []
-    if site_path is None:
-        host = start.find_host(base, os.environ, scratch, image)
-        if (
-            not scratch
-            and (other := ask("Scratch folder, which every node sees", host.scratch, "--scratch")) != host.scratch
-        ):
-            host = start.find_host(base, os.environ, other, image)
-        site_path, site = start.write_site(base, host, cluster)
-        written.append(str(site_path))
-    else:
-        site = load_site(site_path)
-    if recipe_path is None:
-        _tell(written, None, None, [], base, cluster.partitions != (), site, as_json)
-        return
-
     here = start.data_files_here(base) or start.data_files_here(Path())
-    data = data or ask("Data: a file, a folder, or the id of a Hub data set", str(here[0]) if here else None, "--data")
-    found = start.find_data(data, site, config)
+    guess = str(here[0]) if here else None
+    data = given.data or ask("Data: a file, a folder, or the id of a Hub data set", guess, "--data")
+    found = start.find_data(data, site, given.config)
     columns = examine.columns_of(found.main)
     ask.show(_table(columns))
     text, label, row_id = examine.guess_columns(columns)
-    texts = texts or (ask("Text column", text, "--text"),)
+    texts = given.texts or (ask("Text column", text, "--text"),)
     examine.check_named(columns, texts, "--text", found.what)
-    if label in texts:
-        label = None
-    labels = labels or (ask("Label column", label, "--label"),)
+    labels = given.labels or (ask("Label column", None if label in texts else label, "--label"),)
     examine.check_named(columns, labels, "--label", found.what)
     if len(texts) > 2 or set(texts) & set(labels):
         raise InputError("--text: one column, or two for pairs, and none of them a label", "name each column once")
@@ -115,14 +147,13 @@ def init(
         sum((s.total_rows or 0) for s in found.sources.values()),
     )
     usual = MULTILINGUAL_MODEL if examined[0].foreign > 0.3 else DEFAULT_MODEL
-    model = model or ask("Model: a Hub id or a folder", usual, "--model")
+    model = given.model or ask("Model: a Hub id or a folder", usual, "--model")
     about = start.find_model(model, examined[0].sample, examine.count_pieces)
-    name = name or ask("Name of the run", start.usual_name(found, base), "--name")
+    name = given.name or ask("Name of the run", start.usual_name(found, base), "--name")
     row_id = row_id if row_id not in (*texts, *labels) else None
     proposal = start.compose(found, name, texts, labels, row_id, about, examined, cluster, base)
-    start.write_recipe(recipe_path, proposal, site, found)
-    written.append(str(recipe_path))
-    _tell(written, recipe_path, examined[0], start.doubts(proposal), base, cluster.partitions != (), site, as_json)
+    start.write_recipe(path, proposal, site, found)
+    return examined[0], start.doubts(proposal)
 
 
 class _Asker:
@@ -170,29 +201,6 @@ def _with_bar(work: Any, total: int) -> Any:
         return work(lambda rows: bar.update(task, completed=rows))
 
 
-def _tell(
-    written: list[str],
-    recipe: Path | None,
-    examined: Examined | None,
-    doubts: list[str],
-    folder: Path,
-    slurm: bool,
-    site: Any,
-    as_json: bool,
-) -> None:
-    """What was written, what was noticed, what to run next."""
-    following = _next_commands(recipe, slurm, site, folder)
-    if as_json:
-        about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
-        print(json.dumps({"written": written, **about, "warnings": doubts, "next": following}, ensure_ascii=False))
-        return
-    print("\n".join(f"wrote {path}" for path in written))
-    if examined is not None:
-        print(f"{examined.rows:,} rows, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe")
-    print("\n".join(f"warning: {doubt}" for doubt in doubts), end="\n" if doubts else "")
-    print("\n".join(["next:", *(f"  {command}" for command in following)]))
-
-
 def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) -> list[str]:
     # The site file is looked for from the working directory.
     enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
@@ -204,28 +212,17 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     )
     image = [build] if site is None else []
     commands = ("doctor", "prefetch", "rehearse", "submit" if slurm else "train")
-    return [*image, *enter, *(again(command, recipe.name) for command in commands)]
+    return [*image, *enter, *(another_command(command, recipe.name) for command in commands)]
 
 
 @click.command()
-@recipe_options
-@click.option("--nodes", type=click.IntRange(1), metavar="N")
-@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU.")
-@click.option("--time", "time_limit", metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS.")
+@click.argument("recipe")
+@request_options("overrides", "site", "nodes", "gpus_per_node", "time_min")
 @click.option(
     "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about so long."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast and what was measured as JSON.")
-def rehearse(
-    recipe: str,
-    overrides: tuple[str, ...],
-    site: str | None,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time_limit: str | None,
-    seconds: float,
-    as_json: bool,
-) -> None:
+def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) -> None:
     """Make a few steps, a save and an evaluation of RECIPE here, network cut, and tell what the run will take.
 
     Nothing stays of it. Where it runs is where it measures: for a GPU, call it inside an allocation.
@@ -242,14 +239,7 @@ def rehearse(
     from afina.site.image import check_image
     from afina.slurm.cluster import read_cluster
 
-    plan = api.plan_for(
-        recipe,
-        overrides=overrides,
-        site=site,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        time_min=minutes_of(time_limit),
-    )
+    plan = api.plan_for(recipe, request)
     check_image(plan.site)
     prepared = api.prepare(plan)
     measured = measure.rehearse(plan, prepared, seconds=seconds)
@@ -276,16 +266,18 @@ def rehearse(
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option(
-    "--site", metavar="FILE", help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env."
+@request_options(
+    "overrides",
+    "site",
+    "nodes",
+    "gpus_per_node",
+    nodes="Of that job; by default the recipe's, or one.",
+    gpus_per_node="",
 )
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Overrule a key of the recipe.")
 @click.option(
     "--inside", "is_inside", is_flag=True, help="Only what holds in the image (or here, where there is none)."
 )
 @click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that goes the way of a run.")
-@click.option("--nodes", type=click.IntRange(1), metavar="N", help="Of that job; by default the recipe's, or one.")
-@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N")
 @click.option(
     "--wait-minutes",
     type=click.FloatRange(0),
@@ -295,15 +287,7 @@ def rehearse(
 )
 @click.option("--json", "as_json", is_flag=True)
 def doctor(
-    recipe: str | None,
-    site: str | None,
-    overrides: tuple[str, ...],
-    is_inside: bool,
-    with_job: bool,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    wait_minutes: float,
-    as_json: bool,
+    recipe: str | None, request: JobRequest, is_inside: bool, with_job: bool, wait_minutes: float, as_json: bool
 ) -> None:
     """Check the way that a job will go: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
 
@@ -319,7 +303,7 @@ def doctor(
     from afina.doctor.job import try_job
     from afina.site.finding import Finding
 
-    target = _target(recipe, site, overrides, nodes, gpus_per_node, quick=is_inside, with_job=with_job)
+    target = _target(recipe, request, quick=is_inside, with_job=with_job)
     found: list[Any] = []
 
     def say(findings: Any) -> None:
@@ -347,20 +331,11 @@ def doctor(
     else:
         print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
         if recipe is not None and not count["failed"]:
-            print(f"next: {again('prefetch', recipe, overrides, site)}")
+            print(f"next: {another_command('prefetch', recipe, request)}")
     sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
 
 
-def _target(
-    recipe: str | None,
-    site: str | None,
-    overrides: tuple[str, ...],
-    nodes: int | None,
-    gpus_per_node: int | None,
-    *,
-    quick: bool,
-    with_job: bool,
-) -> Any:
+def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: bool) -> Any:
     """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
     from afina import api
     from afina.doctor.target import Target
@@ -372,12 +347,12 @@ def _target(
     where = plan = error = None
     env = dict(os.environ)
     try:
-        where = load_site(site)
+        where = load_site(request.site)
         env |= environment(where)
         if recipe is not None:
-            plan = api.plan_for(recipe, overrides=overrides, site=site, nodes=nodes, gpus_per_node=gpus_per_node)
-        elif nodes or gpus_per_node:
-            plan = bare_plan(where, nodes=nodes or 1, gpus_per_node=gpus_per_node or 0)
+            plan = api.plan_for(recipe, request)
+        elif request.nodes or request.gpus_per_node:
+            plan = bare_plan(where, nodes=request.nodes or 1, gpus_per_node=request.gpus_per_node or 0)
     except AfinaError as problem:
         error = problem
     return Target(env, Cluster() if quick else read_cluster(), where, plan, error, recipe is not None, with_job)

@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from afina.cli.options import minutes_of, recipe_options
+from afina.cli.options import request_options
 from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, InputError
+from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
 
 @click.command()
-@recipe_options
+@click.argument("recipe")
+@request_options(
+    "overrides",
+    "site",
+    "nodes",
+    "gpus_per_node",
+    "time_min",
+    "num_processes",
+    nodes="Of each run.",
+    time_min="Of each run: minutes, HH:MM:SS or D-HH:MM:SS.",
+    num_processes="Processes of each run, with --local.",
+)
 @click.option("--grid", metavar="KEY=A,B,…", multiple=True, help="Values of a key; several keys are combined.")
 @click.option("--seeds", metavar="N", help="So many seeds from the recipe's own on; or these: 1,2,7.")
 @click.option("--search", metavar="KEY=LOW..HIGH", multiple=True, help="Let Optuna choose; `:log`, or choices A,B.")
@@ -28,11 +41,7 @@ __all__ = ["COMMANDS"]
 @click.option("--sweep", "directory", metavar="DIR", help="By default $AFINA_SCRATCH/sweeps/<name>-<digest>.")
 @click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="Runs at the same time.")
 @click.option("--via", type=click.Choice(["sbatch"]), default="sbatch", help="A job array goes through sbatch.")
-@click.option("--nodes", type=click.IntRange(1), metavar="N", help="Of each run.")
-@click.option("--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU.")
-@click.option("--time", "time_limit", metavar="TIME", help="Of each run: minutes, HH:MM:SS or D-HH:MM:SS.")
 @click.option("--local", is_flag=True, help="Train here, one run after another, without Slurm.")
-@click.option("--num-processes", type=click.IntRange(1), metavar="N", help="Processes of each run, with --local.")
 @click.option(
     "--dry-run", "dry", is_flag=True, help="Print the cells and exactly what would be submitted; change nothing."
 )
@@ -40,29 +49,7 @@ __all__ = ["COMMANDS"]
 @click.option("--metric", metavar="NAME", help="Another metric for the table, e.g. f1 or test_accuracy.")
 @click.option("--json", "as_json", is_flag=True)
 @click.pass_context
-def sweep(
-    context: click.Context,
-    recipe: str,
-    overrides: tuple[str, ...],
-    site: str | None,
-    grid: tuple[str, ...],
-    seeds: str | None,
-    search: tuple[str, ...],
-    trials: int,
-    search_seed: int,
-    directory: str | None,
-    max_parallel: int | None,
-    via: str,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time_limit: str | None,
-    local: bool,
-    num_processes: int | None,
-    dry: bool,
-    wait: bool,
-    metric: str | None,
-    as_json: bool,
-) -> None:
+def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options: Any) -> None:
     """Run RECIPE over a grid of values and seeds as one job array; with a sweep directory instead, show its table.
 
     The same command again goes on: finished runs stay, queued and running ones are left alone, the others are submitted
@@ -76,84 +63,94 @@ def sweep(
       afina sweep /scratch/me/sweeps/yelp-1a2b3c4d
     """
     from afina.sweeps.draft import draft_sweep, dry_run
-    from afina.sweeps.grid import parse_grid
-    from afina.sweeps.space import parse_search
     from afina.sweeps.sweep import carry_out, sweep_named
 
-    if (found := sweep_named(recipe)) is not None:
-        _look(found, context, metric, wait, as_json)
+    shown = _Shown(options.pop("wait"), options.pop("metric"), options.pop("as_json"))
+    dry = options.pop("dry")
+    if (known := sweep_named(recipe)) is not None:
+        _check_shown_only(known, context)
+        if shown.wait:
+            _wait(known)
+        shown.print_table(known)
         return
-    if metric is not None and not (wait or local):
-        raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")
-    for option, given, needs, there in (
-        ("--num-processes", num_processes is not None, "--local", local),
-        ("--trials", _given(context, "trials"), "--search", bool(search)),
-        ("--search-seed", _given(context, "search_seed"), "--search", bool(search)),
-    ):
-        if given and not there:
-            raise InputError(f"{option}: means nothing without {needs}", f"add {needs}, or leave it out")
-    if local:
-        for option in ("nodes", "max_parallel", "gpus_per_node"):
-            if _given(context, option):
-                name = option.replace("_", "-")
-                raise InputError(f"--{name}: is for Slurm, and --local runs here", "leave one of the two out")
-    draft = draft_sweep(
-        recipe,
-        grid=parse_grid(grid),
-        seeds=seeds,
-        search=parse_search(search, overrides) if search else None,
-        trials=trials,
-        search_seed=search_seed,
-        directory=directory,
-        overrides=overrides,
-        site=site,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        time_min=minutes_of(time_limit),
-        local=local,
-        num_processes=num_processes,
-    )
+    _check_options(context, shown)
+    draft = draft_sweep(recipe, _request(request, options))
     if dry:
-        shown = dry_run(draft, max_parallel)
-        print(json.dumps(shown, indent=2, ensure_ascii=False) if as_json else _dry(shown))
+        planned = dry_run(draft)
+        print(json.dumps(planned, indent=2, ensure_ascii=False) if shown.as_json else _dry_run_text(planned))
         return
-    made = carry_out(draft, max_parallel=max_parallel, num_processes=num_processes, say=_say if as_json else _tell)
-    if wait and not local:
+    made = carry_out(draft, _to_stderr if shown.as_json else _to_stdout)
+    if shown.wait and not draft.local:
         _wait(made)
-    wanted = [draft.record.cells[number].name for number in draft.wanted]
-    if wait or local:
-        _finish(made, wanted, metric, as_json)
-    if as_json:
+    if shown.wait or draft.local:
+        _finish(made, [draft.record.cells[number].name for number in draft.wanted], shown)
+    if shown.as_json:
         print(json.dumps({"sweep": str(made.path), "jobs": list(made.submitted), "states": made.states()}))
     else:
         print(f"afina: its table: afina sweep {shlex.quote(str(made.path))}")
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How a sweep's table is shown."""
+
+    wait: bool
+    metric: str | None
+    as_json: bool
+
+    def print_table(self, sweep: Any, before: str = "") -> None:
+        table = sweep.table(self.metric)
+        print(json.dumps(table.to_dict(), indent=2, ensure_ascii=False) if self.as_json else f"{before}{table}")
+
+
+def _request(job: JobRequest, options: Mapping[str, Any]) -> Any:
+    from afina.sweeps.draft import SweepRequest
+    from afina.sweeps.grid import parse_grid
+    from afina.sweeps.space import parse_search
+
+    search = parse_search(options["search"], job.overrides) if options["search"] else None
+    asked = {name: value for name, value in options.items() if name != "via"}
+    return SweepRequest(**{**asked, "grid": parse_grid(options["grid"]), "search": search, "job": job})
+
+
+def _check_options(context: click.Context, shown: _Shown) -> None:
+    """Refuse options without the one that they belong to."""
+    local, search = context.params["local"], bool(context.params["search"])
+    if shown.metric is not None and not (shown.wait or local):
+        raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")
+    for name, needs, is_given in (
+        ("num_processes", "--local", local),
+        ("trials", "--search", search),
+        ("search_seed", "--search", search),
+    ):
+        if _given(context, name) and not is_given:
+            raise InputError(f"{_flag(name)}: has no effect without {needs}", f"add {needs}, or leave it out")
+    for name in ("nodes", "max_parallel", "gpus_per_node"):
+        if local and _given(context, name):
+            raise InputError(f"{_flag(name)}: is for Slurm, and --local runs here", "leave one of the two out")
+
+
+def _check_shown_only(known: Any, context: click.Context) -> None:
+    for name in context.params:
+        if name not in ("recipe", "metric", "wait", "as_json") and _given(context, name):
+            raise InputError(
+                f"{_flag(name)}: {known.path} is a sweep directory: its table is shown",
+                "give the recipe to run more of it: the same command as before continues the sweep",
+            )
+
+
+def _flag(name: str) -> str:
+    flags = {"overrides": "--set", "time_min": "--time", "directory": "--sweep", "dry": "--dry-run"}
+    return flags.get(name, f"--{name.replace('_', '-')}")
 
 
 def _given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _look(found: Any, context: click.Context, metric: str | None, wait: bool, as_json: bool) -> None:
-    """The table of a sweep directory."""
-    for option in context.params:
-        if option not in ("recipe", "metric", "wait", "as_json") and _given(context, option):
-            name = {"overrides": "set", "time_limit": "time", "directory": "sweep"}.get(
-                option, option.replace("_", "-")
-            )
-            raise InputError(
-                f"--{name}: {found.path} is a sweep directory, whose table is shown",
-                "give the recipe to run more of it: the same command as before goes on with the sweep",
-            )
-    if wait:
-        _wait(found)
-    table = found.table(metric)
-    print(json.dumps(table.to_dict(), indent=2, ensure_ascii=False) if as_json else table)
-
-
-def _finish(made: Any, wanted: list[str], metric: str | None, as_json: bool) -> None:
-    """The table, then exit: 0 where all runs of this call have finished."""
-    table = made.table(metric)
-    print(json.dumps(table.to_dict(), indent=2, ensure_ascii=False) if as_json else f"\n{table}")
+def _finish(made: Any, wanted: Sequence[str], shown: _Shown) -> None:
+    """Print the table, then exit: 0 if all runs of this call have finished."""
+    shown.print_table(made, before="\n")
     states = made.states()
     left = {name: states[name] for name in wanted if states[name] != "FINISHED"}
     for name, state in list(left.items())[:10]:
@@ -161,7 +158,7 @@ def _finish(made: Any, wanted: list[str], metric: str | None, as_json: bool) -> 
         why = (outcome.error or "").splitlines()[:1] if outcome else []
         print(f"{state.lower()}: {name}{f': {why[0]}' if why else ''}", file=sys.stderr)
     if left:
-        print("afina: the same command goes on with what is not finished", file=sys.stderr)
+        print("afina: the same command continues what is not finished", file=sys.stderr)
     failed = any(state == "FAILED" for state in left.values())
     sys.exit(EXIT_FAILED if failed else EXIT_STOPPED if left else EXIT_FINISHED)
 
@@ -181,7 +178,7 @@ def _wait(made: Any) -> None:
                 nonlocal said
                 if (now := words(counts)) != said:
                     said = now
-                    _say(now)
+                    _to_stderr(now)
 
             made.wait(tell=tell)
             return
@@ -195,19 +192,19 @@ def _wait(made: Any) -> None:
                 tell=lambda counts: progress.update(bar, completed=counts.get("FINISHED", 0), description=words(counts))
             )
     except KeyboardInterrupt:
-        _say(f"left waiting; the jobs run on. Its table: afina sweep {shlex.quote(str(made.path))}")
+        _to_stderr(f"left waiting; the jobs run on. Its table: afina sweep {shlex.quote(str(made.path))}")
         sys.exit(130)
 
 
-def _tell(line: str) -> None:
+def _to_stdout(line: str) -> None:
     print(f"afina: {line}", flush=True)
 
 
-def _say(line: str) -> None:
+def _to_stderr(line: str) -> None:
     print(f"afina: {line}", file=sys.stderr, flush=True)
 
 
-def _dry(shown: dict[str, Any]) -> str:
+def _dry_run_text(shown: dict[str, Any]) -> str:
     cells = [
         f"{cell['cell']}{'' if cell['submit'] else '  (finished, or under way)'}\n    {shlex.join(cell['overrides'])}".rstrip()
         for cell in shown["cells"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import minutes_of
+from afina.cli.options import minutes
 
 __all__ = ["COMMANDS"]
 
@@ -45,7 +45,9 @@ __all__ = ["COMMANDS"]
 @click.option("--site", metavar="FILE", help="Site file; by default the site of the run.")
 @click.option("--submit", "submitted", is_flag=True, help="As a Slurm job; the same command without it merges the end.")
 @click.option("--array", type=click.IntRange(1), metavar="N", help="With --submit: N jobs, each takes a share.")
-@click.option("--time", "time_limit", metavar="TIME", help="With --submit: minutes, HH:MM:SS or D-HH:MM:SS.")
+@click.option(
+    "--time", "time_limit", callback=minutes, metavar="TIME", help="With --submit: minutes, HH:MM:SS or D-HH:MM:SS."
+)
 @click.option("--gpus-per-node", type=click.IntRange(0, 1), metavar="N", help="With --submit: 0 predicts on the CPU.")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be predicted, and with --submit the job; change nothing."
@@ -65,7 +67,7 @@ def predict(
     site: str | None,
     submitted: bool,
     array: int | None,
-    time_limit: str | None,
+    time_limit: int | None,
     gpus_per_node: int | None,
     dry_run: bool,
     as_json: bool,
@@ -103,7 +105,7 @@ def predict(
         _to_standard_output(run_dir, options, num_processes)
         return
     if submitted or dry_run:
-        options |= {"gpus": gpus_per_node, "time_min": minutes_of(time_limit)}
+        options |= {"gpus": gpus_per_node, "time_min": time_limit}
         job = predicting.compose(run_dir, inputs, out, **options)
         if dry_run:
             shown = shlex.join(predicting.submission(job, array or 1)) if submitted else ""

@@ -11,13 +11,14 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afina import api
 from afina.errors import AfinaError, DataError, RecipeError
 from afina.recipe.schema import Recipe, parse_recipe
 from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, check_cores, make_plan
 from afina.run.record import differences, make_record, read_record
 from afina.site.settings import load_site
@@ -46,19 +47,11 @@ class Again:
     notes: tuple[str, ...]
 
 
-def plan_again(
-    run: str | Path,
-    *,
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    num_processes: int | None = None,
-    local: bool = True,
-) -> Again:
+def plan_again(run: str | Path, request: JobRequest = JobRequest(), *, local: bool = True) -> Again:
     """Plan `run` again; changes nothing.
 
     Args:
+        request: site and resources.
         local: train on this machine, with the old run's number of processes if that used one node, else one per GPU here.
 
     Raises:
@@ -70,17 +63,16 @@ def plan_again(
     # In quotes: a commit may look like a number.
     commits = {"revision": prepared.get("model_commit"), "data.revision": prepared.get("data_commit")}
     pins = [f"{key}={json.dumps(commit)}" for key, commit in commits.items() if commit]
-    changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "time": time_min}
-    asked = [f"resources.{key}={value}" for key, value in changes.items() if value is not None]
-    if local and gpus_per_node is None:
-        asked.append(f"resources.gpus_per_node={api.visible_gpus()}")
+    recipe = parse_recipe(text, [*overrides, *pins], source=str(old.path / "recipe.yaml"))
     if local:
-        asked.append("resources.nodes=1")
-    recipe = parse_recipe(text, [*overrides, *pins, *asked], source=str(old.path / "recipe.yaml"))
-    processes = (num_processes or _processes(before)) if local else None
-    if processes:
+        gpus = api.visible_gpus()
+        processes = (
+            request.num_processes or gpus or (before.geometry.processes_per_node if before.geometry.nodes == 1 else 1)
+        )
         check_cores(processes)
-    plan = _planned(recipe, before, site, processes)
+        gpus = gpus if request.gpus_per_node is None else request.gpus_per_node
+        request = replace(request, num_processes=processes, gpus_per_node=gpus)
+    plan = _planned(recipe, before, request)
     if plan.geometry.num_processes != before.geometry.num_processes:
         notes.append(
             f"processes: {before.geometry.num_processes} then, {plan.geometry.num_processes} now (same rows and order, other dropout masks)"
@@ -103,12 +95,7 @@ def _recipe_text(old: RunDir, before: Plan) -> tuple[str, list[str], list[str]]:
     return whole, [], ["recipe.yaml and record.json do not give the recipe that was run: it is taken from plan.json"]
 
 
-def _processes(before: Plan) -> int:
-    gpus = api.visible_gpus()
-    return gpus or (before.geometry.processes_per_node if before.geometry.nodes == 1 else 1)
-
-
-def _planned(recipe: Recipe, before: Plan, site: str | Path | None, processes: int | None) -> Plan:
+def _planned(recipe: Recipe, before: Plan, request: JobRequest) -> Plan:
     """Like `make_plan`, but with the absolute paths of the old run's files: its relative paths may mean others from here."""
     missing = [path for paths in before.files.values() for path in paths if not path.exists()]
     missing += [before.model_folder] if before.model_folder and not before.model_folder.is_dir() else []
@@ -124,9 +111,9 @@ def _planned(recipe: Recipe, before: Plan, site: str | Path | None, processes: i
         there["data"] = recipe.data.model_copy(update={"files": files})
     if before.model_folder:
         there["model"] = str(before.model_folder)
-    plan = make_plan(
-        recipe.model_copy(update=there), load_site(site), recipe_file=before.recipe_file, processes_per_node=processes
-    )
+    absolute = recipe.model_copy(update=there)
+    plan = make_plan(absolute, load_site(request.site), request, recipe_file=before.recipe_file)
+    recipe = recipe.model_copy(update={"resources": plan.recipe.resources})
     return plan.model_copy(update={"recipe": recipe, "files": before.files, "model_folder": before.model_folder})
 
 
@@ -139,21 +126,15 @@ def _differences(record: dict[str, object], plan: Plan, text: str) -> list[str]:
 
 def rerun(
     run: str | Path,
+    request: JobRequest = JobRequest(),
     *,
-    path: str | Path | None = None,
     submit: bool = False,
-    via: api.Via = "submitit",
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    num_processes: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Run:
     """Repeat `run`: train here and return at the end, or with `submit` return once the job is in the queue.
 
     Args:
-        path: the new run directory; by default one under `$AFINA_SCRATCH/runs/`.
+        request: the new run directory, site, resources, and how it is submitted.
         say: called with a line for each difference.
 
     Raises:
@@ -161,18 +142,10 @@ def rerun(
     """
     if submit:
         need_slurm()
-    again = plan_again(
-        run,
-        site=site,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        time_min=time_min,
-        num_processes=num_processes,
-        local=not submit,
-    )
+    again = plan_again(run, request, local=not submit)
     for note in again.notes:
         say(f"differs: {note}")
-    made = api.claim(again.plan, path, text=again.text)
+    made = api.claim(again.plan, request.run, text=again.text)
     reported = set(again.notes)
     late = [line for line in differences(read_record(again.old.path), read_record(made.path)) if line not in reported]
     for line in late:
@@ -181,7 +154,7 @@ def rerun(
         say("no recorded difference from the first run")
     say(f"run {made.path}")
     try:
-        return api.submit(made.path, via=via) if submit else api.resume(made.path)
+        return api.submit(made.path, via=request.via) if submit else api.resume(made.path)
     except AfinaError:
         if submit:
             shutil.rmtree(made.path)

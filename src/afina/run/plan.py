@@ -20,6 +20,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
 from afina.recipe.model_folder import find_model_folder
 from afina.recipe.schema import Recipe, Resources
+from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__
 
@@ -87,27 +88,21 @@ class Plan(FrozenModel):
 
 
 def make_plan(
-    recipe: Recipe,
-    site: Site,
-    *,
-    recipe_file: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    processes_per_node: int | None = None,
-    cpus_per_process: int | None = None,
-    time_min: int | None = None,
+    recipe: Recipe, site: Site, request: JobRequest = JobRequest(), *, recipe_file: str | Path | None = None
 ) -> Plan:
-    """Compose a plan; the keyword arguments overrule the recipe's resources.
+    """Compose a plan.
+
+    Args:
+        recipe, site: as they were loaded with the request's overrides and site file.
+        request: its resources override the recipe's; with `num_processes` the plan is for this machine alone.
 
     Raises:
         RecipeError: a global batch that does not divide.
         DataError: data files that are missing or of an unknown format.
         InputError: a model folder without weights or tokenizer.
     """
-    changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "cpus_per_gpu": cpus_per_process, "time": time_min}
-    given = {k: v for k, v in changes.items() if v is not None}
     try:
-        resources = Resources.model_validate({**recipe.resources.model_dump(), **given})
+        resources = Resources.model_validate({**recipe.resources.model_dump(), **request.resources()})
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
@@ -122,7 +117,7 @@ def make_plan(
         afina_version=__version__,
         recipe=recipe,
         site=site,
-        geometry=geometry_for(recipe, processes_per_node or max(1, resources.gpus_per_node)),
+        geometry=geometry_for(recipe, request.num_processes or max(1, resources.gpus_per_node)),
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
         files=find_files(recipe.data.files or {}, base, bind),
         model_folder=find_model_folder(recipe.model, base),

@@ -28,6 +28,7 @@ from afina.recipe.formats import read_rows
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
+from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, make_plan
 from afina.run.workers import follow_worker
 from afina.site.settings import Site, cache_environment, environment, hub_token, load_site
@@ -225,7 +226,7 @@ def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:
     text = "{name: afina, model: none, data: {hub: none, text: text, label: label}, resources: {cpus_per_gpu: 1}}"
     processes = nodes * max(1, gpus_per_node)
     recipe = parse_recipe(text, [f"train.batch_size={processes}"])
-    return make_plan(recipe, site, nodes=nodes, gpus_per_node=gpus_per_node)
+    return make_plan(recipe, site, JobRequest(nodes=nodes, gpus_per_node=gpus_per_node))
 
 
 # -- model, machine ---------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ Reads the recipe, the site, the sweep directory and (for the states) squeue; cha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from afina.errors import InputError, RecipeError, SlurmError
 from afina.recipe.schema import Recipe, parse_recipe, read_recipe
 from afina.run.commands import sweep_argv
 from afina.run.directory import is_run_dir
-from afina.run.plan import Plan, check_cores, make_plan
-from afina.site.settings import load_site
+from afina.run.job_request import JobRequest
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site, load_site
 from afina.slurm.query import query
 from afina.slurm.submit import max_array_size
 from afina.sweeps.directory import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
@@ -26,7 +27,7 @@ from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners
 from afina.watch.overview import State, summarise
 
-__all__ = ["BUSY", "Draft", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
+__all__ = ["BUSY", "Draft", "SweepRequest", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
 
 #: States of a cell that something is done about already.
 BUSY = ("PENDING", "RUNNING")
@@ -43,7 +44,7 @@ class Draft:
         text: the recipe as it is written.
         wanted: the numbers of the cells that this call is about.
         plans: of those cells, by number; a search has none.
-        local: to be run here.
+        request: what was asked for.
     """
 
     home: SweepDir
@@ -52,96 +53,125 @@ class Draft:
     text: str
     wanted: tuple[int, ...]
     plans: Mapping[int, Plan]
-    local: bool
+    request: SweepRequest
+
+    @property
+    def local(self) -> bool:
+        return self.request.local
 
 
-def draft_sweep(
-    recipe: str | Path | Recipe,
-    *,
-    grid: Mapping[str, Sequence[str]],
-    seeds: int | str | Sequence[int] | None = None,
-    search: Space | None = None,
-    trials: int = 20,
-    search_seed: int = 0,
-    directory: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    local: bool = False,
-    num_processes: int | None = None,
-) -> Draft:
-    """Look at everything, change nothing; arguments as `sweep`, grid and space as they are parsed.
+@dataclass(frozen=True)
+class SweepRequest:
+    """What a caller asks for: which runs, and the request that is the same for each.
+
+    Attributes:
+        grid: the values of each key, as text.
+        seeds: so many from the recipe's own on, or these.
+        search: what Optuna may choose from, instead of a grid.
+        trials: how many trials of a search shall succeed.
+        search_seed: of the search's random numbers.
+        directory: the sweep directory; by default `<scratch>/sweeps/<name>-<digest8>`.
+        max_parallel: how many runs at the same time.
+        local: train here, one run after another, without Slurm.
+        job: overrides, site and resources of each run.
+    """
+
+    grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seeds: int | str | Sequence[int] | None = None
+    search: Space | None = None
+    trials: int = 20
+    search_seed: int = 0
+    directory: str | Path | None = None
+    max_parallel: int | None = None
+    local: bool = False
+    job: JobRequest = JobRequest()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A recipe's text, and how a parsed variant of it becomes a plan."""
+
+    text: str
+    name: str
+    file: Path | None
+    site: Site
+    job: JobRequest
+
+    @classmethod
+    def of(cls, recipe: str | Path | Recipe, job: JobRequest) -> _Source:
+        site = load_site(job.site)
+        if isinstance(recipe, Recipe):
+            return cls(json.dumps(recipe.model_dump(mode="json")), "recipe", None, site, job)
+        return cls(read_recipe(recipe), str(recipe), Path(recipe), site, job)
+
+    def plan(self, recipe: Recipe) -> Plan:
+        return make_plan(recipe, self.site, self.job, recipe_file=self.file)
+
+    def plan_with(self, words: Sequence[str]) -> Plan:
+        return self.plan(parse_recipe(self.text, [*self.job.overrides, *words], source=self.name))
+
+
+def draft_sweep(recipe: str | Path | Recipe, request: SweepRequest) -> Draft:
+    """Examine everything, change nothing.
 
     Raises:
-        RecipeError, InputError: a cell that is no recipe, with its name; a sweep directory of another recipe.
+        RecipeError, InputError: a cell that is not a valid recipe, with its name; a sweep directory of another recipe.
     """
-    if isinstance(recipe, Recipe):
-        text, file, source = json.dumps(recipe.model_dump(mode="json")), None, "recipe"
-    else:
-        text, file, source = read_recipe(recipe), Path(recipe), str(recipe)
-    where = load_site(site)
-    processes = None
-    if local:
-        processes = num_processes if num_processes is not None else api.visible_gpus() or 1
-        check_cores(processes)
-
-    def plan_of(one: Recipe) -> Plan:
-        return make_plan(
-            one,
-            where,
-            recipe_file=file,
-            nodes=1 if local else nodes,
-            gpus_per_node=api.visible_gpus() if local else gpus_per_node,
-            processes_per_node=processes,
-            time_min=time_min,
-        )
-
-    plan = plan_of(parse_recipe(text, overrides, source=source))
-    home = SweepDir(directory) if directory else SweepDir.default(plan)
+    source = _Source.of(recipe, api.on_this_machine(request.job) if request.local else request.job)
+    plan = source.plan_with(())
+    home = SweepDir(request.directory) if request.directory else SweepDir.default(plan)
     before = home.read()
     if before is not None:
-        _check_same(home, before, plan, search)
-    known = before.cells if before else ()
-    if search is not None:
-        if grid or seeds is not None:
-            raise InputError(
-                "--search: stands alone, a trial is one run",
-                "afterwards compare the best values over seeds: --grid … --seeds 5",
-            )
-        if trials < 1:
-            raise InputError(f"--trials {trials}: no trial is no search", "for example --trials 20")
-        for words in corners(search):
-            try:
-                plan_of(parse_recipe(text, [*overrides, *words], source=source))
-            except RecipeError as error:
-                said = error.message.replace("--set ", "--search ")
-                raise RecipeError(f"{said} (with {', '.join(words)})", error.remedy) from None
-        found = SearchRecord(
-            space=search, trials=trials, seed=search_seed, metric="", direction="maximize", recipe_text=text,
-            overrides=tuple(overrides), prepared={}, run_record={}, worker_argv=(),
-        )  # fmt: skip
-        cells, wanted = _trials(home, known, trials)
-        record = SweepRecord(plan=plan, cells=cells, search=found)
-        return Draft(home, before, record, text, wanted, {}, local)
-    grid, listed = dict(grid), None
+        _check_same(home, before, plan, request.search)
+    draft = _draft_search if request.search is not None else _draft_grid
+    return draft(source, request, plan, home, before)
+
+
+def _draft_search(
+    source: _Source, request: SweepRequest, plan: Plan, home: SweepDir, before: SweepRecord | None
+) -> Draft:
+    assert request.search is not None
+    if request.grid or request.seeds is not None:
+        raise InputError(
+            "--search: cannot be combined with --grid or --seeds, a trial is one run",
+            "afterwards compare the best values over seeds: --grid … --seeds 5",
+        )
+    if request.trials < 1:
+        raise InputError(f"--trials {request.trials}: a search needs at least one trial", "for example --trials 20")
+    for words in corners(request.search):
+        try:
+            source.plan_with(words)
+        except RecipeError as error:
+            message = error.message.replace("--set ", "--search ")
+            raise RecipeError(f"{message} (with {', '.join(words)})", error.remedy) from None
+    search = SearchRecord(
+        space=request.search, trials=request.trials, seed=request.search_seed, metric="", direction="maximize",
+        recipe_text=source.text, overrides=tuple(source.job.overrides), prepared={}, run_record={}, worker_argv=(),
+    )  # fmt: skip
+    cells, wanted = _trials(home, before.cells if before else (), request.trials)
+    return Draft(home, before, SweepRecord(plan=plan, cells=cells, search=search), source.text, wanted, {}, request)
+
+
+def _draft_grid(
+    source: _Source, request: SweepRequest, plan: Plan, home: SweepDir, before: SweepRecord | None
+) -> Draft:
+    grid, seeds = dict(request.grid), request.seeds
     if "train.seed" in grid:
         if seeds is not None:
             raise InputError("--grid train.seed: is also given by --seeds", "keep one of the two")
-        listed = ",".join([*grid.pop("train.seed"), ""])
-    if not grid and seeds is None and listed is None:
+        seeds = ",".join([*grid.pop("train.seed"), ""])
+    elif not grid and seeds is None:
         raise InputError("nothing to sweep over", "give --grid KEY=A,B, --seeds N or --search KEY=LOW..HIGH")
-    chosen = parse_seeds(listed or (1 if seeds is None else seeds), plan.recipe.train.seed)
-    expanded = expand_sweep(text, overrides, grid, chosen, source=source)
-    plans = [_planned(plan_of, cell, named=bool(grid)) for cell in expanded]
-    cells, wanted = _joined(known, expanded, plans)
+    chosen = parse_seeds(1 if seeds is None else seeds, plan.recipe.train.seed)
+    expanded = expand_sweep(source.text, source.job.overrides, grid, chosen, source=source.name)
+    plans = [_planned(source, cell, named=bool(grid)) for cell in expanded]
+    cells, wanted = _joined(before.cells if before else (), expanded, plans)
     record = SweepRecord(plan=plan, grid={k: tuple(v) for k, v in grid.items()}, seeds=chosen, cells=cells)
-    return Draft(home, before, record, text, wanted, dict(zip(wanted, plans, strict=True)), local)
+    return Draft(home, before, record, source.text, wanted, dict(zip(wanted, plans, strict=True)), request)
 
 
-def dry_run(draft: Draft, max_parallel: int | None = None) -> dict[str, Any]:
-    """The sweep directory, the cells and their overrides, which of them would be submitted, and with which commands."""
+def dry_run(draft: Draft) -> dict[str, Any]:
+    """The sweep directory, its cells with their overrides, which of them would be submitted, and the commands."""
     missing, _ = todo(draft)
     cells = [
         {
@@ -151,7 +181,7 @@ def dry_run(draft: Draft, max_parallel: int | None = None) -> dict[str, Any]:
         }
         for number in draft.wanted
     ]
-    commands = [] if draft.local else [argv for argv, _, _ in arrays(draft, missing, max_parallel)]
+    commands = [] if draft.local else [argv for argv, _, _ in arrays(draft, missing)]
     return {"sweep": str(draft.home.path), "cells": cells, "commands": commands}
 
 
@@ -192,11 +222,10 @@ def todo(draft: Draft) -> tuple[list[int], dict[str, int]]:
     return [number for number in draft.wanted if states[number] not in ("FINISHED", *BUSY)], counts
 
 
-def arrays(
-    draft: Draft, missing: Sequence[int], max_parallel: int | None, busy: int = 0
-) -> Iterator[tuple[list[str], int, list[int]]]:
+def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[tuple[list[str], int, list[int]]]:
     """The command, the first cell and the tasks of each array: an array's numbers end at Slurm's MaxArraySize."""
     size = max_array_size() if missing else 1
+    max_parallel = draft.request.max_parallel
     firsts = sorted({number // size * size for number in missing})
     for first in firsts:
         tasks = [number - first for number in missing if first <= number < first + size]
@@ -225,9 +254,9 @@ def _check_same(home: SweepDir, before: SweepRecord, plan: Plan, search: Space |
         )
 
 
-def _planned(plan_of: Callable[[Recipe], Plan], cell: Cell, *, named: bool) -> Plan:
+def _planned(source: _Source, cell: Cell, *, named: bool) -> Plan:
     try:
-        return plan_of(cell.recipe)
+        return source.plan(cell.recipe)
     except RecipeError as error:
         raise RecipeError(f"cell {cell.name}: {error.message}" if named else error.message, error.remedy) from None
 

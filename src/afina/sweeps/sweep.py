@@ -19,9 +19,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afina import api
 from afina.errors import ClaimedError, InputError
@@ -29,6 +29,7 @@ from afina.forecast.forecast import check_possible
 from afina.recipe.schema import Recipe
 from afina.run.commands import worker_environment
 from afina.run.directory import RunDir, is_run_dir
+from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.plan import Plan
 from afina.run.workers import ask_worker
 from afina.site.settings import environment
@@ -36,14 +37,17 @@ from afina.slurm.client import need_slurm
 from afina.slurm.submit import submit_script
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.directory import SearchRecord, SweepDir, SweepRecord
-from afina.sweeps.draft import BUSY, Draft, arrays, cell_states, draft_sweep, todo
+from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
 from afina.sweeps.table import Row, Table, tabulate
 from afina.watch.handle import Run, Runs
 from afina.watch.overview import State, place_of
 
-__all__ = ["Sweep", "carry_out", "sweep", "sweep_named"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Sweep", "SweepOptions", "carry_out", "sweep", "sweep_named"]
 
 Say = Callable[[str], None]
 
@@ -132,25 +136,23 @@ class Sweep:
         return best
 
 
-def sweep(
-    recipe: str | Path | Recipe,
-    *,
-    grid: Mapping[str, Sequence[Any]] | None = None,
-    seeds: int | str | Sequence[int] | None = None,
-    search: Mapping[str, str | Sequence[Any]] | None = None,
-    trials: int = 20,
-    search_seed: int = 0,
-    directory: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    site: str | Path | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
-    time_min: int | None = None,
-    max_parallel: int | None = None,
-    local: bool = False,
-    num_processes: int | None = None,
-) -> Sweep:
-    """Run a recipe over a grid of values and seeds, or let Optuna choose; the same call again goes on.
+class SweepOptions(JobOptions, total=False):
+    """Keywords of `afina.sweep`; see `SweepRequest` and `JobRequest`."""
+
+    grid: Mapping[str, Sequence[Any]] | None
+    seeds: int | str | Sequence[int] | None
+    search: Mapping[str, str | Sequence[Any]] | None
+    trials: int
+    search_seed: int
+    directory: str | Path | None
+    max_parallel: int | None
+    local: bool
+    num_processes: int | None
+
+
+@accepts(SweepOptions, SweepRequest, JobRequest)
+def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep:
+    """Run a recipe over a grid of values and seeds, or let Optuna choose; the same call again continues the sweep.
 
     Submits one job array and returns at once; with `local` trains here, one run after another, and returns when they have ended.
 
@@ -162,28 +164,18 @@ def sweep(
         search_seed: of the search's random numbers.
         directory: the sweep directory; by default `$AFINA_SCRATCH/sweeps/<name>-<digest8>`.
         max_parallel: how many runs at the same time.
+        local: train here, without Slurm.
+        overrides, site, nodes, gpus_per_node, time_min, num_processes: of each run, see `JobRequest`.
 
     Raises:
         AfinaError: what would have failed in the queue is refused here; a new sweep then leaves nothing behind.
     """
-    spaces = space_of(search, overrides) if search is not None else None
-    draft = draft_sweep(
-        recipe,
-        grid=grid_of(grid or {}),
-        seeds=seeds,
-        search=spaces,
-        trials=trials,
-        search_seed=search_seed,
-        directory=directory,
-        overrides=overrides,
-        site=site,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        time_min=time_min,
-        local=local,
-        num_processes=num_processes,
-    )
-    return carry_out(draft, max_parallel=max_parallel, num_processes=num_processes)
+    asked: dict[str, Any] = dict(options)
+    job = JobRequest(**{f.name: asked.pop(f.name) for f in fields(JobRequest) if f.name in asked})
+    search = asked.pop("search", None)
+    space = space_of(search, job.overrides) if search is not None else None
+    request = SweepRequest(**{**asked, "grid": grid_of(asked.get("grid") or {})}, search=space, job=job)
+    return carry_out(draft_sweep(recipe, request))
 
 
 def sweep_named(name: str | Path) -> Sweep | None:
@@ -195,13 +187,7 @@ def sweep_named(name: str | Path) -> Sweep | None:
     return None
 
 
-def carry_out(
-    draft: Draft,
-    *,
-    max_parallel: int | None = None,
-    num_processes: int | None = None,
-    say: Say = lambda line: print(f"afina: {line}", flush=True),
-) -> Sweep:
+def carry_out(draft: Draft, say: Say = lambda line: print(f"afina: {line}", flush=True)) -> Sweep:
     """Prepare, claim, and submit or run what is missing.
 
     Raises:
@@ -219,9 +205,9 @@ def carry_out(
             record = claim_cells(draft, prepared, undo, say)
             if draft.local:
                 undo.pop_all()
-                _run_here(draft.home, record, draft.wanted, num_processes, say)
+                _run_here(draft, record, say)
                 return Sweep(draft.home.path)
-            submitted = _submit(draft, record, max_parallel, undo, say)
+            submitted = _submit(draft, record, undo, say)
     return Sweep(draft.home.path, submitted)
 
 
@@ -239,13 +225,11 @@ def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
     return found
 
 
-def _submit(
-    draft: Draft, record: SweepRecord, max_parallel: int | None, undo: contextlib.ExitStack, say: Say
-) -> list[str]:
+def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: Say) -> list[str]:
     missing, counts = todo(replace(draft, record=record))
     busy = sum(counts.get(state, 0) for state in BUSY)
     submitted: list[str] = []
-    for argv, first, tasks in arrays(draft, missing, max_parallel, busy):
+    for argv, first, tasks in arrays(draft, missing, busy):
         plan = draft.plans[first + tasks[0]] if draft.plans else record.plan
         with _uninterrupted():
             job = submit_script(plan, argv)
@@ -282,8 +266,9 @@ def _uninterrupted() -> Iterator[None]:
 # -- running here ------------------------------------------------------------------------------------------------------
 
 
-def _run_here(home: SweepDir, record: SweepRecord, wanted: Sequence[int], num_processes: int | None, say: Say) -> None:
+def _run_here(draft: Draft, record: SweepRecord, say: Say) -> None:
     """One cell after another; ends at a stop (Ctrl-C) and at what would meet every cell (bad input, a full disk)."""
+    home, wanted = draft.home, draft.wanted
     states = cell_states(home, record.cells)
     say(f"sweep {home.path}: {len(wanted)} runs, {sum(states[number] == 'FINISHED' for number in wanted)} finished")
     for count, number in enumerate(wanted, start=1):
@@ -297,7 +282,7 @@ def _run_here(home: SweepDir, record: SweepRecord, wanted: Sequence[int], num_pr
         if record.search is not None and not is_run_dir(run.path):
             _ask(home, record.plan, run)
         say(f"run {count} of {len(wanted)}: {cell.name}")
-        outcome = api.resume(run.path, num_processes=num_processes).outcome
+        outcome = api.resume(run.path, num_processes=draft.request.job.num_processes).outcome
         if outcome is not None and outcome.outcome == "stopped":
             say("stopped; the same command goes on from here")
             return

@@ -18,6 +18,7 @@ from afina import demo
 from afina.api import plan_for
 from afina.errors import EnvironmentProblem, InputError
 from afina.recipe.schema import load_recipe
+from afina.run.job_request import JobRequest
 from afina.site.settings import load_site
 
 #: Of reviews.csv, as afina 0.1 generated it.
@@ -54,7 +55,7 @@ def test_the_recipe_is_read_and_planned(tmp_path: Path) -> None:
     assert Path(recipe.model) == demo.model_folder() and recipe.resources.gpus_per_node == 0
     site = recipe_file.with_name("site.env")
     (recipe_file.parent / "scratch").mkdir()
-    plan = plan_for(recipe_file, site=site, num_processes=2)
+    plan = plan_for(recipe_file, JobRequest(site=site, num_processes=2))
     assert plan.files == {"all": (recipe_file.parent / "reviews.csv",)}
     assert plan.geometry.batch_per_device == 8
 

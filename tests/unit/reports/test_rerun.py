@@ -24,6 +24,7 @@ from afina.reports import write_report
 from afina.reports.rerun import plan_again, rerun
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest
 from afina.run.plan import make_plan
 from afina.run.record import make_record
 from afina.site.settings import Site
@@ -139,7 +140,7 @@ def test_revisions_are_pinned_and_files_found_where_they_were(
     prepared = {"model_commit": "1234567" + "e" * 33, "data_commit": None}
     (run.path / "prepared.json").write_text(json.dumps(prepared))
     monkeypatch.chdir(tmp_path)
-    again = plan_again(run.path, num_processes=1)
+    again = plan_again(run.path, JobRequest(num_processes=1))
     assert again.plan.recipe.revision == prepared["model_commit"]
     assert again.plan.files == run.plan().files and again.plan.recipe.data == run.plan().recipe.data
     assert any(note.startswith("afina: 0.0.1 then, ") for note in again.notes)
@@ -152,7 +153,7 @@ def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
 ) -> None:
     """As `afina train` makes its run where there is no GPU; it is found by its short name."""
     file = recipe_file(model=str(model_folder), resources={"gpus_per_node": 2})
-    plan = api.plan_for(file, num_processes=1, gpus_per_node=0)
+    plan = api.plan_for(file, JobRequest(num_processes=1, gpus_per_node=0))
     record = make_record(plan, {}, file.read_text(), None)
     api.claim(plan, scratch / "runs/cpu-1", prepared={}, record=record)
     again = plan_again("cpu-1", local=False)
@@ -160,7 +161,7 @@ def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
     assert not any("gpu" in word for word in sbatch_argv(again.plan, scratch / "runs/cpu-2"))
     named = run_named("cpu")
     assert named is not None and named.path == scratch / "runs/cpu-1" and run_named(file) is None
-    assert plan_again("cpu-1", local=False, gpus_per_node=1).plan.geometry.gpus_per_node == 1
+    assert plan_again("cpu-1", JobRequest(gpus_per_node=1), local=False).plan.geometry.gpus_per_node == 1
 
 
 def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
@@ -172,11 +173,11 @@ def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run = old()
     shown = afina("submit", run.path, "--time", "90", "--dry-run")
-    assert shown.returncode == 0 and f"# would go on with\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
+    assert shown.returncode == 0 and f"# would resume\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
     changes = [["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"], ["--site", "other.env"]]
     for option in (*changes, ["--gpus-per-node", "0"], ["--rehearse"], ["--rehearse", "--dry-run"]):
         done = afina("submit", run.path, *option)
-        assert done.returncode == 2 and f"{option[0]}: " in done.stderr and "only --time can be changed" in done.stderr
+        assert done.returncode == 2 and f"{option[0]}: " in done.stderr and "only --time can change" in done.stderr
     done = afina("submit", run.path, "--time", "90")
     assert done.returncode == 0 and "afina logs" in done.stdout, done.stderr
     assert "--time=90" in list(run.lines("submissions.jsonl"))[-1]["argv"] and run.plan().recipe.resources.time != 90

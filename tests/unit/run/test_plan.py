@@ -13,6 +13,7 @@ from afina import __version__
 from afina.errors import DataError, InputError, RecipeError
 from afina.recipe.data_files import DATA_SUFFIXES
 from afina.recipe.schema import Recipe
+from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, check_cores, geometry_for, load_plan, make_plan
 from afina.site.settings import Site
 
@@ -96,24 +97,23 @@ def test_a_batch_that_does_not_divide_names_the_sizes_that_do(
         geometry_for(recipe(train__batch_size=int(size), resources=loaded.resources.model_dump()), gpus)
 
 
-def test_keywords_overrule_the_resources(recipe: Load, site: Site, recipe_file: Callable[..., Path]) -> None:
-    plan = make_plan(
-        recipe(), site, recipe_file=recipe_file(), nodes=2, gpus_per_node=4, cpus_per_process=3, time_min=5
-    )
+def test_a_request_overrides_the_resources(recipe: Load, site: Site, recipe_file: Callable[..., Path]) -> None:
+    loaded = recipe(resources={"cpus_per_gpu": 3})
+    plan = make_plan(loaded, site, JobRequest(nodes=2, gpus_per_node=4, time_min=5), recipe_file=recipe_file())
     assert (plan.geometry.num_processes, plan.geometry.batch_per_device, plan.geometry.cpus_per_process) == (8, 1, 3)
     assert (plan.recipe.resources.nodes, plan.recipe.resources.time) == (2, 5)
-    local = make_plan(recipe(), site, recipe_file=recipe_file(), nodes=1, processes_per_node=2, gpus_per_node=0)
+    local = make_plan(recipe(), site, JobRequest(num_processes=2, gpus_per_node=0), recipe_file=recipe_file())
     assert (local.geometry.num_processes, local.geometry.gpus_per_node) == (2, 0)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"nodes": 0}, {"nodes": -1}, {"gpus_per_node": -2}, {"time_min": 0}, {"nodes": True}]
 )
-def test_keywords_are_checked_like_the_recipe(
-    recipe: Load, site: Site, recipe_file: Callable[..., Path], wrong: dict[str, int]
+def test_a_request_is_checked_like_the_recipe(
+    recipe: Load, site: Site, recipe_file: Callable[..., Path], wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(InputError, match=r"^resources\."):
-        make_plan(recipe(), site, recipe_file=recipe_file(), **wrong)
+        make_plan(recipe(), site, JobRequest(**wrong), recipe_file=recipe_file())
 
 
 def test_more_processes_than_cores() -> None:

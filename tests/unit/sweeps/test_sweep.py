@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from afina.errors import ClaimedError, DataError, InputError, SlurmError
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import sweep_argv
 from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest
 from afina.run.outcome import Outcome
-from afina.sweeps.draft import draft_sweep, dry_run
+from afina.sweeps.draft import SweepRequest, draft_sweep, dry_run
 from afina.sweeps.grid import parse_grid
 from afina.sweeps.space import parse_search
 from afina.sweeps.sweep import Sweep, carry_out
@@ -92,8 +94,9 @@ def sweep(
         changes = options.pop("changes", {})
         if "search" in options:
             options["search"] = parse_search(options["search"])
-        draft = draft_sweep(recipe_file(**changes), grid=parse_grid(grid), **options)
-        return carry_out(draft, max_parallel=max_parallel)
+        job = JobRequest(**{f.name: options.pop(f.name) for f in fields(JobRequest) if f.name in options})
+        request = SweepRequest(grid=parse_grid(grid), max_parallel=max_parallel, job=job, **options)
+        return carry_out(draft_sweep(recipe_file(**changes), request))
 
     return run
 
@@ -186,7 +189,7 @@ def test_a_dry_run_shows_the_command_and_changes_nothing(
 ) -> None:  # fmt: skip
     recipe_file()
     before = tree(tmp_path)
-    shown = dry_run(draft_sweep(recipe_file(), grid=parse_grid([GRID]), seeds=2), 3)
+    shown = dry_run(draft_sweep(recipe_file(), SweepRequest(grid=parse_grid([GRID]), seeds=2, max_parallel=3)))
     assert tree(tmp_path) == before
     made = sweep(GRID, seeds=2, max_parallel=3)
     assert shown["sweep"] == str(made.path) and [command[1:] for command in shown["commands"]] == submitted()
@@ -618,8 +621,8 @@ def test_many_ask_at_once(sweep: Callable[..., Sweep]) -> None:
         (["--search", "train.epochs=1..2", "--seeds", "2"], "--search: stands alone"),
         (["--search", "train.epoch=1..2"], "--search train.epoch: unknown key `train.epoch`"),
         (["--search", "train.learning_rate=-1..2"], "--search train.learning_rate: must be more than 0"),
-        (["--seeds", "2", "--trials", "3"], "--trials: means nothing without --search"),
-        (["--seeds", "2", "--num-processes", "1"], "--num-processes: means nothing without --local"),
+        (["--seeds", "2", "--trials", "3"], "--trials: has no effect without --search"),
+        (["--seeds", "2", "--num-processes", "1"], "--num-processes: has no effect without --local"),
         (["--seeds", "2", "--local", "--max-parallel", "2"], "--max-parallel: is for Slurm"),
         (["--seeds", "2", "--metric", "f1"], "--metric: is for the table"),
     ],

@@ -1,0 +1,105 @@
+"""JobRequest: what a caller asks for besides the recipe, as one frozen value.
+
+The command line and the Python functions build it once; everything below them takes it. None means the recipe's own value,
+or the site's default.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar
+
+__all__ = ["JobOptions", "JobRequest", "SubmitOptions", "Via", "accepts"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Via = Literal["sbatch", "submitit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """What a caller asks for.
+
+    Attributes:
+        overrides: `key=value` each, over the recipe.
+        site: the site file.
+        run: the new run directory; by default one under `<scratch>/runs/`.
+        nodes, gpus_per_node: of the job; 0 GPUs trains on the CPU.
+        time_min: the job's time limit in minutes.
+        num_processes: train on this machine alone, with so many processes.
+        via: how a job is submitted.
+        rehearse: first make a few steps and a save here; submit only if they succeed.
+        in_job: inside the allocation: the site is the environment's.
+    """
+
+    overrides: Sequence[str] = ()
+    site: str | Path | None = None
+    run: str | Path | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    time_min: int | None = None
+    num_processes: int | None = None
+    via: Via = "submitit"
+    rehearse: bool = False
+    in_job: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+
+    def resources(self) -> dict[str, int]:
+        """The recipe's `resources` that are asked for otherwise."""
+        nodes = 1 if self.num_processes is not None else self.nodes
+        asked = {"nodes": nodes, "gpus_per_node": self.gpus_per_node, "time": self.time_min}
+        return {name: value for name, value in asked.items() if value is not None}
+
+
+class JobOptions(TypedDict, total=False):
+    """Keywords of the Python functions that describe a job; see `JobRequest`."""
+
+    overrides: Sequence[str]
+    site: str | Path | None
+    nodes: int | None
+    gpus_per_node: int | None
+    time_min: int | None
+
+
+class SubmitOptions(JobOptions, total=False):
+    """Keywords of `afina.submit`; see `JobRequest`."""
+
+    run: str | Path | None
+    via: Via
+    rehearse: bool
+
+
+def accepts(options: type, *values: type) -> Callable[[F], F]:
+    """Decorate a function that takes `**options`: `help` lists the keywords, and an unknown one is a TypeError.
+
+    Args:
+        options: the TypedDict of its keywords.
+        values: the dataclasses that the keywords are fields of; they have the defaults.
+    """
+    defaults = {field.name: field.default for value in values for field in fields(value)}
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function)
+        plain = [
+            parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+            for name, annotation in options.__annotations__.items()
+        ]
+        signature = own.replace(parameters=[*plain, *keywords])
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            signature.bind(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorate
