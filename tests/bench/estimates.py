@@ -113,8 +113,8 @@ def _afina(folder: Path, environment: dict[str, str], *arguments: str) -> str:
 def _foresee(folder: Path, environment: dict[str, str], *overrides: str) -> dict[str, Any]:
     """What `afina submit` would write down, without submitting."""
     code = (
-        "import json, sys; from afina import api as jobs; from afina.forecast.forecast import foresee\n"
-        "plan = jobs.plan_for('recipe.yaml', overrides=sys.argv[1:])\n"
+        "import json, sys; from afina import api as jobs; from afina.forecast.forecast import foresee\nfrom afina.run.job_request import JobRequest\n"
+        "plan = jobs.plan_for('recipe.yaml', JobRequest(overrides=sys.argv[1:]))\n"
         "print(json.dumps(foresee(plan, jobs.prepare(plan)).to_json()))"
     )
     argv = [sys.executable, "-c", code, *overrides]

@@ -109,7 +109,7 @@ def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Pat
 
     path = base / start.SITE
     if given.site_only and path.exists():
-        raise InputError(f"{path} exists and is not overwritten", "use it, or move it away")
+        raise InputError(f"{path} is there already, and is not overwritten", "use it, or move it away")
     known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
     if known is not None:
         return known, load_site(known), False

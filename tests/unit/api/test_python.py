@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -136,11 +137,22 @@ def test_the_first_example_submits_and_waits(run: afina.Run, tmp_path: Path, mon
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)[0]
     call = re.search(r"afina\.submit\((.*)\)  #", block)
     assert call is not None
-    import inspect
-
     words = dict(re.findall(r"(\w+)=(\w+)", call[1]))
     inspect.signature(afina.submit).bind("recipe.yaml", **words)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(block.replace(call[0], "afina.Run(path)  #"), {"path": run.path})
     assert out.getvalue() == f"{run.path} FINISHED\n0.75\n"
+
+
+@pytest.mark.parametrize("function", [afina.submit, afina.sweep])
+def test_help_lists_the_keywords_and_an_unknown_one_is_refused(function: Callable[..., object]) -> None:
+    parameters = inspect.signature(function).parameters
+    assert {"overrides", "site", "nodes", "gpus_per_node", "time_min"} <= set(
+        parameters
+    ) and "options" not in parameters
+    assert parameters["nodes"].default is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'node'"):
+        function("recipe.yaml", node=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'in_job'"):
+        function("recipe.yaml", in_job=True)

@@ -11,6 +11,7 @@ import pytest
 
 from afina.forecast.estimate import Earlier, Measured, Shape, describe, forecast, memory_of, pace
 from afina.recipe.schema import Recipe
+from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 
@@ -35,9 +36,7 @@ def plan(recipe: Callable[..., Recipe], site: Site) -> Callable[..., Plan]:
         return make_plan(
             recipe(**{"train__epochs": 3, "train__batch_size": 16, "data__files": {"all": "reviews.csv"}, **changes}),
             site,
-            recipe_file=None,
-            nodes=nodes,
-            gpus_per_node=gpus,
+            JobRequest(nodes=nodes, gpus_per_node=gpus),
         )
 
     return make

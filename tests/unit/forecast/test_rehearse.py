@@ -16,6 +16,7 @@ from tests.unit.conftest import program, tree
 
 from afina.api import plan_for
 from afina.forecast.evidence import earlier_runs, shape_of
+from afina.run.job_request import JobRequest
 
 Ran = subprocess.CompletedProcess[str]
 
@@ -132,7 +133,7 @@ def test_a_run_is_what_the_next_forecast_is_made_from(
     outcome = json.loads(next((place / "scra tch/runs").glob("*/outcome.json")).read_text())
     assert run.examples_per_second == outcome["samples_per_second"] and run.device == "cpu"
     assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 52
-    assert earlier_runs(plan_for(place / "recipe.yaml", overrides=["tokens.max_length=48"])) == []
+    assert earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=["tokens.max_length=48"]))) == []
 
     folder = tmp_path / "fake bin"
     program(folder, "sinfo", "echo 'gpu*|up|30:00|1-infinite|1|4|16000|(null)|idle'\n")

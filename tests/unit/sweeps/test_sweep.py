@@ -618,7 +618,7 @@ def test_many_ask_at_once(sweep: Callable[..., Sweep]) -> None:
         (["--grid", "train.learning_rat=1,2"], "did you mean `learning_rate`?"),
         (["--grid", "train.learning_rate=1,x"], "cell learning_rate=x,seed=1"),
         (["--grid", "data.files=absent.csv,other.csv"], "absent.csv: no such file"),
-        (["--search", "train.epochs=1..2", "--seeds", "2"], "--search: stands alone"),
+        (["--search", "train.epochs=1..2", "--seeds", "2"], "--search: cannot be combined with --grid or --seeds"),
         (["--search", "train.epoch=1..2"], "--search train.epoch: unknown key `train.epoch`"),
         (["--search", "train.learning_rate=-1..2"], "--search train.learning_rate: must be more than 0"),
         (["--seeds", "2", "--trials", "3"], "--trials: has no effect without --search"),
