@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
-from tests.unit.compute import test_packed as packing_tests
+from tests.unit.compute import encoders
 from tests.unit.training import test_train as runs
 
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
@@ -31,22 +31,22 @@ from afina.worker.model.tasks import TASKS
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 HALF = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-ROWS = list(range(len(packing_tests.LENGTHS)))
+ROWS = list(range(len(encoders.LENGTHS)))
 
 
 def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and all gradients behind each other, in float64 on the CPU; without dropout."""
-    model = packing_tests.still(packing_tests.model_of(packing_tests.CONFIGS[name])).train().cuda()
-    types = "token_type_ids" in packing_tests._inputs(model)
-    split = packing_tests.split_of(packing_tests.LENGTHS, 5, types=types, forbidden=None)
-    collate: Collator | PackedCollator = Collator(split, packing_tests.PAD)
+    model = encoders.without_dropout(encoders.model_of(encoders.CONFIGS[name])).train().cuda()
+    types = "token_type_ids" in encoders.forward_arguments(model)
+    split = encoders.split_of(encoders.LENGTHS, 5, types=types, forbidden=None)
+    collate: Collator | PackedCollator = Collator(split, encoders.PAD)
     if packs:
         about = packed_model.PROVEN[model.config.model_type]
         packed_model.enable_packing(model, attention.PLAIN)
-        collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=about.offset, device="cuda")
+        collate = PackedCollator(split, encoders.PAD, heads=4, offset=about.offset, device="cuda")
     batch = {key: value.to(torch.device("cuda")) for key, value in collate(ROWS).items()}
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
-        logits, _, gradients = packing_tests.step(model, batch)
+        logits, _, gradients = encoders.step(model, batch)
     return logits.double().cpu(), torch.cat([gradients[key].double().flatten().cpu() for key in sorted(gradients)])
 
 
@@ -54,7 +54,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", packing_tests.CONFIGS)
+@pytest.mark.parametrize("name", encoders.CONFIGS)
 def test_packed_is_padded(name: str) -> None:
     """In float32 to rounding; in bfloat16, where flash attention computes, as near to float32 as padded batches are."""
     exact = _step(name, half=False, packs=False)
@@ -70,7 +70,7 @@ def test_packed_is_padded(name: str) -> None:
 @pytest.mark.parametrize("first_only", [False, True])
 def test_flash_attention_drops_out_as_it_says(first_only: bool) -> None:
     """Unbiased, the same for the same seed, and the gradient is that of the very mask: the output is linear in the values."""
-    packing = pack(packing_tests.LENGTHS, heads=4, device="cuda").to(torch.device("cuda"))
+    packing = pack(encoders.LENGTHS, heads=4, device="cuda").to(torch.device("cuda"))
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(sum(packing.lengths), 4, 32, device="cuda") for _ in range(4))
     if first_only:
@@ -100,14 +100,14 @@ def _trained(
     name: str, *, dropout: bool
 ) -> tuple[Any, Callable[[list[int]], dict[str, Any]], Callable[..., torch.Tensor]]:
     """A model on the GPU, a collator for it, and an ordinary step in bfloat16."""
-    model = packing_tests.model_of(packing_tests.CONFIGS[name])
-    model = (model if dropout else packing_tests.still(model)).train().cuda()
+    model = encoders.model_of(encoders.CONFIGS[name])
+    model = (model if dropout else encoders.without_dropout(model)).train().cuda()
     packed_model.enable_packing(model, attention.PLAIN)
-    types = "token_type_ids" in packing_tests._inputs(model)
+    types = "token_type_ids" in encoders.forward_arguments(model)
     lengths = [60 - n % 50 for n in range(200)]
-    split = packing_tests.split_of(lengths, 5, types=types)
+    split = encoders.split_of(lengths, 5, types=types)
     offset = packed_model.PROVEN[model.config.model_type].offset
-    collate = PackedCollator(split, packing_tests.PAD, heads=4, offset=offset, device="cuda")
+    collate = PackedCollator(split, encoders.PAD, heads=4, offset=offset, device="cuda")
 
     def batch_of(rows: list[int]) -> dict[str, Any]:
         batch = collate(sorted(rows, key=lambda row: -lengths[row]))
@@ -131,12 +131,12 @@ BATCHES = [list(range(8)), [*range(30, 38)], [*range(100, 108)], [*range(50, 58)
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
 @pytest.mark.parametrize(
-    "name", [n for n in packing_tests.CONFIGS if packing_tests.CONFIGS[n]["model_type"] in cuda_graphs._KINDS]
+    "name", [n for n in encoders.CONFIGS if encoders.CONFIGS[n]["model_type"] in cuda_graphs._SUPPORTED]
 )
 def test_a_recorded_step_is_the_step(name: str) -> None:
     """Without dropout: losses and gradients, two micro-batches of one step, and a batch that is not recorded."""
     model, batch_of, step = _trained(name, dropout=False)
-    assert cuda_graphs.why_not_graphed(model, "packed", 1, half=True, twice=False) is None
+    assert cuda_graphs.why_not_graphed(model, "packed", 1, bf16=True, checkpointing=False) is None
     recorded = cuda_graphs.GraphedStep(step, model, rows=8, longest=64)
     items = torch.tensor(8, device="cuda")
     for number, rows in enumerate([*BATCHES, list(range(5)), *BATCHES]):
@@ -147,12 +147,12 @@ def test_a_recorded_step_is_the_step(name: str) -> None:
             losses = torch.stack([compute(batch, items) for batch in batches]).double()
             gradients = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
             found.append((losses, torch.cat([g.flatten() for g in gradients.values()]), gradients.keys()))
-        assert not recorded.given_up, recorded.given_up
+        assert not recorded.fallback_reason, recorded.fallback_reason
         exact, usual, replayed = found
         assert usual[2] == replayed[2]
         for what in (0, 1):  # as near to float32 as the ordinary step in bfloat16
             assert _apart(replayed[what], exact[what]) < 1.5 * _apart(usual[what], exact[what]) + 1e-4, number
-    assert len(recorded.seconds) >= 2 and recorded.filled > 0
+    assert len(recorded.seconds) >= 2 and recorded.padding_tokens > 0
     print(name, "recorded in", {k: round(v, 2) for k, v in recorded.seconds.items()})
 
 
@@ -173,7 +173,7 @@ def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
             losses.append(mine)
             torch.cuda.set_rng_state(states[skipped])
             assert [float(recorded(batch_of(rows), items)) for rows in BATCHES[skipped:]] == mine[skipped:]
-        assert not recorded.given_up
+        assert not recorded.fallback_reason
         again = [float(recorded(batch_of(BATCHES[0]), items)) for _ in range(3)]
         assert len(set(again)) == 3
     assert losses[0] == losses[1] == losses[2] == losses[3]
@@ -191,7 +191,7 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
     items = torch.tensor(8, device="cuda")
     torch.manual_seed(5)
     found = [float(recorded(batch_of(rows), items)) for rows in BATCHES]
-    assert recorded.given_up and not recorded.seconds
+    assert recorded.fallback_reason and not recorded.seconds
     torch.manual_seed(5)
     assert found == [float(step(batch_of(rows), items)) for rows in BATCHES]
 

@@ -1,4 +1,4 @@
-"""Which rows make which step: exact cover, the same order in every batching, balance between ranks, resuming in the middle."""
+"""The rows of each step: exact cover, the same order in every batching, balance between ranks, resuming in the middle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import skip_first_batches
-from tests.unit.compute.test_packed import PAD, split_of
+from tests.unit.compute.encoders import PAD, split_of
 from torch.utils.data import DataLoader
 
 from afina.run.plan import Geometry
@@ -91,8 +91,8 @@ def test_packed_shares_come_longest_first() -> None:
 
 
 @pytest.mark.parametrize(("processes", "accumulation", "batch"), [(2, 1, 8), (4, 1, 8), (2, 2, 8), (8, 1, 4)])
-def test_work_is_shared_evenly(processes: int, accumulation: int, batch: int) -> None:
-    """The rank with most work waits for nobody, all others for it: costliest rank over the mean, whole steps only."""
+def test_work_is_balanced(processes: int, accumulation: int, batch: int) -> None:
+    """All ranks wait for the one with most work: the costliest rank over the mean, full steps only."""
     lengths = yelp_lengths(4096, 9)
     price = costs(lengths, 384)
 
@@ -117,7 +117,7 @@ def test_work_is_shared_evenly(processes: int, accumulation: int, batch: int) ->
     assert after < 1.12
 
 
-def test_a_deal_is_the_same_every_time_and_full_to_the_brim() -> None:
+def test_balance_is_deterministic_and_respects_the_limit() -> None:
     price = np.array([5.0, 5.0, 5.0, 1.0, 1.0, 9.0, 1.0, 5.0])
     parts = balance(price, 4, 2)
     assert parts == balance(price.copy(), 4, 2)
@@ -128,8 +128,8 @@ def test_a_deal_is_the_same_every_time_and_full_to_the_brim() -> None:
 
 
 @pytest.mark.parametrize("batching", ["packed", "grouped"])
-def test_a_run_goes_on_at_the_exact_batch(batching: Batching) -> None:
-    """What Trainer does on resume: set the epoch, skip batches."""
+def test_a_run_resumes_at_the_exact_batch(batching: Batching) -> None:
+    """As Trainer resumes: set the epoch, skip batches."""
     split = split_of([1 + 7 * i % 60 for i in range(101)], 3)
     layout = geometry(2, 2, 4)
     for rank in (0, 1):
@@ -144,7 +144,7 @@ def test_a_run_goes_on_at_the_exact_batch(batching: Batching) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [None, 64, 1, 100_000])
-def test_evaluation_batches_are_the_same_on_any_number_of_ranks(max_tokens: int | None) -> None:
+def test_evaluation_batches_do_not_depend_on_the_number_of_ranks(max_tokens: int | None) -> None:
     lengths = yelp_lengths(101, 4) // 8 + 1
     whole = list(EvalBatches(lengths, 10, 0, 1, max_tokens))
     assert sorted(itertools.chain(*whole)) == list(range(101))
@@ -158,11 +158,11 @@ def test_evaluation_batches_are_the_same_on_any_number_of_ranks(max_tokens: int 
     for ranks in (2, 3, 7):
         parts = [EvalBatches(lengths, 10, rank, ranks, max_tokens) for rank in range(ranks)]
         assert {part.most for part in parts} == {-(-len(whole) // ranks)}
-        dealt = [b for turn in itertools.zip_longest(*parts) for b in turn if b is not None]
-        assert dealt == whole
+        merged = [b for turn in itertools.zip_longest(*parts) for b in turn if b is not None]
+        assert merged == whole
 
 
-def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
+def test_a_packed_batch_holds_the_tokens_of_the_padded_one() -> None:
     split = split_of([9, 8, 8, 3, 1], 7, types=True)
     rows = [0, 1, 2, ~3, 4]
     padded, packed = Collator(split, PAD)(rows), PackedCollator(split, PAD, 4)(rows)
@@ -174,7 +174,7 @@ def test_a_packed_batch_holds_what_the_padded_one_does() -> None:
     assert packed["packing"].starts.tolist() == [0, 9, 17, 25, 28]
 
 
-def test_positions_with_an_offset_are_those_that_transformers_counts() -> None:
+def test_positions_with_an_offset_equal_those_of_transformers() -> None:
     from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
     split = split_of([9, 8, 8, 3, 1], 11, forbidden=None)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
-from tests.unit.compute.test_packed import CONFIGS, model_of
+from tests.unit.compute.encoders import CONFIGS, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from afina.worker.compute import flops

@@ -1,9 +1,9 @@
-"""The C library's allocator keeps what a training step frees, for the next step.
+"""glibc's malloc, tuned to keep the memory that a training step frees for the next step.
 
-By default glibc gives large blocks back to the system at once, and every step takes them anew, page by page: 15,000 page
+By default glibc returns large blocks to the system at once and every step maps them again, page by page: 15,000 page
 faults a step for the word embeddings' gradient alone, a tenth of a step of short texts on the CPU (tests/bench/batching.py).
 
-Not covered: other C libraries, where nothing happens; memory of GPUs, which torch keeps itself.
+Not covered: other C libraries, where this has no effect; GPU memory, which torch caches itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def tune_malloc() -> bool:
-    """Keep freed memory in this process; returns whether the C library does. A `MALLOC_…` in the environment has precedence."""
+    """Keep freed memory in this process; returns whether the C library does. A `MALLOC_…` variable in the environment takes precedence."""
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False
     try:

@@ -1,12 +1,12 @@
-"""Attention over packed sequences, and over padded ones with the fast dropout, behind Transformers' attention interface.
+"""Attention for packed batches, and for padded ones with fast dropout, behind Transformers' attention interface.
 
-Packed, each sequence attends to itself, group by group (`afina.worker.compute.packing`). Where attention probabilities are dropped out
-on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel takes no dropout there, and the
+In a packed batch each sequence attends to itself, one group of sequences at a time (`afina.worker.compute.packing`). With attention
+dropout on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel has no dropout there, and its
 general path draws a slow mask and keeps three copies of the probabilities; this one keeps the probabilities and 16 bits for each.
-On GPUs in half precision it is one call of torch's variable-length flash attention (`afina.worker.compute.flash`). Everywhere else
-`scaled_dot_product_attention` does the work.
+On GPUs in half precision it is one call of variable-length flash attention (`afina.worker.compute.flash`). Everywhere else it is
+`scaled_dot_product_attention`.
 
-Not covered: causal attention, keys and values of another length than the queries, returning the probabilities.
+Not covered: causal attention, keys of another length than the queries, returning the probabilities.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch.nn import functional
@@ -25,34 +25,53 @@ from afina.worker.compute import dropout as fast
 from afina.worker.compute import flash
 from afina.worker.compute.packing import Group, Packing
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "disable_cudnn_sdpa"]
 
-#: What `model.set_attn_implementation` takes: with torch's dropout, and with the fast one.
+#: Names for `model.set_attn_implementation`: with torch's dropout, and with fast dropout.
 PLAIN, FAST = "afina", "afina_fast_dropout"
 
-#: Attribute of an attention module of which only each sequence's first token is read: other rows of its output are 0.
+#: Attribute of an attention module whose output is read at each sequence's first token only: its other rows are 0.
 FIRST_ONLY = "afina_first_only"
 
 
 def register() -> None:
-    """Make both known to Transformers; may be repeated."""
+    """Register both implementations with Transformers; may be repeated."""
     for name, function in ((PLAIN, attend), (FAST, partial(attend, fast_dropout=True))):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, _mask)
 
 
 def disable_cudnn_sdpa(device: torch.device) -> None:
-    """On a GPU, let other libraries compute `scaled_dot_product_attention`: cuDNN makes a plan for each new shape, 150 ms (H100, torch 2.11)."""
+    """Keep cuDNN from computing `scaled_dot_product_attention` on a GPU: it plans each new shape for 150 ms (H100, torch 2.11)."""
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:
-    # Without a mask the batch is packed: the mask over all its tokens would be large, and of no use.
+    # A batch without a mask is packed: a mask over all its tokens would be large and unused.
     mask: torch.Tensor | None = (
         sdpa_mask(*arguments, attention_mask=attention_mask, **named) if attention_mask is not None else None
     )
     return mask
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of `attend`.
+
+    Keys:
+        packing: how the sequences lie in a packed batch; absent: the batch is padded.
+        sliding_window: keys at this distance or further are masked.
+        bias: added to the scores, (1, heads, longest, longest).
+        fast_dropout: draw from `afina.worker.compute.dropout`'s generator where that is possible.
+    """
+
+    packing: Packing | None
+    sliding_window: int | None
+    bias: torch.Tensor | None
+    fast_dropout: bool
 
 
 def attend(
@@ -63,23 +82,17 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Packing | None = None,
-    sliding_window: int | None = None,
-    bias: torch.Tensor | None = None,
-    fast_dropout: bool = False,
-    **_: Any,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface.
+    """Transformers' attention interface; it passes options of other implementations too, which are ignored.
 
     Args:
         query, key, value: (B, heads, L, D); packed: (1, heads, T, D).
-        attention_mask: True where a key may be seen, bool (B, 1, 1 or L, L), or None.
-        sliding_window: keys at this distance or further away are not seen.
-        bias: added to the scores, (1, heads, longest, longest).
-        fast_dropout: draw from `afina.worker.compute.dropout`'s generator where that is possible.
+        attention_mask: True where a key is visible, bool (B, 1, 1 or L, L), or None.
 
     Returns: (B, L, heads, D), None.
     """
+    packing, bias, sliding_window = options.get("packing"), options.get("bias"), options.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
@@ -90,11 +103,11 @@ def attend(
         calls = [] if by_flash else [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
         if first_only:
             q = q.index_select(0, packing.starts)
-    # Under autocast it computes in float32: torch's general path takes longer in bfloat16 too.
-    exact = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
+    # Under autocast it computes in float32: torch's general path is slower, in bfloat16 as well.
+    in_float32 = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     if by_flash and packing is not None:
         out: torch.Tensor = flash.attend(q, k, v, packing, first_only, scale, dropout, sliding_window)
-    elif dropout and fast_dropout and query.device.type == "cpu" and exact:
+    elif dropout and options.get("fast_dropout") and query.device.type == "cpu" and in_float32:
         out = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
         out = _with_sdpa(q, k, v, calls, scale, dropout, bias)
@@ -105,7 +118,7 @@ def attend(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of attention: how its queries lie, how its keys and values lie, what is seen."""
+    """One call of attention: the layout of its queries, the layout of its keys and values, and its mask."""
 
     queries: Group
     keys: Group
@@ -117,8 +130,8 @@ def _call(group: Group, first_only: bool, window: int | None, device: torch.devi
     if window is None or group.width <= window:
         return Call(queries, group, group.mask)
     position = torch.arange(group.width, device=device)
-    near = ((position[: queries.width, None] - position).abs() < window)[None, None]
-    return Call(queries, group, near if group.mask is None else near & group.mask)
+    visible = ((position[: queries.width, None] - position).abs() < window)[None, None]
+    return Call(queries, group, visible if group.mask is None else visible & group.mask)
 
 
 def _padded(rows: torch.Tensor, group: Group) -> torch.Tensor:
@@ -144,7 +157,7 @@ def _with_sdpa(
     dropout: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    # Not slices: the gradient of each would be as large as all tokens.
+    # torch.split, because the gradient of each slice would be as large as all tokens.
     queries = torch.split(query, [call.queries.tokens for call in calls])
     keys, values = (torch.split(x, [call.keys.tokens for call in calls]) for x in (key, value))
     outs = []
@@ -175,7 +188,7 @@ def _rows_first(batch: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
-    # The factor costs nothing within the product, and a pass over all scores without.
+    # The factor is free within the product; alone it would take a pass over all scores.
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=factor)
 
 
@@ -184,7 +197,7 @@ class _Attention(torch.autograd.Function):
 
     O = r (P∘M) V,  dV = r (P∘M)ᵀ dO,  dS = P∘(r M∘(dO Vᵀ) - rowsum(dO∘O)),  dQ = scale dS K,  dK = scale dSᵀ Q,  dbias = dS
 
-    Heads in blocks that fit the processor's cache gained nothing within a training step.
+    Splitting the heads into blocks that fit the processor's cache gained nothing within a training step.
     """
 
     @staticmethod
@@ -199,10 +212,10 @@ class _Attention(torch.autograd.Function):
         p: float,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        out, kept = torch.empty_like(query), []
-        for call, rows, seen in _parts(calls):
+        out, saved = torch.empty_like(query), []
+        for call, rows, key_rows in _parts(calls):
             q = _heads_first(query[rows], call.queries)
-            k, v = (_heads_first(x[seen], call.keys) for x in (key, value))
+            k, v = (_heads_first(x[key_rows], call.keys) for x in (key, value))
             scores = _product(q, k.transpose(1, 2), scale)
             by_head = scores.view(call.keys.count, -1, *scores.shape[1:])
             if bias is not None:
@@ -210,40 +223,40 @@ class _Attention(torch.autograd.Function):
             if call.mask is not None:
                 by_head.masked_fill_(~call.mask, -torch.inf)
             probabilities = scores.softmax(-1)
-            drawn = fast.random_bits(*probabilities.shape)
-            dropped = fast.keep_mask(drawn, p, query.dtype).mul_(probabilities)
+            bits = fast.random_bits(*probabilities.shape)
+            dropped = fast.keep_mask(bits, p, query.dtype).mul_(probabilities)
             out[rows] = _rows_first(_product(dropped, v, 1 / (1 - p)), call.queries)
-            kept += [probabilities, drawn]
-        ctx.save_for_backward(query, key, value, bias, out, *kept)
+            saved += [probabilities, bits]
+        ctx.save_for_backward(query, key, value, bias, out, *saved)
         ctx.calls, ctx.scale, ctx.p = calls, scale, p
         return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, bias, out, *kept = ctx.saved_tensors
+        query, key, value, bias, out, *saved = ctx.saved_tensors
         gradient, scale, p = gradients[0], ctx.scale, ctx.p
-        into_query, into_key, into_value = (torch.empty_like(x) for x in (query, key, value))
-        into_bias = torch.zeros_like(bias) if ctx.needs_input_grad[6] else None
+        query_gradient, key_gradient, value_gradient = (torch.empty_like(x) for x in (query, key, value))
+        bias_gradient = torch.zeros_like(bias) if ctx.needs_input_grad[6] else None
         sums = (gradient * out).sum(-1, keepdim=True)
-        for number, (call, rows, seen) in enumerate(_parts(ctx.calls)):
-            probabilities, drawn = kept[2 * number], kept[2 * number + 1]
+        for number, (call, rows, key_rows) in enumerate(_parts(ctx.calls)):
+            probabilities, bits = saved[2 * number], saved[2 * number + 1]
             q, dout, rowsum = (_heads_first(x[rows], call.queries) for x in (query, gradient, sums))
-            k, v = (_heads_first(x[seen], call.keys) for x in (key, value))
-            dropped = fast.keep_mask(drawn, p, query.dtype).mul_(probabilities)
-            into_value[seen] = _rows_first(_product(dropped.transpose(1, 2), dout, 1 / (1 - p)), call.keys)
+            k, v = (_heads_first(x[key_rows], call.keys) for x in (key, value))
+            dropped = fast.keep_mask(bits, p, query.dtype).mul_(probabilities)
+            value_gradient[key_rows] = _rows_first(_product(dropped.transpose(1, 2), dout, 1 / (1 - p)), call.keys)
             dscores = _product(dout, v.transpose(1, 2), 1 / (1 - p)).mul_(dropped)
             dscores.addcmul_(probabilities, rowsum, value=-1)
-            into_query[rows] = _rows_first(_product(dscores, k, scale), call.queries)
-            into_key[seen] = _rows_first(_product(dscores.transpose(1, 2), q, scale), call.keys)
-            if into_bias is not None:
+            query_gradient[rows] = _rows_first(_product(dscores, k, scale), call.queries)
+            key_gradient[key_rows] = _rows_first(_product(dscores.transpose(1, 2), q, scale), call.keys)
+            if bias_gradient is not None:
                 height, width = dscores.shape[1:]
-                into_bias[0, :, :height, :width] += dscores.view(call.keys.count, -1, height, width).sum(0)
-        return into_query, into_key, into_value, None, None, None, into_bias
+                bias_gradient[0, :, :height, :width] += dscores.view(call.keys.count, -1, height, width).sum(0)
+        return query_gradient, key_gradient, value_gradient, None, None, None, bias_gradient
 
 
 def _parts(calls: list[Call]) -> Iterator[tuple[Call, slice, slice]]:
-    """Each call with the rows of its queries, and of its keys and values."""
+    """Each call with the rows of its queries and those of its keys and values."""
     query = key = 0
     for call in calls:
         yield call, slice(query, query + call.queries.tokens), slice(key, key + call.keys.tokens)

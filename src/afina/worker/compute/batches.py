@@ -1,15 +1,15 @@
-"""Which rows make which step: planned once an epoch, the same on every rank, resumable to the exact batch.
+"""Batches: the rows of each step, planned once an epoch, the same on every rank, resumable at the exact batch; and collators.
 
 An epoch is a permutation of the rows, drawn as accelerate's seedable sampler draws it (`torch.randperm` seeded with
 seed + epoch), so that a run with the tutorial's settings sees the tutorial's batches. Each step takes the next
-`global_batch` rows; ranks and accumulation share them out. The rows of a step do not depend on the number of processes.
+`global_batch` rows, which ranks and accumulation share. The rows of a step do not depend on the number of processes.
 
-    padded   pad to `max_length`, as the tutorial does
-    longest  pad to the longest of the batch
-    grouped  as longest, and rows of like length are brought together: in windows of 50 steps, steps then shuffled
-    packed   the rows of padded and longest, behind each other without padding (`afina.worker.compute.packing`)
+    padded   padded to `max_length`, as in the tutorial
+    longest  padded to the longest of the batch
+    grouped  as longest, with rows of similar length together: sorted in windows of 50 steps, then the steps shuffled
+    packed   the rows of padded and longest, one behind the other without padding (`afina.worker.compute.packing`)
 
-`packed` and `grouped` deal the rows of a step out by cost, not by count: every rank gets about the same work.
+`packed` and `grouped` balance the rows of a step by cost, not by count, so that every rank gets about the same work.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ __all__ = [
 
 Batching = Literal["auto", "packed", "grouped", "longest", "padded"]
 
-#: Steps that share one length-sorted window; 50 is what transformers' own length-grouped sampler uses.
+#: Steps of one length-sorted window; transformers' length-grouped sampler uses 50 too.
 _WINDOW = 50
 
-#: A packed batch of evaluation holds so many tokens for each row that `eval_batch_size` allows.
+#: Token budget of a packed evaluation batch for each row of `eval_batch_size`.
 TOKENS_PER_ROW = 128
 
-#: Label of a row that only keeps a rank in step with the others: it carries no loss.
+#: Label of a row that only keeps a rank in step with the others; it adds no loss.
 IGNORED = -100
 
 
@@ -72,43 +72,43 @@ def epoch_steps(
             ]
         )
         steps = [order[i : i + global_batch] for i in range(0, len(order), global_batch)]
-        # A short last step stays last: the schedule counts on full steps before it.
+        # A short last step stays last: the schedule assumes full steps before it.
         whole = len(steps) - (len(steps[-1]) < global_batch)
         return [steps[i] for i in torch.randperm(whole, generator=generator).tolist()] + steps[whole:]
     return [order[i : i + global_batch] for i in range(0, len(order), global_batch)]
 
 
 def costs(lengths: np.ndarray[Any, Any], hidden_size: int) -> np.ndarray[Any, Any]:
-    """What the rows cost, in tokens that attend to nothing, float64 (N,).
+    """Cost of each row, float64 (N,), in units of a token without attention.
 
-    A layer's matrix products are 24 H² FLOPs a token, attention over L tokens adds 4 L H: a share of L / 6H. Measured on a
-    CPU, dropout and softmax included, it is about the same (tests/bench/batching.py).
+    A layer's matrix products are 24 H² FLOPs a token, attention over L tokens adds 4 L H: a share of L / 6H. Measurements on a
+    CPU, dropout and softmax included, give about the same (tests/bench/batching.py).
     """
     each = lengths.astype(np.float64)
     return np.asarray(each + each**2 / (6 * hidden_size))
 
 
 def balance(costs: np.ndarray[Any, Any], parts: int, most: int) -> list[list[int]]:
-    """Share numbers 0 to N - 1 out into parts of at most `most`, so that the costliest part costs little.
+    """Split items 0 to N - 1 into parts of at most `most` items and similar cost.
 
-    The costliest first, each to the part that has least (longest processing time first); the same input gives the same
-    parts. Each part is in ascending order; there are empty ones only where there is too little to deal out.
+    Longest processing time first: the costliest item goes to the part with the least cost so far. Deterministic. Each part is in
+    ascending order; a part is empty only where there are fewer items than parts.
     """
-    found: list[list[int]] = [[] for _ in range(parts)]
+    shares: list[list[int]] = [[] for _ in range(parts)]
     open_parts = [(0.0, part) for part in range(parts)]
     for number in np.argsort(-costs, kind="stable").tolist():
         load, part = heapq.heappop(open_parts)
-        found[part].append(number)
-        if len(found[part]) < most:
+        shares[part].append(number)
+        if len(shares[part]) < most:
             heapq.heappush(open_parts, (load + float(costs[number]), part))
-    return [sorted(part) for part in found]
+    return [sorted(share) for share in shares]
 
 
 class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one rank. A row `~i` (negative) stands for row i without a label.
+    """The micro-batches of one rank. A row `~i` (negative) is row i without its label.
 
-    The last step of an epoch may be short: its rows are shared out evenly, and a rank that would go without gets one
-    row without a label, so that every rank takes part in every collective.
+    The last step of an epoch may be short. Its rows are shared evenly, and a rank without a row gets one without a label, so that
+    every rank takes part in every collective.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class StepBatches(Sampler[list[int]]):
 
     @property
     def batch_sampler(self) -> StepBatches:
-        # Trainer reaches for `dataloader.batch_sampler.batch_sampler.set_epoch`, whole or behind a skip.
+        # Trainer calls `dataloader.batch_sampler.batch_sampler.set_epoch`, with and without skipped batches.
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -134,7 +134,7 @@ class StepBatches(Sampler[list[int]]):
 
     @property
     def _short(self) -> int:
-        """Micro-batches of the short last step of an epoch; 0 where all steps are whole."""
+        """Micro-batches of the short last step of an epoch; 0 where all steps are full."""
         left = len(self.lengths) % self.geometry.global_batch
         return -(-left // (self.geometry.num_processes * self.geometry.batch_per_device))
 
@@ -152,17 +152,17 @@ class StepBatches(Sampler[list[int]]):
         ranks, most = self.geometry.num_processes, self.geometry.batch_per_device
         if self.batching in ("longest", "padded"):
             return np.array_split(rows, micros * ranks)[self.rank :: ranks]
-        # Ranks wait for each other once a step, so that the sum of a rank's micro-batches is what counts.
+        # Ranks wait for each other once a step, so what counts is the sum of a rank's micro-batches.
         mine = rows[balance(self.costs[rows], ranks, micros * most)[self.rank]]
         shares = [mine[part] for part in balance(self.costs[mine], micros, most)]
         return [share[np.argsort(-self.lengths[share], kind="stable")] for share in shares]
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Rows sorted by length, longest first, in batches that do not depend on the number of ranks; dealt out in turn.
+    """Rows sorted by length, longest first, in batches that do not depend on the number of ranks; rank r takes every n-th.
 
     Attributes:
-        most: batches of the rank that has most; another may have one fewer.
+        most: the number of batches of the rank with most; others may have one fewer.
     """
 
     def __init__(
@@ -174,17 +174,17 @@ class EvalBatches(Sampler[list[int]]):
         max_tokens: int | None = None,
     ) -> None:
         """Args:
-        max_tokens: batches of as many rows as have so many tokens together, one at least, instead of `batch_size` rows.
+        max_tokens: fill batches up to this many tokens, at least one row each, instead of `batch_size` rows.
         """
         order = np.argsort(-lengths, kind="stable")
         if max_tokens is None:
             starts = list(range(0, len(order), batch_size))
         else:
-            ends, starts, done = np.cumsum(lengths[order]), [], 0
-            while done < len(order):
-                starts.append(done)
-                before = int(ends[done - 1]) if done else 0
-                done = max(done + 1, int(np.searchsorted(ends, before + max_tokens, side="right")))
+            ends, starts, start = np.cumsum(lengths[order]), [], 0
+            while start < len(order):
+                starts.append(start)
+                before = int(ends[start - 1]) if start else 0
+                start = max(start + 1, int(np.searchsorted(ends, before + max_tokens, side="right")))
         batches = [order[i:j].tolist() for i, j in zip(starts, [*starts[1:], len(order)], strict=True)]
         self.batches = batches[rank::num_processes]
         self.most = -(-len(batches) // num_processes)
@@ -197,7 +197,7 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class Rows(Dataset[list[int]]):
-    """A split as torch sees it: rows are numbers until the collator reads their tokens."""
+    """A split as a torch dataset of row numbers; the collator reads their tokens."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -214,7 +214,7 @@ class Rows(Dataset[list[int]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to tensors: `input_ids`, `attention_mask` (and `token_type_ids`) int64 (B, L), `labels` (B,) or (B, K).
+    """Collates rows to padded tensors: `input_ids`, `attention_mask` (and `token_type_ids`) int64 (B, L), `labels` (B,) or (B, K).
 
     Attributes:
         pad_to: L, or None for the longest of the batch.
@@ -245,13 +245,12 @@ class Collator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Rows, longest first, to one packed batch: `input_ids`, `position_ids` (and `token_type_ids`) int64 (1, T), `labels` as
-    `Collator`, and `packing`.
+    """Collates rows, longest first, to a packed batch: `input_ids`, `position_ids` (and `token_type_ids`) int64 (1, T), `labels` as
+    in `Collator`, and `packing`.
 
     Attributes:
-        heads: attention heads, for the plan of attention.
-        offset: positions begin at `pad_token_id` + 1 and leave out padding tokens (RoBERTa and its kin).
-        device: the kind of device, for the plan of attention.
+        heads, device: attention heads and kind of device, for the packing's groups.
+        offset: positions begin at `pad_token_id` + 1 and do not count padding tokens (RoBERTa and its relatives).
     """
 
     split: Split

@@ -11,7 +11,7 @@ __all__ = ["Processor", "processor"]
 
 @dataclass(frozen=True)
 class Processor:
-    """The first of the machine's processors. `vendor` and `flags` are empty where Linux does not say them (ARM, POWER)."""
+    """The first of the machine's processors. `vendor` and `flags` are empty where Linux does not give them (ARM, POWER)."""
 
     name: str
     vendor: str
@@ -19,17 +19,16 @@ class Processor:
 
     @property
     def has_bfloat16(self) -> bool:
-        """It has instructions for products in bfloat16 (x86: AVX512-BF16, AMX); without them they are emulated."""
+        """It has instructions for bfloat16 products (x86: AVX512-BF16, AMX); without them they are emulated."""
         return not self.flags.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
-    """Read the file's first block; where there is none, the machine's architecture is the name."""
+    """The first block of the file; without one, the machine's architecture is the name."""
     try:
         block = cpuinfo.read_text().partition("\n\n")[0]
     except OSError:
         block = ""
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
-    return Processor(
-        said.get("model name", os.uname().machine), said.get("vendor_id", ""), frozenset(said.get("flags", "").split())
-    )
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+    flags = frozenset(fields.get("flags", "").split())
+    return Processor(fields.get("model name", os.uname().machine), fields.get("vendor_id", ""), flags)

@@ -1,16 +1,16 @@
-"""Training steps as CUDA graphs: recorded once for each width of a packed batch, and replayed.
+"""Training steps as CUDA graphs: recorded once for each width of a packed batch, then replayed.
 
-A fast GPU computes a step of a few short texts in less time than Python takes to launch its thousand kernels. A recorded
-step is one launch. What is recorded has fixed shapes, so a batch is filled up to the next of a few widths by one more sequence,
-whose label carries no loss. Forward and backward are recorded, gradients lie where they lay; clipping, the optimizer and all
-else stay as they are. Dropout goes on drawing new masks: a graph reads torch's generator and moves it on.
+A fast GPU computes a step of a few short texts in less time than Python takes to launch its thousand kernels; a recorded step is
+one launch. A graph has fixed shapes, so a batch is padded to one of a few widths by one more sequence, whose label adds no loss.
+Forward and backward are recorded, with gradients at fixed addresses; clipping and the optimizer stay as they are. Dropout draws new
+masks at each replay: a graph reads torch's generator and advances it.
 
-A batch is replayed or computed kernel by kernel by what it is, not by what was recorded before: a run that goes on draws what
-the undisturbed one drew. Recording draws nothing. Whether a step can be recorded at all is tried before, where a failure harms
-nothing: after one within a recording torch cannot draw any more (its generator stays in the recording, torch 2.13).
+Whether a batch is replayed depends on the batch alone, not on earlier recordings, so that a resumed run draws what the
+uninterrupted run drew. Recording draws nothing. A trial run comes first, where a failure is harmless: after a failed recording torch
+cannot draw random numbers any more (its generator stays in the recording, torch 2.13).
 
-Covered: one process, bfloat16, flash attention (`afina.worker.compute.flash`), the kinds in `_KINDS`. Not covered: several processes,
-float16 (whose loss is scaled), evaluation.
+Covered: one process, bfloat16, flash attention (`afina.worker.compute.flash`), the architectures in `_SUPPORTED`. Not covered:
+several processes, float16 (whose loss is scaled), evaluation.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from afina.worker.compute.packing import Packing
 __all__ = ["GraphedStep", "why_not_graphed", "padded_width"]
 
 #: Encoders whose packed forward pass neither waits for the GPU nor takes a shape from the host, by `model_type`.
-_KINDS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "distilbert")
+_SUPPORTED = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "distilbert")
 
-#: No batch is filled up with more tokens.
+#: The most tokens of padding.
 _UNIT = 512
 
-#: Wider batches keep a GPU busy by themselves, and a recording keeps their activations.
+#: Wider batches keep a GPU busy without graphs, and a recording would keep their activations.
 _WIDEST = 16_384
 
 #: (batch, number of items) -> loss; adds to the gradients.
@@ -43,17 +43,17 @@ Step = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
 
 def padded_width(tokens: int) -> int:
-    """The width that a batch of so many tokens is filled up to: more than it has, by 256 or an eighth at most."""
+    """The width that a batch of `tokens` is padded to: more than `tokens`, by at most 256 or an eighth."""
     unit = min(_UNIT, max(256, (1 << tokens.bit_length() - 1) // 8))
     return -(-(tokens + 1) // unit) * unit
 
 
-def why_not_graphed(model: Any, batching: str, processes: int, *, half: bool, twice: bool) -> str | None:
-    """Why the steps of `model` are not recorded, or None where they can be.
+def why_not_graphed(model: Any, batching: str, processes: int, *, bf16: bool, checkpointing: bool) -> str | None:
+    """The reason why steps of `model` cannot be CUDA graphs; None where they can.
 
     Args:
-        half: they are computed in bfloat16.
-        twice: layers are computed once more for their gradients.
+        bf16: steps are computed in bfloat16.
+        checkpointing: the backward pass recomputes layers.
     """
     config, device = model.config, next(model.parameters()).get_device()
     if device < 0:
@@ -62,11 +62,11 @@ def why_not_graphed(model: Any, batching: str, processes: int, *, half: bool, tw
         return "several processes"
     if batching != "packed":
         return f"batches are {batching}, not packed"
-    if not half:
+    if not bf16:
         return "not in bfloat16"
-    if twice:
+    if checkpointing:
         return "activation checkpointing"
-    if config.model_type not in _KINDS:
+    if config.model_type not in _SUPPORTED:
         return f"not tried for {config.model_type}"
     if not flash.available(device, config.hidden_size // config.num_attention_heads):
         return "no flash attention"
@@ -74,67 +74,67 @@ def why_not_graphed(model: Any, batching: str, processes: int, *, half: bool, tw
 
 
 class GraphedStep:
-    """A training step on packed batches of one GPU.
+    """A training step on packed batches of one GPU, replayed as a CUDA graph.
 
     Args:
-        step: what a step is, kernel by kernel.
-        rows: examples of the batches that are recorded; others are computed by `step`.
-        longest: tokens that an example may have.
+        step: the step, computed kernel by kernel.
+        rows: examples of the batches that are recorded; `step` computes others.
+        longest: the most tokens of an example.
 
     Attributes:
-        filled: tokens that batches were filled up with.
-        seconds: that each recording took, by its width.
-        given_up: why nothing is recorded; empty: it is.
+        padding_tokens: number of padding tokens so far.
+        seconds: of each recording, by width.
+        fallback_reason: why all batches are computed by `step`; empty: graphs are used.
     """
 
     def __init__(self, step: Step, model: torch.nn.Module, rows: int, longest: int) -> None:
         self.step, self.model, self.rows, self.longest = step, model, rows, longest
-        self.filled = 0
+        self.padding_tokens = 0
         self.seconds: dict[int, float] = {}
-        self.given_up = ""
-        self._slots: dict[int, _Slot] = {}
+        self.fallback_reason = ""
+        self._slots: dict[int, _StaticBatch] = {}
         self._gradients: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch on the GPU; its gradients are added to the parameters'."""
+        """The loss of a batch on the GPU; adds its gradients to the parameters'."""
         tokens = batch["input_ids"].shape[1]
         width = padded_width(tokens)
-        if self.given_up or width > _WIDEST or len(batch["packing"].lengths) != self.rows:
+        if self.fallback_reason or width > _WIDEST or len(batch["packing"].lengths) != self.rows:
             return self.step(batch, items)
         slot = self._slots.get(width)
         if slot is None:
             began = time.perf_counter()
-            slot = _Slot(batch, items, width, max(self.longest, _UNIT))
+            slot = _StaticBatch(batch, items, width, max(self.longest, _UNIT))
             if not self._record(slot):
                 return self.step(batch, items)
             self._slots[width] = slot
             self.seconds[width] = time.perf_counter() - began
         slot.fill(batch, items)
-        self._lay_gradients()
+        self._bind_gradients()
         assert slot.graph is not None and slot.loss is not None
         slot.graph.replay()
-        self.filled += width - tokens
+        self.padding_tokens += width - tokens
         return slot.loss.clone()
 
-    def _record(self, slot: _Slot) -> bool:
-        """Record the step; False: it cannot be.
+    def _record(self, slot: _StaticBatch) -> bool:
+        """Record the step; False if the trial fails.
 
         Raises:
-            TrainingError: it could have been, by the trial.
+            TrainingError: the trial succeeded and the recording failed.
         """
         before = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         random = torch.cuda.get_rng_state()
         self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         if not self._gradients:
             self._gradients = self._try(slot)
-        if not self.given_up:
+        if not self.fallback_reason:
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient
             slot.graph = torch.cuda.CUDAGraph()
             try:
-                # Other threads copy checkpoints meanwhile.
+                # Other threads may copy checkpoints meanwhile.
                 with torch.cuda.graph(slot.graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     slot.loss = self.step(slot.batch(), slot.items)
             except RuntimeError as error:
@@ -146,12 +146,12 @@ class GraphedStep:
         for parameter, kept in before:
             parameter.grad = kept
         torch.cuda.set_rng_state(random)
-        return not self.given_up
+        return not self.fallback_reason
 
-    def _try(self, slot: _Slot) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """A step on the stream of the recordings, which also lets libraries ready themselves; nothing in it may wait for the GPU.
+    def _try(self, slot: _StaticBatch) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """A trial step on the stream of the recordings, in which nothing may wait for the GPU; it also initialises libraries.
 
-        Returns: the parameters that got a gradient, and room for it.
+        Returns: the parameters that got a gradient, each with a buffer for it.
         """
         assert self._stream is not None
         for parameter in self.model.parameters():
@@ -159,20 +159,20 @@ class GraphedStep:
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                # Of gradients that were made on another stream, and of a prototype: the next line.
+                # Warnings of gradients from another stream, and of the next line, which is a prototype.
                 warnings.simplefilter("ignore")
                 torch.cuda.set_sync_debug_mode("error")
                 self.step(slot.batch(), slot.items)
         except RuntimeError as error:
-            self.given_up = str(error).splitlines()[0]
+            self.fallback_reason = str(error).splitlines()[0]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(self._stream)
         used = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         return [(parameter, torch.zeros_like(parameter)) for parameter in used]
 
-    def _lay_gradients(self) -> None:
-        """Put the gradients where the recordings add to them: 0 at the start of a step, else what was there."""
+    def _bind_gradients(self) -> None:
+        """Make the recordings' buffers the gradients: 0 at the start of a step, else with the gradients so far."""
         fresh = [gradient for parameter, gradient in self._gradients if parameter.grad is None]
         if fresh:
             torch._foreach_zero_(fresh)
@@ -182,8 +182,8 @@ class GraphedStep:
             parameter.grad = gradient
 
 
-class _Slot:
-    """The inputs of one recording, at their addresses."""
+class _StaticBatch:
+    """The inputs of one recording, at fixed addresses."""
 
     def __init__(self, batch: dict[str, Any], items: torch.Tensor, width: int, longest: int) -> None:
         packing: Packing = batch["packing"]
@@ -207,7 +207,7 @@ class _Slot:
         self.fill(batch, items)
 
     def fill(self, batch: dict[str, Any], items: torch.Tensor) -> None:
-        """Take over a batch of `rows` sequences, and one more that fills it up. Zeros are valid tokens and positions everywhere."""
+        """Copy a batch of `rows` sequences and pad it with one more. Zeros are valid tokens and positions in all architectures."""
         packing: Packing = batch["packing"]
         rows, end = len(packing.lengths), batch["input_ids"].shape[1]
         for name, value in self.tokens.items():
@@ -220,5 +220,5 @@ class _Slot:
         self.packing.bounds[: rows + 1].copy_(packing.bounds)
 
     def batch(self) -> dict[str, Any]:
-        """As a collator gives it; a new dictionary each time, for a step takes its labels out."""
+        """The batch as a collator returns it; a new dictionary each time, because a step pops its labels."""
         return {**self.tokens, "labels": self.labels, "packing": self.packing}

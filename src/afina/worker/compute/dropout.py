@@ -1,11 +1,11 @@
-"""Dropout on the CPU from a fast generator: the same distribution as torch's, another stream of random numbers.
+"""Fast dropout on the CPU: torch's distribution from another generator.
 
 torch draws one Bernoulli number per element, which costs about as much as the matrix product next to it. Here each element
 takes 16 bits of SFC64 (Chris Doty-Humphrey's generator, as NumPy ships it) and is kept where they reach a threshold: the
-probability is exact to 2^-17. One generator per process, seeded by seed and rank; its state goes into every checkpoint.
+probability is exact to 2^-17. Each process has one generator, seeded by seed and rank; checkpoints hold its state.
 
-Not covered: GPUs, whose own dropout is fast; activation checkpointing, which computes forward again and restores torch's
-random numbers for it, but not these.
+Not covered: GPUs, where torch's dropout is fast; activation checkpointing, which repeats the forward pass and restores torch's
+generator for it, but not this one.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _generator = np.random.SFC64(0)
 
 
 def seed(value: int, rank: int) -> None:
-    """Begin the stream of `rank` anew; streams of different ranks are independent."""
+    """Restart the stream of `rank`; the streams of different ranks are independent."""
     global _generator
     _generator = np.random.SFC64(np.random.SeedSequence([value, rank]))
 
 
 def state() -> torch.Tensor:
-    """The generator's state, int64 (4,): what `torch.load(weights_only=True)` reads."""
+    """The generator's state, int64 (4,), which `torch.load(weights_only=True)` can read."""
     return torch.from_numpy(_generator.state["state"]["state"].view(np.int64).copy())
 
 
 def set_state(words: torch.Tensor) -> None:
-    """Take over what `state` gave."""
-    known = _generator.state
-    known["state"]["state"] = words.numpy().view(np.uint64)
-    _generator.state = known
+    """Restore what `state` returned."""
+    current = _generator.state
+    current["state"]["state"] = words.numpy().view(np.uint64)
+    _generator.state = current
 
 
 def random_bits(*shape: int) -> torch.Tensor:
@@ -48,8 +48,8 @@ def random_bits(*shape: int) -> torch.Tensor:
 
 def keep_mask(drawn: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
     """0 with probability `p`, else 1, from uniform int16."""
-    # In floating point: comparing integers gives bool, and converting bool is twice as slow as all of this. Not in half
-    # precision, which would round the numbers.
+    # In floating point: comparing integers gives bool, whose conversion alone takes twice as long. In float32, because half
+    # precision would round the random numbers.
     return drawn.float().ge_(-32768 + round(65536 * p)).to(dtype)
 
 
@@ -67,7 +67,7 @@ class _Dropout(torch.autograd.Function):
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout` with masks from this module's generator, for tensors on the CPU."""
+    """`nn.Dropout` whose masks on the CPU come from this module's generator."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
@@ -77,13 +77,13 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(model: nn.Module) -> int:
-    """Put `FastDropout` in the place of every `nn.Dropout`; returns how many."""
-    found = [
+    """Replace every `nn.Dropout` by `FastDropout`; returns how many."""
+    layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Dropout
     ]
-    for parent, name, child in found:
+    for parent, name, child in layers:
         setattr(parent, name, FastDropout(child.p).train(child.training))
-    return len(found)
+    return len(layers)

@@ -1,8 +1,8 @@
-"""Flash attention over packed sequences on NVIDIA's GPUs: one call for all of them, by the kernel that torch brings along.
+"""Variable-length flash attention over packed sequences on NVIDIA GPUs: one call of the kernel that torch ships.
 
-`torch.nn.attention.varlen` offers it without dropout and in newer versions only; the operator below it takes dropout, draws it
-from torch's own generator and has its gradient (Dao 2023, FlashAttention-2). Without it a micro-batch is padded for the time
-of its attention, which takes a dozen small kernels for each layer.
+`torch.nn.attention.varlen` offers the kernel without dropout and in newer versions only. The operator below it supports dropout,
+drawn from torch's own generator, and has a gradient (Dao 2023, FlashAttention-2). Without the kernel, attention pads the
+micro-batch, which takes a dozen small kernels a layer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["attend", "available", "supports"]
 
 
 def supports(query: torch.Tensor) -> bool:
-    """Whether the kernel can compute attention of such queries, (tokens, heads, D): half precision, compute capability 8.0 or newer."""
+    """Whether the kernel takes such queries, (tokens, heads, D): half precision, compute capability 8.0 or newer."""
     return query.dtype in (torch.float16, torch.bfloat16) and available(query.get_device(), query.shape[-1])
 
 
 @functools.cache
 def available(device: int, width: int) -> bool:
-    """Whether the kernel is there for heads of this width on a GPU; -1 is the CPU."""
+    """Whether the kernel exists for heads of this width on GPU number `device`; -1 is the CPU."""
     return (
         device >= 0
         and torch.version.hip is None
@@ -45,21 +45,21 @@ def attend(
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    """softmax(scale q kᵀ), dropout, times v, each sequence by itself.
+    """softmax(scale q kᵀ), dropout, times v, within each sequence.
 
     Args:
         query: (T, heads, D), or the first token of each sequence, (B, heads, D).
         key, value: (T, heads, D).
-        window: keys at this distance or further away are not seen; None: all are.
+        window: keys at this distance or further are masked; None: no key is.
 
     Returns: as `query`.
     """
     longest = packing.lengths[0]
     queries, height = packing.bounds, longest
     if first_only:
-        assert window is None, "the kernel would lay the window at the end of the keys"
+        assert window is None, "the kernel would align the window with the last keys"
         queries, height = torch.arange(len(packing.lengths) + 1, dtype=torch.int32, device=query.device), 1
-    near = None if window is None else window - 1
+    reach = None if window is None else window - 1
     forward: Any = torch.ops.aten._flash_attention_forward
     out: torch.Tensor = forward(
         query,
@@ -73,7 +73,7 @@ def attend(
         False,
         False,
         scale=scale,
-        window_size_left=near,
-        window_size_right=near,
+        window_size_left=reach,
+        window_size_right=reach,
     )[0]
     return out

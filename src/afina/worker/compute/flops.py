@@ -1,16 +1,16 @@
-"""What a model computes for a text, and what a processor could: the two sides of model-FLOP utilisation (MFU).
+"""Model-FLOP utilisation (MFU): the FLOPs of a model for a text, and the peak FLOP/s of a device.
 
 MFU as in PaLM (Chowdhery et al. 2022, appendix B): the floating-point operations of the model's own matrix products, forward
-and backward, for real tokens only, over what the hardware does at its peak in the same time. Padding counts for nothing.
-So does what an implementation computes twice, and nothing is taken off for what it leaves out: packed batches compute
-most of the last layer for first tokens only (`afina.worker.compute.packed_model`) and are credited with all of it: a seventh of a model of six layers.
+and backward, for real tokens only, over what the hardware does at its peak in the same time. Padding and recomputation count as
+nothing. Work that an implementation leaves out still counts: packed batches compute most of the last layer for first tokens
+only (`afina.worker.compute.packed_model`) and are credited with all of it, a seventh of a model of six layers.
 
 A multiplication and an addition are 2 operations. Per layer and token of a text of L tokens, with H the width and I that of the
 feed-forward network, forward: 8 H² for queries, keys, values and output, 4 H I for the network (6 H I where it is gated), 4 H
-for each token that is attended to. Per text: 2 H² + 2 H K for the head. Backward is twice forward. Element-wise work,
+for each attended token. Per text: 2 H² + 2 H K for the head. Backward is twice forward. Element-wise work,
 embeddings and the optimizer are left out.
 
-Not covered: GPUs in the table were not measured here. A peak that is measured while others use the same cores is too low.
+Not covered: the GPUs in the table were not measured. A peak that is measured while others use the same cores is too low.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["DATASHEET", "Peak", "forward_flops", "flops_formula", "device_peak"]
 
 Array = np.ndarray[Any, Any]
 
-#: Encoders that are BERT in what they multiply, by `model_type`.
+#: Encoders with BERT's matrix products, by `model_type`.
 _BERTS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "mpnet")
 
 #: Dense TFLOP/s of NVIDIA's data sheets and architecture white papers (A100, H100, H200, V100, T4, A30, A40, L4, L40S, RTX …;
 #: where a sheet gives tensor cores with sparsity only, half of it; GeForce: with accumulation in float32). float32 without
-#: tensor cores; None: the format is not there.
+#: tensor cores; None: the GPU lacks the format.
 DATASHEET: dict[str, dict[str, float | None]] = {
     "V100": {"float32": 14.0, "tf32": None, "float16": 112.0, "bfloat16": None},
     "V100-SXM2": {"float32": 15.7, "tf32": None, "float16": 125.0, "bfloat16": None},
@@ -60,23 +60,23 @@ DATASHEET: dict[str, dict[str, float | None]] = {
     "RTX 4090": {"float32": 82.6, "tf32": 82.6, "float16": 165.2, "bfloat16": 165.2},
 }
 
-#: A name that goes on like this is another device, or a part of one.
+#: A name that continues like this is another device, or a part of one.
 _OTHER = r"(?![A-Za-z0-9]| (?:Ti|D|SUPER|Laptop|Max-Q|Mobile)\b|.*\bMIG\b)"
 
-#: Sides of the square matrices that are multiplied to find a peak, and seconds for each.
+#: Sides of the square matrices for measuring a peak, and seconds for each.
 _SIDES, _SECONDS = (512, 1024, 1536), 0.08
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s at the best that one process's device does, and how that is known."""
+    """Peak FLOP/s of one process's device, and the source of the figure."""
 
     flops: float
     source: str
 
 
 def flops_formula(config: Any) -> str:
-    """How `forward_flops` counts a model with this configuration."""
+    """The formula that `forward_flops` uses for this configuration, in words."""
     kind = getattr(config, "model_type", "")
     if kind in (*_BERTS, "distilbert", "modernbert"):
         return f"matrix products of {kind} from its configuration"
@@ -91,7 +91,7 @@ def forward_flops(config: Any, lengths: Array, matrix_parameters: int = 0) -> Ar
     Args:
         config: a Transformers configuration.
         lengths: tokens of each text, (N,).
-        matrix_parameters: parameters of the model without embeddings; used for kinds whose products are not known here.
+        matrix_parameters: parameters of the model without embeddings; used for architectures without a formula here.
     """
     each = np.asarray(lengths, np.float64)
     kind = getattr(config, "model_type", "")
@@ -116,16 +116,16 @@ def _encoder(lengths: Array, width: int, inner: float, layers: int, labels: int)
 
 
 def _near_pairs(lengths: Array, window: int) -> Array:
-    """Pairs of tokens of a text at a distance of at most `window`."""
+    """Number of token pairs of each text at a distance of at most `window`."""
     far = np.maximum(lengths - 1 - window, 0)
     return np.asarray(lengths**2 - far * (far + 1))
 
 
 def device_peak(device: torch.device, precision: str) -> Peak:
-    """The peak of this process's device: from the table for a GPU that it knows, else measured in less than a second.
+    """The peak of this process's device: the data sheet's for a known GPU, else measured in less than a second.
 
     Args:
-        precision: in which matrix products are computed: float32, tf32, float16 or bfloat16.
+        precision: of the matrix products: float32, tf32, float16 or bfloat16.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -140,12 +140,12 @@ def device_peak(device: torch.device, precision: str) -> Peak:
 
 def _on_the_sheet(name: str) -> str | None:
     """The entry of `DATASHEET` for a device of this name."""
-    found = [known for known in DATASHEET if re.search(rf"(?<![A-Za-z0-9]){re.escape(known)}{_OTHER}", name)]
-    return max(found, key=len, default=None)
+    matches = [known for known in DATASHEET if re.search(rf"(?<![A-Za-z0-9]){re.escape(known)}{_OTHER}", name)]
+    return max(matches, key=len, default=None)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of torch.mm over a few sizes; draws no random numbers."""
+    """The best rate of torch.mm over a few sizes, in FLOP/s; draws no random numbers."""
     best = 0.0
     for side in _SIDES:
         left, right = (torch.full((side, side), value, dtype=dtype, device=device) for value in (0.5, 0.25))

@@ -1,12 +1,12 @@
-"""The model's side of packed batches: any encoder of a proven architecture takes them, with its own head, unchanged.
+"""Packed batches for encoders of Transformers: hooks that any proven architecture takes, with its own head, unchanged.
 
-A packed batch is (1, T): the examples of a micro-batch behind each other. Positions restart with each of them, attention
-keeps them apart (`afina.worker.compute.attention`), and a hook hands on the first token of each, (B, 1, hidden), from the point in the last
-layer where the others are no longer needed: what follows (most of the last layer, pooler, classifier) sees B short
-examples. That is also why packed batches do up to a layer's work less than padded ones.
+A packed batch is (1, T): the examples of a micro-batch one behind the other. Positions restart with each example, attention
+separates the examples (`afina.worker.compute.attention`), and from the point in the last layer where only first tokens are needed a
+hook passes those on, (B, 1, hidden). The rest (most of the last layer, pooler, classifier) processes B tokens, which saves
+packed batches up to a layer's work.
 
-An architecture is on the list if logits, loss and all gradients of packed and padded batches were shown to be equal
-(tests/unit/test_packed.py). Only classes of Transformers itself count: code from a model's repository may pool otherwise.
+An architecture is in `PROVEN` if logits, loss and all gradients of packed and padded batches were shown to be equal
+(tests/unit/compute/test_packed_model.py). Only classes of Transformers itself qualify: code from a model's repository may pool otherwise.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Architecture:
-    """What differs between encoders.
+    """The differences between encoders.
 
     Attributes:
-        last: the module from which on only first tokens are needed, below the encoder; all its inputs are per token.
-        attention: the last attention, of which only first tokens are read then.
+        last: path of the module from which on only first tokens are needed, below the encoder; its inputs are per token.
+        attention: path of the last attention, whose output is then read at first tokens only.
         offset: positions begin at pad_token_id + 1, and a padding token inside a text has position pad_token_id.
-        attention_dropout: the configuration's key for dropout of attention probabilities.
+        attention_dropout: the configuration's key for the dropout of attention probabilities.
     """
 
     last: str
@@ -72,7 +72,7 @@ PROVEN = {
 
 
 def why_not_packed(model: Any) -> str | None:
-    """Why `model` cannot take packed batches, or None where it can."""
+    """The reason why `model` cannot take packed batches; None where it can."""
     kind = model.config.model_type
     if kind not in PROVEN:
         return f"not proven for {kind}"
@@ -84,12 +84,12 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def enable_packing(model: Any, implementation: str) -> None:
-    """Let `model` take `packing=` beside `input_ids` and `position_ids` of (1, T); padded batches work as before.
+    """Let `model` accept `packing=` with `input_ids` and `position_ids` of (1, T); padded batches work as before.
 
     Args:
         implementation: of attention: `attention.FAST` or `attention.PLAIN`.
     """
-    about = PROVEN[model.config.model_type]
+    architecture = PROVEN[model.config.model_type]
     attention.register()
     if model.config.model_type != "mpnet":
         model.set_attn_implementation(implementation)
@@ -108,7 +108,7 @@ def enable_packing(model: Any, implementation: str) -> None:
             return None
         return tuple(x[0].index_select(0, packing.starts)[:, None] for x in arguments)
 
-    def means(_: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    def mean_tokens(_: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
         packing = current[0]
         if packing is None:
             return output
@@ -121,26 +121,26 @@ def enable_packing(model: Any, implementation: str) -> None:
             model.base_model.encoder, partial(attention.attend, fast_dropout=implementation == attention.FAST), current
         )
     if getattr(model.config, "classifier_pooling", "cls") == "mean":
-        _below(model, about.last).register_forward_hook(means)
+        _below(model, architecture.last).register_forward_hook(mean_tokens)
     else:
-        _below(model, about.last).register_forward_pre_hook(first_tokens)
-        setattr(_below(model, about.attention), attention.FIRST_ONLY, True)
+        _below(model, architecture.last).register_forward_pre_hook(first_tokens)
+        setattr(_below(model, architecture.attention), attention.FIRST_ONLY, True)
 
 
 def _below(model: Any, path: str) -> Any:
     """The module at `path` below the encoder; a number is an index."""
-    found = model.base_model
+    module = model.base_model
     for name in path.split("."):
-        found = found[int(name)] if name.lstrip("-").isdigit() else getattr(found, name)
-    return found
+        module = module[int(name)] if name.lstrip("-").isdigit() else getattr(module, name)
+    return module
 
 
 def _give_mpnet_attention(encoder: Any, attend: Callable[..., Any], current: list[Packing | None]) -> None:
-    """MPNet knows no attention interface: its attention and its position bias, for packed batches, in their places."""
+    """Replace MPNet's attention and position bias for packed batches: MPNet does not use the attention interface."""
 
     def bias(usual: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         packing = current[0]
-        # It depends on distances alone: one for the longest sequence holds those of all.
+        # The bias depends on distances alone: that of the longest sequence contains all others.
         return usual(x if packing is None else x[:, : packing.lengths[0]], *arguments, **named)
 
     def forward(
@@ -167,39 +167,40 @@ def _give_mpnet_attention(encoder: Any, attend: Callable[..., Any], current: lis
 
 
 def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
-    """What the recipe changes in the configuration of the model in `folder`: `train.attention_dropout`.
+    """Changes to the configuration of the model in `folder` by `train.attention_dropout`.
 
     Raises:
-        InputError: a configuration of this kind has no such key that is known here.
+        InputError: this kind of configuration has none of the known keys for attention dropout.
     """
     if recipe.train.attention_dropout is None:
         return {}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
-    for key in dict.fromkeys(about.attention_dropout for about in PROVEN.values()):
+    for key in dict.fromkeys(architecture.attention_dropout for architecture in PROVEN.values()):
         if hasattr(config, key):
             return {key: float(recipe.train.attention_dropout)}
     raise InputError(
-        f"train.attention_dropout: no such dropout is known in a {config.model_type} configuration", "leave it out"
+        f"train.attention_dropout: a {config.model_type} configuration has no attention dropout that afina knows",
+        "leave it out",
     )
 
 
 def checkpoints_activations(arguments: TrainingArguments) -> bool:
-    """Whether layers are computed once more for their gradients (activation checkpointing)."""
+    """Whether the backward pass recomputes layers (activation checkpointing)."""
     return any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
 
 
 def configure(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple[Batching, list[str]]:
-    """Ready `model` for the recipe's batching and dropout; returns the batching it can take, and notes for the log."""
-    asked, notes = recipe.tokens.batching, []
+    """Prepare `model` for the recipe's batching and dropout; returns the batching that it supports, and notes for the log."""
+    requested, notes = recipe.tokens.batching, []
     compiled = bool(arguments.torch_compile)
     fast = recipe.train.fast_dropout and arguments.device.type == "cpu" and not compiled
-    # It restores torch's random numbers for the second time, not ours.
+    # Recomputation restores torch's generator, not ours.
     fast = fast and not checkpoints_activations(arguments)
     if fast:
         use_fast_dropout(model)
     unproven = "not proven under torch_compile" if compiled else why_not_packed(model)
-    batching: Batching = asked
-    if asked in ("auto", "packed"):
+    batching: Batching = requested
+    if requested in ("auto", "packed"):
         batching = "packed" if unproven is None else "grouped"
         if unproven is not None:
             notes.append(f"batches are grouped by length, not packed: {unproven}")
@@ -208,5 +209,5 @@ def configure(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple
     if batching != "padded":
         attention.disable_cudnn_sdpa(arguments.device)
     if recipe.train.attention_dropout is not None:
-        notes.append("dropout of attention probabilities is 0, whatever the model's configuration says (the recipe)")
+        notes.append("attention dropout is 0 (the recipe), whatever the model's configuration says")
     return batching, notes

@@ -1,10 +1,10 @@
-"""How the sequences of a micro-batch lie behind each other, and which of them attention takes together.
+"""Packing: the layout of a micro-batch's sequences one behind the other, and their groups for attention.
 
-Packed sequences need no padding anywhere but in attention, where a call for each sequence is right for long ones and too many
-small calls for short ones. So sequences, longest first, are cut into groups; a group whose lengths differ is padded for
-the time of its attention only. The cut is the cheapest by a cost model: a call costs as much as so many scores.
+Packed sequences need padding in attention only. There, one call for each sequence is right for long sequences but makes too many
+small calls for short ones. So the sequences, longest first, are split into groups; a group of unequal lengths is padded during its
+attention. A cost model decides the split: a call costs as much as a fixed number of scores.
 
-Nothing here knows a model or a tokenizer.
+This module knows neither models nor tokenizers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 
 __all__ = ["CALL_SCORES", "Group", "Packing", "group_sequences", "pack"]
 
-#: What a call of attention costs, in scores (elements of heads × L × L) that take as long, forward and backward.
-#: CPU: 19,000 to 23,000 with one thread (`tests/bench/batching.py --calls`), more with more. GPU: a guess, not measured.
+#: Overhead of one call of attention, as the number of scores (elements of heads × L × L) that take as long, forward and
+#: backward. CPU: 19,000 to 23,000 with one thread (`tests/bench/batching.py --calls`), more with more. GPU: a guess.
 CALL_SCORES = {"cpu": 30_000, "cuda": 4_000_000}
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """`count` sequences that attention takes together, `tokens` in all, padded to `width`.
+    """`count` sequences for one call of attention, `tokens` in all, padded to `width`.
 
     Attributes:
-        real: the rows of the padded group that are no padding, int64 (tokens,); None: no padding.
-        mask: True where a key is real, bool (count, 1, 1, width); None: no padding.
+        real: the rows of the padded group that hold tokens, int64 (tokens,); None: nothing is padded.
+        mask: True where a key is a token, bool (count, 1, 1, width); None: nothing is padded.
     """
 
     count: int
@@ -41,13 +41,13 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """A micro-batch of B sequences behind each other, longest first.
+    """A micro-batch of B sequences one behind the other, longest first.
 
     Attributes:
-        lengths: tokens of each.
-        starts: of each, its first token, int64 (B,).
-        bounds: the same and where the last ends, int32 (B + 1,).
-        groups: what attention takes together; behind each other they are all tokens.
+        lengths: tokens of each sequence.
+        starts: position of each sequence's first token, int64 (B,).
+        bounds: the same, and the end of the last sequence, int32 (B + 1,).
+        groups: the groups for attention; together they hold all tokens in order.
     """
 
     lengths: tuple[int, ...]
@@ -56,7 +56,7 @@ class Packing:
     groups: tuple[Group, ...]
 
     def to(self, device: torch.device) -> Packing:
-        """The same on `device`."""
+        """A copy on `device`."""
         if self.starts.device == device:
             return self
 
@@ -69,13 +69,13 @@ class Packing:
 
 
 def group_sequences(lengths: Sequence[int], call: float) -> list[int]:
-    """Sizes of the groups that cost least.
+    """The cheapest split of sequences into groups: the number of sequences in each.
+
+    Minimises sum(call + count × longest²) exactly, by dynamic programming.
 
     Args:
         lengths: longest first.
-        call: what a group costs beyond its scores, in units of L × L.
-
-    Returns: sequences of each group, longest first. Minimises sum(call + count × longest²) exactly, by dynamic programming.
+        call: overhead of a group, in units of L × L.
     """
     squares = np.asarray(lengths, np.float64) ** 2
     number = np.arange(len(squares) + 1, dtype=np.float64)
@@ -94,13 +94,13 @@ def group_sequences(lengths: Sequence[int], call: float) -> list[int]:
 
 
 def pack(lengths: Sequence[int], heads: int, device: str = "cpu") -> Packing:
-    """The packing of sequences of `lengths`, longest first, for attention with so many heads on a kind of device."""
+    """The packing of sequences of `lengths`, longest first, for attention with `heads` heads on this kind of device."""
     assert list(lengths) == sorted(lengths, reverse=True), "longest first"
     sizes = group_sequences(lengths, CALL_SCORES.get(device, CALL_SCORES["cpu"]) / heads)
-    groups, done = [], 0
+    groups, start = [], 0
     for size in sizes:
-        groups.append(_group(lengths[done : done + size]))
-        done += size
+        groups.append(_group(lengths[start : start + size]))
+        start += size
     bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     return Packing(tuple(int(n) for n in lengths), bounds[:-1], bounds.int(), tuple(groups))
 

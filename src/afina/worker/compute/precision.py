@@ -1,16 +1,16 @@
-"""In which numbers a run computes, and whether it is compiled: from the recipe and the device, with the reason.
+"""Precision: the number format of a run's products, and whether the model is compiled, from recipe and device, with the reason.
 
     fp32   weights, gradients and products in float32
-    tf32   the same, products with 10 bits of mantissa: NVIDIA, compute capability 8.0 and newer
+    tf32   as fp32, with 10 bits of mantissa in products: NVIDIA, compute capability 8.0 and newer
     bf16   products in bfloat16, weights in float32
     fp16   products in float16, weights in float32, the loss scaled so that small gradients do not vanish
 
-`auto` takes what the units of the device are fast in. On GPUs that is bf16 (and tf32 for what stays float32) from compute capability
-8.0 on, fp16 on 7.x, fp32 before that (NVIDIA, "CUDA C++ Programming Guide", compute capabilities), and fp32 on AMD's. On a CPU
-it is bf16 where there are instructions for it, fp32 elsewhere. A run keeps what it began with: another attempt on another device would
-compute other numbers. Only a run that began in bf16 on one CPU goes on in fp32 on one that lacks the instructions, which any
-CPU computes well: for a queue of mixed nodes that is better than to refuse. Measured on CPUs with AVX512-BF16 and on one H100
-(docs/speed.md); on other GPUs these are the same switches of Trainer, and nobody has measured here what they are worth there.
+`auto` is the format that the device is fast in. On NVIDIA GPUs that is bf16 (and tf32 for what stays float32) from compute capability
+8.0 on, fp16 on 7.x, fp32 before that (NVIDIA, "CUDA C++ Programming Guide", compute capabilities); on AMD GPUs it is fp32. On a CPU it
+is bf16 where the CPU has instructions for it, else fp32. A run keeps the precision of its first attempt, because another device would
+compute another result. One exception: a run that began in bf16 on a CPU continues in fp32 on a CPU without the instructions, which
+any CPU computes well; in a queue of mixed nodes that is better than refusing. Measured on CPUs with AVX512-BF16 and on one H100
+(docs/speed.md). Not covered: on other GPUs these are the same switches of Trainer, unmeasured.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ __all__ = [
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
-#: TrainingArguments that say the same as `train.precision`; then the recipe's word counts.
+#: TrainingArguments that set the precision instead of `train.precision`.
 _ARGUMENTS = ("bf16", "fp16", "tf32")
 
-#: In the names of GPUs that afina was measured on.
+#: Part of the names of the GPUs that afina was measured on.
 _MEASURED = "H100"
 
 _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
@@ -55,10 +55,11 @@ _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 @dataclass(frozen=True)
 class Device:
-    """What a process computes on.
+    """The device of a process.
 
-    capability: NVIDIA's compute capability, None for everything else.
-    bfloat16: whether a CPU has instructions for products in bfloat16; None where that is not known.
+    Attributes:
+        capability: NVIDIA's compute capability; None on other devices.
+        bfloat16: a CPU has instructions for products in bfloat16; None where that is unknown.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -70,13 +71,13 @@ class Device:
     def words(self) -> str:
         if self.kind == "cpu":
             return "the CPU"
-        known = f"compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else "not NVIDIA's"
-        return f"{self.name}, {known}"
+        kind = f"compute capability {self.capability[0]}.{self.capability[1]}" if self.capability else "not NVIDIA's"
+        return f"{self.name}, {kind}"
 
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """The numbers to compute in and why; `precision` is None where `train.arguments` has decided."""
+    """A precision and the reason for it; `precision` is None where `train.arguments` sets it."""
 
     precision: Precision | None
     compile: bool
@@ -85,12 +86,12 @@ class PrecisionChoice:
 
     @property
     def bf16_on_cpu(self) -> bool:
-        """`RunTrainer` then trains under autocast itself: Trainer's own bf16 would evaluate in it too."""
+        """`RunTrainer` then trains under autocast itself, because Trainer's own bf16 would evaluate in bf16 too."""
         return self.precision == "bf16" and self.device.kind == "cpu"
 
 
 def current_device() -> Device:
-    """The device of this process, as Trainer will take it."""
+    """The device of this process, chosen as Trainer chooses it."""
     import torch
 
     if not torch.cuda.is_available():
@@ -104,14 +105,14 @@ def current_device() -> Device:
 def choose(
     train: Train, device: Device, before: str | None = None, env: Mapping[str, str] | None = None
 ) -> PrecisionChoice:
-    """What the recipe asks for on this device.
+    """The precision that the recipe asks for on this device.
 
     Args:
-        before: the precision of the attempts before this one.
-        env: where a compiler is looked for; by default this process's.
+        before: the precision of the run's first attempt.
+        env: the environment to search for a compiler; by default this process's.
 
     Raises:
-        EnvironmentProblem: the device cannot do it, or there is no compiler.
+        EnvironmentProblem: the device does not support it, or a compiler is missing.
     """
     env = os.environ if env is None else env
     compiled = train.compile or bool(train.arguments.get("torch_compile"))
@@ -122,12 +123,12 @@ def choose(
             "train.compile: torch.compile needs a C++ compiler, and there is none here",
             "set train.compile: false, or build the image with --apt-packages 'g++ python3-dev'",
         )
-    if said := [name for name in _ARGUMENTS if train.arguments.get(name) is not None]:
-        return PrecisionChoice(None, compiled, f"the recipe's train.arguments ({', '.join(said)})", device)
+    if given := [name for name in _ARGUMENTS if train.arguments.get(name) is not None]:
+        return PrecisionChoice(None, compiled, f"the recipe's train.arguments ({', '.join(given)})", device)
     if train.precision != "auto":
         if missing := _missing(train.precision, device):
             raise EnvironmentProblem(
-                f"train.precision: {train.precision} is not to be had on {device.words}: {missing}",
+                f"train.precision: {device.words} does not support {train.precision}: {missing}",
                 "set train.precision: auto, or ask for another GPU",
             )
         return PrecisionChoice(train.precision, compiled, "the recipe asks for it", device)
@@ -137,14 +138,14 @@ def choose(
     kept: Precision | None = next((name for name in ("fp32", "tf32", "bf16", "fp16") if name == before), None)
     if kept is None:
         return PrecisionChoice(best, compiled, why, device)
-    if kept == "bf16" and device.kind == "cpu":  # and not the best: there are no instructions for it
-        return PrecisionChoice(best, compiled, f"{why}; the attempts before computed in bf16", device)
+    if kept == "bf16" and device.kind == "cpu":  # `best` is another: this CPU lacks the instructions
+        return PrecisionChoice(best, compiled, f"{why}; earlier attempts used bf16", device)
     if missing := _missing(kept, device):
         raise EnvironmentProblem(
-            f"this run computes in {kept} since its first attempt, which is not to be had on {device.words}: {missing}",
+            f"this run has computed in {kept} since its first attempt, which {device.words} does not support: {missing}",
             f"continue it on the kind of GPU that it began on, or start a new run (here it would be {best})",
         )
-    return PrecisionChoice(kept, compiled, "the attempts before computed in it", device)
+    return PrecisionChoice(kept, compiled, "as in earlier attempts", device)
 
 
 def _best(device: Device) -> tuple[Precision, str]:
@@ -153,48 +154,48 @@ def _best(device: Device) -> tuple[Precision, str]:
             return "bf16", "the CPU has instructions for it"
         return "fp32", "the CPU" if device.bfloat16 is None else "the CPU has no instructions for bfloat16"
     if device.capability is None:
-        return "fp32", f"{device.words}: not tried there"
+        return "fp32", f"{device.words}: nothing else was tried there"
     if device.capability >= (8, 0):
         return "bf16", device.words
     if device.capability >= (7, 0):
-        return "fp16", f"{device.words}: no bfloat16 there"
-    return "fp32", f"{device.words}: nothing faster there"
+        return "fp16", f"{device.words}: it has no bfloat16"
+    return "fp32", f"{device.words}: it is fastest in float32"
 
 
 def _missing(precision: str, device: Device) -> str:
-    """Why the device cannot compute like this; empty where it can."""
+    """The reason why the device does not support a precision; empty where it does."""
     if device.kind == "cpu":
-        return {"fp16": "no loss scaling there", "tf32": "only GPUs have it"}.get(precision, "")
+        return {"fp16": "loss scaling needs a GPU", "tf32": "only GPUs have it"}.get(precision, "")
     if precision in ("tf32", "bf16") and device.capability is not None and device.capability < (8, 0):
-        return "8.0 or newer is needed"
+        return "it needs 8.0 or newer"
     if precision == "tf32" and device.capability is None:
-        return "only NVIDIA's GPUs have it"
+        return "only NVIDIA GPUs have it"
     return ""
 
 
 def training_arguments(choice: PrecisionChoice) -> dict[str, Any]:
-    """The choice as TrainingArguments; nothing for what they do by themselves, nor for `bf16_on_cpu`."""
-    chosen: dict[str, Any] = {}
+    """The choice as TrainingArguments; empty for their defaults and for `bf16_on_cpu`."""
+    arguments: dict[str, Any] = {}
     if choice.compile:
-        chosen["torch_compile"] = True
+        arguments["torch_compile"] = True
     if choice.precision in ("bf16", "fp16") and not choice.bf16_on_cpu:
-        chosen[choice.precision] = True
+        arguments[choice.precision] = True
     newer = choice.device.capability is not None and choice.device.capability >= (8, 0)
     if choice.precision is not None and newer:
-        chosen["tf32"] = choice.precision in ("tf32", "bf16")
-    return chosen
+        arguments["tf32"] = choice.precision in ("tf32", "bf16")
+    return arguments
 
 
 def choose_for_run(run: RunDir, train: Train) -> PrecisionChoice:
-    """The choice for this process, which keeps to what the run's earlier attempts computed in."""
+    """The choice for this process; it keeps the precision of the run's first attempt."""
     before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
     return choose(train, current_device(), before[0] if before else None)
 
 
 def tf32_enabled() -> bool:
-    """Whether products of float32 matrices on a GPU are computed in TF32 now.
+    """Whether float32 matrix products on a GPU use TF32 at present.
 
-    `torch.get_float32_matmul_precision` raises once the newer setting has been used, as Transformers does (torch 2.13).
+    `torch.get_float32_matmul_precision` raises after use of the newer setting, which Transformers uses (torch 2.13).
     """
     import torch
 
@@ -203,7 +204,7 @@ def tf32_enabled() -> bool:
 
 
 def matmul_dtype(choice: PrecisionChoice, used: TrainingArguments) -> str:
-    """What training multiplies, by the name that `afina.worker.compute.flops` has for it; `used` may hold the recipe's own arguments."""
+    """The dtype of training's matrix products as `afina.worker.compute.flops` names it; `used` may hold the recipe's own arguments."""
     if used.bf16 or choice.bf16_on_cpu:
         return "bfloat16"
     if used.fp16:
@@ -212,10 +213,10 @@ def matmul_dtype(choice: PrecisionChoice, used: TrainingArguments) -> str:
 
 
 def compare_devices(choices: Sequence[PrecisionChoice], hosts: Sequence[str]) -> list[str]:
-    """What to say of ranks on unlike devices: a warning, where they compute alike or are CPUs.
+    """Warnings of ranks on different devices, where they compute alike or are CPUs.
 
     Raises:
-        EnvironmentProblem: they are unlike GPUs, and do not.
+        EnvironmentProblem: different GPUs would compute in different precisions.
     """
     alike = len({(choice.precision, choice.compile) for choice in choices}) == 1
     if all(choice.device.kind == "cpu" for choice in choices):
@@ -224,21 +225,21 @@ def compare_devices(choices: Sequence[PrecisionChoice], hosts: Sequence[str]) ->
         listed = "; ".join(
             sorted({f"{c.precision} on {h} ({c.device.name})" for c, h in zip(choices, hosts, strict=True)})
         )
-        return [f"unlike processors in one job: {listed}; each step takes as long as the slowest of them"]
+        return [f"different processors in one job: {listed}; each step takes as long as the slowest of them"]
     kinds = {choice.device.words: host for choice, host in zip(choices, hosts, strict=True)}
     if len(kinds) == 1:
         return []
     listed = "; ".join(f"{words} on {host}" for words, host in sorted(kinds.items()))
     if not alike:
         raise EnvironmentProblem(
-            f"the processes are on unlike GPUs and would not compute alike: {listed}",
-            "ask for one type (AFINA_GPU_REQUEST=gres:TYPE, or a constraint), or set train.precision to what all of them can do",
+            f"the processes are on different GPUs and would not compute alike: {listed}",
+            "ask for one type (AFINA_GPU_REQUEST=gres:TYPE, or a constraint), or set train.precision to one that all of them support",
         )
-    return [f"unlike GPUs in one job: {listed}; each step takes as long as the slowest of them"]
+    return [f"different GPUs in one job: {listed}; each step takes as long as the slowest of them"]
 
 
 def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str) -> list[str]:
-    """Compare the ranks' choices (collective), record this one, and return the lines for the log; rank 0 writes and says."""
+    """Compare the ranks' choices (collective); on rank 0 record this one and return the lines for the log."""
     import platform
 
     import torch.distributed as dist
@@ -247,9 +248,9 @@ def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str)
     rank = 0
     if dist.is_available() and dist.is_initialized():
         rank = dist.get_rank()
-        all_of_them: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(all_of_them, (choice, platform.node()))
-        warnings = compare_devices([found for found, _ in all_of_them], [host for _, host in all_of_them])
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, (choice, platform.node()))
+        warnings = compare_devices([each for each, _ in answers], [host for _, host in answers])
     if rank:
         return []
     gpu = choice.device.kind == "cuda"
@@ -257,11 +258,11 @@ def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str)
     run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **asdict(choice))
     if choice.precision == "bf16" and choice.device.bfloat16 is False:
         warnings += [
-            f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than in fp32"
+            f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than fp32"
         ]
     compiled = ", compiled" if choice.compile else ""
-    unmeasured = "" if measured else "; its worth on this GPU was never measured by afina"
+    unmeasured = "" if measured else "; afina was never measured on this GPU"
     return [
-        f"precision {choice.precision or 'of the arguments'} ({choice.why}){compiled}, attention {attention}{unmeasured}",
+        f"precision {choice.precision or 'of train.arguments'} ({choice.why}){compiled}, attention {attention}{unmeasured}",
         *(f"WARNING: {warning}" for warning in warnings),
     ]

@@ -243,14 +243,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _recorded(self, notes: list[str]) -> cuda_graphs.GraphedStep | None:
-        """The recorded step, where the recipe asks for it and it can be had; a note for the log, also where it would be worth asking."""
+        """The graphed step if the recipe asks for it and it is supported; adds a note for the log, also where it may pay."""
         wanted, arguments = self.plan.recipe.train.cuda_graphs, self.args
         why = cuda_graphs.why_not_graphed(
             self.model,
             self.batching,
             self.geometry.num_processes,
-            half=arguments.bf16,
-            twice=packed_model.checkpoints_activations(arguments),
+            bf16=arguments.bf16,
+            checkpointing=packed_model.checkpoints_activations(arguments),
         )
         if why is not None or not wanted:
             if wanted:
@@ -270,14 +270,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _replay(
         self, recorded: cuda_graphs.GraphedStep, model: Any, batch: dict[str, Any], num_items_in_batch: torch.Tensor
     ) -> torch.Tensor:
-        filled, widths, given_up = recorded.filled, len(recorded.seconds), recorded.given_up
+        before, widths, reason = recorded.padding_tokens, len(recorded.seconds), recorded.fallback_reason
         loss = recorded(self._prepare_inputs(batch), num_items_in_batch)
-        self.meter.computed += recorded.filled - filled
+        self.meter.computed += recorded.padding_tokens - before
         if len(recorded.seconds) > widths:
             width, seconds = list(recorded.seconds.items())[-1]
             self.run.event("recorded", attempt=self.attempt, width=width, seconds=round(seconds, 3))
-        if recorded.given_up != given_up:
-            print(f"afina: steps are not recorded as CUDA graphs: {recorded.given_up}", flush=True)
+        if recorded.fallback_reason != reason:
+            print(f"afina: steps are not recorded as CUDA graphs: {recorded.fallback_reason}", flush=True)
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:

@@ -1,0 +1,82 @@
+"""Small random encoders of each architecture, random splits, and one training step: for the tests of packing, attention and graphs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from afina.worker.data.prepared import Split
+
+VOCABULARY, PAD = 200, 1
+LENGTHS = (37, 36, 36, 20, 20, 7, 3, 2, 1)
+
+SMALL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "num_labels": 5, "max_position_embeddings": 64}
+BERT = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+MODERN = {**BERT, "local_attention": 16, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {**BERT, "model_type": "bert", "type_vocab_size": 2},
+    "bert, one layer": {**BERT, "model_type": "bert", "num_hidden_layers": 1},
+    "electra": {**BERT, "model_type": "electra", "embedding_size": 32},
+    "roberta": {**BERT, "model_type": "roberta"},
+    "xlm-roberta": {**BERT, "model_type": "xlm-roberta"},
+    "camembert": {**BERT, "model_type": "camembert"},
+    "distilbert": {"model_type": "distilbert", "dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128},
+    "mpnet": {**BERT, "model_type": "mpnet"},
+    "modernbert": {**MODERN, "model_type": "modernbert", "classifier_pooling": "cls"},
+    "modernbert, mean": {**MODERN, "model_type": "modernbert", "classifier_pooling": "mean"},
+}
+
+
+def split_of(lengths: Sequence[int], seed: int, *, types: bool = False, forbidden: int | None = PAD) -> Split:
+    """Random tokens; without padding tokens unless `forbidden` is None."""
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(2 if forbidden is not None else 0, VOCABULARY, sum(lengths)).astype(np.uint16)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    kinds = draw.integers(0, 2, len(tokens)).astype(np.uint8) if types else None
+    return Split(tokens, offsets, draw.integers(0, 5, len(lengths)), kinds)
+
+
+def model_of(about: dict[str, Any], *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(**{**SMALL, **about, **changes})
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():  # the usual start is so small that differences could hide
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.3)
+    return model.to(dtype)
+
+
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for key in ("attention_probs_dropout_prob", "attention_dropout"):
+        if hasattr(model.config, key):
+            setattr(model.config, key, 0.0)
+    return model
+
+
+def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, loss and the gradients of all parameters."""
+    model.zero_grad(set_to_none=True)
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    logits = model(**batch)["logits"]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach(), loss.detach(), {name: g.clone() for name, g in gradients.items()}
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
+    worst = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+    assert worst <= tolerance, f"{what}: {worst:.2e} apart, relative to the largest"
+
+
+def forward_arguments(model: Any) -> set[str]:
+    names = set(inspect.signature(model.forward).parameters)
+    return names if getattr(model.config, "type_vocab_size", 0) > 1 else names - {"token_type_ids"}

@@ -1,0 +1,225 @@
+"""Packed batches against padded ones, per architecture: logits, loss and every gradient; and the batching that a model gets."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.compute.encoders import (
+    BERT,
+    CONFIGS,
+    LENGTHS,
+    PAD,
+    SMALL,
+    assert_same,
+    forward_arguments,
+    model_of,
+    split_of,
+    step,
+    without_dropout,
+)
+from tests.unit.conftest import recipe_dict
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    TrainingArguments,
+)
+
+from afina.recipe.schema import Recipe
+from afina.run.plan import Geometry
+from afina.worker.compute import attention, dropout, packed_model
+from afina.worker.compute.attention import attend
+from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
+
+
+@pytest.mark.parametrize("cuts", ["by cost", "each alone", "all together"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_padded(name: str, precision: torch.dtype, cuts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"by cost": None, "each alone": 1e-9, "all together": 1e12}[cuts]
+    if call is not None:
+        monkeypatch.setattr("afina.worker.compute.packing.CALL_SCORES", {"cpu": call})
+    model = without_dropout(model_of(CONFIGS[name], dtype=precision)).train()
+    assert packed_model.why_not_packed(model) is None
+    # A text may contain the padding token, which must not shift positions that are counted from tokens.
+    split = split_of(LENGTHS, 5, types="token_type_ids" in forward_arguments(model), forbidden=None)
+    rows = list(range(len(LENGTHS)))
+    about = packed_model.PROVEN[model.config.model_type]
+    expected = step(model, Collator(split, PAD)(rows))
+    packed_model.enable_packing(model, attention.FAST)
+    batch = PackedCollator(split, PAD, heads=4, offset=about.offset)(rows)
+    assert batch["input_ids"].shape == (1, sum(LENGTHS))
+    found = step(model, batch)
+    tolerance = 2e-5 if precision == torch.float32 else 1e-12
+    assert_same(found[0], expected[0], tolerance, "logits")
+    assert_same(found[1], expected[1], tolerance, "loss")
+    # The padding token's own gradient comes from padding too, but no loss reaches it.
+    assert found[2].keys() == expected[2].keys()
+    largest = max(float(g.abs().max()) for g in expected[2].values())
+    for key, gradient in expected[2].items():
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        assert float((found[2][key] - gradient).abs().max()) / scale <= tolerance, key
+    again = step(model, Collator(split, PAD)(rows))
+    assert_same(again[0], expected[0], tolerance, "padded batches after packed ones")
+
+
+def test_activation_checkpointing_with_packed_batches() -> None:
+    split, rows = split_of(LENGTHS, 6), list(range(len(LENGTHS)))
+    steps = []
+    for checkpointing in (False, True):
+        model = without_dropout(model_of(CONFIGS["bert"])).train()
+        packed_model.enable_packing(model, attention.FAST)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        steps.append(step(model, PackedCollator(split, PAD, 4)(rows)))
+    assert_same(steps[1][0], steps[0][0], 1e-6, "logits")
+    for name, gradient in steps[0][2].items():
+        assert float((steps[1][2][name] - gradient).abs().max()) <= 1e-4 * max(float(gradient.abs().max()), 1e-2), name
+
+
+def test_with_dropout_packed_and_padded_differ_by_chance_only() -> None:
+    """The mean gradient of many draws: packed (fast dropout) and padded (torch's) estimate the same expectation."""
+    lengths = (12, 9, 9, 5)
+    split, rows = split_of(lengths, 2), [0, 1, 2, 3]
+    torch.manual_seed(0)
+    dropout.seed(0, 0)
+    means = []
+    for way in ("padded", "packed"):
+        model = model_of({**CONFIGS["bert"], "num_hidden_layers": 2}).train()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        if way == "packed":
+            dropout.use_fast_dropout(model)
+            packed_model.enable_packing(model, attention.FAST)
+        batch = (PackedCollator(split, PAD, 4) if way == "packed" else Collator(split, PAD))(rows)
+        weights = []
+        for _ in range(300):
+            gradients = step(model, batch)[2]
+            weights.append(gradients["bert.encoder.layer.0.attention.self.value.weight"].flatten())
+        drawn = torch.stack(weights)
+        means.append((drawn.mean(0), drawn.var(0) / len(drawn)))
+    (a, noise_a), (b, noise_b) = means
+    # Squared differences over their variance average 1 if only chance sets them apart.
+    ratio = float(((a - b) ** 2).sum() / (noise_a + noise_b).sum())
+    assert 0.5 < ratio < 1.7, ratio
+
+
+def test_only_proven_architectures_pack() -> None:
+    assert packed_model.why_not_packed(model_of({**BERT, "model_type": "bert"})) is None
+    other = model_of({"model_type": "albert", "hidden_size": 64, "num_attention_heads": 4, "embedding_size": 16})
+    assert packed_model.why_not_packed(other) == "not proven for albert"
+    decoder = model_of({**BERT, "model_type": "bert", "is_decoder": True})
+    assert packed_model.why_not_packed(decoder) == "the model is configured as a decoder"
+
+    class Pooled(type(model_of({**BERT, "model_type": "bert"}))):  # type: ignore[misc]
+        pass
+
+    assert "not a class of Transformers" in str(packed_model.why_not_packed(Pooled(decoder.config)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "arguments", "expected", "said"),
+    [
+        ("bert", "auto", {}, "packed", None),
+        ("bert", "longest", {}, "longest", None),
+        ("albert", "auto", {}, "grouped", "not proven for albert"),
+        ("albert", "packed", {}, "grouped", "not proven for albert"),
+        ("albert", "padded", {}, "padded", None),
+        ("bert", "auto", {"torch_compile": True}, "grouped", "not proven under torch_compile"),
+    ],
+)
+def test_what_cannot_be_packed_is_grouped_with_a_note(
+    kind: str, asked: str, arguments: dict[str, Any], expected: str, said: str | None, tmp_path: Any
+) -> None:
+    about = {"albert": {"embedding_size": 16}}.get(kind, {})
+    model = model_of({**BERT, "model_type": kind, **about})
+    recipe = Recipe.model_validate({**recipe_dict(), "tokens": {"batching": asked}})
+    settings = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **arguments)
+    batching, notes = packed_model.configure(model, recipe, settings)
+    assert batching == expected
+    assert notes == ([f"batches are grouped by length, not packed: {said}"] if said else [])
+    fast = any(isinstance(module, dropout.FastDropout) for module in model.modules())
+    assert fast == ("torch_compile" not in arguments)
+    assert torch.get_float32_matmul_precision() == "highest", "torch's default"
+
+
+def test_no_fast_dropout_with_activation_checkpointing(tmp_path: Any) -> None:
+    """Recomputation would draw other masks."""
+    model = model_of({**BERT, "model_type": "bert"})
+    settings = TrainingArguments(
+        output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", activation_checkpointing=True
+    )
+    assert packed_model.configure(model, Recipe.model_validate(recipe_dict()), settings)[0] == "packed"
+    assert not any(isinstance(module, dropout.FastDropout) for module in model.modules())
+    assert model.config._attn_implementation == attention.PLAIN
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
+def test_attention_dropout_0_reaches_the_model(kind: str, tmp_path: Any) -> None:
+    AutoConfig.for_model(**{**SMALL, **CONFIGS[kind]}).save_pretrained(tmp_path)
+    recipe = recipe_dict()
+    assert packed_model.attention_dropout(Recipe.model_validate(recipe), str(tmp_path)) == {}
+    recipe["train"]["attention_dropout"] = 0
+    changes = packed_model.attention_dropout(Recipe.model_validate(recipe), str(tmp_path))
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path, **changes)).train()
+    seen: list[float] = []
+
+    def watch(module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float = 0.0, **named: Any) -> Any:
+        seen.append(dropout)
+        return attend(module, q, k, v, mask, dropout=dropout, **named)
+
+    AttentionInterface.register("afina_test_watch", watch)
+    AttentionMaskInterface.register("afina_test_watch", lambda *_, **__: None)
+    model.set_attn_implementation("afina_test_watch")
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert seen == [0.0, 0.0, 0.0]
+
+
+def test_packed_longest_and_padded_have_the_same_loss_curve() -> None:
+    """Two epochs without dropout, the same rows and order: packed, longest and padded lose the same, step by step."""
+    draw = np.random.default_rng(4)
+    split = split_of([int(n) for n in draw.integers(2, 40, 70)], 4)
+    layout = Geometry(
+        nodes=1,
+        processes_per_node=1,
+        gpus_per_node=0,
+        cpus_per_process=1,
+        global_batch=8,
+        batch_per_device=4,
+        accumulation=2,
+    )
+    curves: dict[str, list[float]] = {}
+    for batching in get_args(Batching):
+        if batching in ("auto", "grouped"):
+            continue
+        model = without_dropout(model_of(CONFIGS["roberta"])).train()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        collate: Any = Collator(split, PAD, 64 if batching == "padded" else None)
+        if batching == "packed":
+            packed_model.enable_packing(model, attention.FAST)
+            collate = PackedCollator(split, PAD, 4, offset=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        steps, losses = StepBatches(split.lengths, layout, 0, 2, batching), []
+        for epoch in (0, 1):
+            steps.set_epoch(epoch)
+            for first, second in zip(*[iter(steps)] * 2, strict=True):
+                optimizer.zero_grad()
+                total = 0.0
+                for rows in (first, second):
+                    batch = collate(rows)
+                    labels = batch.pop("labels")
+                    loss = torch.nn.functional.cross_entropy(model(**batch)["logits"], labels, reduction="sum") / 8
+                    loss.backward()
+                    total += float(loss.detach())
+                optimizer.step()
+                losses.append(total)
+        curves[batching] = losses
+    assert len(curves["packed"]) == 18
+    assert curves["packed"] == pytest.approx(curves["longest"], rel=1e-4)
+    assert curves["packed"] == pytest.approx(curves["padded"], rel=1e-4)
+    assert curves["packed"][-1] != pytest.approx(curves["packed"][0], rel=1e-2), "something was learnt"
