@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from afina.recipe.time_limit import minutes_in_words
 from afina.run.plan import Plan
+from afina.schedule import Schedule
 
 __all__ = ["Earlier", "Estimate", "Measured", "Shape", "describe", "forecast", "memory_of", "pace"]
 
@@ -189,9 +190,8 @@ def forecast(
         limit_min: the longest time that the partition allows.
     """
     geometry, train = plan.geometry, plan.recipe.train
-    per_epoch = -(-shape.train_rows // geometry.global_batch)
-    total = train.max_steps or math.ceil(train.num_epochs * per_epoch)
-    evaluations = _evaluations(plan, total, per_epoch) if shape.eval_rows else 0
+    schedule = train.schedule(shape.train_rows, shape.eval_rows)
+    evaluations = _evaluations(plan, schedule)
     notes: list[str] = []
     wanted = "cuda" if geometry.gpus_per_node else "cpu"
     by_part: dict[str, float] = {}
@@ -203,9 +203,9 @@ def forecast(
         )
     alike = [run for run in earlier if run.device == wanted]
     if measured is not None and measured.device == wanted:
-        basis, by_part = "rehearsal", _time_measured(measured, total, evaluations, plan)
+        basis, by_part = "rehearsal", _time_measured(measured, schedule, evaluations, plan)
     elif alike:
-        basis, by_part = "earlier runs", _time_earlier(alike, shape, geometry.global_batch, total, evaluations)
+        basis, by_part = "earlier runs", _time_earlier(alike, shape, schedule, evaluations)
     elif measured is None:
         notes.append("no time is told: there is no earlier run of this shape; `afina rehearse RECIPE` measures one")
     if geometry.num_processes > 1 and basis == "rehearsal":
@@ -219,7 +219,7 @@ def forecast(
     return Estimate(
         basis=basis,
         device=wanted,
-        total_steps=total,
+        total_steps=schedule.total_steps,
         seconds=seconds,
         seconds_by_part={name: round(value, 2) for name, value in by_part.items()},
         host_gb=round(host / GB, 2),
@@ -236,21 +236,19 @@ def forecast(
     )
 
 
-def _evaluations(plan: Plan, total: int, per_epoch: int) -> int:
-    """How often the eval set is gone through: at its intervals, at the end, and once more for the best step's predictions."""
-    every = plan.recipe.train.evaluate
-    interval = per_epoch if every == "epoch" else int(every)
-    regular = total // interval + (total % interval > 0)
-    return regular + (1 if plan.recipe.train.keep == "best" and regular > 1 else 0)
+def _evaluations(plan: Plan, schedule: Schedule) -> int:
+    """How often the eval set is gone through: as scheduled, and once more for the best step's predictions."""
+    return schedule.evaluations + (1 if plan.recipe.train.keep == "best" and schedule.evaluations > 1 else 0)
 
 
-def _time_measured(measured: Measured, total: int, evaluations: int, plan: Plan) -> dict[str, float]:
+def _time_measured(measured: Measured, schedule: Schedule, evaluations: int, plan: Plan) -> dict[str, float]:
     fixed, slope = pace(measured.costs, measured.seconds)
     processes = plan.geometry.num_processes
     each = (measured.eval_seconds_per_cost or 0.0) * measured.eval_cost / processes
     test = (measured.eval_seconds_per_cost or 0.0) * measured.test_cost / processes
-    steps = total * (fixed + slope * measured.mean_cost)
-    saves = _saves(plan, total, -(-measured.train_rows // plan.geometry.global_batch), steps)
+    steps = schedule.total_steps * (fixed + slope * measured.mean_cost)
+    by_clock = steps / (minutes * 60) if (minutes := plan.recipe.train.save_minutes) else 0.0
+    saves = max(schedule.saves, by_clock) + 1
     return {
         "startup": measured.startup_seconds,
         "steps": steps,
@@ -259,27 +257,17 @@ def _time_measured(measured: Measured, total: int, evaluations: int, plan: Plan)
     }
 
 
-def _saves(plan: Plan, total: int, per_epoch: int, seconds: float) -> float:
-    train = plan.recipe.train
-    interval = per_epoch if train.save_every == "epoch" else int(train.save_every)
-    by_clock = seconds / (train.save_minutes * 60) if train.save_minutes else 0.0
-    return max(total / interval, by_clock) + 1
-
-
-def _time_earlier(
-    runs: Sequence[Earlier], shape: Shape, global_batch: int, total: int, evaluations: int
-) -> dict[str, float]:
+def _time_earlier(runs: Sequence[Earlier], shape: Shape, schedule: Schedule, evaluations: int) -> dict[str, float]:
     """The newest three, by their mean."""
     runs = runs[:3]
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    examples = min(total * global_batch, math.ceil(total / -(-shape.train_rows // global_batch)) * shape.train_rows)
     per_row = mean([run.other_seconds / max(1, run.evaluated_rows) for run in runs])
     return {
         "startup": mean([run.startup_seconds for run in runs]),
-        "steps": examples / mean([run.examples_per_second for run in runs]),
+        "steps": schedule.examples_after(schedule.total_steps) / mean([run.examples_per_second for run in runs]),
         "evaluations": per_row * (evaluations * shape.eval_rows + shape.test_rows),
         "saves": 0.0,  # in what the earlier runs took beside their steps
     }

@@ -179,9 +179,7 @@ def _alike(plan: Plan, other: Plan) -> bool:
 def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:
     rows = run.prepared()["rows"]
     evaluations = sum("eval_loss" in line for line in run.metrics())
-    epochs = plan.recipe.train.num_epochs
-    steps = outcome.global_step
-    examples = steps * plan.geometry.global_batch if plan.recipe.train.max_steps else epochs * rows["train"]
+    examples = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0)).examples_after(outcome.global_step)
     speed = outcome.samples_per_second or 0.0
     startup = outcome.utilisation.get("seconds_by_part", {}).get("startup", _STARTUP_S) / outcome.attempts
     return Earlier(

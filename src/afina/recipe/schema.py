@@ -34,6 +34,7 @@ from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
 from afina.recipe.yaml_source import apply_override, read_yaml
 from afina.redact import looks_secret
+from afina.schedule import DEFAULT_EPOCHS, Schedule
 
 __all__ = [
     "Data",
@@ -290,7 +291,18 @@ class Train(_Frozen):
     @property
     def num_epochs(self) -> float:
         """Epochs asked for; 3 where the recipe says nothing."""
-        return self.epochs if self.epochs is not None else 3.0
+        return self.epochs if self.epochs is not None else DEFAULT_EPOCHS
+
+    def schedule(self, rows: int, eval_rows: int) -> Schedule:
+        """The steps of a run on so many rows."""
+        return Schedule.of(
+            rows,
+            self.batch_size,
+            epochs=self.num_epochs,
+            max_steps=self.max_steps,
+            evaluate=self.evaluate if eval_rows else None,
+            save_every=self.save_every,
+        )
 
 
 class Resources(_Frozen):

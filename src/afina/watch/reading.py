@@ -7,7 +7,6 @@ reads as nothing. Asks neither Slurm nor the processes of this machine, but for 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
+from afina.schedule import Schedule
 
 __all__ = ["Reading", "Sign", "job_ids_of", "read_run"]
 
@@ -273,7 +273,7 @@ def _planned_steps(path: Path, train: dict[str, Any]) -> int | None:
     batch = train.get("batch_size")
     if not rows or not batch:
         return None
-    return math.ceil(float(train.get("epochs") or 3) * math.ceil(int(rows) / int(batch)))
+    return Schedule.of(int(rows), int(batch), epochs=train.get("epochs")).total_steps
 
 
 def _best(

@@ -17,6 +17,7 @@ from tests import tiny
 from tests.unit.compute.encoders import CONFIGS, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from afina.schedule import Schedule
 from afina.worker.compute import flops
 from afina.worker.compute.batches import epoch_steps
 from afina.worker.compute.flops import DATASHEET, Peak, device_peak, flops_formula, forward_flops
@@ -152,7 +153,7 @@ def test_switching_costs_next_to_nothing() -> None:
 @pytest.mark.parametrize("rows", [64, 67, 5])
 def test_the_work_of_a_step_is_that_of_its_rows(rows: int, batching: Any) -> None:
     lengths = np.random.default_rng(3).integers(1, 90, rows)
-    work = Work(lengths, lengths.astype(float) ** 2, 8, 11, batching)
+    work = Work(lengths, lengths.astype(float) ** 2, Schedule.of(rows, 8), 11, batching)
     step = 0
     for epoch in (0, 1):
         for chosen in epoch_steps(lengths, 8, 11, epoch, batching):

@@ -24,7 +24,7 @@ from afina.worker.survival.watch import CAUSES, lead
 if TYPE_CHECKING:
     from afina.worker.training.trainer import RunTrainer
 
-__all__ = ["Flow", "agree", "evaluates_at", "examples_of", "steps_per_epoch", "stop_cause", "truncate"]
+__all__ = ["Flow", "agree", "stop_cause", "truncate"]
 
 
 class Flow(TrainerCallback):  # type: ignore[misc]
@@ -86,11 +86,8 @@ class Flow(TrainerCallback):  # type: ignore[misc]
             trainer.stopped = CAUSES[cause]
             control.should_save = control.should_training_stop = True
             return
-        by_epoch = step % steps_per_epoch(trainer) == 0
-        control.should_evaluate = evaluates_at(trainer, step)
-        control.should_save = bool(
-            last or save_due or (by_epoch if self.train.save_every == "epoch" else step % self.train.save_every == 0)
-        )
+        control.should_evaluate = trainer.schedule.evaluates_at(step)
+        control.should_save = bool(save_due) or trainer.schedule.saves_at(step)
         control.should_training_stop = last
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -131,16 +128,16 @@ def _is_old(trainer: RunTrainer, minutes: float | None) -> bool:
 
 def _broken_loss(trainer: RunTrainer, step: int, learning_rate: float) -> TrainingError:
     """Names the step, the rows of its batch as the data files number them, and the learning rate."""
-    per_epoch = steps_per_epoch(trainer)
+    epoch, number = trainer.schedule.position(step)
     split, recipe = trainer.splits["train"], trainer.plan.recipe
     steps = epoch_steps(
         split.lengths,
         trainer.geometry.global_batch,
         recipe.train.seed,
-        (step - 1) // per_epoch,
+        epoch,
         trainer.batching,
     )
-    rows = steps[(step - 1) % per_epoch]
+    rows = steps[number]
     return TrainingError(
         f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}); rows of that step: {_named(trainer, rows)}",
         "lower train.learning_rate, or look at those rows; the newest checkpoint is from before",
@@ -157,28 +154,9 @@ def _named(trainer: RunTrainer, rows: np.ndarray[Any, Any]) -> str:
     return "; ".join(" ".join(f"{k} {v}" for k, v in row.items()) for row in chosen)
 
 
-def steps_per_epoch(trainer: RunTrainer) -> int:
-    return -(-len(trainer.splits["train"]) // trainer.geometry.global_batch)
-
-
-def examples_of(trainer: RunTrainer, step: int) -> int:
-    """Examples of a step, over all ranks: the global batch, or what is left of the epoch."""
-    left = len(trainer.splits["train"]) % trainer.geometry.global_batch
-    return left if left and step % steps_per_epoch(trainer) == 0 else trainer.geometry.global_batch
-
-
 def truncate(path: Path, size: int) -> None:
     """Keep the first `size` bytes: what a resumed run will write again is taken away."""
     kept = path.read_bytes()[:size] if path.exists() else b""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_bytes(kept)
     os.replace(aside, path)
-
-
-def evaluates_at(trainer: RunTrainer, step: int) -> bool:
-    """Whether an evaluation belongs to `step`: the end of an epoch, of an interval, or of the run."""
-    every = trainer.plan.recipe.train.evaluate
-    if trainer.eval_dataset is None:
-        return False
-    last = step >= trainer.state.max_steps
-    return last or (step % steps_per_epoch(trainer) == 0 if every == "epoch" else step % every == 0)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from afina.schedule import Schedule
 from afina.worker.compute.batches import Batching, epoch_steps
 from afina.worker.compute.flops import Peak
 
@@ -157,35 +158,28 @@ class Work:
         self,
         lengths: np.ndarray[Any, Any],
         flops: np.ndarray[Any, Any],
-        global_batch: int,
+        schedule: Schedule,
         seed: int,
         batching: Batching,
     ) -> None:
         """Args:
         lengths, flops: of each row, (N,).
         """
-        self.lengths, self.flops, self.global_batch, self.seed, self.batching = (
-            lengths,
-            flops,
-            global_batch,
-            seed,
-            batching,
-        )
+        self.lengths, self.flops, self.schedule, self.seed, self.batching = lengths, flops, schedule, seed, batching
         self._epoch = -1
         self._tokens = self._flops = np.empty(0)
 
     def __call__(self, step: int) -> tuple[int, int, float]:
         """Of optimizer step `step`, which counts from 1."""
-        per_epoch = -(-len(self.lengths) // self.global_batch)
-        epoch, number = divmod(step - 1, per_epoch)
+        epoch, number = self.schedule.position(step)
         if epoch != self._epoch:
-            rows = np.concatenate(epoch_steps(self.lengths, self.global_batch, self.seed, epoch, self.batching))
-            starts = np.arange(0, len(rows), self.global_batch)
+            batch = self.schedule.global_batch
+            rows = np.concatenate(epoch_steps(self.lengths, batch, self.seed, epoch, self.batching))
+            starts = np.arange(0, len(rows), batch)
             self._tokens = np.add.reduceat(self.lengths[rows], starts)
             self._flops = np.add.reduceat(self.flops[rows], starts)
             self._epoch = epoch
-        examples = min(self.global_batch, len(self.lengths) - number * self.global_batch)
-        return examples, int(self._tokens[number]), float(self._flops[number])
+        return self.schedule.examples_of(step), int(self._tokens[number]), float(self._flops[number])
 
 
 def launched(attempt: Path) -> float:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from afina.worker.training.control import steps_per_epoch
 from afina.worker.training.meter import peak_memory_bytes, share_of_peak
 
 if TYPE_CHECKING:
     from afina.worker.training.trainer import RunTrainer
 
-__all__ = ["Pace", "evaluations_after"]
+__all__ = ["Pace"]
 
 #: Seconds of an attempt's training before its first pace, and between two.
 FIRST_S, EVERY_S = 10.0, 60.0
@@ -85,7 +84,7 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         seconds, steps, examples, tokens, flops = self._mark(state)
         each_evaluation = meter.seconds["evaluation"] / meter.evaluations if meter.evaluations else 0.0
         left = (state.max_steps - state.global_step) * seconds / steps
-        left += evaluations_after(self.trainer, state.global_step) * each_evaluation
+        left += self.trainer.schedule.evaluations_after(state.global_step) * each_evaluation
         return {
             "step": state.global_step,
             "max_steps": state.max_steps,
@@ -98,15 +97,6 @@ class Pace(TrainerCallback):  # type: ignore[misc]
             "seconds_left": round(left, 1),
             "memory_gb": round(peak_memory_bytes() / 1e9, 3),
         }
-
-
-def evaluations_after(trainer: RunTrainer, step: int) -> int:
-    """Evaluations that are still to be made when `step` is done and its own evaluation too."""
-    every, last = trainer.plan.recipe.train.evaluate, int(trainer.state.max_steps)
-    if trainer.eval_dataset is None or step >= last:
-        return 0
-    every = steps_per_epoch(trainer) if every == "epoch" else every
-    return last // every - step // every + int(last % every > 0)
 
 
 def _place(state: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ class Budget(TrainerCallback):  # type: ignore[misc]
         # The step that begins is the last one, where enough were timed before it.
         if state.global_step >= _UNTIMED + self.steps - 1 and time.monotonic() - self.timed > self.seconds:
             state.max_steps = state.global_step + 1
+            self.trainer.schedule = replace(self.trainer.schedule, total_steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step == 1

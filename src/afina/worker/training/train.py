@@ -168,7 +168,7 @@ def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease
     if resume:
         _check_origin(plan, checkpoints.manifest(resume), resume)
     try:
-        if resume and checkpoints.manifest(resume)["step"] >= trainer.total_steps:
+        if resume and checkpoints.manifest(resume)["step"] >= trainer.schedule.total_steps:
             trainer.restore(resume)
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ from afina.worker.survival.snapshot import (
     set_random_state,
 )
 from afina.worker.survival.watch import StepTimes, StopRequest, Watchdog
-from afina.worker.training.control import Flow, agree, evaluates_at, examples_of, steps_per_epoch, truncate
+from afina.worker.training.control import Flow, agree, truncate
 from afina.worker.training.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
 from afina.worker.training.meter import Meter, Work, launched, peak_memory_bytes
 from afina.worker.training.pace import Pace
@@ -108,6 +107,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
         self.stop_request, self.lease = stop, lease
         self.choice = choice
+        rows = {part: len(split) for part, split in splits.items()}
+        self.schedule = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0))
         self.stopped = ""
         self.abandoned = False
         self.meter = Meter(launched(run.attempts / attempt))
@@ -143,7 +144,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.work = Work(
             lengths := split.lengths,
             forward_flops(self.model.config, lengths, self.model.num_parameters(exclude_embeddings=True)),
-            geometry.global_batch,
+            self.schedule,
             train.seed,
             self.batching,
         )
@@ -158,12 +159,6 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     @property
     def rank(self) -> int:
         return int(self.args.process_index)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        train = self.plan.recipe.train
-        return train.max_steps or math.ceil(train.num_epochs * steps_per_epoch(self))
 
     # Batches and loss
 
@@ -225,7 +220,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """Examples of the step over all ranks: the plan knows them, Trainer would gather them."""
-        return torch.tensor(examples_of(self, self.state.global_step + 1), device=device)
+        return torch.tensor(self.schedule.examples_of(self.state.global_step + 1), device=device)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack: contextlib.ExitStack = super().compute_loss_context_manager()
@@ -350,7 +345,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self) -> None:
         began, step = time.monotonic(), self.state.global_step
-        due = bool(self.stopped) and evaluates_at(self, step)
+        due = bool(self.stopped) and self.schedule.evaluates_at(step)
         if due and not self.abandoned:
             # The draw that iterating over the evaluation's DataLoader would have made before this checkpoint.
             torch.empty((), dtype=torch.int64).random_()
