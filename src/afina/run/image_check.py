@@ -1,12 +1,12 @@
-"""Checks the image's signature inside a job: `python -m afina.run.image_check RUN`, from submitit's batch script."""
+"""Check the image's signature inside a job: `python -m afina.run.image_check RUN`, from submitit's batch script."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from afina.errors import AfinaError
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.site.image import check_image
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         check_image(run.plan().site)
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        attempt = f"{os.environ.get('SLURM_JOB_ID', 'local')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        attempt = Allocation.from_env().attempt_of_job
         run.begin_attempt(attempt)
         run.record_failure(attempt, error.failure)
         return error.exit_code

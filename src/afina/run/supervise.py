@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem, Failure
 from afina.files import write_atomic
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.workers import cannot_start
@@ -110,7 +111,7 @@ def _full_disk(folder: Path) -> Failure | None:
 
 def _absent_nodes(folder: Path) -> list[str]:
     """Nodes of the allocation on which no worker began, if it did on others."""
-    names = os.environ.get("AFINA_NODES", "").split()
+    names = Allocation.from_env().node_names
     absent = [name for number, name in enumerate(names) if not (folder / f"node{number}.json").exists()]
     return absent if len(absent) < len(names) else []
 

@@ -15,6 +15,7 @@ from shlex import quote
 from typing import Any
 
 from afina.errors import SlurmError
+from afina.run.allocation import Allocation
 from afina.run.commands import slurm_options
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
@@ -37,8 +38,8 @@ class NodeTask:
 
     def __call__(self) -> dict[str, Any] | None:
         run = RunDir(self.run)
-        attempt = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        node = int(os.environ.get("SLURM_NODEID", "0"))
+        allocation = Allocation.from_env()
+        attempt, node = allocation.attempt_of_job, allocation.node
         code = run_node(run, attempt, env={"AFINA_LAUNCH": "slurm"}, node=node, show=node == 0)
         if node:
             return None

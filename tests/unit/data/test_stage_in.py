@@ -28,24 +28,20 @@ def prepared(tmp_path: Path) -> dict[str, str]:
     return {"prepared": str(data), "model_folder": str(model), "other": "stays"}
 
 
-@pytest.fixture(autouse=True)
-def nothing_staged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(module.VARIABLE, "")
-
-
 def test_a_copy_is_made_read_and_removed(prepared: dict[str, str], tmp_path: Path) -> None:
     local = tmp_path / "local"
     local.mkdir()
-    assert stage(prepared, {}, "7.0") == "" and staged(prepared, os.environ) == prepared
-    said = stage(prepared, {"AFINA_STAGE": "1", "SLURM_TMPDIR": str(local), "TMPDIR": "/nowhere"}, "7.0")
-    assert "staged in" in said
-    seen = staged(prepared, os.environ)
+    assert staged(prepared, {}) == prepared
+    copied = stage(prepared, local, "7.0")
     (folder,) = local.iterdir()
+    assert "staged in" in copied.message and copied.folder == folder
+    env = {module.VARIABLE: str(folder)}
+    seen = staged(prepared, env)
     assert seen == {"prepared": f"{folder}/prepared", "model_folder": f"{folder}/model", "other": "stays"}
     weights = Path(seen["model_folder"]) / "model.safetensors"
     assert weights.read_bytes() == b"w" * 5000 and not weights.is_symlink()
     assert folder.stat().st_mode & 0o777 == 0o700
-    remove(os.environ)
+    remove(env)
     assert list(local.iterdir()) == []
 
 
@@ -57,7 +53,7 @@ def test_what_nobody_holds_is_cleared_and_what_is_held_stays(prepared: dict[str,
     (local / "afina-stage-0000-other").mkdir()
     with (local / f"afina-stage-{os.getuid()}-living/lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        stage(prepared, {"AFINA_STAGE": str(local)}, "7.0")
+        stage(prepared, local, "7.0")
     left = sorted(path.name.split("-")[3].split(".")[0] for path in local.iterdir())
     assert left == ["7", "living", "other"]
 
@@ -73,8 +69,8 @@ def test_what_cannot_be_staged_is_said(
         monkeypatch.setattr(module, "_SPARE", 1 << 60)
     if why == "gone":
         (Path(prepared["model_folder"]) / "config.json").symlink_to("/no/such/file")
-    said = stage(prepared, {"AFINA_STAGE": str(local)}, "7.0")
-    assert said.startswith("not staged: ") and staged(prepared, os.environ) == prepared
+    copied = stage(prepared, local, "7.0")
+    assert copied.message.startswith("not staged: ") and copied.folder is None
     assert why == "missing" or list(local.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from afina.run.allocation import Allocation
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
 from afina.version import __version__
@@ -109,7 +110,7 @@ def _cuda(driver_file: Path = DRIVER_FILE) -> Iterator[Line]:
     built = torch.version.cuda
     driver = driver_version(driver_file)
     version = f"torch {torch.__version__}, built for {f'CUDA {built}' if built else 'the CPU'}"
-    if driver is None and os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0":
+    if driver is None and Allocation.from_env().gpus:
         yield (
             "cuda",
             "warning",
@@ -305,38 +306,34 @@ def _summary(lines: list[Line]) -> Line:
     return "inside", "ok", f"{len(lines)} checks in the image; {cuda}", ""
 
 
-def _node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-
-
 def _on_node(line: Line) -> Line:
     check, level, said, remedy = line
-    return check, level, f"{_node_name()}: {said}", remedy
+    return check, level, f"{Allocation.from_env().node_name}: {said}", remedy
 
 
 def _write(folder: Path, lines: list[Line]) -> None:
     """Append to this node's file; nobody else writes into it at the same time."""
-    with (folder / f"lines.{_node_name()}").open("a", encoding="utf-8") as file:
+    with (folder / f"lines.{Allocation.from_env().node_name}").open("a", encoding="utf-8") as file:
         for line in lines:
             file.write("\t".join(" ".join(field.split()) for field in line) + "\n")
 
 
 def _ranks(folder: Path, count: int) -> int:
     """Start this node's processes, as many as a run has, and wait for them."""
-    node, nodes = int(os.environ.get("SLURM_NODEID", "0")), int(os.environ.get("SLURM_NNODES", "1"))
+    allocation = Allocation.from_env()
     env = {
         **os.environ,
-        "WORLD_SIZE": str(nodes * count),
+        "WORLD_SIZE": str(allocation.nodes * count),
         "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": os.environ.get("AFINA_HEAD") or "127.0.0.1",
-        "MASTER_PORT": os.environ.get("AFINA_PORT") or "29400",
+        "MASTER_ADDR": allocation.head or "127.0.0.1",
+        "MASTER_PORT": str(allocation.port or 29400),
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     argv = [sys.executable, "-m", "afina.worker", "check-node", "rank", str(folder)]
     processes = [
         subprocess.Popen(
-            argv, env={**env, "LOCAL_RANK": str(i), "RANK": str(node * count + i)}, stdin=subprocess.DEVNULL
+            argv, env={**env, "LOCAL_RANK": str(i), "RANK": str(allocation.node * count + i)}, stdin=subprocess.DEVNULL
         )
         for i in range(count)
     ]

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, SiteError
 from afina.recipe.trackers import check_trackers
+from afina.run.allocation import Allocation
 from afina.run.plan import Plan
 from afina.site.settings import cache_environment
 from afina.worker.reply import Terminated, disk_errors, not_a_question, read_question
@@ -158,10 +159,10 @@ def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
     for name in _LAUNCHER:
         env.pop(name, None)
     env["TOKENIZERS_PARALLELISM"] = "true"
-    given = env.get("SLURM_CPUS_PER_TASK", "")
-    if given.isdigit() and int(given) < len(os.sched_getaffinity(0)):
+    cores = Allocation.from_env(env).cores()
+    if cores < len(os.sched_getaffinity(0)):
         # Where Slurm does not bind a task to its cores, its tokenizer's threads keep to their number.
-        env.setdefault("RAYON_NUM_THREADS", given)
+        env.setdefault("RAYON_NUM_THREADS", str(cores))
     env["TRANSFORMERS_VERBOSITY"] = "error"
     # datasets otherwise sends a request to a counter beside the Hub at each load.
     env["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"

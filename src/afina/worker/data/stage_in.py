@@ -15,9 +15,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["VARIABLE", "remove", "stage", "staged"]
+__all__ = ["VARIABLE", "Copied", "remove", "stage", "staged"]
 
 #: Names the node's copy to the training processes.
 VARIABLE = "AFINA_STAGED"
@@ -26,17 +26,20 @@ VARIABLE = "AFINA_STAGED"
 _SPARE = 1_000_000_000
 
 
-def stage(prepared: Mapping[str, Any], env: Mapping[str, str], attempt: str) -> str:
-    """Copy to this node as the environment asks, and set `AFINA_STAGED`; returns what to say, empty where nothing was asked.
+class Copied(NamedTuple):
+    """What `stage` did: the node's copy, or None if nothing was copied, and a line for the log."""
+
+    folder: Path | None
+    message: str
+
+
+def stage(prepared: Mapping[str, Any], root: Path, attempt: str) -> Copied:
+    """Copy model and prepared data to this node.
 
     Args:
         prepared: `prepared.json` of the run: `prepared` and `model_folder` are copied.
-        env: `AFINA_STAGE`, `SLURM_TMPDIR`, `TMPDIR`.
+        root: the folder on the node's disk.
     """
-    asked = env.get("AFINA_STAGE", "")
-    if asked in ("", "0"):
-        return ""
-    root = Path(env.get("SLURM_TMPDIR") or env.get("TMPDIR") or "/tmp") if asked == "1" else Path(asked)
     began = time.monotonic()
     try:
         _clear(root)
@@ -44,7 +47,7 @@ def stage(prepared: Mapping[str, Any], env: Mapping[str, str], attempt: str) -> 
         size = sum(_size(source) for source in sources.values())
         free = shutil.disk_usage(root).free
         if free < size + _SPARE:
-            return f"not staged: {size / 1e6:.0f} MB are needed, and {root} has {free / 1e6:.0f} MB free"
+            return Copied(None, f"not staged: {size / 1e6:.0f} MB are needed, and {root} has {free / 1e6:.0f} MB free")
         # Whoever may write in /tmp must not be able to wait there with a folder of this name.
         folder = Path(f"{_prefix(root)}{attempt}.{os.getpid()}")
         folder.mkdir(mode=0o700)
@@ -57,9 +60,9 @@ def stage(prepared: Mapping[str, Any], env: Mapping[str, str], attempt: str) -> 
             shutil.rmtree(folder, ignore_errors=True)
             raise
     except (OSError, shutil.Error) as error:
-        return f"not staged: {error}"
-    os.environ[VARIABLE] = str(folder)
-    return f"{size / 1e6:.0f} MB of model and data staged in {folder} in {time.monotonic() - began:.1f} s"
+        return Copied(None, f"not staged: {error}")
+    message = f"{size / 1e6:.0f} MB of model and data staged in {folder} in {time.monotonic() - began:.1f} s"
+    return Copied(folder, message)
 
 
 def staged(prepared: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
 from afina.prediction.request import STDIN, Prediction, folder_of
+from afina.run.allocation import Allocation
 from afina.worker.progress import Progress
 from afina.worker.reply import read_question, report
 from afina.worker.startup import uncollected
@@ -271,7 +272,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
 
 def _load(job: Prediction, number: int) -> Classifier:
     """The classifier of share `number`: on its own GPU, else on all cores."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(Allocation.from_env().cores()))
     with uncollected():
         import torch
 
@@ -354,9 +355,3 @@ def _progress(mode: str, rows: int) -> Iterator[Callable[[int], None]]:
 
 def _say(line: str) -> None:
     print(f"afina: {line}", file=sys.stderr, flush=True)
-
-
-def _cores() -> int:
-    """Cores that this process may use. Where Slurm binds none, affinity shows the whole node."""
-    mine = len(os.sched_getaffinity(0))
-    return min(mine, int(os.environ.get("SLURM_CPUS_PER_TASK") or mine))

@@ -1,8 +1,7 @@
-"""Once per node, inside the container: read the plan and the allocation, become the training processes.
+"""Start a node's training processes, inside the container: compare plan and allocation, then become them.
 
 One process becomes Python itself; several become `accelerate launch` with every option given (it would otherwise read a
-file in the user's cache) and the static rendezvous at the head node. The node's number is read from SLURM_NODEID here, in
-the task: expanded in the batch script every node would be number 0.
+file in the user's cache) and the static rendezvous at the head node.
 """
 
 from __future__ import annotations
@@ -19,32 +18,33 @@ from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.files import write_atomic
+from afina.run.allocation import Allocation
 from afina.run.commands import accelerate_argv, worker_environment
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan, check_cores, geometry_for
 from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
 from afina.version import __version__
 from afina.worker.compute.cpu import processor
-from afina.worker.data.stage_in import stage
+from afina.worker.data.stage_in import VARIABLE, stage
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
     """Replace this process by the node's training processes; returns only on an error."""
-    run = RunDir(argv[0])
-    attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
-    node = _node()
+    run, allocation = RunDir(argv[0]), Allocation.from_env()
+    attempt, node = allocation.attempt, _node(allocation)
+    env = dict(os.environ)
     try:
         plan = run.plan()
-        geometry = _geometry(plan)
+        geometry = _geometry(plan, allocation)
         folder = run.begin_attempt(attempt)
-        os.environ.update(worker_environment(plan, offline=True))
-        # That a worker began here: a node of the allocation that has none is a broken one.
+        env |= worker_environment(plan, offline=True)
+        # Proof that a worker began here: a node of the allocation without one is broken.
         write_atomic(folder / f"node{node}.json", json.dumps({"host": platform.node()}) + "\n")
-        devices = _devices()
+        devices = _devices(allocation)
         if node == 0:
-            write_atomic(folder / "env.json", json.dumps(_facts(geometry), indent=2) + "\n")
+            write_atomic(folder / "env.json", json.dumps(_facts(geometry, allocation), indent=2) + "\n")
             run.event(
                 "attempt_started",
                 attempt=attempt,
@@ -52,9 +52,11 @@ def main(argv: list[str]) -> int:
                 processes=geometry.num_processes,
                 devices=devices,
             )
-        if _in_slurm() and (told := stage(run.prepared(), os.environ, attempt)):
-            print(f"afina: {_node_name()}: {told}", flush=True)
-        command = _command(run, geometry, node, devices)
+        if allocation.in_job and allocation.stage is not None:
+            copied = stage(run.prepared(), allocation.stage, attempt)
+            print(f"afina: {allocation.node_name}: {copied.message}", flush=True)
+            env |= {VARIABLE: str(copied.folder)} if copied.folder else {}
+        command = _command(run, geometry, allocation, devices, env)
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if run.attempts.is_dir():
@@ -64,27 +66,18 @@ def main(argv: list[str]) -> int:
                     run.record_failure(attempt, error.failure)
         return error.exit_code
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, env)
 
 
-def _in_slurm() -> bool:
-    return os.environ.get("AFINA_LAUNCH") == "slurm" and "SLURM_JOB_ID" in os.environ
+def _node(allocation: Allocation) -> int:
+    return allocation.node if allocation.in_job else 0
 
 
-def _node() -> int:
-    return int(os.environ.get("SLURM_NODEID", "0")) if _in_slurm() else 0
-
-
-def _node_name() -> str:
-    """As Slurm knows this node."""
-    return os.environ.get("SLURMD_NODENAME") or platform.node()
-
-
-def _geometry(plan: Plan) -> Geometry:
-    """The plan's geometry, or that of the allocation where it is another one (then the global batch must still divide)."""
-    if not _in_slurm():
-        if asked := os.environ.get("AFINA_PROCESSES"):
-            return geometry_for(plan.recipe, int(asked), nodes=1)
+def _geometry(plan: Plan, allocation: Allocation) -> Geometry:
+    """The plan's geometry, or the allocation's if that differs (then the global batch must still divide)."""
+    if not allocation.in_job:
+        if allocation.num_processes:
+            return geometry_for(plan.recipe, allocation.num_processes, nodes=1)
         check_cores(plan.geometry.processes_per_node)
         if plan.geometry.nodes > 1:
             raise EnvironmentProblem(
@@ -92,25 +85,21 @@ def _geometry(plan: Plan) -> Geometry:
                 "submit it, or start anew with --num-processes",
             )
         return plan.geometry
-    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or 1)
-    gpus = _allocated_gpus()
+    gpus = _allocated_gpus(allocation)
     per_node = gpus or (1 if plan.geometry.gpus_per_node else plan.geometry.processes_per_node)
-    if (nodes, per_node) == (plan.geometry.nodes, plan.geometry.processes_per_node):
+    if (allocation.nodes, per_node) == (plan.geometry.nodes, plan.geometry.processes_per_node):
         return plan.geometry
-    return geometry_for(plan.recipe, per_node, nodes=nodes)
+    return geometry_for(plan.recipe, per_node, nodes=allocation.nodes)
 
 
-def _allocated_gpus() -> int:
-    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if on_node.isdigit():
-        return int(on_node)
-    return len(visible(os.environ) or ())
+def _allocated_gpus(allocation: Allocation) -> int:
+    return len(visible(os.environ) or ()) if allocation.gpus is None else allocation.gpus
 
 
-def _devices() -> str:
-    """`cuda` or `cpu`. GPUs that were allocated and cannot be used are a broken node, where there is a driver.
+def _devices(allocation: Allocation) -> str:
+    """`cuda` or `cpu`. With a driver, GPUs that were allocated and cannot be used are a broken node.
 
-    Without a driver there is no GPU to lose: then it is the CPU, said aloud. Not measured on a GPU.
+    Without a driver there is no GPU to lose: it trains on the CPU, with a warning. Not measured on a GPU.
 
     Raises:
         EnvironmentProblem: the node has an NVIDIA driver and torch cannot use it.
@@ -121,13 +110,13 @@ def _devices() -> str:
         if torch.cuda.is_available():
             return "cuda"
         raise EnvironmentProblem(
-            f"{_node_name()}: there is an NVIDIA driver ({driver_version() or 'version unknown'}), and torch {torch.__version__} "
+            f"{allocation.node_name}: there is an NVIDIA driver ({driver_version() or 'version unknown'}), and torch {torch.__version__} "
             f"(CUDA {torch.version.cuda}) cannot use it",
             "use an image whose CUDA fits the driver (afina image info), start it with --nv, or exclude this node",
             cause="node",
-            nodes=(_node_name(),),
+            nodes=(allocation.node_name,),
         )
-    if _allocated_gpus() and _node() == 0:
+    if _allocated_gpus(allocation) and _node(allocation) == 0:
         print(
             "afina: WARNING: GPUs were allocated, and this node has no NVIDIA driver: training on the CPU",
             file=sys.stderr,
@@ -136,43 +125,41 @@ def _devices() -> str:
     return "cpu"
 
 
-def _command(run: RunDir, geometry: Geometry, node: int, devices: str) -> list[str]:
-    cores = len(os.sched_getaffinity(0))
-    if _in_slurm():
-        # Where Slurm binds no cores, affinity shows the whole node.
-        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // geometry.processes_per_node)))
+def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: str, env: dict[str, str]) -> list[str]:
+    """The command that this process becomes; adds to its environment `env`."""
+    cores = allocation.cores() if allocation.in_job else len(os.sched_getaffinity(0))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // geometry.processes_per_node)))
     train = ["-m", "afina.worker", "train", str(run.path)]
-    if geometry.num_processes > 1 and devices == "cuda" and (slices := mig_slices(os.environ)):
+    if geometry.num_processes > 1 and devices == "cuda" and (slices := mig_slices(env)):
         # A process sees the first slice that is named to it and no other, and NCCL joins no slices. Read, not measured.
         raise EnvironmentProblem(
-            f"{_node_name()}: {geometry.num_processes} processes on slices of GPUs (MIG: {', '.join(slices)}), which cannot work together",
+            f"{allocation.node_name}: {geometry.num_processes} processes on slices of GPUs (MIG: {', '.join(slices)}), which cannot work together",
             "ask for one slice (resources.gpus_per_node: 1), or for whole GPUs (AFINA_GPU_REQUEST=gres:TYPE)",
         )
     if geometry.num_processes == 1:
         if devices == "cuda":
             # Plain Python that sees several GPUs would silently use nn.DataParallel.
-            os.environ["CUDA_VISIBLE_DEVICES"] = (visible(os.environ) or ("0",))[0]
+            env["CUDA_VISIBLE_DEVICES"] = (visible(env) or ("0",))[0]
         return [sys.executable, *train]
-    head, port = os.environ.get("AFINA_HEAD", ""), os.environ.get("AFINA_PORT", "")
-    if geometry.nodes > 1 and not head:
+    if geometry.nodes > 1 and allocation.head is None:
         raise EnvironmentProblem(
-            "AFINA_HEAD is not set: the other nodes cannot be told where to meet",
+            "AFINA_HEAD is not set: the other nodes do not know where to meet",
             "start multi-node runs through slurm/finetune.sbatch or afina submit",
         )
     if devices == "cpu":
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would warn about find_unused_parameters
-    # torchrun sends USR1 to its own death unless it is told to pass it on.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each rank would warn about find_unused_parameters
+    # torchrun dies of USR1 unless it is asked to pass it on.
+    env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
     # It kills its processes 30 seconds after the signal, which may be in the middle of a save.
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "300")
-    config = run.attempts / os.environ.get("AFINA_ATTEMPT", "local-1") / f"accelerate.node{node}.yaml"
+    env.setdefault("PET_SHUTDOWN_TIMEOUT", "300")
+    node = _node(allocation)
+    config = run.attempts / allocation.attempt / f"accelerate.node{node}.yaml"
     write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
     return accelerate_argv(
         geometry,
         node=node,
-        head=head or "127.0.0.1",
-        port=int(port or _free_port()),
+        head=allocation.head or "127.0.0.1",
+        port=allocation.port or _free_port(),
         config=config,
         python=sys.executable,
         command=train,
@@ -187,13 +174,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _facts(geometry: Geometry) -> dict[str, object]:
-    """What a reader of the run needs to know of the machine. No value of the environment but Slurm's own."""
-    slurm = {
-        k: v
-        for k, v in os.environ.items()
-        if k.startswith("SLURM_JOB") or k in ("SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT")
-    }
+def _facts(geometry: Geometry, allocation: Allocation) -> dict[str, object]:
+    """`env.json`: the machine, the versions and the allocation. No other value of the environment."""
     return {
         "afina": __version__,
         "started": time.time(),
@@ -206,7 +188,8 @@ def _facts(geometry: Geometry) -> dict[str, object]:
         "image": os.environ.get("AFINA_IMAGE"),
         "container": os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"),
         "geometry": geometry.model_dump(),
-        "slurm": slurm,
+        "slurm": dict(allocation.slurm),
+        "allocation": allocation.to_json(),
     }
 
 

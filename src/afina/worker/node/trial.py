@@ -27,6 +27,7 @@ from typing import Any
 
 from afina.errors import InputError
 from afina.recipe.schema import parse_recipe
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for
 from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
@@ -170,6 +171,6 @@ def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunD
     scripts = {name: sweep.path / name for name in SCRIPTS}
     about = record_of(search.run_record, plan, overrides)
     RunDir.claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
-        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
+    allocation = Allocation.from_env()
+    if allocation.array_job_id:
+        run.append("submissions.jsonl", {"job_id": allocation.job, "via": "sbatch"})

@@ -1,0 +1,124 @@
+"""Allocation: what Slurm really gave to this process, and where its node meets the others.
+
+The only place that reads Slurm's variables, and those that `slurm/job.sh` and the supervisor set. It is read once from the
+environment, written to the attempt's `env.json`, and handed on as a value. Not covered: the variables of torchrun (RANK, …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Allocation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The allocation of a process; without Slurm, this machine.
+
+    Attributes:
+        job_id: of this job; a task of an array has one of its own.
+        array_job_id, array_task_id: of an array's task.
+        restart: how many times Slurm has put the job back into the queue.
+        launched_by: `slurm` (job.sh, submitit) or `local` (`afina train`); None if a worker was started by hand.
+        attempt: the attempt's name, `<job>.<restart>` or `local-<n>`.
+        nodes: of this job step.
+        node: this node's number in the step. Read it in the task: in the batch script every node would be number 0.
+        node_name: as Slurm knows this node.
+        node_names: all nodes, in their order; empty without Slurm.
+        gpus: on this node; None if Slurm does not say.
+        cpus: cores of this task; None if Slurm does not say. Where Slurm binds no cores, affinity shows the whole node.
+        num_processes: asked for on this machine by `afina resume --num-processes`.
+        head, port: where the nodes meet.
+        deadline: when Slurm ends the job, in seconds since the epoch; None without a limit.
+        local_disk: the node's folder for temporary files.
+        stage: the folder to which model and data are copied first (`AFINA_STAGE`); None to read them where they are.
+        slurm: Slurm's own variables about the job, for the record.
+    """
+
+    job_id: str | None = None
+    array_job_id: str | None = None
+    array_task_id: str | None = None
+    restart: int = 0
+    launched_by: str | None = None
+    attempt: str = "local-1"
+    nodes: int = 1
+    node: int = 0
+    node_name: str = ""
+    node_names: tuple[str, ...] = ()
+    gpus: int | None = None
+    cpus: int | None = None
+    num_processes: int | None = None
+    head: str | None = None
+    port: int | None = None
+    deadline: float | None = None
+    local_disk: Path = Path("/tmp")
+    stage: Path | None = None
+    slurm: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Allocation:
+        """Read it from these variables, by default the process's own."""
+        env = os.environ if env is None else env
+        local_disk = Path(env.get("SLURM_TMPDIR") or env.get("TMPDIR") or "/tmp")
+        stage = env.get("AFINA_STAGE", "")
+        return cls(
+            job_id=env.get("SLURM_JOB_ID") or None,
+            array_job_id=env.get("SLURM_ARRAY_JOB_ID") or None,
+            array_task_id=env.get("SLURM_ARRAY_TASK_ID") or None,
+            restart=_number(env, "SLURM_RESTART_COUNT") or 0,
+            launched_by=env.get("AFINA_LAUNCH") or None,
+            attempt=env.get("AFINA_ATTEMPT") or "local-1",
+            nodes=_number(env, "SLURM_STEP_NUM_NODES") or _number(env, "SLURM_NNODES") or 1,
+            node=_number(env, "SLURM_NODEID") or 0,
+            node_name=env.get("SLURMD_NODENAME") or platform.node(),
+            node_names=tuple(env.get("AFINA_NODES", "").split()),
+            gpus=_number(env, "SLURM_GPUS_ON_NODE"),
+            cpus=_number(env, "SLURM_CPUS_PER_TASK"),
+            num_processes=_number(env, "AFINA_PROCESSES"),
+            head=env.get("AFINA_HEAD") or None,
+            port=_number(env, "AFINA_PORT"),
+            deadline=float(env.get("AFINA_DEADLINE") or 0) or None,
+            local_disk=local_disk,
+            stage=None if stage in ("", "0") else local_disk if stage == "1" else Path(stage),
+            slurm={
+                name: value
+                for name, value in env.items()
+                if name.startswith("SLURM_JOB") or name in ("SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT")
+            },
+        )
+
+    @property
+    def in_job(self) -> bool:
+        """Launched by a batch job: Slurm's numbers are the run's. `afina train` inside an allocation is not."""
+        return self.launched_by == "slurm" and self.job_id is not None
+
+    @property
+    def job(self) -> str | None:
+        """The job as its submission names it: `123`, or `123_4` for a task of an array."""
+        return f"{self.array_job_id}_{self.array_task_id or ''}" if self.array_job_id else self.job_id
+
+    @property
+    def attempt_of_job(self) -> str:
+        """The name that `slurm/job.sh` gives to the attempt."""
+        return f"{self.job or 'local'}.{self.restart}"
+
+    def cores(self) -> int:
+        """Cores that this process may use."""
+        bound = len(os.sched_getaffinity(0))
+        return min(bound, self.cpus or bound)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values for `env.json`, without those that are not known."""
+        known = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, ()) and k != "slurm"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in known.items()}
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name, "")
+    return int(value) if value.isdigit() else None
