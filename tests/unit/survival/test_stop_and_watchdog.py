@@ -18,7 +18,7 @@ from afina.errors import EnvironmentProblem
 from afina.run.directory import RunDir
 from afina.worker.survival import preflight
 from afina.worker.survival.snapshot import copied, random_state, set_random_state
-from afina.worker.survival.watch import CAUSES, StepTimes, lead
+from afina.worker.survival.stop import CAUSES, StepTimes, lead
 
 STOP = """
 import os, signal, sys

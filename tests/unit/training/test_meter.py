@@ -263,7 +263,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(200)
 def test_a_run_says_where_its_time_went(place: Path) -> None:
-    run = _run(place, "paced", "afina.worker.training.pace:FIRST_S, EVERY_S = 0.1, 0.3", epochs=12)
+    run = _run(place, "paced", "afina.worker.training.live_progress:FIRST_S, EVERY_S = 0.1, 0.3", epochs=12)
     outcome = json.loads((run / "outcome.json").read_text())
     used = outcome["utilisation"]
     assert used["real_token_share"] == 1.0

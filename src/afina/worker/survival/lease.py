@@ -22,7 +22,7 @@ from typing import Any
 from afina.errors import ClaimedError
 from afina.processes import started
 from afina.run.directory import RunDir
-from afina.worker.survival.watch import Watchdog
+from afina.worker.survival.stop import Watchdog
 
 __all__ = ["Lease"]
 

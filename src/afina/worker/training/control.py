@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from afina.errors import ClaimedError, TrainingError
 from afina.worker.compute.batches import epoch_steps
-from afina.worker.survival.watch import CAUSES, lead
+from afina.worker.survival.stop import CAUSES, lead
 
 if TYPE_CHECKING:
     from afina.worker.training.trainer import RunTrainer

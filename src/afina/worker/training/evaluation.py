@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from afina.worker.model.tasks import decisions, per_example_loss
 from afina.worker.startup import uncollected
-from afina.worker.survival.watch import CAUSES
+from afina.worker.survival.stop import CAUSES
 from afina.worker.training.control import agree, stop_cause
 
 if TYPE_CHECKING:

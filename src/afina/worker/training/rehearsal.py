@@ -33,7 +33,7 @@ from afina.worker.data import prepared as store
 from afina.worker.data.prepared import Split
 from afina.worker.model.pretrained import verify_model
 from afina.worker.survival.lease import Lease
-from afina.worker.survival.watch import StopRequest
+from afina.worker.survival.stop import StopRequest
 from afina.worker.training.build import build_arguments, build_model
 from afina.worker.training.trainer import RunTrainer
 

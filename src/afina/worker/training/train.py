@@ -24,7 +24,7 @@ from afina.run.plan import Geometry, Plan, geometry_for
 from afina.worker.data import stage_in
 from afina.worker.startup import uncollected, without
 from afina.worker.survival.lease import Lease
-from afina.worker.survival.watch import StopRequest
+from afina.worker.survival.stop import StopRequest
 from afina.worker.training.log import introduce, say, table, utilisation
 from afina.worker.training.log_marks import mark_lines
 

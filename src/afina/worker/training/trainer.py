@@ -53,11 +53,11 @@ from afina.worker.survival.snapshot import (
     read_progress,
     set_random_state,
 )
-from afina.worker.survival.watch import StepTimes, StopRequest, Watchdog
+from afina.worker.survival.stop import StepTimes, StopRequest, Watchdog
 from afina.worker.training.control import Flow, agree, truncate
 from afina.worker.training.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
 from afina.worker.training.meter import Meter, Work, launched, peak_memory_bytes
-from afina.worker.training.pace import Pace
+from afina.worker.training.live_progress import Pace
 
 __all__ = ["RunTrainer"]
 
