@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["BEAT_S", "PATIENCE_S", "Beat", "Process", "started", "turn"]
+__all__ = ["BEAT_S", "PATIENCE_S", "Beat", "Process", "boot_id", "started", "turn"]
 
 BEAT_S = 5.0
 #: More than an NFS client keeps a file's time to itself (60 s), and many beats.
@@ -203,6 +203,11 @@ def _space() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+def boot_id() -> str:
+    """Linux's identifier of this machine's current boot: the same in every container on it, another after a restart."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def started(pid: int) -> int | None:

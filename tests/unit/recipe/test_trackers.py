@@ -189,7 +189,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(
     assert [logs["loss"] for _, logs in inner.told] == [12]
     said = capfd.readouterr()
     assert (
-        said.err == "afina: WARNING: tensorboard records no more: RuntimeError: the service died\n" and said.out == ""
+        said.err == "afina: WARNING: tensorboard is switched off: RuntimeError: the service died\n" and said.out == ""
     )
 
 

@@ -51,7 +51,7 @@ def ended(name: str, kind: Any, **fields: Any) -> Outcome:
         (ended("1.0", "failed", cause="killed", error="killed"), 0, 10, "requeue"),
         (ended("1.0", "failed", cause="killed", error="killed"), 10, 10, "requeue"),
         (ended("1.0", "failed", cause="killed", error="killed"), None, 0, "requeue"),
-        (ended("1.0", "failed", cause="stall", error="nothing has moved"), 0, 0, "requeue"),
+        (ended("1.0", "failed", cause="stall", error="no progress"), 0, 0, "requeue"),
         (ended("1.0", "failed", cause="loss", error="not finite"), 0, 10, "end"),
         (ended("1.0", "failed", cause="disk", error="full", exit_code=3), 0, 10, "end"),
         (ended("1.0", "failed", cause="claimed", error="running", exit_code=2), None, 0, "end"),

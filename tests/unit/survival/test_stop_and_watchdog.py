@@ -17,17 +17,17 @@ from tests.unit.conftest import private_mounts
 from afina.errors import EnvironmentProblem
 from afina.run.directory import RunDir
 from afina.worker.survival import preflight
-from afina.worker.survival.snapshot import copied, random_state, set_random_state
-from afina.worker.survival.stop import CAUSES, StepTimes, lead
+from afina.worker.survival.snapshot import copy_to_host, random_state, set_random_state
+from afina.worker.survival.stop import CAUSES, StepTimes, stop_lead_s
 
 STOP = """
 import os, signal, sys
 from afina.run.directory import RunDir
-from afina.worker.survival.watch import StopRequest
+from afina.worker.survival.stop import StopRequest
 stop = StopRequest(RunDir(sys.argv[1]))
 for name in sys.argv[2:]:
     os.kill(os.getpid(), getattr(signal, name))
-print(stop(look=True, lead_s=30), stop(look=False))
+print(stop.check(lead_s=30), stop.signalled())
 """
 
 
@@ -70,17 +70,17 @@ def test_signals_and_the_deadline(run: RunDir) -> None:
 def test_the_lead_grows_with_saves_and_steps() -> None:
     times = StepTimes()
     assert times.usual is None
-    assert lead(times, 0.0, 500_000_000) == pytest.approx(15 + 20), "before the first save: from the bytes"
-    assert lead(times, 2.0, 500_000_000) == pytest.approx(15 + 4)
+    assert stop_lead_s(times, 0.0, 500_000_000) == pytest.approx(15 + 20), "before the first save: from the bytes"
+    assert stop_lead_s(times, 2.0, 500_000_000) == pytest.approx(15 + 4)
     times.last.extend([1.0, 1.0, 9.0, 1.0, 1.0])
     assert times.usual == 1.0
-    assert lead(times, 2.0, 0) == pytest.approx(15 + 4 + 27)
+    assert stop_lead_s(times, 2.0, 0) == pytest.approx(15 + 4 + 27)
 
 
 BITE = """
 import sys, time
 from afina.run.directory import RunDir
-from afina.worker.survival.watch import Watchdog
+from afina.worker.survival.watchdog import Watchdog
 dog = Watchdog(RunDir(sys.argv[1]), "1.0", 3, float(sys.argv[2]) / 60, lambda: None)
 dog.start()
 def where_it_hangs():
@@ -118,7 +118,7 @@ def test_a_process_that_was_halted_itself_is_spared(run: RunDir) -> None:
 def test_a_copy_stays_as_it_was_and_shares_what_was_shared() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     value = {"a": weight, "tied": weight, "part": weight[0], "n": [1, (weight, "x")], "none": None}
-    copy = copied(value)
+    copy = copy_to_host(value)
     assert copy["a"] is copy["tied"] is copy["n"][1][0]
     weight.zero_()
     assert copy["a"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] and copy["part"].tolist() == [0.0, 1.0, 2.0]

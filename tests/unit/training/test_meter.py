@@ -113,7 +113,7 @@ def test_the_parts_add_up_and_go_on_in_the_next_attempt() -> None:
     time.sleep(0.05)
     with first.within("evaluation"):
         time.sleep(0.02)
-    first.did(8, 100, 1e6)
+    first.count_step(8, 100, 1e6)
     first.computed = first.real = 100
     first.enter("saving")
     said = first.summary(1)
@@ -127,11 +127,11 @@ def test_the_parts_add_up_and_go_on_in_the_next_attempt() -> None:
 
     state = json.loads(json.dumps(first.state()))
     second = Meter(launched_s=1.0)
-    second.take_over(state)
+    second.restore(state)
     second.peak = Peak(3e9, "faster")
     second.enter("forward_backward")
     time.sleep(0.03)
-    second.did(8, 100, 1e6)
+    second.count_step(8, 100, 1e6)
     second.enter("saving")
     said, mine = second.summary(2), second.training_s - trained
     assert said["mfu"] == pytest.approx(6e6 / (1e9 * trained + 3e9 * mine), rel=1e-3)
@@ -184,7 +184,7 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
     assert {k: v for k, v in whole.items() if k != "loss"} == reference
     blocks = evaluation.blocks
     monkeypatch.setattr(evaluation, "_IN_MEMORY", 0)
-    mapped = evaluation._room(logits.shape, tmp_path / "trainer")
+    mapped = evaluation._allocate(logits.shape, tmp_path / "trainer")
     assert isinstance(mapped, np.memmap) and list((tmp_path / "trainer").iterdir()) == []
     mapped[:] = logits
     for size in (1, 7, 1000):

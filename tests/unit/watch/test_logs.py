@@ -21,7 +21,7 @@ from afina.errors import InputError
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.watch.logs import Choice, follow, log_lines
-from afina.worker.training.log_marks import mark_lines
+from afina.worker.training.log import mark_lines
 
 
 @pytest.fixture

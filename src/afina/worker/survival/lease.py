@@ -1,28 +1,27 @@
-"""One attempt at a time works in a run directory: the lease says which, and that it is alive.
+"""Lease: one attempt at a time works in a run directory, and the file `lease.json` shows which one, and that it is alive.
 
-Locks of shared file systems cannot be relied on (some are local to a node, some are refused). The lease is a file that
-rank 0 of the attempt replaces every few seconds. Who finds a lease asks whether its holder lives: on the same machine by
-its process, from elsewhere by watching the file. A requeued job takes the lease of its own earlier start at once. Who finds
-his lease in other hands has been given up for dead (a node that lost the network, say) and must not write any more.
+Locks of shared file systems are unreliable (some are local to a node, some are refused). Rank 0 of the attempt replaces the
+file every few seconds instead. A new attempt checks whether the holder lives: on the same machine by its process, from
+elsewhere by watching the file. A requeued job takes the lease of its own earlier start at once. An attempt that finds its
+lease taken was presumed dead (its node lost the network, say) and must not write any more.
 
-The host looks at it too: a process that was halted (SIGSTOP) cannot notice that itself. `patience_s` says how long to wait.
+The host checks it too, because a halted process (SIGSTOP) cannot notice that itself: `patience_s` is how long it waits.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from afina.errors import ClaimedError
-from afina.processes import started
+from afina.processes import Process, boot_id
 from afina.run.directory import RunDir
-from afina.worker.survival.stop import Watchdog
+from afina.worker.survival.watchdog import Watchdog
 
 __all__ = ["Lease"]
 
@@ -32,7 +31,7 @@ DEAD_S = 45.0
 
 
 class Lease:
-    """Held from `take` until the process ends; a clean end gives it back with `release`.
+    """Held from `take` until the process ends; a clean end returns it with `release`.
 
     Attributes:
         lost: another attempt has taken it.
@@ -55,48 +54,67 @@ class Lease:
             ClaimedError: it lives.
         """
         holder = self._read()
-        if holder is not None and not self._is_over(holder):
-            if not _here(holder):
-                print(
-                    f"afina: attempt {holder['attempt']} on {holder['host']} may still be running; looking for {wait_s:.0f} s",
-                    flush=True,
-                )
-                ends = time.monotonic() + wait_s
-                while time.monotonic() < ends and self._read() == holder:
-                    time.sleep(1.0)
-            if _here(holder) or self._read() not in (holder, None):
-                raise ClaimedError(
-                    f"{self.path.parent}: attempt {holder['attempt']} is running in this directory (process {holder['pid']} on {holder['host']})",
-                    "wait for it, or stop it: touch the file `stop` in the run directory, or `scancel` its job",
-                    cause="claimed",
-                )
+        if holder is not None:
+            self._check_dead(holder, wait_s)
         self._write()
         time.sleep(0.05)
-        if not self._mine():
+        if not self._is_mine():
             raise ClaimedError(
-                f"{self.path.parent}: another attempt began at the same moment", "let one of them run", cause="claimed"
+                f"{self.path.parent}: another attempt started at the same moment",
+                "let one of them run",
+                cause="claimed",
             )
         threading.Thread(target=self._keep, name="afina-lease", daemon=True).start()
 
     def expect(self, patience: Callable[[], float]) -> None:
-        """Let the host wait as long as `patience` says from now on."""
+        """Let the host wait `patience()` seconds for a beat from now on."""
         self.patience = patience
         self._write()
 
     def release(self) -> None:
         self._over.set()
-        if self._mine():
+        if self._is_mine():
             self.path.unlink(missing_ok=True)
+
+    def _check_dead(self, holder: dict[str, Any], wait_s: float) -> None:
+        dead = self._is_dead(holder)
+        if dead is None:
+            print(
+                f"afina: attempt {holder['attempt']} on {holder['host']} may still be running; watching it for {wait_s:.0f} s",
+                flush=True,
+            )
+            ends = time.monotonic() + wait_s
+            while time.monotonic() < ends and self._read() == holder:
+                time.sleep(1.0)
+            dead = self._read() in (holder, None)
+        if not dead:
+            raise ClaimedError(
+                f"{self.path.parent}: attempt {holder['attempt']} is running in this directory (process {holder['pid']} on {holder['host']})",
+                "wait for it, or stop it: touch the file `stop` in the run directory, or `scancel` its job",
+                cause="claimed",
+            )
+
+    def _is_dead(self, holder: dict[str, Any]) -> bool | None:
+        """Whether the holder has ended: an earlier start of this job, or a dead process. None: not visible from here."""
+        job = self.attempt.rpartition(".")[0]
+        if job and holder["attempt"].rpartition(".")[0] == job and holder["attempt"] != self.attempt:
+            return True
+        if holder["boot"] != boot_id():
+            return None
+        here = Process.here()
+        # Leases of afina 0.1 name no namespace.
+        process = Process(holder["host"], holder.get("space", here.space), holder["pid"], holder["started"] or 0)
+        return process.is_dead()
 
     def _keep(self) -> None:
         while not self._over.wait(BEAT_S):
             try:
-                if not self._mine():
+                if not self._is_mine():
                     self.lost = True
                     return
                 self._write()
             except OSError:
-                continue  # a full disk or a server that is away: the next beat may come through
+                continue  # a full disk or an unreachable server: the next beat may succeed
 
     def _write(self) -> None:
         with self._writing:
@@ -113,25 +131,10 @@ class Lease:
             return None
         return value if isinstance(value, dict) else None
 
-    def _mine(self) -> bool:
-        held = self._read()
-        return held is None or {"attempt": self.attempt, **_self()}.items() <= held.items()
-
-    def _is_over(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder is known to have ended: an earlier start of this job, or a process of this machine that is gone."""
-        job = self.attempt.rpartition(".")[0]
-        if job and holder["attempt"].rpartition(".")[0] == job and holder["attempt"] != self.attempt:
-            return True
-        return _here(holder) and started(holder["pid"]) != holder["started"]
+    def _is_mine(self) -> bool:
+        holder = self._read()
+        return holder is None or {"attempt": self.attempt, **_self()}.items() <= holder.items()
 
 
 def _self() -> dict[str, Any]:
-    return {"host": platform.node(), "boot": _boot(), "pid": os.getpid(), "started": started(os.getpid())}
-
-
-def _here(holder: dict[str, Any]) -> bool:
-    return bool(holder["boot"] == _boot())
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {"boot": boot_id(), **asdict(Process.here())}

@@ -1,16 +1,16 @@
-"""What a checkpoint holds: the whole state of a training at the end of one step.
+"""Snapshot: the whole state of a training at the end of one step, and the thread that writes it as a checkpoint.
 
-Rank 0 copies model, optimizer, schedule and scaler into memory of its own and collects what only the other ranks know:
-that is the moment the training stands still for. A thread of rank 0 then writes and commits the copy while the
-training goes on. One process writes everything, so that no rank waits for another's disk.
+Rank 0 copies model, optimizer, schedule and scaler to host memory and collects the state of the other ranks; the training
+stands still for that only. A thread of rank 0 then writes and commits the copy while the training continues. One process
+writes everything, so that no rank waits for another's disk.
 
     model.safetensors  config.json      the weights
     optimizer.pt  scheduler.pt          as Trainer reads them; scaler.pt with float16
-    ranks.pt                            of every rank: random numbers, the loss since the last log line
+    ranks.pt                            of every rank: random state, the loss since the last log line
     trainer_state.json  progress.json   step, best metric; training time, the length of the log
 
-Everything is loaded with `weights_only`: no pickle is executed. The copy costs as much host memory as model and
-optimizer. GPU states go the same way; that was not measured.
+Everything is loaded with `weights_only`: no pickle is executed. The copy takes as much host memory as model and
+optimizer. Not measured: GPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ from afina.errors import EnvironmentProblem
 from afina.worker.compute import dropout
 from afina.worker.survival import checkpoint as checkpoints
 
-__all__ = ["PROGRESS", "RANKS", "Saver", "Snapshot", "copied", "random_state", "read_progress", "set_random_state"]
+__all__ = [
+    "PROGRESS",
+    "RANKS",
+    "Saver",
+    "Snapshot",
+    "copy_to_host",
+    "random_state",
+    "read_progress",
+    "read_ranks",
+    "set_random_state",
+]
 
 PROGRESS = "progress.json"
 RANKS = "ranks.pt"
@@ -41,18 +51,18 @@ RANKS = "ranks.pt"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state at the end of `step`, in memory of its own: what happens to the training later does not change it.
+    """A copy of the state at the end of `step`; later training steps do not change it.
 
     Attributes:
-        model: writes weights and configuration; called with the staging folder and the copied weights.
+        write_model: writes weights and configuration; called with the staging folder and the copied weights.
         tensors: file name -> what `torch.save` writes.
         texts: file name -> JSON.
         about: goes into the manifest.
-        protected: the step of the best evaluation, which rotation leaves alone.
+        protected: the step of the best evaluation, which rotation keeps.
     """
 
     step: int
-    model: Callable[[Path, dict[str, torch.Tensor]], None]
+    write_model: Callable[[Path, dict[str, torch.Tensor]], None]
     weights: dict[str, torch.Tensor]
     tensors: Mapping[str, Any]
     texts: Mapping[str, str]
@@ -61,17 +71,17 @@ class Snapshot:
 
 
 class Saver:
-    """Writes snapshots in a thread, one after the other; `begin` waits for the one before.
+    """Writes snapshots in a thread, one after the other; `begin` waits for the previous one.
 
     Attributes:
-        seconds: the longest that writing one has taken, 0.0 before the first.
-        began: when the last one began, in seconds of `time.monotonic`; at first: when this was made.
+        seconds: the longest write so far, 0.0 before the first.
+        began: start of the last write, in seconds of `time.monotonic`; before the first, the creation of this object.
     """
 
     def __init__(self, folder: Path, keep: int, log: Path, record: Callable[..., None]) -> None:
         """Args:
-        keep: how many checkpoints stay.
-        log: the metrics log; it reaches the disk before the checkpoint that counts on its lines.
+        keep: how many checkpoints to keep.
+        log: the metrics log; it is flushed to disk before the checkpoint that refers to its lines.
         record: called in the thread after each commit with step, seconds, stall_s and bytes.
         """
         self.folder, self.keep, self.log, self.record = folder, keep, log, record
@@ -81,13 +91,13 @@ class Saver:
         self._error: BaseException | None = None
 
     def begin(self, snapshot: Snapshot, stalled_s: float) -> None:
-        """Write `snapshot` beside the training.
+        """Write `snapshot` in the background.
 
         Args:
             stalled_s: seconds that the training stood still for it.
 
         Raises:
-            EnvironmentProblem: the one before could not be written.
+            EnvironmentProblem: the previous one could not be written.
         """
         self.finish()
         self.began = time.monotonic()
@@ -95,17 +105,17 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until nothing is being written.
+        """Wait for the write that is under way.
 
         Raises:
-            EnvironmentProblem: it could not be written; checkpoints that were there are untouched.
+            EnvironmentProblem: it failed; existing checkpoints are untouched.
         """
         if self._thread is not None:
             self._thread.join()
         self.check()
 
     def check(self) -> None:
-        """As `finish`, without waiting: raises what has gone wrong up to now."""
+        """Raise the error of a failed write, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -114,7 +124,7 @@ class Saver:
         staging: Path | None = None
         try:
             staging = checkpoints.stage(self.folder, snapshot.step)
-            snapshot.model(staging, snapshot.weights)
+            snapshot.write_model(staging, snapshot.weights)
             for name, value in snapshot.tensors.items():
                 torch.save(value, staging / name)
             for name, text in snapshot.texts.items():
@@ -129,25 +139,25 @@ class Saver:
             self.record(step=snapshot.step, seconds=round(taken, 3), stall_s=round(stalled_s, 3), bytes=size)
         except BaseException as error:
             if staging is not None:
-                shutil.rmtree(staging, ignore_errors=True)  # its space is what is missing
+                shutil.rmtree(staging, ignore_errors=True)  # frees the space that was missing
             self._error = _explained(error, self.folder)
 
 
 def _explained(error: BaseException, folder: Path) -> BaseException:
     # torch and safetensors wrap the system's error in one of their own.
-    said = str(error)
+    text = str(error).lower()
     for number, words in ((28, "No space left"), (122, "quota exceeded"), (5, "Input/output error")):
-        if getattr(error, "errno", None) == number or words.lower() in said.lower():
+        if getattr(error, "errno", None) == number or words.lower() in text:
             return EnvironmentProblem(
                 f"{folder}: a checkpoint cannot be written: {words}",
-                "free space or quota there (`df`, `quota`), then `afina resume`: the checkpoint before is untouched",
+                "free space or quota there (`df`, `quota`), then `afina resume`: the previous checkpoint is untouched",
                 cause="disk",
             )
     return error
 
 
-def copied(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
-    """`value` with every tensor in it copied to host memory; tensors that share their memory share it in the copy."""
+def copy_to_host(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
+    """A copy of `value` with every tensor in host memory; tensors that share memory share it in the copy."""
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device) if value.numel() else id(value)
@@ -155,17 +165,14 @@ def copied(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
             seen[key] = value.detach().to("cpu", copy=True)
         return seen[key]
     if isinstance(value, Mapping):
-        return {k: copied(v, seen) for k, v in value.items()}
+        return {k: copy_to_host(v, seen) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(copied(v, seen) for v in value)
+        return type(value)(copy_to_host(v, seen) for v in value)
     return value
 
 
 def random_state() -> dict[str, Any]:
-    """Random states of this process: Python, NumPy, torch on the CPU, the fast dropout, and the GPU in use.
-
-    Plain values and tensors only.
-    """
+    """Random states of this process: Python, NumPy, torch on the CPU, the fast dropout, and the GPU in use; plain values and tensors."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -186,7 +193,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Take over what `random_state` gave."""
+    """Restore the result of `random_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -200,4 +207,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 def read_progress(folder: Path) -> dict[str, Any]:
     value = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
     assert isinstance(value, dict)
+    return value
+
+
+def read_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What each rank added to the checkpoint: `random` (see `random_state`), `loss` and `logged`."""
+    value = torch.load(folder / RANKS, weights_only=True)
+    assert isinstance(value, list)
     return value

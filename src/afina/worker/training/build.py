@@ -1,46 +1,75 @@
-"""What Transformers is given for a plan: its arguments, and the pretrained model with a head for the task."""
+"""Build an attempt from plan and data: TrainingArguments, the model with a head for the task, and data loaders."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
+import transformers
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from afina.errors import InputError
 from afina.recipe.metrics import lower_is_better
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
-from afina.worker.compute import packed_model, precision
+from afina.worker.compute import allocator, dropout, packed_model, precision
+from afina.worker.compute.batches import (
+    TOKENS_PER_ROW,
+    Batching,
+    Collator,
+    EvalBatches,
+    PackedCollator,
+    Rows,
+    StepBatches,
+)
+from afina.worker.compute.flops import forward_flops
+from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
+from afina.worker.startup import uncollected
+from afina.worker.survival.lease import Lease
+from afina.worker.survival.preflight import state_bytes
+from afina.worker.survival.stop import StopRequest
+from afina.worker.training.attempt import Attempt, TrainingData
+from afina.worker.training.log import say
 
-__all__ = ["build_arguments", "build_model"]
+__all__ = [
+    "build_arguments",
+    "build_attempt",
+    "build_model",
+    "collator",
+    "eval_batch_size",
+    "eval_batches",
+    "eval_loader",
+    "train_loader",
+]
 
 
 def build_arguments(
-    plan: Plan, geometry: Geometry, run: RunDir, best: str, task: str, choice: precision.PrecisionChoice
+    plan: Plan, geometry: Geometry, run: RunDir, data: TrainingData, choice: precision.PrecisionChoice
 ) -> TrainingArguments:
-    """TrainingArguments of the plan. Where no GPU can be used the CPU is taken, with gloo between processes."""
-    train = plan.recipe.train
+    """TrainingArguments of the plan. Without a usable GPU they select the CPU, with gloo between processes."""
+    train, best = plan.recipe.train, data.best_metric
     cpu = not torch.cuda.is_available()
     return TrainingArguments(
         **{
-            # What the recipe may overrule.
+            # Defaults that the recipe's `train.arguments` may override.
             "lr_scheduler_type": "linear",
             "dataloader_pin_memory": not cpu,
             "logging_first_step": False,
             **precision.training_arguments(choice),
             **train.arguments,
-            # What the recipe's own keys, or afina, decide.
+            # Set by the recipe's own keys, or by afina.
             "output_dir": str(run.path / "trainer"),
             "per_device_train_batch_size": geometry.batch_per_device,
-            "per_device_eval_batch_size": _eval_batch(plan, geometry),
+            "per_device_eval_batch_size": eval_batch_size(plan, geometry),
             "gradient_accumulation_steps": geometry.accumulation,
             "num_train_epochs": train.num_epochs,
             "max_steps": train.max_steps or -1,
             "learning_rate": train.learning_rate,
             "seed": train.seed,
-            # The flow is decided by `afina.worker.training.control`; these only have to be consistent with each other.
+            # `StepControl` decides when to log, evaluate and save; these only have to be consistent with each other.
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "logging_strategy": "steps",
@@ -59,12 +88,13 @@ def build_arguments(
     )
 
 
-def _eval_batch(plan: Plan, geometry: Geometry) -> int:
+def eval_batch_size(plan: Plan, geometry: Geometry) -> int:
+    """Rows of a batch of an evaluation on one device."""
     return plan.recipe.train.eval_batch_size or max(32, geometry.batch_per_device)
 
 
 def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, num_labels: int) -> Any:
-    """The pretrained model with a head for the task, in float32, the label names in its config.
+    """The pretrained model with a head for the task, in float32, with the label names in its config.
 
     Raises:
         InputError: a stored weight is not finite.
@@ -88,3 +118,97 @@ def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, nu
                 "take the model from before it broke, or download it again",
             )
     return model
+
+
+def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: int) -> tuple[Batching, list[str]]:
+    """Adapt model and process to the recipe's batching and dropout; returns the batching that the model can take, and notes for the log."""
+    if arguments.device.type == "cpu":
+        allocator.tune_malloc()
+    dropout.seed(plan.recipe.train.seed, arguments.process_index)
+    batching, notes = packed_model.configure(model, plan.recipe, arguments)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
+    return batching, notes
+
+
+def build_attempt(
+    run: RunDir, name: str, geometry: Geometry, data: TrainingData, stop: StopRequest, lease: Lease
+) -> tuple[Attempt, Any, TrainingArguments]:
+    """The attempt, its model and its arguments. With several processes this forms the process group.
+
+    Args:
+        name: of the attempt.
+        geometry: of the processes that really run.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    plan = run.plan()
+    choice = precision.choose_for_run(run, plan.recipe.train)
+    arguments = build_arguments(plan, geometry, run, data, choice)
+    transformers.set_seed(plan.recipe.train.seed)
+    with uncollected():
+        model = build_model(plan, data.model_folder, data.task, data.labels, data.num_labels)
+    gc.freeze()  # what has been imported and built stays: later collections skip it
+    batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
+    if arguments.process_index == 0:
+        say(*notes)
+    parameters = model.num_parameters(exclude_embeddings=True)
+    attempt = Attempt(
+        run=run,
+        name=name,
+        rank=arguments.process_index,
+        plan=plan,
+        geometry=geometry,
+        device=arguments.device,
+        data=data,
+        precision=choice,
+        batching=batching,
+        forward_flops=forward_flops(model.config, data.splits["train"].lengths, parameters),
+        checkpoint_bytes=state_bytes(model),
+        stop=stop,
+        lease=lease,
+    )
+    return attempt, model, arguments
+
+
+def collator(attempt: Attempt, model: Any, split: Split) -> Collator | PackedCollator:
+    """Makes batches of `split` for `model`."""
+    pad = attempt.data.pad_token_id
+    if attempt.batching == "packed":
+        config = model.config
+        offset = packed_model.PROVEN[config.model_type].offset
+        if offset:
+            pad = model.base_model.embeddings.padding_idx
+        return PackedCollator(split, pad, config.num_attention_heads, offset, attempt.device.type)
+    return Collator(split, pad, attempt.plan.recipe.tokens.max_length if attempt.batching == "padded" else None)
+
+
+def train_loader(
+    attempt: Attempt, model: Any, *, batches: StepBatches | None = None, pin_memory: bool = False
+) -> DataLoader[Any]:
+    """The micro-batches of this rank; `batches` replaces those of the whole epoch."""
+    split = attempt.data.splits["train"]
+    batches = batches or StepBatches(
+        split.lengths,
+        attempt.geometry,
+        attempt.rank,
+        attempt.plan.recipe.train.seed,
+        attempt.batching,
+        getattr(model.config, "hidden_size", 768),
+    )
+    collate = collator(attempt, model, split)
+    return DataLoader(Rows(split), batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
+
+
+def eval_batches(attempt: Attempt, split: Split, size: int) -> EvalBatches:
+    """This rank's batches of an evaluation of `split`; `size` is `per_device_eval_batch_size`."""
+    max_tokens = size * TOKENS_PER_ROW if attempt.batching == "packed" else None
+    return EvalBatches(split.lengths, size, attempt.rank, attempt.geometry.num_processes, max_tokens)
+
+
+def eval_loader(attempt: Attempt, model: Any, split: Split, size: int) -> DataLoader[Any]:
+    """Pairs of row numbers and their batch."""
+    collate = collator(attempt, model, split)
+    return DataLoader(
+        Rows(split), batch_sampler=eval_batches(attempt, split, size), collate_fn=lambda rows: (rows, collate(rows))
+    )

@@ -1,4 +1,4 @@
-"""When to log, evaluate, save and stop: the callback that stands in for Trainer's own flow.
+"""Step control: when to log, evaluate, save and stop, in place of Trainer's own flow.
 
 At the end of each step the ranks agree, by one all-reduce of three numbers, whether to stop, whether to save because the last
 checkpoint is old, and whether the loss of any of them is not finite.
@@ -9,154 +9,133 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
 from afina.errors import ClaimedError, TrainingError
-from afina.worker.compute.batches import epoch_steps
-from afina.worker.survival.stop import CAUSES, lead
+from afina.worker.survival.stop import CAUSES
+from afina.worker.training import ranks
+from afina.worker.training.attempt import Attempt
 
-if TYPE_CHECKING:
-    from afina.worker.training.trainer import RunTrainer
-
-__all__ = ["Flow", "agree", "stop_cause", "truncate"]
+__all__ = ["StepControl", "truncate"]
 
 
-class Flow(TrainerCallback):  # type: ignore[misc]
-    """When to log, evaluate, save and stop. Stands in for Trainer's DefaultFlowCallback."""
+class StepControl(TrainerCallback):  # type: ignore[misc]
+    """Decides when to log, evaluate, save and stop. Replaces Trainer's DefaultFlowCallback."""
 
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
-        self.train = trainer.plan.recipe.train
+    def __init__(self, attempt: Attempt, resume: Callable[[Path], None], loss: Callable[[], torch.Tensor]) -> None:
+        """Args:
+        resume: restores from a checkpoint what Trainer does not.
+        loss: the sum of this rank's losses since the last log line.
+        """
+        self.attempt, self.resume, self.loss = attempt, resume, loss
+        self.train = attempt.plan.recipe.train
+        self.first_step = 1
         self.learning_rate = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        trainer.began_at = state.global_step
-        if trainer.rank == 0:
-            trainer.run.event("training", attempt=trainer.attempt, step=state.global_step, max_steps=state.max_steps)
-        if state.global_step:
-            trainer.resumed_from(trainer.run.checkpoints / f"step-{state.global_step}")
-        elif trainer.rank:
+        attempt, done = self.attempt, state.global_step
+        self.first_step = done + 1
+        if attempt.rank == 0:
+            attempt.event("training", step=done, max_steps=state.max_steps)
+        if done:
+            self.resume(attempt.run.checkpoints / f"step-{done}")
+        elif attempt.rank:
             # Trainer gives every rank the same seed, and so the same dropout masks on different rows.
-            torch.manual_seed(args.seed + trainer.rank)
-        elif trainer.run.metrics_file.exists():
-            truncate(trainer.run.metrics_file, 0)
+            torch.manual_seed(args.seed + attempt.rank)
+        elif attempt.run.metrics_file.exists():
+            truncate(attempt.run.metrics_file, 0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.times.begin()
+        self.attempt.times.begin()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.learning_rate = float(self.trainer._get_learning_rate())
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.learning_rate = float(named["optimizer"].param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, step = self.trainer, state.global_step
-        trainer.times.end()
-        trainer.watchdog.beat(f"step {step}")
+        attempt, step, train = self.attempt, state.global_step, self.train
+        attempt.times.end()
+        attempt.watchdog.beat(f"step {step}")
         if args.device.type == "cpu":
-            trainer.meter.enter("other")
-        if trainer.rank == 0:
-            trainer.meter.did(*trainer.work(step))
-            trainer.saver.check()
-            if trainer.lease.lost:
-                raise ClaimedError(
-                    f"{trainer.run.path}: another attempt has taken over this run; this one was silent for too long",
-                    "nothing to do: look at the other attempt",
-                    cause="claimed",
-                )
-            if step == trainer.began_at + 1:
-                trainer.run.event("first_step", attempt=trainer.attempt, step=step)
-        cause, save_due, broken = agree(
-            trainer,
-            stop_cause(trainer),
-            int(trainer.rank == 0 and _is_old(trainer, self.train.save_minutes)),
-            int(not torch.isfinite(trainer._tr_loss)),
+            attempt.meter.enter("other")
+        if attempt.rank == 0:
+            self._on_rank_zero(step)
+        cause, save_due, broken = ranks.maximum(
+            attempt.device,
+            attempt.stop_cause(),
+            int(attempt.rank == 0 and self._checkpoint_is_old()),
+            int(not torch.isfinite(self.loss())),
         )
-        trainer.meter.enter("other")  # on a GPU only now: the question about the loss has waited for it
+        attempt.meter.enter("other")  # on a GPU only now: `isfinite` has waited for the step
         if broken:
-            raise _broken_loss(trainer, step, self.learning_rate)
+            raise _broken_loss(attempt, step, self.learning_rate)
         last = step >= state.max_steps
-        control.should_log = step % self.train.log_every == 0 or last
+        control.should_log = step % train.log_every == 0 or last
         if cause and not last:
-            trainer.stopped = CAUSES[cause]
+            attempt.stop.agreed = CAUSES[cause]
             control.should_save = control.should_training_stop = True
             return
-        control.should_evaluate = trainer.schedule.evaluates_at(step)
-        control.should_save = bool(save_due) or trainer.schedule.saves_at(step)
+        schedule = replace(attempt.schedule, total_steps=state.max_steps)  # a rehearsal ends early
+        control.should_evaluate = schedule.evaluates_at(step)
+        control.should_save = bool(save_due) or schedule.saves_at(step)
         control.should_training_stop = last
+
+    def _on_rank_zero(self, step: int) -> None:
+        attempt = self.attempt
+        attempt.meter.count_step(*attempt.work(step))
+        attempt.saver.check()
+        if attempt.lease.lost:
+            raise ClaimedError(
+                f"{attempt.run.path}: another attempt has taken over this run, because this one did not renew its lease in time",
+                "nothing to do: the other attempt continues the run",
+                cause="claimed",
+            )
+        if step == self.first_step:
+            attempt.event("first_step", step=step)
+
+    def _checkpoint_is_old(self) -> bool:
+        minutes = self.train.save_minutes
+        return minutes is not None and time.monotonic() - self.attempt.saver.began > minutes * 60
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = dict(logs or {})
         state.log_history.clear()  # it would grow in memory and in every checkpoint; the metrics log has it all
-        if "train_runtime" in logs or self.trainer.rank:
+        if "train_runtime" in logs or self.attempt.rank:
             return
         kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
         kept.pop("epoch", None)
         line = json.dumps({"step": state.global_step, "epoch": round(state.epoch, 6), **kept}) + "\n"
-        with self.trainer.run.metrics_file.open("ab", buffering=0) as file:
+        with self.attempt.run.metrics_file.open("ab", buffering=0) as file:
             file.write(line.encode())
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # All was decided at the end of the step.
+        # The end of the step has decided everything.
         control.should_log = control.should_evaluate = control.should_save = False
 
 
-def stop_cause(trainer: RunTrainer) -> int:
-    """What this rank knows of a stop, as an index into `CAUSES`."""
-    if trainer.rank:
-        return trainer.stop_request(look=False)
-    return trainer.stop_request(look=True, lead_s=lead(trainer.times, trainer.saver.seconds, trainer.state_bytes))
-
-
-def agree(trainer: RunTrainer, *mine: int) -> list[int]:
-    """The maximum over all ranks, of each number."""
-    if trainer.geometry.num_processes == 1:
-        return list(mine)
-    numbers = torch.tensor(mine, device=trainer.args.device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return [int(n) for n in numbers.tolist()]
-
-
-def _is_old(trainer: RunTrainer, minutes: float | None) -> bool:
-    return minutes is not None and time.monotonic() - trainer.saver.began > minutes * 60
-
-
-def _broken_loss(trainer: RunTrainer, step: int, learning_rate: float) -> TrainingError:
-    """Names the step, the rows of its batch as the data files number them, and the learning rate."""
-    epoch, number = trainer.schedule.position(step)
-    split, recipe = trainer.splits["train"], trainer.plan.recipe
-    steps = epoch_steps(
-        split.lengths,
-        trainer.geometry.global_batch,
-        recipe.train.seed,
-        epoch,
-        trainer.batching,
-    )
-    rows = steps[number]
-    return TrainingError(
-        f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}); rows of that step: {_named(trainer, rows)}",
-        "lower train.learning_rate, or look at those rows; the newest checkpoint is from before",
-        cause="loss",
-    )
-
-
-def _named(trainer: RunTrainer, rows: np.ndarray[Any, Any]) -> str:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(Path(trainer.run.prepared()["prepared"]) / "train.rows.parquet")
-    columns = [name for name in ("file", "row", "id") if name in table.column_names]
-    chosen = table.select(columns).take([int(row) for row in rows]).to_pylist()
-    return "; ".join(" ".join(f"{k} {v}" for k, v in row.items()) for row in chosen)
-
-
 def truncate(path: Path, size: int) -> None:
-    """Keep the first `size` bytes: what a resumed run will write again is taken away."""
+    """Keep the first `size` bytes: a resumed run writes the rest again."""
     kept = path.read_bytes()[:size] if path.exists() else b""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_bytes(kept)
     os.replace(aside, path)
+
+
+def _broken_loss(attempt: Attempt, step: int, learning_rate: float) -> TrainingError:
+    """Names the step, the rows of its batch as the data files number them, and the learning rate."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(attempt.data.folder / "train.rows.parquet")
+    columns = [name for name in ("file", "row", "id") if name in table.column_names]
+    records = table.select(columns).take([int(row) for row in attempt.work.rows(step)]).to_pylist()
+    rows = "; ".join(" ".join(f"{k} {v}" for k, v in record.items()) for record in records)
+    return TrainingError(
+        f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}); rows of that step: {rows}",
+        "lower train.learning_rate, or check those rows; the newest checkpoint is from before this step",
+        cause="loss",
+    )

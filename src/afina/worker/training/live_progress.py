@@ -1,32 +1,31 @@
-"""What is seen of a training while it runs: a bar on a terminal, a line in the log, a `pace` event once a minute.
+"""Live progress of a training: a bar on a terminal, a line in the log, a `pace` event once a minute.
 
-Rates are those of the time since the last pace. Nothing is computed for them on the device: a step costs two comparisons.
+Rates refer to the time since the previous event. Nothing is computed for them on the device: a step costs two comparisons.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
+from afina.worker.training.attempt import Attempt
 from afina.worker.training.meter import peak_memory_bytes, share_of_peak
 
-if TYPE_CHECKING:
-    from afina.worker.training.trainer import RunTrainer
+__all__ = ["LiveProgress"]
 
-__all__ = ["Pace"]
-
-#: Seconds of an attempt's training before its first pace, and between two.
+#: Seconds from the start of the training to the first event, and between two events.
 FIRST_S, EVERY_S = 10.0, 60.0
 
 
-class Pace(TrainerCallback):  # type: ignore[misc]
-    """On rank 0: a bar where there is a terminal, else lines; and the events."""
+class LiveProgress(TrainerCallback):  # type: ignore[misc]
+    """For rank 0: a bar on a terminal, else lines; and the events."""
 
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.first_step = 1
         self.bar: Any = None
         self.loss: float | None = None
         self.due = float("inf")
@@ -34,7 +33,8 @@ class Pace(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.due = time.monotonic() + FIRST_S
-        self._mark(state)
+        self.first_step = state.global_step + 1
+        self._since_last(state)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -43,16 +43,16 @@ class Pace(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
-        elif state.global_step == self.trainer.began_at + 1:
-            print(_place(state), flush=True)
+        elif state.global_step == self.first_step:
+            print(_position(state), flush=True)
         if time.monotonic() > self.due:
             self.due = time.monotonic() + EVERY_S
             pace = self._pace(state)
-            self.trainer.run.event("pace", attempt=self.trainer.attempt, **pace)
+            self.attempt.event("pace", **pace)
             if self.bar is not None:
-                self.bar.set_postfix_str("  ".join(_spoken(pace)))
+                self.bar.set_postfix_str("  ".join(_in_words(pace)))
             else:
-                print("  ".join([_place(state), *_spoken(pace)]), flush=True)
+                print("  ".join([_position(state), *_in_words(pace)]), flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -64,27 +64,27 @@ class Pace(TrainerCallback):  # type: ignore[misc]
                 for k, v in logs.items()
                 if k.startswith("eval_") and isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))
             }
-            line = "  ".join([_place(state), *(f"{k} {v:.4f}" for k, v in shown.items())])
+            line = "  ".join([_position(state), *(f"{k} {v:.4f}" for k, v in shown.items())])
             self.bar.write(line) if self.bar is not None else print(line, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def _mark(self, state: Any) -> tuple[float, ...]:
-        """What was reached by now; returns what has been added since the last mark."""
-        meter = self.trainer.meter
+    def _since_last(self, state: Any) -> tuple[float, ...]:
+        """Seconds of training, steps, examples, tokens and operations since the previous call."""
+        meter = self.attempt.meter
         now = (meter.training_s, state.global_step, meter.examples, meter.tokens, meter.flops)
         added = tuple(b - a for a, b in zip(self.before, now, strict=True)) if self.before else now
         self.before = now
         return added
 
     def _pace(self, state: Any) -> dict[str, Any]:
-        meter = self.trainer.meter
-        seconds, steps, examples, tokens, flops = self._mark(state)
+        meter, schedule = self.attempt.meter, self.attempt.schedule
+        seconds, steps, examples, tokens, flops = self._since_last(state)
         each_evaluation = meter.seconds["evaluation"] / meter.evaluations if meter.evaluations else 0.0
         left = (state.max_steps - state.global_step) * seconds / steps
-        left += self.trainer.schedule.evaluations_after(state.global_step) * each_evaluation
+        left += schedule.evaluations_after(state.global_step) * each_evaluation
         return {
             "step": state.global_step,
             "max_steps": state.max_steps,
@@ -99,11 +99,11 @@ class Pace(TrainerCallback):  # type: ignore[misc]
         }
 
 
-def _place(state: Any) -> str:
+def _position(state: Any) -> str:
     return f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}"
 
 
-def _spoken(pace: dict[str, Any]) -> list[str]:
+def _in_words(pace: dict[str, Any]) -> list[str]:
     minutes = pace["seconds_left"] / 60
     left = (
         f"{minutes * 60:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

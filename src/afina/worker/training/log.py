@@ -1,15 +1,26 @@
-"""What a run says in its log at its start and at its end."""
+"""The log of a run: what each process prints, and the lines at the start and at the end.
+
+All ranks of a node write into one file. Ranks other than 0 prefix their lines with `[rank K] `, which `afina logs --rank K`
+reads. Not covered: what a library writes past Python (NCCL, the stacks of a hanging process).
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import sys
+from typing import Any, TextIO, cast
 
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan
 
-__all__ = ["introduce", "say", "table", "utilisation"]
+__all__ = ["introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
+
+
+def mark_lines(rank: int) -> None:
+    """Prefix what this process prints from now on; rank 0 has no prefix."""
+    if rank:
+        sys.stdout = cast(TextIO, _Marked(sys.stdout, rank))
+        sys.stderr = cast(TextIO, _Marked(sys.stderr, rank))
 
 
 def say(*lines: str) -> None:
@@ -17,18 +28,22 @@ def say(*lines: str) -> None:
         print(f"afina: {line}", flush=True)
 
 
-def introduce(plan: Plan, geometry: Geometry, manifest: dict[str, Any], device: Any, resume: Path | None) -> None:
-    rows = ", ".join(f"{part} {split['rows']}" for part, split in manifest["splits"].items())
-    say(
-        f"{plan.recipe.name}: {manifest['task']}, {plan.recipe.model}; rows: {rows}",
-        f"{geometry.num_processes} process(es) on {geometry.nodes} node(s), {device.type}; global batch {geometry.global_batch} = "
+def introduction(plan: Plan, geometry: Geometry, task: str, rows: dict[str, int], device: str) -> list[str]:
+    """What is trained, and on what.
+
+    Args:
+        rows: of each split.
+    """
+    counts = ", ".join(f"{part} {count}" for part, count in rows.items())
+    return [
+        f"{plan.recipe.name}: {task}, {plan.recipe.model}; rows: {counts}",
+        f"{geometry.num_processes} process(es) on {geometry.nodes} node(s), {device}; global batch {geometry.global_batch} = "
         f"{geometry.batch_per_device} × {geometry.accumulation} × {geometry.num_processes}",
-        *([f"resuming from {resume.name}"] if resume else []),
-    )
+    ]
 
 
-def table(run: RunDir, metric_names: list[str]) -> str:
-    """The tutorial's table: one line per evaluation, with the training loss logged last before it."""
+def metrics_table(run: RunDir, metric_names: list[str]) -> str:
+    """The table of the Transformers tutorial: one line per evaluation, with the last training loss logged before it."""
     logged = list(run.metrics())
     scalar = [m for m in metric_names if any(isinstance(line.get(f"eval_{m}"), float) for line in logged)]
     head = ["epoch", "training loss", "validation loss", *scalar]
@@ -45,8 +60,8 @@ def table(run: RunDir, metric_names: list[str]) -> str:
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
 
 
-def utilisation(outcome: Outcome) -> list[str]:
-    """How the machine was used: a line of rates, and one of where the time went."""
+def usage_lines(outcome: Outcome) -> list[str]:
+    """How the run used the machine: a line of rates, and one of seconds by part."""
     used = outcome.utilisation
     parts = [f"{seconds:.1f} {name}" for name, seconds in used.get("seconds_by_part", {}).items() if seconds >= 0.05]
     rates = [
@@ -58,5 +73,26 @@ def utilisation(outcome: Outcome) -> list[str]:
         else "",
         f"{used['peak_memory_gb']:.2f} GB at most" if used.get("peak_memory_gb") else "",
     ]
-    said = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts).replace('_', ' and ')}" if parts else ""]
-    return [line for line in said if line]
+    lines = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts).replace('_', ' and ')}" if parts else ""]
+    return [line for line in lines if line]
+
+
+class _Marked:
+    """A text stream that prefixes each line with the rank and writes whole lines in one piece."""
+
+    def __init__(self, stream: TextIO, rank: int) -> None:
+        self._stream, self._mark, self._line = stream, f"[rank {rank}] ", ""
+
+    def write(self, text: str) -> int:
+        *whole, self._line = (self._line + text).split("\n")
+        if whole:
+            self._stream.write("".join(f"{self._mark}{line}\n" for line in whole))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._line:
+            self.write("\n")
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

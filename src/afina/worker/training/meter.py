@@ -1,11 +1,11 @@
-"""Where the time of a run goes, and how much of the machine its real tokens use.
+"""Meter: where the time of a run goes, and how much of the machine its real tokens use.
 
-One stopwatch a process, which is always in one part: the parts add up to the wall time since the attempt began. Counts are of
-whole steps, over all processes, from the plan of the epoch. Everything is summed up over attempts through the checkpoint: what
-an attempt did after its last one is not in it, as if it had not been. Nothing here enters the metrics log.
+One stopwatch per process, always in exactly one part: the parts add up to the wall time since the attempt began. Counts are of
+whole steps, over all processes, from the plan of the epoch. The checkpoint carries all sums from attempt to attempt: work after
+the last checkpoint is not counted, as if it had not been done. Nothing here enters the metrics log.
 
-Seconds are those of rank 0. On a GPU, where work is queued, the parts of a step are not told apart: all of it is
-`forward_backward` (not measured on a GPU). The share of real tokens is that of rank 0's own batches.
+Seconds are those of rank 0. On a GPU, where work is queued, the parts of a step cannot be separated: all of it is
+`forward_backward`. The share of real tokens is that of rank 0's own batches. Not measured: GPUs.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ import torch
 
 from afina.schedule import Schedule
 from afina.worker.compute.batches import Batching, epoch_steps
-from afina.worker.compute.flops import Peak
+from afina.worker.compute.flops import Peak, device_peak
+from afina.worker.training import ranks
 
-__all__ = ["PARTS", "Meter", "Work", "launched", "peak_memory_bytes", "share_of_peak"]
+__all__ = ["PARTS", "Meter", "Work", "peak_memory_bytes", "seconds_since_launch", "share_of_peak"]
 
-#: `other`: agreeing on what is next, logging, and what lies between the epochs.
+#: `other`: agreeing on what comes next, logging, and the time between epochs.
 PARTS = ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving", "other")
 
-#: Those that make up training proper, by which rates are measured.
+#: The parts of training proper; rates refer to them.
 _TRAINING = ("input", "forward_backward", "optimizer", "other")
 
 
 class Meter:
-    """Seconds by part; examples, tokens and floating-point operations of the steps that were made.
+    """Seconds by part; examples, tokens and floating-point operations of all steps.
 
     Attributes:
-        seconds: by part, over all attempts, without the part that is under way.
+        seconds: by part, over all attempts, without the current part.
         examples, tokens, flops: of whole steps, over all processes; flops of forward and backward.
         real, computed: tokens of rank 0's batches, and positions computed for them, padding included.
         evaluations: how many were finished.
-        peak: of all processes together; None before it is known.
+        peak: of all processes together; None before it is measured.
         memory_bytes: the most that any process has used.
     """
 
@@ -62,7 +63,7 @@ class Meter:
         self._capacity = self._counted = 0.0
 
     def enter(self, part: str) -> str:
-        """From now on time belongs to `part`; returns the part before."""
+        """Count time for `part` from now on; returns the previous part."""
         now, before = time.perf_counter(), self._part
         self.seconds[before] += now - self._since
         self._part, self._since = part, now
@@ -82,7 +83,7 @@ class Meter:
         running = time.perf_counter() - self._since if self._part in _TRAINING else 0.0
         return sum(self.seconds[part] for part in _TRAINING) + running
 
-    def saw(self, batches: list[Any]) -> None:
+    def count_batches(self, batches: list[Any]) -> None:
         """Count the tokens of micro-batches, as the collators make them."""
         for batch in batches:
             self.computed += batch["input_ids"].numel()
@@ -91,14 +92,14 @@ class Meter:
             else:
                 self.real += int(batch["attention_mask"].sum())
 
-    def did(self, examples: int, tokens: int, flops: float) -> None:
+    def count_step(self, examples: int, tokens: int, flops: float) -> None:
         """Count a step; `flops` of its forward pass."""
         self.examples += examples
         self.tokens += tokens
         self.flops += 3 * flops
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint; `take_over` in the next attempt continues from it."""
+        """For the checkpoint; `restore` in the next attempt continues from it."""
         self.enter(self._part)
         sums = {name: getattr(self, name) for name in self._SUMS}
         return {
@@ -108,8 +109,8 @@ class Meter:
             "memory_bytes": max(self.memory_bytes, peak_memory_bytes()),
         }
 
-    def take_over(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave; this attempt's start-up is kept."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Add the sums of earlier attempts to those of this one, which has only started up."""
         self.enter(self._part)
         for part, seconds in state["seconds"].items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
@@ -118,6 +119,19 @@ class Meter:
         self._capacity += state["capacity"]
         self._counted += sum(state["seconds"][part] for part in _TRAINING)
         self.memory_bytes = max(self.memory_bytes, state["memory_bytes"])
+
+    def measure_peak(self, device: torch.device, matmul_dtype: str) -> None:
+        """Measure the peak of all processes' devices at the same moment; the best measurement counts. Collective."""
+        ranks.barrier()
+        peak = device_peak(device, matmul_dtype)
+        if (count := ranks.count()) > 1:
+            peak = Peak(ranks.total(device, peak.flops), f"{peak.source}; the sum of {count} processes")
+        if self.peak is None or self.peak.flops < peak.flops:
+            self.peak = peak
+
+    def measure_memory(self, device: torch.device) -> None:
+        """Record the most memory that any process has used. Collective."""
+        self.memory_bytes = ranks.maximum(device, max(self.memory_bytes, peak_memory_bytes()))[0]
 
     def _capacity_now(self) -> float:
         return self._capacity + (self.peak.flops if self.peak else 0.0) * (self.training_s - self._counted)
@@ -143,7 +157,7 @@ class Meter:
 
 
 def share_of_peak(flops: float, capacity: float) -> float | None:
-    """FLOPs done over FLOPs that were possible; None above 1: the peak was measured while others used the cores."""
+    """FLOPs done over FLOPs possible; None above 1: the peak was measured while other processes used the cores."""
     return _digits(flops / capacity) if capacity and flops <= capacity else None
 
 
@@ -152,7 +166,7 @@ def _digits(value: float) -> float:
 
 
 class Work:
-    """Examples, tokens and floating-point operations of the forward pass of any step, over all processes."""
+    """Rows of any step; its examples, tokens and floating-point operations of the forward pass, over all processes."""
 
     def __init__(
         self,
@@ -169,21 +183,28 @@ class Work:
         self._epoch = -1
         self._tokens = self._flops = np.empty(0)
 
+    def rows(self, step: int) -> np.ndarray[Any, Any]:
+        """Row numbers of a step."""
+        epoch, number = self.schedule.position(step)
+        return self._steps(epoch)[number]
+
+    def _steps(self, epoch: int) -> list[np.ndarray[Any, Any]]:
+        return epoch_steps(self.lengths, self.schedule.global_batch, self.seed, epoch, self.batching)
+
     def __call__(self, step: int) -> tuple[int, int, float]:
-        """Of optimizer step `step`, which counts from 1."""
+        """Examples, tokens and operations of a step."""
         epoch, number = self.schedule.position(step)
         if epoch != self._epoch:
-            batch = self.schedule.global_batch
-            rows = np.concatenate(epoch_steps(self.lengths, batch, self.seed, epoch, self.batching))
-            starts = np.arange(0, len(rows), batch)
+            rows = np.concatenate(self._steps(epoch))
+            starts = np.arange(0, len(rows), self.schedule.global_batch)
             self._tokens = np.add.reduceat(self.lengths[rows], starts)
             self._flops = np.add.reduceat(self.flops[rows], starts)
             self._epoch = epoch
         return self.schedule.examples_of(step), int(self._tokens[number]), float(self._flops[number])
 
 
-def launched(attempt: Path) -> float:
-    """Seconds since the launcher of an attempt began; where it left no word, since this process uses the processor."""
+def seconds_since_launch(attempt: Path) -> float:
+    """Seconds since the launcher of an attempt started, from its `env.json`; without one, this process's processor time."""
     try:
         return max(0.0, time.time() - float(json.loads((attempt / "env.json").read_text(encoding="utf-8"))["started"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -19,7 +19,7 @@ __all__ = ["answer"]
 
 
 def answer(arguments: list[str]) -> dict[str, Any]:
-    """What was measured. The question: {"geometry": the real one, "steps": at least so many, "seconds": of steps beyond those}."""
+    """The measurements. The question: {"geometry": the real one, "steps": at least so many, "seconds": at least so long}."""
     began = time.monotonic()
     is_cut = cut_network()
     question = read_question("a question for a rehearsal")

@@ -1,22 +1,23 @@
-"""What a finished run leaves: `model/`, predictions with the labels' own names, the metrics of that model."""
+"""Results of a finished run: `model/`, predictions with the label names, and the metrics of that model."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from afina.worker.compute.batches import Rows
 from afina.worker.model.outputs import label_lists, prediction_columns
+from afina.worker.training import ranks
+from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
+from afina.worker.training.trainer import RunTrainer
 
-if TYPE_CHECKING:
-    from afina.worker.training.trainer import RunTrainer
-
-__all__ = ["conclude"]
+__all__ = ["Results", "export_results"]
 
 Array = np.ndarray[Any, Any]
 
@@ -24,60 +25,73 @@ Array = np.ndarray[Any, Any]
 _ROWS = 65_536
 
 
-def conclude(trainer: RunTrainer) -> dict[str, Any]:
-    """Choose the best or last weights, write `model/` and `predictions.parquet`; returns the metrics of that model, on rank 0.
+@dataclass(frozen=True)
+class Results:
+    """The step whose weights are in `model/` (0: none), and the metrics of that model, which only rank 0 has."""
 
-    Collective. May be repeated: a run that was killed here is concluded by its next attempt.
+    model_step: int
+    metrics: dict[str, Any]
+
+
+def export_results(trainer: RunTrainer) -> Results:
+    """Choose the best or last weights; write `model/` and the predictions. Collective.
+
+    May be repeated: if an attempt is killed here, the next one does it again.
     """
-    run, step, best = trainer.run, trainer.state.global_step, trainer.state.best_global_step
-    trainer.model_step = best if trainer.plan.recipe.train.keep == "best" and best else step
-    if trainer.model_step != step:
-        trainer.load_weights(run.checkpoints / f"step-{trainer.model_step}")
+    attempt, data, step, best = (
+        trainer.attempt,
+        trainer.attempt.data,
+        trainer.state.global_step,
+        trainer.state.best_global_step,
+    )
+    run, model_step = attempt.run, best if attempt.keeps_best and best else step
+    if model_step != step:
+        trainer.load_weights(run.checkpoints / f"step-{model_step}")
     metrics: dict[str, Any] = {}
-    if trainer.eval_dataset is not None:
-        if trainer.evaluated_step != trainer.model_step:
+    if "eval" in data.splits:
+        if trainer.evaluated_step != model_step:
             trainer.evaluation_loop(trainer.get_eval_dataloader(), "Prediction")
-        if trainer.rank == 0:
-            logits, labels = trainer.logits, np.asarray(trainer.splits["eval"].labels)
-            found = scores(trainer.task, trainer.metric_names, logits, labels)
-            metrics |= {f"eval_{name}": value for name, value in found.items()}
-            _write_predictions(trainer, "eval", logits, run.predictions)
-    if "test" in trainer.splits:
-        rows = trainer.get_eval_dataloader(Rows(trainer.splits["test"]))
+        if attempt.rank == 0:
+            labels = np.asarray(data.splits["eval"].labels)
+            values = scores(data.task, data.metric_names, trainer.logits, labels)
+            metrics |= {f"eval_{name}": value for name, value in values.items()}
+            _write_predictions(data, "eval", trainer.logits, run.predictions)
+    if "test" in data.splits:
+        rows = trainer.get_eval_dataloader(Rows(data.splits["test"]))
         output = trainer.evaluation_loop(rows, "Test", metric_key_prefix="test")
-        if trainer.rank == 0:
+        if attempt.rank == 0:
             metrics |= output.metrics
-            _write_predictions(trainer, "test", output.predictions, run.path / "predictions_test.parquet")
-    if trainer.rank == 0:
-        _export(trainer)
+            _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
+    if attempt.rank == 0:
+        _export_model(trainer)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
-    trainer.barrier()
-    return metrics
+    ranks.barrier()
+    return Results(model_step, metrics)
 
 
-def _export(trainer: RunTrainer) -> None:
-    final = trainer.run.model
-    staging, old = (trainer.run.path / name for name in (".model.staging", ".model.old"))
+def _export_model(trainer: RunTrainer) -> None:
+    run = trainer.attempt.run
+    staging, old = (run.path / name for name in (".model.staging", ".model.old"))
     for folder in (staging, old):
         shutil.rmtree(folder, ignore_errors=True)
     trainer.model.save_pretrained(staging)
     trainer.processing_class.save_pretrained(staging)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
+    if run.model.exists():
+        run.model.rename(old)
+    staging.rename(run.model)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_predictions(trainer: RunTrainer, part: str, logits: Array, path: Path) -> None:
+def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path) -> None:
     """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label.
 
-    In row groups, each of which is in memory for its time only.
+    Written in row groups; only one of them is in memory at a time.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = np.asarray(trainer.splits[part].labels)
-    source = pq.ParquetFile(Path(trainer.run.prepared()["prepared"]) / f"{part}.rows.parquet")
+    labels = np.asarray(data.splits[part].labels)
+    source = pq.ParquetFile(data.folder / f"{part}.rows.parquet")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     writer: Any = None
     try:
@@ -85,7 +99,7 @@ def _write_predictions(trainer: RunTrainer, part: str, logits: Array, path: Path
         for batch in source.iter_batches(_ROWS):
             table = pa.Table.from_batches([batch])
             block = slice(done, done := done + len(table))
-            for name, values in _columns(trainer.task, trainer.labels, logits[block], labels[block]).items():
+            for name, values in _columns(data.task, data.labels, logits[block], labels[block]).items():
                 table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
             writer = writer or pq.ParquetWriter(aside, table.schema)
             writer.write_table(table, row_group_size=_ROWS)
@@ -96,14 +110,14 @@ def _write_predictions(trainer: RunTrainer, part: str, logits: Array, path: Path
     os.replace(aside, path)
 
 
-def _columns(task: str, known: list[str] | None, logits: Array, labels: Array) -> dict[str, Any]:
-    """What is said of a block of rows, by the name of its column."""
+def _columns(task: str, names: list[str] | None, logits: Array, labels: Array) -> dict[str, Any]:
+    """Label, prediction and scores of a block of rows, by column name."""
     import pyarrow as pa
 
     if task == "regression":
-        said: Any = labels
+        true: Any = labels
     else:
-        assert known is not None
-        names = pa.array(known, pa.string())
-        said = names.take(pa.array(labels)) if task == "single-label" else label_lists(names, labels > 0)
-    return {"label": said, **prediction_columns(task, known, logits)}
+        assert names is not None
+        known = pa.array(names, pa.string())
+        true = known.take(pa.array(labels)) if task == "single-label" else label_lists(known, labels > 0)
+    return {"label": true, **prediction_columns(task, names, logits)}

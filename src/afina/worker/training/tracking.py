@@ -1,13 +1,13 @@
-"""The records of a run for TensorBoard, Weights & Biases and MLflow: transformers' own callbacks, with two promises added.
+"""Trackers: TensorBoard, Weights & Biases and MLflow through Transformers' callbacks, each step recorded exactly once.
 
-A run that goes on from a checkpoint makes steps anew that were recorded before. They must not appear twice: TensorBoard is told
-to forget them (its purge step); MLflow's store is asked which it has; Weights & Biases has no such thing without its server, so
-each attempt records the whole run from `metrics.jsonl` on, under one id, and the files of the attempt before are set aside. Nor is
-anything missing that a killed job's library still held in memory.
+A resumed run repeats steps that were recorded before. TensorBoard discards them by its purge step; for MLflow the store is asked
+which steps it has; Weights & Biases offers neither without its server, so each attempt records the whole run from
+`metrics.jsonl` again, under one id, and the files of the previous attempt are set aside. Records that a killed job's library
+still held in memory are written again too.
 
-A tracker that fails (a full disk, a service that died) is left out with a warning: it is not worth a training.
+A tracker that fails (a full disk, a dead service) is switched off with a warning; the training continues.
 
-Only scalars are recorded. Only rank 0 records. Not covered: artifacts and models (WANDB_LOG_MODEL, HF_MLFLOW_LOG_ARTIFACTS).
+Only scalars are recorded, by rank 0 only. Not covered: artifacts and models (WANDB_LOG_MODEL, HF_MLFLOW_LOG_ARTIFACTS).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def track(run: RunDir, plan: Plan, resumed_step: int) -> list[TrainerCallback]:
     """The callbacks of the recipe's trackers, for rank 0.
 
     Args:
-        resumed_step: the step of the checkpoint that this attempt goes on from, 0 for a new run.
+        resumed_step: the step of the checkpoint that this attempt resumes from, 0 for a new run.
     """
     names = plan.recipe.trackers
     if not names:
@@ -50,7 +50,7 @@ def track(run: RunDir, plan: Plan, resumed_step: int) -> list[TrainerCallback]:
 
 
 class Tracked(TrainerCallback):  # type: ignore[misc]
-    """One of transformers' callbacks, guarded: each record once, and no error of its own ends the training."""
+    """One of Transformers' callbacks, guarded: it records each step once, and its errors do not end the training."""
 
     def __init__(self, name: str, run: RunDir, resumed_step: int) -> None:
         self.name, self.run, self.resumed_step = name, run, resumed_step
@@ -87,13 +87,13 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
         try:
             yield
         except Exception as error:
-            # Whatever it is, in a library that is not ours: the training matters more.
+            # Any error of somebody else's library: the training matters more.
             self._dead, self._inner = True, None
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"afina: WARNING: {self.name} records no more: {said}", file=sys.stderr, flush=True)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"afina: WARNING: {self.name} is switched off: {reason}", file=sys.stderr, flush=True)
 
     def _catch_up(self, args: Any, state: Any, control: Any) -> None:
-        """Record what earlier attempts logged up to the checkpoint, where the tracker does not have it."""
+        """Record the lines of earlier attempts up to the checkpoint that the tracker lacks."""
         for record in self.run.lines("metrics.jsonl"):
             if int(record["step"]) <= self.resumed_step:
                 then = copy.copy(state)
@@ -106,7 +106,7 @@ class Tracked(TrainerCallback):  # type: ignore[misc]
         if self.name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            # Records of this step itself were written before its checkpoint was made.
+            # The records of this step itself precede its checkpoint.
             purge = self.resumed_step + 1 if self.resumed_step else None
             return TensorBoardCallback(SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge))
         if self.name == "mlflow":
@@ -120,7 +120,7 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _name_and_steps(folder: Path, name: str) -> dict[str, set[int]]:
-    """Name the run at MLflow and keep its id for later attempts; which steps its store has, of each kind of record."""
+    """Name the run at MLflow, keep its id for later attempts, and return the steps in its store by kind of record."""
     import mlflow
 
     run_id = mlflow.active_run().info.run_id
@@ -131,9 +131,9 @@ def _name_and_steps(folder: Path, name: str) -> dict[str, set[int]]:
 
 
 def _set_aside(folder: Path) -> bool:
-    """Rename the offline runs of earlier attempts: this one records anew what they hold. Whether one was uploaded already.
+    """Rename the offline runs of earlier attempts, whose records this attempt repeats; True: one was uploaded already.
 
-    That one stays as it is, and this attempt then records only what is new; steps that both made are at the server twice.
+    Then all stay, and this attempt records only new steps; steps that both made are at the server twice.
     """
     old = list(folder.glob("offline-run-*"))
     uploaded = any(list(one.glob("*.wandb.synced")) for one in old)
@@ -143,7 +143,7 @@ def _set_aside(folder: Path) -> bool:
 
 
 def _id(path: Path) -> str:
-    """An id of its own for the run, kept for its later attempts."""
+    """The run's id, created once and kept for its later attempts."""
     if not path.is_file():
         write_atomic(path, secrets.token_hex(4) + "\n")
     return path.read_text().strip()

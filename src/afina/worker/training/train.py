@@ -1,23 +1,20 @@
-"""One run on every rank, from top to bottom: build, resume, train, evaluate, save, record.
+"""Train one run, in each of its processes: build, check, resume, train, export, record.
 
-Reached as `python -m afina.worker train RUN_DIR`, once per process, by `afina.worker.node.launch`. Training itself is
-`transformers.Trainer`; this module gives it the batches, the checkpoints, the moment to stop, and writes down what came
-out. Runs on CPU (gloo) and on GPUs (NCCL) through the same code; it was tried on one GPU (tests/gpu), never on several.
+Reached as `python -m afina.worker train RUN_DIR`, once per process, through `afina.worker.node.launch`. The same code runs on
+CPUs (gloo) and on GPUs (NCCL). Not measured: several GPUs; one was (tests/gpu).
 """
 
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.recipe.metrics import METRICS, default_metrics, selection_metric
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan, geometry_for
@@ -25,14 +22,18 @@ from afina.worker.data import stage_in
 from afina.worker.startup import uncollected, without
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
-from afina.worker.training.log import introduce, say, table, utilisation
-from afina.worker.training.log_marks import mark_lines
+from afina.worker.training.log import introduction, mark_lines, metrics_table, say, usage_lines
+
+if TYPE_CHECKING:  # torch is imported after signals are caught and the lease is taken
+    from afina.worker.training.attempt import Attempt
+    from afina.worker.training.results import Results
+    from afina.worker.training.trainer import RunTrainer
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Train the run of `argv[0]`; the exit code is also in `attempts/<id>/exit` (accelerate hides it)."""
+    """Train the run of `argv[0]`; returns the exit code, which `attempts/<id>/exit` holds too (accelerate hides it)."""
     run = RunDir(argv[0])
     attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
     rank = int(os.environ.get("RANK", "0"))
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     try:
         if rank == 0:
             lease.take()
-        code = _train(run, attempt, rank, stop, lease)
+        code = _train(run, attempt, stop, lease)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             stage_in.remove(os.environ)
         if rank == 0:
@@ -53,12 +54,12 @@ def main(argv: list[str]) -> int:
 
 
 def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
-    """Say and record how this rank failed, and leave without waiting for the others: they may hang in a collective.
+    """Print and record the failure of this rank, and exit without waiting for the others: they may hang in a collective.
 
-    Every rank may fail, and the first to write says why; the supervisor makes the outcome of it. On a full disk nothing can
-    be recorded: then the exit code alone says it.
+    Every rank may fail; the supervisor makes the outcome from the first record. On a full disk nothing can be recorded: then
+    only the exit code tells.
     """
-    known = _explained(error)
+    known = _explain(error)
     if not isinstance(error, (AfinaError, OSError)):
         traceback.print_exc()
     print(f"error: rank {rank}: {known}", file=sys.stderr, flush=True)
@@ -67,178 +68,137 @@ def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
         if rank == 0 and known.cause != "claimed":
             run.record_failure(attempt, known.failure, seconds=_seconds(run, attempt))
     except (AfinaError, OSError) as another:
-        print(f"error: rank {rank}: this could not be recorded: {another}", file=sys.stderr, flush=True)
+        print(f"error: rank {rank}: this cannot be recorded: {another}", file=sys.stderr, flush=True)
     finally:
         os._exit(known.exit_code)
 
 
-def _explained(error: Exception) -> AfinaError:
-    """The error as a user meets it; what afina did not foresee keeps its name."""
+def _explain(error: Exception) -> AfinaError:
+    """The error with a remedy; an unforeseen one keeps its name."""
     if isinstance(error, AfinaError):
         return error
-    said = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         remedy = "free space or quota on the run directory's file system, then `afina resume`"
-        return EnvironmentProblem(said, remedy, cause="disk")
-    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+        return EnvironmentProblem(message, remedy, cause="disk")
+    if isinstance(error, MemoryError) or "out of memory" in message.lower():
         remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
-        return TrainingError(said, remedy, cause="memory")
+        return TrainingError(message, remedy, cause="memory")
     remedy = "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
-    return TrainingError(said, remedy, cause=type(error).__name__)
+    return TrainingError(message, remedy, cause=type(error).__name__)
 
 
-def _train(run: RunDir, attempt: str, rank: int, stop: StopRequest, lease: Lease) -> int:
-    plan, prepared = run.plan(), stage_in.staged(run.prepared(), os.environ)
-    geometry = _geometry(plan)
-
+def _train(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> int:
     with without("datasets", "scipy"):
-        import torch
-        import transformers
-
-        from afina.worker.compute import precision
-        from afina.worker.data import prepared as store
-        from afina.worker.model.pretrained import verify_model
-        from afina.worker.survival import checkpoint as checkpoints
-        from afina.worker.survival import preflight
-        from afina.worker.training import results
-        from afina.worker.training.build import build_arguments, build_model
+        from afina.worker.training import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
-        from afina.worker.training.tracking import track
-        from afina.worker.training.trainer import RunTrainer
+        from afina.worker.training.results import Results, export_results
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    folder = Path(prepared["prepared"])
-    manifest = store.load_manifest(folder)
-    if rank == 0:
-        store.verify(folder)
-        verify_model(prepared)
-    task, labels = manifest["task"], manifest["labels"]
-    metric_names = _metric_names(plan, task)
-    best = selection_metric(task, plan.recipe.train.best_metric)
-    if best not in metric_names:
-        metric_names = [*metric_names, best]
-    splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
-
-    choice = precision.choose_for_run(run, plan.recipe.train)
-    arguments = build_arguments(plan, geometry, run, best, task, choice)
-    resume, notes = checkpoints.newest(run.checkpoints) if rank == 0 else (None, [])
-    resume = _from_rank_zero(resume)
-    transformers.set_seed(plan.recipe.train.seed)
-    with uncollected():
-        model = build_model(plan, prepared["model_folder"], task, labels, manifest["num_labels"])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    gc.freeze()  # what has been imported stays: no later look at it either
-    trainer = RunTrainer(
-        run=run,
-        attempt=attempt,
-        plan=plan,
-        geometry=geometry,
-        task=task,
-        labels=labels,
-        metric_names=metric_names,
-        pad_token_id=manifest["pad_token_id"],
-        splits=splits,
-        choice=choice,
-        stop=stop,
-        lease=lease,
-        model=model,
-        args=arguments,
-        processing_class=tokenizer,
-        callbacks=track(run, plan, checkpoints.manifest(resume)["step"] if resume else 0) if rank == 0 else [],
-    )
-    trainer.watchdog.start()
-    if rank == 0:
-        lease.expect(lambda: trainer.watchdog.limit_s)
-    found = preflight.check_ranks(trainer.args.device, geometry.processes_per_node)
-    trainer.find_peak()
-    attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
-    say(*precision.announce(run, attempt, choice, attention))
-    if rank == 0:
-        found |= preflight.check_room(run, trainer.state_bytes, plan.recipe.train.keep_checkpoints)
-        run.event("preflight", attempt=attempt, **found)
-        for note in notes:
-            run.event("checkpoint_damaged", attempt=attempt, note=note)
-        say(*notes, *(f"WARNING: {warning}" for warning in found["warnings"]))
-        introduce(plan, geometry, manifest, trainer.args.device, resume)
-        if "AFINA_LAUNCH" not in os.environ:
-            # Whoever launches an attempt clears the way first; a stop that was asked for since then is meant.
-            run.stop_file.unlink(missing_ok=True)
-
-    if resume:
-        _check_origin(plan, checkpoints.manifest(resume), resume)
+    trainer, resume = _build(run, name, stop, lease)
+    attempt = trainer.attempt
+    _preflight(trainer, resume)
     try:
-        if resume and checkpoints.manifest(resume)["step"] >= trainer.schedule.total_steps:
+        if resume and _step_of(resume) >= attempt.schedule.total_steps:
             trainer.restore(resume)
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except EvaluationAbandoned as abandoned:  # one that an earlier attempt left over: nothing has changed since
-        trainer.stopped = abandoned.cause
-    trainer.meter.enter("saving")
-    trainer.saver.finish()
-    # Again: whatever else used the cores at the start made it too low (one run in fourteen, by half).
-    trainer.find_peak()
+    except EvaluationAbandoned as abandoned:  # a pending evaluation of an earlier attempt: nothing has changed since
+        stop.agreed = abandoned.cause
+    attempt.meter.enter("saving")
+    attempt.saver.finish()
+    # Again: other load at the start makes it too low (one run in fourteen, by half).
+    attempt.meter.measure_peak(attempt.device, trainer.matmul_dtype)
 
-    step = trainer.state.global_step
-    if trainer.stopped:
-        trainer.agree_on_memory()
-        if rank == 0:
-            run.record(_outcome(run, attempt, trainer, "stopped", EXIT_STOPPED, {}))
-            say(
-                f"stopped at step {step} of {trainer.state.max_steps} ({trainer.stopped}); a checkpoint is committed",
-                f"continue with: afina resume '{run.path}'",
-            )
-        _leave(torch)
-        return EXIT_STOPPED
-
-    metrics = results.conclude(trainer)
-    trainer.agree_on_memory()
-    if rank == 0:
-        outcome = _outcome(run, attempt, trainer, "finished", EXIT_FINISHED, metrics)
-        run.record(outcome)
-        run.event("finished", attempt=attempt, step=step)
-        print(table(run, metric_names), flush=True)
-        say(*utilisation(outcome), f"finished: {step} steps, model in {run.model}")
-    _leave(torch)
-    return EXIT_FINISHED
+    results = Results(0, {}) if stop.agreed else export_results(trainer)
+    attempt.meter.measure_memory(attempt.device)
+    if attempt.rank == 0:
+        _record(trainer, results)
+    ranks.leave()
+    return EXIT_STOPPED if stop.agreed else EXIT_FINISHED
 
 
-def _check_origin(plan: Plan, made: dict[str, Any], checkpoint: Path) -> None:
-    if made["plan"] != plan.digest:
+def _build(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> tuple[RunTrainer, Path | None]:
+    """The trainer of this attempt, and the checkpoint that it resumes from."""
+    from afina.worker.training.attempt import open_data
+    from afina.worker.training.build import build_attempt
+    from afina.worker.training.tracking import track
+    from afina.worker.training.trainer import RunTrainer
+
+    plan = run.plan()
+    verify = os.environ.get("RANK", "0") == "0"
+    data = open_data(plan, stage_in.staged(run.prepared(), os.environ), verify=verify)
+    attempt, model, arguments = build_attempt(run, name, _geometry(plan), data, stop, lease)
+    resume = _newest_checkpoint(attempt)
+    callbacks = track(run, plan, _step_of(resume)) if attempt.rank == 0 else []
+    with uncollected():
+        return RunTrainer(attempt, model, arguments, callbacks), resume
+
+
+def _newest_checkpoint(attempt: Attempt) -> Path | None:
+    """The checkpoint to resume from, on every rank.
+
+    Raises:
+        InputError: it was made by another plan.
+    """
+    from afina.worker.survival import checkpoint as checkpoints
+    from afina.worker.training import ranks
+
+    resume: Path | None = None
+    if attempt.rank == 0:
+        resume, notes = checkpoints.newest(attempt.run.checkpoints)
+        for note in notes:
+            attempt.event("checkpoint_damaged", note=note)
+        say(*notes)
+    resume = ranks.from_rank_zero(resume)
+    made, digest = checkpoints.manifest(resume)["plan"] if resume else None, attempt.plan.digest
+    if made not in (None, digest):
         raise InputError(
-            f"{checkpoint}: was made by another plan ({made['plan'][:8]}; this run is {plan.digest[:8]})",
+            f"{resume}: was made by another plan ({made[:8]}; this run is {digest[:8]})",
             "checkpoints belong to the run that made them: move this folder away",
         )
+    return resume
+
+
+def _step_of(resume: Path | None) -> int:
+    from afina.worker.survival import checkpoint as checkpoints
+
+    return int(checkpoints.manifest(resume)["step"]) if resume else 0
+
+
+def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
+    """Check processes, machine and disk before the first step, and print what is trained. Collective."""
+    from afina.worker.compute import precision
+    from afina.worker.survival import preflight
+
+    attempt, run = trainer.attempt, trainer.attempt.run
+    attempt.watchdog.start()
+    if attempt.rank == 0:
+        attempt.lease.expect(lambda: attempt.watchdog.limit_s)
+    checks = preflight.check_ranks(attempt.device, attempt.geometry.processes_per_node)
+    attempt.meter.measure_peak(attempt.device, trainer.matmul_dtype)
+    attention = getattr(trainer.model.config, "_attn_implementation", None) or "the model's own"
+    say(*precision.announce(run, attempt.name, attempt.precision, attention))
+    if attempt.rank:
+        return
+    checks |= preflight.check_room(run, attempt.checkpoint_bytes, attempt.plan.recipe.train.keep_checkpoints)
+    attempt.event("preflight", **checks)
+    say(*(f"WARNING: {warning}" for warning in checks["warnings"]))
+    rows = {part: len(split) for part, split in attempt.data.splits.items()}
+    say(*introduction(attempt.plan, attempt.geometry, attempt.data.task, rows, attempt.device.type))
+    if resume:
+        say(f"resuming from {resume.name}")
+    if "AFINA_LAUNCH" not in os.environ:
+        # A launcher removes the stop file before it starts an attempt; a later request counts.
+        run.stop_file.unlink(missing_ok=True)
 
 
 def _geometry(plan: Plan) -> Geometry:
-    """The plan's geometry, or that of the processes that are really here."""
+    """The plan's geometry, or that of the processes that really run."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world == plan.geometry.num_processes:
         return plan.geometry
     return geometry_for(plan.recipe, local, nodes=world // local)
-
-
-def _from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on every rank; the process group is there once TrainingArguments has been built."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _metric_names(plan: Plan, task: str) -> list[str]:
-    names = list(default_metrics(task, plan.recipe.metrics))
-    for name in [*names, *([plan.recipe.train.best_metric] if plan.recipe.train.best_metric else [])]:
-        if name not in METRICS[task]:
-            raise TrainingError(
-                f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
-            )
-    return names
 
 
 def _seconds(run: RunDir, attempt: str) -> float:
@@ -255,30 +215,37 @@ def _seconds(run: RunDir, attempt: str) -> float:
     return round(sum(ended[name] - started[name] for name in started), 3)
 
 
-def _outcome(run: RunDir, attempt: str, trainer: Any, kind: Any, code: int, metrics: dict[str, Any]) -> Outcome:
-    meter = trainer.meter
-    return Outcome(
-        outcome=kind,
-        exit_code=code,
-        attempt=attempt,
-        global_step=trainer.state.global_step,
-        metrics=metrics,
-        cause=trainer.stopped or None,
+def _record(trainer: RunTrainer, results: Results) -> None:
+    """Write the outcome, and print how the attempt ended."""
+    attempt, state, meter = trainer.attempt, trainer.state, trainer.attempt.meter
+    run, cause, step = attempt.run, attempt.stop.agreed, trainer.state.global_step
+    outcome = Outcome(
+        outcome="stopped" if cause else "finished",
+        exit_code=EXIT_STOPPED if cause else EXIT_FINISHED,
+        attempt=attempt.name,
+        global_step=step,
+        metrics=results.metrics,
+        cause=cause or None,
         samples_per_second=round(meter.examples / meter.training_s, 3) if meter.training_s else None,
-        utilisation=meter.summary(trainer.state.global_step),
-        seconds=_seconds(run, attempt),
+        utilisation=meter.summary(step),
+        seconds=_seconds(run, attempt.name),
         attempts=len(run.attempt_names()),
-        max_steps=trainer.state.max_steps,
-        task=trainer.task,
-        labels=trainer.labels,
-        best_step=trainer.state.best_global_step,
-        model_step=trainer.model_step,
-        world_size=trainer.geometry.num_processes,
-        global_batch=trainer.geometry.global_batch,
-        device=trainer.args.device.type,
+        max_steps=state.max_steps,
+        task=attempt.data.task,
+        labels=attempt.data.labels,
+        best_step=state.best_global_step,
+        model_step=results.model_step,
+        world_size=attempt.geometry.num_processes,
+        global_batch=attempt.geometry.global_batch,
+        device=attempt.device.type,
     )
-
-
-def _leave(torch: Any) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    run.record(outcome)
+    if cause:
+        say(
+            f"stopped at step {step} of {state.max_steps} ({cause}); a checkpoint is committed",
+            f"continue with: afina resume '{run.path}'",
+        )
+        return
+    attempt.event("finished", step=step)
+    print(metrics_table(run, attempt.data.metric_names), flush=True)
+    say(*usage_lines(outcome), f"finished: {step} steps, model in {run.model}")

@@ -1,9 +1,10 @@
-"""`transformers.Trainer` with afina's batches, checkpoints, evaluation and moment to stop.
+"""RunTrainer: `transformers.Trainer` with afina's batches, loss, evaluation and checkpoints.
 
-Trainer keeps what it is good at: optimizer, schedule, mixed precision, gradient clipping, DDP through accelerate. What is
-replaced: the order of batches (`afina.worker.compute.batches`), the loss (summed and divided by the examples of the *global* step, so
-that uneven last steps are exact on any number of processes), evaluation (`afina.worker.training.evaluation`) and saving (`afina.worker.survival.checkpoint`).
-What Trainer counts anew in every step, and the plan knows, is not counted: examples (by a collective) and parameters.
+Trainer keeps optimizer, schedule, mixed precision, gradient clipping, and DDP through accelerate. Replaced are the order of
+batches (`compute.batches`), the loss (summed and divided by the examples of the *global* step, so that uneven last steps are
+exact on any number of processes), evaluation (`training.evaluation`), saving (`survival.snapshot`) and the decisions at the
+end of a step (`training.control`). What Trainer computes anew in every step, and the plan knows, is not computed: examples
+(a collective) and parameters.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import (
     DefaultFlowCallback,
     PrinterCallback,
@@ -31,235 +32,151 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from afina.errors import EnvironmentProblem
-from afina.run.directory import RunDir
-from afina.run.plan import Geometry, Plan
 from afina.version import __version__
-from afina.worker.compute import allocator as memory
 from afina.worker.compute import cuda_graphs, dropout, packed_model, precision
-from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator, Rows, StepBatches
-from afina.worker.compute.flops import Peak, device_peak, forward_flops
+from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
 from afina.worker.survival import checkpoint as checkpoints
-from afina.worker.survival.lease import Lease
-from afina.worker.survival.preflight import state_bytes
 from afina.worker.survival.snapshot import (
     PROGRESS,
     RANKS,
-    Saver,
     Snapshot,
-    copied,
+    copy_to_host,
     random_state,
     read_progress,
+    read_ranks,
     set_random_state,
 )
-from afina.worker.survival.stop import StepTimes, StopRequest, Watchdog
-from afina.worker.training.control import Flow, agree, truncate
-from afina.worker.training.evaluation import EvaluationAbandoned, logits_of, on_every_rank, scores
-from afina.worker.training.meter import Meter, Work, launched, peak_memory_bytes
-from afina.worker.training.live_progress import Pace
+from afina.worker.training import ranks
+from afina.worker.training.attempt import Attempt
+from afina.worker.training.build import eval_loader, train_loader
+from afina.worker.training.control import StepControl, truncate
+from afina.worker.training.evaluation import EvaluationAbandoned, logits_of, scores
+from afina.worker.training.live_progress import LiveProgress
+from afina.worker.training.log import say
 
 __all__ = ["RunTrainer"]
 
 
 class RunTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer for one run directory.
+    """A Trainer for one attempt at a run.
 
     Attributes:
-        stopped: why the run was asked to stop (`watch.CAUSES`); it left a checkpoint. Empty: it was not.
-        abandoned: the stop fell into an evaluation.
-        meter: where the time went, and what was done in it.
         logits, evaluated_step: of the last evaluation, (N, K) float32 in input order; logits on rank 0 only.
-        began_at: the step that this attempt began at.
-        model_step: the step whose weights `model/` holds.
-        batching: how batches are made: the recipe's word, or what the model can take.
-        choice: the precision that training computes in; on a CPU evaluations are in float32 whatever they are, so that what
-            the run records of its model is what everybody else computes with it.
     """
 
     control: TrainerControl
 
     def __init__(
-        self,
-        *,
-        run: RunDir,
-        attempt: str,
-        plan: Plan,
-        geometry: Geometry,
-        task: str,
-        labels: list[str] | None,
-        metric_names: list[str],
-        pad_token_id: int,
-        splits: dict[str, Split],
-        choice: precision.PrecisionChoice,
-        stop: StopRequest,
-        lease: Lease,
-        **trainer: Any,
+        self, attempt: Attempt, model: Any, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
-        self.run, self.attempt, self.plan, self.geometry, self.task, self.labels = (
-            run,
-            attempt,
-            plan,
-            geometry,
-            task,
-            labels,
-        )
-        self.metric_names, self.pad_token_id, self.splits = metric_names, pad_token_id, splits
-        self.stop_request, self.lease = stop, lease
-        self.choice = choice
-        rows = {part: len(split) for part, split in splits.items()}
-        self.schedule = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0))
-        self.stopped = ""
-        self.abandoned = False
-        self.meter = Meter(launched(run.attempts / attempt))
-        self.times = StepTimes()
-        self.began_at = self.model_step = 0
+        self.attempt = attempt
         self.logits = np.empty((0, 0), np.float32)
         self.evaluated_step: int | None = None
-        train = plan.recipe.train
-        self.saver = Saver(
-            run.checkpoints,
-            train.keep_checkpoints,
-            run.metrics_file,
-            lambda **about: run.event("checkpoint", attempt=attempt, **about),
-        )
+        self._abandoned_evaluation = False
+        splits = attempt.data.splits
         super().__init__(
-            **trainer,
+            model=model,
+            args=arguments,
+            processing_class=AutoTokenizer.from_pretrained(attempt.data.folder / "tokenizer"),
+            callbacks=list(callbacks),
             train_dataset=Rows(splits["train"]),
             eval_dataset=Rows(splits["eval"]) if "eval" in splits else None,
             data_collator=lambda rows: rows,
             compute_loss_func=self._loss,
             compute_metrics=lambda _: {},
         )
-        if self.args.device.type == "cpu":
-            memory.tune_malloc()
-        dropout.seed(train.seed, self.rank)
-        self.batching, notes = packed_model.configure(self.model, plan.recipe, self.args)
-        self.recorded = self._recorded(notes)
-        for note in notes if self.rank == 0 else ():
-            print(f"afina: {note}", flush=True)
-        self.watchdog = Watchdog(run, attempt, self.rank, train.stall_minutes, lambda: self.times.usual)
-        self.state_bytes = state_bytes(self.model)
-        split = splits["train"]
-        self.work = Work(
-            lengths := split.lengths,
-            forward_flops(self.model.config, lengths, self.model.num_parameters(exclude_embeddings=True)),
-            self.schedule,
-            train.seed,
-            self.batching,
-        )
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = pad_token_id
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(Flow(self))
-        if self.args.process_index == 0:
-            self.add_callback(Pace(self))
+        self.add_callback(StepControl(attempt, self.resume, lambda: self._tr_loss))
+        if attempt.rank == 0:
+            self.add_callback(LiveProgress(attempt))
+        self._recorded = self._record_steps()
 
     @property
-    def rank(self) -> int:
-        return int(self.args.process_index)
+    def matmul_dtype(self) -> str:
+        """What training multiplies, as `compute.flops` names it."""
+        return precision.matmul_dtype(self.attempt.precision, self.args)
 
     # Batches and loss
 
-    def _collator(self, split: Split) -> Collator | PackedCollator:
-        if self.batching == "packed":
-            config = self.model.config
-            offset = packed_model.PROVEN[config.model_type].offset
-            return PackedCollator(
-                split,
-                self.model.base_model.embeddings.padding_idx if offset else self.pad_token_id,
-                config.num_attention_heads,
-                offset,
-                self.args.device.type,
-            )
-        longest = self.plan.recipe.tokens.max_length
-        return Collator(split, self.pad_token_id, longest if self.batching == "padded" else None)
-
     def get_train_dataloader(self) -> DataLoader[Any]:
-        split = self.splits["train"]
-        sampler = StepBatches(
-            split.lengths,
-            self.geometry,
-            self.rank,
-            self.plan.recipe.train.seed,
-            self.batching,
-            getattr(self.model.config, "hidden_size", 768),
-        )
-        return DataLoader(
-            Rows(split),
-            batch_sampler=sampler,
-            collate_fn=self._collator(split),
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        return train_loader(self.attempt, self.model, pin_memory=self.args.dataloader_pin_memory)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         split = (eval_dataset or self.eval_dataset).split
-        size = self.args.per_device_eval_batch_size
-        max_tokens = size * TOKENS_PER_ROW if self.batching == "packed" else None
-        batches = EvalBatches(split.lengths, size, self.rank, self.geometry.num_processes, max_tokens)
-        collate = self._collator(split)
-        return DataLoader(Rows(split), batch_sampler=batches, collate_fn=lambda rows: (rows, collate(rows)))
+        return eval_loader(self.attempt, self.model, split, self.args.per_device_eval_batch_size)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        return self.geometry.global_batch
+        return self.attempt.geometry.global_batch
 
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         """Sum over this rank's examples / examples of the global step (Trainer multiplies by the ranks that DDP averages over)."""
-        each = TASKS[self.task].loss(outputs["logits"], labels)
+        each = TASKS[self.attempt.data.task].loss(outputs["logits"], labels)
         loss: torch.Tensor = each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
         return loss
 
     # Steps
 
     def get_batch_samples(self, *arguments: Any, **named: Any) -> Any:
-        with self.meter.within("input"):
-            found = super().get_batch_samples(*arguments, **named)
-            self.meter.saw(found[0])
-        return found
+        meter = self.attempt.meter
+        with meter.within("input"):
+            samples = super().get_batch_samples(*arguments, **named)
+            meter.count_batches(samples[0])
+        return samples
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """Examples of the step over all ranks: the plan knows them, Trainer would gather them."""
-        return torch.tensor(self.schedule.examples_of(self.state.global_step + 1), device=device)
+        """Examples of the step over all ranks: the schedule has them, Trainer would gather them."""
+        return torch.tensor(self.attempt.schedule.examples_of(self.state.global_step + 1), device=device)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack: contextlib.ExitStack = super().compute_loss_context_manager()
-        if self.choice.bf16_on_cpu:
+        if self.attempt.precision.bf16_on_cpu:
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         return stack
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        self.meter.enter("forward_backward")
-        if self.recorded is not None:
-            return self._replay(self.recorded, *arguments, **named)
+        meter = self.attempt.meter
+        meter.enter("forward_backward")
+        if self._recorded is not None:
+            return self._replay(self._recorded, *arguments, **named)
         loss: torch.Tensor = super().training_step(*arguments, **named)
         if self.args.device.type == "cpu":
-            self.meter.enter("optimizer")
+            meter.enter("optimizer")
         return loss
 
-    def _recorded(self, notes: list[str]) -> cuda_graphs.GraphedStep | None:
-        """The graphed step if the recipe asks for it and it is supported; adds a note for the log, also where it may pay."""
-        wanted, arguments = self.plan.recipe.train.cuda_graphs, self.args
-        why = cuda_graphs.why_not_graphed(
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `compute.flops`
+
+    def _record_steps(self) -> cuda_graphs.GraphedStep | None:
+        """The training step as CUDA graphs, where the recipe asks for them and they are possible; logs the reason or a hint."""
+        attempt, arguments = self.attempt, self.args
+        wanted = attempt.plan.recipe.train.cuda_graphs
+        obstacle = cuda_graphs.why_not_graphed(
             self.model,
-            self.batching,
-            self.geometry.num_processes,
+            attempt.batching,
+            attempt.geometry.num_processes,
             bf16=arguments.bf16,
             checkpointing=packed_model.checkpoints_activations(arguments),
         )
-        if why is not None or not wanted:
-            if wanted:
-                notes.append(f"steps are not recorded as CUDA graphs: {why}")
-            elif why is None:
-                notes.append("train.cuda_graphs: true may make steps of small batches several times faster here")
+        note = ""
+        if wanted:
+            note = f"steps are not recorded as CUDA graphs: {obstacle}"
+            if obstacle is None:
+                note = "steps are recorded as CUDA graphs, one for each width of a batch"
+        elif obstacle is None:
+            note = "train.cuda_graphs: true may make steps of small batches several times faster here"
+        if note and attempt.rank == 0:
+            say(note)
+        if obstacle is not None or not wanted:
             return None
-        notes.append("steps are recorded as CUDA graphs, one for each width of a batch")
-        usual = super().training_step
+        step = super().training_step
         return cuda_graphs.GraphedStep(
-            lambda batch, items: usual(self.model_wrapped, batch, items),
+            lambda batch, items: step(self.model_wrapped, batch, items),
             self.model,
-            self.geometry.batch_per_device,
-            self.plan.recipe.tokens.max_length,
+            attempt.geometry.batch_per_device,
+            attempt.plan.recipe.tokens.max_length,
         )
 
     def _replay(
@@ -267,33 +184,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         before, widths, reason = recorded.padding_tokens, len(recorded.seconds), recorded.fallback_reason
         loss = recorded(self._prepare_inputs(batch), num_items_in_batch)
-        self.meter.computed += recorded.padding_tokens - before
+        self.attempt.meter.computed += recorded.padding_tokens - before
         if len(recorded.seconds) > widths:
             width, seconds = list(recorded.seconds.items())[-1]
-            self.run.event("recorded", attempt=self.attempt, width=width, seconds=round(seconds, 3))
+            self.attempt.event("recorded", width=width, seconds=round(seconds, 3))
         if recorded.fallback_reason != reason:
-            print(f"afina: steps are not recorded as CUDA graphs: {recorded.fallback_reason}", flush=True)
+            say(f"steps are not recorded as CUDA graphs: {recorded.fallback_reason}")
         return loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `afina.worker.compute.flops`
-
-    def find_peak(self) -> None:
-        """Measure what the processes' devices could do, all of them at the same moment; the best time counts. Collective."""
-        arguments = self.args
-        self.barrier()
-        mine = device_peak(arguments.device, precision.matmul_dtype(self.choice, arguments))
-        ranks = self.geometry.num_processes
-        if ranks > 1:
-            total = torch.tensor(mine.flops, dtype=torch.float64, device=arguments.device)
-            dist.all_reduce(total)
-            mine = Peak(float(total), f"{mine.source}; the sum of {ranks} processes")
-        if self.meter.peak is None or self.meter.peak.flops < mine.flops:
-            self.meter.peak = mine
-
-    def agree_on_memory(self) -> None:
-        """The most memory that any rank has used. Collective."""
-        self.meter.memory_bytes = agree(self, max(self.meter.memory_bytes, peak_memory_bytes()))[0]
 
     # Evaluation
 
@@ -306,26 +203,27 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Logits of every row on rank 0, in input order; the loss and the recipe's metrics on every rank."""
+        attempt, data = self.attempt, self.attempt.data
         split: Split = dataloader.dataset.split  # type: ignore[attr-defined]
         labels = np.asarray(split.labels)
-        with self.meter.within("evaluation"):
-            logits = logits_of(self, dataloader)
-            metrics = scores(self.task, self.metric_names, logits, labels) if self.rank == 0 else {}
-            metrics = on_every_rank(self, metrics)
-        self.meter.evaluations += 1
+        with attempt.meter.within("evaluation"):
+            self.model.eval()
+            logits = logits_of(attempt, dataloader, self._forward, may_stop=self.is_in_train)
+            metrics = scores(data.task, data.metric_names, logits, labels) if attempt.rank == 0 else {}
+            metrics = ranks.from_rank_zero(metrics)
+        attempt.meter.evaluations += 1
         self.logits, self.evaluated_step = logits, self.state.global_step
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=prefixed, num_samples=len(split))
 
-    def evaluate_now(self) -> None:
-        """Evaluate, remember the best step."""
-        metrics = self._evaluate(None, None)
-        self._determine_best_metric(metrics=metrics, trial=None)
+    def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**self._prepare_inputs(inputs))["logits"]
+        return logits
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
-        if better and self.plan.recipe.train.keep == "best":
-            self.control.should_save = True  # an evaluation need not fall on a step that is saved anyway
+        if better and self.attempt.keeps_best:
+            self.control.should_save = True  # the step of an evaluation need not be one that is saved anyway
         return better
 
     # Checkpoints
@@ -333,46 +231,42 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
         try:
             super()._maybe_log_save_evaluate(*arguments, **named)
-        except EvaluationAbandoned as stop:
-            self.stopped, self.abandoned = stop.cause, True
+        except EvaluationAbandoned as abandoned:
+            self.attempt.stop.agreed, self._abandoned_evaluation = abandoned.cause, True
             self.control.should_training_stop = True
             self._save_checkpoint(None, None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Copy the state; rank 0 writes it beside the training. Waits for the disk only at a stop."""
-        with self.meter.within("saving"):
-            self._save()
+        """Copy the state; rank 0 writes it in the background. Waits for the disk only at a stop."""
+        attempt, began, step = self.attempt, time.monotonic(), self.state.global_step
+        with attempt.meter.within("saving"):
+            due = bool(attempt.stop.agreed) and attempt.schedule.evaluates_at(step)
+            if due and not self._abandoned_evaluation:
+                # The draw that iterating over the evaluation's DataLoader would have made before this checkpoint.
+                torch.empty((), dtype=torch.int64).random_()
+            of_ranks = ranks.everyone(
+                {
+                    "random": random_state(),
+                    # This rank's part of the loss that the next log line will show.
+                    "loss": float(self._tr_loss),
+                    "logged": self._globalstep_last_logged,
+                }
+            )
+            if attempt.rank == 0:
+                attempt.saver.finish()
+                attempt.saver.begin(self._snapshot(step, of_ranks, due), time.monotonic() - began)
+            attempt.watchdog.beat(f"the save of step {step}")
+            if attempt.stop.agreed:
+                attempt.saver.finish()
+                ranks.barrier()
 
-    def _save(self) -> None:
-        began, step = time.monotonic(), self.state.global_step
-        due = bool(self.stopped) and self.schedule.evaluates_at(step)
-        if due and not self.abandoned:
-            # The draw that iterating over the evaluation's DataLoader would have made before this checkpoint.
-            torch.empty((), dtype=torch.int64).random_()
-        mine = {
-            "random": random_state(),
-            # The part of the logged loss that has been summed up on this rank since the last log line.
-            "loss": float(self._tr_loss),
-            "logged": self._globalstep_last_logged,
-        }
-        ranks: list[Any] = [mine]
-        if self.geometry.num_processes > 1:
-            ranks = [None] * self.geometry.num_processes
-            dist.all_gather_object(ranks, mine)
-        if self.rank == 0:
-            self.saver.finish()
-            self.saver.begin(self._snapshot(step, ranks, due), time.monotonic() - began)
-        self.watchdog.beat(f"the save of step {step}")
-        if self.stopped:
-            self.saver.finish()
-            self.barrier()
-
-    def _snapshot(self, step: int, ranks: list[Any], evaluation_due: bool) -> Snapshot:
+    def _snapshot(self, step: int, of_ranks: list[Any], evaluation_due: bool) -> Snapshot:
+        attempt = self.attempt
         memory: dict[Any, torch.Tensor] = {}
         scaler = getattr(self.accelerator, "scaler", None)
-        log = self.run.metrics_file
+        log = attempt.run.metrics_file
         progress = {
-            "utilisation": self.meter.state(),
+            "utilisation": attempt.meter.state(),
             "evaluation_due": evaluation_due,
             "metrics_bytes": log.stat().st_size if log.exists() else 0,
         }
@@ -380,26 +274,26 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model)
         return Snapshot(
             step=step,
-            model=lambda folder, weights: model.save_pretrained(folder, state_dict=weights),
-            weights=copied(model.state_dict(), memory),
+            write_model=lambda folder, weights: model.save_pretrained(folder, state_dict=weights),
+            weights=copy_to_host(model.state_dict(), memory),
             tensors={
-                "optimizer.pt": copied(self.optimizer.state_dict(), memory),
-                "scheduler.pt": copied(self.lr_scheduler.state_dict(), memory),
-                **({"scaler.pt": copied(scaler.state_dict(), memory)} if scaler is not None else {}),
-                RANKS: ranks,
+                "optimizer.pt": copy_to_host(self.optimizer.state_dict(), memory),
+                "scheduler.pt": copy_to_host(self.lr_scheduler.state_dict(), memory),
+                **({"scaler.pt": copy_to_host(scaler.state_dict(), memory)} if scaler is not None else {}),
+                RANKS: of_ranks,
             },
             texts={"trainer_state.json": json.dumps(state), PROGRESS: json.dumps(progress)},
             about={
-                "world_size": self.geometry.num_processes,
-                "geometry": self.geometry.model_dump(),
-                "plan": self.plan.digest,
+                "world_size": attempt.geometry.num_processes,
+                "geometry": attempt.geometry.model_dump(),
+                "plan": attempt.plan.digest,
                 "versions": {
                     "afina": __version__,
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,
                 },
             },
-            protected=self.state.best_global_step if self.plan.recipe.train.keep == "best" else None,
+            protected=self.state.best_global_step if attempt.keeps_best else None,
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -414,50 +308,49 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        ranks = torch.load(Path(checkpoint) / RANKS, weights_only=True)
-        if len(ranks) == self.geometry.num_processes:
-            set_random_state(ranks[self.rank]["random"])
+        of_ranks, rank = read_ranks(Path(checkpoint)), self.attempt.rank
+        if len(of_ranks) == self.attempt.geometry.num_processes:
+            set_random_state(of_ranks[rank]["random"])
         else:
             seed = self.args.seed + 1_000_003 * self.state.global_step
-            transformers.set_seed(seed + self.rank)
-            dropout.seed(seed, self.rank)
+            transformers.set_seed(seed + rank)
+            dropout.seed(seed, rank)
 
-    def restore(self, folder: Path) -> None:
-        """Take over a checkpoint of the last step: nothing is left to train, only to conclude."""
-        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        self.load_weights(folder)
-        self.resumed_from(folder)
-
-    def resumed_from(self, folder: Path) -> None:
-        """Take over what Trainer does not restore: loss since the last log line, training time, evaluation due."""
-        progress = read_progress(folder)
-        self.meter.take_over(progress["utilisation"])
-        ranks = torch.load(folder / RANKS, weights_only=True)
-        same = len(ranks) == self.geometry.num_processes
-        share = ranks[self.rank]["loss"] if same else sum(r["loss"] for r in ranks) / len(ranks)
-        self._tr_loss = torch.tensor(share, device=self.args.device)
-        self._globalstep_last_logged = ranks[0]["logged"]
-        if self.rank == 0:
-            log, expected = self.run.metrics_file, progress["metrics_bytes"]
+    def resume(self, folder: Path) -> None:
+        """Restore what Trainer does not: the loss since the last log line, times, the metrics log, a pending evaluation."""
+        attempt, progress = self.attempt, read_progress(folder)
+        attempt.meter.restore(progress["utilisation"])
+        of_ranks, count = read_ranks(folder), attempt.geometry.num_processes
+        same = len(of_ranks) == count
+        loss = of_ranks[attempt.rank]["loss"] if same else sum(r["loss"] for r in of_ranks) / len(of_ranks)
+        self._tr_loss = torch.tensor(loss, device=self.args.device)
+        self._globalstep_last_logged = of_ranks[0]["logged"]
+        if attempt.rank == 0:
+            log, expected = attempt.run.metrics_file, progress["metrics_bytes"]
             if (size := log.stat().st_size if log.exists() else 0) < expected:
-                print(f"afina: WARNING: {log} has {size} bytes, {expected} were written: lines are missing", flush=True)
+                say(f"WARNING: {log} has {size} bytes instead of {expected}: lines are missing")
             truncate(log, expected)
             if not same:
-                print(
-                    f"afina: {len(ranks)} processes made this checkpoint, {self.geometry.num_processes} resume it: same data, other dropout masks",
-                    flush=True,
+                say(
+                    f"{len(of_ranks)} processes made this checkpoint, {count} resume it: same data, different dropout masks"
                 )
-        self.barrier()
+        ranks.barrier()
         if progress["evaluation_due"]:
-            self.evaluate_now()
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
 
-    def barrier(self) -> None:
-        if self.geometry.num_processes > 1:
-            dist.barrier()
+    def restore(self, folder: Path) -> None:
+        """Restore a checkpoint of the last step: no step is left, only the export."""
+        self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        self.load_weights(folder)
+        self.resume(folder)
 
     def load_weights(self, folder: Path) -> None:
-        wrong = checkpoints.damage(folder)
-        if wrong:
+        """Load the weights of a checkpoint.
+
+        Raises:
+            EnvironmentProblem: it is damaged.
+        """
+        if wrong := checkpoints.damage(folder):
             raise EnvironmentProblem(
                 f"{folder}: the best checkpoint is damaged: {wrong}",
                 "set `--set train.keep=last` in a new run, or restore the folder",

@@ -1,0 +1,78 @@
+"""Watchdog: a thread that ends a process which makes no step for too long. The training itself may hang in a collective.
+
+Not covered: a process that is itself halted (SIGSTOP, a dead node). The watchdogs of the other ranks end the attempt then.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from afina.errors import EXIT_FAILED, TrainingError
+from afina.run.directory import RunDir
+
+__all__ = ["Watchdog"]
+
+
+class Watchdog:
+    """Ends a process that has made no step for too long, and writes the stacks of all its threads to the log."""
+
+    #: Before five steps are measured: start-up, the first batches, an evaluation on a slow disk.
+    FIRST_S = 1800.0
+    LEAST_S = 600.0
+
+    def __init__(self, run: RunDir, attempt: str, rank: int, minutes: float | None, usual: Callable[[], float | None]):
+        """Args:
+        minutes: the limit; None derives it from the usual step.
+        usual: the seconds of a usual step, None where not known yet.
+        """
+        self.run, self.attempt, self.rank, self.usual = run, attempt, rank, usual
+        self.given_s = minutes * 60 if minutes else None
+        self._last_beat = time.monotonic()
+        self._last_event = "the start"
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="afina-watchdog", daemon=True).start()
+
+    def beat(self, event: str) -> None:
+        """Report progress: a step, a batch of an evaluation, a save."""
+        self._last_beat, self._last_event = time.monotonic(), event
+
+    def stop(self) -> None:
+        self._over.set()
+
+    @property
+    def limit_s(self) -> float:
+        if self.given_s is not None:
+            return self.given_s
+        usual = self.usual()
+        return self.FIRST_S if usual is None else max(self.LEAST_S, 30 * usual)
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(pause := min(5.0, self.limit_s / 4)):
+            now = time.monotonic()
+            if now - before > pause + 5:
+                self._last_beat = now  # this process itself was halted (`scontrol suspend`, SIGSTOP): count anew
+            elif now - self._last_beat > self.limit_s:
+                self._end_process(now - self._last_beat)
+            before = now
+
+    def _end_process(self, silent_s: float) -> None:
+        message = (
+            f"no progress for {silent_s:.0f} s after {self._last_event} on {os.uname().nodename} (rank {self.rank}); "
+            "the stacks of its threads are in the log"
+        )
+        remedy = "check the other ranks: one that hangs or has died blocks all; train.stall_minutes sets the limit"
+        print(f"error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        try:
+            failure = TrainingError(message, remedy, cause="stall").failure
+            self.run.report_failure(self.attempt, f"rank{self.rank}", failure)
+        finally:
+            os._exit(EXIT_FAILED)

@@ -1,0 +1,171 @@
+"""Attempt: the frozen value that trainer, control, evaluation and results share, and that lies below all of them.
+
+It holds the facts of one process in one attempt at a run (plan, geometry, rank, data, batching) and, made once on first use,
+the objects that accompany it: schedule, meter, saver, watchdog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from afina.errors import TrainingError
+from afina.recipe.metrics import METRICS, default_metrics, selection_metric
+from afina.run.directory import RunDir
+from afina.run.plan import Geometry, Plan
+from afina.schedule import Schedule
+from afina.worker.compute.batches import Batching
+from afina.worker.compute.precision import PrecisionChoice
+from afina.worker.data import prepared as store
+from afina.worker.data.prepared import Split
+from afina.worker.model.pretrained import verify_model
+from afina.worker.survival.lease import Lease
+from afina.worker.survival.snapshot import Saver
+from afina.worker.survival.stop import StepTimes, StopRequest, stop_lead_s
+from afina.worker.survival.watchdog import Watchdog
+from afina.worker.training.meter import Meter, Work, seconds_since_launch
+
+__all__ = ["Attempt", "TrainingData", "open_data"]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The prepared data of a run, and its task.
+
+    Attributes:
+        folder: of the prepared data.
+        model_folder: of the pretrained model.
+        labels: their names, None for regression.
+        num_labels: outputs of the model.
+        metric_names: what an evaluation computes, `best_metric` included.
+        best_metric: chooses the best checkpoint.
+    """
+
+    folder: Path
+    model_folder: str
+    task: str
+    labels: list[str] | None
+    num_labels: int
+    pad_token_id: int
+    splits: Mapping[str, Split]
+    metric_names: list[str]
+    best_metric: str
+
+
+def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> TrainingData:
+    """Open the prepared data.
+
+    Args:
+        prepared: `prepared.json` of the run, as this node reads it.
+        verify: compare every file of data and model with its digest first.
+
+    Raises:
+        SiteError: prepared data are missing or altered.
+        TrainingError: a metric of the recipe does not fit the task.
+    """
+    folder = Path(prepared["prepared"])
+    manifest = store.load_manifest(folder)
+    if verify:
+        store.verify(folder)
+        verify_model(prepared)
+    task = manifest["task"]
+    best = selection_metric(task, plan.recipe.train.best_metric)
+    names = list(dict.fromkeys([*default_metrics(task, plan.recipe.metrics), best]))
+    for name in names:
+        if name not in METRICS[task]:
+            raise TrainingError(
+                f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
+            )
+    return TrainingData(
+        folder=folder,
+        model_folder=prepared["model_folder"],
+        task=task,
+        labels=manifest["labels"],
+        num_labels=manifest["num_labels"],
+        pad_token_id=manifest["pad_token_id"],
+        splits={part: store.open_split(folder, part) for part in manifest["splits"]},
+        metric_names=names,
+        best_metric=best,
+    )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process of one attempt at a run.
+
+    Attributes:
+        name: of the attempt, `<job>.<restart>` or `local-<n>`.
+        geometry: of the processes that really run.
+        device: of this process.
+        precision: what training computes in; on a CPU evaluations are in float32 whatever it is, so that anybody who
+            computes with the exported model gets what the run recorded of it.
+        batching: the recipe's, or what the model can take.
+        forward_flops: floating-point operations of the forward pass of each training row, (N,).
+        checkpoint_bytes: the size of a checkpoint.
+    """
+
+    run: RunDir
+    name: str
+    rank: int
+    plan: Plan
+    geometry: Geometry
+    device: torch.device
+    data: TrainingData
+    precision: PrecisionChoice
+    batching: Batching
+    forward_flops: np.ndarray[Any, Any]
+    checkpoint_bytes: int
+    stop: StopRequest
+    lease: Lease
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        rows = {part: len(split) for part, split in self.data.splits.items()}
+        return self.plan.recipe.train.schedule(rows["train"], rows.get("eval", 0))
+
+    @cached_property
+    def work(self) -> Work:
+        """Examples, tokens and operations of any step, over all processes."""
+        lengths, seed = self.data.splits["train"].lengths, self.plan.recipe.train.seed
+        return Work(lengths, self.forward_flops, self.schedule, seed, self.batching)
+
+    @cached_property
+    def meter(self) -> Meter:
+        return Meter(seconds_since_launch(self.run.attempts / self.name))
+
+    @cached_property
+    def times(self) -> StepTimes:
+        return StepTimes()
+
+    @cached_property
+    def saver(self) -> Saver:
+        """Writes the checkpoints; used on rank 0."""
+        keep = self.plan.recipe.train.keep_checkpoints
+        return Saver(
+            self.run.checkpoints, keep, self.run.metrics_file, lambda **about: self.event("checkpoint", **about)
+        )
+
+    @cached_property
+    def watchdog(self) -> Watchdog:
+        minutes = self.plan.recipe.train.stall_minutes
+        return Watchdog(self.run, self.name, self.rank, minutes, lambda: self.times.usual)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append an event of this attempt to `events.jsonl`."""
+        self.run.event(kind, attempt=self.name, **fields)
+
+    def stop_cause(self) -> int:
+        """Whether this rank knows of a stop request, as an index into `CAUSES`; rank 0 also checks file and deadline."""
+        if self.rank:
+            return self.stop.signalled()
+        return self.stop.check(stop_lead_s(self.times, self.saver.seconds, self.checkpoint_bytes))
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.plan.recipe.train.keep == "best"
