@@ -1,14 +1,13 @@
-"""What was foreseen against what was used: time and memory of six runs of different shapes, on the CPU.
+"""Forecasts beside what runs really took: time and memory of six runs of different shapes, on the CPU.
 
-For each shape, in this order: `afina rehearse` in a fresh scratch folder, which knows of no earlier run; then the run itself with
-`afina train`. The time foreseen is that of the rehearsal, start-up to end; the one used is the outcome's. Memory foreseen is told
-twice, by the rehearsal and by the model's numbers alone; the one used is the most that the kernel saw of the worker (`ru_maxrss` of
-wait4(2)). Then the forecast from earlier runs: of twice the epochs, from the run that was just made, against such a run.
+For each shape: `afina rehearse` in a fresh scratch folder, which holds no earlier run; then the run itself with `afina train`; then a
+forecast from that run of one with twice the epochs, and that run too. Times are those of the rehearsal and of the outcomes, start-up to end;
+memory used is the largest resident set of the worker (`ru_maxrss` of wait4(2)).
 
     AFINA_TEST_DATA=FOLDER python tests/bench/estimates.py [--rows 600] [--threads 2] [--shapes …] [--json found.json]
     python tests/bench/estimates.py --quick
 
-Not covered: GPUs, several processes, a machine that does other work at the same time (the load before each run is noted).
+Not covered: GPUs, several processes, a machine that does other work at the same time (the load before each run is recorded).
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import reviews  # type: ignore[import-not-found]
+from measuring import AFINA, environment_of  # type: ignore[import-not-found]
 
-__all__ = ["SHAPES", "Shape", "measure", "table"]
+__all__ = ["SHAPES", "Shape", "main", "measure", "table"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, a kind of text, and how a step is made of it; `rows` as a share of the bench's rows."""
+    """A model, a kind of text and the batches of a step; `rows` is a share of the bench's rows."""
 
     name: str
     model: str
@@ -55,33 +55,31 @@ _QUICK = (Shape("tiny, short texts, 16 a step", "tiny", "short", 64, 16), Shape(
 
 
 def measure(shape: Shape, folder: Path, rows: int, threads: int, *, quick: bool) -> dict[str, Any]:
-    """Foreseen and used, of one shape."""
+    """Forecast and used, of one shape."""
     rows = int(rows * shape.rows)
-    folder.mkdir()
-    (folder / "scratch").mkdir()
+    environment = environment_of(folder, threads)
     reviews.write_parts(folder, shape.lengths, rows, quick=quick)
-    recipe = _recipe(shape, reviews.model_for(shape.model, folder))
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    environment = {
-        **os.environ,
-        "AFINA_SCRATCH": str(folder / "scratch"),
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-    }
-    found: dict[str, Any] = {"shape": shape.name, "rows": rows, "threads": threads}
-    found["load"] = [round(os.getloadavg()[0], 2)]
+    (folder / "recipe.yaml").write_text(json.dumps(_recipe(shape, reviews.model_for(shape.model, folder))))
+    found: dict[str, Any] = {"shape": shape.name, "rows": rows, "threads": threads, "load": [os.getloadavg()[0]]}
     seconds = "0.5" if quick else "10"
-    said = json.loads(_afina(folder, environment, "rehearse", "recipe.yaml", "--seconds", seconds, "--json"))
-    found["foreseen"] = {k: said[k] for k in ("basis", "seconds", "seconds_by_part", "host_gb", "total_steps", "checkpoint_gb", "time_min", "mem_gb")}  # fmt: skip
-    found["by_numbers_gb"] = _foresee(folder, environment)["host_gb"]
+    rehearse = [*AFINA, "rehearse", "recipe.yaml", "--seconds", seconds, "--json"]
+    found["forecast"] = _json_of(rehearse, folder, environment)
     found["used"] = _train(folder, environment, "first")
-    found["load"].append(round(os.getloadavg()[0], 2))
-    again = ("--set", "train.epochs=2")
-    later = _foresee(folder, environment, *again[1:])
-    found["later_foreseen"] = {k: later[k] for k in ("basis", "seconds", "host_gb")}
-    found["later_used"] = _train(folder, environment, "second", *again)
-    found["load"].append(round(os.getloadavg()[0], 2))
+    found["load"].append(os.getloadavg()[0])
+    found["later_forecast"] = _json_of([sys.executable, "-c", _FORECAST, "train.epochs=2"], folder, environment)
+    found["later_used"] = _train(folder, environment, "second", "--set", "train.epochs=2")
     return found
+
+
+#: The forecast of a run that is not rehearsed.
+_FORECAST = """
+import json, sys
+from afina import api
+from afina.forecast.forecast import foresee
+from afina.run.job_request import JobRequest
+plan = api.plan_for("recipe.yaml", JobRequest(overrides=sys.argv[1:]))
+print(json.dumps(foresee(plan, api.prepare(plan)).to_json()))
+"""
 
 
 def _recipe(shape: Shape, model: Path) -> dict[str, Any]:
@@ -102,30 +100,17 @@ def _recipe(shape: Shape, model: Path) -> dict[str, Any]:
     }
 
 
-def _afina(folder: Path, environment: dict[str, str], *arguments: str) -> str:
-    argv = [sys.executable, "-m", "afina.cli", *arguments]
+def _json_of(argv: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """The JSON object that a command prints last."""
     done = subprocess.run(argv, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"afina {arguments[0]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout.strip().splitlines()[-1]
-
-
-def _foresee(folder: Path, environment: dict[str, str], *overrides: str) -> dict[str, Any]:
-    """What `afina submit` would write down, without submitting."""
-    code = (
-        "import json, sys; from afina import api as jobs; from afina.forecast.forecast import foresee\nfrom afina.run.job_request import JobRequest\n"
-        "plan = jobs.plan_for('recipe.yaml', JobRequest(overrides=sys.argv[1:]))\n"
-        "print(json.dumps(foresee(plan, jobs.prepare(plan)).to_json()))"
-    )
-    argv = [sys.executable, "-c", code, *overrides]
-    done = subprocess.run(argv, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+        raise RuntimeError(f"{argv[:4]} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def _train(folder: Path, environment: dict[str, str], name: str, *options: str) -> dict[str, Any]:
     run = folder / "scratch/runs" / name
-    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", str(run), *options]
+    argv = [*AFINA, "train", "recipe.yaml", "--run", str(run), *options]
     with (folder / f"{name}.log").open("wb") as log:
         child = subprocess.Popen(argv, env=environment, cwd=folder, stdout=log, stderr=log)
         _, status, usage = os.wait4(child.pid, 0)
@@ -142,33 +127,34 @@ def _train(folder: Path, environment: dict[str, str], name: str, *options: str) 
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    head = ("run", "steps", "time: foreseen, used", "", "memory: rehearsed, by numbers, used", "", "asked for", "twice as long: foreseen, used", "")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    heads = ("run", "steps", "time: forecast, used", "", "memory: rehearsed, used", "", "requested")
+    heads += ("twice as long: forecast, used", "")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for one in found:
-        foreseen, used, later = one["foreseen"], one["used"], one["later_used"]
+        forecast, used, later, later_used = (one[k] for k in ("forecast", "used", "later_forecast", "later_used"))
         cells = (
             one["shape"],
             str(used["steps"]),
-            f"{foreseen['seconds']:.0f} s, {used['seconds']:.0f} s",
-            f"{foreseen['seconds'] / used['seconds']:.2f}",
-            f"{foreseen['host_gb']:.2f}, {one['by_numbers_gb']:.2f}, {used['host_gb']:.2f} GB",
-            f"{foreseen['host_gb'] / used['host_gb']:.2f}, {one['by_numbers_gb'] / used['host_gb']:.2f}",
-            f"{foreseen['time_min']} min, {foreseen['mem_gb']} GB",
-            f"{one['later_foreseen']['seconds']:.0f} s, {later['seconds']:.0f} s",
-            f"{one['later_foreseen']['seconds'] / later['seconds']:.2f}",
+            f"{forecast['seconds']:.0f} s, {used['seconds']:.0f} s",
+            f"{forecast['seconds'] / used['seconds']:.2f}",
+            f"{forecast['host_gb']:.2f}, {used['host_gb']:.2f} GB",
+            f"{forecast['host_gb'] / used['host_gb']:.2f}",
+            f"{forecast['time_min']} min, {forecast['mem_gb']} GB",
+            f"{later['seconds']:.0f} s, {later_used['seconds']:.0f} s",
+            f"{later['seconds'] / later_used['seconds']:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=600, help="to train on, and as many to evaluate on")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--shapes", type=int, nargs="*", metavar="N", help="only these, counted from 1")
     parser.add_argument("--quick", action="store_true", help="two tiny shapes, to see that it works")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     shapes = _QUICK if options.quick else SHAPES
     chosen = [shapes[n - 1] for n in options.shapes] if options.shapes else shapes
     found = []

@@ -1,11 +1,11 @@
-"""A run on real reviews that the cluster interrupts many times, beside the same run left alone: are the two logs equal?
+"""A run on real reviews that the cluster interrupts many times, beside the same run undisturbed: are logs and weights equal?
 
     python tests/bench/interrupted.py --image IMAGE.sif --csv reviews.csv --model FOLDER [--interruptions 10] [--seed 1]
 
 Runs on the test cluster (as root, see tests/slurm), in the image, one process, three epochs. The interruptions come from
-Slurm, at random steps of the whole run: the warning before the time limit (USR1 to the batch shell), `scontrol requeue`, a preemption by
-the higher partition, a killed process, a killed node. Prints what was done, and whether `metrics.jsonl` and the weights are
-equal byte for byte. Both nodes of the cluster are this machine: seconds say nothing about a cluster's.
+Slurm, at random steps: the warning before the time limit (USR1 to the batch shell), `scontrol requeue`, a preemption by the higher
+partition, a killed process, a failed node. Prints the interruptions, and whether `metrics.jsonl` and the weights are equal byte for byte.
+Both nodes are this machine: seconds mean nothing for a real cluster.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _steps(run: Path) -> int:
 
 
 def _train(cluster: Cluster, place: Path, name: str, steps: Sequence[int], rng: random.Random) -> dict[str, Any]:
-    """One run, struck once after each of these steps has been logged."""
+    """One run, interrupted once after each of these steps has been logged."""
     began = time.monotonic()
     options = ("--gpus-per-node=1", "--cpus-per-task=1")
     job = cluster.sbatch(*options, "slurm/finetune.sbatch", "recipe.yaml", "--set", f"name={name}", cwd=place)

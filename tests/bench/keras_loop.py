@@ -1,13 +1,13 @@
 """The tutorial's third way, Keras `fit`: on the torch backend, with keras-hub's BERT, on data that afina prepared.
 
-keras-hub reads the same `model.safetensors` and is given token ids, not texts: its own tokenizers run in TensorFlow, which is not
-needed then. pip would install it all the same (keras-hub requires tensorflow-text), so:
+keras-hub reads the same `model.safetensors` and gets token ids, not texts: its own tokenizers need TensorFlow. pip would install
+TensorFlow all the same (keras-hub requires tensorflow-text), so:
 
     pip install keras h5py absl-py namex optree ml-dtypes sentencepiece && pip install --no-deps keras-hub
     python tests/bench/keras_loop.py --prepared FOLDER --model FOLDER
 
-What it is not: its GELU is the tanh approximation (pooled outputs of MiniLM are 4e-4 away from Transformers'), and `fit` on the
-torch backend is for one process; Keras's `ModelParallel` and `DataParallel` are not there yet.
+Not covered: its GELU is the tanh approximation (pooled outputs of MiniLM differ by 4e-4 from Transformers'), and `fit` on the torch
+backend is for one process; it has no `ModelParallel` or `DataParallel` yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from native import batch_of, batches, load  # type: ignore[import-not-found]
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """Batches of like length, new ones in every epoch; or sorted ones, for an evaluation."""
+    """Batches of similar length, new ones in every epoch; sorted ones for an evaluation."""
 
     def __init__(self, data: tuple[Any, Any, Any], size: int, seed: int, *, train: bool) -> None:
         super().__init__()
@@ -69,7 +69,9 @@ def main() -> None:
         options.model, dtype="mixed_bfloat16" if options.bf16 else "float32"
     )
     task = keras_hub.models.BertTextClassifier(backbone, num_classes=len(names), preprocessor=None, dropout=0.1)
-    model = keras.Model(task.inputs, task.outputs[0])  # the task's own `fit` wants texts, and tf.data or grain for them
+    model = keras.Model(
+        task.inputs, task.outputs[0]
+    )  # the task's own `fit` needs texts, and tf.data or grain to read them
     rows = Batches(train, options.batch_size, options.seed, train=True)
     steps = options.epochs * len(rows)
     model.compile(

@@ -1,10 +1,10 @@
-"""The tutorial's second way, a training loop of one's own: PyTorch and accelerate, on data that afina prepared.
+"""The tutorial's second way: a native PyTorch loop with accelerate, on data that afina prepared.
 
-The data is read as it lies on disk (src/afina/worker/store.py): `<part>.tokens.npy` with the tokens of all rows behind each other,
-`<part>.offsets.npy`, `<part>.labels.npy`, memory-mapped. Rows of like length make a batch, padded to its longest; AdamW with a
-linear schedule, clipping, accuracy after each epoch. No checkpoints, no stop, no resume: that is what afina is for.
+The data is read as `afina.worker.data.prepared` stores it: `<part>.tokens.npy` with the tokens of all rows in sequence,
+`<part>.offsets.npy`, `<part>.labels.npy`, memory-mapped. Rows of similar length make a batch, padded to its longest; AdamW with a linear
+schedule, clipping, accuracy after each epoch. Not covered: checkpoints, stopping, resuming.
 
-    afina prefetch recipe.yaml                       (says where the prepared data is)
+    afina prefetch recipe.yaml                       (prints the path of the prepared data)
     python tests/bench/native.py --prepared FOLDER --model FOLDER
     torchrun --nproc_per_node 2 tests/bench/native.py --prepared FOLDER --model FOLDER --batch-size 4
 """
@@ -33,12 +33,12 @@ def load(folder: Path, part: str) -> tuple[Any, Any, Any]:
 
 
 def batches(offsets: Any, size: int, seed: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-    """Rows of this rank's batches: shuffled, brought together by length in windows of 50 batches, shuffled again."""
+    """Rows of this rank's batches: shuffled, sorted by length in windows of 50 batches, batches shuffled."""
     draw = np.random.default_rng(seed)
     order, lengths = draw.permutation(len(offsets) - 1), np.diff(offsets)
     window = 50 * size * ranks
-    pieces = (order[i : i + window] for i in range(0, len(order), window))
-    order = np.concatenate([piece[np.argsort(-lengths[piece], kind="stable")] for piece in pieces])
+    windows = (order[i : i + window] for i in range(0, len(order), window))
+    order = np.concatenate([rows[np.argsort(-lengths[rows], kind="stable")] for rows in windows])
     steps = [order[i : i + size * ranks] for i in range(0, len(order), size * ranks)]
     return [steps[i][rank::ranks].tolist() or [int(steps[i][0])] for i in draw.permutation(len(steps))]
 
@@ -66,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()
-    # Several processes on CPUs find each other only so.
+    # `cpu=True`: otherwise several processes on CPUs each believe they are alone.
     accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if options.bf16 else "no")
     set_seed(options.seed)
     train, test = load(options.prepared, "train"), load(options.prepared, "eval")

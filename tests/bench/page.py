@@ -1,11 +1,11 @@
-"""Look at a report as a reader's browser does: headless Chromium, light, dark, narrow and printed; axe-core; the console; every request.
+"""Check a report in headless Chromium: light, dark, narrow and printed; axe-core; the console; every request.
 
     python tests/bench/page.py RUN_DIR|index.html [--out FOLDER] [--axe axe.min.js] [--json found.json]
 
-Writes light.png, dark.png, narrow.png and print.pdf, prints what was found, and ends with 1 if the page asked for anything but itself, said anything on
-the console, is wider than the screen, or has an axe-core violation of impact serious or critical. Without `--axe`, axe-core is fetched with npm (`npm
-install axe-core`), which needs a registry; `--axe none` leaves that check out. Chromium is talked to over a pipe (`--remote-debugging-pipe`, the DevTools
-protocol): no port is opened. Needs the Debian package `chromium`.
+Writes light.png, dark.png, narrow.png and print.pdf, prints the findings, and exits with 1 if the page requests anything but itself, writes
+to the console, is wider than the screen, or has an axe-core violation of impact serious or critical. Without `--axe`, npm fetches axe-core
+from a registry; `--axe none` skips that check. Chromium speaks the DevTools protocol over a pipe (`--remote-debugging-pipe`): no port is
+opened. Needs the Debian package `chromium`.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class Browser:
         }
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            said = self._next()
-            if said.get("id") == self._number:
-                if "error" in said:
-                    raise RuntimeError(f"{method}: {said['error']}")
-                return dict(said["result"])
+            answer = self._next()
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return dict(answer["result"])
 
     def wait_for(self, event: str) -> None:
         while not any(e["method"] == event for e in self.events):
@@ -95,13 +95,13 @@ class Browser:
         while b"\0" not in self._waiting:
             block = os.read(self._read, 1 << 20)
             if not block:
-                raise RuntimeError("chromium has gone")
+                raise RuntimeError("chromium has exited")
             self._waiting += block
         raw, _, self._waiting = self._waiting.partition(b"\0")
-        said: dict[str, Any] = json.loads(raw)
-        if "method" in said:
-            self.events.append(said)
-        return said
+        message: dict[str, Any] = json.loads(raw)
+        if "method" in message:
+            self.events.append(message)
+        return message
 
     def evaluate(self, script: str) -> Any:
         done = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
@@ -118,7 +118,7 @@ class Browser:
         self._process.wait(timeout=20)
 
 
-def look(page: Path, out: Path, axe: str | None) -> dict[str, Any]:
+def examine(page: Path, out: Path, axe: str | None) -> dict[str, Any]:
     """Open `page`; returns requests, console lines, and by view the overflow in pixels and axe-core's violations."""
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"page": str(page), "bytes": page.stat().st_size, "views": {}}
@@ -139,18 +139,18 @@ def look(page: Path, out: Path, axe: str | None) -> dict[str, Any]:
             browser.call("Emulation.clearDeviceMetricsOverride")
             pdf = browser.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
             (out / "print.pdf").write_bytes(base64.b64decode(pdf["data"]))
-            browser.evaluate("1")  # what was said until now has arrived
+            browser.evaluate("1")  # all earlier events have arrived
         finally:
             browser.close()
     urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    said = [
+    console = [
         e
         for e in browser.events
         if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     ]
     found["requests"] = [url for url in urls if url != page.as_uri()]
     found["loaded"] = page.as_uri() in urls
-    found["console"] = [json.dumps(event["params"])[:300] for event in said]
+    found["console"] = [json.dumps(event["params"])[:300] for event in console]
     return found
 
 
@@ -186,20 +186,20 @@ def _axe(given: str | None, folder: Path) -> str | None:
     return (folder / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
 
 
-def wrong(found: dict[str, Any]) -> list[str]:
-    """What must not be, in words."""
-    said = [f"request to {url}" for url in found["requests"]] + [f"console: {line}" for line in found["console"]]
+def problems_of(found: dict[str, Any]) -> list[str]:
+    """The problems, in words."""
+    problems = [f"request to {url}" for url in found["requests"]] + [f"console: {line}" for line in found["console"]]
     if not found["loaded"]:
-        said.append("the page was not loaded")
+        problems.append("the page was not loaded")
     for name, view in found["views"].items():
         if view["overflow_px"] > 0:
-            said.append(f"{name}: {view['overflow_px']} px wider than the screen")
-        said += [
+            problems.append(f"{name}: {view['overflow_px']} px wider than the screen")
+        problems += [
             f"{name}: {v['impact']}: {v['help']} ({v['rule']}, {v['count']} ×, {'; '.join(v['where'])})"
             for v in view["violations"] or []
             if v["impact"] in ("serious", "critical")
         ]
-    return said
+    return problems
 
 
 def main() -> int:
@@ -213,7 +213,7 @@ def main() -> int:
     if page.is_dir():
         page = page / "report/index.html"
     with tempfile.TemporaryDirectory() as folder:
-        found = look(page, given.out, _axe(given.axe, Path(folder)))
+        found = examine(page, given.out, _axe(given.axe, Path(folder)))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{page}: {found['bytes']:,} bytes, {len(found['requests'])} requests, {len(found['console'])} console lines")
@@ -223,7 +223,7 @@ def main() -> int:
         print(f"  {name}: {max(0, view['overflow_px'])} px too wide, {checked}")
         for v in listed or []:
             print(f"    {v['impact']}: {v['help']} ({v['rule']}, {v['count']} ×) {'; '.join(v['where'])}")
-    problems = wrong(found)
+    problems = problems_of(found)
     for problem in problems:
         print(f"WRONG {problem}")
     return 1 if problems else 0

@@ -1,8 +1,7 @@
-"""A plain `Trainer` that saves as it goes and is started again after a fault: what afina is compared with.
+"""A plain `Trainer` that saves checkpoints and resumes from the last one, to compare afina with.
 
 What a good user writes: `save_steps`, at most two checkpoints, `get_last_checkpoint` on every start, and a line of JSON per
-log. `--jit` adds `enable_jit_checkpoint`. The data is a CSV file with a column of text and one of labels. At the end it
-saves the model, and the seconds that went into saving (each save is timed; nothing else is added to Trainer).
+log. `--jit` adds `enable_jit_checkpoint`. The data is a CSV file with a column of text and one of labels.
 
     python tests/bench/peer.py --csv reviews.csv --model FOLDER --out FOLDER [--save-steps 20] [--jit]
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,6 @@ class Log(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             with (Path(args.output_dir) / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class TimedTrainer(Trainer):  # type: ignore[misc]
-    saves: list[float]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        began = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        self.saves = [*getattr(self, "saves", []), time.perf_counter() - began]
 
 
 def main() -> None:
@@ -89,7 +78,7 @@ def main() -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = TimedTrainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=parts["train"],
@@ -103,9 +92,6 @@ def main() -> None:
     print(f"resuming from {newest}" if newest else "starting afresh", flush=True)
     trainer.train(resume_from_checkpoint=newest)
     trainer.save_model(str(options.out / "model"))
-    if trainer.is_world_process_zero():
-        found = {"step": trainer.state.global_step, "saves": [round(s, 4) for s in getattr(trainer, "saves", [])]}
-        (options.out / "done.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

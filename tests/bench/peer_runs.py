@@ -1,7 +1,7 @@
-"""One run of one peer, as a user starts it: its command line, its log, its processes, its end.
+"""One run of one peer under faults: its command line, log, processes and result.
 
 The peers are plain `Trainer` (peer.py), the same with `enable_jit_checkpoint`, and afina. Used by `peers_faults.py` and
-`saving.py`, which are scripts in this folder. Linux only.
+`peers_slurm.py`. Linux only.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reviews import tiny  # type: ignore[import-not-found]
+
 __all__ = ["PEERS", "Case", "Row", "Work", "digest", "tiny_work"]
 
 PEERS = ("trainer", "jit", "afina")
 _HERE = Path(__file__).parent
 _RESUMED = re.compile(r"resuming from .*(?:checkpoint|step)-(\d+)\b")
-#: A line that tells the user of a loss; the report of a new head, which also says `missing from the checkpoint`, is none.
-_SPOKE = re.compile(
+#: A line that warns of damage. Not the report of a new head, which also says `missing from the checkpoint`.
+_WARNING = re.compile(
     r"(?im)^(?!.*newly initialized|resuming from)(?=.*(?:checkpoint|optimizer|rng|safetensors))"
     r".*(?:damaged|missing|corrupt|incomplete|differ|find).*$"
 )
@@ -37,7 +39,7 @@ _ERROR = re.compile(r"^(?:\[rank\d\]: *)?((?:error:|[\w.]*(?:Error|Exception)\b)
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained. `batch_size` is global; `folder` takes the runs."""
+    """The training that all peers do. `batch_size` is global; `folder` takes the runs."""
 
     folder: Path
     csv: Path
@@ -56,7 +58,7 @@ class Work:
         return {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", **own}
 
     def command(self, peer: str, run: Path, processes: int, again: bool) -> list[str]:
-        """What the user types: the same line each time for Trainer, `train` and then `resume` for afina."""
+        """The user's command: the same line each time for Trainer, `train` and then `resume` for afina."""
         if peer == "afina":
             number = ["--num-processes", str(processes)] if processes > 1 else []
             if again:
@@ -103,7 +105,7 @@ class Work:
 
 @dataclass
 class Row:
-    """What came of one peer under one fault. `equal` and `silent` are None where the run did not finish."""
+    """The result of one peer under one fault. `equal` and `silent` are None if the run did not finish."""
 
     peer: str
     fault: str
@@ -115,11 +117,11 @@ class Row:
     doubled_lines: int = 0
     exit_codes: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    said: str = ""
+    notes: str = ""
 
 
 class Case:
-    """One run of one peer: start it, look at it, do it harm, start it again."""
+    """One run of one peer: start it, watch it, harm it, start it again."""
 
     def __init__(self, work: Work, peer: str, run: Path, rng: random.Random, processes: int = 1) -> None:
         self.work, self.peer, self.run, self.rng, self.processes = work, peer, run, rng, processes
@@ -144,14 +146,14 @@ class Case:
 
     def lines(self) -> list[dict[str, Any]]:
         """Log lines with a loss; a torn last line is left out."""
-        found = []
+        lines = []
         for line in self.log.read_text(errors="replace").splitlines() if self.log.exists() else []:
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [line for line in found if "loss" in line]
+                lines.append(json.loads(line))
+        return [line for line in lines if "loss" in line]
 
     def step(self) -> int:
-        """The last step that was logged. Reads the end of the log only: it is asked hundreds of times a second."""
+        """The last step that was logged. Reads the end of the log only: it is called hundreds of times a second."""
         if not self.log.exists():
             return 0
         with self.log.open("rb") as file:
@@ -161,8 +163,8 @@ class Case:
 
     def newest(self) -> Path:
         """The folder of the highest step, as `get_last_checkpoint` would take it."""
-        found = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"(checkpoint|step)-\d+", p.name)]
-        return max(found, key=lambda p: int(p.name.split("-")[1]))
+        folders = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"(checkpoint|step)-\d+", p.name)]
+        return max(folders, key=lambda p: int(p.name.split("-")[1]))
 
     def output(self, since: int = 0) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.outputs[since:])
@@ -195,7 +197,7 @@ class Case:
         return False
 
     def wait(self) -> int:
-        """To the end of the process, by force if it hangs; its exit code."""
+        """Wait for the end of the process, or kill it if it hangs; its exit code."""
         assert self.process is not None
         self.until(lambda: False, pause=0.05)
         if self.process.poll() is not None and (left := _processes(self.run)):
@@ -210,10 +212,10 @@ class Case:
         self.codes.append(self.process.wait())
 
     def strike(self) -> None:
-        """`kill`, as a fault: a run that was over before it proves nothing, and that is noted."""
+        """`kill` as a fault. It proves nothing about a run that has already ended, so that is noted."""
         self.kill()
         if self.codes[-1] == 0:
-            self.notes.append("over before it was struck")
+            self.notes.append("over before the fault")
 
     def signal(self, number: int) -> None:
         """A signal to every process of the run, as a batch system sends it to a step."""
@@ -226,12 +228,12 @@ class Case:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks, in their order."""
-        found: dict[int, int] = {}
+        ranks: dict[int, int] = {}
         for pid, words in sorted(_processes(self.run).items()):
             for word in words:
                 if word.startswith(b"RANK="):
-                    found.setdefault(int(word[5:]), pid)
-        return [found[rank] for rank in sorted(found)]
+                    ranks.setdefault(int(word[5:]), pid)
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def complete(self) -> bool:
         return bool(self.codes) and self.codes[-1] == 0 and self.step() >= self.work.steps and self.weights.is_file()
@@ -241,33 +243,34 @@ class Case:
         for _ in range(3):
             if self.complete():
                 return
-            self.go_on()
+            self.restart()
             self.wait()
             self.count()
 
-    def go_on(self) -> None:
+    def restart(self) -> None:
         if self.codes and self.codes[-1] == 0 and not self.complete():
             self.notes.append(f"exit 0 and a model at step {self.step()} of {self.work.steps}")
         self._before = self.step()
         self.start()
 
     def count(self) -> None:
-        """Add the steps that the last start did again."""
-        said = _RESUMED.search(self.output(len(self.outputs) - 1))
+        """Add the steps that the last start repeated."""
+        resumed = _RESUMED.search(self.output(len(self.outputs) - 1))
         trained = self.step() != self._before or self.codes[-1] == 0
         if trained and self._before < self.work.steps:
-            self.repeated += max(0, self._before - (int(said[1]) if said else 0))
+            self.repeated += max(0, self._before - (int(resumed[1]) if resumed else 0))
 
     def row(self, fault: str, undisturbed: str | None, began: float) -> Row:
         finished = self.complete()
         equal = digest(self.weights) == undisturbed if finished and undisturbed else None
-        spoke = _SPOKE.findall(self.output(1).replace(str(self.work.folder), ""))  # whose name may hold such words
-        silent = None if equal is None else not equal and not spoke
+        # The folder's name may hold such words.
+        warnings = _WARNING.findall(self.output(1).replace(str(self.work.folder), ""))
+        silent = None if equal is None else not equal and not warnings
         steps = [line["step"] for line in self.lines()]
         if self.step() > self.work.steps:
             self.notes.append(f"trained to step {self.step()} of {self.work.steps}")
         if finished:
-            self.notes += [line.strip()[:160] for line in dict.fromkeys(spoke)]
+            self.notes += [line.strip()[:160] for line in dict.fromkeys(warnings)]
         elif errors := _ERROR.findall(self.output(max(0, len(self.outputs) - 1))):
             self.notes += [errors[-1][:160]]
         return Row(
@@ -281,7 +284,7 @@ class Case:
             doubled_lines=len(steps) - len(set(steps)),
             exit_codes=self.codes,
             seconds=round(time.monotonic() - began, 1),
-            said="; ".join(self.notes),
+            notes="; ".join(self.notes),
         )
 
 
@@ -290,14 +293,14 @@ def digest(path: Path) -> str:
 
 
 def _processes(run: Path) -> dict[int, list[bytes]]:
-    """Every process of a run with its environment, also one whose parent is gone: all carry the run's name in it."""
-    found = {}
+    """Every process of a run with its environment, which holds the run's name: also orphans."""
+    processes = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (entry / "environ").read_bytes().split(b"\0")
             if b"PEER_RUN=" + os.fsencode(run) in words:
-                found[int(entry.name)] = words
-    return found
+                processes[int(entry.name)] = words
+    return processes
 
 
 def _free_port() -> int:
@@ -307,10 +310,7 @@ def _free_port() -> int:
 
 
 def tiny_work(folder: Path, *, csv: Path | None = None, model: str | None = None, **settings: Any) -> Work:
-    """`Work` in `folder`; what is not given is made there: a tiny model, and synthetic reviews that it can learn."""
-    sys.path.insert(0, str(_HERE.parents[1]))
-    from tests import tiny
-
+    """`Work` in `folder`, by default with a tiny model and synthetic reviews that it can learn, which are written there."""
     csv = csv or tiny.write_csv(folder / "reviews.csv", tiny.tiny_reviews(400, 7))
     model = model or str(tiny.tiny_model(folder / "tiny", hidden=128))
     return Work(folder=folder, csv=csv.absolute(), model=model, **settings)

@@ -1,7 +1,7 @@
-"""The plain `Trainer` of peer.py as a submitit job that requeues itself, as a good user submits it.
+"""The plain `Trainer` of peer.py as a submitit job that requeues itself.
 
 submitit sends USR2 before the time limit; its handler pickles what `checkpoint` returns and requeues the job with
-`scontrol`, and Trainer goes on from its newest checkpoint. Prints the job's number.
+`scontrol`, and Trainer resumes from its newest checkpoint. Prints the job's number.
 
     python tests/bench/peer_submitit.py --folder FOLDER [--python 'apptainer exec IMAGE python'] -- <options of peer.py>
 """

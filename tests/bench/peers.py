@@ -1,60 +1,65 @@
-"""afina beside its peers: whole epochs of the same texts with the same model and the same recipe, in turn, several rounds.
+"""afina beside its peers: the same texts, model and recipe, in turn, several rounds.
 
-    tutorial   the tutorial's script (tests/bench/tutorial.py): pads to 512
-    trainer    Trainer with its best options (--best of the same script)
-    native     PyTorch and accelerate, a loop of one's own (tests/bench/native.py), on data that afina prepared
-    keras      Keras on the torch backend with keras-hub (tests/bench/keras_loop.py); one process; where it is installed
-    afina      `afina train` with its defaults
-    afina-fp32 with train.precision: fp32, which the default is not where the device has units for bfloat16
-    afina-plain with train.cuda_graphs: false; on a GPU
+    tutorial        the tutorial's script (tutorial.py): pads to 512
+    trainer         Trainer with its best options (tutorial.py --best)
+    native          a PyTorch loop with accelerate (native.py), on data that afina prepared
+    keras           Keras on the torch backend with keras-hub (keras_loop.py); one process; if it is installed
+    afina           `afina train` with its defaults
+    afina-fp32      with train.precision: fp32
+    afina-tutorial  the tutorial's batches, dropout and precision: the losses of every step are compared with the tutorial's
+    afina-plain     with train.cuda_graphs: false; on a GPU
 
     AFINA_TEST_DATA=FOLDER python tests/bench/peers.py --out FOLDER [--rows 1000] [--epochs 1] [--rounds 3]
     ... --peers tutorial afina --models minilm --lengths yelp --processes 1 2
-    ... --quick                  tiny texts and a tiny model: that it works, not how fast it is
+    ... --peers tutorial afina --epochs 3 --rounds 5 --vary-seed --pad-to-batch     accuracy and macro-F1 over five seeds
+    ... --quick                  tiny texts and a tiny model: does it work, not how fast
 
-Of each run: seconds of training alone (evaluations left out), with evaluations, and of the whole command, start-up, reading
-and tokenising included; the most memory of its processes together (proportional set size, looked at twice a second, or
-seldom enough to take 2 % of a core); and the
-useful share of the machine's peak: the model's floating-point operations for real tokens (afina.worker.compute.flops) over the seconds
-of training alone and the best torch.mm of the same cores in the numbers that the peer computes in, measured in the same round. A speed is formed within a round, against
-the tutorial where it takes part, so that load from elsewhere meets both sides; shown are medians and ranges over the rounds.
-Every finished run is a line of OUT/cells.jsonl: the same command goes on where it was interrupted. OUT/peers.json and
-OUT/peers.png (with matplotlib) hold the summary.
+Each run gives seconds of training (without evaluations), with evaluations, and of the whole command; evaluated rows per second; memory (of
+its processes together, on a GPU what torch allocated); and MFU: the model's floating-point operations for real tokens
+(afina.worker.compute.flops) over the seconds of training and the best torch.mm of the same cores, in the precision of the peer. Speeds are
+relative to the tutorial in the same round, so that other load meets both; shown are medians and ranges over the rounds. Every finished
+run is a line of OUT/cells.jsonl, from which the same command continues; OUT/peers.json holds the summary.
 
-On a GPU, and on a CPU with instructions for it, all but the tutorial and afina-fp32 train in bfloat16. Where there is a GPU all of them train
-on it; memory is the GPU's then, what torch allocated. Not covered: more than one machine, more than one GPU.
+On a GPU, and on a CPU with instructions for it, all but the tutorial, afina-tutorial and afina-fp32 train in bfloat16. Not covered: more
+than one machine, more than one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import reviews  # type: ignore[import-not-found]
+from measuring import AFINA, environment_of, measured, ranged, spread  # type: ignore[import-not-found]
 
-HERE = Path(__file__).parent
-PEERS = ("tutorial", "trainer", "native", "keras", "afina", "afina-fp32", "afina-plain")
-IN_FLOAT32 = ("tutorial", "afina-fp32")
+HERE = Path(__file__).resolve().parent
+#: What each peer of afina sets in the recipe.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "afina": (),
+    "afina-fp32": ("train.precision=fp32",),
+    "afina-tutorial": (
+        *("train.precision=fp32", "train.fast_dropout=false", "train.log_every=1"),
+        *("tokens.batching=padded", "train.save_every=1000000", "train.save_minutes=null"),
+    ),
+    "afina-plain": ("train.cuda_graphs=false",),
+}
+PEERS = ("tutorial", "trainer", "native", "keras", *SETTINGS)
+IN_FLOAT32 = ("tutorial", "afina-fp32", "afina-tutorial")
+SEED = 42
 
-#: What a peer of afina's own sets beside the recipe.
-SETTINGS = {"afina-fp32": ["--set", "train.precision=fp32"], "afina-plain": ["--set", "train.cuda_graphs=false"]}
 
-
-def recipe_of(folder: Path, model: Path, lengths: str, epochs: float, quick: bool) -> Path:
+def recipe_of(folder: Path, model: Path, lengths: str, options: argparse.Namespace) -> Path:
+    """The tutorial's recipe with afina's defaults; `sample` gives the rows the tutorial's order."""
+    rows = {"sample": options.rows, "seed": 42}
     recipe = {
         "name": f"bench-{lengths}",
         "model": str(model),
@@ -63,156 +68,93 @@ def recipe_of(folder: Path, model: Path, lengths: str, epochs: float, quick: boo
             "files": {part: str(folder / f"{lengths}-{part}.csv") for part in ("train", "eval")},
             "text": "text",
             "label": "stars",
+            "train": rows,
+            "eval": rows,
         },
-        "tokens": {"max_length": 64 if quick else 512},
-        "train": {"batch_size": 8, "epochs": epochs, "learning_rate": 5e-5, "seed": 42, "keep": "last"},
+        "tokens": {"max_length": 64 if options.quick else 512},
+        "train": {"batch_size": 8, "epochs": options.epochs, "learning_rate": 5e-5, "seed": SEED, "keep": "last"},
         "metrics": ["accuracy", "f1"],
     }
-    path = folder / f"{model.name}-{lengths}-{epochs:g}.yaml"
+    path = folder / f"{model.name}-{lengths}-{options.epochs}.yaml"
     path.write_text(json.dumps(recipe))
     return path
 
 
-def environment_of(folder: Path, threads: int) -> dict[str, str]:
-    scratch = folder / "scratch"
-    scratch.mkdir(exist_ok=True)
-    return {
-        **os.environ,
-        "AFINA_SCRATCH": str(scratch),
-        "HF_HOME": str(folder / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "true",
-    }
-
-
 @functools.cache
 def prepared_of(folder: Path, recipe: Path, threads: int) -> Path:
-    """The prepared data of a recipe, made where it is not there yet."""
-    argv = [sys.executable, "-m", "afina.cli", "prefetch", str(recipe), "--json"]
-    done = subprocess.run(argv, env=environment_of(folder, threads), check=True, stdout=subprocess.PIPE, text=True)
-    return Path(json.loads(done.stdout[done.stdout.index("{") :])["prepared"])
+    """The prepared data of a recipe, prepared if it is not there yet."""
+    out = measured([*AFINA, "prefetch", str(recipe), "--json"], environment_of(folder, threads)).out
+    return Path(json.loads(out[out.index("{") :])["prepared"])
 
 
-def _argv(peer: str, options: argparse.Namespace, cell: dict[str, Any], number: int, half: bool) -> list[str]:
+def log_of(options: argparse.Namespace, cell: dict[str, Any]) -> Path:
+    """The loss of every step: a file of the tutorial, or in a run directory of afina."""
+    name = "-".join(str(cell[key]) for key in ("peer", "model", "lengths", "processes", "round", "seed"))
+    path = options.out / "runs" / name
+    return path / "metrics.jsonl" if cell["peer"] in SETTINGS else path.with_suffix(".jsonl")
+
+
+def _argv(options: argparse.Namespace, cell: dict[str, Any], half: bool) -> list[str]:
     """The peer's command; `half`: it computes in bfloat16."""
-    folder, lengths, processes = options.out, cell["lengths"], cell["processes"]
+    peer, lengths, processes, folder = cell["peer"], cell["lengths"], cell["processes"], options.out
     model = reviews.model_for(cell["model"], folder)
-    size, epochs = 8 // processes, f"{options.epochs:g}"
-    launch, in_half = [sys.executable], ["--bf16"] if half else []
+    log = log_of(options, cell)
+    (folder / "runs").mkdir(exist_ok=True)
+    recipe = recipe_of(folder, model, lengths, options)
+    if peer in SETTINGS:
+        settings = [word for setting in (*SETTINGS[peer], f"train.seed={cell['seed']}") for word in ("--set", setting)]
+        shutil.rmtree(log.parent, ignore_errors=True)  # of a bench that was interrupted
+        number = ["--num-processes", str(processes)] if processes > 1 else []
+        return [*AFINA, "train", str(recipe), "--run", str(log.parent), *settings, *number]
+    launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    data = ["--train", str(folder / f"{lengths}-train.csv"), "--eval", str(folder / f"{lengths}-eval.csv")]
-    if peer in ("tutorial", "trainer"):
-        out = folder / f"{peer}.jsonl"
-        argv = [*launch, str(HERE / "tutorial.py"), *data, "--model", str(model), "--out", str(out)]
-        argv += ["--batch-size", str(size), "--epochs", epochs, "--sample", str(options.rows)]
-        return [
-            *argv,
-            "--max-length",
-            "64" if options.quick else "512",
-            *(["--best"] if peer == "trainer" else []),
-            *in_half,
-        ]
-    recipe = recipe_of(folder, model, lengths, options.epochs, options.quick)
-    if peer.startswith("afina"):
-        run = folder / "runs" / f"{cell['model']}-{lengths}-{processes}-{cell['round']}-{number}"
-        run.parent.mkdir(exist_ok=True)
-        argv = [sys.executable, "-m", "afina.cli", "train", str(recipe), "--run", str(run)]
-        argv += SETTINGS.get(peer, [])
-        return [*argv, *(["--num-processes", str(processes)] if processes > 1 else [])]
-    script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
-    prepared = prepared_of(folder, recipe, options.threads)
-    argv = [*launch, str(HERE / script), "--prepared", str(prepared), "--model", str(model)]
-    return [*argv, "--epochs", str(max(1, round(options.epochs))), "--batch-size", str(size), *in_half]
+    common = ["--model", str(model), "--epochs", str(options.epochs), "--batch-size", str(8 // processes)]
+    common += ["--seed", str(cell["seed"]), *(["--bf16"] if half else [])]
+    if peer in ("native", "keras"):
+        script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
+        prepared = prepared_of(folder, recipe, options.threads)
+        return [*launch, str(HERE / script), "--prepared", str(prepared), *common]
+    argv = [*launch, str(HERE / "tutorial.py"), "--out", str(log), "--sample", str(options.rows), *common]
+    argv += [word for part in ("train", "eval") for word in (f"--{part}", str(folder / f"{lengths}-{part}.csv"))]
+    argv += ["--max-length", "64" if options.quick else "512"]
+    return [*argv, *(["--best"] if peer == "trainer" else ["--pad-to-batch"] if options.pad_to_batch else [])]
 
 
-def measured(argv: Sequence[str], environment: dict[str, str]) -> tuple[str, float, float]:
-    """Run a command: its standard output, wall seconds, and the most memory of all its processes together, in GB."""
-    began, most, over = time.perf_counter(), [0], threading.Event()
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-
-        def watch() -> None:
-            pause = 0.5
-            while not over.wait(pause):
-                looked = time.perf_counter()
-                most[0] = max(most[0], _bytes_below(process.pid))
-                # Walking through the pages of gigabytes takes a tenth of a second of a core that others train on.
-                pause = max(0.5, 50 * (time.perf_counter() - looked))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        said, complained = process.communicate()
-        over.set()
-        thread.join()
-    if process.returncode:
-        raise SystemExit(f"error: {' '.join(argv)}\n{said[-2000:]}\n{complained[-4000:]}")
-    return said, time.perf_counter() - began, most[0] / 1e9
-
-
-def _bytes_below(root: int) -> int:
-    """Proportional set size of a process and all its descendants (proc(5))."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    wanted, grown = {root}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in wanted} - wanted
-        wanted |= more
-        grown = bool(more)
-    total = 0
-    for pid in wanted:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-    return total
-
-
-def run_cell(options: argparse.Namespace, cell: dict[str, Any], number: int, peaks: dict[str, Any]) -> dict[str, Any]:
-    """Run one peer once; what was found."""
+def run_cell(options: argparse.Namespace, cell: dict[str, Any], peaks: dict[str, Any]) -> dict[str, Any]:
+    """Run one peer once; its figures."""
     half = peaks["half"] and cell["peer"] not in IN_FLOAT32
-    peak = peaks["bfloat16" if half else "float32"]
-    argv = _argv(cell["peer"], options, cell, number, half)
-    if cell["peer"].startswith("afina"):
-        shutil.rmtree(argv[argv.index("--run") + 1], ignore_errors=True)  # of a bench that was interrupted
-    threads = max(1, options.threads // cell["processes"])
-    load = os.getloadavg()[0]
-    said, wall, memory = measured(argv, environment_of(options.out, threads))
-    if cell["peer"].startswith("afina"):
-        outcome = json.loads((Path(argv[argv.index("--run") + 1]) / "outcome.json").read_text())
+    argv, load = _argv(options, cell, half), os.getloadavg()[0]
+    done = measured(argv, environment_of(options.out, max(1, options.threads // cell["processes"])))
+    figures: dict[str, Any] = {}
+    if cell["peer"] in SETTINGS:
+        outcome = json.loads(log_of(options, cell).with_name("outcome.json").read_text())
         parts = outcome["utilisation"]["seconds_by_part"]
         training = sum(parts[name] for name in ("input", "forward_backward", "optimizer", "other"))
-        found = {
-            "training_seconds": training,
-            "seconds": training + parts["evaluation"] + parts["saving"],
-            "steps": outcome["global_step"],
-            "accuracy": outcome["metrics"]["eval_accuracy"],
-            "said_by_itself": outcome["utilisation"],
-        }
-        if outcome["device"] == "cuda":
-            memory = outcome["utilisation"]["peak_memory_gb"]
+        evaluating, seconds = parts["evaluation"], training + parts["evaluation"] + parts["saving"]
+        steps, gpu = outcome["global_step"], outcome["device"] == "cuda"
+        metrics = {name: outcome["metrics"][f"eval_{name}"] for name in ("accuracy", "f1")}
+        memory = outcome["utilisation"]["peak_memory_gb"] if gpu else done.memory / 1e9
+        figures["utilisation"] = outcome["utilisation"]
     else:
-        last = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
-        found = {
-            "training_seconds": last["seconds"] - last["evaluation_seconds"],
-            "seconds": last["seconds"],
-            "steps": last["steps"],
-            "accuracy": last["accuracy"],
-        }
-        memory = last.get("gpu_bytes", 0) / 1e9 or memory
-    work = _work(options, cell)
-    examples = options.rows * options.epochs
+        last = json.loads(next(line for line in reversed(done.out.splitlines()) if line.startswith("{")))
+        evaluating, seconds, steps = last["evaluation_seconds"], last["seconds"], last["steps"]
+        training = seconds - evaluating
+        metrics = {name: last[name] for name in ("accuracy", "f1") if name in last}
+        memory = (last.get("gpu_bytes") or done.memory) / 1e9
+    work, peak = _work(options, cell), peaks["bfloat16" if half else "float32"]
     return {
         **cell,
-        **found,
-        "wall_seconds": wall,
+        **figures,
+        **metrics,
+        "steps": steps,
+        "training_seconds": training,
+        "seconds": seconds,
+        "wall_seconds": done.seconds,
         "memory_gb": round(memory, 3),
-        "examples_per_second": examples / found["training_seconds"],
-        "tokens_per_second": work["tokens"] * options.epochs / found["training_seconds"],
-        "mfu": 3 * work["flops"] * options.epochs / found["training_seconds"] / peak,
+        "tokens_per_second": work["tokens"] * options.epochs / training,
+        "evaluated_per_second": options.rows * options.epochs / evaluating,
+        "mfu": 3 * work["flops"] * options.epochs / training / peak,
         "peak_flops": peak,
         "load_before": load,
     }
@@ -226,35 +168,31 @@ def _work(options: argparse.Namespace, cell: dict[str, Any]) -> dict[str, float]
     from afina.worker.compute.flops import forward_flops
 
     model = reviews.model_for(cell["model"], options.out)
-    recipe = recipe_of(options.out, model, cell["lengths"], options.epochs, options.quick)
+    recipe = recipe_of(options.out, model, cell["lengths"], options)
     lengths = np.diff(np.load(prepared_of(options.out, recipe, options.threads) / "train.offsets.npy"))
     config = AutoConfig.from_pretrained(model, num_labels=5)
     return {"tokens": int(lengths.sum()), "flops": float(forward_flops(config, lengths).sum())}
 
 
 def peaks_now(threads: int) -> dict[str, Any]:
-    """The best torch.mm of so many threads, in a process of its own, in FLOP/s by dtype; `half`: afina chooses bf16 here."""
-    code = """
-import json, torch
-from afina.recipe.schema import Train
-from afina.worker.compute import precision
-from afina.worker.compute.flops import device_peak
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-found = {"half": precision.choose(Train(), precision.current_device()).precision == "bf16"}
-for numbers in ("float32", *(["bfloat16"] if found["half"] else [])):
-    found[numbers] = device_peak(device, numbers).flops
-print(json.dumps(found))
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout))
+    """FLOP/s of the best torch.mm by dtype; `half`: afina chooses bf16 here."""
+    import torch
+
+    from afina.recipe.schema import Train
+    from afina.worker.compute import precision
+    from afina.worker.compute.flops import device_peak
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = precision.choose(Train(), precision.current_device()).precision == "bf16"
+    kinds = ("float32", "bfloat16") if half else ("float32",)
+    return {"half": half, **{kind: device_peak(device, kind).flops for kind in kinds}}
 
 
 def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per model, lengths, processes and peer: medians and ranges over the rounds, speed against the tutorial's one process."""
-    found = []
-    keys = sorted({(c["model"], c["lengths"], c["processes"]) for c in cells}, key=str)
-    for model, lengths, processes in keys:
+    """Per model, lengths, processes and peer: figures of all rounds, speeds relative to the tutorial in one process."""
+    rows = []
+    for model, lengths, processes in sorted({(c["model"], c["lengths"], c["processes"]) for c in cells}, key=str):
         same = [c for c in cells if (c["model"], c["lengths"]) == (model, lengths)]
         base = {c["round"]: c for c in same if c["peer"] == "tutorial" and c["processes"] == 1}
         for peer in PEERS:
@@ -263,81 +201,71 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             row: dict[str, Any] = {"model": model, "lengths": lengths, "processes": processes, "peer": peer}
             for key in ("training_seconds", "seconds", "wall_seconds"):
-                pairs = [base[c["round"]][key] / c[key] for c in mine if c["round"] in base]
-                row[f"speed_{key}"] = spread(pairs) if pairs else None
+                row[f"speed_{key}"] = [base[c["round"]][key] / c[key] for c in mine if c["round"] in base]
             for key in (
-                "training_seconds",
-                "seconds",
-                "wall_seconds",
-                "memory_gb",
-                "mfu",
-                "tokens_per_second",
-                "accuracy",
+                *("training_seconds", "seconds", "wall_seconds", "memory_gb", "mfu", "tokens_per_second"),
+                *("evaluated_per_second", "accuracy", "f1"),
             ):
-                row[key] = spread([c[key] for c in mine])
-            row["rounds"] = len(mine)
-            found.append(row)
-    return found
-
-
-def spread(values: list[float]) -> list[float]:
-    """Median, lowest, highest."""
-    return [statistics.median(values), min(values), max(values)]
+                row[key] = [c[key] for c in mine if key in c]
+            rows.append(row)
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model, texts, processes | peer | times the tutorial: training | with evaluation | whole command | MFU | tokens/s | GB | accuracy |",
-        "|---" * 9 + "|",
-    ]
+    heads = ("model, texts, processes", "peer", "times the tutorial: training", "with evaluation", "whole command")
+    heads += ("MFU", "tokens/s", "evaluated rows/s", "GB", "accuracy")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        speeds = [
-            "–" if (s := row[f"speed_{key}"]) is None else f"{s[0]:.2f} [{s[1]:.2f}–{s[2]:.2f}]"
-            for key in ("training_seconds", "seconds", "wall_seconds")
-        ]
-        lines.append(
-            f"| {row['model']}, {row['lengths']}, {row['processes']} | {row['peer']} | {' | '.join(speeds)} | {row['mfu'][0]:.1%} "
-            f"| {row['tokens_per_second'][0]:,.0f} | {row['memory_gb'][0]:.2f} | {row['accuracy'][0]:.3f} |"
-        )
+        speeds = [ranged(s) if (s := row[f"speed_{key}"]) else "–" for key in ("training_seconds", "seconds")]
+        speeds.append(ranged(row["speed_wall_seconds"]) if row["speed_wall_seconds"] else "–")
+        cells = [f"{row['model']}, {row['lengths']}, {row['processes']}", row["peer"], *speeds]
+        cells += [format(spread(row["mfu"])[0], ".1%"), format(spread(row["tokens_per_second"])[0], ",.0f")]
+        cells += [format(spread(row[key])[0], form) for key, form in (("evaluated_per_second", ",.1f"), ("memory_gb", ".2f"))]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} | {spread(row['accuracy'])[0]:.3f} |")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed of training against the tutorial, one panel for each model and kind of text."""
-    import matplotlib
+def table_of_scores(rows: list[dict[str, Any]]) -> str:
+    """Means over the seeds with 95 % intervals (Student's t), and of the differences from the tutorial within a seed."""
+    from afina.statistics.intervals import mean_interval
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def shown(values: list[float], form: str) -> str:
+        interval = mean_interval(values)
+        half = "" if interval.high is None else f" ± {interval.high - interval.mean:.4f}"
+        return format(interval.mean, form) + half
 
-    drawn = [row for row in rows if row["speed_training_seconds"]]
-    panels = sorted({(row["model"], row["lengths"]) for row in drawn})
-    if not panels:
-        return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
-    for axis, (model, lengths) in zip(axes[0], panels, strict=True):
-        some = [row for row in drawn if (row["model"], row["lengths"]) == (model, lengths)][::-1]
-        names = [f"{row['peer']}, {row['processes']}" for row in some]
-        speeds = [row["speed_training_seconds"] for row in some]
-        errors = [[s[0] - s[1] for s in speeds], [s[2] - s[0] for s in speeds]]
-        axis.barh(
-            names,
-            [s[0] for s in speeds],
-            xerr=errors,
-            color=["#2a6f97" if n.startswith("afina") else "#b0b7bd" for n in names],
-        )
-        for name, speed, row in zip(names, speeds, some, strict=True):
-            axis.text(speed[2], name, f"  {speed[0]:.1f} ×, MFU {row['mfu'][0]:.0%}", va="center", fontsize=8)
-        axis.set_xlim(0, max(s[2] for s in speeds) * 1.5)
-        axis.set_title(f"{model}, {lengths} texts", fontsize=10)
-        axis.set_xlabel("times the tutorial's speed (peer, processes)", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    lines = ["| model, texts | score | peer | mean | − tutorial |", "|---|---|---|---|---|"]
+    for row in rows:
+        for score in ("accuracy", "f1"):
+            base = next((r[score] for r in rows if (r["model"], r["lengths"], r["peer"]) == (row["model"], row["lengths"], "tutorial")), [])  # fmt: skip
+            apart = [b - a for a, b in zip(base, row[score], strict=False)] if row["peer"] != "tutorial" else []
+            if row[score]:
+                cells = f"{row['peer']} | {shown(row[score], '.4f')} | {shown(apart, '+.4f') if apart else '–'}"
+                lines.append(f"| {row['model']}, {row['lengths']} | {score} | {cells} |")
+    return "\n".join(lines)
 
 
-def main() -> None:
+def losses(options: argparse.Namespace, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest differences between the logs of `tutorial` and `afina-tutorial`, and how many lines were compared."""
+    logs = {(c["peer"], c["model"], c["lengths"], c["round"], c["seed"]): log_of(options, c) for c in cells}
+    found: dict[str, Any] = {}
+    for (peer, *about), log in logs.items():
+        other = logs.get(("tutorial", *about))
+        if peer != "afina-tutorial" or other is None:
+            continue
+        theirs, ours = ([json.loads(line) for line in path.read_text().splitlines()] for path in (other, log))
+        for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy"):
+            pairs = list(zip((x[key] for x in theirs if key in x), (x[key] for x in ours if key in x), strict=True))
+            before = found.get(key, {"lines": 0, "difference": 0.0})
+            most = max(before["difference"], *(abs(a - b) for a, b in pairs))
+            found[key] = {"lines": before["lines"] + len(pairs), "difference": most}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[peer for peer in PEERS if peer != "afina-plain"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS[:6]))
     parser.add_argument("--models", nargs="+", choices=reviews.MODELS, default=["minilm"])
     parser.add_argument("--lengths", nargs="+", choices=reviews.LENGTHS, default=list(reviews.LENGTHS))
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2, 4, 8), default=[1])
@@ -345,8 +273,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all processes together")
+    parser.add_argument("--vary-seed", action="store_true", help="another seed in each round")
+    parser.add_argument("--pad-to-batch", action="store_true", help="the tutorial pads to the longest text of a batch")
     parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.quick:
         options.models, options.rows, options.rounds = ["tiny"], min(options.rows, 64), 1
     if "keras" in options.peers and importlib.util.find_spec("keras_hub") is None:
@@ -358,35 +288,47 @@ def main() -> None:
         reviews.write_parts(options.out, lengths, options.rows, quick=options.quick)
     log = options.out / "cells.jsonl"
     cells = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    names = ("round", "model", "lengths", "processes", "peer", "rows", "epochs")
-    done = {tuple(cell[name] for name in names) for cell in cells}
+    for cell in _wanted(options):
+        if any(cell.items() <= done.items() for done in cells):
+            continue
+        cells.append(run_cell(options, cell, _peaks(cell["round"], options.threads)))
+        with log.open("a") as file:
+            file.write(json.dumps(cells[-1]) + "\n")
+        shown = ", ".join(f"{key} {cell[key]}" for key in ("round", "model", "lengths", "processes", "peer"))
+        print(f"{shown}: {cells[-1]['training_seconds']:.1f} s of training", flush=True)
+    chosen = [c for c in cells if (c["rows"], c["epochs"]) == (options.rows, options.epochs)]
+    rows, apart = summarise(chosen), losses(options, chosen)
+    machine = {"cores": os.cpu_count(), "threads": options.threads, "machine": platform.machine()}
+    (options.out / "peers.json").write_text(json.dumps({**machine, "rows": rows, "losses": apart}, indent=1) + "\n")
+    print(table(rows))
+    if options.vary_seed:
+        print(f"\n{table_of_scores(rows)}")
+    for key, about in apart.items():
+        print(f"{key}: afina-tutorial is within {about['difference']:.1e} of the tutorial in {about['lines']} lines")
+
+
+@functools.cache
+def _peaks(round_number: int, threads: int) -> dict[str, Any]:
+    """Measured once a round."""
+    return peaks_now(threads)
+
+
+def _wanted(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs in their order; another peer begins each round."""
+    cells = []
     for number in range(options.rounds):
-        peaks = None
+        first = number % len(options.peers)
         for model in options.models:
             for lengths in options.lengths:
-                turn = options.peers[number % len(options.peers) :] + options.peers[: number % len(options.peers)]
                 for processes in options.processes:
-                    for peer in turn:
-                        about = (number, model, lengths, processes, peer, options.rows, options.epochs)
-                        if about in done or (peer == "keras" and (processes > 1 or model == "tiny")):
+                    for peer in options.peers[first:] + options.peers[:first]:
+                        if peer == "keras" and (processes > 1 or model == "tiny"):
                             continue
-                        peaks = peaks or peaks_now(options.threads)
-                        cell = run_cell(options, dict(zip(names, about, strict=True)), len(cells), peaks)
-                        cells.append(cell)
-                        with log.open("a") as file:
-                            file.write(json.dumps(cell) + "\n")
-                        print(
-                            f"round {number + 1}, {model}, {lengths}, {processes} process(es), {peer}: "
-                            f"{cell['training_seconds']:.1f} s of training, {cell['wall_seconds']:.1f} s in all",
-                            flush=True,
-                        )
-    chosen = [c for c in cells if (c["rows"], c["epochs"]) == (options.rows, options.epochs)]
-    rows = summarise(chosen)
-    machine = {"cores": os.cpu_count(), "threads": options.threads, "machine": platform.machine()}
-    (options.out / "peers.json").write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot(rows, options.out / "peers.png")
-    print(table(rows))
+                        about = {"round": number, "model": model, "lengths": lengths, "processes": processes}
+                        seed = SEED + number * options.vary_seed
+                        size = {"rows": options.rows, "epochs": options.epochs, "seed": seed}
+                        cells.append({**about, "peer": peer, **size})
+    return cells
 
 
 if __name__ == "__main__":

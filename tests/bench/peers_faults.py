@@ -1,18 +1,17 @@
-"""The same faults against plain `Trainer`, `Trainer` with `enable_jit_checkpoint`, and afina: what is left of each run.
+"""The same faults against plain `Trainer`, `Trainer` with `enable_jit_checkpoint`, and afina.
 
-Each peer trains the same model on the same reviews, first undisturbed, then once per fault; after a fault it is started
-again with its own command until it says that it is done, at most three times. A run is `finished` when the last start
-exits with 0, all steps are logged and the model is there; its weights are `equal` when the SHA-256 of the saved model is
-that of the same peer's undisturbed run. `silent` says: finished, other weights, and no word of it in the output.
-Instants are drawn from a seed. `hung` is nothing written for `--patience` seconds. A run that only goes on after somebody
-has deleted a folder by hand is not finished. A tiny model spends a larger share of its time in saves than a large one: a
-random kill falls into a save more often here.
+Each peer trains the same model on the same reviews, first undisturbed, then once per fault; after a fault it is restarted with its own
+command, at most three times. A run is `finished` if the last start exits with 0, all steps are logged and the model is there; its weights
+are `equal` if the SHA-256 of the saved model is that of the same peer's undisturbed run. `silent`: finished with other weights, without a
+warning in the output. `hung`: nothing written for `--patience` seconds. Instants are drawn from a seed. A run that resumes only after a
+folder has been deleted by hand is not finished. A tiny model spends a larger share of its time in saves than a large one, so that more
+random kills hit a save.
 
     python tests/bench/peers_faults.py [--csv reviews.csv --model FOLDER] [--faults term,skew] [--json found.json]
 
-`--where slurm` brings up the test cluster and sets submitit's own requeue beside afina (peers_slurm.py).
+`--where slurm` brings up the test cluster and compares submitit's own requeue with afina (peers_slurm.py).
 
-Not covered: GPUs, more than one node. `full` mounts a tmpfs and is left out where that is not allowed. Linux only.
+Not covered: GPUs, more than one node. `full` needs to mount a tmpfs. Linux only.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ __all__ = ["FAULTS", "compare", "table"]
 _TMPFS = 4 << 30  # bytes at most: pages are taken as they are written
 
 
-# The faults. Each starts the run, harms it, and returns when the harm is done and no process is left.
+# The faults. Each starts the run, harms it, and returns when no process is left.
 
 
 def _at(case: Case, low: float, high: float) -> bool:
-    """Wait for a drawn step between two shares of the run, and a drawn moment more."""
+    """Wait for a random step between two shares of the run, and a random moment more."""
     step = case.rng.randint(int(low * case.work.steps), int(high * case.work.steps))
     reached = case.until(lambda: case.step() >= step)
     time.sleep(case.rng.uniform(0, 0.05))
@@ -52,11 +51,11 @@ def _at(case: Case, low: float, high: float) -> bool:
 
 
 def _killed(case: Case) -> None:
-    """SIGKILL three times, at drawn instants of the first, second and last third."""
+    """SIGKILL three times, at random instants of the first, second and last third."""
     case.start()
     for third in range(3):
         if third:
-            case.go_on()
+            case.restart()
         _at(case, third / 3 + 0.05, third / 3 + 0.3)
         case.strike()
         if third:
@@ -64,7 +63,7 @@ def _killed(case: Case) -> None:
 
 
 def _killed_in_save(case: Case) -> None:
-    """SIGKILL while a checkpoint is written: when a drawn number of its files is there."""
+    """SIGKILL while a checkpoint is written, after a random number of its files."""
     case.start()
     case.until(lambda: case.step() >= 2.5 * case.work.save_every)
     wanted = case.rng.randint(0, 9)
@@ -77,7 +76,7 @@ def _killed_in_save(case: Case) -> None:
                 with contextlib.suppress(FileNotFoundError):
                     seen[:] = [p.name for p in path.iterdir()]
                     return len(seen) >= wanted
-        return bool(seen)  # it was there, and has its final name now
+        return bool(seen)  # it is complete and has its final name
 
     case.until(being_written, pause=0)
     case.strike()
@@ -114,7 +113,7 @@ def _flip(path: Path) -> None:
 
 
 def _term(case: Case) -> None:
-    """SIGTERM to every process, then nothing: the run has all the time it wants."""
+    """SIGTERM to every process, without a time limit."""
     case.start()
     _at(case, 0.1, 0.4)
     case.signal(signal.SIGTERM)
@@ -122,7 +121,7 @@ def _term(case: Case) -> None:
 
 
 def _skew(case: Case) -> None:
-    """Two ranks: SIGTERM to the first, and one second later to the second."""
+    """SIGTERM to the first of two ranks, and one second later to the second."""
     case.start()
     _at(case, 0.1, 0.3)
     ranks = case.ranks()
@@ -137,7 +136,7 @@ def _skew(case: Case) -> None:
 
 
 def _full(case: Case) -> None:
-    """The file system fills up before a save, and has space again when the run is started again."""
+    """The file system fills up before a save, and has space again at the restart."""
     case.start()
     case.until(lambda: case.step() >= 2.5 * case.work.save_every)
     size = sum(path.stat().st_size for path in case.newest().rglob("*") if path.is_file())
@@ -151,13 +150,13 @@ def _resize(place: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
 
-#: Name -> what it is called in the table, how it is done, how many processes.
+#: Name -> title in the table, the fault, number of processes.
 FAULTS: dict[str, tuple[str, Callable[[Case], None], int]] = {
     "kill": ("SIGKILL at 3 random instants", _killed, 1),
     "save": ("SIGKILL during a save", _killed_in_save, 1),
     "truncated": ("optimizer.pt cut in half", _damage(_truncate, r"optimizer\."), 1),
     "optimizer": ("optimizer.pt missing", _damage(Path.unlink, r"optimizer\."), 1),
-    "rng": ("the random numbers' state missing", _damage(Path.unlink, r"(rng_state.*|ranks)\.(pth|pt)$"), 1),
+    "rng": ("random number state missing", _damage(Path.unlink, r"(rng_state.*|ranks)\.(pth|pt)$"), 1),
     "flip": ("a bit flipped in model.safetensors", _damage(_flip, r"model\.safetensors$"), 1),
     "term": ("SIGTERM", _term, 1),
     "skew": ("SIGTERM to 2 ranks, 1 s apart", _skew, 2),
@@ -168,7 +167,7 @@ FAULTS: dict[str, tuple[str, Callable[[Case], None], int]] = {
 def compare(
     work: Work, *, peers: Sequence[str] = PEERS, faults: Sequence[str] = tuple(FAULTS), tries: int = 1, seed: int = 1
 ) -> list[Row]:
-    """Every fault against every peer, in turn; `kill` and `save` are tried `tries` times, at other instants."""
+    """Every fault against every peer, in turn; `kill` and `save` `tries` times, at other instants."""
     rows: list[Row] = []
     undisturbed: dict[tuple[str, int], str | None] = {}
     for processes in sorted({FAULTS[fault][2] for fault in faults}):
@@ -183,7 +182,7 @@ def compare(
             name = "none" if processes == 1 else f"none, {processes} processes"
             rows.append(_tell(case.row(name, undisturbed[peer, processes], began)))
     for fault in faults:
-        said, harm, processes = FAULTS[fault]
+        title, harm, processes = FAULTS[fault]
         for number in range(tries if fault in ("kill", "save") else 1):
             for peer in peers:
                 # The same draws for every peer.
@@ -191,7 +190,7 @@ def compare(
                 name = f"{peer}-{fault}{number}"
                 with _place(work, fault, name) as place:
                     if place is None:
-                        rows.append(_tell(Row(peer, said, said="not run: no tmpfs can be mounted here")))
+                        rows.append(_tell(Row(peer, title, notes="not run: no tmpfs can be mounted here")))
                         continue
                     case = Case(work, peer, place / name, rng, processes)
                     began = time.monotonic()
@@ -201,27 +200,27 @@ def compare(
                     finally:
                         if case.process is not None and case.process.poll() is None:
                             case.kill()
-                    rows.append(_tell(case.row(said, undisturbed[peer, processes], began)))
+                    rows.append(_tell(case.row(title, undisturbed[peer, processes], began)))
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     head = (
-        "| fault | peer | finished | weights equal | silent loss | steps repeated | hung | doubled log lines | said |"
+        "| fault | peer | finished | weights equal | silent loss | steps repeated | hung | doubled log lines | notes |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     order = list(dict.fromkeys(row.fault for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row.fault)):
         word = {True: "yes", False: "no", None: "–"}
         cells = [row.fault, row.peer, word[row.finished], word[row.equal], word[row.silent], str(row.steps_repeated)]
-        cells += [word[row.hung], str(row.doubled_lines), row.said.replace("|", "\\|").replace("\n", " ")]
+        cells += [word[row.hung], str(row.doubled_lines), row.notes.replace("|", "\\|").replace("\n", " ")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def _place(work: Work, fault: str, name: str) -> Iterator[Path | None]:
-    """The folder for a run: `work.folder`, or a small file system of its own; None where none can be mounted."""
+    """The folder for a run: `work.folder`, or a small file system of its own; None if it cannot be mounted."""
     if fault != "full":
         yield work.folder
         return
@@ -240,7 +239,7 @@ def _tell(row: Row) -> Row:
     return row
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--csv", type=Path, help="real reviews, columns `text` and --label; by default tiny synthetic ones"
@@ -255,12 +254,12 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="with --where slurm: that the ordinary user may start")
     parser.add_argument("--peers", help=f"by default {','.join(PEERS)}")
     parser.add_argument("--faults", default=",".join(FAULTS))
-    parser.add_argument("--tries", type=int, default=4, help="how often the faults at drawn instants are done")
+    parser.add_argument("--tries", type=int, default=4, help="repetitions of the faults at random instants")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patience", type=float, default=60)
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--keep", type=Path, help="keep runs and outputs in this new folder")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="peers-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:

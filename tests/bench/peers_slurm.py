@@ -1,14 +1,14 @@
-"""Faults that come from Slurm, against submitit's own requeue of a plain `Trainer` and against afina: on a real Slurm.
+"""Faults from a real Slurm, against submitit's own requeue of a plain `Trainer` and against afina.
 
-Brings up the test cluster of tests/slurm in a folder of its own and takes it down (root, see there); the jobs are the
-ordinary user's. Called by `peers_faults.py --where slurm`. The peers:
+Brings up the test cluster of tests/slurm in a folder of its own and takes it down (root, see there); the jobs belong to an ordinary user.
+Called by `peers_faults.py --where slurm`. The peers:
 
     submitit         peer_submitit.py, Python of the host
     submitit-image   the same with `apptainer exec IMAGE python`, where an image is given
-    afina            `afina submit`: in the image, or with Python of the host where there is none
+    afina            `afina submit`: in the image, or with Python of the host if there is none
 
-A job that ends without having finished is not submitted again: what is measured is what requeues itself. The ordinary
-user starts `python` with the packages of the Python that runs this. Not covered: several nodes, accounting, GPUs.
+A job that ends unfinished is not submitted again: only requeues by the peer itself count. The ordinary user's Python has the packages
+of the Python that runs this. Not covered: several nodes, accounting, GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["SLURM_FAULTS", "SLURM_PEERS", "compare_on_slurm"]
 
 SLURM_PEERS = ("submitit", "submitit-image", "afina")
 _HERE = Path(__file__).resolve().parent
-#: So long a job must have been over to be believed: one that is requeued looks so for a moment.
+#: Seconds until an ended job counts as ended: one that requeues itself looks ended for a moment.
 _SETTLED_S = 4.0
 
 
@@ -60,15 +60,15 @@ class Job(Case):
         env |= {"PYTHONPATH": os.pathsep.join(paths), "PEER_RUN": str(self.run)}
         env |= {"AFINA_IMAGE": str(self.image)} if self.image else {"AFINA_RUNTIME": "none"}
         argv = self._afina() if self.called == "afina" else self._submitit()
-        said = self.cluster.run_as_user([self.python, *argv], env=env, cwd=self.work.folder)
-        found = re.findall(r"(?:submitted job |^)(\d+)", said.stdout, re.MULTILINE)
-        if said.returncode or not found:
-            raise RuntimeError(f"{self.called}: cannot be submitted: {said.stdout}{said.stderr}")
-        self.job = found[-1]
+        done = self.cluster.run_as_user([self.python, *argv], env=env, cwd=self.work.folder)
+        jobs = re.findall(r"(?:submitted job |^)(\d+)", done.stdout, re.MULTILINE)
+        if done.returncode or not jobs:
+            raise RuntimeError(f"{self.called}: cannot be submitted: {done.stdout}{done.stderr}")
+        self.job = jobs[-1]
 
     def _submitit(self) -> list[str]:
         options = self.work.command("trainer", self.run, 1, False)[2:]
-        for name in ("peer.py", "peer_submitit.py"):  # where the user and the image see them
+        for name in ("peer.py", "peer_submitit.py"):  # a folder that the user and the image can read
             shutil.copy(_HERE / name, self.work.folder)
         argv = ["peer_submitit.py", "--folder", f"{self.run}.jobs", "--script", str(self.work.folder / "peer.py")]
         if self.image:
@@ -84,16 +84,16 @@ class Job(Case):
         return ["-m", "afina.cli", "submit", str(file), "--run", str(self.run)]
 
     def until(self, reached: Callable[[], bool], pause: float = 0.01) -> bool:
-        """Wait for `reached`; False if the job was over before it, or hung."""
-        changed, before, looked, over = time.monotonic(), -1, 0.0, 0.0
+        """Wait for `reached`; False if the job ended before, or hung."""
+        changed, before, checked, over = time.monotonic(), -1, 0.0, 0.0
         while not reached():
             now = time.monotonic()
             step = self.step()
-            if self.peer == "afina" and step < self._before:  # a resumed run takes lines back
+            if self.peer == "afina" and step < self._before:  # a resumed run removes lines
                 self.repeated += self._before - self._began_at()
             self._before = step
-            if now - looked > 0.5:
-                looked = now
+            if now - checked > 0.5:
+                checked = now
                 ended = self.cluster.job(self.job)["JobState"] in TERMINAL
                 over = (over or now) if ended else 0.0
                 if over and now - over > _SETTLED_S:
@@ -118,21 +118,21 @@ class Job(Case):
         return self.codes[-1]
 
     def _began_at(self) -> int:
-        """The step from which afina's last attempt went on."""
+        """The step from which afina's last attempt resumed."""
         events = [json.loads(line) for line in (self.run / "events.jsonl").read_text().splitlines()]
         return int([event["step"] for event in events if event["event"] == "training"][-1])
 
     def strike_between(self, low: float, high: float, harm: Callable[[Job], None]) -> None:
-        """Do harm at a drawn step."""
+        """Harm the job at a random step."""
         step = self.rng.randint(int(low * self.work.steps), int(high * self.work.steps))
         if self.until(lambda: self.step() >= step):
             harm(self)
         else:
-            self.notes.append("over before it was struck")
+            self.notes.append("over before the fault")
 
 
 def _warn(job: Job) -> None:
-    """The signal that each has asked Slurm for: submitit USR2 to the step, afina USR1 to the batch shell."""
+    """The warning that each requests from Slurm: submitit USR2 to the step, afina USR1 to the batch shell."""
     how = ["--batch", "--signal=USR1"] if job.peer == "afina" else ["--signal=USR2"]
     job.cluster.root(["scancel", *how, job.job])
 
@@ -142,12 +142,12 @@ def _requeue(job: Job) -> None:
 
 
 def _kill(job: Job) -> None:
-    """To the process that trains: the largest of the job."""
+    """SIGKILL to the process that trains, which is the largest of the job."""
     pids = job.pids()
     os.kill(max(pids, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1])), signal.SIGKILL)
 
 
-#: Name -> what it is called in the table, and what is done once between 20 and 60 % of the run.
+#: Name -> title in the table, and the fault, which strikes once between 20 and 60 % of the run.
 SLURM_FAULTS: dict[str, tuple[str, Callable[[Job], None]]] = {
     "warning": ("the signal before the time limit", _warn),
     "requeue": ("scontrol requeue", _requeue),

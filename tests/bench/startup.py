@@ -1,22 +1,23 @@
-"""Where the seconds go from `apptainer exec` to the first step, for an image in several shapes and for no image at all, in turn.
+"""Where the seconds of a start go: from the command to the first step, with and without an image, and beside the tutorial's script.
 
     container     until a shell runs in the container: namespaces, and the mount
     interpreter   until Python's first line
     imports       torch, transformers and what a run of afina needs of them
     model         from_pretrained of the model, from shared storage
-    group         a process group (gloo, one process: what it costs to make one at all)
-    step          one step of training on a batch of 8 texts of 128 tokens: the first, which allocates
+    group         a process group (gloo, one process)
+    step          the first training step, on 8 texts of 128 tokens
     afina         a real run, from its start on the host to its `first_step`: checks, checkpoints and data included
 
 Ways: `plain` (this environment), `image` (the file, mounted by Apptainer), `node.sh` (the file, mounted once as jobs do), `sandbox`
 (unpacked on local disk), `kernel` (the file, mounted by the kernel, as a setuid Apptainer does; root), `gzip`, `zstd:3`, `lz4`, … (packed
-again with that compression). Clocks are read on both sides of each boundary; the container has the host's. --cold drops the page
-cache before each run (root), so that every byte comes from the disk.
+again with that compression). --cold drops the page cache before each run (root).
 
     python tests/bench/startup.py --image afina.sif [--ways plain,image,sandbox,gzip,zstd:3] [--rounds 5] [--cold]
                                   [--model FOLDER] [--user NAME] [--json found.json]
+    AFINA_TEST_DATA=FOLDER python tests/bench/startup.py --peers      `afina train` beside the tutorial's script, MiniLM, no image
 
-Not covered: a shared file system, many nodes at once, GPUs (CUDA's own start is in none of the parts).
+With --peers both commands run once before they are measured, so that data is prepared (or cached); then in turn, medians and ranges.
+Not covered: a shared file system, many nodes at once, GPUs (the start of CUDA is in none of the parts).
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests import tiny
+import reviews  # type: ignore[import-not-found]
+from measuring import AFINA, environment_of, ranged  # type: ignore[import-not-found]
+from reviews import tiny
 
 __all__ = ["PARTS", "main", "table"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("container", "interpreter", "imports", "model", "group", "step")
 
-#: Prints the clock at each boundary; its first line is the first that Python runs.
+#: Prints the clock at each boundary.
 PROBE = """
 import time
 clock = [time.time()]
@@ -70,7 +72,7 @@ SHELL = 'AFINA_BENCH_SHELL=$(date +%s.%N); export AFINA_BENCH_SHELL; exec "$@"'
 
 
 class Place:
-    """A folder with the model, a claimed run, the probe, and the shapes of the image; everything in it may be thrown away."""
+    """A folder with the model, a claimed run, the probe, and the shapes of the image."""
 
     def __init__(self, folder: Path, image: Path | None, model: Path | None, user: str | None) -> None:
         self.folder, self.image, self.user = folder, image, user
@@ -101,12 +103,12 @@ class Place:
         }
         (self.folder / "recipe.yaml").write_text(json.dumps(recipe))
         env = {**os.environ, "AFINA_SCRATCH": str(self.folder / "scratch"), "AFINA_RUNTIME": "none"}
-        argv = [sys.executable, "-m", "afina.cli", "claim", "--pointer", str(self.folder / "pointer"), "recipe.yaml"]
+        argv = [*AFINA, "claim", "--pointer", str(self.folder / "pointer"), "recipe.yaml"]
         subprocess.run(argv, cwd=self.folder, env=env, check=True, stdout=subprocess.DEVNULL)
         return Path((self.folder / "pointer").read_text())
 
     def give(self) -> None:
-        """Everything to the user who will run it."""
+        """Give all files to the user who runs the container."""
         if self.user:
             account = pwd.getpwnam(self.user)
             for path in (self.folder, *self.folder.rglob("*")):
@@ -116,7 +118,7 @@ class Place:
         return ["runuser", "-u", self.user, "--", *argv] if self.user else list(argv)
 
     def shape(self, way: str) -> Path:
-        """The image in one of its shapes, made when it is first asked for."""
+        """The image in one of its shapes, made on first use."""
         assert self.image is not None
         if way in ("image", "node.sh"):
             return self.image
@@ -141,8 +143,8 @@ class Place:
         return packed
 
     def _offset(self) -> str:
-        """Where the file system begins in the image."""
-        lines = _said(["apptainer", "sif", "list", str(self.image)]).splitlines()
+        """Offset of the file system in the image."""
+        lines = _output(["apptainer", "sif", "list", str(self.image)]).splitlines()
         return next(x.split("|")[3].split("-")[0].strip() for x in lines if "FS (Squashfs/*System" in x)
 
     def close(self) -> None:
@@ -165,8 +167,8 @@ class Place:
         place = command.index("python") if way != "plain" else 0
         command[place:place] = ["sh", "-c", SHELL, "sh"]
         began = time.time()
-        said = _said(command if way == "plain" else self.as_user(command), self._environment())
-        clocks = [began, *json.loads(said.splitlines()[-1])]
+        out = _output(command if way == "plain" else self.as_user(command), self._environment())
+        clocks = [began, *json.loads(out.splitlines()[-1])]
         return {part: after - before for part, before, after in zip(PARTS, clocks, clocks[1:], strict=False)}
 
     def real(self, way: str, number: int) -> float:
@@ -176,7 +178,7 @@ class Place:
         began = time.time()
         env = {**self._environment(), "AFINA_ATTEMPT": "bench-1", "AFINA_LAUNCH": "local"}
         command = self.argv(way, ["-m", "afina.worker", "launch", str(run)])
-        _said(command if way == "plain" else self.as_user(command), env)
+        _output(command if way == "plain" else self.as_user(command), env)
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         return float(next(e["time"] for e in events if e["event"] == "first_step") - began)
 
@@ -185,7 +187,7 @@ class Place:
         return {**kept, "HOME": str(self.folder), "TMPDIR": str(self.folder), "HF_HUB_OFFLINE": "1"}
 
 
-def _said(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
+def _output(argv: Sequence[str], env: dict[str, str] | None = None) -> str:
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(argv)}\n{done.stdout}{done.stderr}")
@@ -230,32 +232,123 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+#: Imported at the start of every Python process; writes a line where the first training step ends.
+HOOK = """
+import importlib.abc, importlib.util, json, os, sys, time
+BEGAN = time.time()
+ROOTS = {"torch", "transformers", "datasets", "sklearn", "scipy", "accelerate", "pandas", "pyarrow", "numpy", "afina"}
+SECONDS, ASKED, WITHIN = [0.0], set(), []
+class Timed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in ROOTS or name in ASKED:
+            return None
+        ASKED.add(name)
+        spec = importlib.util.find_spec(name)
+        ASKED.discard(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+        def timed(module):
+            # A module that is imported within another counts as part of that one.
+            began, outermost = time.time(), not WITHIN
+            WITHIN.append(name)
+            try:
+                execute(module)
+            finally:
+                WITHIN.pop()
+            SECONDS[0] += (time.time() - began) * outermost
+            if name == "transformers.trainer":
+                usual = module.Trainer.training_step
+                def first(self, *arguments, **named):
+                    module.Trainer.training_step = usual
+                    at, imports = time.time(), SECONDS[0]
+                    loss = usual(self, *arguments, **named)
+                    with open(os.environ["AFINA_BENCH_HOOK"], "a") as file:
+                        file.write(json.dumps([BEGAN, at, time.time(), imports, len(sys.modules)]) + "\\n")
+                    return loss
+                module.Trainer.training_step = first
+        spec.loader.exec_module = timed
+        return spec
+sys.meta_path.insert(0, Timed())
+"""
+
+
+def first_step(argv: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Run a command; the seconds until its first training step has ended, by part."""
+    note = folder / "hook.jsonl"
+    note.unlink(missing_ok=True)
+    began = time.time()
+    subprocess.run(argv, env={**environment, "AFINA_BENCH_HOOK": str(note)}, check=True, stdout=subprocess.DEVNULL)
+    process, step_begins, step_ends, imports, modules = json.loads(note.read_text().splitlines()[0])
+    return {
+        "before the process that trains": process - began,
+        "imports": imports,
+        "reading, building, measuring the peak": step_begins - process - imports,
+        "the first step, without the optimizer": step_ends - step_begins,
+        "all": step_ends - began,
+        "modules": modules,
+    }
+
+
+def peers(folder: Path, rounds: int, rows: int, threads: int) -> dict[str, list[dict[str, float]]]:
+    """`afina train` and the tutorial's script, in turn: the parts of each start."""
+    (folder / "sitecustomize.py").write_text(HOOK)
+    environment = environment_of(folder, threads)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    train, test = reviews.write_parts(folder, "short", rows)
+    model = reviews.model_for("minilm", folder)
+    recipe = folder / "recipe.yaml"
+    data = {"files": {"train": str(train), "eval": str(test)}, "text": "text", "label": "stars"}
+    settings = {"batch_size": 8, "max_steps": 2, "keep": "last"}
+    recipe.write_text(json.dumps({"name": "start", "model": str(model), "data": data, "train": settings}))
+    script = Path(__file__).resolve().with_name("tutorial.py")
+    tutorial = [sys.executable, str(script), "--train", str(train), "--eval", str(test), "--model", str(model)]
+    tutorial += ["--out", str(folder / "steps.jsonl"), "--epochs", "1", "--sample", "16"]
+    found: dict[str, list[dict[str, float]]] = {"tutorial": [], "afina": []}
+    for number in range(-1, rounds):
+        afina = [*AFINA, "train", str(recipe), "--run", str(folder / f"run{number}")]
+        for peer, argv in (("tutorial", tutorial), ("afina", afina)):
+            parts = first_step(argv, folder, environment)
+            if number >= 0:
+                found[peer].append(parts)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, help="a .sif; without it only the way `plain`")
     parser.add_argument("--ways", default="plain,image,node.sh,sandbox,gzip,zstd:3", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before each run; as root")
     parser.add_argument("--model", type=Path, help="a model folder; by default a tiny random one")
     parser.add_argument("--user", help="who runs the container, where root cannot")
+    parser.add_argument("--peers", action="store_true", help="`afina train` beside the tutorial's script instead")
+    parser.add_argument("--rows", type=int, default=1000, help="with --peers: rows that are read")
+    parser.add_argument("--threads", type=int, default=2, help="with --peers")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     ways = options.ways.split(",") if options.image else ["plain"]
     with tempfile.TemporaryDirectory(prefix="afina-startup-") as name:
-        Path(name).chmod(0o755)
-        place = Place(Path(name), options.image and options.image.resolve(), options.model, options.user)
-        try:
-            records = measure(place, ways, options.rounds, cold=options.cold)
-            sizes = {way: place.shape(way).stat().st_size for way in ways if way not in ("plain", "sandbox", "kernel")}
-        finally:
-            place.close()
+        if options.peers:
+            both = peers(Path(name), options.rounds, options.rows, options.threads)
+            lines = ["| seconds | tutorial | afina |", "|---|---|---|"]
+            for part in both["afina"][0]:
+                cells = (ranged([record[part] for record in records]) for records in both.values())
+                lines.append(f"| {part} | {' | '.join(cells)} |")
+            found: dict[str, Any] = {"peers": both}
+        else:
+            Path(name).chmod(0o755)
+            place = Place(Path(name), options.image and options.image.resolve(), options.model, options.user)
+            try:
+                records = measure(place, ways, options.rounds, cold=options.cold)
+                sizes = {w: place.shape(w).stat().st_size for w in ways if w not in ("plain", "sandbox", "kernel")}
+            finally:
+                place.close()
+            lines = [table(records), *(f"{way}: {size / 1e6:.0f} MB" for way, size in sizes.items())]
+            found = {"records": records, "size_bytes": sizes, "cores": os.cpu_count()}
     if options.json:
-        options.json.write_text(
-            json.dumps({"records": records, "size_bytes": sizes, "cores": os.cpu_count()}, indent=1)
-        )
-    print(table(records))
-    for way, size in sizes.items():
-        print(f"{way}: {size / 1e6:.0f} MB")
+        options.json.write_text(json.dumps(found, indent=1))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

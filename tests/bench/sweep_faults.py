@@ -1,13 +1,13 @@
-"""A sweep under faults, on a real Slurm: a run is killed with its shell, a node loses power, and one command mends it.
+"""A sweep under faults, on a real Slurm: a run is killed with its shell, a node fails, and one command repairs it.
 
     python tests/bench/sweep_faults.py --image /var/tmp/afina-test/afina.sif [--values 3] [--seeds 5] [--json FILE]
 
-Brings up the test cluster of tests/slurm in a folder of its own and takes it down (root, see there); the jobs are an ordinary
-user's, in the image. The sweep is first left alone until every running task has a checkpoint, then struck, then the same
-command is given once with `--wait`. Prints what each fault hit, what was submitted again, from which step each run went on, and
-the table. Reviews and model are those of tests/tiny.py: the accuracies say nothing about real data.
+Brings up the test cluster of tests/slurm in a folder of its own and takes it down (root, see there); the jobs belong to an ordinary user
+and run in the image. The faults strike once every running task has a checkpoint; then the same command runs once with `--wait`. Prints
+what each fault hit, what was submitted again, from which step each run resumed, and the table. Reviews and model are those of
+tests/tiny.py: the accuracies mean nothing for real data.
 
-Both nodes are this machine: the power cut is SIGKILL to a node's slurmd and all its jobs, and slurmctld is told at once.
+Both nodes are this machine: a node failure is SIGKILL to a node's slurmd and all its jobs, and slurmctld learns of it at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--max-parallel", type=int, default=4, help="the cluster has four GPUs on two nodes")
-    parser.add_argument("--json", type=Path, help="also write what was found here")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="afina-sweep-", dir="/tmp"))
     try:
@@ -82,7 +82,7 @@ def strike(cluster: Cluster, place: Path, options: argparse.Namespace) -> dict[s
     victims = running()
     killed = victims[0]
     cluster.root(["scancel", "--signal=KILL", "--batch", jobs[killed]])
-    until(lambda: killed not in running(), "the killed task lives")
+    until(lambda: killed not in running(), "the killed task is still running")
     node = str(cluster.job(jobs[next(n for n in victims if n in running())])["NodeList"])
     hit = [n for n in running() if cluster.job(jobs[n])["NodeList"] == node]
     print(f"killed: {runs[killed].name}\nnode {node} down, with: {', '.join(runs[n].name for n in hit)}", flush=True)
@@ -92,9 +92,9 @@ def strike(cluster: Cluster, place: Path, options: argparse.Namespace) -> dict[s
     print(
         f"the same command would submit: {', '.join(missing)}; the node's tasks are queued again by Slurm", flush=True
     )
-    mended = time.monotonic()
+    repaired = time.monotonic()
     run(*command, "--wait")
-    print(f"mended and finished {time.monotonic() - mended:.0f} s later, on the node that is left", flush=True)
+    print(f"repaired and finished {time.monotonic() - repaired:.0f} s later, on the remaining node", flush=True)
     table = cluster.run_as_user([afina, "sweep", str(home)], cwd=project, check=True).stdout
     found = {
         "runs": len(runs),
@@ -111,7 +111,7 @@ def strike(cluster: Cluster, place: Path, options: argparse.Namespace) -> dict[s
 
 
 def make_project(cluster: Cluster, place: Path, options: argparse.Namespace) -> tuple[Path, str]:
-    """A project folder of the ordinary user, and the `afina` of a virtual environment with the host side only."""
+    """A project folder of the ordinary user, and `afina` in a virtual environment with the host side only."""
     venv = place / "venv"
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(venv)], check=True)
     source = place / "source"

@@ -1,11 +1,12 @@
-"""The Transformers tutorial's own code, written out as a script: what afina is compared with.
+"""The Transformers tutorial's own code as a script, to compare afina with.
 
-Reads two CSV files instead of `yelp_review_full`, and a model folder instead of `google-bert/bert-base-cased`; all else is
-the tutorial's: shuffle and select, padding to the longest length allowed, `Trainer`, accuracy after each epoch (and macro-F1, for
-tests/bench/accuracy.py). Writes the loss of every step as JSON Lines, so that curves can be laid over each other.
+Reads two CSV files instead of `yelp_review_full`, and a model folder instead of `google-bert/bert-base-cased`; all else is the
+tutorial's: shuffle and select, padding to the maximum length, `Trainer`, accuracy after each epoch (and macro-F1). Writes the loss of every
+step as JSON Lines.
 
-`--best` is not the tutorial: Trainer with the options that help most, for the same recipe. Padding to the longest of a batch,
-batches of like length; `--bf16` where the device is fast in it; AdamW is fused by default. `--pad-to-batch` is its padding alone: the batches are the tutorial's. Several processes: `torchrun`, with so many times fewer rows each.
+`--best` is Trainer with the options that help most for the same recipe: padding to the longest text of a batch, batches of similar
+length (AdamW is fused by default). `--pad-to-batch` changes the padding alone, with the tutorial's batches. `--bf16` is for devices that are
+fast in it. Several processes: `torchrun`, with a smaller batch size each.
 
     python tests/bench/tutorial.py --train train.csv --eval eval.csv --model FOLDER --out steps.jsonl
 """
@@ -88,8 +89,9 @@ def main() -> None:
 
     def compute_metrics(output: Any) -> dict[str, float]:
         logits, labels = output
-        said = np.argmax(logits, axis=-1)
-        return {"accuracy": float(accuracy_score(labels, said)), "f1": float(f1_score(labels, said, average="macro"))}
+        chosen = np.argmax(logits, axis=-1)
+        macro = f1_score(labels, chosen, average="macro")
+        return {"accuracy": float(accuracy_score(labels, chosen)), "f1": float(macro)}
 
     trainer = Trainer(
         model=model,

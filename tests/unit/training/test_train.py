@@ -348,28 +348,6 @@ def test_every_task_trains_and_measures(place: Path, name: str, changes: dict[st
     assert min(losses[-10:]) < losses[0]
 
 
-def test_the_losses_are_those_of_the_tutorial(place: Path) -> None:
-    """`tests/bench/loss_curve.py`, small: Trainer's own loop and afina give the same loss, step by step."""
-    bench = Path(__file__).parents[2] / "bench/loss_curve.py"
-    argv = [
-        sys.executable,
-        str(bench),
-        "--csv",
-        str(place / "reviews.csv"),
-        "--model",
-        str(place / "model"),
-        "--sample",
-        "64",
-    ]
-    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["compared_loss"] == found["steps"] == 16
-    assert found["max_difference_loss"] < 1e-5
-    assert found["max_difference_eval_loss"] < 1e-5
-    assert found["max_difference_eval_accuracy"] < 1e-9
-
-
 def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
     run = _train(place, "nan", _recipe(place, train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
     outcome = _outcome(run)

@@ -1,7 +1,7 @@
 """glibc's malloc, tuned to keep the memory that a training step frees for the next step.
 
 By default glibc returns large blocks to the system at once and every step maps them again, page by page: 15,000 page
-faults a step for the word embeddings' gradient alone, a tenth of a step of short texts on the CPU (tests/bench/batching.py).
+faults a step for the word embeddings' gradient alone, a tenth of a step of short texts on the CPU.
 
 Not covered: other C libraries, where this has no effect; GPU memory, which torch caches itself.
 """

@@ -82,7 +82,7 @@ def costs(lengths: np.ndarray[Any, Any], hidden_size: int) -> np.ndarray[Any, An
     """Cost of each row, float64 (N,), in units of a token without attention.
 
     A layer's matrix products are 24 H² FLOPs a token, attention over L tokens adds 4 L H: a share of L / 6H. Measurements on a
-    CPU, dropout and softmax included, give about the same (tests/bench/batching.py).
+    CPU, dropout and softmax included, give about the same.
     """
     each = lengths.astype(np.float64)
     return np.asarray(each + each**2 / (6 * hidden_size))

@@ -19,7 +19,7 @@ import torch
 __all__ = ["CALL_SCORES", "Group", "Packing", "group_sequences", "pack"]
 
 #: Overhead of one call of attention, as the number of scores (elements of heads × L × L) that take as long, forward and
-#: backward. CPU: 19,000 to 23,000 with one thread (`tests/bench/batching.py --calls`), more with more. GPU: a guess.
+#: backward. CPU: 19,000 to 23,000 with one thread by least squares over calls, more with more. GPU: a guess.
 CALL_SCORES = {"cpu": 30_000, "cuda": 4_000_000}
 
 
