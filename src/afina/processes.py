@@ -1,12 +1,11 @@
-"""Whose turn it is: a courtesy among processes that would make the same thing, not a lock.
+"""Who a process is, whether it lives, its heartbeat; and an advisory lock for shared file systems.
 
-`with turn(FILE, "preparing …", say):` waits while another living process holds FILE, says once who that is, and then
-holds it. No lock of the kernel is taken: on Lustre and NFS it may be refused, given to two, or stay with a node that died. The
-holder is written into a small file, whose time it renews every few seconds. A holder on this machine is dead when its process is
-gone; one elsewhere when its file has not changed for `PATIENCE_S` seconds of the waiter's own clock.
-
-Not promised: that only one works. Two may, where a holder seemed dead and was only stuck. What they make is published so
-that this does no harm: see `afina.publish`.
+`with advisory_lock(FILE, "preparing …", say):` waits while another living process holds FILE, says once who that is, and then holds
+it. Correctness does not depend on it: two may hold it where a holder seemed dead and was only stuck, and what they make is
+published so that this does no harm (`afina.publish`). No lock of the kernel is used: on Lustre and NFS it may be refused, given to
+two, or stay with a node that died. The holder is written into a small file, whose time it renews every few seconds. A holder on
+this machine is dead when its process is gone; one elsewhere when its file has not changed for `PATIENCE_S` seconds of the
+waiter's own clock.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["BEAT_S", "PATIENCE_S", "Beat", "Process", "boot_id", "started", "turn"]
+__all__ = ["HEARTBEAT_S", "PATIENCE_S", "Heartbeat", "Process", "advisory_lock", "boot_id", "start_time"]
 
-BEAT_S = 5.0
-#: More than an NFS client keeps a file's time to itself (60 s), and many beats.
+HEARTBEAT_S = 5.0
+#: More than an NFS client keeps a file's time to itself (60 s), and many heartbeats.
 PATIENCE_S = 90.0
 _LONGEST_PAUSE_S = 1.0
 
@@ -33,13 +32,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Process:
-    """A process, told from every other, also from a later one with the same number.
+    """A process, different from every other, also from a later one with the same number.
 
     Attributes:
         host: its host's name.
-        space: the namespace in which `pid` counts (a container may have its own); 0 where the system does not say.
+        space: the namespace in which `pid` counts (a container may have its own); 0 where the system does not tell.
         pid: its number there.
-        started: clock ticks between the start of the machine and its own; 0 where the system does not say.
+        started: clock ticks between the start of the machine and its own; 0 where the system does not tell.
     """
 
     host: str
@@ -48,8 +47,8 @@ class Process:
     started: int
 
     @classmethod
-    def here(cls) -> Process:
-        return cls(socket.gethostname(), _space(), os.getpid(), started(os.getpid()) or 0)
+    def current(cls) -> Process:
+        return cls(socket.gethostname(), _pid_namespace(), os.getpid(), start_time(os.getpid()) or 0)
 
     @classmethod
     def parse(cls, text: str) -> Process | None:
@@ -63,10 +62,10 @@ class Process:
         return f"{self.host}-{self.space}-{self.pid}-{self.started}"
 
     def is_dead(self) -> bool | None:
-        """None if that cannot be seen from here."""
-        if (self.host, self.space) != (socket.gethostname(), _space()):
+        """None if that cannot be known here."""
+        if (self.host, self.space) != (socket.gethostname(), _pid_namespace()):
             return None
-        now = started(self.pid)
+        now = start_time(self.pid)
         if now is not None:
             return bool(self.started) and now != self.started
         try:
@@ -78,21 +77,21 @@ class Process:
         return Path("/proc/self/stat").exists()  # it is there and /proc does not show it: a zombie
 
 
-class Beat:
+class Heartbeat:
     """Renews the time of an open file or folder while the block runs, so that others see that it is in use."""
 
-    def __init__(self, descriptor: int, every_s: float = BEAT_S) -> None:
+    def __init__(self, descriptor: int, every_s: float = HEARTBEAT_S) -> None:
         self._descriptor, self._every = descriptor, every_s
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def _run(self) -> None:
         while not self._over.wait(self._every):
-            # A file that was removed, or a file system that hangs: then others go on without us, which does no harm.
+            # A file that was removed, or a file system that hangs: then others go ahead without us, which does no harm.
             with contextlib.suppress(OSError):
                 os.utime(self._descriptor)
 
-    def __enter__(self) -> Beat:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -102,37 +101,38 @@ class Beat:
 
 
 @contextlib.contextmanager
-def turn(path: Path, what: str, say: Say, *, patience_s: float = PATIENCE_S, beat_s: float = BEAT_S) -> Iterator[None]:
-    """Hold `path` for the block; look again inside it whether there is anything left to do.
+def advisory_lock(
+    path: Path, what: str, say: Say, *, patience_s: float = PATIENCE_S, heartbeat_s: float = HEARTBEAT_S
+) -> Iterator[None]:
+    """Hold `path` for the block; check again inside it whether there is anything left to do.
 
     Args:
-        path: the file that stands for the turn; its folder exists and can be written.
+        path: the lock's file; its folder exists and can be written.
         what: what the holder does, for the one line that waiters say: "preparing reviews".
-        patience_s: seconds without a beat after which a holder counts as dead.
+        patience_s: seconds without a heartbeat after which a holder counts as dead.
 
     Raises:
         OSError: the file can be neither made nor read.
     """
-    me = Process.here()
-    descriptor = _take(path, me, what, say, patience_s)
+    descriptor = _acquire(path, Process.current(), what, say, patience_s)
     try:
         if descriptor is None:
             yield
         else:
-            with Beat(descriptor, beat_s):
+            with Heartbeat(descriptor, heartbeat_s):
                 yield
     finally:
         if descriptor is not None:
             held = os.fstat(descriptor)
             os.close(descriptor)
-            found = _look(path)
-            if found is not None and found[1] == held.st_ino:
+            current = _examine(path)
+            if current is not None and current[1] == held.st_ino:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: Path, me: Process, what: str, say: Say, patience_s: float) -> int | None:
-    """The open file of our turn; None where a dead holder's cannot be removed, then there are no turns."""
-    pause, said = 0.05, False
+def _acquire(path: Path, me: Process, what: str, say: Say, patience_s: float) -> int | None:
+    """The open file of our lock; None where a dead holder's cannot be removed: then there are no locks here."""
+    pause, told = 0.05, False
     seen: tuple[int, int, bytes] | None = None
     changed = time.monotonic()
     while True:
@@ -143,34 +143,35 @@ def _take(path: Path, me: Process, what: str, say: Say, patience_s: float) -> in
         else:
             os.write(descriptor, json.dumps({**asdict(me), "since": int(time.time()), "what": what}).encode())
             return descriptor
-        found = _look(path)
-        if found is None:
+        current = _examine(path)
+        if current is None:
             continue
-        if found != seen:
-            seen, changed = found, time.monotonic()
-        holder, since = _read(found[2])
+        if current != seen:
+            seen, changed = current, time.monotonic()
+        holder, since = _holder(current[2])
         if (holder is not None and holder.is_dead()) or time.monotonic() - changed > patience_s:
-            if not _remove(path, found[1]):
+            if not _remove(path, current[1]):
                 return None
             continue
-        if holder is not None and not said:
-            said = True
-            say(f"waiting: process {holder.pid} on {holder.host} has been {what} since {_clock(since)}")
+        if holder is not None and not told:
+            told = True
+            clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+            say(f"waiting: process {holder.pid} on {holder.host} has been {what} since {clock}")
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
 
-def _look(path: Path) -> tuple[int, int, bytes] | None:
-    """Time of the last beat, number and content of the holder's file. It is opened, for only then NFS asks its server."""
+def _examine(path: Path) -> tuple[int, int, bytes] | None:
+    """Time of the last heartbeat, inode and content of the lock's file. It is opened, for only then NFS asks its server."""
     try:
         with path.open("rb") as file:
-            about = os.fstat(file.fileno())
-            return about.st_mtime_ns, about.st_ino, file.read(4096)
+            status = os.fstat(file.fileno())
+            return status.st_mtime_ns, status.st_ino, file.read(4096)
     except FileNotFoundError:
         return None
 
 
-def _read(content: bytes) -> tuple[Process | None, int]:
+def _holder(content: bytes) -> tuple[Process | None, int]:
     try:
         value = json.loads(content)
         return Process(value["host"], value["space"], value["pid"], value["started"]), int(value["since"])
@@ -178,12 +179,12 @@ def _read(content: bytes) -> tuple[Process | None, int]:
         return None, 0
 
 
-def _remove(path: Path, number: int) -> bool:
-    """Remove a dead holder's file; one that somebody has taken in the meantime is given back."""
-    aside = path.with_name(f"{path.name}.{Process.here()}")
+def _remove(path: Path, inode: int) -> bool:
+    """Remove a dead holder's file; one that another process has taken in the meantime is given back."""
+    aside = path.with_name(f"{path.name}.{Process.current()}")
     try:
         path.rename(aside)
-        if aside.stat().st_ino != number:
+        if aside.stat().st_ino != inode:
             aside.rename(path)
         else:
             aside.unlink()
@@ -194,26 +195,22 @@ def _remove(path: Path, number: int) -> bool:
     return True
 
 
-def _clock(since: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-
-
-def _space() -> int:
-    try:
-        return Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        return 0
-
-
 def boot_id() -> str:
-    """Linux's identifier of this machine's current boot: the same in every container on it, another after a restart."""
+    """Linux's identifier of this machine's current boot: the same in every container on it, another after a restart (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def started(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
     """When a process began, in clock ticks since the machine did: field 22 of /proc/PID/stat (proc(5)); None if there is no such process, or only what is left of it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _pid_namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from afina.files import sync_folder
-from afina.processes import Beat, Process
+from afina.processes import Heartbeat, Process
 
 __all__ = ["DAMAGED_S", "LITTER_S", "publish", "staging", "sweep"]
 
@@ -36,7 +36,7 @@ _ASIDE = re.compile(r"\.turn-.*|\..+\.\d+\.[0-9a-f]{8}")
 def staging(final: Path) -> Iterator[Path]:
     """A fresh folder beside `final`, removed on the way out unless it was published."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = final.with_name(f"{_STAGING}{final.name[-8:]}-{Process.here()}")
+    folder = final.with_name(f"{_STAGING}{final.name[-8:]}-{Process.current()}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -44,7 +44,7 @@ def staging(final: Path) -> Iterator[Path]:
         sweep(final.parent, now=folder.stat().st_mtime)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with Beat(descriptor):
+            with Heartbeat(descriptor):
                 yield folder
         finally:
             os.close(descriptor)

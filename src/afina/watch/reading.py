@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from afina.processes import boot_id, start_time
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.schedule import Schedule
 
@@ -246,25 +247,12 @@ def _lease(path: Path) -> tuple[dict[str, Any], Sign | None, float]:
     if not lease:
         return {}, None, 0.0
     silent_s = max(0.0, time.time() - renewed)
-    if lease.get("boot") == _boot():
+    if lease.get("boot") == boot_id():
         # Not by the process alone: its number may be another one's by now.
-        return lease, "alive" if lease.get("started") == _started(lease.get("pid")) else "dead", silent_s
+        return lease, "alive" if lease.get("started") == start_time(int(lease.get("pid") or 0)) else "dead", silent_s
     if lease.get("host") == platform.node():
         return lease, "dead", silent_s  # the machine has been started anew since
     return lease, "fresh" if silent_s < _FRESH_S else "silent", silent_s
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _started(pid: Any) -> int | None:
-    """When a process began, in clock ticks since the machine did: field 22 of /proc/PID/stat (proc(5))."""
-    try:
-        fields = Path(f"/proc/{int(pid)}/stat").read_bytes().rpartition(b")")[2].split()
-    except (OSError, TypeError, ValueError):
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _planned_steps(path: Path, train: dict[str, Any]) -> int | None:

@@ -22,7 +22,7 @@ from tests.unit.data.test_prepare import SMALL_PIECES, leftovers, prepare, refus
 from tests.unit.model_hub.test_prepare_hub import flip
 
 from afina.errors import SiteError
-from afina.processes import turn
+from afina.processes import advisory_lock
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
@@ -88,7 +88,7 @@ def test_the_second_waits_and_finds_it_done(plan: Plan) -> None:
     first = result(prepare(plan))
     folder = Path(first["prepared"])
     away = folder.rename(folder.with_name("away"))
-    with turn(folder.with_name(f".turn-{first['digest'][:16]}"), "preparing tiny", print):
+    with advisory_lock(folder.with_name(f".turn-{first['digest'][:16]}"), "preparing tiny", print):
         second = start(plan)
         assert second.stderr is not None
         said = second.stderr.readline()
@@ -277,14 +277,14 @@ def test_read_only_modes_are_enough(plan: Plan) -> None:
 def test_a_waiter_is_interrupted_at_once(plan: Plan) -> None:
     digest = result(prepare(plan))["digest"]
     shutil.rmtree(plan.site.prepared / digest)
-    held: Callable[..., Any] = turn
+    held: Callable[..., Any] = advisory_lock
     with held(plan.site.prepared / f".turn-{digest[:16]}", "preparing tiny", print):
         second = start(plan)
         assert second.stderr is not None and "waiting: process" in second.stderr.readline()
         second.send_signal(signal.SIGINT)
         out, err = second.communicate(timeout=60)
         assert (second.returncode, out) == (130, "") and "Traceback" not in err
-        assert leftovers(plan) == [f".turn-{digest[:16]}"], "the turn of the other stays"
+        assert leftovers(plan) == [f".turn-{digest[:16]}"], "the lock of the other stays"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from afina import publish as publishing
-from afina.processes import Process, turn
+from afina.processes import Process, advisory_lock
 from afina.publish import publish, staging, sweep
 
 #: Read before the test environment forgets it.
@@ -27,8 +27,8 @@ KILLS = int(os.environ.get("AFINA_TEST_KILLS", "10"))
 
 HOLD = """
 import pathlib, sys
-from afina.processes import turn
-with turn(pathlib.Path(sys.argv[1]), "preparing reviews", lambda line: print(line, flush=True)):
+from afina.processes import advisory_lock
+with advisory_lock(pathlib.Path(sys.argv[1]), "preparing reviews", lambda line: print(line, flush=True)):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -107,13 +107,13 @@ def test_one_that_was_killed_holds_nobody_up(child: Callable[..., Child], place:
     assert first.line() == "held"
     first.process.kill()  # not waited for: what is left is a zombie, as under a parent that does not care
     said: list[str] = []
-    with turn(path, "preparing", said.append):
+    with advisory_lock(path, "preparing", said.append):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not path.exists() and list(place.glob("turn*")) == []
 
 
 def elsewhere(path: Path, **changes: object) -> None:
-    holder = {**asdict(Process.here()), "host": "node-7", "since": 1, "what": "x", **changes}
+    holder = {**asdict(Process.current()), "host": "node-7", "since": 1, "what": "x", **changes}
     path.write_text(json.dumps(holder))
 
 
@@ -125,7 +125,7 @@ def test_one_elsewhere_that_shows_no_life_is_not_waited_for(place: Path, content
     else:
         path.write_text("" if content == "nothing" else '{"host": 5')
     said: list[str] = []
-    with turn(path, "preparing", said.append, patience_s=0.3):
+    with advisory_lock(path, "preparing", said.append, patience_s=0.3):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
     assert len(said) == (content == "another node")
     assert not path.exists()
@@ -151,10 +151,10 @@ def test_one_elsewhere_that_beats_is_waited_for(child: Callable[..., Child], pla
 def test_turns_do_not_overlap(place: Path) -> None:
     code = """
 import pathlib, sys
-from afina.processes import turn
+from afina.processes import advisory_lock
 here = pathlib.Path(sys.argv[1])
 for _ in range(25):
-    with turn(here / "turn", "counting", lambda line: None):
+    with advisory_lock(here / "turn", "counting", lambda line: None):
         (here / "count").write_text(str(int((here / "count").read_text()) + 1))
 """
     (place / "count").write_text("0")
@@ -166,14 +166,14 @@ for _ in range(25):
 
 def test_a_turn_that_was_lost_is_not_given_back_for_another(place: Path) -> None:
     path = place / "turn"
-    with turn(path, "preparing", lambda line: None):
+    with advisory_lock(path, "preparing", lambda line: None):
         path.unlink()
         elsewhere(path)
     assert json.loads(path.read_text())["host"] == "node-7"
 
 
 def test_who_is_dead() -> None:
-    here = Process.here()
+    here = Process.current()
     assert here.is_dead() is False
     assert Process.parse(str(here)) == here and Process.parse("half") is None
     assert Process.parse(str(replace(here, host="a-b-7-c"))) == replace(here, host="a-b-7-c")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from afina.errors import EnvironmentProblem, Failure
-from afina.processes import started
+from afina.processes import start_time
 from afina.run.workers import ask_worker, ask_workers, follow_worker
 from afina.worker.__main__ import ANSWERS, PROCESSES
 
@@ -113,14 +113,14 @@ def test_the_others_are_ended_where_one_fails(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="no room"):
         ask_workers([waits, ARGV], [os.environ] * 2, {"do": "fail", "pid": str(tmp_path / "pid")}, name="")
     assert time.monotonic() - began < 30
-    assert started(pid_in(tmp_path / "pid")) is None
+    assert start_time(pid_in(tmp_path / "pid")) is None
 
 
 def test_a_worker_is_ended_where_its_caller_stops_listening(tmp_path: Path) -> None:
     heard = follow_worker(ARGV, os.environ, {"do": "wait", "reports": 1, "pid": str(tmp_path / "pid")}, name="")
     next(heard)
     heard.close()
-    assert started(pid_in(tmp_path / "pid")) is None
+    assert start_time(pid_in(tmp_path / "pid")) is None
 
 
 def test_a_worker_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_worker_ends_with_a_caller_that_is_killed(tmp_path: Path) -> None:
     worker = pid_in(tmp_path / "pid")
     caller.kill()
     caller.wait()
-    wait_until(lambda: started(worker) is None)
+    wait_until(lambda: start_time(worker) is None)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

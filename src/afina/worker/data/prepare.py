@@ -70,7 +70,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
-    from afina.processes import turn
+    from afina.processes import advisory_lock
     from afina.publish import sweep
     from afina.worker.data import prepared, shards
     from afina.worker.data.tokenise import build, work_folder
@@ -109,7 +109,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     late: list[str] | None = None
     if manifest is None:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with turn(final.parent / f".turn-{digest[:16]}", f"preparing {recipe.name}", say):
+        with advisory_lock(final.parent / f".turn-{digest[:16]}", f"preparing {recipe.name}", say):
             manifest = _find(final, say)
             reused = manifest is not None
             if manifest is None:

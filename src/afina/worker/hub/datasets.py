@@ -20,7 +20,7 @@ from pathlib import Path
 
 from afina.errors import HubError, InputError, RecipeError, nearest
 from afina.files import describe, difference, sync_file, write_atomic
-from afina.processes import turn
+from afina.processes import advisory_lock
 from afina.publish import publish, staging
 from afina.recipe.schema import Data
 from afina.site.settings import Site
@@ -72,7 +72,7 @@ def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = Fa
     splits = _splits(folder, digests=digests)
     if splits is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with turn(folder.parent / f".turn-{key}", f"fetching data set {data.hub}", say):
+        with advisory_lock(folder.parent / f".turn-{key}", f"fetching data set {data.hub}", say):
             splits = _splits(folder, digests=digests)
             if splits is None:
                 again = " again: what is here is damaged" if folder.exists() else ""

@@ -19,7 +19,7 @@ from typing import Any
 
 from afina.errors import HubError, InputError
 from afina.files import FileRecord, describe, write_atomic
-from afina.processes import turn
+from afina.processes import advisory_lock
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
 from afina.worker.hub.errors_explained import LONGEST_WAIT, PREFETCH, bound_waits, hub_errors, persist, wait_of
@@ -103,7 +103,7 @@ def fetch_model(site: Site, recipe: Recipe, pin: Pin, say: Say) -> HubModel:
     if model is not None:
         return model
     key = hashlib.sha256(f"{pin.id}@{pin.commit}".encode()).hexdigest()[:16]
-    with turn(site.scratch / "pins" / f".turn-{key}", f"fetching model {recipe.model}", say):
+    with advisory_lock(site.scratch / "pins" / f".turn-{key}", f"fetching model {recipe.model}", say):
         model, wrong = _cached(pin, wanted)  # another process may have fetched it meanwhile
         if model is not None:
             return model

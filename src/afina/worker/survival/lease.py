@@ -101,7 +101,7 @@ class Lease:
             return True
         if holder["boot"] != boot_id():
             return None
-        here = Process.here()
+        here = Process.current()
         # Leases of afina 0.1 name no namespace.
         process = Process(holder["host"], holder.get("space", here.space), holder["pid"], holder["started"] or 0)
         return process.is_dead()
@@ -137,4 +137,4 @@ class Lease:
 
 
 def _self() -> dict[str, Any]:
-    return {"boot": boot_id(), **asdict(Process.here())}
+    return {"boot": boot_id(), **asdict(Process.current())}
