@@ -79,11 +79,11 @@ _OPTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def request_options(*names: str, **helps: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def request_options(*names: str, **changes: str | dict[str, Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a command: these fields of a JobRequest become options, and the command gets the `request` that they make.
 
     Args:
-        helps: the help of a field where it differs.
+        changes: the help of a field if it differs, or several settings of its option.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +94,8 @@ def request_options(*names: str, **helps: str) -> Callable[[Callable[..., Any]],
 
         decorated: Callable[..., Any] = call
         for name in reversed(names):
-            help_text = {"help": helps[name]} if name in helps else {}
-            decorated = _OPTIONS[name](name, **help_text)(decorated)
+            change = changes.get(name, {})
+            decorated = _OPTIONS[name](name, **({"help": change} if isinstance(change, str) else change))(decorated)
         return decorated
 
     return decorate

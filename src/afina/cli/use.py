@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from afina.cli.options import minutes
+from afina.cli.options import request_options
+from afina.errors import InputError
+from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
@@ -41,42 +43,28 @@ __all__ = ["COMMANDS"]
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a packed batch.")
 @click.option("--chunk-rows", type=click.IntRange(1), metavar="N", help="Rows that are predicted and written together.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--num-processes", type=click.IntRange(1), metavar="N", help="By default one per GPU, or one.")
-@click.option("--site", metavar="FILE", help="Site file; by default the site of the run.")
+@request_options(
+    "num_processes",
+    "site",
+    "time_min",
+    "gpus_per_node",
+    num_processes="By default one per GPU, or one.",
+    site="Site file; by default the site of the run.",
+    time_min="With --submit: minutes, HH:MM:SS or D-HH:MM:SS.",
+    gpus_per_node={"type": click.IntRange(0, 1), "help": "With --submit: 0 predicts on the CPU."},
+)
 @click.option("--submit", "submitted", is_flag=True, help="As a Slurm job; the same command without it merges the end.")
 @click.option("--array", type=click.IntRange(1), metavar="N", help="With --submit: N jobs, each takes a share.")
-@click.option(
-    "--time", "time_limit", callback=minutes, metavar="TIME", help="With --submit: minutes, HH:MM:SS or D-HH:MM:SS."
-)
-@click.option("--gpus-per-node", type=click.IntRange(0, 1), metavar="N", help="With --submit: 0 predicts on the CPU.")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be predicted, and with --submit the job; change nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
-def predict(
-    run_dir: str,
-    inputs: tuple[str, ...],
-    out: str | None,
-    text: str | None,
-    keep: Any,
-    batch_size: int | None,
-    max_tokens: int | None,
-    chunk_rows: int | None,
-    dtype: str,
-    num_processes: int | None,
-    site: str | None,
-    submitted: bool,
-    array: int | None,
-    time_limit: int | None,
-    gpus_per_node: int | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def predict(run_dir: str, inputs: tuple[str, ...], out: str | None, request: JobRequest, **options: Any) -> None:
     """Predict with the model of RUN_DIR (or a model folder) on INPUTS: CSV, TSV, JSON Lines, Parquet, folders or patterns
     of them, or `-`: texts from standard input, one a line.
 
-    Every row of the input comes back in its order, with its prediction and a probability for each label. What is killed or
-    interrupted is continued by the same command; the output is the one of a command that nobody stopped.
+    Every row of the input comes back in its order, with its prediction and a probability for each label. The same command
+    continues one that was killed or interrupted; the output is identical to that of an uninterrupted command.
 
     \b
     Examples:
@@ -85,49 +73,48 @@ def predict(
       echo 'What a phone!' | afina predict RUN_DIR -
       afina predict RUN_DIR big.parquet -o out.parquet --submit --array 8 --time 2:00:00
     """
-    from afina.errors import InputError
     from afina.prediction import jobs as predicting
+    from afina.prediction.request import PredictRequest
 
-    for name, value in {"--array": array, "--time": time_limit, "--gpus-per-node": gpus_per_node}.items():
-        if value is not None and not submitted:
-            raise InputError(f"{name} is for a Slurm job", "add --submit, or leave it out")
-    columns = text.split(",") if text else []
-    options: dict[str, Any] = {
-        "text": columns,
-        "keep": keep,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "dtype": dtype,
-        "chunk_rows": chunk_rows,
-        "site": site,
-    }
+    submitted, array, dry_run, as_json = (options.pop(name) for name in ("submitted", "array", "dry_run", "as_json"))
+    _check_job_options(request, submitted, array)
+    columns = options.pop("text")
+    asked = PredictRequest(**options, text=columns.split(",") if columns else (), job=request)
     if inputs == ("-",) and out is None and not (submitted or dry_run):
-        _to_standard_output(run_dir, options, num_processes)
+        _to_standard_output(run_dir, asked)
         return
-    if submitted or dry_run:
-        options |= {"gpus": gpus_per_node, "time_min": time_limit}
-        job = predicting.compose(run_dir, inputs, out, **options)
-        if dry_run:
-            shown = shlex.join(predicting.submission(job, array or 1)) if submitted else ""
-            print(job.model_dump_json(indent=2), *(["# would run", shown] if shown else []), sep="\n")
-            return
+    job = predicting.compose(run_dir, inputs, out, asked)
+    if dry_run:
+        shown = shlex.join(predicting.submission(job, array or 1)) if submitted else ""
+        print(job.model_dump_json(indent=2), *(["# would run", shown] if shown else []), sep="\n")
+        return
+    if submitted:
         about = predicting.submit_prediction(job, array=array or 1)
-        if as_json:
-            print(json.dumps(about, ensure_ascii=False))
-            return
-        tasks = f", {about['tasks']} tasks" if about["tasks"] > 1 else ""
-        rows = about["rows"] - about["rows_done"]
-        print(
-            f"afina: submitted job {about['job_id']}{tasks}: {rows:,} rows in {about['chunks'] - about['done']} chunks"
-        )
-        print(f"afina: {about['out']} is there when the last of them has ended")
+        print(json.dumps(about, ensure_ascii=False) if as_json else _submitted(about))
         return
     try:
-        summary = predicting.predict(run_dir, inputs, out, **options, num_processes=num_processes)
+        summary = predicting.predict_here(job, request.num_processes)
     except KeyboardInterrupt:
-        print(f"\nafina: interrupted; what is done is kept. Go on with: {_again()}", file=sys.stderr)
+        command = shlex.join(["afina", *sys.argv[1:]])
+        print(f"\nafina: interrupted; finished chunks are kept. Continue with: {command}", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(summary, ensure_ascii=False) if as_json else _told(summary))
+    print(json.dumps(summary, ensure_ascii=False) if as_json else _summary(summary))
+
+
+def _check_job_options(request: JobRequest, submitted: bool, array: int | None) -> None:
+    of_a_job = {"--array": array, "--time": request.time_min, "--gpus-per-node": request.gpus_per_node}
+    for name, value in of_a_job.items():
+        if value is not None and not submitted:
+            raise InputError(f"{name} is for a Slurm job", "add --submit, or leave it out")
+
+
+def _submitted(about: dict[str, Any]) -> str:
+    tasks = f", {about['tasks']} tasks" if about["tasks"] > 1 else ""
+    rows = about["rows"] - about["rows_done"]
+    return (
+        f"afina: submitted job {about['job_id']}{tasks}: {rows:,} rows in {about['chunks'] - about['done']} chunks\n"
+        f"afina: the last of them writes {about['out']}"
+    )
 
 
 @click.command()
@@ -159,11 +146,7 @@ def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json:
     print("  the card is README.md: write what is marked with ✎ before you publish it")
 
 
-def _again() -> str:
-    return shlex.join(["afina", *sys.argv[1:]])
-
-
-def _to_standard_output(run_dir: str, options: dict[str, Any], num_processes: int | None) -> None:
+def _to_standard_output(run_dir: str, asked: Any) -> None:
     """Predictions for a pipe: JSON Lines, as soon as standard input has ended."""
     import shutil
     import tempfile
@@ -172,13 +155,13 @@ def _to_standard_output(run_dir: str, options: dict[str, Any], num_processes: in
 
     with tempfile.TemporaryDirectory(prefix="afina-predict-") as folder:
         out = Path(folder) / "out.jsonl"
-        predicting.predict(run_dir, "-", out, **options, num_processes=num_processes)
+        predicting.predict_here(predicting.compose(run_dir, ["-"], out, asked), asked.job.num_processes)
         with out.open("rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.flush()
 
 
-def _told(summary: dict[str, Any]) -> str:
+def _summary(summary: dict[str, Any]) -> str:
     if summary["state"] == "whole":
         return f"afina: {summary['out']} is there already, of the same inputs, model and options"
     lines = [

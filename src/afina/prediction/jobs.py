@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError
@@ -24,8 +24,9 @@ from afina.files import write_atomic
 from afina.prediction.request import (
     OUTPUTS,
     STDIN,
-    Keep,
     Prediction,
+    PredictOptions,
+    PredictRequest,
     find_inputs,
     find_model,
     folder_of,
@@ -34,6 +35,7 @@ from afina.prediction.request import (
 )
 from afina.run.commands import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
 from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest, accepts
 from afina.run.plan import Plan, check_cores
 from afina.run.workers import ask_worker, ask_workers
 from afina.site.image import check_image
@@ -43,146 +45,78 @@ from afina.slurm.query import query
 from afina.slurm.submit import submit_script
 from afina.watch.overview import place_of
 
-__all__ = ["compose", "predict", "site_for", "submission", "submit_prediction", "worker_env"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["compose", "predict", "predict_here", "site_for", "submission", "submit_prediction", "worker_env"]
 
 
 def compose(
     run: str | Path,
     inputs: Sequence[str | Path],
     out: str | Path | None = None,
-    *,
-    text: Sequence[str] = (),
-    keep: Keep = "all",
-    batch_size: int | None = None,
-    max_tokens: int | None = None,
-    dtype: str = "float32",
-    chunk_rows: int | None = None,
-    site: str | Path | None = None,
-    gpus: int | None = None,
-    time_min: int | None = None,
+    request: PredictRequest = PredictRequest(),
 ) -> Prediction:
-    """What `predict` would do, as a value. Looks at the disk and changes nothing.
+    """What `predict` would do, as a value. Reads the disk and changes nothing.
 
     Raises:
-        InputError, DataError: no such run, model, input; an output that cannot be.
+        InputError, DataError: no such run, model, input; an output that cannot be written.
     """
     directory, model = find_model(place_of(run))
-    target = Path(out).expanduser().absolute() if out is not None else None
     files = find_inputs(inputs)
-    if target is None:
-        target = result_name(files)
-    # The output of an earlier call may lie among the files of a folder; it is no input.
+    target = result_name(files) if out is None else Path(out).expanduser().absolute()
+    # The output of an earlier call may lie among the files of a folder: it is not an input.
     kept = tuple(path for path in files if path != target)
     _check_out(target, files, [Path(name).absolute() for name in inputs])
     if not kept:
         raise DataError(f"{', '.join(map(str, inputs))}: no data file but the output itself", "name another output: -o")
-    plan = plan_of(directory, model, kept, site_for(directory, site), gpus=gpus, time_min=time_min)
-    asked = {"batch_size": batch_size, "max_tokens": max_tokens, "dtype": dtype, "chunk_rows": chunk_rows}
-    return Prediction.model_validate(
-        {
-            "plan": plan,
-            "trained": directory is not None,
-            "model": model,
-            "inputs": kept,
-            "out": target,
-            "text": tuple(text),
-            "keep": keep,
-            **{name: value for name, value in asked.items() if value is not None},
-        }
-    )
+    job = request.job
+    plan = plan_of(directory, model, kept, site_for(directory, job.site), gpus=job.gpus_per_node, time_min=job.time_min)
+    fixed = {"plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target}
+    return Prediction.model_validate({**fixed, **request.options()})
 
 
+@accepts(PredictOptions, PredictRequest, JobRequest)
 def predict(
     run: str | Path,
     inputs: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
-    text: str | Sequence[str] = (),
-    keep: Keep = "all",
-    batch_size: int | None = None,
-    max_tokens: int | None = None,
-    dtype: str = "float32",
-    chunk_rows: int | None = None,
-    num_processes: int | None = None,
-    site: str | Path | None = None,
     stdin: IO[bytes] | None = None,
+    **options: Unpack[PredictOptions],
 ) -> dict[str, Any]:
-    """Predict on files, on this machine; returns a summary. The same call again goes on where a killed one was.
+    """Predict on files, on this machine; returns a summary. The same call again continues one that was killed.
 
     Args:
         run: a run directory, or a model folder.
         inputs: CSV, TSV, JSON Lines, Parquet files, folders, patterns; `-` is `stdin`, a text a line.
         out: `.parquet`, `.csv`, `.tsv` or `.jsonl`; by default `<input>.predictions.parquet` in the working directory.
-        text: the column with the texts, or two for pairs; by default those of the training.
-        keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
-        batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
-        max_tokens: tokens of a packed batch.
-        dtype: float32, or bfloat16 or float16 on GPUs that are quicker with them.
-        chunk_rows: rows that are predicted and written together.
-        num_processes: by default one per GPU, or one.
+        options: of `PredictRequest`, and of `JobRequest`: site, and num_processes (by default one per GPU, or one).
 
     Returns: out, rows, seconds, rows_per_s, chunks, `predictions` (how often each label), blank and truncated texts.
 
     Raises:
-        AfinaError: as the command says it.
+        AfinaError: as the command.
     """
+    asked: dict[str, Any] = dict(options)
+    job = JobRequest(**{name: asked.pop(name) for name in ("site", "num_processes") if name in asked})
     named = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    columns = [text] if isinstance(text, str) else list(text)
-    job = compose(
-        run,
-        named,
-        out,
-        text=columns,
-        keep=keep,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        dtype=dtype,
-        chunk_rows=chunk_rows,
-        site=site,
-    )
+    return predict_here(compose(run, named, out, PredictRequest(**asked, job=job)), job.num_processes, stdin=stdin)
+
+
+def predict_here(
+    job: Prediction, num_processes: int | None = None, *, stdin: IO[bytes] | None = None
+) -> dict[str, Any]:
+    """`predict` for a composed prediction."""
     processes = num_processes if num_processes is not None else max(1, visible_gpus())
     check_cores(processes)
     began = time.monotonic()
     about = _begin(job, stdin)
     if about["state"] == "whole":
-        return {
-            "out": about["out"],
-            "state": "whole",
-            **_flat(about["summary"]),
-            "seconds": 0.0,
-            "rows_done_before": about["rows"],
-        }
+        summary = _flat(about["summary"])
+        return {"out": about["out"], "state": "whole", **summary, "seconds": 0.0, "rows_done_before": about["rows"]}
     _check_queue(Path(about["parts"]))
-    processes = min(processes, max(1, about["chunks"] - about["done"]))
-    parts = about["parts"]
-    binds = _binds(job)
-    env = worker_env(job.plan)
-    if processes > 1:
-        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    argvs = [
-        worker_argv(
-            job.plan,
-            "predict",
-            "run",
-            parts,
-            "--share",
-            f"{k}/{processes}",
-            "--merge",
-            "--progress",
-            "json",
-            binds=binds,
-        )
-        for k in range(processes)
-    ]
-    said: list[dict[str, Any]] = []
-    if about["done"] < about["chunks"]:
-        with _Bar(about["rows"], about["rows_done"]) as bar:
-            said = ask_workers(argvs, [env] * processes, name="the prediction", on_progress=bar.hear)
-    predicting = max((worker["seconds_predicting"] for worker in said), default=0.0)
-    summary = next((worker["summary"] for worker in said if worker["merged"]), None)
-    if summary is None:
-        argv = worker_argv(job.plan, "predict", "merge", parts, binds=binds)
-        summary = ask_worker(argv, env, name="merging the prediction")
+    summary, predicting = _run_workers(job, about, min(processes, max(1, about["chunks"] - about["done"])))
     seconds = time.monotonic() - began
     fresh = about["rows"] - about["rows_done"]
     return {
@@ -192,9 +126,29 @@ def predict(
         "chunks": about["chunks"],
         "rows_done_before": about["rows_done"],
         "seconds": round(seconds, 3),
-        "seconds_predicting": predicting,  # without looking through, loading and merging
+        "seconds_predicting": predicting,  # without examining the inputs, loading and merging
         "rows_per_s": round(fresh / seconds, 1),
     }
+
+
+def _run_workers(job: Prediction, about: dict[str, Any], processes: int) -> tuple[dict[str, Any], float]:
+    """Predict the missing chunks and merge them; the summary, and the longest seconds of a worker."""
+    parts, binds, env = about["parts"], _binds(job), worker_env(job.plan)
+    if processes > 1:
+        env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    common = ("run", parts, "--merge", "--progress", "json")
+    argvs = [
+        worker_argv(job.plan, "predict", *common, "--share", f"{k}/{processes}", binds=binds) for k in range(processes)
+    ]
+    answers: list[dict[str, Any]] = []
+    if about["done"] < about["chunks"]:
+        with _Bar(about["rows"], about["rows_done"]) as bar:
+            answers = ask_workers(argvs, [env] * processes, name="the prediction", on_progress=bar.hear)
+    summary = next((answer["summary"] for answer in answers if answer["merged"]), None)
+    if summary is None:
+        argv = worker_argv(job.plan, "predict", "merge", parts, binds=binds)
+        summary = ask_worker(argv, env, name="merging the prediction")
+    return summary, max((answer["seconds_predicting"] for answer in answers), default=0.0)
 
 
 def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | None = None) -> dict[str, Any]:
@@ -335,7 +289,7 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if self.before:
-            _say(f"going on: {self.before:,} of {self.rows:,} rows are there")
+            _say(f"resuming: {self.before:,} of {self.rows:,} rows are done")
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import ValidationError
 
@@ -18,6 +19,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files
 from afina.recipe.schema import Data, Recipe, Resources
 from afina.run.directory import RunDir, is_run_dir
+from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, geometry_for
 from afina.site.settings import Site
 from afina.version import __version__
@@ -27,6 +29,8 @@ __all__ = [
     "OUTPUTS",
     "STDIN",
     "Keep",
+    "PredictOptions",
+    "PredictRequest",
     "Prediction",
     "find_inputs",
     "find_model",
@@ -43,6 +47,48 @@ STDIN = Path("-")
 OUTPUTS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl"}
 #: Rows of a chunk: what a killed prediction has to do again at most, and what memory holds.
 CHUNK_ROWS = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest:
+    """What a caller asks for besides model, inputs and output. None means the default of the worker or the run.
+
+    Attributes:
+        text: the column with the texts, or two for pairs; by default those of the training.
+        keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
+        batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
+        max_tokens: tokens of a packed batch.
+        dtype: float32, or bfloat16 or float16 on GPUs that are quicker with them.
+        chunk_rows: rows that are predicted and written together.
+        job: site and processes; of a job also its GPUs and time limit.
+    """
+
+    text: str | Sequence[str] = ()
+    keep: Keep = "all"
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    dtype: str = "float32"
+    chunk_rows: int | None = None
+    job: JobRequest = JobRequest()
+
+    def options(self) -> dict[str, object]:
+        """The fields of a `Prediction` that are asked for."""
+        asked = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
+        text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
+        return {"text": text, "keep": self.keep, **{name: value for name, value in asked.items() if value is not None}}
+
+
+class PredictOptions(TypedDict, total=False):
+    """Keywords of `afina.predict`; see `PredictRequest` and `JobRequest`."""
+
+    text: str | Sequence[str]
+    keep: Keep
+    batch_size: int | None
+    max_tokens: int | None
+    dtype: str
+    chunk_rows: int | None
+    num_processes: int | None
+    site: str | Path | None
 
 
 class Prediction(FrozenModel):

@@ -28,7 +28,7 @@ from tests.unit.conftest import ROOT, Ran, program, tree
 from afina.cli import main
 from afina.errors import AfinaError, InputError
 from afina.prediction import jobs as predicting
-from afina.prediction.request import Prediction, folder_of
+from afina.prediction.request import Prediction, PredictRequest, folder_of
 from afina.worker.__main__ import main as door
 from afina.worker.inference import stages as worker
 from afina.worker.inference.parts import Parts
@@ -90,7 +90,7 @@ def reviews(place: Path, tmp_path: Path) -> Path:
 def here(run: Path, inputs: Any, out: Path, **options: Any) -> dict[str, Any]:
     """What `afina predict` does, in this process."""
     named = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    about = worker.plan(predicting.compose(run, named, out, **options))
+    about = worker.plan(predicting.compose(run, named, out, PredictRequest(**options)))
     if about["state"] != "whole":
         worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
     return about
@@ -297,7 +297,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
             time.sleep(0.01)
         raise AssertionError("no part was made")
 
-    about = worker.plan(predicting.compose(run, [data], out, chunk_rows=200))
+    about = worker.plan(predicting.compose(run, [data], out, PredictRequest(chunk_rows=200)))
     assert about["chunks"] == 41
     killed = subprocess.Popen([sys.executable, "-m", "afina.worker", "predict", "run", str(parts)], env=env)
     until(2)
@@ -311,7 +311,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     stopped.send_signal(signal.SIGINT)
     _, said = stopped.communicate(timeout=60)
     assert stopped.returncode == 130, said
-    assert "afina: going on: " in said and "Go on with: afina predict" in said and "Traceback" not in said
+    assert "afina: resuming: " in said and "Continue with: afina predict" in said and "Traceback" not in said
     assert there + 2 <= len(list(parts.glob("part-*"))) < 41
     assert not out.exists()
     here(run, data, out, chunk_rows=200)
@@ -321,7 +321,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
 
 def test_shares_are_the_same_file_and_who_is_last_merges(run: Path, reviews: Path, tmp_path: Path) -> None:
     here(run, reviews, tmp_path / "whole.csv", chunk_rows=30)
-    about = worker.plan(predicting.compose(run, [reviews], tmp_path / "shared.csv", chunk_rows=30))
+    about = worker.plan(predicting.compose(run, [reviews], tmp_path / "shared.csv", PredictRequest(chunk_rows=30)))
     merged = [worker.run(about["parts"], k, 3, and_merge=True, progress="log")["merged"] for k in (2, 0, 1)]
     assert merged == [False, False, True]
     assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
@@ -330,11 +330,11 @@ def test_shares_are_the_same_file_and_who_is_last_merges(run: Path, reviews: Pat
 def test_a_merge_that_was_killed_is_repeated(run: Path, reviews: Path, tmp_path: Path) -> None:
     """The output has its name, the folder is still there; and a part that is damaged is made anew."""
     out = tmp_path / "out.csv"
-    about = worker.plan(predicting.compose(run, [reviews], out, chunk_rows=50))
+    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     part = Parts(about["parts"]).path(1)
     part.write_bytes(part.read_bytes()[:-9])
-    assert worker.plan(predicting.compose(run, [reviews], out, chunk_rows=50))["done"] == 4
+    assert worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))["done"] == 4
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     kept = shutil.copytree(about["parts"], tmp_path / "kept")
     worker.merge(about["parts"])
@@ -350,24 +350,24 @@ def test_a_merge_that_was_killed_is_repeated(run: Path, reviews: Path, tmp_path:
 
 def test_what_differs_is_refused_and_said(run: Path, reviews: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    about = worker.plan(predicting.compose(run, [reviews], out, chunk_rows=50))
+    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
     before = tree(Path(about["parts"]))
     with pytest.raises(InputError, match=r"chunk_rows was 50, is 60.*") as refused:
-        worker.plan(predicting.compose(run, [reviews], out, chunk_rows=60))
+        worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=60)))
     assert "remove that folder" in refused.value.remedy
     other = Path(shutil.copy(reviews, tmp_path / "other.csv"))
     with pytest.raises(InputError, match=r"input other.csv was not there; input reviews.csv is not given"):
-        worker.plan(predicting.compose(run, [other], out, chunk_rows=50))
+        worker.plan(predicting.compose(run, [other], out, PredictRequest(chunk_rows=50)))
     another = shutil.copytree(run, tmp_path / "another run")
     weights = bytearray((another / "model/model.safetensors").read_bytes())
     weights[-5] ^= 1
     (another / "model/model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="the model is a different one"):
-        worker.plan(predicting.compose(another, [reviews], out, chunk_rows=50))
+        worker.plan(predicting.compose(another, [reviews], out, PredictRequest(chunk_rows=50)))
     text = reviews.read_text()
     reviews.write_text(text.replace("r7", "x7"))
     with pytest.raises(InputError, match=r"input reviews.csv has changed"):
-        worker.plan(predicting.compose(run, [reviews], out, chunk_rows=50))
+        worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
     with pytest.raises(InputError, match=r"reviews.csv: its content differs"):
         worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
     assert tree(Path(about["parts"])) == before
@@ -483,7 +483,7 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     """A limit on file sizes, which merging is the first to meet."""
     out = tmp_path / "out.csv"
-    about = worker.plan(predicting.compose(run, [reviews], out, chunk_rows=20))
+    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=20)))
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     before = tree(Path(about["parts"]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
