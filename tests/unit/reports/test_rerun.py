@@ -97,9 +97,9 @@ def test_a_run_is_recorded_reported_and_made_again(place: Path, tmp_path: Path) 
     assert (second / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
     assert _weights(second) == _weights(first), "to the last bit, on the CPU"
 
-    said = json.loads(_afina(place, "compare", first, second, "--json").stdout)
-    assert all(d["p"] == 1.0 for d in said["tests"][0]["paired"]["differences"])
-    assert said["runs"][0]["recipe"] == {}
+    answer = json.loads(_afina(place, "compare", first, second, "--json").stdout)
+    assert all(d["p"] == 1.0 for d in answer["tests"][0]["paired"]["differences"])
+    assert answer["runs"][0]["recipe"] == {}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_revisions_are_pinned_and_files_found_where_they_were(
 def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
     recipe_file: Callable[..., Path], model_folder: Path, scratch: Path
 ) -> None:
-    """As `afina train` makes its run where there is no GPU; it is found by its short name."""
+    """A run claimed by `afina train` without a GPU; its short name refers to it."""
     file = recipe_file(model=str(model_folder), resources={"gpus_per_node": 2})
     plan = api.plan_for(file, JobRequest(num_processes=1, gpus_per_node=0))
     record = make_record(plan, {}, file.read_text(), None)

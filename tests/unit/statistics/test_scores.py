@@ -105,7 +105,7 @@ def test_regression_scores_are_those_of_numpy(tmp_path: Path) -> None:
     assert math.isnan(score(flat).overall["pearson"].value) and math.isnan(score(flat).overall["pearson"].low)
 
 
-def test_an_interval_is_as_wide_as_theory_says_and_does_not_change(tmp_path: Path) -> None:
+def test_an_interval_has_the_width_of_theory_and_is_reproducible(tmp_path: Path) -> None:
     found = classified(tmp_path / "p.parquet", 1000)
     first, again = score(found), score(found)
     assert first == again
@@ -115,19 +115,19 @@ def test_an_interval_is_as_wide_as_theory_says_and_does_not_change(tmp_path: Pat
     assert accuracy.low < accuracy.value < accuracy.high
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say(tmp_path: Path) -> None:
-    """Models whose accuracy is known, evaluated on 300 rows each: 95 % of the intervals hold it, give or take chance."""
+def test_95_percent_of_the_intervals_hold_the_truth(tmp_path: Path) -> None:
+    """Models of known accuracy, evaluated on 300 rows each."""
     rng = np.random.default_rng(20)
     held = 0
     for _ in range(200):
         truth = rng.integers(0, 3, 300)
-        said = np.where(rng.random(300) < 0.8, truth, (truth + 1) % 3)
-        accuracy = score(Predictions("single-label", LABELS[:3], truth, said, None, None), 400).overall["accuracy"]
+        predicted = np.where(rng.random(300) < 0.8, truth, (truth + 1) % 3)
+        accuracy = score(Predictions("single-label", LABELS[:3], truth, predicted, None, None), 400).overall["accuracy"]
         held += accuracy.low <= 0.8 <= accuracy.high
     assert 180 <= held <= 199
 
 
-def test_calibration_of_a_model_that_says_how_sure_it_is(tmp_path: Path) -> None:
+def test_calibration_of_an_honest_and_an_overconfident_model(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     sure = rng.uniform(0.5, 1, 20000)
     truth = (rng.random(20000) > sure).astype(int)
@@ -154,12 +154,12 @@ def test_the_worst_mistakes_come_first(tmp_path: Path) -> None:
     assert found.about(listed[0][0]) == {"row": listed[0][0], "file": "a b.csv", "text": f"text {listed[0][0]}"}
 
 
-def test_mcnemar_is_the_binomial_test_of_those_on_which_they_differ(tmp_path: Path) -> None:
+def test_mcnemar_is_the_binomial_test_of_the_rows_on_which_models_differ(tmp_path: Path) -> None:
     truth = np.zeros(20, int)
     one = np.array([0] * 15 + [1] * 5)
     two = np.array([1] * 1 + [0] * 19)  # right on 5 where the first is wrong, wrong on 1 where it is right
     table = pa.table({"text": [str(i) for i in range(20)], "label": ["one star"] * 20})
-    made = [Predictions("single-label", LABELS[:2], truth, said, np.ones((20, 2)), table) for said in (one, two)]
+    made = [Predictions("single-label", LABELS[:2], truth, values, np.ones((20, 2)), table) for values in (one, two)]
     found = compare_paired(*made)
     assert (found.rows, found.only_first, found.only_second) == (20, 1, 5)
     accuracy = found.differences[0]
@@ -169,21 +169,21 @@ def test_mcnemar_is_the_binomial_test_of_those_on_which_they_differ(tmp_path: Pa
     assert all(d.p == 1.0 and d.low == d.high == 0.0 for d in same.differences)
 
 
-def test_equal_models_are_seldom_told_apart_and_better_ones_are(tmp_path: Path) -> None:
+def test_false_alarms_are_rare_and_better_models_are_recognised(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     table = pa.table({"text": [str(i) for i in range(300)], "label": ["one star"] * 300})
 
-    def said(truth: Array, right: float) -> Predictions:
+    def model(truth: Array, right: float) -> Predictions:
         predicted = np.where(rng.random(300) < right, truth, (truth + 1) % 3)
         return Predictions("single-label", LABELS[:3], truth, predicted, np.ones((300, 3)), table)
 
     alarms: dict[str, int] = {}
     for _ in range(150):
         truth = rng.integers(0, 3, 300)
-        for d in compare_paired(said(truth, 0.8), said(truth, 0.8), 300).differences:
+        for d in compare_paired(model(truth, 0.8), model(truth, 0.8), 300).differences:
             alarms[d.metric] = alarms.get(d.metric, 0) + (d.p < 0.05)
     assert all(count <= 16 for count in alarms.values()), f"expected 7.5 each: {alarms}"
-    better = compare_paired(said(truth, 0.7), said(truth, 0.9))
+    better = compare_paired(model(truth, 0.7), model(truth, 0.9))
     assert all(d.p < 0.001 and d.low > 0 for d in better.differences)
 
 
@@ -228,7 +228,7 @@ def test_a_text_that_comes_twice_is_matched_once_each(tmp_path: Path) -> None:
         align(first, second)
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+def test_models_that_cannot_be_compared_are_refused_with_the_reason(tmp_path: Path) -> None:
     first = classified(tmp_path / "a.parquet", 50)
     with pytest.raises(DataError, match=r"eval rows differ: 50 and 40, \d+ of them in both"):
         compare_paired(first, classified(tmp_path / "b.parquet", 40, seed=1))
