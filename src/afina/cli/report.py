@@ -1,4 +1,4 @@
-"""Commands about runs that are there: report, compare, rerun."""
+"""Commands about existing runs: report, compare, rerun."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
-#: More runs than this are not tested unless it is asked for: each test reads predictions.
+#: More runs than this are tested only with --test: each test reads predictions.
 _MOST_TESTED = 20
-#: More runs than this stand below each other.
+#: Up to this many runs are columns of the table; more are rows.
 _MOST_BESIDE = 4
 
 
@@ -51,7 +51,7 @@ def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> No
 )
 @click.option("--json", "as_json", is_flag=True)
 def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_json: bool) -> None:
-    """Set runs side by side: what differs between their recipes, their scores, and whether that is more than chance.
+    """Compare runs: differences between their recipes, their scores, and tests whether those differ by more than chance.
 
     A folder stands for the runs below it. Each run is tested against the first on the same eval rows: McNemar's exact test for
     accuracy, the paired bootstrap for other scores, Wilcoxon's test for absolute errors.
@@ -61,22 +61,16 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
       afina compare runs/base runs/longer
       afina compare sweeps/rates --no-test --json
     """
-    from afina.errors import EnvironmentProblem
     from afina.reports import compare as comparing
 
-    found = comparing.compare(runs)
-    tests, missing = None, ""
-    if test or (test is None and len(found.runs) <= _MOST_TESTED):
-        try:
-            tests = comparing.verdicts(found, metric)
-        except EnvironmentProblem as error:
-            if test:
-                raise
-            missing = str(error)
+    comparison = comparing.compare(runs)
+    tests = None
+    if test or (test is None and len(comparison.runs) <= _MOST_TESTED):
+        tests = comparing.verdicts(comparison, metric)
     if as_json:
-        print(json.dumps(comparing.to_json(found, tests), ensure_ascii=False))
-        return
-    _print(found, tests, missing)
+        print(json.dumps(comparing.to_json(comparison, tests), ensure_ascii=False))
+    else:
+        _print(comparison, tests)
 
 
 @click.command()
@@ -97,9 +91,9 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
 @click.option("--dry-run", is_flag=True, help="Print what differs now, and the plan; change nothing.")
 @click.option("--json", "as_json", is_flag=True)
 def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_json: bool) -> None:
-    """Make RUN_DIR once more, as a new run: the same recipe, overrides and revisions, on the site of today.
+    """Repeat RUN_DIR as a new run, with the same recipe, overrides and revisions, on today's site.
 
-    What differs from the first time (image, versions, git commit, data, processes) is said first.
+    Differences from the first run (image, versions, git commit, data, processes) are printed first.
 
     \b
     Examples:
@@ -138,7 +132,7 @@ def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_jso
         print(f"afina: submitted job {made.job_id} through {request.via}\n{watch_hint(made)}")
 
 
-def _print(found: Any, tests: Any, missing: str) -> None:
+def _print(found: Any, tests: Any) -> None:
     """Tables on the terminal; on a pipe as wide as they are."""
     import sys
 
@@ -166,14 +160,10 @@ def _print(found: Any, tests: Any, missing: str) -> None:
     if not found.recipe:
         console.print("The recipes are the same.")
     console.print(table)
-    if missing:
-        console.print(f"\nNot tested: {missing}")
     if tests:
         console.print()
         console.print(_tests(tests))
-        console.print(
-            "Difference: run minus the first. The tests know the choice of the rows, not the chance in training:"
-        )
+        console.print("Difference: run minus the first. The tests cover sampling of rows, not randomness in training:")
         console.print("seeds of one recipe may differ as much.")
 
 
