@@ -110,7 +110,7 @@ def test_an_interrupt_cancels_the_job_and_leaves_nothing(cluster: Cluster, host:
     finally:
         doctor.kill()
         cluster.root(["scancel", str(blocker)])
-    assert "is submitted" in out and "nothing half-made is left behind" in err, out + err
+    assert "is submitted" in out and "nothing incomplete is left behind" in err, out + err
     assert cluster.wait(job) == "CANCELLED"
     assert sorted((project / "scratch").iterdir()) == before
 

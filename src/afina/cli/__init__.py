@@ -1,12 +1,12 @@
-"""The `afina` command: parse, call, print, exit. One module per room of the house; this one puts them together.
+"""The `afina` command: parse, call, print, exit. One module for each group of commands:
 
-    start     init, doctor, rehearse
-    run       prefetch, train, resume, submit, demo
-    sweep     sweep
-    watch     status, list, logs, cancel
-    report    report, compare, rerun
-    use       predict, export
-    image     image info, image verify
+    start_commands     init, doctor, rehearse
+    run_commands       prefetch, train, resume, submit, demo
+    sweep_commands     sweep
+    watch_commands     status, list, logs, cancel
+    report_commands    report, compare, rerun
+    model_commands     predict, export
+    image_commands     image info, image verify
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -18,7 +18,15 @@ from collections.abc import Sequence
 
 import click
 
-from afina.cli import image, report, run, start, sweep, use, watch
+from afina.cli import (
+    image_commands,
+    model_commands,
+    report_commands,
+    run_commands,
+    start_commands,
+    sweep_commands,
+    watch_commands,
+)
 from afina.errors import EXIT_ENVIRONMENT, AfinaError
 from afina.version import __version__
 
@@ -36,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        print("afina: interrupted; nothing half-made is left behind", file=sys.stderr)
+        print("afina: interrupted; nothing incomplete is left behind", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:
-        # The machine said no (permission, quota, a name too long). Without a file it is a defect: keep the traceback.
+        # The machine refused (permission, quota, a name too long). Without a file it is a defect: keep the traceback.
         if error.filename is None:
             raise
         print(
@@ -65,19 +73,20 @@ def cli() -> None:
       afina train recipe.yaml                       train here
       afina submit recipe.yaml --nodes 2            as a Slurm job
       afina prefetch recipe.yaml                    fetch and prepare, on a node with internet
-      afina status                                  how it goes: all runs, or `afina status RUN`
-      afina logs RUN -f                             what it prints
+      afina status                                  all runs, or `afina status RUN`
+      afina logs RUN -f                             follow its log
       afina predict RUN new.csv                     use the model
     """
 
 
-for _command in (
-    *start.COMMANDS,
-    *run.COMMANDS,
-    *sweep.COMMANDS,
-    *watch.COMMANDS,
-    *report.COMMANDS,
-    *use.COMMANDS,
-    *image.COMMANDS,
+for _group in (
+    start_commands,
+    run_commands,
+    sweep_commands,
+    watch_commands,
+    report_commands,
+    model_commands,
+    image_commands,
 ):
-    cli.add_command(_command)
+    for _command in _group.COMMANDS:
+        cli.add_command(_command)

@@ -1,6 +1,6 @@
 """From data and a machine to a recipe and a site file that fit them: what `afina init` finds out, and what it writes.
 
-`afina.start.examine` reads the data, `afina.start.propose` writes the texts, `afina.cli.start` asks. Nothing that exists is overwritten: a recipe
+`afina.start.examine` reads the data, `afina.start.propose` writes the texts, `afina.cli.start_commands` asks. Nothing that exists is overwritten: a recipe
 that is there is refused by name before anything is asked, a site file that is there is used.
 """
 

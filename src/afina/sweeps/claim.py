@@ -25,9 +25,9 @@ from afina.run.plan import Plan
 from afina.run.record import make_record, overrides_of
 from afina.site.image import check_image
 from afina.slurm.client import version
-from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.draft import Draft
 from afina.sweeps.space import corners
+from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.table import best_metric
 
 __all__ = ["claim_cells", "make_home", "prepare_cells"]

@@ -22,9 +22,9 @@ from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site, load_site
 from afina.slurm.query import query
 from afina.slurm.submit import max_array_size
-from afina.sweeps.directory import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
 from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners
+from afina.sweeps.sweep_dir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
 from afina.watch.overview import State, summarise
 
 __all__ = ["BUSY", "Draft", "SweepRequest", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]

@@ -36,10 +36,10 @@ from afina.site.settings import environment
 from afina.slurm.client import need_slurm
 from afina.slurm.submit import submit_script
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
-from afina.sweeps.directory import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
+from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.table import Row, Table, tabulate
 from afina.watch.handle import Run, Runs
 from afina.watch.overview import State, place_of

@@ -19,7 +19,7 @@ from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
-from afina.sweeps.directory import SweepRecord
+from afina.sweeps.sweep_dir import SweepRecord
 
 __all__ = ["Row", "Table", "best_metric", "tabulate"]
 

@@ -30,8 +30,8 @@ from afina.recipe.schema import parse_recipe
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for
-from afina.sweeps.directory import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
 from afina.sweeps.space import Choices, Space, value_text
+from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
 
 __all__ = ["answer", "open_study", "take_trial", "tell_what_ended"]
 
