@@ -29,11 +29,11 @@ from afina.worker.data import prepared
 TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 
 #: The prepare stage with pieces so small that little data has many.
-SMALL_PIECES = """
+SMALL_SHARDS = """
 import sys
 from afina.worker.__main__ import main
 from afina.worker.data import shards, tokenise
-shards.PIECE_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
+shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
 sys.exit(main(["prepare"]))
 """
 
@@ -278,7 +278,7 @@ def test_a_signal_leaves_nothing_half_made_behind(
     big = write_csv(tmp_path / "big.csv", tiny_reviews(30_000))
     made = plan(data={"files": {"all": str(big)}})
     child = subprocess.Popen(
-        [sys.executable, "-c", SMALL_PIECES],
+        [sys.executable, "-c", SMALL_SHARDS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

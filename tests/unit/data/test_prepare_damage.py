@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import private_mounts, tree
-from tests.unit.data.test_prepare import SMALL_PIECES, leftovers, prepare, refused, result
+from tests.unit.data.test_prepare import SMALL_SHARDS, leftovers, prepare, refused, result
 from tests.unit.model_hub.test_prepare_hub import flip
 
 from afina.errors import SiteError
@@ -66,7 +66,7 @@ def plan(site: Site, model: Path, tmp_path: Path, checked: dict[str, bytes]) -> 
 
 def start(plan: Plan) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_PIECES],
+        [sys.executable, "-c", SMALL_SHARDS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -13,8 +13,8 @@ from tests.tiny import write_csv, write_jsonl
 from afina.errors import AfinaError, DataError, RecipeError
 from afina.recipe.schema import Data
 from afina.worker.data.labels import Labels
-from afina.worker.data.splits import Examples, build_examples, choose_sources, cut, sample_rows
-from afina.worker.data.tables import DataTable, read_files
+from afina.worker.data.splits import build_splits, choose_sources, sample_rows, stratified_split
+from afina.worker.data.tables import DataTable, Examples, read_files
 
 Rows = list[dict[str, Any]]
 
@@ -32,7 +32,7 @@ def build(
         source: read_files([paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text)
         for source in set(sources.values())
     }
-    labels, parts = build_examples(task, spec, tables, sources, warnings)
+    labels, parts = build_splits(task, spec, tables, sources, warnings)
     return labels, parts, warnings
 
 
@@ -56,7 +56,7 @@ def test_a_cut_is_disjoint_stratified_and_exact(seed: int) -> None:
     n = int(rng.integers(50, 400))
     strata = rng.choice(6, n, p=[0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
     shares = [Fraction("0.7"), Fraction("0.2"), Fraction("0.1")]
-    pieces = cut(strata, n, shares, seed)
+    pieces = stratified_split(strata, n, shares, seed)
     together = np.concatenate(pieces)
     assert len(np.unique(together)) == len(together) == n, f"seed {seed}"
     for share, piece in zip(shares, pieces, strict=True):
@@ -70,7 +70,7 @@ def test_a_cut_is_disjoint_stratified_and_exact(seed: int) -> None:
 
 
 def test_what_is_left_of_one_is_left_out() -> None:
-    pieces = cut(None, 1000, [Fraction("0.5"), Fraction("0.25")], 1)
+    pieces = stratified_split(None, 1000, [Fraction("0.5"), Fraction("0.25")], 1)
     assert [len(p) for p in pieces] == [500, 250]
     assert not set(pieces[0]) & set(pieces[1])
 
@@ -78,10 +78,10 @@ def test_what_is_left_of_one_is_left_out() -> None:
 def test_a_cut_depends_on_the_seed_and_on_nothing_else() -> None:
     strata = np.arange(100) % 3
     halves = [Fraction("0.5"), Fraction("0.5")]
-    assert cut(strata, 100, halves, 7)[0].tolist() == cut(strata, 100, halves, 7)[0].tolist()
-    assert cut(strata, 100, halves, 7)[0].tolist() != cut(strata, 100, halves, 8)[0].tolist()
+    assert stratified_split(strata, 100, halves, 7)[0].tolist() == stratified_split(strata, 100, halves, 7)[0].tolist()
+    assert stratified_split(strata, 100, halves, 7)[0].tolist() != stratified_split(strata, 100, halves, 8)[0].tolist()
     # Written down, so that another platform or NumPy that cuts differently is noticed.
-    assert cut(strata[:20], 20, halves, 42)[0].tolist() == [5, 6, 7, 9, 10, 11, 12, 14, 15, 19]
+    assert stratified_split(strata[:20], 20, halves, 42)[0].tolist() == [5, 6, 7, 9, 10, 11, 12, 14, 15, 19]
 
 
 @pytest.mark.parametrize("n, sample, seed", [(10, 10, 42), (3708, 600, 42), (1000, 1, 0), (257, 100, 2**32 - 1)])
@@ -95,7 +95,7 @@ def test_a_sample_of_a_cut_is_in_shuffled_order_and_all_rows_in_source_order(tmp
     rows = reviews(90)
     parts = {"train": {"fraction": 0.5, "sample": 20, "seed": 3}, "eval": {"fraction": 0.5}}
     _, examples, _ = build(tmp_path, {"all": rows}, **parts)
-    taken = cut(np.arange(90) % 3, 90, [Fraction("0.5"), Fraction("0.5")], 3)
+    taken = stratified_split(np.arange(90) % 3, 90, [Fraction("0.5"), Fraction("0.5")], 3)
     assert (examples["train"].table.row - 1).tolist() == taken[0][
         np.random.default_rng(3).permutation(45)[:20]
     ].tolist()
@@ -163,7 +163,7 @@ def test_a_part_without_fraction_gets_the_rest(tmp_path: Path) -> None:
 
 def test_a_sample_larger_than_the_part_says_how_many_there_are(tmp_path: Path) -> None:
     error = refused(tmp_path, {"train": reviews(30), "eval": reviews(9, start=50)}, eval={"sample": 10})
-    assert "data.eval.sample: 10 rows are asked for, 9 are there" in error.message
+    assert "data.eval.sample: 10 rows are asked for, 9 exist" in error.message
 
 
 def test_a_source_without_rows(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_source_without_rows(tmp_path: Path) -> None:
     )
     tables = {p: read_files([tmp_path / f"{p}.csv"], ["label"], ["text"]) for p in ("train", "eval")}
     with pytest.raises(DataError, match=r"eval\.csv: no rows"):
-        build_examples("auto", data, tables, {"train": "train", "eval": "eval"}, [])
+        build_splits("auto", data, tables, {"train": "train", "eval": "eval"}, [])
 
 
 # -- tasks and labels -------------------------------------------------------------------------------------------------
@@ -342,17 +342,17 @@ def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
     [
         (
             ["1", "1.0", "2"],
-            "labels that look alike are classes of their own: '1' (PLACE, row 1), '1.0' (PLACE, row 2)",
+            "labels that look alike are separate classes: '1' (PLACE, row 1), '1.0' (PLACE, row 2)",
         ),
         (
             ["Pos", "neg", "pos"],
-            "labels that look alike are classes of their own: 'Pos' (PLACE, row 1), 'pos' (PLACE, row 3)",
+            "labels that look alike are separate classes: 'Pos' (PLACE, row 1), 'pos' (PLACE, row 3)",
         ),
         (
             ["a", "b", "a\u200b"],
-            "labels that look alike are classes of their own: 'a' (PLACE, row 1), 'a\\u200b' (PLACE, row 3)",
+            "labels that look alike are separate classes: 'a' (PLACE, row 1), 'a\\u200b' (PLACE, row 3)",
         ),
-        (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text, and a class of its own"),
+        (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text and a class"),
         (["['a']", "['a', 'b']", "[]"], "label \"['a', 'b']\" (PLACE, row 2) looks like a list written as text"),
         (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
     ],
@@ -384,7 +384,7 @@ def test_lists_of_0_and_1_are_no_names(tmp_path: Path) -> None:
 
 def test_a_separator_that_separates_nothing(tmp_path: Path) -> None:
     _, _, warnings = build(tmp_path, both(reviews(6)), label_separator="|")
-    assert any("no label holds data.label_separator '|'" in warning for warning in warnings)
+    assert any("no label contains data.label_separator '|'" in warning for warning in warnings)
 
 
 def test_an_id_is_one_value(tmp_path: Path) -> None:
@@ -403,12 +403,12 @@ def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
     said = "\n".join(warnings)
     assert f"label 'c' occurs once in train ({tmp_path}/train.csv, row 21)" in said
     assert "eval has no row with label 'c'" in said
-    assert "no row with label 'd' in any part" in said
+    assert "no row with label 'd' in any split" in said
     assert (
         f"1 of 2 rows of eval are in train too, word for word: {tmp_path}/eval.csv, row 1 = {tmp_path}/train.csv, row 5"
         in said
     )
-    assert f"1 texts of train are there more than once with different labels: {tmp_path}/train.csv, rows 1, 22" in said
+    assert f"1 texts of train occur more than once with different labels: {tmp_path}/train.csv, rows 1, 22" in said
     assert len(warnings) == 5
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv, write_jsonl, write_parquet
 from tests.unit.conftest import tree
-from tests.unit.data.test_prepare import SMALL_PIECES, leftovers, result
+from tests.unit.data.test_prepare import SMALL_SHARDS, leftovers, result
 
 from afina.errors import DataError
 from afina.recipe.schema import Recipe
@@ -28,8 +28,8 @@ from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
-from afina.worker.data.shards import Missing, Pieces
-from afina.worker.data.splits import build_examples
+from afina.worker.data.shards import ShardFolder, ShardMissing
+from afina.worker.data.splits import build_splits
 from afina.worker.data.tables import DataSource
 from afina.worker.model.pretrained import load_tokenizer
 from afina.worker.progress import Progress
@@ -38,7 +38,7 @@ from afina.worker.progress import Progress
 KILLS = max(1, int(os.environ.get("AFINA_TEST_KILLS", "8")) // 8)
 SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
 
-Making = Callable[..., tokenise._Making]
+Making = Callable[..., tokenise.Tokenising]
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +62,24 @@ def recipe_of(model: Path, data: Path, **changes: Any) -> Recipe:
 def making(models: Callable[[str], Path]) -> Making:
     """What tokenises a file's rows in this process."""
 
-    def make(path: Path, arch: str = "bert", max_length: int = 24, **changes: Any) -> tokenise._Making:
+    def make(path: Path, arch: str = "bert", max_length: int = 24, **changes: Any) -> tokenise.Tokenising:
         recipe = recipe_of(models(arch), path, **changes)
         source = DataSource((path,))
         state = source.state()
         table = source.read(recipe.data.label, recipe.data.text)
         chosen = {part: "all" for part in ("train", "eval", "test") if getattr(recipe.data, part) is not None}
-        labels, parts = build_examples("auto", recipe.data, {"all": table}, chosen, [])
-        checked = tokenise.Checked(labels, parts, [], {"all": source}, {"all": state})
+        labels, parts = build_splits("auto", recipe.data, {"all": table}, chosen, [])
+        checked = tokenise.CheckedData(labels, parts, [], {"all": source}, {"all": state})
         encoder = Encoder(load_tokenizer(models(arch), recipe), max_length)
-        return tokenise._Making(checked, recipe.data.text, encoder, None, np.uint16)
+        return tokenise.Tokenising(checked, recipe.data.text, encoder, None, np.uint16)
 
     return make
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces and batches so small that little data has many."""
-    monkeypatch.setattr(shards, "PIECE_BYTES", 4000)
+    """ShardFolder and batches so small that little data has many."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 900)
     monkeypatch.setattr("afina.worker.data.write_split._BLOCK_BYTES", 3000)
 
@@ -96,12 +96,12 @@ def test_pieces_put_together_are_what_one_call_gives(
     rows = [{**row, "more": f"it was {row['rating']}"} for row in tiny_reviews(400)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     make = making(path, arch, text=text, **PARTS)
-    made = Pieces(tmp_path, "made", {})
+    made = ShardFolder(tmp_path, "made", {})
     make.make(made, print)
     assert len(list(made.folder.iterdir())) > 8
-    splits, warnings = make.put_together(made, tmp_path, 24)
+    splits, warnings = make.write_splits(made, tmp_path)
     tokenizer = load_tokenizer(models(arch), recipe_of(models(arch), path))
-    for part, examples in make.checked.parts.items():
+    for part, examples in make.checked.splits.items():
         assert splits[part]["rows"] == len(examples) == {"train": 150, "eval": 80, "test": 31}[part]
         offsets, tokens = (np.load(tmp_path / f"{part}.{name}.npy") for name in ("offsets", "tokens"))
         types = np.load(tmp_path / f"{part}.types.npy") if len(text) > 1 else None
@@ -179,9 +179,9 @@ def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
 
 def test_a_piece_that_is_damaged_or_gone_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
     make = making(write_csv(tmp_path / "a.csv", tiny_reviews(300)))
-    made = Pieces(tmp_path, "made", {})
+    made = ShardFolder(tmp_path, "made", {})
     make.make(made, print)
-    make.put_together(made, tmp_path, 24)
+    make.write_splits(made, tmp_path)
     before = (tmp_path / "train.tokens.npy").read_bytes()
     files = sorted(made.folder.iterdir())
     content = {file.name: file.read_bytes() for file in files}
@@ -192,24 +192,24 @@ def test_a_piece_that_is_damaged_or_gone_is_made_again(making: Making, tmp_path:
         file.unlink() if not change else file.write_bytes(change)
         if number == 3:  # another piece under this one's name
             assert change != content[file.name]
-        with pytest.raises(Missing):
-            make.put_together(made, tmp_path, 24)
+        with pytest.raises(ShardMissing):
+            make.write_splits(made, tmp_path)
         said: list[str] = []
         make.make(made, said.append)
-        assert said[0].startswith("going on where a prepare was stopped: ") and len(said) == 1
+        assert said[0].startswith("resuming an interrupted prepare: ") and len(said) == 1
         assert file.read_bytes() == content[file.name]
-    make.put_together(made, tmp_path, 24)
+    make.write_splits(made, tmp_path)
     assert (tmp_path / "train.tokens.npy").read_bytes() == before
 
 
 def test_pieces_depend_on_the_rows_and_their_texts_only() -> None:
     sizes = np.random.default_rng(SEED).integers(0, 40_000_000, 60)
     rows = np.arange(0, 120, 2)
-    cut = shards.cut_pieces(0, "all", rows, sizes, np.zeros(60, bool))
+    cut = shards.plan_shards(0, "all", rows, sizes, np.zeros(60, bool))
     assert np.concatenate([p.rows for p in cut]).tolist() == rows.tolist(), SEED
-    assert all(p.sizes[1:].sum() < shards.PIECE_BYTES for p in cut)
-    many = shards.cut_pieces(0, "all", np.arange(10**6), np.zeros(10**6, np.int64), np.zeros(10**6, bool))
-    assert 5 < len(many) < 10 and max(map(len, many)) <= shards.PIECE_BYTES // 64
+    assert all(p.sizes[1:].sum() < shards.SHARD_BYTES for p in cut)
+    many = shards.plan_shards(0, "all", np.arange(10**6), np.zeros(10**6, np.int64), np.zeros(10**6, bool))
+    assert 5 < len(many) < 10 and max(map(len, many)) <= shards.SHARD_BYTES // 64
 
 
 def test_what_was_abandoned_is_swept(tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_pat
         path = write_csv(tmp_path / "a.csv", rows)
         make = making(path)
         change(path)
-        with pytest.raises(DataError, match=r"a\.csv: was written into while it was read") as error:
-            make.make(Pieces(tmp_path, str(random.random()), {}), print)
+        with pytest.raises(DataError, match=r"a\.csv: changed while it was read") as error:
+            make.make(ShardFolder(tmp_path, str(random.random()), {}), print)
         assert error.value.remedy
 
 
@@ -250,7 +250,7 @@ def plan(site: Site, models: Callable[[str], Path], tmp_path: Path) -> Plan:
 
 def start(plan: Plan, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_PIECES],
+        [sys.executable, "-c", SMALL_SHARDS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -270,7 +270,7 @@ def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]
 
 
 def of_pieces(plan: Plan) -> list[Path]:
-    return sorted(tokenise.work_folder(plan).glob("*/*.npz"))
+    return sorted(tokenise.shards_folder(plan).glob("*/*.npz"))
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan
     chance = random.Random(SEED)
     final = Path(result(finished(start(plan, RAYON_NUM_THREADS="1")))["prepared"])
     undisturbed = tree(final)
-    assert of_pieces(plan) == [] and list(tokenise.work_folder(plan).iterdir()) == []
+    assert of_pieces(plan) == [] and list(tokenise.shards_folder(plan).iterdir()) == []
     shutil.rmtree(final)
     there = landed = 0
     for _ in range(5 * KILLS):
@@ -310,18 +310,18 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan
             if path.exists():
                 seen[path] = path.stat().st_mtime_ns
     ran = finished(process)
-    said = re.search(r"going on where a prepare was stopped: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
+    said = re.search(r"resuming an interrupted prepare: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
     assert result(ran)["reused"] is False and said, ran.stderr
     assert 0 < int(said[1].replace(",", "")) < int(said[2].replace(",", ""))
     assert seen == stamps, "a piece that was there was made again"
     assert tree(final) == undisturbed
-    assert leftovers(plan) == [final.name] and list(tokenise.work_folder(plan).iterdir()) == []
+    assert leftovers(plan) == [final.name] and list(tokenise.shards_folder(plan).iterdir()) == []
 
 
 @pytest.mark.slow
 def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, SMALL_PIECES, plan.to_json()], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT, SMALL_SHARDS, plan.to_json()], stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -350,7 +350,7 @@ child.stdout.read()
 
 
 def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
-    seen = write_split.Seen(np.array([1, 2]), 9)
+    seen = write_split.TokenStats(np.array([1, 2]), 9)
     seen.add(
         {"tokens": (np.array([1, 5, 2, 1, 2, 9]), np.array([3, 0, 2, 1, 0])), "cut": (np.zeros(5, bool), np.ones(5))}
     )
@@ -365,7 +365,7 @@ import pathlib, sys
 from afina.recipe.schema import Data
 from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
-from afina.worker.data.splits import build_examples
+from afina.worker.data.splits import build_splits
 from afina.worker.data.tables import DataSource
 
 class Tokenizer:
@@ -374,19 +374,19 @@ class Tokenizer:
     def __call__(self, texts, **_):
         return {"input_ids": [[len(text), 1] for text in texts]}
 
-shards.PIECE_BYTES = write_split._BLOCK_BYTES = 1 << 20
+shards.SHARD_BYTES = write_split._BLOCK_BYTES = 1 << 20
 tokenise._BATCH_BYTES = 1 << 18
 path = pathlib.Path(sys.argv[1])
 source = DataSource((path,))
 parts = {"train": {"fraction": 0.5}, "eval": {"fraction": 0.5, "sample": int(sys.argv[2])}}
 data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label": "stars", **parts})
 table = source.read(data.label, data.text)
-labels, examples = build_examples("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
-checked = tokenise.Checked(labels, examples, [], {"all": source}, {"all": source.state()})
-making = tokenise._Making(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
-made = shards.Pieces(path.parent, "made", {})
+labels, examples = build_splits("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
+checked = tokenise.CheckedData(labels, examples, [], {"all": source}, {"all": source.state()})
+making = tokenise.Tokenising(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
+made = shards.ShardFolder(path.parent, "made", {})
 making.make(made, print)
-making.put_together(made, path.parent, 32)
+making.write_splits(made, path.parent)
 # Not ru_maxrss, which a process begins with what its parent had when it was started.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import star_names, tiny_reviews, write_csv, write_jsonl, write_parquet, write_tsv
 
 from afina.errors import DataError
-from afina.worker.data.tables import DataTable, as_text, examples_of, read_files
+from afina.worker.data.tables import DataTable, as_text, list_places, read_files
 
 NASTY = [
     "plain",
@@ -206,7 +206,7 @@ def test_several_files_are_one_table(tmp_path: Path) -> None:
     table = read_files([first, second], ["text", "label"])
     assert column(table, "label") == ["1", "2", "3"]
     assert [table.where(i).rpartition("/")[2] for i in range(3)] == ["a.csv, row 1", "a.csv, row 2", "b.jsonl, row 1"]
-    assert examples_of(table, np.arange(3)).replace(f"{tmp_path}/", "") == "a.csv, rows 1, 2; b.jsonl, row 1"
+    assert list_places(table, np.arange(3)).replace(f"{tmp_path}/", "") == "a.csv, rows 1, 2; b.jsonl, row 1"
     write_csv(tmp_path / "c.csv", [{"text": "d"}])
     with pytest.raises(DataError, match=r"c\.csv: there is no column `label`"):
         read_files([first, tmp_path / "c.csv"], ["text", "label"])
@@ -217,7 +217,7 @@ def test_take_keeps_rows_and_places_together(tmp_path: Path) -> None:
     taken = read_files([path], ["text"]).take(np.array([7, 2]))
     assert column(taken, "text") == ["7", "2"]
     assert taken.row.tolist() == [8, 3]
-    assert examples_of(taken, np.arange(2)) == f"{path}, rows 8, 3"
+    assert list_places(taken, np.arange(2)) == f"{path}, rows 8, 3"
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer = tokenizer
         self._options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
-        self._max_length = max_length
+        self.max_length = max_length
         self._has_types = "token_type_ids" in tokenizer.model_input_names
         self._backend: Any = None
         if _is_plain(tokenizer):
@@ -111,7 +111,7 @@ class Encoder:
         total = int(lengths.sum())
         flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, total)
         flat_types = np.fromiter(itertools.chain.from_iterable(types), np.uint8, total) if types is not None else None
-        cut = lengths >= self._max_length
+        cut = lengths >= self.max_length
         if encodings is not None:
             for i in np.flatnonzero(cut):
                 cut[i] = bool(encodings[i].overflowing)

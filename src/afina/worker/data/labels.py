@@ -1,7 +1,7 @@
-"""Labels: which task the data shows, which names there are in which order, and the array that training reads.
+"""Labels: the task that the data shows, label names in order, and the array that training reads.
 
-A missing label is an empty or blank cell, null, or -1 of a `ClassLabel`; in lists and separated texts an empty value is a
-row without labels. Single labels are compared as trimmed text: 1, 1.0 and "1" are one label.
+An empty or blank cell, null, and -1 of a `ClassLabel` are missing labels; in lists and separated texts an empty value is a row
+without labels. Single labels are compared as trimmed text: 1, 1.0 and "1" are one label.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Labels:
-    """The task as the data shows it.
+    """Task and label names.
 
     Attributes:
         task: single-label, multi-label or regression.
@@ -37,7 +37,7 @@ class Labels:
 
 
 class LabelColumns:
-    """Labels of one source, as the task sees them: read once for all parts that share it."""
+    """The label columns of one source, read once for all splits that share it."""
 
     def __init__(self, table: DataTable, data: Data) -> None:
         self.table, self.columns = table, [table.columns[name] for name in data.label]
@@ -48,7 +48,7 @@ class LabelColumns:
         return any(pa.types.is_list(column.type) for column in self.columns)
 
     def text(self) -> pa.Array:
-        """Single labels: trimmed text, null where there is none."""
+        """Single labels: trimmed text, null where the label is missing."""
         texts = as_text(self.columns[0])
         return pc.if_else(pc.equal(texts, ""), None, texts)
 
@@ -64,7 +64,7 @@ class LabelColumns:
         return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
 
     def present(self) -> Array:
-        """bool (N,): a label is there (an empty text or list is a multi-label row without labels)."""
+        """Where a label is not missing (an empty text or list is a multi-label row without labels), bool (N,)."""
         found = np.ones(len(self.table), bool)
         for column in self.columns:
             if not pa.types.is_list(column.type) and self.separator is None:
@@ -100,14 +100,14 @@ class LabelColumns:
             if odd.any():
                 row = int(np.flatnonzero(odd)[0])
                 raise DataError(
-                    f"{self.table.where(row)}: column `{self.names[index]}` holds {texts[row].as_py()!r}; 0 or 1 is wanted",
+                    f"{self.table.where(row)}: column `{self.names[index]}` holds {texts[row].as_py()!r}; 0 or 1 is expected",
                     "several label columns mean one 0/1 column per label; for one label name one column",
                 )
         return values
 
 
 def as_number(text: str | None) -> float | None:
-    """The number that a text is, or None."""
+    """The number that a text represents, or None."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -135,7 +135,7 @@ def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns]) -> Labe
         return Labels(task, data.label)
     if data.labels is not None:
         if len(set(data.labels)) != len(data.labels):
-            raise RecipeError("data.labels: a label is there twice", "name each label once")
+            raise RecipeError("data.labels: a label occurs twice", "name each label once")
         return Labels(task, tuple(data.labels))
     declared = {c.table.classes.get(data.label[0]) for c in columns}
     if len(declared) == 1 and (names := declared.pop()) is not None:
@@ -171,7 +171,7 @@ def _sorted(names: set[str]) -> list[str]:
 
 
 def label_array(columns: LabelColumns, labels: Labels, rows: Array) -> Array:
-    """Labels of `rows` in the dtype and shape of the store.
+    """Labels of `rows` in the dtype and shape of prepared data.
 
     Raises:
         DataError: a label is unknown or is not a finite number; with file and row.

@@ -1,42 +1,44 @@
 """The prepare stage: `python -m afina.worker prepare` with a plan (JSON) on standard input.
 
-Pins revisions, loads, checks the data, maps labels, tokenises once and publishes by rename under
-`<scratch>/prepared/<digest>/` (see `afina.worker.data.prepared`). The digest covers everything that decides the content, so
-that work that was done is found again. The last line of standard output is one JSON object, the result; messages for
-people go to standard error. With `--json` an error is the last line of standard output instead.
+Pins revisions, fetches, checks the data, maps labels, tokenises once and publishes by rename under `<scratch>/prepared/<digest>/`
+(see `afina.worker.data.prepared`). The digest covers everything that decides the content, so prepared data is found again; its
+bytes are compared with the manifest first, and damaged data is made again.
 
-One process, one node, all cores that it may use; of several that would prepare the same, one works and the others wait for it
-(see `afina.processes`) and find it done. One that is killed leaves what it has tokenised for the next (see
-`afina.worker.data.shards`); one whose parent has died stops. What is found is compared with its digests first: what is damaged is made again.
-Nothing here trains, nothing needs the network where data and model are local or already fetched, and nothing is written
-where all is there. Tokens and passwords are blackened in whatever this stage says.
+One process, one node, all cores that it may use. Of several that would prepare the same, one works and the others wait (see
+`afina.processes`) and find it done. An interrupted prepare resumes from its token shards (see `afina.worker.data.shards`). Not
+covered: training; the network is used only where data or model are not local or fetched.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, SiteError
+from afina.files import sha256
+from afina.processes import advisory_lock
+from afina.publish import sweep
 from afina.recipe.trackers import check_trackers
 from afina.run.allocation import Allocation
 from afina.run.plan import Plan
 from afina.site.settings import cache_environment
+from afina.worker.data.prepared import digest_of, verify
+from afina.worker.data.tables import DataSource
 from afina.worker.reply import Terminated, disk_errors, not_a_question, read_question
 
 __all__ = ["answer", "prepare"]
 
-#: Raised when the same inputs would be prepared differently than before.
+#: To be raised when the same inputs would give other prepared data.
 _RECIPE_FORMAT = 1
-#: A launcher's variables would make TrainingArguments join a process group that nobody forms.
+#: With a launcher's variables TrainingArguments would wait for a process group that does not exist.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK",
              "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")  # fmt: skip
 
@@ -65,86 +67,131 @@ def answer(arguments: list[str]) -> dict[str, Any]:
 
 
 def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) -> dict[str, Any]:
-    """Prepare the data of `plan`, or find that it is prepared; returns the result object.
+    """Prepare the data of `plan`, or find it prepared; returns the answer.
 
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
-    from afina.processes import advisory_lock
-    from afina.publish import sweep
-    from afina.worker.data import prepared, shards
-    from afina.worker.data.tokenise import build, work_folder
-    from afina.worker.hub import datasets
-    from afina.worker.hub import pins as hub
-    from afina.worker.model import pretrained
-    from afina.worker.model.arguments import check_arguments
+    from afina.worker.data.shards import discard
+    from afina.worker.data.tokenise import shards_folder
 
-    recipe, site = plan.recipe, plan.site
-    pins = site.scratch / "pins"
-    for folder in (pins, site.prepared, site.cache / "datasets"):
-        sweep(folder, now=time.time())
-    shards.sweep(work_folder(plan), now=time.time())
+    recipe = plan.recipe
+    _sweep(plan)
     check_trackers(recipe.trackers)
-    # What costs a second is refused before anything large is fetched: mistyped names on the Hub, arguments.
-    data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
-    model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say) if plan.model_folder is None else None
-    if data_pin or model_pin:
-        check_arguments(recipe.train.arguments, pins)
-    if plan.model_folder is not None:
-        folder = plan.model_folder
-        pretrained.check_files(folder)
-        model_files = pretrained.record_model(folder, recipe)
-    else:
-        assert model_pin is not None
-        fetched = hub.fetch_model(site, recipe, model_pin, say)
-        folder, model_files = fetched.folder, fetched.files
-        pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
-    data = datasets.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
+    inputs = _fetch(plan, say)
     states = _states(plan)
-    content = _content(plan, folder, data)
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    final = site.prepared / digest
-    manifest = _find(final)
+    content = _content(plan, inputs)
+    final = plan.site.prepared / digest_of(content)
+    manifest, late = _find(final), None
     reused = manifest is not None
-    late: list[str] | None = None
     if manifest is None:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with advisory_lock(final.parent / f".turn-{digest[:16]}", f"preparing {recipe.name}", say):
+        with advisory_lock(final.parent / f".turn-{final.name[:16]}", f"preparing {recipe.name}", say):
             manifest = _find(final, say)
             reused = manifest is not None
             if manifest is None:
-                if data_pin:
-                    data = datasets.fetch_data(site, recipe.data, data_pin, say, digests=True)
-                # Data is checked first: a wrong column is said within a second, transformers takes several to import.
-                checked = _check(plan, data, states, say)
-                late = pretrained.check_model(folder, recipe, pins)
-                late += check_arguments(recipe.train.arguments, pins)
-                manifest = build(plan, folder, checked, final, content, say)
-    shards.discard(work_folder(plan), digest)
+                manifest, late = _make(plan, inputs, states, final, content, say)
+    discard(shards_folder(plan), final.name)
     if late is None:
-        late = pretrained.check_model(folder, recipe, pins)
-        late += check_arguments(recipe.train.arguments, pins)
+        late = _check_model(plan, inputs.model_folder)
     splits = manifest["splits"]
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(
             f"train has {splits['train']['rows']} rows, fewer than train.batch_size {recipe.train.batch_size}: "
             "each epoch is one short step"
         )
-    assert manifest["format"] == prepared.FORMAT
     return {
         "prepared": str(final),
-        "digest": digest,
+        "digest": final.name,
         "task": manifest["task"],
         "labels": manifest["labels"],
-        "model_folder": str(folder),
-        "model_files": model_files,
-        "model_commit": model_pin.commit if model_pin else None,
-        "data_commit": data.commit if data else None,
-        "rows": {part: about["rows"] for part, about in splits.items()},
-        "tokens": {part: about["tokens"] for part, about in splits.items()},
+        "model_folder": str(inputs.model_folder),
+        "model_files": inputs.model_files,
+        "model_commit": inputs.model_commit,
+        "data_commit": inputs.data.commit if inputs.data else None,
+        "rows": {split: about["rows"] for split, about in splits.items()},
+        "tokens": {split: about["tokens"] for split, about in splits.items()},
         "warnings": [*manifest["warnings"], *late],
         "reused": reused,
     }
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Model and data on this machine.
+
+    Attributes:
+        model_files: size and SHA-256 by name.
+        model_commit: of a model from the Hub.
+        data, data_pin: of a data set from the Hub: its files, and its pinned revision.
+    """
+
+    model_folder: Path
+    model_files: Mapping[str, Any]
+    model_commit: str | None
+    data: Any
+    data_pin: Any
+
+
+def _sweep(plan: Plan) -> None:
+    """Remove what killed processes have left."""
+    from afina.worker.data import shards
+    from afina.worker.data.tokenise import shards_folder
+
+    for folder in (plan.site.scratch / "pins", plan.site.prepared, plan.site.cache / "datasets"):
+        sweep(folder, now=time.time())
+    shards.sweep(shards_folder(plan), now=time.time())
+
+
+def _fetch(plan: Plan, say: Say) -> _Inputs:
+    """Fetch model and data from the Hub, or find them on disk; the model's files are complete."""
+    from afina.worker.hub import datasets
+    from afina.worker.hub import pins as hub
+    from afina.worker.model import pretrained
+    from afina.worker.model.arguments import check_arguments
+
+    recipe, site = plan.recipe, plan.site
+    # Checks that take a second come before large downloads: mistyped names on the Hub, arguments.
+    data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
+    model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say) if plan.model_folder is None else None
+    if data_pin or model_pin:
+        check_arguments(recipe.train.arguments, site.scratch / "pins")
+    if model_pin is None:
+        assert plan.model_folder is not None
+        folder = plan.model_folder
+        pretrained.check_files(folder)
+        model_files = pretrained.record_model(folder, recipe)
+    else:
+        fetched = hub.fetch_model(site, recipe, model_pin, say)
+        folder, model_files = fetched.folder, fetched.files
+        pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
+    data = datasets.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
+    return _Inputs(folder, model_files, model_pin.commit if model_pin else None, data, data_pin)
+
+
+def _make(
+    plan: Plan, inputs: _Inputs, states: Mapping[str, Any], final: Path, content: Mapping[str, Any], say: Say
+) -> tuple[dict[str, Any], list[str]]:
+    """Check and tokenise the data, and publish it at `final`; returns the manifest, and warnings about the model."""
+    from afina.worker.data.tokenise import build
+    from afina.worker.hub.datasets import fetch_data
+
+    data = inputs.data
+    if inputs.data_pin:
+        data = fetch_data(plan.site, plan.recipe.data, inputs.data_pin, say, digests=True)
+    # Data is checked first: a wrong column is reported within a second, importing transformers takes several.
+    checked = _check_data(plan, data, states, say)
+    warnings = _check_model(plan, inputs.model_folder)
+    return build(plan, inputs.model_folder, checked, final, content, say), warnings
+
+
+def _check_model(plan: Plan, folder: Path) -> list[str]:
+    """Warnings about the model and the arguments of the training."""
+    from afina.worker.model.arguments import check_arguments
+    from afina.worker.model.pretrained import check_model
+
+    pins = plan.site.scratch / "pins"
+    return [*check_model(folder, plan.recipe, pins), *check_arguments(plan.recipe.train.arguments, pins)]
 
 
 def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
@@ -186,14 +233,14 @@ def _read_plan() -> Plan:
         raise not_a_question("a plan", f"{where}: {reason['msg']}" if where else reason["msg"]) from None
 
 
-# -- what it is: the digest -------------------------------------------------------------------------------------------
+# -- the digest -------------------------------------------------------------------------------------------------------
 
 
-def _content(plan: Plan, folder: Path, data: Any) -> dict[str, Any]:
-    """Everything that decides what is prepared; the digest is over this."""
+def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
+    """Everything that decides the prepared data; the digest is over this."""
     from afina.worker.model import pretrained
 
-    recipe = plan.recipe
+    recipe, data = plan.recipe, inputs.data
     source: dict[str, Any]
     if data is not None:
         source = {"hub": recipe.data.hub, "config": recipe.data.config, "commit": data.commit}
@@ -210,52 +257,45 @@ def _content(plan: Plan, folder: Path, data: Any) -> dict[str, Any]:
         "data": recipe.data.model_dump(mode="json", exclude={"files", "hub", "config", "revision"}),
         "task": recipe.task,
         "max_length": recipe.tokens.max_length,
-        "tokenizer": pretrained.tokenizer_identity(folder),
+        "tokenizer": pretrained.tokenizer_identity(inputs.model_folder),
         "trust_remote_code": recipe.trust_remote_code,
     }
 
 
 def _states(plan: Plan) -> dict[str, Any]:
-    """Of the files of each key of `data.files`, before anything is read."""
-    from afina.worker.data.tables import DataSource
-
-    try:
+    """States of the files of each key of `data.files`, before anything is read."""
+    with _readable():
         return {key: DataSource(tuple(paths)).state() for key, paths in plan.files.items()}
+
+
+def _digest(path: Path) -> str:
+    with _readable():
+        return sha256(path)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}", "check the path and its permissions") from None
 
 
-def _digest(path: Path) -> str:
-    from afina.files import sha256
-
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
-
-
-def _find(final: Path, say: Say | None = None) -> dict[str, Any] | None:
-    """The manifest of what is prepared already, every byte of it compared; None if there is nothing, or it is damaged."""
-    from afina.worker.data import prepared
-
+def _find(final: Path, say: Say = lambda line: None) -> dict[str, Any] | None:
+    """The manifest of existing prepared data, all bytes compared; None if there is none, or it is damaged."""
     if not final.exists():
         return None
     try:
-        return prepared.verify(final)
+        return verify(final)
     except SiteError as error:
-        if say is not None:
-            say(f"{error.message}; preparing again")
+        say(f"{error.message}; preparing again")
         return None
 
 
-# -- making it --------------------------------------------------------------------------------------------------------
-
-
-def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
-    """Read the data once, and see that they can be trained on."""
-    from afina.worker.data.splits import build_examples, choose_sources
-    from afina.worker.data.tables import DataSource
-    from afina.worker.data.tokenise import Checked
+def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
+    """Read the data once and check it; returns `CheckedData`."""
+    from afina.worker.data.splits import build_splits, choose_sources
+    from afina.worker.data.tokenise import CheckedData
     from afina.worker.progress import Progress
 
     spec = plan.recipe.data
@@ -273,5 +313,5 @@ def _check(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
     columns = [*spec.label, *([spec.id] if spec.id else [])]
     with Progress("reading", "read", "rows", None, say) as progress:
         tables = {key: source.read(columns, spec.text, progress.advance) for key, source in sources.items()}
-    labels, parts = build_examples(plan.recipe.task, spec, tables, chosen, warnings)
-    return Checked(labels, parts, warnings, sources, states)
+    labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)
+    return CheckedData(labels, splits, warnings, sources, states)

@@ -1,13 +1,13 @@
-"""Prepared data on disk: the one format that the prepare stage writes and training reads.
+"""Prepared data on disk: the one format, written by the prepare stage and read by training.
 
     <scratch>/prepared/<digest>/
-        manifest.json           what it is, and size and SHA-256 of every other file; written last
-        <part>.tokens.npy       token ids, uint16 or uint32, shape (T,): the rows one after the other
-        <part>.offsets.npy      int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
-        <part>.labels.npy       int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
-        <part>.types.npy        token types, uint8 (T,); only where the tokenizer gives any that are not 0
-        <part>.rows.parquet     where each row came from; for eval and test its text too
-        tokenizer/              as `save_pretrained` writes it
+        manifest.json             what it is, and size and SHA-256 of every other file; written last
+        <split>.tokens.npy        token ids, uint16 or uint32, shape (T,): the rows one after the other
+        <split>.offsets.npy       int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+        <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
+        <split>.types.npy         token types, uint8 (T,); only where the tokenizer gives any that are not 0
+        <split>.rows.parquet      where each row came from; for eval and test its text too
+        tokenizer/                as `save_pretrained` writes it
 
 Written aside and published by rename (`afina.publish`); never edited. Readers take no lock. Reading needs numpy only.
 """
@@ -33,6 +33,7 @@ __all__ = [
     "MANIFEST",
     "ArrayWriter",
     "Split",
+    "digest_of",
     "is_whole",
     "load_manifest",
     "open_split",
@@ -49,7 +50,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Split:
-    """One part, memory-mapped and read-only.
+    """One split, memory-mapped and read-only.
 
     Attributes:
         tokens: (T,) uint16 or uint32.
@@ -72,16 +73,16 @@ class Split:
         return np.diff(self.offsets)
 
 
-def open_split(folder: str | Path, part: str) -> Split:
-    """Open `part` (train, eval, test) of prepared data.
+def open_split(folder: str | Path, split: str) -> Split:
+    """Open `split` (train, eval, test) of prepared data.
 
     Raises:
-        SiteError: a file is missing or is not what was written.
+        SiteError: a file is missing or damaged.
     """
     folder = Path(folder)
     arrays: dict[str, Array | None] = {}
     for name in ("tokens", "offsets", "labels", "types"):
-        path = folder / f"{part}.{name}.npy"
+        path = folder / f"{split}.{name}.npy"
         if name == "types" and not path.exists():
             arrays[name] = None
             continue
@@ -94,7 +95,7 @@ def open_split(folder: str | Path, part: str) -> Split:
     tokens, offsets, labels, types = (arrays[n] for n in ("tokens", "offsets", "labels", "types"))
     assert tokens is not None and offsets is not None and labels is not None
     if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
-        raise SiteError(f"prepared data {folder}: the arrays of `{part}` do not fit together", _REMEDY)
+        raise SiteError(f"prepared data {folder}: the arrays of `{split}` do not fit together", _REMEDY)
     return Split(tokens, offsets, labels, types)
 
 
@@ -102,7 +103,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of prepared data.
 
     Raises:
-        SiteError: there is none, or it is of another format.
+        SiteError: it is missing, altered or of another format.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -136,6 +137,11 @@ def verify(folder: str | Path, *, digests: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def digest_of(content: Mapping[str, Any]) -> str:
+    """The name of prepared data: SHA-256 over the record of everything that decides it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def seal(staging: Path, about: Mapping[str, Any]) -> None:
     """Flush every file in `staging` to disk and write the manifest: `about`, the format, and all files."""
     paths = sorted(p for p in staging.rglob("*") if p.is_file())
@@ -153,13 +159,12 @@ def seal(staging: Path, about: Mapping[str, Any]) -> None:
 
 
 def _seal_of(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over the manifest itself: an altered one is as bad as an altered array."""
-    body = {key: value for key, value in manifest.items() if key != "sealed"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    """SHA-256 over the manifest itself: an altered manifest counts as damage too."""
+    return digest_of({key: value for key, value in manifest.items() if key != "sealed"})
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds prepared data in which every byte is what was written."""
+    """Whether `folder` holds undamaged prepared data; compares every byte."""
     try:
         verify(folder)
     except SiteError:
@@ -168,7 +173,7 @@ def is_whole(folder: Path) -> bool:
 
 
 class ArrayWriter:
-    """A one-dimensional .npy file that grows by appending; its length is written when it is closed.
+    """Writes a one-dimensional .npy file by appending; the length is written when it is closed.
 
     NumPy leaves room in the header for the first axis to grow (`numpy.lib.format`, since 1.23): it is rewritten in place.
     """

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError
 from afina.worker.data.readers import as_text, is_blank, open_reader
 
-__all__ = ["DataSource", "DataTable", "TextDigests", "as_text", "examples_of", "read_files"]
+__all__ = ["DataSource", "DataTable", "Examples", "TextDigests", "as_text", "list_places", "read_files"]
 
 Array = np.ndarray[Any, Any]
 Advance = Callable[[int], None]
@@ -30,11 +30,11 @@ _KEY_BYTES = 16
 
 @dataclass(frozen=True)
 class TextDigests:
-    """What is kept of a text column: 21 bytes a row.
+    """Digests of a text column, 25 bytes a row: all that the checks need.
 
     Attributes:
         keys: BLAKE2b of the trimmed text, uint64 (N, 2): equal where the texts are equal, word for word.
-        blank: nothing is left of it when it is trimmed, or there was no value; bool (N,).
+        blank: see `is_blank`; bool (N,).
         sizes: bytes in UTF-8, int64 (N,).
     """
 
@@ -56,9 +56,9 @@ class TextDigests:
         )
 
     @classmethod
-    def joined(cls, pieces: Sequence[TextDigests]) -> TextDigests:
-        pieces = [cls(np.empty((0, 2), np.uint64), np.empty(0, bool), np.empty(0, np.int64)), *pieces]
-        return cls(*(np.concatenate([getattr(p, name) for p in pieces]) for name in ("keys", "blank", "sizes")))
+    def joined(cls, parts: Sequence[TextDigests]) -> TextDigests:
+        parts = [cls(np.empty((0, 2), np.uint64), np.empty(0, bool), np.empty(0, np.int64)), *parts]
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("keys", "blank", "sizes")))
 
     def take(self, rows: Array) -> TextDigests:
         return TextDigests(self.keys[rows], self.blank[rows], self.sizes[rows])
@@ -71,10 +71,10 @@ class DataTable:
     Attributes:
         columns: large_string, int64, double, bool or list<large_string> each; null where there was no value.
         classes: label names, in their order, of the columns that declare them (`ClassLabel`).
-        sources: what users call the places that rows came from: files, or `dataset/split`.
+        sources: names of the files that rows came from, or `dataset/split`.
         source: index into `sources`, int32 (N,).
         row: number of the row in its source, counted from 1, int64 (N,).
-        texts: columns of which only what the checks need is kept.
+        texts: digests of the text columns.
     """
 
     columns: Mapping[str, pa.Array]
@@ -102,8 +102,8 @@ class DataTable:
         return f"{self.sources[self.source[index]]}, {self.unit} {self.row[index]}"
 
 
-def examples_of(table: DataTable, indices: Array) -> str:
-    """The first five of some rows, by file: `a.csv, rows 3, 9, 12; b.csv, row 1 (and 40 more)`."""
+def list_places(table: DataTable, indices: Array) -> str:
+    """Where the first five of some rows came from: `a.csv, rows 3, 9, 12; b.csv, row 1 (and 40 more)`."""
     shown = indices[:_SHOWN]
     groups: dict[int, list[int]] = {}
     for index in shown:
@@ -117,24 +117,48 @@ def examples_of(table: DataTable, indices: Array) -> str:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """The rows of one split, ready to be tokenised.
+
+    Attributes:
+        source: the key of the table that the rows belong to.
+        rows: their indices in it, int64 (N,).
+        table: where they came from, without columns.
+        sizes: bytes of each row's text, or of both texts of a pair, int64 (N,).
+        labels: int64 (N,) single-label, float32 (N, L) multi-label, float32 (N,) regression.
+        ids: large_string (N,), or None where the recipe names no id column.
+    """
+
+    source: str
+    rows: Array
+    table: DataTable
+    sizes: Array
+    labels: Array
+    ids: pa.Array | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
 class DataSource:
     """Where rows come from: files, one after the other, or one split of a Hub data set.
 
     Attributes:
         paths: local files.
-        called: what users call it instead of the path of its one file: `dataset/split`.
+        name: used in messages instead of the path of its one file: `dataset/split`.
     """
 
     paths: tuple[Path, ...]
-    called: str | None = None
+    name: str | None = None
 
     def read(self, columns: Sequence[str], texts: Sequence[str], advance: Advance = lambda rows: None) -> DataTable:
         """See `read_files`."""
         with self._renamed():
             table = read_files(self.paths, columns, texts, advance)
-        if self.called is None:
+        if self.name is None:
             return table
-        return DataTable(table.columns, table.classes, (self.called,), table.source, table.row, texts=table.texts)
+        return DataTable(table.columns, table.classes, (self.name,), table.source, table.row, texts=table.texts)
 
     def stream(self, names: Sequence[str]) -> Iterator[list[pa.Array]]:
         """Text columns batch by batch, in the order of `read`: large_string (n,) each."""
@@ -145,7 +169,7 @@ class DataSource:
                     yield [reader.texts(name, batch) for name in names]
 
     def state(self) -> list[tuple[int, int, int]]:
-        """What changes when somebody writes into the files."""
+        """Inode, size and modification time of each file: they differ when somebody has written to it."""
         return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in (path.stat() for path in self.paths)]
 
     @contextlib.contextmanager
@@ -153,9 +177,9 @@ class DataSource:
         try:
             yield
         except DataError as error:
-            if self.called is None:
+            if self.name is None:
                 raise
-            raise DataError(error.message.replace(str(self.paths[0]), self.called), error.remedy) from None
+            raise DataError(error.message.replace(str(self.paths[0]), self.name), error.remedy) from None
 
 
 def read_files(
@@ -165,7 +189,7 @@ def read_files(
 
     Args:
         columns: kept whole.
-        texts: of these only what the checks need is kept.
+        texts: only digests are kept of these.
         advance: called with the number of rows of each batch.
 
     Raises:
@@ -203,19 +227,19 @@ def _read(path: Path, columns: list[str], texts: list[str], advance: Advance) ->
 def _concatenate(tables: Sequence[DataTable]) -> DataTable:
     columns, classes = {}, {}
     for name in tables[0].columns:
-        pieces = [table.columns[name] for table in tables]
-        types = {str(piece.type) for piece in pieces}
+        parts = [table.columns[name] for table in tables]
+        types = {str(part.type) for part in parts}
         if len(types) > 1:
             lists = [table for table in tables if pa.types.is_list(table.columns[name].type)]
             if lists:
                 plain = next(table for table in tables if table not in lists)
                 raise DataError(
                     f"column `{name}` holds lists in {lists[0].sources[0]} and single values in {plain.sources[0]}",
-                    "give all files of a part the same columns",
+                    "give all files of a split the same columns",
                 )
-            numbers = all(pa.types.is_integer(p.type) or pa.types.is_floating(p.type) for p in pieces)
-            pieces = [p.cast(pa.float64()) if numbers else as_text(p) for p in pieces]
-        columns[name] = pa.concat_arrays(pieces)
+            numbers = all(pa.types.is_integer(p.type) or pa.types.is_floating(p.type) for p in parts)
+            parts = [p.cast(pa.float64()) if numbers else as_text(p) for p in parts]
+        columns[name] = pa.concat_arrays(parts)
         names = {table.classes.get(name) for table in tables}
         if len(names) == 1 and None not in names:
             classes[name] = tables[0].classes[name]

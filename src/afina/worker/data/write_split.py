@@ -1,6 +1,6 @@
-"""Pieces to a part of prepared data: the arrays and `rows.parquet`, in the order that the part wants.
+"""Token shards to one split of prepared data: the arrays and `rows.parquet`, in the split's order.
 
-Memory is that of one piece. A part in the order of its source is written straight on; one in another order (a `sample` is
+Memory is that of one shard. A split in the order of its source is written straight on; one in another order (a `sample` is
 shuffled) is first spooled in the source's order, then read back row by row.
 """
 
@@ -18,33 +18,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afina.worker.data import prepared
-from afina.worker.data.shards import Piece, Pieces
-from afina.worker.data.splits import Examples
+from afina.worker.data.prepared import ArrayWriter
+from afina.worker.data.shards import Shard, ShardFolder
+from afina.worker.data.tables import Examples, list_places
 
-__all__ = ["TEXTS", "Seen", "write_part"]
+__all__ = ["TEXTS", "TokenStats", "write_split"]
 
 Array = np.ndarray[Any, Any]
-#: Some rows: by name, what they have one after the other, and how much of it each has, int64 (N,).
+#: Some rows. By name: values of all rows, one after the other, and how many each row has, int64 (N,).
 Block = Mapping[str, tuple[Array, Array]]
 
-#: What texts are called in a piece and in `rows.parquet`: the text, the second text of a pair.
+#: Names of the texts in a shard and in `rows.parquet`: the text, the second text of a pair.
 TEXTS = ("text", "text_pair")
-#: Bytes in a block that is read back from a spool, and of texts in a row group of `rows.parquet`.
+#: Bytes of a block that is read back from a spool, and of texts in a row group of `rows.parquet`.
 _BLOCK_BYTES = 8 << 20
+_TRUNCATED_SHARE = 0.01
+_UNKNOWN_SHARE = 0.1
 
 
 @dataclass
-class Seen:
-    """What there is to say of the tokens of a part.
+class TokenStats:
+    """Counts over the tokens of a split, for warnings.
 
     Attributes:
-        special: ids of tokens that no text makes.
-        unknown_id: of the token for what the vocabulary does not have; None if there is none.
+        special: ids of special tokens, which no text makes.
+        unknown_id: of the token for what the vocabulary lacks; None if there is none.
         cut: texts that were longer than allowed.
-        unknown: tokens that are unknown.
+        unknown: unknown tokens.
         content: tokens that are not special.
-        bare: index in the part of each text that has special tokens only.
+        bare: index in the split of each text that has special tokens only.
     """
 
     special: Array
@@ -55,8 +57,13 @@ class Seen:
     rows: int = 0
     bare: list[int] = field(default_factory=list)
 
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any) -> TokenStats:
+        unknown = tokenizer.unk_token_id
+        return cls(np.array([i for i in tokenizer.all_special_ids if i != unknown], np.int64), unknown)
+
     def add(self, block: Block) -> None:
-        """The next rows of the part."""
+        """Count the next rows of the split."""
         tokens, lengths = block["tokens"]
         counted = ~np.isin(tokens, self.special)
         if self.unknown_id is not None:
@@ -64,52 +71,69 @@ class Seen:
         self.content += int(np.count_nonzero(counted))
         self.cut += int(block["cut"][0].sum())
         before, ends = np.concatenate([[0], np.cumsum(counted)]), np.cumsum(lengths)
-        each = before[ends] - before[ends - lengths]  # not reduceat, which has no sum of nothing
+        each = before[ends] - before[ends - lengths]  # not reduceat, which cannot sum nothing
         self.bare += (np.flatnonzero(each == 0) + self.rows).tolist()
         self.rows += len(lengths)
 
+    def warnings(self, split: str, examples: Examples, tokenizer: Any, max_length: int) -> Iterator[str]:
+        """Texts cut, texts without content, tokens unknown to the model."""
+        share = self.cut / len(examples)
+        if share > _TRUNCATED_SHARE:
+            yield (
+                f"{self.cut:,} of {len(examples):,} texts of {split} ({share:.1%}) are longer "
+                f"than tokens.max_length {max_length} and were cut"
+            )
+        if self.bare:
+            where = list_places(examples.table, np.array(self.bare))
+            yield f"the tokenizer makes only special tokens of {len(self.bare):,} texts of {split}: {where}"
+        if self.content and self.unknown / self.content > _UNKNOWN_SHARE:
+            yield (
+                f"{self.unknown / self.content:.1%} of the tokens of {split} are unknown to the model "
+                f"({tokenizer.unk_token}): was it trained on texts of this language and script?"
+            )
 
-def write_part(
+
+def write_split(
     aside: Path,
-    part: str,
+    split: str,
     examples: Examples,
-    pieces: Sequence[Piece],
-    made: Pieces,
+    shards: Sequence[Shard],
+    store: ShardFolder,
     dtype: Any,
-    texts: Sequence[str],
-    seen: Seen,
+    stats: TokenStats,
 ) -> dict[str, int]:
-    """Write the files of a part.
+    """Write the files of a split; for eval and test with their texts.
 
     Args:
-        pieces: those of the part's source.
+        shards: those of the split's source.
         dtype: of the token ids.
-        texts: those of `TEXTS` that go into `rows.parquet`.
-        seen: is told all rows.
+        stats: counts all rows.
 
     Returns:
-        What the manifest says of it.
+        The split's entry in the manifest.
 
     Raises:
-        Missing: a piece must be made first.
+        ShardMissing: a shard must be made first.
     """
-    has_types = "types" in made.names(pieces)
+    stored = store.names(shards)
+    has_types = "types" in stored
+    texts = [name for name in TEXTS if name in stored] if split != "train" else []
     names = ["tokens", "cut", *(["types"] if has_types else []), *texts]
     ascending = bool((np.diff(examples.rows) > 0).all())
-    blocks = _in_order_of_source(np.sort(examples.rows), pieces, made, names)
+    blocks = _in_order_of_source(np.sort(examples.rows), shards, store, names)
     if not ascending:
         blocks = _reordered(blocks, np.argsort(np.argsort(examples.rows)), aside)
     lengths, any_type = [np.empty(0, np.int64)], False
-    types_file = aside / f"{part}.types.npy"
+    types_file = aside / f"{split}.types.npy"
     with (
-        prepared.ArrayWriter(aside / f"{part}.tokens.npy", dtype) as tokens,
-        prepared.ArrayWriter(types_file, np.uint8) as types,
-        _RowsWriter(aside / f"{part}.rows.parquet", examples, texts) as rows,
+        ArrayWriter(aside / f"{split}.tokens.npy", dtype) as tokens,
+        ArrayWriter(types_file, np.uint8) as types,
+        _RowsWriter(aside / f"{split}.rows.parquet", examples, texts) as rows,
     ):
         for block in blocks:
             tokens.append(block["tokens"][0])
             lengths.append(block["tokens"][1])
-            seen.add(block)
+            stats.add(block)
             if has_types:
                 types.append(block["types"][0])
                 any_type |= bool(block["types"][0].any())
@@ -118,28 +142,30 @@ def write_part(
         types_file.unlink()
     each = np.concatenate(lengths)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
-    np.save(aside / f"{part}.offsets.npy", offsets)
-    np.save(aside / f"{part}.labels.npy", np.ascontiguousarray(examples.labels))
+    np.save(aside / f"{split}.offsets.npy", offsets)
+    np.save(aside / f"{split}.labels.npy", np.ascontiguousarray(examples.labels))
     return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
 
 
-def _in_order_of_source(rows: Array, pieces: Sequence[Piece], made: Pieces, names: Sequence[str]) -> Iterator[Block]:
+def _in_order_of_source(
+    rows: Array, shards: Sequence[Shard], store: ShardFolder, names: Sequence[str]
+) -> Iterator[Block]:
     """Blocks of `rows`, which ascend."""
-    for piece in pieces:
-        low, high = np.searchsorted(rows, [piece.rows[0], piece.rows[-1] + 1])
+    for shard in shards:
+        low, high = np.searchsorted(rows, [shard.rows[0], shard.rows[-1] + 1])
         if low == high:
             continue
-        found = made.load(piece)
-        mine = np.zeros(len(piece), bool)
-        mine[np.searchsorted(piece.rows, rows[low:high])] = True
+        arrays = store.load(shard)
+        mine = np.zeros(len(shard), bool)
+        mine[np.searchsorted(shard.rows, rows[low:high])] = True
         block = {}
         for name in names:
             if name in TEXTS:
-                among, each = mine[piece.kept], found[f"{name}_lengths"]
+                among, each = mine[shard.kept], arrays[f"{name}_lengths"]
             else:
-                among, each = mine, np.ones(len(piece), np.int64) if name == "cut" else found["lengths"]
-            # A piece without token types has only zeros.
-            flat = found[name] if name in found else np.zeros(int(each.sum()), np.uint8)
+                among, each = mine, np.ones(len(shard), np.int64) if name == "cut" else arrays["lengths"]
+            # A shard without token types has only zeros.
+            flat = arrays[name] if name in arrays else np.zeros(int(each.sum()), np.uint8)
             block[name] = (flat, each) if among.all() else (flat[np.repeat(among, each)], each[among])
         yield block
 
@@ -149,7 +175,7 @@ def _reordered(blocks: Iterator[Block], place: Array, folder: Path) -> Iterator[
 
     Args:
         place: where each row is among those of `blocks`, int64 (N,).
-        folder: for files, which are gone when all was read.
+        folder: for spool files, which are already unlinked while they are in use.
     """
     lengths: dict[str, list[Array]] = {}
     dtypes: dict[str, Any] = {}
@@ -181,7 +207,7 @@ def _reordered(blocks: Iterator[Block], place: Array, folder: Path) -> Iterator[
 
 
 class _RowsWriter:
-    """`rows.parquet`: where each row came from (`row`, see `afina.worker.data.readers`, and `file`), `id`, its texts if wanted."""
+    """Writes `rows.parquet`: where each row came from (`row`, as `afina.worker.data.readers` counts, and `file`), `id`, texts."""
 
     def __init__(self, path: Path, examples: Examples, texts: Sequence[str]) -> None:
         table = examples.table
