@@ -13,13 +13,13 @@ from afina.start.init import find_model
 def test_init_and_the_model_check_agree_for_every_family(tmp_path: Path) -> None:
     import transformers
 
-    from afina.worker.model.pretrained import positions
+    from afina.worker.model.pretrained import max_positions
 
     for family in sorted({*SHIFTED_POSITIONS, "bert", "distilbert", "modernbert"}):
         config = {"model_type": family, "max_position_embeddings": 130, "pad_token_id": 0 if family == "bert" else 3}
         (tmp_path / "config.json").write_text(json.dumps(config))
         proposed = find_model(str(tmp_path), [], len).positions
-        checked = positions(transformers.AutoConfig.from_pretrained(tmp_path))
+        checked = max_positions(transformers.AutoConfig.from_pretrained(tmp_path))
         assert proposed == checked == (126 if family in SHIFTED_POSITIONS else 130), family
 
 
