@@ -20,7 +20,8 @@ from afina.slurm import query as slurm_query
 from afina.slurm.query import Job, query
 from afina.slurm.reasons import explain
 from afina.watch.cancel import cancel_runs
-from afina.watch.overview import RunSummary, known_runs, summarise
+from afina.watch.find import known_runs
+from afina.watch.overview import RunSummary, summarise
 
 SLEEP = "#!/bin/sh\nsleep 120\n"
 

@@ -123,7 +123,7 @@ def another_command(command: str, recipe: str, request: JobRequest = JobRequest(
 
 def watch_hint(run: Any) -> str:
     """One line: how to watch a run that was just submitted."""
-    from afina.watch.overview import short_names
+    from afina.watch.find import short_names
 
     name = shlex.quote(short_names([run.path])[0])
     return f"afina: watch it with `afina status {name} --watch`, follow its log with `afina logs {name} -f`"

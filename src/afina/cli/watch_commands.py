@@ -46,7 +46,8 @@ def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
       afina status /scratch/me/runs/yelp-1a2b3c4d-1 --json
     """
     from afina.errors import InputError
-    from afina.watch.overview import find_runs, known_runs, summarise
+    from afina.watch.find import find_runs, known_runs
+    from afina.watch.overview import summarise
 
     if watch and not as_json and not sys.stdout.isatty():
         raise InputError(
@@ -75,7 +76,7 @@ def _as_json(summaries: Sequence[RunSummary], single: bool) -> str:
 
 def _text(summaries: Sequence[RunSummary], single: bool) -> list[str]:
     from afina.cli.screen import page, status_lines, totals
-    from afina.watch.overview import short_names
+    from afina.watch.find import short_names
 
     if single:
         return page(summaries[0])
@@ -145,7 +146,8 @@ def list_(folder: str | None, states: tuple[str, ...], sort: str, with_size: boo
       afina list /scratch/me/sweeps/yelp --sort best --size
     """
     from afina.cli.screen import list_lines
-    from afina.watch.overview import find_runs, known_runs, short_names, summarise
+    from afina.watch.find import find_runs, known_runs, short_names
+    from afina.watch.overview import summarise
 
     summaries = summarise(find_runs([folder]) if folder else known_runs())
     wanted = {state.upper() for state in states} or set(_STATES)
@@ -241,14 +243,14 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
       afina cancel /scratch/me/sweeps/yelp
     """
     from afina.watch.cancel import cancel_runs
-    from afina.watch.overview import find_runs, short_names
+    from afina.watch.find import find_runs, short_names
 
     done = cancel_runs(find_runs(runs))
     if as_json:
         print(json.dumps([one.to_dict() for one in done], ensure_ascii=False))
         return
     for one, name in zip(done, short_names([one.run for one in done]), strict=True):
-        print(f"{name}: {one.said}")
+        print(f"{name}: {one.message}")
 
 
 def _one(word: str) -> Path:
@@ -258,7 +260,7 @@ def _one(word: str) -> Path:
         InputError: there are several.
     """
     from afina.errors import InputError
-    from afina.watch.overview import find_runs, short_names
+    from afina.watch.find import find_runs, short_names
 
     found = find_runs([word])
     if len(found) > 1:

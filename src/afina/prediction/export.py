@@ -10,7 +10,7 @@ from afina.prediction.jobs import site_for, worker_env
 from afina.prediction.request import find_model, plan_of
 from afina.run.commands import worker_argv
 from afina.run.workers import ask_worker
-from afina.watch.overview import place_of
+from afina.watch.find import resolve_folder
 
 __all__ = ["export"]
 
@@ -29,7 +29,7 @@ def export(
     Raises:
         AfinaError: as the command says it.
     """
-    directory, model = find_model(place_of(run))
+    directory, model = find_model(resolve_folder(run))
     if directory is None:
         raise InputError(
             f"{run}: is a model folder already, not a run directory", "give the run directory that it came from"

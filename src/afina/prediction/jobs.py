@@ -43,7 +43,7 @@ from afina.site.settings import Site, environment, find_site_file, load_site
 from afina.slurm.client import need_slurm
 from afina.slurm.query import query
 from afina.slurm.submit import submit_script
-from afina.watch.overview import place_of
+from afina.watch.find import resolve_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,7 +62,7 @@ def compose(
     Raises:
         InputError, DataError: no such run, model, input; an output that cannot be written.
     """
-    directory, model = find_model(place_of(run))
+    directory, model = find_model(resolve_folder(run))
     files = find_inputs(inputs)
     target = result_name(files) if out is None else Path(out).expanduser().absolute()
     # The output of an earlier call may lie among the files of a folder: it is not an input.

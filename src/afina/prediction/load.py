@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import EnvironmentProblem
 from afina.prediction.request import find_model
-from afina.watch.overview import place_of
+from afina.watch.find import resolve_folder
 
 if TYPE_CHECKING:
     from afina.worker.inference.classifier import Classifier
@@ -43,7 +43,7 @@ def load(
         InputError: no such run, no model in it, a damaged file.
         EnvironmentProblem: PyTorch or Transformers is not installed here.
     """
-    directory, folder = find_model(place_of(run))
+    directory, folder = find_model(resolve_folder(run))
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentProblem(

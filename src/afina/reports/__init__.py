@@ -23,7 +23,7 @@ from afina.reports.facts import RunFacts, read_facts
 from afina.reports.figures import need_matplotlib, write_figures
 from afina.reports.page import document, figure
 from afina.run.directory import RunDir, is_run_dir
-from afina.watch.overview import find_runs, place_of
+from afina.watch.find import find_runs, resolve_folder
 
 __all__ = ["write_report"]
 
@@ -42,7 +42,7 @@ def write_report(path: str | Path, *, png: bool = False, texts: bool = True, eac
     """
     if png:
         need_matplotlib()
-    path = place_of(path)
+    path = resolve_folder(path)
     if is_run_dir(path):
         run = RunDir(path)
         return _write_run(read_facts(run), run.path / "report", png=png, texts=texts)

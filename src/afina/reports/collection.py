@@ -14,11 +14,11 @@ from urllib.parse import quote
 from afina.errors import AfinaError
 from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart
-from afina.reports.facts import read_json
+from afina.reports.compare import differing, names_of
 from afina.reports.page import document, figure, note, pairs, seconds, table, tiles
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
-from afina.watch.glance import Glance, differing, glance, names_of
+from afina.watch.reading import RunResult, read_json, read_result
 
 __all__ = ["collection_page"]
 
@@ -31,7 +31,7 @@ _DRAWS = 1000
 
 def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Chart]]:
     """The page and its charts. `paths` are run directories below `folder`."""
-    runs = [glance(path) for path in paths]
+    runs = [read_result(path) for path in paths]
     names = names_of(paths) if folder not in paths else [folder.name]
     metric = next((run.metric for run in runs if run.metric), None)
     intervals, why = _intervals(runs, metric)
@@ -44,7 +44,7 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
         ranges=[(name, s.low, s.value, s.high) for name, s in spread.items()][:_MOST_DRAWN],
         description="; ".join(f"{name}: {s.value:.4f}" for name, s in spread.items()) + ".",
     )
-    finished = sum(run.state == "finished" for run in runs)
+    finished = sum(run.finished for run in runs)
     best = next((i for i in order if metric and metric in runs[i].metrics), None)
     lead = {"runs": (str(len(runs)), f"{finished} finished")}
     if best is not None and metric:
@@ -64,23 +64,24 @@ def collection_page(folder: Path, paths: Sequence[Path]) -> tuple[str, list[Char
     return document(folder.name, about, tiles(lead), body), [chart]
 
 
-def _page_of(run: Glance) -> Path:
+def _page_of(run: RunResult) -> Path:
     return run.path / "report/index.html"
 
 
-def _table(folder: Path, runs: Sequence[tuple[str, Glance, Interval | None]], metric: str | None) -> str:
+def _table(folder: Path, runs: Sequence[tuple[str, RunResult, Interval | None]], metric: str | None) -> str:
     """One row per run: what differs in its recipe, how it ended, its score with an interval."""
-    keys = differing([run for _, run, _ in runs])
+    recipes = [run.flat_recipe() for _, run, _ in runs]
+    keys = differing(recipes)
     rows, links = [], {}
-    for name, run, interval in runs:
+    for (name, run, interval), recipe in zip(runs, recipes, strict=True):
         if _page_of(run).is_file():
             links[name] = quote(os.path.relpath(_page_of(run), folder / "report"))
         value = run.metrics.get(metric) if metric else None
         rows.append(
             [
                 name,
-                *(_shown(run.recipe.get(key)) for key in keys),
-                run.state,
+                *(_shown(recipe.get(key)) for key in keys),
+                run.outcome.get("outcome") or "no outcome",
                 None if value is None else f"{value:.4f}",
                 f"{interval.low:.4f}–{interval.high:.4f}" if interval else None,
                 run.outcome.get("global_step"),
@@ -102,7 +103,7 @@ def _sweep(record: Mapping[str, Any]) -> str:
     return pairs(rows)
 
 
-def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:
+def _ranked(runs: Sequence[RunResult], metric: str | None) -> list[int]:
     """Indices of the runs, the best first; runs without the score last, in their own order."""
     sign = 1 if metric and lower_is_better(metric) else -1
     return sorted(
@@ -111,7 +112,7 @@ def _ranked(runs: Sequence[Glance], metric: str | None) -> list[int]:
     )
 
 
-def _intervals(runs: Sequence[Glance], metric: str | None) -> tuple[dict[int, Interval], str]:
+def _intervals(runs: Sequence[RunResult], metric: str | None) -> tuple[dict[int, Interval], str]:
     """Index of a run -> interval of its score; and the reason why some have none."""
     if metric is None:
         return {}, ""

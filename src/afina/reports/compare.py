@@ -8,7 +8,7 @@ an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from afina.errors import DataError, InputError
 from afina.statistics.paired import Paired, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
-from afina.watch.glance import Glance, differing, glance, names_of
-from afina.watch.overview import find_runs
+from afina.watch.find import find_runs
+from afina.watch.reading import RunResult, read_result
 
-__all__ = ["Comparison", "Verdict", "compare", "to_json", "verdicts"]
+__all__ = ["Comparison", "Verdict", "compare", "differing", "names_of", "to_json", "verdicts"]
 
 #: Fields of the outcome that are compared, after the scores.
 _FIELDS = ("outcome", "global_step", "samples_per_second", "seconds", "attempts", "device", "world_size")
@@ -36,7 +36,7 @@ class Comparison:
         about: fields of the outcome -> one value per run.
     """
 
-    runs: tuple[Glance, ...]
+    runs: tuple[RunResult, ...]
     names: tuple[str, ...]
     recipe: dict[str, list[Any]]
     metrics: dict[str, list[float | None]]
@@ -69,12 +69,13 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
         raise InputError(
             "one run alone cannot be compared", "give two run directories or more, or the folder of a sweep"
         )
-    runs = [glance(path) for path in unique]
+    runs = [read_result(path) for path in unique]
+    recipes = [run.flat_recipe() for run in runs]
     metrics = dict.fromkeys(name for run in runs for name in run.metrics)
     return Comparison(
         runs=tuple(runs),
         names=tuple(names_of(unique)),
-        recipe={key: [run.recipe.get(key) for run in runs] for key in differing(runs)},
+        recipe={key: [recipe.get(key) for recipe in recipes] for key in differing(recipes)},
         metrics={name: [run.metrics.get(name) for run in runs] for name in metrics},
         about={
             name: [run.outcome.get(name) for run in runs]
@@ -82,6 +83,26 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
             if any(run.outcome.get(name) is not None for run in runs)
         },
     )
+
+
+def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of flat recipes that are not the same in all, in the order of the recipe; the name aside."""
+    missing = object()
+    return [
+        key
+        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
+        if key != "name" and any(recipe.get(key, missing) != recipes[0].get(key, missing) for recipe in recipes[1:])
+    ]
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Short names that still differ: the last parts of the paths, as many as are needed."""
+    whole = [path.absolute().parts for path in paths]
+    for depth in range(1, max((len(parts) for parts in whole), default=1) + 1):
+        names = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]:

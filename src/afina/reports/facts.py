@@ -5,7 +5,6 @@ A missing or damaged file leaves its split empty: a run that failed or is still 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from afina.run.record import read_record
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
-from afina.watch.reading import job_ids_of
+from afina.watch.reading import job_ids_of, read_json
 from afina.watch.timeline import AttemptTimes, timeline
 
-__all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts", "read_json"]
+__all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts"]
 
 _PREDICTIONS = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
 
@@ -195,12 +194,3 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip("\n")
     except OSError:
         return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if the file is missing or damaged, so that the page shows the rest."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -41,8 +41,9 @@ from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.table import Row, Table, tabulate
+from afina.watch.find import resolve_folder
 from afina.watch.handle import Run, Runs
-from afina.watch.overview import State, place_of
+from afina.watch.overview import State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,7 @@ class Sweep:
     """
 
     def __init__(self, path: str | Path, submitted: Sequence[str] = ()) -> None:
-        self.dir = SweepDir(place_of(path))
+        self.dir = SweepDir(resolve_folder(path))
         self.submitted = tuple(submitted)
         if not self.dir.file.is_file():
             raise InputError(

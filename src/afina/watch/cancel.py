@@ -1,7 +1,7 @@
-"""Ends what is queued or runs: jobs by scancel, a training on a machine by the stop file in its run directory.
+"""Cancel runs: jobs by scancel, a training outside of Slurm by the stop file in its run directory.
 
-Either way a run that trains stops at its next step with a checkpoint, and can be continued. One call of squeue and one of scancel
-for any number of runs. Whether it has stopped is for `afina status` to say: nothing is waited for.
+Either way a run that trains stops at its next step with a checkpoint, and can be resumed. One call of squeue and one of scancel
+serve any number of runs. It does not wait until they have stopped: `afina status` shows that.
 """
 
 from __future__ import annotations
@@ -27,49 +27,50 @@ class Cancelled:
 
     Attributes:
         run: the run directory.
-        did: `cancelled` (jobs, see `job_ids`), `asked` (a training that is no job: by its stop file), or `nothing`.
+        did: `cancelled` (its jobs), `asked` (a training outside of Slurm, by its stop file), or `nothing`.
         job_ids: the jobs that were cancelled.
-        said: the same in words.
+        message: the same in words.
     """
 
     run: Path
     did: Literal["cancelled", "asked", "nothing"]
     job_ids: tuple[str, ...]
-    said: str
+    message: str
 
     def to_dict(self) -> dict[str, Any]:
-        return {"run": str(self.run), "did": self.did, "job_ids": list(self.job_ids), "said": self.said}
+        return {"run": str(self.run), "did": self.did, "job_ids": list(self.job_ids), "message": self.message}
 
 
 def cancel_runs(paths: Sequence[Path]) -> list[Cancelled]:
     """Cancel the jobs of these runs, and ask those that train outside of Slurm to stop.
 
     Raises:
-        SlurmError: Slurm does not answer, or refused; trainings outside of Slurm have been asked all the same.
+        SlurmError: Slurm does not answer, or refused; trainings outside of Slurm have been asked to stop even so.
         EnvironmentProblem: a stop file cannot be written.
     """
     readings = [read_run(Path(path).absolute()) for path in paths]
-    asked = {reading.path: _ask(reading) for reading in readings}
-    ids = {reading.path: reading.job_ids for reading in readings if not reading.finished}
-    jobs = query(list(dict.fromkeys(job for found in ids.values() for job in found)), account=())
+    asked = {reading.path: _ask_to_stop(reading) for reading in readings}
+    ids = {reading.path: reading.job_ids for reading in readings if not reading.result.finished}
+    jobs = query(list(dict.fromkeys(job for job_ids in ids.values() for job in job_ids)), account=())
     if any(job.state == "UNKNOWN" for job in jobs.values()):
         raise SlurmError(
             "Slurm does not answer: nothing was cancelled", "try again, or use scancel with the job's number"
         )
     live = {
-        path: tuple(job for job in found if jobs[job].state in ("PENDING", "RUNNING")) for path, found in ids.items()
+        path: tuple(job for job in job_ids if jobs[job].state in ("PENDING", "RUNNING"))
+        for path, job_ids in ids.items()
     }
-    cancel(*dict.fromkeys(job for found in live.values() for job in found))
-    for path, found in live.items():
-        if found:
-            RunDir(path).event("cancelled", job_ids=list(found))
-    return [_told(reading, live.get(reading.path, ()), asked[reading.path]) for reading in readings]
+    cancel(*dict.fromkeys(job for job_ids in live.values() for job in job_ids))
+    for path, job_ids in live.items():
+        if job_ids:
+            RunDir(path).event("cancelled", job_ids=list(job_ids))
+    return [_result(reading, live.get(reading.path, ()), asked[reading.path]) for reading in readings]
 
 
-def _ask(reading: Reading) -> bool:
-    """Write the stop file of a training that is no job; whether there is one."""
+def _ask_to_stop(reading: Reading) -> bool:
+    """Write the stop file of a training outside of Slurm; False if there is none."""
     local = str(reading.lease.get("attempt", "")).startswith("local-")
-    if not local or reading.sign not in ("alive", "fresh"):
+    if not local or reading.liveness not in ("alive", "fresh"):
         return False
     stop = reading.path / "stop"
     try:
@@ -84,12 +85,12 @@ def _ask(reading: Reading) -> bool:
     return True
 
 
-def _told(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancelled:
+def _result(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancelled:
     if job_ids:
         return Cancelled(reading.path, "cancelled", job_ids, f"cancelled job {', '.join(job_ids)}")
     if asked:
         host, pid = reading.lease.get("host"), reading.lease.get("pid")
-        said = f"asked attempt {reading.lease.get('attempt')} (process {pid} on {host}) to stop at its next step, with a checkpoint"
-        return Cancelled(reading.path, "asked", (), said)
-    why = "it has finished" if reading.finished else "no job of it is queued or running, and it trains nowhere"
+        message = f"asked attempt {reading.lease.get('attempt')} (process {pid} on {host}) to stop at its next step, with a checkpoint"
+        return Cancelled(reading.path, "asked", (), message)
+    why = "it has finished" if reading.result.finished else "none of its jobs is queued or running"
     return Cancelled(reading.path, "nothing", (), f"nothing to cancel: {why}")

@@ -21,8 +21,9 @@ from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.watch.cancel import Cancelled, cancel_runs
+from afina.watch.find import find_runs, known_runs, resolve_folder
 from afina.watch.logs import Choice, log_lines
-from afina.watch.overview import RunSummary, State, find_runs, known_runs, place_of, summarise, summary_of
+from afina.watch.overview import RunSummary, State, summarise, summary_of
 
 if TYPE_CHECKING:
     import pandas
@@ -34,7 +35,7 @@ class Run:
     """A handle on a run directory, or on the run of that short name; all it knows it reads there and, for what is queued, from squeue."""
 
     def __init__(self, path: str | Path) -> None:
-        place = place_of(path)
+        place = resolve_folder(path)
         if not is_run_dir(place):
             raise InputError(
                 f"{path}: not a run directory", "give the folder that `afina train` or `afina submit` named"

@@ -1,7 +1,7 @@
-"""What the files of a run say, read cheaply: a few small files whole, the last 64 KB of the logs, nothing validated.
+"""Read run directories, cheaply and tolerantly: for status and reports over a thousand runs.
 
-For looking at a thousand runs at once; whoever acts on one run opens it with `afina.run.directory`. What is missing, torn or damaged
-reads as nothing. Asks neither Slurm nor the processes of this machine, but for the one that holds the lease.
+A few small files are read whole, of the logs the last 64 KB; nothing is validated, and what is missing, torn or damaged is empty.
+Code that acts on a run opens it with `afina.run.directory` instead. Slurm is not asked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,129 +21,173 @@ from afina.processes import boot_id, start_time
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.schedule import Schedule
 
-__all__ = ["Reading", "Sign", "job_ids_of", "read_run"]
+__all__ = ["Liveness", "Reading", "RunResult", "job_ids_of", "read_json", "read_result", "read_run"]
 
-#: How much of a log is read, in bytes: some four hours of its once-a-minute lines.
+#: Bytes read from the end of a log: some four hours of its once-a-minute lines.
 _TAIL = 65536
 #: A lease is renewed every ten seconds; a shared file system may show it a little later.
 _FRESH_S = 60.0
-#: Metrics of which the least is best.
 #: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
-_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
+_ATTEMPT_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 
-Sign = Literal["alive", "fresh", "dead", "silent"]
+Liveness = Literal["alive", "fresh", "dead", "silent"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run trains and how it ended: `plan.json` and `outcome.json`.
+
+    Attributes:
+        recipe: as in the plan; empty where that cannot be read.
+        outcome: the outcome's fields; empty while there is none.
+        made, recorded: when plan and outcome were written, in seconds since the epoch; 0 for a missing file.
+    """
+
+    path: Path
+    recipe: Mapping[str, Any]
+    outcome: Mapping[str, Any]
+    made: float = 0.0
+    recorded: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name") or self.path.name)
+
+    @property
+    def finished(self) -> bool:
+        return self.outcome.get("outcome") == "finished"
+
+    @property
+    def train(self) -> Mapping[str, Any]:
+        section = self.recipe.get("train")
+        return section if isinstance(section, dict) else {}
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The scores that are one number, without `eval_` in front."""
+        scores = self.outcome.get("metrics")
+        return {
+            name.removeprefix("eval_"): float(value)
+            for name, value in (scores if isinstance(scores, dict) else {}).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that selects the best checkpoint, where the run has a score of it."""
+        task = str(self.outcome.get("task") or self.recipe.get("task"))
+        chosen = self.train.get("best_metric") or (selection_metric(task) if task in METRICS else None)
+        return chosen if chosen in self.metrics else None
+
+    def flat_recipe(self) -> dict[str, Any]:
+        """The keys that are set: `train.learning_rate` -> value."""
+        return _flat(self.recipe)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the files of one run say.
+    """What the files of a run tell about its progress.
 
     Attributes:
-        path: the run directory.
-        name: the recipe's name; the folder's where the plan cannot be read.
-        made: when it was claimed, in seconds since the epoch.
-        trackers: where its records go too.
-        outcome: `outcome.json`; empty while there is none.
-        recorded: when that was written, in seconds since the epoch.
         job_ids: its Slurm jobs, the newest last.
         submitted: when the newest of them was submitted, in seconds since the epoch; 0 if that is not known.
         cancelled: the jobs that `afina cancel` cancelled.
-        attempts: names of the folders in `attempts/`.
-        attempt: the newest attempt that began.
-        next: what the newest attempt that ended left to do: requeue, end, or nothing known.
-        lease: `lease.json`; empty where nobody works, or nobody holds it any more.
-        sign: alive: its process runs on this machine; dead: it did; fresh: renewed within the last minute, elsewhere;
-            silent: not renewed, elsewhere.
+        attempts: names of the folders in `attempts/`; attempt: the newest that began.
+        next: what the newest ended attempt decided: requeue, end, or empty.
+        lease: `lease.json`; empty where no attempt holds one.
+        liveness: of the lease's holder. alive: its process runs on this machine; dead: it did; fresh: renewed within the last
+            minute on another machine; silent: not renewed, on another machine.
         silent_s: seconds since the lease was renewed.
-        step, max_steps, epoch, loss: where the training is.
+        step, max_steps, epoch, loss: how far the training is.
         best: name, value and step of the best evaluation.
         pace: the last `pace` event of the newest attempt; empty if there is none.
-        began: when and at which step the newest attempt made its first step.
-        saved: when and at which step it made its last checkpoint.
-        updated: when the last event was written, in seconds since the epoch.
+        first_step, checkpoint: time and step of the newest attempt's first step and of its last checkpoint.
     """
 
-    path: Path
-    name: str
-    made: float = 0.0
-    trackers: tuple[str, ...] = ()
-    outcome: dict[str, Any] = field(default_factory=dict)
-    recorded: float = 0.0
+    result: RunResult
     job_ids: tuple[str, ...] = ()
     submitted: float = 0.0
     cancelled: tuple[str, ...] = ()
     attempts: tuple[str, ...] = ()
     attempt: str | None = None
     next: str = ""
-    lease: dict[str, Any] = field(default_factory=dict)
-    sign: Sign | None = None
+    lease: Mapping[str, Any] = field(default_factory=dict)
+    liveness: Liveness | None = None
     silent_s: float = 0.0
     step: int = 0
     max_steps: int | None = None
     epoch: float | None = None
     loss: float | None = None
     best: tuple[str, float, int] | None = None
-    pace: dict[str, Any] = field(default_factory=dict)
-    began: tuple[float, int] | None = None
-    saved: tuple[float, int] | None = None
-    updated: float = 0.0
+    pace: Mapping[str, Any] = field(default_factory=dict)
+    first_step: tuple[float, int] | None = None
+    checkpoint: tuple[float, int] | None = None
 
     @property
-    def finished(self) -> bool:
-        return self.outcome.get("outcome") == "finished"
+    def path(self) -> Path:
+        return self.result.path
+
+
+def read_result(path: Path) -> RunResult:
+    """Read plan and outcome of a run."""
+    plan, made = _json(path / "plan.json")
+    outcome, recorded = _json(path / "outcome.json")
+    recipe = plan.get("recipe")
+    return RunResult(path, recipe if isinstance(recipe, dict) else {}, outcome, made, recorded)
 
 
 def read_run(path: Path) -> Reading:
-    """Read one run directory."""
-    plan, made = _json(path / "plan.json")
-    recipe = plan.get("recipe") or {}
-    train = recipe.get("train") or {}
-    outcome, recorded = _json(path / "outcome.json")
-    finished = outcome.get("outcome") == "finished"
+    """Read all of a run that `afina status` shows."""
+    result = read_result(path)
     attempts = _folders(path / "attempts")
     events = _Events(path / "events.jsonl")
-    jobs = _tail(path / "submissions.jsonl")[0]
-    lease, sign, silent_s = ({}, None, 0.0) if finished else _lease(path / "lease.json")
+    submissions = [_record(line) for line in _tail_lines(path / "submissions.jsonl")[0]]
+    lease, liveness, silent_s = ({}, None, 0.0) if result.finished else _lease(path / "lease.json")
     log, whole = _tail_lines(path / "metrics.jsonl")
-    last, loss = _last(log, b'"step"'), _last(log, b'"loss"')
-    steps = [last.get("step"), outcome.get("global_step"), events.step]
+    last = _last(log, b'"step"')
     newest = max(last, events.pace, key=lambda record: record.get("step") or 0)
+    steps = [last.get("step"), result.outcome.get("global_step"), events.step]
     return Reading(
-        path=path,
-        name=str(recipe.get("name") or path.name),
-        made=made,
-        trackers=tuple(map(str, recipe.get("trackers") or ())),
-        outcome=outcome,
-        recorded=recorded,
-        job_ids=job_ids_of(jobs, attempts),
-        submitted=max((float(j.get("time") or 0) for j in jobs), default=0.0),
+        result=result,
+        job_ids=job_ids_of(submissions, attempts),
+        submitted=max((float(s.get("time") or 0) for s in submissions), default=0.0),
         cancelled=events.cancelled,
         attempts=attempts,
         attempt=events.attempt,
         next=events.next,
         lease=lease,
-        sign=sign,
+        liveness=liveness,
         silent_s=silent_s,
         step=max(int(step) for step in (*steps, 0) if step is not None),
-        max_steps=outcome.get("max_steps") or events.max_steps or train.get("max_steps") or _planned_steps(path, train),
+        max_steps=result.outcome.get("max_steps") or events.max_steps or _planned_steps(result),
         epoch=newest.get("epoch", last.get("epoch")),
-        loss=loss.get("loss", events.pace.get("loss")),
-        best=_best(path, log, whole, train, recipe, outcome),
+        loss=_last(log, b'"loss"').get("loss", events.pace.get("loss")),
+        best=_best(result, log, whole),
         pace=events.pace,
-        began=events.began,
-        saved=events.saved,
-        updated=events.updated,
+        first_step=events.first_step,
+        checkpoint=events.checkpoint,
     )
 
 
-def _tail(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The records in the last 64 KB of a JSON Lines file, and whether that is all of it."""
-    lines, whole = _tail_lines(path)
-    return [record for line in lines if (record := _record(line))], whole
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or damaged."""
+    return _json(path)[0]
+
+
+def job_ids_of(submissions: Sequence[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
+    """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
+    submitted = [str(s["job_id"]) for s in submissions if s.get("job_id")]
+    if not submitted:
+        named = (match[1] for name in attempts if (match := _ATTEMPT_OF_A_JOB.fullmatch(name)))
+        submitted = sorted(named, key=lambda job: [int(number) for number in job.split("_")])
+    return tuple(dict.fromkeys(submitted))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _tail_lines(path: Path) -> tuple[list[bytes], bool]:
-    """As `_tail`, not parsed: most lines are never looked at."""
+    """The lines in the last 64 KB of a JSON Lines file, and whether that is all of it. Not parsed: most are never needed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -171,7 +216,7 @@ def _last(lines: list[bytes], key: bytes) -> dict[str, Any]:
 
 
 def _json(path: Path) -> tuple[dict[str, Any], float]:
-    """A small JSON file and when it was written; nothing where it is not there or damaged."""
+    """A JSON object and when it was written; empty where the file is missing or damaged."""
     try:
         with path.open("rb") as file:
             return _record(file.read()), os.fstat(file.fileno()).st_mtime
@@ -187,13 +232,17 @@ def _folders(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def job_ids_of(submissions: Sequence[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
-    """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
-    known = [str(s["job_id"]) for s in submissions if s.get("job_id")]
-    if not known:
-        found = (m[1] for name in attempts if (m := _OF_A_JOB.fullmatch(name)))
-        known = sorted(found, key=lambda job: [int(number) for number in job.split("_")])
-    return tuple(dict.fromkeys(known))
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{path}{key}.")
+        elif value not in (None, {}, []):
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
 
 
 class _Events:
@@ -202,33 +251,31 @@ class _Events:
     def __init__(self, path: Path) -> None:
         self.attempt: str | None = None
         self.pace: dict[str, Any] = {}
-        self.began: tuple[float, int] | None = None
-        self.saved: tuple[float, int] | None = None
+        self.first_step: tuple[float, int] | None = None
+        self.checkpoint: tuple[float, int] | None = None
         self.step: int | None = None
         self.max_steps: int | None = None
         self.next = ""
-        self.updated = 0.0
         self.cancelled: tuple[str, ...] = ()
         for event in self._backwards(path):
-            kind, attempt = event.get("event"), event.get("attempt")
-            self.updated = max(self.updated, float(event.get("time") or 0))
-            if kind == "cancelled":
+            attempt = event.get("attempt")
+            if event.get("event") == "cancelled":
                 self.cancelled += tuple(map(str, event.get("job_ids") or ()))
             if not attempt:
                 continue
             self.attempt = self.attempt or str(attempt)
             if attempt != self.attempt:
                 break
-            self._take(str(kind), event)
+            self._take(event)
 
     def _backwards(self, path: Path) -> Iterator[dict[str, Any]]:
         for line in reversed(_tail_lines(path)[0]):
             if self.pace and b'"event": "pace"' in line:
-                continue  # the last one says it all
+                continue  # the last one is enough
             yield _record(line)
 
-    def _take(self, kind: str, event: dict[str, Any]) -> None:
-        when, step = float(event.get("time") or 0), event.get("step")
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, when, step = event.get("event"), float(event.get("time") or 0), event.get("step")
         if isinstance(step, int):
             self.step = max(self.step or 0, step)
         self.max_steps = self.max_steps or event.get("max_steps")
@@ -237,70 +284,65 @@ class _Events:
         elif kind == "attempt_ended":
             self.next = self.next or str(event.get("next") or "")
         elif kind == "first_step" and isinstance(step, int):
-            self.began = (when, step)
-        elif kind == "checkpoint" and isinstance(step, int) and self.saved is None:
-            self.saved = (when, step)
+            self.first_step = (when, step)
+        elif kind == "checkpoint" and isinstance(step, int) and self.checkpoint is None:
+            self.checkpoint = (when, step)
 
 
-def _lease(path: Path) -> tuple[dict[str, Any], Sign | None, float]:
+def _lease(path: Path) -> tuple[dict[str, Any], Liveness | None, float]:
     lease, renewed = _json(path)
     if not lease:
         return {}, None, 0.0
     silent_s = max(0.0, time.time() - renewed)
     if lease.get("boot") == boot_id():
-        # Not by the process alone: its number may be another one's by now.
-        return lease, "alive" if lease.get("started") == start_time(int(lease.get("pid") or 0)) else "dead", silent_s
+        # The process id alone is not enough: it may be another process's by now.
+        pid = lease.get("pid")
+        alive = isinstance(pid, int) and lease.get("started") == start_time(pid)
+        return lease, "alive" if alive else "dead", silent_s
     if lease.get("host") == platform.node():
-        return lease, "dead", silent_s  # the machine has been started anew since
+        return lease, "dead", silent_s  # the machine has rebooted since
     return lease, "fresh" if silent_s < _FRESH_S else "silent", silent_s
 
 
-def _planned_steps(path: Path, train: dict[str, Any]) -> int | None:
-    """Steps of the whole run, before it has begun: epochs of so many rows."""
-    rows = (_json(path / "prepared.json")[0].get("rows") or {}).get("train")
+def _planned_steps(result: RunResult) -> int | None:
+    """Steps of the whole run, before it has begun."""
+    train = result.train
+    rows = (read_json(result.path / "prepared.json").get("rows") or {}).get("train")
     batch = train.get("batch_size")
-    if not rows or not batch:
-        return None
+    if train.get("max_steps") or not rows or not batch:
+        return train.get("max_steps")
     return Schedule.of(int(rows), int(batch), epochs=train.get("epochs")).total_steps
 
 
-def _best(
-    path: Path,
-    log: list[bytes],
-    whole: bool,
-    train: dict[str, Any],
-    recipe: dict[str, Any],
-    outcome: dict[str, Any],
-) -> tuple[str, float, int] | None:
-    """The best evaluation by the metric that chooses the best checkpoint; the first of equals, as the training decides."""
-    metrics = outcome.get("metrics") or {}
-    last = metrics or _last(log, b'"eval_')
-    name = train.get("best_metric") or _first_metric(recipe.get("task"), last)
+def _best(result: RunResult, log: list[bytes], whole: bool) -> tuple[str, float, int] | None:
+    """Name, value and step of the best evaluation by the selection metric; the first of equals, as the training decides."""
+    final = result.outcome.get("metrics") or {}
+    name = result.train.get("best_metric") or _selection_metric(result, final or _last(log, b'"eval_'))
     key = f"eval_{name}"
-    if train.get("keep", "best") == "best" and isinstance(value := metrics.get(key), int | float):
-        return name, float(value), int(outcome.get("model_step") or 0)
-    found = [] if whole else _best_before(path)
+    if result.train.get("keep", "best") == "best" and isinstance(value := final.get(key), int | float):
+        return name, float(value), int(result.outcome.get("model_step") or 0)
+    evaluations = [] if whole else _best_in_checkpoint(result.path)
     for record in (_record(line) for line in log if b'"eval_' in line):
         if isinstance(value := record.get(key), int | float):
-            found.append((float(value), int(record.get("step") or 0)))
-    if not found:
+            evaluations.append((float(value), int(record.get("step") or 0)))
+    if not evaluations:
         return None
-    value, step = (min if lower_is_better(name) else max)(found, key=lambda pair: pair[0])
+    value, step = (min if lower_is_better(name) else max)(evaluations, key=lambda pair: pair[0])
     return name, value, step
 
 
-def _first_metric(task: Any, record: dict[str, Any]) -> str:
-    known = {task: selection_metric(task) for task in METRICS}
-    return known.get(task) or next((m for m in known.values() if f"eval_{m}" in record and m != "f1"), "f1")
+def _selection_metric(result: RunResult, evaluation: Mapping[str, Any]) -> str:
+    """By the task; where that is `auto`, by the metrics of an evaluation: F1 may be of either kind of labels."""
+    task = str(result.recipe.get("task"))
+    if task in METRICS:
+        return selection_metric(task)
+    names = map(selection_metric, METRICS)
+    return next((name for name in names if f"eval_{name}" in evaluation and name != "f1"), "f1")
 
 
-def _best_before(path: Path) -> list[tuple[float, int]]:
-    """What the newest checkpoint remembers of evaluations that lie before the end of the log."""
-    steps = [name for name in _folders(path / "checkpoints") if re.fullmatch(r"step-[0-9]+", name)]
-    if not steps:
-        return []
-    newest = max(steps, key=lambda name: int(name[5:]))
-    state = _json(path / "checkpoints" / newest / "trainer_state.json")[0]
-    if isinstance(value := state.get("best_metric"), int | float):
-        return [(float(value), int(state.get("best_global_step") or 0))]
-    return []
+def _best_in_checkpoint(path: Path) -> list[tuple[float, int]]:
+    """The best evaluation that the newest checkpoint remembers, for a log that is longer than its tail."""
+    steps = [int(name[5:]) for name in _folders(path / "checkpoints") if re.fullmatch(r"step-[0-9]+", name)]
+    state = read_json(path / "checkpoints" / f"step-{max(steps)}" / "trainer_state.json") if steps else {}
+    value = state.get("best_metric")
+    return [(float(value), int(state.get("best_global_step") or 0))] if isinstance(value, int | float) else []

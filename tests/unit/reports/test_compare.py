@@ -16,13 +16,13 @@ from tests.unit.statistics.test_scores import write
 
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
-from afina.reports.compare import compare, to_json, verdicts
+from afina.reports.compare import compare, names_of, to_json, verdicts
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
-from afina.watch.glance import glance, names_of
-from afina.watch.overview import find_runs
+from afina.watch.find import find_runs
+from afina.watch.reading import read_result
 
 MakeRun = Callable[..., Path]
 
@@ -126,7 +126,8 @@ def test_damaged_runs_stay_in_the_table(make_run: MakeRun) -> None:
     (runs[1] / "plan.json").write_text("{")
     (runs[2] / "outcome.json").write_text("[]")
     found = compare(runs)
-    assert found.metrics["accuracy"][2] is None and found.runs[1].recipe == {} and found.runs[2].state == "no outcome"
+    assert found.metrics["accuracy"][2] is None and found.runs[1].recipe == {} and found.runs[2].outcome == {}
+    assert found.about["outcome"] == ["finished", "finished", None]
 
 
 def test_a_thousand_runs_are_read_in_seconds(make_run: MakeRun, tmp_path: Path, afina: Callable[..., Ran]) -> None:
@@ -167,12 +168,11 @@ def test_names_are_as_short_as_can_be() -> None:
     assert names_of([Path("/a/x/1"), Path("/a/y/1")]) == ["x/1", "y/1"]
 
 
-def test_a_glance_at_a_run(make_run: MakeRun) -> None:
-    seen = glance(make_run("it's one", train__best_metric="f1"))
-    assert (
-        seen.metric is None and seen.recipe["train.learning_rate"] == 5e-5 and set(seen.metrics) == {"accuracy", "loss"}
-    )
-    assert glance(make_run("another")).metric == "accuracy"
+def test_a_result_is_read_without_validation(make_run: MakeRun) -> None:
+    result = read_result(make_run("it's one", train__best_metric="f1"))
+    assert result.metric is None and result.flat_recipe()["train.learning_rate"] == 5e-5
+    assert set(result.metrics) == {"accuracy", "loss"}
+    assert read_result(make_run("another")).metric == "accuracy"
 
 
 def test_one_run_alone() -> None:

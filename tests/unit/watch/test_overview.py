@@ -21,7 +21,8 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.slurm.reasons import explain
 from afina.watch.cancel import cancel_runs
-from afina.watch.overview import RunSummary, find_runs, known_runs, place_of, short_names, summarise, summary_of
+from afina.watch.find import find_runs, known_runs, resolve_folder, short_names
+from afina.watch.overview import RunSummary, summarise, summary_of
 
 
 class Slurm:
@@ -153,10 +154,10 @@ def test_every_state_with_one_question_each_to_squeue_and_sacct(slurm: Slurm, ru
     )
     assert found["requeued"].starts and found["requeued"].attempts == 1
     assert (found["running"].nodes, found["running"].limit_s) == ("n7", 3600)
-    assert found["stopped"].why == "somebody asked for the stop"
+    assert found["stopped"].why == "a user asked for the stop"
     assert (found["failed"].why, found["failed"].error) == ("it broke", "it broke\nhere")
     assert found["gone"].why == "job 7 left the queue without an outcome"
-    assert found["died"].why == "attempt 10.1 left the queue without an outcome (Slurm says NODE_FAIL)"
+    assert found["died"].why == "attempt 10.1 left the queue without an outcome (Slurm: NODE_FAIL)"
     assert found["waits-again"].remedy and "scontrol release 13" in found["waits-again"].remedy
     assert "afina submit" in (found["planned"].remedy or "")
 
@@ -203,7 +204,7 @@ def test_a_run_that_trains_outside_of_slurm_is_known_by_its_lease(slurm: Slurm, 
     assert summary_of(here.path).state == "RUNNING", "on another machine, renewed just now"
     os.utime(lease, (time.time() - 600,) * 2)
     silent = summary_of(here.path)
-    assert silent.state == "UNKNOWN" and "another has given no sign of life for 10 min" in (silent.why or "")
+    assert silent.state == "UNKNOWN" and "another has not renewed its lease for 10 min" in (silent.why or "")
     lease.unlink()
     end(here, "local-2", "stopped", "asked", "")
     assert summary_of(here.path).state == "STOPPED"
@@ -340,12 +341,12 @@ def test_the_beginning_of_a_name_is_enough_where_it_is_of_one(slurm: Slurm, runs
     for folder in (runs / "yelp-1a2b3c4d-1", runs / "yelp-1a9f0000-10", sweep / "runs/lr=1e-5,seed=1"):
         make(folder)
     (runs / ".yelp-1a2-staging").mkdir()
-    assert place_of("yelp-1a2") == runs / "yelp-1a2b3c4d-1"
-    assert place_of("lr-") == sweep and place_of("lr-5f5f5f5f/lr=1") == sweep / "runs/lr=1e-5,seed=1"
-    with pytest.raises(InputError, match="yelp: begins the names of several: yelp-1a2b3c4d-1, yelp-1a9f0000-10"):
-        place_of("yelp")
+    assert resolve_folder("yelp-1a2") == runs / "yelp-1a2b3c4d-1"
+    assert resolve_folder("lr-") == sweep and resolve_folder("lr-5f5f5f5f/lr=1") == sweep / "runs/lr=1e-5,seed=1"
+    with pytest.raises(InputError, match="yelp: several names begin so: yelp-1a2b3c4d-1, yelp-1a9f0000-10"):
+        resolve_folder("yelp")
     with pytest.raises(InputError, match="yelp-1a9f0000-1: no such folder"):  # never run 10
-        place_of("yelp-1a9f0000-1")
+        resolve_folder("yelp-1a9f0000-1")
 
 
 def test_what_cannot_be_looked_into_hides_nothing_else(slurm: Slurm, runs: Path) -> None:
@@ -482,7 +483,7 @@ def test_cancel_takes_queued_and_running_jobs_with_one_call(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "done: nothing to cancel: it has finished",
-        "planned: nothing to cancel: no job of it is queued or running, and it trains nowhere",
+        "planned: nothing to cancel: none of its jobs is queued or running",
         "twice: cancelled job 3, 4",
         "waits: cancelled job 2",
     ]
@@ -505,7 +506,8 @@ def test_cancel_asks_a_training_outside_of_slurm_by_its_stop_file(slurm: Slurm, 
     (done_,) = cancel_runs([run.path])
     assert (done_.did, run.stop_file.read_text()) == ("asked", "asked\n")
     assert (
-        done_.said == f"asked attempt local-1 (process {os.getpid()} on me) to stop at its next step, with a checkpoint"
+        done_.message
+        == f"asked attempt local-1 (process {os.getpid()} on me) to stop at its next step, with a checkpoint"
     )
     run.stop_file.write_text("signal\n")
     assert cancel_runs([run.path])[0].did == "asked" and run.stop_file.read_text() == "signal\n"
