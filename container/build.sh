@@ -11,28 +11,27 @@ Builds the image from Apptainer.def, as the calling user (apptainer build --fake
   --output FILE          the image to write (afina.sif); replaced only when the new one is complete
   --cpu                  PyTorch for the CPU, and no InfiniBand libraries or compiler; needs one of --torch-index,
                          --torch-wheels, or a folder of wheels in pip's configuration (find-links)
-  --from NAME            another base from a registry (python:3.12-slim-bookworm); NAME@sha256:… is one base for ever
+  --from NAME            another base from a registry (python:3.12-slim-bookworm); NAME@sha256:… does not move as a tag does
   --base-rootfs DIR      a base that is a folder, where no registry can be reached: Debian with python3 and
                          python3-venv, owned by you (tests/apptainer/rootfs.sh makes one)
   --update IMAGE         start from an afina image; from the same lock only afina itself is installed, in seconds
   --torch-version X      2.13.0; container/lock.sh locks PyTorch's dependencies for this one
   --torch-index URL      the package index to take PyTorch from, e.g. PyTorch's own for CUDA 12 (older drivers)
-  --torch-wheels DIR     …or a folder with the wheels of PyTorch and its CUDA libraries; no index is asked for them
+  --torch-wheels DIR     or a folder with the wheels of PyTorch and its CUDA libraries; no index is used for them
   --apt-packages "A B"   Debian packages to add; "" for none
   --compress KIND        gzip (default) opens everywhere; zstd packs 15 times faster, old installations cannot open it.
                          With a level: gzip:1 to gzip:9, zstd:1 to zstd:22 (gzip:9, zstd:3)
   --sign KEY             sign it: the file of a PEM private key, or the number of a PGP key (apptainer key list --secret)
   --commit TEXT          the revision to label the image with (git's HEAD)
-  --no-test              do not run %test at the end: imports, and two steps of training on the CPU
+  --no-test              skip %test at the end: imports, and two steps of training on the CPU
   -h, --help
 
-Beside the image: FILE.sha256 and FILE.cdx.json, the bill of materials (CycloneDX), which is also in the image.
+Written beside the image: FILE.sha256, and FILE.packages.json, the Python packages in it with versions and licences.
 
 Temporary files take about twice the image: APPTAINER_TMPDIR, or else SLURM_TMPDIR or TMPDIR, must be on a local disk, not on
 Lustre, GPFS or NFS. Packages and base layers that were downloaded are kept in APPTAINER_CACHEDIR (default: under the
-same folder), so that a build that broke off goes on from them. pip's index, proxy and certificates of this machine are
-used inside the build; they do not stay in the image. The same commit on the same base gives the same file; its time is
-SOURCE_DATE_EPOCH, by default the commit's.
+same folder), and an interrupted build reuses them. pip's index, proxy and certificates of this machine are used inside the
+build; they do not stay in the image. SOURCE_DATE_EPOCH, by default the commit's time, is the latest time of a file in it.
 
 examples:
   container/build.sh                                             CUDA 13.0, drivers 580 and newer
@@ -59,7 +58,7 @@ while (($#)); do
         -h | --help) usage; exit 0 ;;
         --output | --from | --base-rootfs | --update | --torch-version | --torch-index | --torch-wheels | \
             --apt-packages | --compress | --compression | --commit | --sign)
-            (($# > 1)) || fail 2 "$1 wants a value; --help shows examples"
+            (($# > 1)) || fail 2 "$1 needs a value; --help shows examples"
             case $1 in
                 --output) output=$2 ;;
                 --from) from=$2 ;;
@@ -123,7 +122,7 @@ trap 'rm -rf "$work" "$unfinished"*' EXIT
 
 if [[ $bootstrap == localimage ]]; then
     from=$(absolute "$from")
-    [[ -r $from ]] || fail 2 "the base $from is not there or not readable"
+    [[ -r $from ]] || fail 2 "the base $from does not exist or cannot be read"
 fi
 
 mkdir "$work/host"
@@ -146,14 +145,15 @@ if [[ -z $commit ]]; then
     commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) || commit=unknown
 fi
 epoch=${SOURCE_DATE_EPOCH:-$(git -C "$root" log -1 --format=%ct 2>/dev/null)} || epoch=''
-[[ $epoch =~ ^[0-9]*$ ]] || fail 2 "SOURCE_DATE_EPOCH=$epoch: seconds since 1970 are wanted"
-if [[ $epoch ]]; then export SOURCE_DATE_EPOCH=$epoch; else say 'no commit and no SOURCE_DATE_EPOCH: the image holds the times of this build'; fi
+[[ $epoch =~ ^[0-9]*$ ]] || fail 2 "SOURCE_DATE_EPOCH=$epoch: give seconds since 1970"
+# mksquashfs reads it, and so does Apptainer 1.5, which then makes the same file of the same contents.
+if [[ $epoch ]]; then export SOURCE_DATE_EPOCH=$epoch; fi
 
-# What the base is, for the labels: an afina image has said so already, and a folder is known by its list of packages.
+# The base, for the labels: an afina image has them already, and a folder is identified by its list of packages.
 base_name='' base_digest=''
 if [[ $bootstrap == docker ]]; then
     base_name=${from%@*}
-    if [[ $from == *@sha256:* ]]; then base_digest=${from##*@}; else say "the tag $base_name moves: --from NAME@sha256:… names one base for ever"; fi
+    if [[ $from == *@sha256:* ]]; then base_digest=${from##*@}; else say "the tag $base_name moves: --from NAME@sha256:… does not"; fi
 elif [[ -z $update ]]; then
     base_name=$(basename "$from")
     if [[ -f $from/var/lib/dpkg/status ]]; then base_digest=dpkg-status:$(sha256sum <"$from/var/lib/dpkg/status" | cut -d' ' -f1); fi
@@ -162,7 +162,7 @@ fi
 # A file: on the command line Apptainer splits a build argument at its commas.
 {
     printf 'BOOTSTRAP=%s\nFROM=%s\nDEVICE=%s\nCOMMIT=%s\n' "$bootstrap" "$from" "$device" "$commit"
-    printf 'BASE_NAME=%s\nBASE_DIGEST=%s\nEPOCH=%s\n' "$base_name" "$base_digest" "$epoch"
+    printf 'BASE_NAME=%s\nBASE_DIGEST=%s\n' "$base_name" "$base_digest"
     if [[ $torch_version ]]; then printf 'TORCH_VERSION=%s\n' "$torch_version"; fi
     if [[ $torch_index ]]; then printf 'TORCH_INDEX=%s\n' "$torch_index"; fi
     if [[ $apt_packages != default ]]; then printf 'APT_PACKAGES=%s\n' "$apt_packages"; fi
@@ -171,20 +171,6 @@ fi
 options=(--fakeroot --build-arg-file "$work/arguments" "${bind_options[@]}" ${mksquashfs[@]+"${mksquashfs[@]}"})
 if [[ -z $test ]]; then options+=(--notest); fi
 
-# Apptainer looks for mksquashfs on PATH. This one is the last to see the files, and the first that can: the label with the time
-# of the build is written after %post. Where Apptainer is told to look elsewhere, the label keeps that time.
-if [[ $epoch ]] && mksquashfs_path=$(PATH=$PATH:/usr/sbin:/sbin command -v mksquashfs); then
-    mkdir "$work/bin"
-    {
-        printf '#!/bin/sh\nbuilt=%s\n' "$(date -u -d "@$epoch" +%Y-%m-%dT%H:%M:%SZ)"
-        # shellcheck disable=SC2016
-        printf '%s\n' 'if [ -f "$1/.singularity.d/labels.json" ]; then' \
-            '    sed -E -i "s/(\"org.label-schema.build-date\": \")[^\"]*/\1$built/" "$1/.singularity.d/labels.json"' 'fi'
-        printf 'exec %q "$@"\n' "$mksquashfs_path"
-    } >"$work/bin/mksquashfs"
-    chmod 755 "$work/bin/mksquashfs"
-    PATH=$work/bin:$PATH
-fi
 cd "$root"
 if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
     if ((EUID == 0)); then
@@ -194,17 +180,15 @@ if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
         say 'you have no line in /etc/subuid: without one, apt-get fails in the build (usermod --add-subuids, by an administrator)'
     fail 3 'the build failed; nothing was written'
 fi
-# The file's identity and times, before the signature that covers them.
-if [[ $epoch ]]; then python3 "$root/container/stamp.py" "$unfinished" "$epoch" >/dev/null; fi
-apptainer --quiet exec --no-home "$unfinished" cat /opt/afina/sbom.cdx.json >"$unfinished.cdx.json" || fail 3 'the new image does not start; nothing was written'
+apptainer --quiet exec --no-home "$unfinished" cat /opt/afina/packages.json >"$unfinished.packages.json" || fail 3 'the new image does not start; nothing was written'
 if ((${#signing[@]})); then
     apptainer --quiet sign "${signing[@]}" "$unfinished" || fail 3 'the image could not be signed; nothing was written'
 fi
 digest=$(sha256sum <"$unfinished" | cut -d' ' -f1)
 printf '%s  %s\n' "$digest" "$(basename "$output")" >"$unfinished.sha256"
 # An image never lies beside the checksum of another one.
-rm -f "$output.sha256" "$output.cdx.json"
+rm -f "$output.sha256" "$output.packages.json"
 mv -f "$unfinished" "$output"
-mv -f "$unfinished.cdx.json" "$output.cdx.json"
+mv -f "$unfinished.packages.json" "$output.packages.json"
 mv -f "$unfinished.sha256" "$output.sha256"
 printf '%s: %d MB in %d s, sha256 %s\n' "$output" "$(($(stat -c %s "$output") / 1000000))" "$SECONDS" "$digest"

@@ -21,7 +21,7 @@ user=${AFINA_TEST_USER:-researcher}
 readonly out root user
 readonly aside=$out.d
 readonly packed=(pyproject.toml README.md LICENSE src slurm container/requirements.txt)
-readonly recipe=(Apptainer.def container/build.sh container/pip_settings.py container/contents.py container/stamp.py)
+readonly recipe=(Apptainer.def container/build.sh container/pip_settings.py container/prune.sh)
 cd "$root"
 
 # digest FILE-OR-FOLDER…: of names and contents.
@@ -50,7 +50,7 @@ commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/d
 epoch=$(git -C "$root" log -1 --format=%ct 2>/dev/null) || epoch=0
 options=(--cpu --compress zstd --commit "$commit" --output "$aside/new.sif")
 if [[ -n ${AFINA_TORCH_INDEX:-} ]]; then options+=(--torch-index "$AFINA_TORCH_INDEX"); fi
-dependencies=$aside/base-$(digest container/requirements.txt container/contents.py Apptainer.def tests/apptainer/rootfs.sh).sif
+dependencies=$aside/base-$(digest container/requirements.txt container/prune.sh Apptainer.def tests/apptainer/rootfs.sh).sif
 if [[ -f $dependencies ]]; then
     options+=(--update "$dependencies")
 else
@@ -65,7 +65,7 @@ runuser -u "$user" -- env HOME="$home" PATH=/usr/local/bin:/usr/bin:/bin TMPDIR=
     ${settings[@]+"${settings[@]}"} "$aside/checkout/container/build.sh" "${options[@]}" >&2
 [[ -f $dependencies ]] || ln "$aside/new.sif" "$dependencies"
 mv -f "$aside/new.sif" "$out"
-for beside in sha256 cdx.json; do mv -f "$aside/new.sif.$beside" "$out.$beside"; done
+for beside in sha256 packages.json; do mv -f "$aside/new.sif.$beside" "$out.$beside"; done
 sed -i "s/  .*/  $(basename "$out")/" "$out.sha256"
 printf '%s\n' "$inputs" >"$aside/inputs"
 printf '%s: %d MB in %d s\n' "$out" "$(($(stat -c %s "$out") / 1000000))" "$SECONDS"

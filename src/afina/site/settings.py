@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from afina.errors import SiteError, nearest
+from afina.site.sif import declared_size
 
 __all__ = [
     "CACHE_VARIABLES",
@@ -358,18 +358,15 @@ def _image(value: str, file: Path | None) -> Path | None:
             f"AFINA_IMAGE={value} cannot be read by you", f"chmod a+r '{value}', or copy it where you can read it"
         )
     if path.is_file():
-        with path.open("rb") as image:
-            head = image.read(128)
-        if len(head) < 128 or head[32:41] != b"SIF_MAGIC":
+        declared, size = declared_size(path), path.stat().st_size
+        if declared is None:
             raise SiteError(
                 f"AFINA_IMAGE={value} is not an Apptainer image (SIF)",
-                "build it with container/build.sh; a broken download has the same look",
+                "build it with container/build.sh; a broken download looks the same",
             )
-        # The SIF header ends with the offset and the size of its data, little-endian: https://github.com/apptainer/sif
-        whole, size = sum(struct.unpack("<qq", head[112:128])), path.stat().st_size
-        if size < whole:
+        if size < declared:
             raise SiteError(
-                f"AFINA_IMAGE={value} is cut off: {size} of {whole} bytes are there",
+                f"AFINA_IMAGE={value} is cut off: {size} of {declared} bytes are there",
                 "copy or build it again (a full disk or a broken transfer ends like this)",
             )
     return path
