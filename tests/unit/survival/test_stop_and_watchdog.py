@@ -22,9 +22,10 @@ from afina.worker.survival.stop import CAUSES, StepTimes, stop_lead_s
 
 STOP = """
 import os, signal, sys
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.worker.survival.stop import StopRequest
-stop = StopRequest(RunDir(sys.argv[1]))
+stop = StopRequest(RunDir(sys.argv[1]), Allocation.from_env().deadline)
 for name in sys.argv[2:]:
     os.kill(os.getpid(), getattr(signal, name))
 print(stop.check(lead_s=30), stop.signalled())

@@ -24,7 +24,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def stage(folder: Path, step: int) -> Path:
-    """An empty staging folder for `step`; what an earlier attempt left there is removed."""
+    """An empty staging folder for `step`; leftovers of an earlier attempt are removed."""
     staging = folder / f".staging-{step}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, mode=0o700)
@@ -49,7 +49,7 @@ def commit(staging: Path, step: int, about: Mapping[str, Any]) -> Path:
     final = staging.parent / f"step-{step}"
     if final.exists():
         if damage(final) is None:
-            _remove(staging)  # the same step of the same run: what is there stays
+            _remove(staging)  # the same step of the same run: keep the existing one
             return final
         _set_aside(final, "damaged")
     staging.rename(final)
@@ -64,7 +64,7 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file agrees with the manifest."""
+    """The damage of a checkpoint in words, or None if every file agrees with the manifest."""
     try:
         files = manifest(checkpoint)["files"]
     except FileNotFoundError:
@@ -82,22 +82,22 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def newest(folder: Path, *, set_aside: bool = True) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint, and a line for each damaged one that was found before it.
+    """The newest complete checkpoint, and a line for each newer one that is damaged.
 
     Raises:
-        EnvironmentProblem: there were checkpoints and none is usable: starting afresh would not be what was asked.
+        EnvironmentProblem: there are checkpoints and none is usable; a run never starts over silently.
     """
     notes: list[str] = []
-    found = (
+    numbered = (
         sorted((int(m[1]), p) for p in folder.iterdir() if (m := _STEP.fullmatch(p.name))) if folder.is_dir() else []
     )
-    for _, path in reversed(found):
+    for _, path in reversed(numbered):
         wrong = damage(path)
         if wrong is None:
             return path, notes
         aside = _set_aside(path, "damaged") if set_aside else path
         notes.append(f"checkpoint {path.name} is damaged ({wrong}); set aside as {aside.name}")
-    if found:
+    if numbered:
         raise EnvironmentProblem(
             f"{folder}: no checkpoint is usable: " + "; ".join(notes),
             "restore one from a backup, or start a new run from the recipe; a run never starts over silently",

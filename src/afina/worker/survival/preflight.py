@@ -1,7 +1,7 @@
-"""Before the first step: room for what will be written, ranks that reach each other, clocks that agree.
+"""Preflight checks: enough disk space, ranks that reach each other, clocks that agree. They precede the first step.
 
-What is wrong is said before GPU time is spent. A quota that `statvfs` does not show (Lustre, GPFS) is not seen here. On GPUs
-and InfiniBand the same code runs over NCCL; that was not measured.
+Not covered: a quota that `statvfs` does not show (Lustre, GPFS). Not measured: GPUs and InfiniBand, where the same code runs
+over NCCL.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from afina.run.directory import RunDir
 
 __all__ = ["check_ranks", "check_room", "state_bytes"]
 
-#: How long the ranks wait for each other once all have joined.
+#: How long the ranks wait for each other once all have started.
 _MEET = datetime.timedelta(minutes=5)
-#: Clocks that differ by more (seconds) make times in logs and the distance to the deadline wrong.
+#: With a larger difference of clocks (seconds) times in logs and the remaining time are wrong.
 _SKEW_S = 5.0
 _FEW_INODES = 200
 _SMALL_SHM = 64_000_000
 
 
 def state_bytes(model: torch.nn.Module) -> int:
-    """Bytes of one checkpoint: weights, and two moments of AdamW for each that is trained."""
+    """Bytes of one checkpoint: all weights, and AdamW's two moments of each trained one."""
     return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
-    """Room for the checkpoints that will stand beside each other: those kept, the best, the one being written, the model.
+    """Check the space for all that exists at the same time: the kept checkpoints, the best, the one being written, the model.
 
     Args:
         one: bytes of a checkpoint.
-        keep: checkpoints that stay.
+        keep: how many checkpoints are kept.
 
     Raises:
         EnvironmentProblem: too few bytes or inodes are free.
     """
-    there = sum(f.stat().st_size for f in Path(run.checkpoints).glob("step-*/*") if f.is_file())
-    needed = max(one + one // 3, one * (keep + 2) + one // 3 - there)
+    present = sum(f.stat().st_size for f in Path(run.checkpoints).glob("step-*/*") if f.is_file())
+    needed = max(one + one // 3, one * (keep + 2) + one // 3 - present)
     space = os.statvfs(run.path)
     free = space.f_bavail * space.f_frsize
     if free < needed:
@@ -63,7 +63,7 @@ def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
 
 
 def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
-    """All ranks meet, exchange a message and compare clocks; collective. A missing rank is named with its node.
+    """Let all ranks exchange a message and compare clocks; an error names the missing ranks. Collective.
 
     Args:
         device: of this rank.
@@ -84,12 +84,12 @@ def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
         dist.monitored_barrier(group=side, timeout=_MEET, wait_all_ranks=True)
     except RuntimeError as error:
         raise TrainingError(
-            f"the processes do not reach each other: {str(error).splitlines()[0]} ({local_world} ranks on each node)",
-            "exclude the node of the ranks that are named, and look at NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and firewalls",
+            f"the processes cannot reach each other: {str(error).splitlines()[0]} ({local_world} ranks on each node)",
+            "exclude the node of those ranks, and check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and firewalls",
         ) from None
     dist.all_gather_object(names, (platform.node(), time.time()), group=side)
     vector = torch.ones(4_000_000, device=device)
-    dist.all_reduce(vector)  # the first one sets up connections
+    dist.all_reduce(vector)  # the first call opens connections
     _synchronize(device)
     began = time.perf_counter()
     dist.all_reduce(vector)
@@ -101,7 +101,9 @@ def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
     warnings = []
     if skew > _SKEW_S:
         late = names[clocks.index(max(clocks))][0], names[clocks.index(min(clocks))][0]
-        warnings.append(f"the clocks of {late[0]} and {late[1]} differ by {skew:.1f} s: ask for time synchronisation")
+        warnings.append(
+            f"the clocks of {late[0]} and {late[1]} differ by {skew:.1f} s: ask the administrators to synchronise them"
+        )
     shm = Path("/dev/shm")
     if (
         rank == 0

@@ -6,7 +6,6 @@ Rank 0 checks the stop file and the deadline, every rank catches signals; the ra
 
 from __future__ import annotations
 
-import os
 import signal
 import statistics
 import time
@@ -62,13 +61,13 @@ class StopRequest:
         agreed: the cause that all ranks agreed on (`CAUSES`); empty until then.
     """
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: RunDir, deadline: float | None = None) -> None:
         self._file = run.stop_file
         self._signalled = False
         self._checked = float("-inf")
         self._from_file = 0
         self.agreed = ""
-        self.deadline = float(os.environ.get("AFINA_DEADLINE") or 0) or None
+        self.deadline = deadline
         for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"):
             signal.signal(getattr(signal, name), self._on_signal)
 

@@ -17,6 +17,7 @@ import torch
 
 from afina.errors import TrainingError
 from afina.recipe.metrics import METRICS, default_metrics, selection_metric
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
 from afina.schedule import Schedule
@@ -100,7 +101,6 @@ class Attempt:
     """One process of one attempt at a run.
 
     Attributes:
-        name: of the attempt, `<job>.<restart>` or `local-<n>`.
         geometry: of the processes that really run.
         device: of this process.
         precision: what training computes in; on a CPU evaluations are in float32 whatever it is, so that anybody who
@@ -111,7 +111,7 @@ class Attempt:
     """
 
     run: RunDir
-    name: str
+    allocation: Allocation
     rank: int
     plan: Plan
     geometry: Geometry
@@ -123,6 +123,11 @@ class Attempt:
     checkpoint_bytes: int
     stop: StopRequest
     lease: Lease
+
+    @property
+    def name(self) -> str:
+        """`<job>.<restart>` or `local-<n>`."""
+        return self.allocation.attempt
 
     @cached_property
     def schedule(self) -> Schedule:

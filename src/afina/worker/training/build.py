@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from afina.errors import InputError
 from afina.recipe.metrics import lower_is_better
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
 from afina.worker.compute import allocator, dropout, packed_model, precision
@@ -132,12 +133,11 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
 
 
 def build_attempt(
-    run: RunDir, name: str, geometry: Geometry, data: TrainingData, stop: StopRequest, lease: Lease
+    run: RunDir, allocation: Allocation, geometry: Geometry, data: TrainingData, stop: StopRequest, lease: Lease
 ) -> tuple[Attempt, Any, TrainingArguments]:
     """The attempt, its model and its arguments. With several processes this forms the process group.
 
     Args:
-        name: of the attempt.
         geometry: of the processes that really run.
     """
     transformers.logging.set_verbosity_error()
@@ -155,7 +155,7 @@ def build_attempt(
     parameters = model.num_parameters(exclude_embeddings=True)
     attempt = Attempt(
         run=run,
-        name=name,
+        allocation=allocation,
         rank=arguments.process_index,
         plan=plan,
         geometry=geometry,

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.compute.batches import TOKENS_PER_ROW, StepBatches, costs
@@ -41,7 +42,6 @@ _CONSIDERED = 4000
 _UNTIMED = 2
 #: Quantiles of cost of the timed steps.
 _QUANTILES = (0.5, 0.85, 0.25, 0.95, 0.5, 0.7, 0.1, 0.4)
-_ATTEMPT = "rehearsal"
 
 
 def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began: float) -> dict[str, Any]:
@@ -62,10 +62,11 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
         data = dataclasses.replace(data, splits={"train": splits["train"], "eval": longest})
     else:
         data = dataclasses.replace(data, splits={"train": splits["train"]})
-    run.begin_attempt(_ATTEMPT)
-    lease = Lease(run, _ATTEMPT)
+    allocation = Allocation(attempt="rehearsal")
+    run.begin_attempt(allocation.attempt)
+    lease = Lease(run, allocation.attempt)
     lease.take()
-    attempt, model, arguments = build_attempt(run, _ATTEMPT, plan.geometry, data, StopRequest(run), lease)
+    attempt, model, arguments = build_attempt(run, allocation, plan.geometry, data, StopRequest(run), lease)
     trainer = Rehearsal(geometry, attempt, model, arguments)
     budget = _Budget(attempt, steps, seconds)
     trainer.add_callback(budget)

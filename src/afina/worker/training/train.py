@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan, geometry_for
@@ -34,23 +35,22 @@ __all__ = ["main"]
 
 def main(argv: list[str]) -> int:
     """Train the run of `argv[0]`; returns the exit code, which `attempts/<id>/exit` holds too (accelerate hides it)."""
-    run = RunDir(argv[0])
-    attempt = os.environ.get("AFINA_ATTEMPT") or "local-1"
+    run, allocation = RunDir(argv[0]), Allocation.from_env()
     rank = int(os.environ.get("RANK", "0"))
     mark_lines(rank)
-    stop = StopRequest(run)
-    lease = Lease(run, attempt)
+    stop = StopRequest(run, allocation.deadline)
+    lease = Lease(run, allocation.attempt)
     try:
         if rank == 0:
             lease.take()
-        code = _train(run, attempt, stop, lease)
+        code = _train(run, allocation, stop, lease)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             stage_in.remove(os.environ)
         if rank == 0:
             lease.release()
         return code
     except Exception as error:
-        _fail(run, attempt, rank, error)
+        _fail(run, allocation.attempt, rank, error)
 
 
 def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
@@ -88,13 +88,13 @@ def _explain(error: Exception) -> AfinaError:
     return TrainingError(message, remedy, cause=type(error).__name__)
 
 
-def _train(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> int:
+def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
     with without("datasets", "scipy"):
         from afina.worker.training import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
         from afina.worker.training.results import Results, export_results
 
-    trainer, resume = _build(run, name, stop, lease)
+    trainer, resume = _build(run, allocation, stop, lease)
     attempt = trainer.attempt
     _preflight(trainer, resume)
     try:
@@ -117,7 +117,7 @@ def _train(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> int:
     return EXIT_STOPPED if stop.agreed else EXIT_FINISHED
 
 
-def _build(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> tuple[RunTrainer, Path | None]:
+def _build(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> tuple[RunTrainer, Path | None]:
     """The trainer of this attempt, and the checkpoint that it resumes from."""
     from afina.worker.training.attempt import open_data
     from afina.worker.training.build import build_attempt
@@ -127,7 +127,7 @@ def _build(run: RunDir, name: str, stop: StopRequest, lease: Lease) -> tuple[Run
     plan = run.plan()
     verify = os.environ.get("RANK", "0") == "0"
     data = open_data(plan, stage_in.staged(run.prepared(), os.environ), verify=verify)
-    attempt, model, arguments = build_attempt(run, name, _geometry(plan), data, stop, lease)
+    attempt, model, arguments = build_attempt(run, allocation, _geometry(plan), data, stop, lease)
     resume = _newest_checkpoint(attempt)
     callbacks = track(run, plan, _step_of(resume)) if attempt.rank == 0 else []
     with uncollected():
@@ -187,7 +187,7 @@ def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
     say(*introduction(attempt.plan, attempt.geometry, attempt.data.task, rows, attempt.device.type))
     if resume:
         say(f"resuming from {resume.name}")
-    if "AFINA_LAUNCH" not in os.environ:
+    if attempt.allocation.launched_by is None:
         # A launcher removes the stop file before it starts an attempt; a later request counts.
         run.stop_file.unlink(missing_ok=True)
 
