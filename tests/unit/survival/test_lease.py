@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 
 from afina.errors import ClaimedError
+from afina.processes import Process, boot_id
 from afina.run.directory import RunDir
 from afina.worker.survival.lease import Lease
 
@@ -26,13 +27,6 @@ lease.Lease(RunDir(sys.argv[1]), sys.argv[2]).take()
 print("held", flush=True)
 time.sleep(600)
 """
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    folder = tmp_path / "r un"
-    folder.mkdir()
-    return RunDir(folder)
 
 
 @pytest.fixture
@@ -53,7 +47,7 @@ def test_a_living_attempt_is_not_disturbed(run: RunDir, holder: subprocess.Popen
     assert before | {"beats": 0} == after | {"beats": 0}
 
 
-def test_a_killed_attempt_is_followed_at_once(run: RunDir, holder: subprocess.Popen[str]) -> None:
+def test_a_killed_attempt_is_replaced_immediately(run: RunDir, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     lease = Lease(run, "8.0")
@@ -82,7 +76,7 @@ def _elsewhere(run: RunDir, **changes: object) -> dict[str, object]:
     return record
 
 
-def test_a_silent_attempt_of_another_machine_is_given_up(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_attempt_of_another_machine_is_presumed_dead(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
     _elsewhere(run)
     lease = Lease(run, "8.0")
     lease.take(wait_s=1.5)
@@ -91,7 +85,7 @@ def test_a_silent_attempt_of_another_machine_is_given_up(run: RunDir, capfd: pyt
     lease.release()
 
 
-def test_a_living_attempt_of_another_machine_is_seen_by_its_beats(run: RunDir) -> None:
+def test_a_living_attempt_of_another_machine_is_recognised_by_its_beats(run: RunDir) -> None:
     _elsewhere(run)
     beat = subprocess.Popen(
         [
@@ -113,7 +107,17 @@ def test_a_living_attempt_of_another_machine_is_seen_by_its_beats(run: RunDir) -
         beat.wait()
 
 
-def test_who_was_given_up_for_dead_notices(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_number_counts_in_its_own_namespace_only(run: RunDir, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two containers of one machine may both have a process of this number."""
+    here = asdict(Process.current()) | {"space": 1, "boot": boot_id()}
+    _elsewhere(run, **here)
+    lease = Lease(run, "8.0")
+    lease.take(wait_s=1.5)
+    assert "may still be running" in capfd.readouterr().out
+    lease.release()
+
+
+def test_an_attempt_that_was_presumed_dead_notices(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afina.worker.survival.lease.BEAT_S", 0.05)
     lease = Lease(run, "1.0")
     lease.take()

@@ -1,0 +1,30 @@
+"""Preflight checks of the disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from tests.unit.conftest import private_mounts
+
+from afina.errors import EnvironmentProblem
+from afina.run.directory import RunDir
+from afina.worker.survival import preflight
+
+
+def test_too_little_space_is_an_error_before_the_first_step(run: RunDir, tmp_path: Path) -> None:
+    assert preflight.check_room(run, 1000, 2)["needed_gb"] == 0
+    with pytest.raises(EnvironmentProblem, match="GB are free") as caught:
+        preflight.check_room(run, 10**18, 2)
+    assert caught.value.cause == "disk" and "keep_checkpoints" in caught.value.remedy
+    done = private_mounts(
+        'mount -t tmpfs -o size=40m,nr_inodes=150 tmpfs "$1"; shift; exec "$@"',
+        tmp_path,
+        sys.executable,
+        "-c",
+        "import sys; from afina.run.directory import RunDir; from afina.worker.survival import preflight\n"
+        "preflight.check_room(RunDir(sys.argv[1]), 1000, 2)",
+        tmp_path,
+    )
+    assert done.returncode == 1 and "inodes are free" in done.stderr

@@ -1,0 +1,77 @@
+"""Evaluation: scores by blocks of rows, logits in a file, logits of several ranks, labels of predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.unit.training.patched import run_with
+
+from afina.worker.model.metrics import compute_metrics
+from afina.worker.model.tasks import TASKS, decisions
+from afina.worker.training import evaluation
+from afina.worker.training.results import _columns
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(4)
+    count, width = 5001, 1 if task == "regression" else 5
+    logits = draw.normal(size=(count, width)).astype(np.float32)
+    labels = {
+        "single-label": draw.integers(0, 5, count),
+        "multi-label": (draw.random((count, 5)) > 0.6).astype(np.float32),
+        "regression": draw.normal(size=count).astype(np.float32),
+    }[task]
+    from afina.recipe.metrics import METRICS
+
+    names = list(METRICS[task])
+    whole = evaluation.scores(task, names, logits, labels)
+    wide = np.float64 if task == "regression" else np.int64
+    reference = compute_metrics(task, names, decisions(task, logits).astype(wide), labels, width)
+    assert {k: v for k, v in whole.items() if k != "loss"} == reference
+    blocks = evaluation.blocks
+    monkeypatch.setattr(evaluation, "_IN_MEMORY", 0)
+    mapped = evaluation._allocate(logits.shape, tmp_path / "trainer")
+    assert isinstance(mapped, np.memmap) and list((tmp_path / "trainer").iterdir()) == []
+    mapped[:] = logits
+    for size in (1, 7, 1000):
+        if size == 1 and task == "multi-label":
+            continue
+        monkeypatch.setattr(evaluation, "blocks", lambda count, size=size: blocks(count, size))
+        assert evaluation.scores(task, names, mapped, labels) == whole
+
+
+def test_lists_of_labels_hold_the_chosen_names() -> None:
+    logits = np.array([[1, -1, 2], [-1, -1, -1], [-3, 4, -1]], np.float32)
+    labels = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 1]], np.float32)
+    columns = _columns("multi-label", ["a", "b", "c"], logits, labels)
+    assert columns["label"].to_pylist() == [["a"], [], ["b", "c"]]
+    assert columns["prediction"].to_pylist() == [["a", "c"], [], ["b"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_padding_is_counted_and_ranks_hand_over_their_logits(tmp_path: Path) -> None:
+    """Two processes that hand over after every batch, one that keeps its logits in a file: the same numbers."""
+    import pyarrow.parquet as pq
+
+    common: dict[str, Any] = {"batching": "longest", "eval_batch_size": 4}
+    two = run_with(tmp_path, "two", "afina.worker.training.evaluation:_HAND_OVER = 1", "--num-processes", "2", **common)
+    one = run_with(tmp_path, "one", "afina.worker.training.evaluation:_IN_MEMORY = 0", **common)
+    outcomes = [json.loads((run / "outcome.json").read_text()) for run in (one, two)]
+    for outcome in outcomes:
+        assert 0.5 < outcome["utilisation"]["real_token_share"] < 1
+    assert "the sum of 2 processes" in outcomes[1]["utilisation"]["peak_source"]
+    tables = [pq.read_table(run / "predictions.parquet") for run in (one, two)]
+    assert tables[0].schema == tables[1].schema and len(tables[0]) == len(tables[1]) == 41
+    assert tables[0]["text"] == tables[1]["text"] and tables[0]["label"] == tables[1]["label"]
+    for run, table, outcome in zip((one, two), tables, outcomes, strict=True):
+        right = np.mean(np.array(table["label"].to_pylist()) == np.array(table["prediction"].to_pylist()))
+        assert right == pytest.approx(outcome["metrics"]["eval_accuracy"]), "each row got its own logits"
+        assert not (run / "trainer").exists()
