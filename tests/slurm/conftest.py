@@ -73,7 +73,7 @@ def host() -> Iterator[Path]:
     folder.chmod(0o755)
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
     lock = (ROOT / "tests/requirements.txt").read_text()
-    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^ ;\\]+", lock, re.M)))
+    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "src", "slurm"):
