@@ -1,6 +1,6 @@
-"""Training for real, with tiny models: every task, both geometries that fit here, stops and resumes, and what is written.
+"""Real trainings of tiny models: every task, one and two processes, stops and resumes, and the files that are written.
 
-Each run is the command line in a process of its own, as a user starts it.
+Each run is a command in a process of its own, as a user starts it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> sub
 def _train(place: Path, name: str, recipe: dict[str, Any], *options: str, code: int = 0) -> Path:
     run = place / name
     process = _start(place, run, recipe, *options)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == code, said
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
     return run
 
 
@@ -108,7 +108,7 @@ def _wait_for_lines(run: Path, count: int, *, attempt: int = 1) -> None:
         if started and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
             return
         time.sleep(0.02)
-    raise AssertionError(f"{run} did not come to {count} lines")
+    raise AssertionError(f"{run} did not reach {count} lines")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def whole(place: Path) -> Path:
     return _train(place, "whole", _recipe(place))
 
 
-def test_a_finished_run_has_all_that_was_promised(whole: Path) -> None:
+def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
     import pyarrow.parquet as pq
 
     outcome = _outcome(whole)
@@ -139,7 +139,7 @@ def test_a_finished_run_has_all_that_was_promised(whole: Path) -> None:
     assert whole.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_model_loads_in_a_plain_pipeline_and_says_the_users_labels(whole: Path) -> None:
+def test_the_model_loads_in_a_plain_pipeline_with_the_users_labels(whole: Path) -> None:
     code = (
         "import json, sys\nfrom transformers import pipeline\n"
         "p = pipeline('text-classification', model=sys.argv[1], top_k=None)\n"
@@ -151,7 +151,7 @@ def test_the_model_loads_in_a_plain_pipeline_and_says_the_users_labels(whole: Pa
     assert (whole / "model/model.safetensors").is_file()
 
 
-def test_predictions_of_the_exported_model_are_the_recorded_ones(whole: Path) -> None:
+def test_the_exported_model_repeats_the_recorded_predictions(whole: Path) -> None:
     code = (
         "import json, sys, torch\nfrom transformers import AutoTokenizer, AutoModelForSequenceClassification as M\n"
         "import pyarrow.parquet as pq\n"
@@ -169,16 +169,16 @@ def test_predictions_of_the_exported_model_are_the_recorded_ones(whole: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path) -> None:
-    """Every step is evaluated, so that each stop leaves an evaluation to the attempt that goes on."""
+def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path) -> None:
+    """Every step is evaluated, so that each stop leaves an evaluation to the next attempt."""
     recipe = _recipe(place, train={"evaluate": 1, "save_every": 5, "epochs": 4})
     whole = _train(place, "undisturbed", recipe)
     run = place / "stopped"
     process = _start(place, run, recipe)
     _wait_for_lines(run, 5)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
     assert _outcome(run)["outcome"] == "stopped"
     resume = [sys.executable, "-m", "afina.cli", "resume", str(run)]
     resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
@@ -190,13 +190,13 @@ def test_a_run_stopped_again_and_again_is_the_run_that_was_not(place: Path) -> N
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
     assert resumed.wait(timeout=120) == 4
     assert "signal 9" in _outcome(run)["error"]
-    code, said = _resume(place, run)
-    assert code == 0, said
+    code, output = _resume(place, run)
+    assert code == 0, output
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert _outcome(run)["attempts"] == 4
-    code, said = _resume(place, run)
-    assert code == 0, "a finished run is left as it is"
+    code, output = _resume(place, run)
+    assert code == 0, "a finished run stays as it is"
 
 
 @pytest.mark.slow
@@ -231,8 +231,8 @@ def test_two_processes_and_accumulation_are_the_same_training(place: Path, batch
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, processes: str) -> None:
-    """The evaluation takes seconds, one row at a time; the stop is asked for when its step has been logged."""
+def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(place: Path, processes: str) -> None:
+    """The evaluation takes seconds, one row at a time; the stop is requested when its step has been logged."""
     rows = tiny.tiny_reviews(1200, 11)
     tiny.write_csv(place / "long.csv", rows)
     one_by_one = {"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1}
@@ -247,19 +247,19 @@ def test_a_stop_in_an_evaluation_leaves_it_to_the_next_attempt(place: Path, proc
     process = _start(place, run, recipe, "--num-processes", processes)
     _wait_for_lines(run, 6)
     (run / "stop").touch()
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
-    assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the evaluation was not waited for"
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the stop did not wait for the evaluation"
     assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
-    code, said = _resume(place, run, "--num-processes", processes)
-    assert code == 0, said
+    code, output = _resume(place, run, "--num-processes", processes)
+    assert code == 0, output
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.timeout(300)
 def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
-    """The lead is 15 seconds, two saves and three steps: a deadline in 25 seconds leaves some for the training."""
+    """The stop begins 15 seconds, two saves and three steps before the deadline: 28 seconds leave some for the training."""
     recipe = _recipe(place, train={"epochs": 4000, "save_every": 5000, "log_every": 100})
     run = place / "limited"
     file = run.with_suffix(".yaml")
@@ -280,7 +280,7 @@ def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_an_old_checkpoint_is_followed_by_another_one(place: Path) -> None:
+def test_save_minutes_limits_the_age_of_the_newest_checkpoint(place: Path) -> None:
     recipe = _recipe(place, train={"epochs": 30, "save_every": 5000, "save_minutes": 0.005, "evaluate": 5000})
     run = _train(place, "old", recipe)
     saved = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "checkpoint"]
@@ -290,7 +290,7 @@ def test_an_old_checkpoint_is_followed_by_another_one(place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
+def test_a_run_of_one_process_resumes_with_two(place: Path) -> None:
     recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8, "precision": "fp32"})
     whole = _train(place, "one", recipe)
     run = place / "geometry"
@@ -298,13 +298,13 @@ def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
     _wait_for_lines(run, 4)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) and process.returncode == 75
-    code, said = _resume(place, run, "--num-processes", "2")
-    assert code == 0, said
+    code, output = _resume(place, run, "--num-processes", "2")
+    assert code == 0, output
     one, two = _lines(whole), _lines(run)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
-    code, said = _resume(place, run, "--num-processes", "3")
-    assert code in (0, 2), said
+    code, output = _resume(place, run, "--num-processes", "3")
+    assert code in (0, 2), output
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,9 @@ def test_a_run_of_one_process_goes_on_with_two(place: Path) -> None:
         ),
     ],
 )
-def test_every_task_trains_and_measures(place: Path, name: str, changes: dict[str, Any], keys: set[str]) -> None:
+def test_every_task_trains_and_computes_its_metrics(
+    place: Path, name: str, changes: dict[str, Any], keys: set[str]
+) -> None:
     recipe = _recipe(place, **changes)
     if name == "multi":
         recipe["data"]["files"] = {"all": str(place / "many.csv")}
@@ -359,12 +361,12 @@ def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
     assert step >= 1 and rows.count("row ") == 8 and "reviews.csv" in rows, rows
 
 
-def test_a_claimed_run_directory_is_refused_and_left_alone(place: Path, whole: Path) -> None:
+def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     process = _start(place, whole, _recipe(place))
-    said, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "afina resume" in said and "Traceback" not in said
+    assert "afina resume" in output and "Traceback" not in output
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
@@ -376,9 +378,9 @@ def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     assert process.communicate(timeout=120) and process.returncode == 75
     newest, older = sorted((run / "checkpoints").glob("step-*"), key=lambda p: -int(p.name.split("-")[1]))[:2]
     (newest / "optimizer.pt").unlink()
-    code, said = _resume(place, run)
-    assert code == 0, said
-    assert f"resuming from {older.name}" in said and "optimizer.pt: is missing" in said
+    code, output = _resume(place, run)
+    assert code == 0, output
+    assert f"resuming from {older.name}" in output and "optimizer.pt: is missing" in output
     bad = place / "all bad"
     process = _start(place, bad, _recipe(place, train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(bad, 3)
@@ -390,6 +392,6 @@ def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
             byte = file.read(1)
             file.seek(5000)
             file.write(bytes([byte[0] ^ 1]))
-    code, said = _resume(place, bad)
+    code, output = _resume(place, bad)
     assert code == 3
-    assert "no checkpoint is usable" in said
+    assert "no checkpoint is usable" in output

@@ -1,1 +1,1 @@
-"""What keeps a run safe: checkpoints, snapshots, stop requests, the watchdog, the lease, preflight checks."""
+"""Surviving the cluster: checkpoints, snapshots, stop requests, the watchdog, the lease, preflight checks."""

@@ -95,7 +95,7 @@ class Lease:
             )
 
     def _is_dead(self, holder: dict[str, Any]) -> bool | None:
-        """Whether the holder has ended: an earlier start of this job, or a dead process. None: not visible from here."""
+        """True if the holder is an earlier start of this job, or a dead process. None: not visible from here."""
         job = self.attempt.rpartition(".")[0]
         if job and holder["attempt"].rpartition(".")[0] == job and holder["attempt"] != self.attempt:
             return True

@@ -211,7 +211,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def read_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each rank added to the checkpoint: `random` (see `random_state`), `loss` and `logged`."""
+    """The entries of all ranks in a checkpoint: `random` (see `random_state`), `loss` and `logged`."""
     value = torch.load(folder / RANKS, weights_only=True)
     assert isinstance(value, list)
     return value

@@ -51,7 +51,7 @@ class StepTimes:
 
 
 class StopRequest:
-    """Whether and why this process has been asked to stop.
+    """Records requests to stop this process, and their cause.
 
     The signal handler only sets a flag: Slurm and Apptainer deliver one signal two or three times, and a handler that prints
     fails with a reentrant call.

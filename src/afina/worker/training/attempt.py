@@ -166,7 +166,7 @@ class Attempt:
         self.run.event(kind, attempt=self.name, **fields)
 
     def stop_cause(self) -> int:
-        """Whether this rank knows of a stop request, as an index into `CAUSES`; rank 0 also checks file and deadline."""
+        """The stop request that this rank knows of, as an index into `CAUSES`; rank 0 also checks file and deadline."""
         if self.rank:
             return self.stop.signalled()
         return self.stop.check(stop_lead_s(self.times, self.saver.seconds, self.checkpoint_bytes))

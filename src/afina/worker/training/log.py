@@ -29,7 +29,7 @@ def say(*lines: str) -> None:
 
 
 def introduction(plan: Plan, geometry: Geometry, task: str, rows: dict[str, int], device: str) -> list[str]:
-    """What is trained, and on what.
+    """Two lines: the task, model and data; the processes and their batches.
 
     Args:
         rows: of each split.

@@ -96,7 +96,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def matmul_dtype(self) -> str:
-        """What training multiplies, as `compute.flops` names it."""
+        """The number format of matrix products in training, as `compute.flops` names it."""
         return precision.matmul_dtype(self.attempt.precision, self.args)
 
     # Batches and loss
