@@ -1,19 +1,21 @@
-"""CSV, TSV and JSON Lines, read strictly. Training, prediction and `afina init` share this reader; errors name file and row.
+"""Data formats, read strictly. Training, prediction and `afina init` share these readers; errors name file and row.
 
 Every cell of a CSV or TSV is text: nothing is guessed, an empty cell is an empty text, `NA` is the two letters. Python's strict
 parser reads the rows: others read on to the end of the file after a quote that is never closed, and drop misplaced quotes, both
 without a message. Memory is that of one row, whatever the file's size, except for a `.json` file that holds one array, which is
 parsed whole.
 
-Only the standard library is needed, so `afina init` runs where nothing else is installed; Parquet is in
-`afina.worker.data.readers`. Not covered: compressed files, separators other than comma and tab, encodings other than UTF-8.
+`read_rows` gives the rows of any format, Parquet too, as dictionaries; `afina.worker.data.readers` gives columns. Not covered:
+compressed files, separators other than comma and tab, encodings other than UTF-8.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from afina.errors import DataError, nearest
 __all__ = [
     "check_characters",
     "check_columns",
+    "class_names",
     "json_kind",
     "json_unit",
     "not_a_text",
@@ -30,6 +33,7 @@ __all__ = [
     "read_delimited",
     "read_json",
     "read_rows",
+    "readable_parquet",
     "undecodable",
 ]
 
@@ -182,26 +186,6 @@ def read_delimited(path: Path) -> Iterator[tuple[int, list[str]]]:
             ) from None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV, TSV or JSON Lines file as dictionaries by column.
-
-    Raises:
-        DataError: as `read_delimited` and `read_json`; the one column of a CSV or TSV looks like several.
-    """
-    try:
-        if path.suffix.lower() not in (".csv", ".tsv"):
-            yield from (record for _, record in read_json(path))
-            return
-        rows = read_delimited(path)
-        _, header = next(rows)
-        if other := _other_separator(path, header):
-            raise DataError(f"{path}: the file seems to be separated by {other}", _SEPARATED)
-        for _, cells in rows:
-            yield dict(zip(header, cells, strict=True))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
-
-
 def _delimiter(path: Path) -> str:
     return "\t" if path.suffix.lower() == ".tsv" else ","
 
@@ -285,3 +269,79 @@ def json_kind(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(
         type(value), "a number"
     )
+
+
+# -- Parquet, and any format ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def readable_parquet(path: Path) -> Iterator[None]:
+    """Around code that reads a Parquet file.
+
+    Raises:
+        DataError: the file is not Parquet, or damaged, or cannot be opened.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: not a readable Parquet file: {reason}", "copy or write the file again") from None
+
+
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """ClassLabel names by column, from the schema's metadata that `datasets` writes; those of a list of labels too."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    found = {}
+    for name, feature in features.items():
+        feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+            found[name] = [str(n) for n in feature["names"]]
+    return found
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any format as dictionaries by column; of Parquet with the names of class labels.
+
+    Raises:
+        DataError: as the reader of the format; the one column of a CSV or TSV looks like several.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_rows(path)
+        elif path.suffix.lower() in (".csv", ".tsv"):
+            rows = read_delimited(path)
+            _, header = next(rows)
+            if other := _other_separator(path, header):
+                raise DataError(f"{path}: the file seems to be separated by {other}", _SEPARATED)
+            for _, cells in rows:
+                yield dict(zip(header, cells, strict=True))
+        else:
+            yield from (record for _, record in read_json(path))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "check the path and its permissions") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    with readable_parquet(path), pq.ParquetFile(path) as file:
+        names = class_names(file.schema_arrow.metadata or {})
+        for batch in file.iter_batches(batch_size=1024):
+            # Dates, bytes and decimals become text.
+            for row in json.loads(json.dumps(batch.to_pylist(), default=str)):
+                yield row | {name: _class_name(row[name], classes) for name, classes in names.items() if name in row}
+
+
+def _class_name(value: Any, classes: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_name(v, classes) if isinstance(v, int) and 0 <= v < len(classes) else v for v in value]
+    if not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None

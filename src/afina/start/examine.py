@@ -1,8 +1,8 @@
 """A first look into labelled data, for `afina init`: columns, lengths, classes, what is empty and what is there twice.
 
-CSV, TSV and JSON Lines are read here with the standard library, Parquet and Hub data sets by `afina.worker.data.peek`, which hands
-their rows over as JSON Lines. Nothing is refused that `afina prefetch` would take, and what it would refuse is said. At most
-`MOST_ROWS` rows of a part are read; the rest is extrapolated by size, and said to be.
+All formats are read by `afina.recipe.formats`; a Hub data set is fetched first, by `afina.worker.data.peek`. Nothing is refused that
+`afina prefetch` would take, and what it would refuse is said. At most `MOST_ROWS` rows of a part are read; the rest is
+extrapolated by size, and said to be.
 
 Not covered: compressed files, other separators than comma and tab, other encodings than UTF-8: as in the prepare stage.
 """

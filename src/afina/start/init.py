@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.forecast.evidence import parameters_of
 from afina.recipe.data_files import DATA_SUFFIXES, check_format, data_files, split_of
-from afina.recipe.formats import read_rows
+from afina.recipe.formats import read_rows, readable_parquet
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, make_plan
-from afina.run.workers import follow_worker
+from afina.run.workers import ask_worker
 from afina.site.settings import Site, cache_environment, environment, hub_token, load_site
 from afina.slurm.cluster import Cluster
 from afina.start import examine, propose
@@ -146,21 +146,24 @@ def find_data(data: str, site: Site | None, config: str | None = None) -> Found:
         )
     if "train" not in parts and "all" not in parts:
         parts = {"all": tuple(p for paths in parts.values() for p in paths)}
-    sources = {part: _source(paths, site) for part, paths in parts.items()}
+    sources = {part: _source(paths) for part, paths in parts.items()}
     return Found(str(path), sources, parts, parts=None if "all" in parts else {part: part for part in parts})
 
 
-def _source(paths: Sequence[Path], site: Site | None) -> Source:
-    name = ", ".join(p.name for p in paths)
-    if any(p.suffix.lower() == ".parquet" for p in paths):
-        return _from_worker({"files": [str(p) for p in paths]}, name, site, paths)["all"]
-    size = sum(p.stat().st_size for p in paths)
-    # Line breaks inside a quoted cell count too: then it is an estimate.
-    total = sum(_line_breaks(p) for p in paths) if size > _LARGE else None
+def _source(paths: Sequence[Path], name: str | None = None) -> Source:
+    counted = sum(p.stat().st_size for p in paths) > _LARGE or all(p.suffix.lower() == ".parquet" for p in paths)
+    total = sum(map(_count_rows, paths)) if counted else None
+    name = name or ", ".join(p.name for p in paths)
     return Source(name, lambda: (row for path in paths for row in read_rows(path)), total)
 
 
-def _line_breaks(path: Path) -> int:
+def _count_rows(path: Path) -> int:
+    """Rows of a Parquet file; of another one its line breaks, an estimate: those inside a quoted cell count too."""
+    if path.suffix.lower() == ".parquet":
+        import pyarrow.parquet as pq
+
+        with readable_parquet(path):
+            return int(pq.read_metadata(path).num_rows)
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
 
@@ -171,8 +174,10 @@ def _find_hub(hub: str, config: str | None, site: Site | None) -> Found:
             f"--data {hub}: a data set from the Hub is fetched to scratch, and there is no site file yet",
             "write one first: afina init --site-only; then run this again",
         )
-    question = {"hub": hub, "config": config, "site": site.model_dump(mode="json")}
-    sources = _from_worker(question, hub, site, [])
+    files = _fetch_hub({"hub": hub, "config": config, "site": site.model_dump(mode="json")}, site)
+    sources = {
+        split: _source([Path(path)], f"{hub}/{split}" if len(files) > 1 else hub) for split, path in files.items()
+    }
     names = {split_of(Path(split)) or split: split for split in sources}
     if "train" not in names and "all" not in names:
         names = {"train": next(iter(sources)), **{k: v for k, v in names.items() if k in ("eval", "test")}}
@@ -181,44 +186,20 @@ def _find_hub(hub: str, config: str | None, site: Site | None) -> Found:
     return Found(hub, kept, {}, hub=hub, config=config, parts=parts if len(parts) > 1 else None)
 
 
-def _from_worker(question: Mapping[str, Any], name: str, site: Site | None, paths: Sequence[Path]) -> dict[str, Source]:
-    """Sources whose rows a worker hands over: Parquet, and the Hub. Asked once here for what there is, later for rows."""
-
-    def told(limit: int) -> Iterator[dict[str, Any]]:
-        return _worker_lines({**question, "limit": limit}, site, paths)
-
-    parts = {line["part"]: int(line["rows"]) for line in told(0) if "part" in line}
-
-    def rows(part: str) -> Iterator[dict[str, Any]]:
-        here = False
-        for line in told(examine.MOST_ROWS + 1):
-            if "part" in line:
-                here = line["part"] == part
-            elif here:
-                yield line["row"]
-
-    def of(part: str) -> Callable[[], Iterator[dict[str, Any]]]:
-        return lambda: rows(part)
-
-    return {
-        part: Source(f"{name}/{part}" if len(parts) > 1 else name, of(part), total) for part, total in parts.items()
-    }
-
-
-def _worker_lines(question: Mapping[str, Any], site: Site | None, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _fetch_hub(question: Mapping[str, Any], site: Site) -> dict[str, str]:
+    """Fetch a data set by a worker; its files by split."""
     argv = [sys.executable, "-m", "afina.worker", "peek"]
-    here = {**os.environ, **(environment(site) if site is not None else {})}
-    env = {**here, **(cache_environment(site, here) if site is not None else {}), **hub_token(here)}
-    if importlib.util.find_spec("pyarrow") is None or (
-        question.get("hub") and importlib.util.find_spec("datasets") is None
-    ):
-        if site is None or site.image is None:
+    here = {**os.environ, **environment(site)}
+    env = {**here, **cache_environment(site, here), **hub_token(here)}
+    if importlib.util.find_spec("datasets") is None:
+        if site.image is None:
             raise EnvironmentProblem(
-                f"{', '.join(map(str, paths)) or question.get('hub')}: nothing here reads Parquet: no pyarrow and no image",
+                f"{question['hub']}: neither the package `datasets` nor an image is here to fetch it",
                 "build the image (container/build.sh) and name it in site.env, or `pip install 'afina[train]'`",
             )
-        argv = container_argv(bare_plan(site), ["python", *argv[1:]], [p.parent for p in paths])
-    return follow_worker(argv, env, question, name="the examination of the data")
+        argv = container_argv(bare_plan(site), ["python", *argv[1:]], [])
+    answer = ask_worker(argv, env, question, name="the fetch of the data set")
+    return dict(answer["files"])
 
 
 def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:

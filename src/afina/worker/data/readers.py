@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +24,18 @@ from afina.recipe.data_files import DATA_SUFFIXES
 from afina.recipe.formats import (
     check_characters,
     check_columns,
+    class_names,
     json_kind,
     json_unit,
     not_a_text,
     number_text,
     read_delimited,
     read_json,
+    readable_parquet,
     undecodable,
 )
 
-__all__ = ["FileReader", "RowBatch", "as_text", "class_names", "is_blank", "open_reader", "readable"]
+__all__ = ["FileReader", "RowBatch", "as_text", "is_blank", "open_reader"]
 
 Array = np.ndarray[Any, Any]
 
@@ -346,7 +347,7 @@ class _Parquet:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with readable(path):
+        with readable_parquet(path):
             self._classes = class_names(pq.read_schema(path).metadata or {})
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -355,7 +356,7 @@ class _Parquet:
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
         done = 0
         # Not memory-mapped, one column chunk after the other: pages that were read do not stay in this process's memory.
-        with readable(self.path), pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
+        with readable_parquet(self.path), pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
             schema = file.schema_arrow
             names = _choose_columns(self.path, schema.names, wanted, others)
             size = _batch_size(file.metadata, names)
@@ -404,36 +405,6 @@ def _batch_size(metadata: Any, names: Sequence[str]) -> int:
         size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
         most = max(most, size // max(1, group.num_rows))
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // most))
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Around code that reads a Parquet file.
-
-    Raises:
-        DataError: the file is not Parquet, or damaged, or cannot be opened.
-    """
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a readable Parquet file: {reason}", "copy or write the file again") from None
-
-
-def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """ClassLabel names by column, from the schema's metadata that `datasets` writes; those of a list of labels too."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-    found = {}
-    for name, feature in features.items():
-        feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
-            found[name] = [str(n) for n in feature["names"]]
-    return found
 
 
 def _check_utf8(path: Path, name: str, column: pa.Array, done: int) -> None:
