@@ -39,6 +39,7 @@ __all__ = [
     "SiteError",
     "SlurmError",
     "TrainingError",
+    "first_line",
     "nearest",
 ]
 
@@ -176,6 +177,12 @@ _KINDS: dict[str, type[AfinaError]] = {
     kind.__name__: kind
     for kind in (InputError, RecipeError, DataError, ClaimedError, EnvironmentProblem, SiteError, HubError, SlurmError, TrainingError)
 }  # fmt: skip
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the error's class where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

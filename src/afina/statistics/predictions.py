@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import DataError
+from afina.errors import DataError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +76,7 @@ def read_predictions(path: Path) -> Predictions:
     except FileNotFoundError:
         raise DataError(f"{path}: is missing", "a run writes it when it finishes") from None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"{path}: cannot be read as predictions: {reason}", remedy) from None
     return Predictions("multi-label" if several else "single-label", labels, values[0], values[1], scores, table)
 

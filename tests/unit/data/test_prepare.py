@@ -382,7 +382,7 @@ def test_bad_data(plan: Callable[..., Plan], reviews: Path, raw: bytes, expected
     [
         ({"warmup_ratio": 0.1}, "train.arguments.warmup_ratio", "use `warmup_steps`: a value below 1"),
         ({"wieght_decay": 0.1}, "has no such argument", "did you mean `weight_decay`?"),
-        ({"weight_decay": "a lot"}, "'a lot' is a text, float is wanted", "correct the value"),
+        ({"weight_decay": "a lot"}, "'a lot' is a text; it must be float", "correct the value"),
         ({"lr_scheduler_type": "linaer"}, "train.arguments.lr_scheduler_type", "correct the value"),
         ({"warmup_steps": -1}, "train.arguments.warmup_steps", "correct the value"),
     ],

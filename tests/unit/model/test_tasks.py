@@ -16,41 +16,43 @@ from afina.worker.model.tasks import decisions
 Array = np.ndarray[Any, Any]
 
 
-def _sklearn(task: str, labels: Array, said: Array, width: int) -> dict[str, Any]:
+def _sklearn(task: str, labels: Array, predictions: Array, width: int) -> dict[str, Any]:
     classes = list(range(width))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        each = metrics.precision_recall_fscore_support(labels, said, labels=classes, average=None, zero_division=0)
+        each = metrics.precision_recall_fscore_support(
+            labels, predictions, labels=classes, average=None, zero_division=0
+        )
         found: dict[str, Any] = {}
         for name, values in zip(("precision", "recall", "f1"), each, strict=False):
             found |= {name: float(np.mean(values)), f"{name}_per_class": list(map(float, values))}
         if task == "single-label":
-            found["accuracy"] = float(metrics.accuracy_score(labels, said))
-            found["mcc"] = float(metrics.matthews_corrcoef(labels, said))
-            found["confusion_matrix"] = metrics.confusion_matrix(labels, said, labels=classes).tolist()
+            found["accuracy"] = float(metrics.accuracy_score(labels, predictions))
+            found["mcc"] = float(metrics.matthews_corrcoef(labels, predictions))
+            found["confusion_matrix"] = metrics.confusion_matrix(labels, predictions, labels=classes).tolist()
         else:
-            found["f1_micro"] = float(metrics.f1_score(labels, said, average="micro", zero_division=0))
-            found["subset_accuracy"] = float(metrics.accuracy_score(labels, said))
+            found["f1_micro"] = float(metrics.f1_score(labels, predictions, average="micro", zero_division=0))
+            found["subset_accuracy"] = float(metrics.accuracy_score(labels, predictions))
     return found
 
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("task", ["single-label", "multi-label"])
-def test_metrics_are_those_of_scikit_learn(task: str, seed: int) -> None:
-    """Few rows, so that classes are missing; rows of which all are right; a model that says one thing only."""
+def test_metrics_equal_those_of_scikit_learn(task: str, seed: int) -> None:
+    """Few rows, so that classes are missing; all rows right; a model that always predicts the same."""
     draw = np.random.default_rng(seed)
     count, width = int(draw.integers(1, 300 if seed % 3 else 8)), int(draw.integers(2, 9))
     logits = draw.normal(size=(count, width)).astype(np.float32)
     if seed % 4 == 1:
         logits[:, 0] = 9 if task == "single-label" else -9
-    said = decisions(task, logits).astype(np.int64)
+    predictions = decisions(task, logits).astype(np.int64)
     labels = (
         draw.integers(0, width, count) if task == "single-label" else (draw.random((count, width)) > 0.7).astype(int)
     )
     if seed % 4 == 2:
-        labels = said.copy()
+        labels = predictions.copy()
     found = compute_metrics(task, METRICS[task], decisions(task, logits), labels, width)
-    expected = _sklearn(task, labels, said, width)
+    expected = _sklearn(task, labels, predictions, width)
     mcc, theirs = found.pop("mcc", None), expected.pop("mcc", None)
     assert found == expected, f"seed {seed}"
     if mcc is not None:

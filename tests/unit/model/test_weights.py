@@ -1,4 +1,4 @@
-"""Weights that do not fit the architecture are noticed before anything is trained; in process, on tiny models."""
+"""Weights that do not fit the architecture are found before training; in process, on tiny models."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def renamed(model: Path, folder: Path, name: Callable[[str], str | None]) -> Pat
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta", "distilbert"])
-def test_an_encoder_without_a_head_is_fine(arch: str, tmp_path: Path) -> None:
+def test_an_encoder_without_a_head_passes(arch: str, tmp_path: Path) -> None:
     assert check(tiny_model(tmp_path / arch, arch)) == []
 
 
-def test_a_head_for_other_labels_and_no_pooler_are_fine(model: Path, tmp_path: Path) -> None:
+def test_a_head_for_other_labels_and_a_missing_pooler_pass(model: Path, tmp_path: Path) -> None:
     assert check(model) == []
     bare = renamed(model, tmp_path / "bare", lambda name: None if "pooler" in name or "classifier" in name else name)
     assert check(bare) == []
@@ -52,15 +52,15 @@ def test_a_head_for_other_labels_and_no_pooler_are_fine(model: Path, tmp_path: P
 
 def test_a_wrapped_model_is_refused(model: Path, tmp_path: Path) -> None:
     wrapped = renamed(model, tmp_path / "wrapped", lambda name: f"encoder_q.{name}")
-    with pytest.raises(InputError, match=r"would begin as random numbers; .* encoder_q\.bert") as caught:
+    with pytest.raises(InputError, match=r"would start as random numbers; .* encoder_q\.bert") as caught:
         check(wrapped)
     assert str(wrapped) in caught.value.message and "save_pretrained" in caught.value.remedy
 
 
-def test_a_layer_that_is_missing_is_said(model: Path, tmp_path: Path) -> None:
+def test_a_missing_layer_is_a_warning(model: Path, tmp_path: Path) -> None:
     cut = renamed(model, tmp_path / "cut", lambda name: None if "layer.1.output" in name else name)
-    (said,) = check(cut)
-    assert "4 of 37 weights" in said and "bert.encoder.layer.1.output.LayerNorm.bias" in said
+    (warning,) = check(cut)
+    assert "4 of 37 weights" in warning and "bert.encoder.layer.1.output.LayerNorm.bias" in warning
 
 
 def test_another_shape_is_refused(model: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_another_shape_is_refused(model: Path, tmp_path: Path) -> None:
         check(folder)
 
 
-def test_a_weight_that_is_no_number_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_nan_is_named(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")

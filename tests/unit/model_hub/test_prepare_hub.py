@@ -179,7 +179,7 @@ def test_one_bit_of_the_fetched_data(plan: Callable[..., Plan], hub: HubServer) 
     whole = flip(parquet)
     assert result(prepare(made, hub))["reused"] is True and not hub.requests, "nobody reads it"
     ran = prepare(plan(tokens={"max_length": 16}), hub)
-    assert result(ran)["reused"] is False and "again: what is here is damaged" in ran.stderr
+    assert result(ran)["reused"] is False and "again, because the local copy is damaged" in ran.stderr
     assert parquet.read_bytes() == whole
     prepared.verify(first["prepared"])
 
@@ -239,7 +239,7 @@ FAULTS: list[tuple[str, str, dict[str, Any], dict[str, str], list[str]]] = [
     ("missing", DATA, {}, {"HF_TOKEN": TOKEN}, [f"no data set {DATA} on the Hub", "with the token in use"]),
     ("rate_limit", MODEL, {"retry_after": 300}, {}, ["(429)", "again in 300 s"]),
     ("rate_limit", DATA, {"retry_after": 300, "scope": "files"}, {}, ["(429)", "again in 300 s"]),
-    ("error", MODEL, {"status": 503}, {}, ["the Hub has a fault (503)", "later"]),
+    ("error", MODEL, {"status": 503}, {}, ["the Hub reports an error (503)", "later"]),
     ("cut", MODEL, {"after_bytes": 1000}, {}, ["the transfer broke off", "it resumes"]),
 ]
 

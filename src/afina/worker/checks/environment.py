@@ -355,7 +355,7 @@ def _rank(folder: Path) -> int:
     import torch
     import torch.distributed as dist
 
-    from afina.errors import AfinaError
+    from afina.errors import AfinaError, first_line
     from afina.worker.survival.preflight import check_ranks
 
     rank, local, world = (int(os.environ[n]) for n in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -370,7 +370,7 @@ def _rank(folder: Path) -> int:
         found = check_ranks(device, world)
         dist.destroy_process_group()
     except (AfinaError, RuntimeError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = first_line(error)
         if rank == 0 or local == 0:
             remedy = "look at NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and firewalls between nodes"
             _write(folder, [_on_node(("processes", "failed", f"rank {rank} of {total}: {said}", remedy))])

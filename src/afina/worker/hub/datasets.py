@@ -1,10 +1,10 @@
-"""Data sets from the Hub as Parquet on local disk: fetched once at their pinned commit, found again without network.
+"""Hub data sets as Parquet on local disk: fetched once at their pinned commit, then used without network.
 
     <scratch>/cache/datasets/<name>-<digest>/
         splits.json             which file is which split; size and SHA-256 of each
         <n>-<split>.parquet
 
-Published by rename. `datasets` is needed only the first time, and its cache, whose names differ offline, never again.
+Published by rename. `datasets` is needed for the first fetch only, so its cache, whose names differ offline, does not matter.
 
 Not covered: data sets that need a Python script (datasets 4 dropped them), images and sound.
 """
@@ -24,14 +24,14 @@ from afina.processes import advisory_lock
 from afina.publish import publish, staging
 from afina.recipe.schema import Data
 from afina.site.settings import Site
-from afina.worker.hub.errors_explained import bound_waits, hub_errors, persist
+from afina.worker.hub.errors_explained import hub_errors, refuse_long_waits, retry_resets
 from afina.worker.hub.pins import Pin, slug
 
 __all__ = ["HubData", "fetch_data"]
 
 Say = Callable[[str], None]
 
-#: Features of a data set that can be text or labels.
+#: Feature types that can be text or labels.
 _KEPT = ("Value", "ClassLabel", "List", "LargeList", "Sequence")
 
 
@@ -59,7 +59,7 @@ def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = Fa
     """The recipe's Hub data set as Parquet on local disk.
 
     Args:
-        digests: it is going to be read: compare SHA-256 of what is there too, not only sizes.
+        digests: compare SHA-256 of existing files too, not only sizes: for a caller that is about to read them.
 
     Raises:
         HubError: not allowed, the transfer broke off, or the Hub cannot be reached.
@@ -75,7 +75,7 @@ def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = Fa
         with advisory_lock(folder.parent / f".turn-{key}", f"fetching data set {data.hub}", say):
             splits = _splits(folder, digests=digests)
             if splits is None:
-                again = " again: what is here is damaged" if folder.exists() else ""
+                again = " again, because the local copy is damaged" if folder.exists() else ""
                 say(f"fetching data set {data.hub} at {pin.commit[:12]}{again}")
                 _download(data, pin, folder)
                 splits = _splits(folder)
@@ -85,7 +85,7 @@ def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = Fa
 
 
 def _splits(folder: Path, *, digests: bool = False) -> dict[str, str] | None:
-    """Split -> file, if all files are there as they were written."""
+    """Split -> file, if all files are as they were written."""
     try:
         about = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
         if difference(folder, about["files"], digests=digests) is not None:
@@ -101,12 +101,12 @@ def _download(data: Data, pin: Pin, folder: Path) -> None:
         with hub_errors("dataset", data.hub, data.revision):
             import datasets
 
-            bound_waits()
+            refuse_long_waits()
             config = _config_name(data, pin)
-            # A cache of its own: no lock is shared with another process, nothing of it is left behind, and where the
-            # Hub refuses, load_dataset cannot silently return another revision that it finds there.
+            # A private cache: no lock is shared with another process, nothing is left behind, and where the Hub refuses,
+            # load_dataset cannot silently return another cached revision.
             cache = str(aside / "cache")
-            loaded = persist(lambda: datasets.load_dataset(pin.id, config, revision=pin.commit, cache_dir=cache))
+            loaded = retry_resets(lambda: datasets.load_dataset(pin.id, config, revision=pin.commit, cache_dir=cache))
             if not loaded:
                 raise InputError(f"data set {data.hub}: it has no splits", "check the data set's page")
             splits = {}
@@ -128,7 +128,7 @@ def _download(data: Data, pin: Pin, folder: Path) -> None:
 def _config_name(data: Data, pin: Pin) -> str | None:
     import datasets
 
-    known = persist(lambda: datasets.get_dataset_config_names(pin.id, revision=pin.commit))
+    known = retry_resets(lambda: datasets.get_dataset_config_names(pin.id, revision=pin.commit))
     if data.config is None:
         if len(known) > 1 and "default" not in known:
             raise RecipeError(

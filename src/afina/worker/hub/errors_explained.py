@@ -1,6 +1,6 @@
-"""What the Hub and its libraries say when they say no, as one message with a remedy; and how long to be patient.
+"""Errors of the Hub and its libraries as one message with a remedy; retries and bounded waits.
 
-Knows huggingface_hub's and datasets' errors by their classes, and where they have none of their own, by name and text.
+Errors of huggingface_hub and datasets are recognised by class; where they have no class, by name and text.
 """
 
 from __future__ import annotations
@@ -11,21 +11,27 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from afina.errors import AfinaError, EnvironmentProblem, HubError, InputError, RecipeError, nearest
+from afina.errors import AfinaError, EnvironmentProblem, HubError, InputError, RecipeError, first_line, nearest
 
-__all__ = ["LONGEST_WAIT", "PREFETCH", "bound_waits", "hub_errors", "persist", "wait_of"]
+__all__ = ["LONGEST_WAIT", "PREFETCH", "refuse_long_waits", "hub_errors", "retry_resets", "retry_after"]
 
-#: huggingface_hub sleeps as long as a 429 tells it to, five times over; the Hub's window is 300 s. A longer wait than
-#: this many seconds is for the user to decide on.
+#: Seconds. huggingface_hub sleeps as long as a 429 asks for, up to five times, and the Hub's window is 300 s. A longer wait is
+#: the user's decision.
 LONGEST_WAIT = 10
-#: A compute node has no internet; it must find what a node with internet left.
+#: A compute node has no internet and depends on an earlier fetch.
 PREFETCH = "run `afina prefetch RECIPE` on a node with internet (often the login node), with the same AFINA_SCRATCH"
 
+#: Names of classes of httpx, urllib3 and requests: a transfer that broke off, and a connection that was never made.
+_BROKEN_TRANSFER = {"RemoteProtocolError", "ReadError", "ReadTimeout", "IncompleteRead"}
+_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "TimeoutException", "ConnectionError", "ProxyError", "gaierror"}
 
-def persist(call: Callable[[], Any]) -> Any:
-    """Try again after a reset connection, which huggingface_hub gives up on; what is complete is not fetched twice."""
+E = TypeVar("E", bound=BaseException)
+
+
+def retry_resets(call: Callable[[], Any]) -> Any:
+    """Retry after a reset connection, which huggingface_hub does not; complete files are not fetched again."""
     for pause in (1, 3):
         try:
             return call()
@@ -36,8 +42,8 @@ def persist(call: Callable[[], Any]) -> Any:
     return call()
 
 
-def bound_waits() -> None:
-    """Raise at once where the Hub asks for a long wait, instead of sleeping through it."""
+def refuse_long_waits() -> None:
+    """Raise at once where the Hub asks for a long wait, instead of sleeping."""
     import huggingface_hub
 
     session = huggingface_hub.get_session()
@@ -49,17 +55,17 @@ def bound_waits() -> None:
 def _refuse_long_wait(response: Any) -> None:
     if response.status_code != 429:
         return
-    wait = wait_of(response.headers)
+    wait = retry_after(response.headers)
     if wait is not None and wait > LONGEST_WAIT:
         raise _rate_limited(wait)
 
 
-def wait_of(headers: Any) -> int | None:
-    """Seconds until the Hub listens again: `Retry-After`, or `t=` of the `RateLimit` header."""
-    found = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after", "")) or re.search(
+def retry_after(headers: Any) -> int | None:
+    """Seconds until the Hub accepts requests again: `Retry-After`, or `t=` of the `RateLimit` header."""
+    match = re.fullmatch(r"\s*(\d+)\s*", headers.get("retry-after", "")) or re.search(
         r"\bt=(\d+)", headers.get("ratelimit", "")
     )
-    return int(found[1]) if found else None
+    return int(match[1]) if match else None
 
 
 def _rate_limited(wait: int | None) -> HubError:
@@ -70,35 +76,31 @@ def _rate_limited(wait: int | None) -> HubError:
 
 @contextlib.contextmanager
 def hub_errors(kind: str, name: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever the Hugging Face libraries raise into one message with a remedy."""
+    """Turn any error of the Hugging Face libraries into one message with a remedy.
+
+    Args:
+        kind: "model" or "dataset".
+
+    Raises:
+        AfinaError: see `_explain`. A full disk stays an OSError, an unknown error what it is.
+    """
     try:
         yield
     except AfinaError:
         raise
     except Exception as error:
         chain = list(_chain(error))
-        full = next(
-            (e for e in chain if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), None
-        )
+        full = _os_error(chain, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        closed = _os_error([e for e in chain if getattr(e, "filename", None)], errno.EACCES, errno.EPERM, errno.EROFS)
+        explained = _first(chain, AfinaError)
         if full is not None:
             raise full from None
-        closed = next(
-            (
-                e
-                for e in chain
-                if isinstance(e, OSError) and e.filename and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            ),
-            None,
-        )
         if closed is not None:
             raise EnvironmentProblem(
                 f"{closed.filename}: {closed.strerror}: the cache does not hold {name}, and cannot be written",
                 "unset HF_HOME (caches then go below AFINA_SCRATCH), or let its owner run `afina prefetch RECIPE`",
             ) from None
-        ours = next((e for e in chain if isinstance(e, AfinaError)), None)
-        if ours is not None:
-            raise ours from None
-        explained = _explain(chain, "data set" if kind == "dataset" else kind, kind, name, revision)
+        explained = explained or _explain(chain, kind, name, revision)
         if explained is None:
             raise
         raise explained from None
@@ -112,84 +114,102 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _explain(
-    chain: Sequence[BaseException], word: str, kind: str, name: str, revision: str | None
+def _first(chain: Sequence[BaseException], kind: type[E]) -> E | None:
+    return next((e for e in chain if isinstance(e, kind)), None)
+
+
+def _os_error(chain: Sequence[BaseException], *numbers: int) -> OSError | None:
+    return next((e for e in chain if isinstance(e, OSError) and e.errno in numbers), None)
+
+
+def _explain(chain: Sequence[BaseException], kind: str, name: str, revision: str | None) -> AfinaError | None:
+    """An error about access or naming by the Hub's answer, else one about the connection or the data; None: unknown."""
+    what = f"{'data set' if kind == 'dataset' else kind} {name}"
+    text = " ".join(str(e) for e in chain)
+    return (
+        _explain_access(chain, text, what, kind, name, revision)
+        or _explain_status(chain, what)
+        or _explain_connection(chain, text, what)
+        or _explain_content(chain, text, what, kind)
+    )
+
+
+def _explain_access(
+    chain: Sequence[BaseException], text: str, what: str, kind: str, name: str, revision: str | None
 ) -> AfinaError | None:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    who = "with the token in use" if _token() else "without a token"
-    text = " ".join(str(e) for e in chain)
-    if _found(chain, errors.GatedRepoError) or "is a gated dataset" in text:
+    token = "with the token in use" if _token() else "without a token"
+    status = _status(chain)
+    if _first(chain, errors.GatedRepoError) or "is a gated dataset" in text:
         return HubError(
-            f"{word} {name} is gated: its owner lets in only those who accepted its terms (asked {who})",
+            f"{what} is gated: its owner admits only those who accepted its terms (asked {token})",
             f"accept them on {page}, then set HF_TOKEN to a token of that account (or `hf auth login`)",
         )
-    status = _status(chain)
-    if _found(chain, errors.RevisionNotFoundError):
+    if _first(chain, errors.RevisionNotFoundError):
         key = "revision" if kind == "model" else "data.revision"
-        return RecipeError(f"{key}: {word} {name} has no revision `{revision}`", _revisions(kind, name, revision or ""))
+        return RecipeError(f"{key}: {what} has no revision `{revision}`", _known_revisions(kind, name, revision or ""))
     if status == 401 and _token() and "invalid" in text.lower():
-        return HubError(f"{word} {name}: the Hub refuses your token (401)", "set HF_TOKEN to a valid one, or unset it")
-    if _found(chain, errors.RepositoryNotFoundError) or status == 404:
+        return HubError(f"{what}: the Hub refuses your token (401)", "set HF_TOKEN to a valid one, or unset it")
+    if _first(chain, errors.RepositoryNotFoundError) or status == 404:
         return HubError(
-            f"there is no {word} {name} on the Hub, or it is private (asked {who})",
+            f"there is no {what} on the Hub, or it is private (asked {token})",
             f"check the spelling on {page}; for a private one set HF_TOKEN (or `hf auth login`)",
         )
-    if isinstance(bad := _found(chain, errors.HFValidationError), BaseException):
-        return InputError(
-            f"{word} {name}: not a Hub id: {_first_line(bad)}", "an id is `owner/name`; a folder must exist"
-        )
+    if invalid := _first(chain, errors.HFValidationError):
+        return InputError(f"{what}: not a Hub id: {first_line(invalid)}", "an id is `owner/name`; a folder must exist")
     if status in (401, 403):
-        return HubError(f"{word} {name}: the Hub refuses access ({status}, asked {who})", f"see {page}; set HF_TOKEN")
+        return HubError(f"{what}: the Hub refuses access ({status}, asked {token})", f"see {page}; set HF_TOKEN")
+    return None
+
+
+def _explain_status(chain: Sequence[BaseException], what: str) -> AfinaError | None:
+    status = _status(chain)
     if status == 429:
-        return _rate_limited(
-            next((wait_of(r.headers) for e in chain if (r := getattr(e, "response", None)) is not None), None)
-        )
+        headers = (r.headers for e in chain if (r := getattr(e, "response", None)) is not None)
+        return _rate_limited(next(map(retry_after, headers), None))
     if status is not None and status >= 500:
         return HubError(
-            f"{word} {name}: the Hub has a fault ({status})", "run the same command again later: status.huggingface.co"
-        )
-    if _found(chain, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
-        return HubError(f"{word} {name} is not on this machine, and HF_HUB_OFFLINE=1 forbids to fetch it", PREFETCH)
-    names = {kind.__name__ for e in chain for kind in type(e).__mro__}
-    if names & {"RemoteProtocolError", "ReadError", "ReadTimeout", "IncompleteRead"} or "onsistency check" in text:
-        return HubError(
-            f"{word} {name}: the transfer broke off", "run the same command again; it resumes where it stopped"
-        )
-    if names & {"ConnectError", "ConnectTimeout", "TimeoutException", "ConnectionError", "ProxyError", "gaierror"}:
-        return HubError(f"{word} {name}: the Hub cannot be reached from this machine", PREFETCH)
-    if (
-        kind == "dataset" and any(type(e).__module__.startswith(("datasets", "pyarrow")) for e in chain)
-    ) or "script" in text:
-        return InputError(
-            f"data set {name}: datasets cannot load it: {_first_line(chain[0])}",
-            "see its page; often `revision: refs/convert/parquet` helps, or download it and name `data.files`",
-        )
-    if _found(chain, errors.LocalEntryNotFoundError):
-        return HubError(f"{word} {name}: the Hub cannot be reached from this machine", PREFETCH)
-    if _found(chain, errors.HfHubHTTPError):
-        return HubError(
-            f"{word} {name}: the Hub answers {status}: {_first_line(chain[0])}", "run the same command again later"
+            f"{what}: the Hub reports an error ({status})", "run the same command again later: status.huggingface.co"
         )
     return None
 
 
-def _found(chain: Sequence[BaseException], kind: type[BaseException]) -> BaseException | None:
-    return next((e for e in chain if isinstance(e, kind)), None)
+def _explain_connection(chain: Sequence[BaseException], text: str, what: str) -> AfinaError | None:
+    from huggingface_hub import errors
+
+    if _first(chain, errors.OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return HubError(f"{what} is not on this machine, and HF_HUB_OFFLINE=1 forbids fetching it", PREFETCH)
+    classes = {base.__name__ for e in chain for base in type(e).__mro__}
+    if classes & _BROKEN_TRANSFER or "onsistency check" in text:
+        return HubError(f"{what}: the transfer broke off", "run the same command again; it resumes where it stopped")
+    if classes & _NO_CONNECTION:
+        return HubError(f"{what}: the Hub cannot be reached from this machine", PREFETCH)
+    return None
+
+
+def _explain_content(chain: Sequence[BaseException], text: str, what: str, kind: str) -> AfinaError | None:
+    from huggingface_hub import errors
+
+    by_datasets = kind == "dataset" and any(type(e).__module__.startswith(("datasets", "pyarrow")) for e in chain)
+    if by_datasets or "script" in text:
+        return InputError(
+            f"{what}: datasets cannot load it: {first_line(chain[0])}",
+            "see its page; often `revision: refs/convert/parquet` helps, or download it and name `data.files`",
+        )
+    if _first(chain, errors.LocalEntryNotFoundError):
+        return HubError(f"{what}: the Hub cannot be reached from this machine", PREFETCH)
+    if _first(chain, errors.HfHubHTTPError):
+        return HubError(
+            f"{what}: the Hub answers {_status(chain)}: {first_line(chain[0])}", "run the same command again later"
+        )
+    return None
 
 
 def _status(chain: Sequence[BaseException]) -> int | None:
-    for error in chain:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    statuses = (getattr(getattr(error, "response", None), "status_code", None) for error in chain)
+    return next((status for status in statuses if isinstance(status, int)), None)
 
 
 def _token() -> bool:
@@ -198,8 +218,8 @@ def _token() -> bool:
     return get_token() is not None
 
 
-def _revisions(kind: str, name: str, revision: str) -> str:
-    """What revisions there are, nearest first; one more request, and no remedy is lost if it fails."""
+def _known_revisions(kind: str, name: str, revision: str) -> str:
+    """The known revisions, nearest first, by one more request; if it fails, general advice."""
     import huggingface_hub
 
     try:

@@ -1,8 +1,8 @@
-"""Names on the Hugging Face Hub, pinned to a commit once; models fetched once, found again without network.
+"""Pins: names on the Hugging Face Hub resolved to commits; and models, fetched once, then used without network.
 
-A pin (`<scratch>/pins/<kind>-….json`) says which commit a name meant when it was first asked for; every later prepare and
-every job takes that commit, until `AFINA_REFRESH=1` (`afina prefetch --refresh`) asks again. Models stay in the Hub's own
-cache; a file of it that is not what the Hub said it is gets fetched again. Data sets: `afina.worker.hub.datasets`.
+A pin (`<scratch>/pins/<kind>-….json`) records the commit of a name at its first use. Every later prepare and every job takes that
+commit until `AFINA_REFRESH=1` (`afina prefetch --refresh`) resolves the name again. Models stay in the Hub's own cache; a file
+whose digest is not the Hub's is fetched again. Data sets: `afina.worker.hub.datasets`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from afina.files import FileRecord, describe, write_atomic
 from afina.processes import advisory_lock
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
-from afina.worker.hub.errors_explained import LONGEST_WAIT, PREFETCH, bound_waits, hub_errors, persist, wait_of
+from afina.worker.hub.errors_explained import (
+    LONGEST_WAIT,
+    PREFETCH,
+    hub_errors,
+    refuse_long_waits,
+    retry_after,
+    retry_resets,
+)
 from afina.worker.model.pretrained import training_files
 
 __all__ = ["HubModel", "Pin", "fetch_model", "pin", "slug"]
@@ -37,10 +44,10 @@ class Pin:
     """A name on the Hub, resolved.
 
     Attributes:
-        id: `owner/name`, where an old name such as `yelp_review_full` has none.
+        id: `owner/name`, also for an old name without owner such as `yelp_review_full`.
         commit: 40 hex digits.
         files: names of all files of that commit.
-        digests: what the Hub says of a model's files: `sha256:<hex>` of a large one, `git:<hex>` (SHA-1 of the blob) of another.
+        digests: the Hub's digests of a model's files: `sha256:<hex>` of a large file, `git:<hex>` (SHA-1 of the blob) of a small one.
     """
 
     id: str
@@ -63,35 +70,35 @@ class HubModel:
 
 
 def pin(site: Site, kind: str, name: str, revision: str | None, say: Say) -> Pin:
-    """The commit of `name` (kind "model" or "dataset"): as recorded, else asked of the Hub and recorded.
+    """The commit of `name` (kind "model" or "dataset"): as recorded, else by the Hub, and then recorded.
 
     Raises:
-        HubError: it is not there, not allowed, or the Hub cannot be reached.
-        RecipeError: there is no such revision; with those that are known.
+        HubError: no such name, no access, or no connection to the Hub.
+        RecipeError: no such revision; with the known ones.
     """
-    asked = revision or "main"
-    key = hashlib.sha256(json.dumps([kind, name, asked]).encode()).hexdigest()[:12]
+    wanted = revision or "main"
+    key = hashlib.sha256(json.dumps([kind, name, wanted]).encode()).hexdigest()[:12]
     path = site.scratch / "pins" / f"{kind}-{slug(name)}-{key}.json"
     known = _read_pin(path)
-    if known is not None and _COMMIT.fullmatch(asked) and known.commit != asked:
-        known = None  # not what was written here
-    if known is not None and (os.environ.get("AFINA_REFRESH") != "1" or _COMMIT.fullmatch(asked)):
+    if known is not None and _COMMIT.fullmatch(wanted) and known.commit != wanted:
+        known = None  # the file was altered
+    if known is not None and (os.environ.get("AFINA_REFRESH") != "1" or _COMMIT.fullmatch(wanted)):
         return known
-    found = _resolve(kind, name, revision)
-    if known is not None and known.commit != found.commit:
-        say(f"{kind} {name}: {asked} moved from {known.commit[:12]} to {found.commit[:12]}")
+    resolved = _resolve(kind, name, revision)
+    if known is not None and known.commit != resolved.commit:
+        say(f"{kind} {name}: {wanted} moved from {known.commit[:12]} to {resolved.commit[:12]}")
     path.parent.mkdir(exist_ok=True)
-    record = {"kind": kind, "asked": name, "revision": asked, **asdict(found)}
+    record = {"kind": kind, "asked": name, "revision": wanted, **asdict(resolved)}
     write_atomic(path, json.dumps({**record, "pinned_at": int(time.time())}, indent=1) + "\n")
-    return found
+    return resolved
 
 
 def fetch_model(site: Site, recipe: Recipe, pin: Pin, say: Say) -> HubModel:
-    """The recipe's Hub model, complete on local disk, every file as the Hub said it is.
+    """The recipe's Hub model, complete on local disk, every file with the Hub's digest.
 
     Raises:
-        HubError: not allowed, the transfer broke off, or the Hub cannot be reached.
-        InputError: the repository holds no weights.
+        HubError: no access, the transfer broke off, or no connection to the Hub.
+        InputError: the repository has no weights.
     """
     wanted = training_files(pin.files, recipe)
     if not wanted:
@@ -117,7 +124,7 @@ def fetch_model(site: Site, recipe: Recipe, pin: Pin, say: Say) -> HubModel:
             _download(pin, list(damaged), again=True)
         model, wrong = _cached(pin, wanted)
     if model is None:
-        # Offline, snapshot_download is content with the part of a snapshot that is there.
+        # Offline, snapshot_download returns an incomplete snapshot without an error.
         missing, broken = next(iter(wrong.items()))
         what = f"{broken} is damaged" if broken else f"{missing} is not on this machine"
         raise HubError(f"model {recipe.model}: {what}", PREFETCH)
@@ -141,17 +148,17 @@ def _resolve(kind: str, name: str, revision: str | None) -> Pin:
                 )
                 break
             except huggingface_hub.errors.HfHubHTTPError as error:
-                # These calls do not try again by themselves, unlike downloads.
+                # Unlike downloads, these calls do not retry by themselves.
                 status = error.response.status_code
-                wait = wait_of(error.response.headers) or pause
+                wait = retry_after(error.response.headers) or pause
                 if pause is None or wait is None or wait > LONGEST_WAIT or not (status == 429 or status >= 500):
                     raise
                 time.sleep(wait)
     assert info.sha is not None
     if _COMMIT.fullmatch(revision or "") and info.sha != revision:
         raise HubError(
-            f"{kind} {name}: the Hub answers with commit {info.sha}, {revision} was asked for",
-            "a branch or a tag has the name of a commit: see its page, and give the commit that you mean",
+            f"{kind} {name}: the Hub answers with commit {info.sha} instead of {revision}",
+            "a branch or a tag is named like a commit: see its page, and give the right commit",
         )
     siblings = info.siblings or ()
     digests = {s.rfilename: d for s in siblings if kind == "model" and (d := _digest(s)) is not None}
@@ -159,7 +166,7 @@ def _resolve(kind: str, name: str, revision: str | None) -> Pin:
 
 
 def _digest(sibling: Any) -> str | None:
-    """What the Hub says of one file; None where it (or a mirror of it) says nothing."""
+    """The Hub's digest of one file; None where the Hub, or a mirror of it, gives none."""
     if sibling.lfs is not None:
         return f"sha256:{sibling.lfs.sha256}"
     return f"git:{sibling.blob_id}" if sibling.blob_id else None
@@ -181,9 +188,9 @@ def slug(name: str) -> str:
 
 
 def _cached(pin: Pin, wanted: list[str]) -> tuple[HubModel | None, dict[str, Path | None]]:
-    """The model if all of `wanted` is whole in the Hub's cache; else what is wrong: names, with the path of a damaged one.
+    """The model if all of `wanted` is intact in the Hub's cache; else the bad files by name, with the path of a damaged one.
 
-    Asks nobody, and reads everything.
+    Uses no network; reads all files.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -191,41 +198,41 @@ def _cached(pin: Pin, wanted: list[str]) -> tuple[HubModel | None, dict[str, Pat
     files: dict[str, FileRecord] = {}
     wrong: dict[str, Path | None] = {}
     for name in wanted:
-        found = try_to_load_from_cache(pin.id, name, revision=pin.commit)
-        if not isinstance(found, str):
+        cached = try_to_load_from_cache(pin.id, name, revision=pin.commit)
+        if not isinstance(cached, str):
             wrong[name] = None
             continue
-        folder = Path(found).parents[name.count("/")]
+        folder = Path(cached).parents[name.count("/")]
         try:
             files |= describe(folder, [name])
-            whole = _is_as_pinned(folder / name, files[name], pin.digests.get(name))
+            intact = _is_as_pinned(folder / name, files[name], pin.digests.get(name))
         except OSError:
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             wrong[name] = folder / name
     return (None if wrong else HubModel(folder, files)), wrong
 
 
-def _is_as_pinned(path: Path, found: FileRecord, expected: str | None) -> bool:
+def _is_as_pinned(path: Path, record: FileRecord, expected: str | None) -> bool:
     kind, _, digest = (expected or "").partition(":")
     if kind == "sha256":
-        return found["sha256"] == digest
+        return record["sha256"] == digest
     if kind == "git":
-        blob = hashlib.sha1(b"blob %d\0" % found["size"])
+        blob = hashlib.sha1(b"blob %d\0" % record["size"])
         blob.update(path.read_bytes())
         return blob.hexdigest() == digest
     return True
 
 
 def _download(pin: Pin, names: list[str], *, again: bool) -> None:
-    """Args: again: fetch them even if they are there, because they are damaged."""
+    """Args: again: fetch files even if they exist, because they are damaged."""
     if not names:
         return
     import huggingface_hub
 
-    bound_waits()
+    refuse_long_waits()
     patterns = [_literal(name) for name in names]
-    persist(
+    retry_resets(
         lambda: huggingface_hub.snapshot_download(
             pin.id, revision=pin.commit, allow_patterns=patterns, max_workers=4, force_download=again
         )

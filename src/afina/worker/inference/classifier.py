@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from afina.errors import InputError
+from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
@@ -236,7 +236,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
                 str(folder), config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
     except Exception as error:  # whatever a broken file or foreign code makes it raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"model: transformers {transformers.__version__} cannot load {folder}: {reason}",
             "give a run directory of afina, or a folder with a sequence classifier and its tokenizer",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from afina.errors import EnvironmentProblem, TrainingError
+from afina.errors import EnvironmentProblem, TrainingError, first_line
 
 __all__ = ["TOLERANCE", "check_installed", "export_onnx"]
 
@@ -104,7 +104,7 @@ def _write(model: Any, example: dict[str, torch.Tensor], target: Path) -> None:
             assert program is not None
             program.save(target)
     except Exception as error:  # whatever an operator that cannot be translated makes it raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise TrainingError(
             f"--onnx: torch {torch.__version__} cannot export {type(model).__name__}: {reason}", "export without --onnx"
         ) from error

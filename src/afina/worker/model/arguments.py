@@ -1,6 +1,6 @@
-"""Does the installed transformers take the recipe's `train.arguments`? Names, types, and what they make together.
+"""Check of the recipe's `train.arguments` against the installed TrainingArguments: names, types, and their combination.
 
-Not covered: what only a GPU can tell (`bf16`, `tf32`, `torch_compile`); only the type of these is checked.
+Not covered: arguments that need a GPU (`bf16`, `tf32`, `torch_compile`); only their type is checked.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from afina.worker.startup import uncollected
 
 __all__ = ["check_arguments"]
 
-#: Names that TrainingArguments once had, and what to write instead.
-_GONE = {
+#: Former and mistaken names of TrainingArguments, and their replacements.
+_REPLACED = {
     "warmup_ratio": "use `warmup_steps`: a value below 1 is a share of all steps",
     "group_by_length": "set `tokens.batching: grouped`",
     "overwrite_output_dir": "leave it out: nothing that exists is overwritten; give `--run DIR`",
@@ -41,16 +41,16 @@ _GONE = {
     "epochs": "set `train.epochs`",
     "dropout": "it belongs to the model's config, not to the training arguments",
 }
-#: Whether these work is for the compute node to say, not for the node that prepares; only their type is checked.
+#: The compute node decides whether these work, not the node that prepares; only their type is checked.
 _HARDWARE = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile", "torch_compile_backend",
              "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"}  # fmt: skip
 
 
 def check_arguments(arguments: Mapping[str, Any], pins: Path) -> list[str]:
-    """Try `train.arguments` on the installed TrainingArguments; returns its warnings.
+    """Build the installed TrainingArguments with `train.arguments`; returns warnings.
 
     Raises:
-        RecipeError: an unknown name (with what replaces it), a value of the wrong type or that is refused.
+        RecipeError: an unknown name (with its replacement), a value of the wrong type, a refused value.
     """
     return checked_once(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
 
@@ -70,24 +70,26 @@ def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
         if name not in known:
             raise RecipeError(
                 f"train.arguments.{name}: TrainingArguments of {installed} has no such argument",
-                _GONE.get(name) or nearest(name, known) or "see the documentation of transformers.TrainingArguments",
+                _REPLACED.get(name)
+                or nearest(name, known)
+                or "see the documentation of transformers.TrainingArguments",
             )
         if not _fits(value, hints[name]):
             wanted = " or ".join(t.__name__ for t in _plain_types(hints[name]))
             raise RecipeError(
-                f"train.arguments.{name}: {value!r} is {_a(type(value).__name__)}, {wanted} is wanted",
+                f"train.arguments.{name}: {value!r} is {_a(type(value).__name__)}; it must be {wanted}",
                 "correct the value",
             )
-    tried = {name: value for name, value in arguments.items() if name not in _HARDWARE}
+    checked = {name: value for name, value in arguments.items() if name not in _HARDWARE}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             # `output_dir` is not created before training begins.
-            TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **tried)
+            TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **checked)
         except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            named = next((n for n in tried if n in reason), None) or next(
-                (n for n, v in tried.items() if isinstance(v, str) and v in reason), None
+            named = next((n for n in checked if n in reason), None) or next(
+                (n for n, v in checked.items() if isinstance(v, str) and v in reason), None
             )
             raise RecipeError(
                 f"train.arguments{f'.{named}' if named else ''}: {installed} refuses: {reason}", "correct the value"
@@ -106,7 +108,7 @@ def _a(name: str) -> str:
 
 
 def _plain_types(hint: Any) -> tuple[type, ...]:
-    """The types that a hint allows; empty if it allows more than plain values (enums, parsers of text, …)."""
+    """The types that a hint allows; empty if it allows more than plain values (enums, parsed text, …)."""
     members = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union

@@ -1,6 +1,6 @@
-"""Checks that take seconds are made once: a pass is recorded under `<scratch>/pins/`, by everything that could change it.
+"""Cache of passed checks under `<scratch>/pins/`, keyed by everything that could change their result.
 
-A record is a convenience: where it cannot be written (a cache that is read-only), the check is made again next time.
+Where a record cannot be written (a read-only cache), the check runs again next time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def checked_once(pins: Path, about: list[Any], check: Callable[[], list[str]]) -
 
     Args:
         pins: folder of the records.
-        about: everything beside the installed versions that `check` depends on, as JSON values.
+        about: everything except the installed versions that `check` depends on, as JSON values.
     """
     versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
     key = json.dumps([*versions, *about], sort_keys=True)
@@ -33,8 +33,8 @@ def checked_once(pins: Path, about: list[Any], check: Callable[[], list[str]]) -
         return [str(w) for w in json.loads(record.read_text(encoding="utf-8"))["warnings"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    said = check()
+    result = check()
     with contextlib.suppress(OSError, EnvironmentProblem):
         pins.mkdir(exist_ok=True)
-        write_atomic(record, json.dumps({"warnings": said, "about": [*versions, *about]}, indent=1) + "\n")
-    return said
+        write_atomic(record, json.dumps({"warnings": result, "about": [*versions, *about]}, indent=1) + "\n")
+    return result

@@ -1,7 +1,7 @@
-"""From logits to what people read: the columns of a table of predictions.
+"""The columns of a table of predictions, from logits.
 
 single-label   the most probable label; softmax
-multi-label    every label with a probability above one half; a sigmoid for each
+multi-label    every label with a probability above one half; a sigmoid each
 regression     the value itself; no probabilities
 """
 
@@ -35,7 +35,7 @@ def prediction_columns(task: str, labels: Sequence[str] | None, logits: Array) -
     """`prediction`, and `score: NAME` for each label; null where the logits are NaN.
 
     Args:
-        labels: names in the order of the logits; not looked at for regression.
+        labels: names in the order of the logits; unused for regression.
         logits: (N, K).
 
     Returns: arrays of length N. A prediction is a label's name, a list of names, or a number.
@@ -56,7 +56,7 @@ def prediction_columns(task: str, labels: Sequence[str] | None, logits: Array) -
 
 
 def label_lists(names: pa.Array, chosen: Array, empty: Array | None = None) -> pa.ListArray:
-    """For each row of a (N, K) mask the names that it chooses; null where `empty`."""
+    """The names that each row of a (N, K) mask selects; null where `empty`."""
     ends = np.concatenate([[0], np.cumsum(chosen.sum(-1))]).astype(np.int32)
     values = names.take(pa.array(np.nonzero(chosen)[1]))
     return pa.ListArray.from_arrays(pa.array(ends), values, mask=None if empty is None else pa.array(empty))

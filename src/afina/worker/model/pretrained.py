@@ -1,8 +1,8 @@
-"""Is this model folder one that the recipe can train? Files, weights, tokenizer, head, positions; and is it still the same?
+"""Checks of a pretrained model's folder: files, weights, tokenizer, head, positions; and that it has not changed since.
 
-What needs transformers (seconds to import) is checked once, see `afina.worker.model.check_cache`.
+Checks that need transformers (seconds to import) run once, see `afina.worker.model.check_cache`.
 
-Not covered: whether the weights are any good.
+Not covered: the quality of the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError, RecipeError, SiteError
+from afina.errors import InputError, RecipeError, SiteError, first_line
 from afina.files import FileRecord, describe, difference, sha256
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
@@ -33,7 +33,7 @@ __all__ = [
     "training_files",
 ]
 
-#: Files of which at least one makes a tokenizer.
+#: Tokenizer files; a folder needs at least one.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -43,7 +43,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spm.model",
 )
-#: Files beside them that change what a tokenizer does.
+#: Other files that change a tokenizer's output.
 _TOKENIZER_SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -59,10 +59,10 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
 
 
 def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
-    """Cheap checks of a model folder: config, tokenizer files, and that the weights are whole. Returns config.json.
+    """Check config, tokenizer files and the completeness of the weights, without transformers. Returns config.json.
 
     Raises:
-        InputError: names the file.
+        InputError: with the name of the bad file.
     """
     config = _read_config(folder, remedy)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -115,7 +115,7 @@ def _check_weight_file(path: Path, remedy: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # The header states where each tensor ends: a truncated file is refused here.
+        # The header states where each tensor ends, so this refuses a truncated file.
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
@@ -125,9 +125,9 @@ def _check_weight_file(path: Path, remedy: str) -> None:
 
 
 def training_files(files: Iterable[str], recipe: Recipe) -> list[str]:
-    """Of a model's files those that training reads: config, tokenizer, weights, and code where the recipe trusts it.
+    """The files that training reads: config, tokenizer, weights, and code if the recipe trusts it.
 
-    Safetensors where there are any, pickled weights only where not. Empty if there are no weights.
+    Pickled weights only where there are no safetensors. Empty if there are no weights.
     """
     files = list(files)
     top = [name for name in files if "/" not in name]
@@ -145,21 +145,21 @@ def training_files(files: Iterable[str], recipe: Recipe) -> list[str]:
 
 
 def record_model(folder: Path, recipe: Recipe) -> dict[str, FileRecord]:
-    """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all of them."""
+    """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all files."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     weights = [path.relative_to(folder).as_posix() for path in _weights(folder, _SAVE_AGAIN)]
     return describe(folder, sorted({*training_files(names, recipe), *weights}))
 
 
 def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
-    """Compare the model that a run was claimed with and what is in its folder now.
+    """Check that the folder still holds the model that the run was claimed with.
 
     Args:
-        prepared: what the prepare stage said, `prepared.json` of the run.
+        prepared: the run's `prepared.json`.
         digests: compare SHA-256 too (reads everything), not only presence and size.
 
     Raises:
-        SiteError: names the first file that is missing or altered, and what mends it.
+        SiteError: a file is missing or altered; with the remedy.
     """
     wrong = difference(Path(prepared["model_folder"]), prepared.get("model_files", {}), digests=digests)
     if wrong is None:
@@ -173,7 +173,7 @@ def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
 
 
 def tokenizer_identity(folder: Path) -> str:
-    """SHA-256 of everything in `folder` that decides how text becomes tokens."""
+    """SHA-256 of everything in `folder` that affects tokenisation."""
     digest = hashlib.sha256()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: config.get(key) for key in ("model_type", "tokenizer_class", "auto_map")}
@@ -187,11 +187,11 @@ def tokenizer_identity(folder: Path) -> str:
 
 
 def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
-    """Whether transformers can train this folder; returns warnings.
+    """Check that transformers can train this folder; returns warnings.
 
     Raises:
-        InputError: no sequence classification for this architecture, a config that transformers refuses, weights that
-            are of another model, foreign code that nothing pins.
+        InputError: no sequence classification for this architecture, a config that transformers refuses, weights of another
+            model, unpinned third-party code.
         RecipeError: `tokens.max_length` beyond the model's positions.
     """
     if recipe.trust_remote_code:
@@ -202,7 +202,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
 
 
 def _check_code(folder: Path) -> None:
-    """Refuse `auto_map` entries of the form `owner/name--module.Class`: that code is of no pinned revision."""
+    """Refuse `auto_map` entries of the form `owner/name--module.Class`: no revision pins that code."""
     for path in sorted(folder.glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -235,9 +235,8 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
                 f"model: {recipe.model} needs Python code from its own repository",
                 "read that code, then set `trust_remote_code: true` and `revision:` to its full commit",
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model: transformers {transformers.__version__} refuses {folder / 'config.json'}: {reason}",
+            f"model: transformers {transformers.__version__} refuses {folder / 'config.json'}: {first_line(error)}",
             "use a model of a type that this version knows, or another version of transformers",
         ) from None
     if config.model_type not in HEADS and "AutoModelForSequenceClassification" not in own_code:
@@ -275,10 +274,9 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=recipe.trust_remote_code
             )
-    except Exception as error:  # whatever a broken file or foreign code makes it raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a broken file or third-party code may raise anything
         raise InputError(
-            f"model: the tokenizer in {folder} cannot be loaded: {reason}",
+            f"model: the tokenizer in {folder} cannot be loaded: {first_line(error)}",
             "save it again with tokenizer.save_pretrained(FOLDER)",
         ) from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:

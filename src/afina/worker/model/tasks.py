@@ -1,4 +1,4 @@
-"""What differs between tasks: the head, the loss, the decision. A table, not a class tree. Metrics: `afina.worker.model.metrics`."""
+"""Tasks as a table: the head, the loss and the decision of each. Metrics: `afina.worker.model.metrics`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task:
     """One row of the table.
 
     Attributes:
-        problem_type: what Transformers writes into the model's config.
+        problem_type: of the model's config in Transformers.
         loss: logits (B, K), labels (B,) or (B, K) -> loss per example (B,); 0 where the label is -100.
         decide: logits (N, K) -> predictions: class ids (N,), 0/1 (N, K) or values (N,).
     """
@@ -59,6 +59,6 @@ def per_example_loss(task: str, logits: Array, labels: Array) -> Array:
 
 
 def decisions(task: str, logits: Array) -> Array:
-    """What logits (N, K) say: class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
+    """The predictions of logits (N, K): class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
     kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}[task]
     return np.asarray(TASKS[task].decide(logits).astype(kind))

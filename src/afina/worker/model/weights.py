@@ -1,6 +1,6 @@
-"""Do the names and shapes of the stored weights fit the architecture? Transformers fills what does not fit with random numbers.
+"""Check that the names and shapes of stored weights fit the architecture: Transformers silently fills gaps with random numbers.
 
-Only the headers of safetensors files are read. Not covered: weights in pickles, models with code of their own.
+Only the headers of safetensors files are read. Not covered: pickled weights, models with their own code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def headers_digest(folder: Path) -> str:
 
 
 def check_weights(folder: Path, config: Any) -> list[str]:
-    """Build the model without memory for its weights, and see which of them would be made up; returns warnings.
+    """Build the model on the meta device and check which weights have no stored value; returns warnings.
 
-    A new head is as it should be, and so is a pooler: pretraining on masked words has none.
+    A missing head is normal, and so is a missing pooler: masked language models have none.
 
     Raises:
-        InputError: most weights below the head have no value, or the shape of one differs.
+        InputError: most weights below the head are missing, or one has another shape.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -42,33 +42,37 @@ def check_weights(folder: Path, config: Any) -> list[str]:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             str(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
-    except Exception:  # what this cannot do (no weights on `meta`), the training may
+    except Exception:  # training may load what `meta` cannot
         return []
     finally:
         if bars:
             logging.enable_progress_bar()
     prefix = f"{model.base_model_prefix}."
     body = [name for name, _ in model.named_parameters() if _below_head(name, prefix)]
-    for name, stored, wanted in sorted(m for m in found["mismatched_keys"] if _below_head(m[0], prefix)):
+    for name, stored, wanted in sorted(m for m in report["mismatched_keys"] if _below_head(m[0], prefix)):
         raise InputError(
             f"model: {name} has shape {tuple(stored)} in the weights of {folder}, {tuple(wanted)} by its config.json",
             "weights and config.json do not belong together: take both from one model",
         )
-    missing = sorted(name for name in found["missing_keys"] if _below_head(name, prefix))
+    missing = sorted(name for name in report["missing_keys"] if _below_head(name, prefix))
     if not missing:
         return []
-    said = f"{len(missing):,} of {len(body):,} weights of {folder} ({', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''})"
+    gap = f"{len(missing):,} of {len(body):,} weights of {folder} ({', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''})"
     if len(missing) > _SHARE * len(body):
-        there = sorted(found["unexpected_keys"])
+        unknown = sorted(report["unexpected_keys"])
         raise InputError(
-            f"model: {said} are not in its files, and would begin as random numbers"
-            + (f"; there are names that the model does not have: {', '.join(there[:_SHOWN])}, …" if there else ""),
+            f"model: {gap} are not in its files and would start as random numbers"
+            + (
+                f"; the files hold weights that the model does not have: {', '.join(unknown[:_SHOWN])}, …"
+                if unknown
+                else ""
+            ),
             "save the model itself with save_pretrained: not one that wraps it (prefixes such as `module.` and `_orig_mod.`)",
         )
-    return [f"model: {said} are not in its files and begin as random numbers"]
+    return [f"model: {gap} are not in its files and start as random numbers"]
 
 
 def _below_head(name: str, prefix: str) -> bool:
