@@ -1,9 +1,9 @@
-"""Will a job go its way here? Checks as a plain list of functions; each finding is ok, a warning or a failure, with its remedy.
+"""Checks of everything that a job depends on: a plain list of functions; each finding is ok, a warning or failed, with its remedy.
 
-What can be tried is tried: locks and renames are done in a temporary file on scratch, the container is started. Nothing is left
-behind, and no secret is printed. The batch job's part is `afina.doctor.job`, what holds in the image `afina.worker.checks.environment`.
+Checks try things out where they can: locks and renames in a temporary file on scratch, the container by starting it. They leave
+nothing behind and print no secret. The checks in a batch job are in `afina.doctor.job`, those in the image in `afina.worker.checks.environment`.
 
-Not covered: quotas of file systems whose tools (`quota`, `lfs`) are not here, and limits that Slurm keeps to itself.
+Not covered: quotas of file systems whose tools (`quota`, `lfs`) are missing here, and limits that Slurm does not show.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from afina.site.finding import Finding
 
 __all__ = ["CHECKS", "examine", "inside"]
 
-CHECKS: tuple[Callable[[Target], list[Finding]], ...] = (
+Check = Callable[[Target], Iterator[Finding]]
+
+CHECKS: tuple[Check, ...] = (
     check_site,
     check_recipe,
     check_scratch,
@@ -51,33 +53,26 @@ CHECKS: tuple[Callable[[Target], list[Finding]], ...] = (
 _WITHOUT_SITE = (check_site, check_token, check_slurm, check_after_the_end)
 
 
-def examine(target: Target, checks: Sequence[Callable[[Target], list[Finding]]] | None = None) -> Iterator[Finding]:
-    """The findings, as they come. Without a site only what needs none is looked at."""
-    for check in checks if checks is not None else CHECKS:
+def examine(target: Target, checks: Sequence[Check] = CHECKS) -> Iterator[Finding]:
+    """The findings, one by one. Without a site only the checks that need none are made."""
+    for check in checks:
         if target.site is None and check not in _WITHOUT_SITE:
             continue
+        name = check.__name__.removeprefix("check_").replace("_", " ")
         try:
             yield from check(target)
         except AfinaError as error:
-            yield Finding(_named(check), "failed", error.message, error.remedy)
+            yield Finding(name, "failed", error.message, error.remedy)
         except OSError as error:
-            yield Finding(
-                _named(check),
-                "failed",
-                f"{error.filename or ''}: {error.strerror}".lstrip(": "),
-                "see what the path is",
-            )
-
-
-def _named(check: Callable[[Target], list[Finding]]) -> str:
-    return check.__name__.removeprefix("check_").replace("_", " ")
+            message = f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+            yield Finding(name, "failed", message, "check that path")
 
 
 def inside(target: Target) -> Iterator[Finding]:
-    """What `afina.worker.checks.environment` finds in the container, or here where we are in it or there is none.
+    """The findings of `afina.worker.checks.environment`: in the container, or here if this is the container or there is none.
 
     Raises:
-        EnvironmentProblem: it cannot be started, or says nothing.
+        EnvironmentProblem: it cannot be started, or ends without an answer.
     """
     env = dict(target.env)
     if target.where is None:
@@ -86,4 +81,4 @@ def inside(target: Target) -> Iterator[Finding]:
         argv = worker_argv(target.where, "doctor")
         env |= worker_environment(target.where, offline=True, env=env)
     for line in follow_worker(argv, env, name="the checks in the image"):
-        yield Finding(line["check"], line["level"], line["message"], line["remedy"])
+        yield Finding(**line)

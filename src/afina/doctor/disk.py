@@ -1,4 +1,4 @@
-"""Checks of the site: its file, scratch and what can be relied on there, quotas, caches, clocks; and of a recipe's inputs."""
+"""Checks of the site (its file, scratch and its file system, quotas, caches, clocks) and of a recipe's inputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from afina.doctor.target import ANSWER_S, Target, answer_of
@@ -31,63 +32,47 @@ __all__ = [
     "check_token",
 ]
 
-_FEW_GB, _FEWEST_GB, _FEW_INODES = 20.0, 1.0, 20_000
+#: Below the first a warning, below the second a failure.
+_FEW_GB, _FEWEST_GB = 20.0, 1.0
+_FEW_INODES, _FEWEST_INODES = 20_000, 200
 _SKEW_S = 5.0
-#: File systems that one machine has for itself.
+#: File systems that are not shared between machines.
 _LOCAL = ("tmpfs", "ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs", "ramfs")
 
 
-def check_site(target: Target) -> list[Finding]:
+def check_site(target: Target) -> Iterator[Finding]:
     if target.site is None:
         error = target.error or EnvironmentProblem("no site", "")
-        return [Finding("site", "failed", error.message, error.remedy or "write one: afina init --site-only")]
-    if target.site.file is None:
-        return [Finding("site", "ok", "no site file: the environment is the site")]
-    sbatch = "".join(
-        f", {name}={value}"
-        for name, value in target.site.sbatch.items()
-        if name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
-    )
-    return [Finding("site", "ok", f"{target.site.file}{sbatch}")]
+        yield Finding("site", "failed", error.message, error.remedy or "write one: afina init --site-only")
+    elif target.site.file is None:
+        yield Finding("site", "ok", "no site file: the environment is the site")
+    else:
+        shown = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
+        chosen = [f"{name}={value}" for name, value in target.site.sbatch.items() if name in shown]
+        yield Finding("site", "ok", ", ".join([str(target.site.file), *chosen]))
 
 
-def check_recipe(target: Target) -> list[Finding]:
+def check_recipe(target: Target) -> Iterator[Finding]:
+    """The recipe, its data files, and whether a Hub model or data set has been fetched."""
     if target.plan is None:
-        return (
-            [Finding("recipe", "failed", target.error.message, target.error.remedy)]
-            if target.error and target.site
-            else []
-        )
+        if target.error and target.site:
+            yield Finding("recipe", "failed", target.error.message, target.error.remedy)
+        return
     if not target.has_recipe:
-        return []
-    recipe = target.plan.recipe
-    count = sum(map(len, target.plan.files.values()))
-    found = [
-        Finding(
-            "recipe",
-            "ok",
-            f"{recipe.name}: {count} data file{'s' * (count != 1)}"
-            if target.plan.files
-            else f"{recipe.name}: data set {recipe.data.hub}",
-        )
-    ]
+        return
     assert target.site is not None
+    recipe, count = target.plan.recipe, sum(map(len, target.plan.files.values()))
+    data = f"{count} data file{'s' * (count != 1)}" if target.plan.files else f"data set {recipe.data.hub}"
+    yield Finding("recipe", "ok", f"{recipe.name}: {data}")
     wanted = [] if target.plan.model_folder else [("model", recipe.model)]
     wanted += [("dataset", recipe.data.hub)] if recipe.data.hub else []
     for kind, name in wanted:
         pins = _pins(target.site, kind, name)
         if pins:
-            found.append(Finding("offline", "ok", f"{kind} {name} is pinned at {pins[-1][:12]}"))
+            yield Finding("offline", "ok", f"{kind} {name} is pinned at {pins[-1][:12]}")
         else:
-            found.append(
-                Finding(
-                    "offline",
-                    "warning",
-                    f"{kind} {name} has not been fetched",
-                    "run `afina prefetch RECIPE` where there is internet",
-                )
-            )
-    return found
+            remedy = "run `afina prefetch RECIPE` where there is internet"
+            yield Finding("offline", "warning", f"{kind} {name} has not been fetched", remedy)
 
 
 def _pins(site: Site, kind: str, name: str) -> list[str]:
@@ -101,37 +86,29 @@ def _pins(site: Site, kind: str, name: str) -> list[str]:
     return found
 
 
-def check_scratch(target: Target) -> list[Finding]:
+def check_scratch(target: Target) -> Iterator[Finding]:
     assert target.site is not None
     scratch = target.site.scratch
     space = os.statvfs(scratch)
     free, kind = space.f_bavail * space.f_frsize / 1e9, _file_system(scratch)
-    said = f"{scratch} ({kind}): {free:,.1f} GB free" + (f", {space.f_favail:,} inodes" if space.f_files else "")
-    if free < _FEWEST_GB or (space.f_files and space.f_favail < 200):
-        return [
-            Finding("scratch", "failed", said, "free space there (old runs, caches), or point AFINA_SCRATCH elsewhere")
-        ]
-    found = []
-    if free < _FEW_GB or (space.f_files and space.f_favail < _FEW_INODES):
-        found.append(
-            Finding("scratch", "warning", said, "little for checkpoints of a large model: remove old runs and caches")
-        )
+    inodes = space.f_favail if space.f_files else None
+    message = f"{scratch} ({kind}): {free:,.1f} GB free" + ("" if inodes is None else f", {inodes:,} inodes")
+    if free < _FEWEST_GB or (inodes is not None and inodes < _FEWEST_INODES):
+        remedy = "free space there (old runs, caches), or point AFINA_SCRATCH elsewhere"
+        yield Finding("scratch", "failed", message, remedy)
+        return
+    if free < _FEW_GB or (inodes is not None and inodes < _FEW_INODES):
+        remedy = "too little for checkpoints of a large model: remove old runs and caches"
+        yield Finding("scratch", "warning", message, remedy)
     else:
-        found.append(Finding("scratch", "ok", said))
+        yield Finding("scratch", "ok", message)
     if target.has_slurm and kind in _LOCAL and not target.with_job:
-        found.append(
-            Finding(
-                "scratch",
-                "warning",
-                f"{kind} is usually a disk of one machine: do all nodes see {scratch}?",
-                "`afina doctor --job` tells",
-            )
-        )
-    return found
+        message = f"{kind} is usually the disk of one machine: do all nodes see {scratch}?"
+        yield Finding("scratch", "warning", message, "`afina doctor --job` checks it")
 
 
 def _file_system(path: Path) -> str:
-    """The type of the mount that `path` lies on, as /proc/mounts names it."""
+    """The type of the mount that `path` lies on, from /proc/mounts."""
     best, kind = "", "unknown file system"
     with contextlib.suppress(OSError):
         for line in Path("/proc/mounts").read_text().splitlines():
@@ -142,62 +119,65 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-def check_quota(target: Target) -> list[Finding]:
+def check_quota(target: Target) -> Iterator[Finding]:
     """`lfs quota` on Lustre, else `quota`: used against limit, of bytes and of files."""
     assert target.site is not None
-    user = target.env.get("USER") or str(os.getuid())
-    argv = (
-        ["lfs", "quota", "-q", "-u", user, str(target.site.scratch)]
-        if _file_system(target.site.scratch) == "lustre"
-        else ["quota", "-w", "-p"]
-    )
-    said = answer_of(argv, target.env)
-    if said is None:
-        return [Finding("quota", "ok", f"`{argv[0]}` does not answer here: see your cluster's own command")]
-    found = []
-    for line in said.splitlines():
+    argv = ["quota", "-w", "-p"]
+    if _file_system(target.site.scratch) == "lustre":
+        argv = ["lfs", "quota", "-q", "-u", target.env.get("USER") or str(os.getuid()), str(target.site.scratch)]
+    answer = answer_of(argv, target.env)
+    if answer is None:
+        yield Finding("quota", "ok", f"`{argv[0]}` does not answer here: use your cluster's own command")
+        return
+    count = 0
+    for line in answer.splitlines():
         words = line.split()
         if len(words) < 8 or not re.fullmatch(r"\d+\*?", words[1]):
             continue
-        for what, used, limits in (("KB", words[1], words[2:4]), ("files", words[5], words[6:8])):
-            numbers = [int(n) for n in limits if n.isdigit() and int(n)]
-            if not numbers or not used.rstrip("*").isdigit():
-                continue
-            share = int(used.rstrip("*")) / max(numbers)
-            text = f"{words[0]}: {int(used.rstrip('*')):,} of {max(numbers):,} {what} used"
-            level: Level = "failed" if share >= 1 else "warning" if share > 0.9 or used.endswith("*") else "ok"
-            found.append(
-                Finding("quota", level, text, "" if level == "ok" else "remove old runs and caches, or ask for more")
-            )
-    return found or [Finding("quota", "ok", "no quota is set")]
+        for unit, used, limits in (("KB", words[1], words[2:4]), ("files", words[5], words[6:8])):
+            numbers = [int(number) for number in limits if number.isdigit() and int(number)]
+            if numbers and used.rstrip("*").isdigit():
+                count += 1
+                yield _against_quota(words[0], unit, used, max(numbers))
+    if not count:
+        yield Finding("quota", "ok", "no quota is set")
 
 
-def check_locks(target: Target) -> list[Finding]:
-    """Is what one process locks locked for another, and is a replaced file always whole? Tried on scratch."""
+def _against_quota(place: str, unit: str, used: str, limit: int) -> Finding:
+    """`used` ends with a star where the soft limit is exceeded."""
+    number = int(used.rstrip("*"))
+    message = f"{place}: {number:,} of {limit:,} {unit} used"
+    if number < limit and number <= 0.9 * limit and not used.endswith("*"):
+        return Finding("quota", "ok", message)
+    level: Level = "failed" if number >= limit else "warning"
+    return Finding("quota", level, message, "remove old runs and caches, or ask for more")
+
+
+def check_locks(target: Target) -> Iterator[Finding]:
+    """Whether a lock on scratch holds between processes, and whether a replaced file is always whole."""
     assert target.site is not None
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=target.site.scratch))
     try:
-        return [_try_lock(folder), _try_rename(folder)]
+        yield _try_lock(folder)
+        yield _try_rename(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _try_lock(folder: Path) -> Finding:
-    remedy = "afina itself takes no locks; other programs' caches on scratch may hang or break: keep HF_HOME to one job at a time"
+    remedy = (
+        "afina takes no locks; other programs' caches on scratch may hang or break: let one job at a time use HF_HOME"
+    )
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            return Finding("locks", "warning", f"flock is refused on scratch: {error.strerror}", remedy)
+            return Finding("locks", "warning", f"flock fails on scratch: {error.strerror}", remedy)
         code = "import fcntl,sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(folder / "lock")],
-            stderr=subprocess.DEVNULL,
-            timeout=ANSWER_S,
-            check=False,
-        )
+        argv = [sys.executable, "-c", code, str(folder / "lock")]
+        other = subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=ANSWER_S, check=False)
     if other.returncode == 0:
-        return Finding("locks", "warning", "flock on scratch locks nobody out", remedy)
+        return Finding("locks", "warning", "flock on scratch does not exclude another process", remedy)
     return Finding("locks", "ok", "flock on scratch holds between processes of this machine")
 
 
@@ -216,66 +196,44 @@ def _try_rename(folder: Path, rounds: int = 200) -> Finding:
             os.replace(aside, target)
     finally:
         (folder / "over").touch()
-        _, why = reader.communicate(timeout=ANSWER_S)
+        _, errors = reader.communicate(timeout=ANSWER_S)
     if reader.returncode:
-        what = (
-            "a reader saw a part of it"
-            if reader.returncode == 9
-            else why.decode(errors="replace").strip().splitlines()[-1]
-        )
-        return Finding(
-            "rename",
-            "failed",
-            f"replacing a file on scratch is not atomic: {what}",
-            "choose another file system for AFINA_SCRATCH",
-        )
+        why = "a reader saw part of a file"
+        if reader.returncode != 9:
+            why = errors.decode(errors="replace").strip().splitlines()[-1]
+        message = f"replacing a file on scratch is not atomic: {why}"
+        return Finding("rename", "failed", message, "choose another file system for AFINA_SCRATCH")
     return Finding("rename", "ok", f"{rounds} replacements on scratch, each seen whole")
 
 
-def check_caches(target: Target) -> list[Finding]:
+def check_caches(target: Target) -> Iterator[Finding]:
+    """Caches that would lie in the home and its quota."""
     assert target.site is not None
-    env = {**target.env}
-    paths = cache_environment(target.site, env)
-    home = Path(env.get("HOME", "/")).resolve()
+    paths = cache_environment(target.site, target.env)
+    home = Path(target.env.get("HOME", "/")).resolve()
     inside = [
-        n
-        for n in CACHE_VARIABLES
-        if env.get(n)
-        and Path(env[n]).resolve().is_relative_to(home)
-        and not target.site.scratch.resolve().is_relative_to(home)
+        f"{name}={paths[name]}"
+        for name in CACHE_VARIABLES
+        if target.env.get(name) and Path(target.env[name]).resolve().is_relative_to(home)
     ]
-    if inside:
-        return [
-            Finding(
-                "caches",
-                "warning",
-                f"{', '.join(f'{n}={paths[n]}' for n in inside)}: in your home and its quota",
-                "unset it: afina then keeps it under scratch",
-            )
-        ]
-    return [
-        Finding("caches", "ok", f"Hugging Face, torch and Triton keep theirs below {Path(paths['HF_HOME']).parent}")
-    ]
+    if inside and not target.site.scratch.resolve().is_relative_to(home):
+        message = f"{', '.join(inside)}: in your home and its quota"
+        yield Finding("caches", "warning", message, "unset it: afina then keeps it under scratch")
+    else:
+        yield Finding("caches", "ok", f"Hugging Face, torch and Triton use {Path(paths['HF_HOME']).parent}")
 
 
-def check_token(target: Target) -> list[Finding]:
+def check_token(target: Target) -> Iterator[Finding]:
     home = Path(target.env.get("HF_HOME") or Path(target.env.get("HOME", "/")) / ".cache/huggingface")
-    there = bool(target.env.get("HF_TOKEN")) or Path(target.env.get("HF_TOKEN_PATH") or home / "token").is_file()
-    return [
-        Finding(
-            "token",
-            "ok",
-            "there is a Hugging Face token"
-            if there
-            else "no Hugging Face token; only gated or private models need one",
-        )
-    ]
+    if target.env.get("HF_TOKEN") or Path(target.env.get("HF_TOKEN_PATH") or home / "token").is_file():
+        yield Finding("token", "ok", "there is a Hugging Face token")
+    else:
+        yield Finding("token", "ok", "no Hugging Face token; only gated or private models need one")
 
 
-def check_clock(target: Target) -> list[Finding]:
+def check_clock(target: Target) -> Iterator[Finding]:
     """Against the file server's, and against slurmctld's."""
     assert target.site is not None
-    found = []
     with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=target.site.scratch) as file:
         file.write(b"x")
         file.flush()
@@ -283,15 +241,10 @@ def check_clock(target: Target) -> list[Finding]:
     with contextlib.suppress(KeyError, ValueError):
         answered = time.strptime(read_config()["AsOf"], "%Y-%m-%dT%H:%M:%S")
         skews["slurmctld"] = time.mktime(answered) - time.time()
-    for who, skew in skews.items():
-        # Slurm prints whole seconds, in this machine's time zone or in its own.
-        if _SKEW_S < abs(skew) < 1700:
-            found.append(
-                Finding(
-                    "clock",
-                    "warning",
-                    f"this machine and {who} differ by {abs(skew):.0f} s",
-                    "ask for time synchronisation",
-                )
-            )
-    return found or [Finding("clock", "ok", f"agrees with {' and '.join(skews)}")]
+    # Slurm prints whole seconds, in this machine's time zone or in its own.
+    differing = {clock: skew for clock, skew in skews.items() if _SKEW_S < abs(skew) < 1700}
+    for clock, skew in differing.items():
+        message = f"this machine and {clock} differ by {abs(skew):.0f} s"
+        yield Finding("clock", "warning", message, "ask for time synchronisation")
+    if not differing:
+        yield Finding("clock", "ok", f"agrees with {' and '.join(skews)}")

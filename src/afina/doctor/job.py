@@ -1,7 +1,7 @@
-"""The way of a job, tried with a short real one: sbatch, the batch script, a signal, the image on each node, processes that meet.
+"""A short real job: sbatch, the batch script, a signal, the image on each node, processes that meet.
 
-`slurm/doctor.sbatch` writes what it finds into a folder on scratch; it is read while the job runs, and removed with it. An
-interrupt cancels the job. The longest part is mostly the queue.
+`slurm/doctor.sbatch` writes its findings into a folder on scratch. They are read while the job runs, and the folder is removed
+with it. An interrupt cancels the job. Most of the time is usually spent in the queue.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _LEVELS: dict[str, Level] = {"ok": "ok", "warning": "warning", "failed": "failed
 
 
 def try_job(target: Target, *, wait_s: float, progress: Callable[[str], None]) -> Generator[Finding, None, None]:
-    """Submit it, and yield what it finds as it finds it.
+    """Submit the job and yield its findings as they come.
 
     Args:
-        wait_s: the job is given up when it has not begun by then.
-        progress: is told now and then how long it has taken.
+        wait_s: the job is cancelled if it has not begun by then.
+        progress: receives a line of text now and then.
 
     A job that Slurm refuses is a finding. Closing the generator cancels the job.
     """
@@ -117,7 +117,7 @@ def _follow(job: str, folder: Path, wait_s: float, progress: Callable[[str], Non
 
 
 def _new_lines(folder: Path, read: dict[Path, int]) -> Iterator[Finding]:
-    """Whole lines that were not read before."""
+    """Findings in whole lines that were not read before."""
     for path in sorted(folder.glob("lines.*")):
         with contextlib.suppress(OSError), path.open("rb") as file:
             file.seek(read.get(path, 0))
@@ -133,12 +133,12 @@ def _new_lines(folder: Path, read: dict[Path, int]) -> Iterator[Finding]:
 def _ended_early(job: str, folder: Path) -> Finding:
     logs = [*folder.glob("slurm-*.out"), *folder.glob("log.*")]
     last = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-3:]]
-    where = "its log is empty: does the node see scratch at this path?" if not last else " | ".join(last[-4:])
-    return Finding("job", "failed", f"job {job} ended before it was done: {where}", f"see `scontrol show job {job}`")
+    log = " | ".join(last[-4:]) or "its log is empty: does the node see scratch at this path?"
+    return Finding("job", "failed", f"job {job} ended too early: {log}", f"see `scontrol show job {job}`")
 
 
 def _wait_until_gone(job: str, patience_s: float = 20.0) -> None:
-    """What still runs would write into a folder that is being removed."""
+    """A running job would write into the folder while it is removed."""
     ends = time.monotonic() + patience_s
     with contextlib.suppress(SlurmError):
         while query([job], account=())[job].state not in ("GONE", "UNKNOWN") and time.monotonic() < ends:

@@ -29,12 +29,17 @@ class Target:
     plan: Plan | None = None
     error: AfinaError | None = None
     has_recipe: bool = False
-    with_job: bool = False  # a job is tried afterwards, which sees what nodes see
+    with_job: bool = False  # a test job follows, which checks what nodes see
 
     @property
     def where(self) -> Plan | None:
-        """A plan for commands in the container: the recipe's, else one that only knows the site."""
+        """A plan for commands in the container: the recipe's, else one of the site alone."""
         return self.plan or (bare_plan(self.site) if self.site is not None else None)
+
+    @property
+    def sbatch(self) -> Mapping[str, str]:
+        """The environment with the site's own `SBATCH_*` variables."""
+        return {**self.env, **(self.site.sbatch if self.site else {})}
 
     @property
     def has_slurm(self) -> bool:

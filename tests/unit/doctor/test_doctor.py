@@ -23,7 +23,7 @@ from afina.run.plan import make_plan
 from afina.site.finding import Finding
 from afina.site.settings import Site
 from afina.slurm.cluster import Cluster, parse_associations, parse_config, parse_partitions
-from afina.worker.checks import environment as worker_doctor
+from afina.worker.checks import environment
 
 SINFO = "gpu*|up|1-00:00:00|1-4|2|8|64000|gpu:2|idle\nold|down|1:00:00|1-4|2|8|64000|(null)|down*\n"
 
@@ -54,7 +54,7 @@ def test_a_local_disk_is_a_doubt_until_a_job_looks(bin: Path, site: Site, monkey
     monkeypatch.setattr(disk, "_file_system", lambda path: "ext4")
     for limit in ("_FEW_GB", "_FEW_INODES"):  # the tests' own disk may be nearly full
         monkeypatch.setattr(disk, limit, 0)
-    assert [f.remedy for f in found(target(site), "scratch")][1:] == ["`afina doctor --job` tells"]
+    assert [f.remedy for f in found(target(site), "scratch")][1:] == ["`afina doctor --job` checks it"]
     assert [f.level for f in found(target(site, with_job=True), "scratch")] == ["ok"]
 
 
@@ -139,7 +139,7 @@ def test_locks_that_lock_nobody_out(bin: Path, site: Site, monkeypatch: pytest.M
     assert finding.level == "ok"
     monkeypatch.setattr(disk.fcntl, "flock", lambda *_: None)  # as on a file system mounted with `localflock`
     (finding,) = found(target(site), "locks")
-    assert finding.level == "warning" and "locks nobody out" in finding.message
+    assert finding.level == "warning" and "does not exclude another process" in finding.message
 
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
@@ -160,7 +160,7 @@ def test_a_replacement_that_is_seen_in_parts(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(disk.os, "replace", torn)
     finding = disk._try_rename(tmp_path, rounds=60)
-    assert finding.level == "failed" and "a reader saw a part of it" in finding.message
+    assert finding.level == "failed" and "a reader saw part of a file" in finding.message
 
 
 def test_no_secret_is_shown(bin: Path, afina: Callable[..., Ran]) -> None:
@@ -198,7 +198,7 @@ def test_slurm_that_does_not_answer(bin: Path, site: Site) -> None:
         ({}, "partition", "ok", "gpu: 2 nodes, 2 GPUs per node at most, up to 24 h"),
         ({"SBATCH_PARTITION": "old"}, "partition", "warning", "old: 2 nodes (2 out of service), no GPUs"),
         ({"SBATCH_PARTITION": "gqu"}, "partition", "failed", "SBATCH_PARTITION=gqu: no such partition"),
-        ({}, "account", "ok", "Slurm's default of yours: maths, physics"),
+        ({}, "account", "ok", "your default; you have: maths, physics"),
         ({"SBATCH_ACCOUNT": "Maths"}, "account", "ok", "Maths"),
         ({"SBATCH_ACCOUNT": "zoo"}, "account", "failed", "SBATCH_ACCOUNT=zoo is not yours"),
         ({"SBATCH_QOS": "long"}, "qos", "ok", "long"),
@@ -300,8 +300,9 @@ def test_allocated_gpus_without_a_driver_are_a_warning(
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     if allocated is not None:
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", allocated)
-    ((check, said, text, _),) = worker_doctor._cuda()
-    assert (check, said) == ("cuda", level) and ("train on the CPU" in text) == (level == "warning")
+    (finding,) = environment._cuda()
+    assert (finding.check, finding.level) == ("cuda", level)
+    assert ("train on the CPU" in finding.message) == (level == "warning")
 
 
 @pytest.mark.parametrize(
@@ -320,8 +321,8 @@ def test_the_driver_is_held_against_the_one_table(
     monkeypatch.setattr(torch.version, "cuda", cuda)
     file = tmp_path / "version"
     file.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19 01:15:15 UTC 2023\n")
-    ((_, found, text, _),) = worker_doctor._cuda(file)
-    assert found == level and words in text, text
+    (finding,) = environment._cuda(file)
+    assert finding.level == level and words in finding.message
 
 
 @pytest.mark.slow
