@@ -75,10 +75,10 @@ def measure(shape: Shape, folder: Path, rows: int, threads: int, *, quick: bool)
 _FORECAST = """
 import json, sys
 from afina import api
-from afina.forecast.forecast import foresee
+from afina.forecast.forecast import forecast
 from afina.run.job_request import JobRequest
 plan = api.plan_for("recipe.yaml", JobRequest(overrides=sys.argv[1:]))
-print(json.dumps(foresee(plan, api.prepare(plan)).to_json()))
+print(json.dumps(forecast(plan, api.prepare(plan)).to_json()))
 """
 
 

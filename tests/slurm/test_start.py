@@ -155,7 +155,7 @@ def test_a_partition_with_a_limit(cluster: Cluster, host: Path, project: Path) -
 
 
 def test_a_rehearsal_in_the_image_and_the_run_that_follows(cluster: Cluster, host: Path, project: Path) -> None:
-    """On CPU cores: the recipe's GPU stays out of it. What was foreseen lies beside what was used."""
+    """On CPU cores: the recipe's GPU stays out of it. The forecast lies beside what was used."""
     done = _afina(
         cluster, host, project, "submit", "recipe.yaml", "--rehearse", "--gpus-per-node", "0", "--wait", "--json",
         "--set", "train.epochs=1",

@@ -235,7 +235,7 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     from afina import api
     from afina.forecast import evidence as measure
     from afina.forecast.estimate import describe
-    from afina.forecast.forecast import foresee
+    from afina.forecast.forecast import forecast
     from afina.site.image import check_image
     from afina.slurm.cluster import read_cluster
 
@@ -243,9 +243,9 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     check_image(plan.site)
     prepared = api.prepare(plan)
     measured = measure.rehearse(plan, prepared, seconds=seconds)
-    said = foresee(plan, prepared, read_cluster(accounting=False), measured)
+    estimate = forecast(plan, prepared, read_cluster(accounting=False), measured)
     if as_json:
-        print(json.dumps({**said.to_json(), "measured": measured.model_dump()}))
+        print(json.dumps({**estimate.to_json(), "measured": measured.model_dump()}))
         return
     steps, step = len(measured.seconds), sum(measured.seconds) / len(measured.seconds)
     memory = f"{measured.peak_bytes / 1e9:.2f} GB"
@@ -261,7 +261,7 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
         f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
         f"batch; checkpoint {(measured.checkpoint_bytes or 0) / 1e9:.3f} GB in {measured.save_seconds or 0:.1f} s"
     )
-    print("\n".join(describe(said.to_json())))
+    print("\n".join(describe(estimate.to_json())))
 
 
 @click.command()

@@ -1,12 +1,11 @@
-"""What a run will take, before it is queued: time, memory, attempts, room. Pure: numbers in, a forecast out.
+"""Forecast of a run before it is queued: time, memory, attempts, disk. Pure: numbers in, a forecast out.
 
-Memory of a process that trains P numbers in float32 with AdamW: weights 4 P, gradients 4 P, two moments 8 P; once more 12 P on
-the first process for the copy that a save writes; activations of the longest batch; and what Python and its libraries take.
-Activations per layer are those of "Reducing Activation Recomputation in Large Transformer Models" (Korthikanti et al. 2022,
-section 4), in float32 where training is. Time comes from a rehearsal or from earlier runs; where there is neither, it is not guessed.
+Time and memory come from a rehearsal or from earlier runs; without such evidence they are unknown, and the forecast says how to
+rehearse. Exact without evidence, in any precision of `train.precision`: steps, and the bytes of P parameters trained with AdamW
+(weights and gradients 4 P each, two moments 8 P, all in float32; a checkpoint 12 P).
 
-Not covered: other optimizers than AdamW, activation checkpointing, the exchange of gradients between processes, and what a
-machine does beside the run. On GPUs the memory was not measured.
+Not covered: other optimizers than AdamW, communication between processes, and what else the machine does meanwhile. Memory on
+GPUs was not measured.
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from afina.recipe.time_limit import minutes_in_words
 from afina.run.plan import Plan
 from afina.schedule import Schedule
 
-__all__ = ["Earlier", "Estimate", "Measured", "Shape", "describe", "forecast", "memory_of", "pace"]
+__all__ = ["Earlier", "Estimate", "Measured", "Workload", "describe", "estimate", "fit_line"]
 
 GB = 1e9
 #: Python, torch, transformers and their libraries before a model is loaded: 0.37 GB, measured on a CPU.
 _BASE_BYTES = 0.45e9
-#: CUDA context, cuBLAS and NCCL buffers. From documentation, not measured.
+#: CUDA context, cuBLAS and NCCL buffers, which PyTorch's own count leaves out. From documentation, not measured.
 _CUDA_BYTES = 1.0e9
-#: What the forecast is multiplied by before it is asked for: machines differ, and a job that is killed has lost more.
+#: Margins of a request: machines differ, and a job that is killed costs more than one that asks for too much.
 _MORE_TIME, _MORE_MEMORY = 1.25, 1.2
 _STOP_LEAD_S = 15.0
+_REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehearse` before it submits"
 
 
 class Measured(BaseModel):
-    """What a rehearsal measured, as `afina.worker.training.rehearsal` says it. Bytes, seconds, costs in tokens."""
+    """What a rehearsal measured, see `afina.worker.training.rehearsal`. Bytes, seconds, costs in tokens."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -66,31 +66,23 @@ class Measured(BaseModel):
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides about memory where nothing was measured.
+class Workload:
+    """Rows of each split, and parameters of the model; None where its files do not tell (pickled weights)."""
 
-    Attributes:
-        longest: tokens of the longest texts, as many as one process takes at once: no batch has more.
-        half: activations in 16 bits (`bf16` or `fp16` in `train.arguments`).
-        attention_dropout: attention probabilities are kept for the backward pass.
-    """
-
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    longest: tuple[int, ...]
+    parameters: int | None
     train_rows: int
     eval_rows: int = 0
     test_rows: int = 0
-    half: bool = False
-    attention_dropout: bool = True
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A finished run of the same shape. Seconds of wall time; `other_seconds` are evaluations, saves and the end."""
+    """A finished run of the same model, lengths and geometry.
+
+    Attributes:
+        other_seconds: evaluations, saves and the end.
+        peak_gb: largest memory of a process, on a GPU that of the GPU.
+    """
 
     name: str
     device: str
@@ -103,17 +95,17 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A forecast. None where there is nothing to tell it from.
+    """A forecast. None: unknown.
 
     Attributes:
-        basis: rehearsal, earlier runs, or model (memory from its numbers, no time).
+        basis: rehearsal, earlier runs, or model (no evidence: steps and sizes of the model's state alone).
         seconds: wall time of all attempts, start-up included.
         seconds_by_part: startup, steps, evaluations, saves.
         host_gb: memory of the busiest node; gpu_gb: of each GPU.
-        checkpoint_gb, disk_gb: one checkpoint, and all that stands beside each other in the run directory at most.
-        asked_time_min, asked_mem_gb: what the recipe asks for.
-        time_min, mem_gb: what to ask for.
-        attempts: how often the job goes through the queue under the limit that it asks for.
+        state_gb: weights, gradients and optimizer state of one process, a part of its memory.
+        checkpoint_gb, disk_gb: one checkpoint, and the largest size of the run directory.
+        asked_time_min, asked_mem_gb: the recipe's request; time_min, mem_gb: enough.
+        attempts: jobs that the run needs under the requested time limit.
         limit_min: the longest time that the partition allows.
         notes: what the forecast does not know.
     """
@@ -123,46 +115,25 @@ class Estimate:
     total_steps: int
     seconds: float | None
     seconds_by_part: dict[str, float]
-    host_gb: float
+    host_gb: float | None
     gpu_gb: float | None
-    checkpoint_gb: float
-    disk_gb: float
+    checkpoint_gb: float | None
+    disk_gb: float | None
     asked_time_min: int
     asked_mem_gb: int | None
     time_min: int | None
-    mem_gb: int
+    mem_gb: int | None
     attempts: int | None
     limit_min: int | None = None
     notes: tuple[str, ...] = ()
+    state_gb: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def memory_of(shape: Shape, *, first: bool = True) -> dict[str, float]:
-    """Bytes of one process by part.
-
-    Args:
-        first: the process that saves.
-    """
-    p, width = float(shape.parameters), 2.0 if shape.half else 4.0
-    tokens = float(sum(shape.longest))
-    # Elements that the backward pass needs, per token: 8 H + 2 I, and two masks of one byte each H.
-    linear = tokens * (width * (8 * shape.hidden + 2 * shape.intermediate) + 2 * shape.hidden)
-    squares = sum(float(n) * n for n in shape.longest) * shape.heads
-    attention = squares * (2 * width + 1) if shape.attention_dropout else 0.0
-    return {
-        "base": _BASE_BYTES,
-        "weights": 4 * p,
-        "gradients": 4 * p,
-        "moments": 8 * p,
-        "copy": 12 * p if first else 0.0,
-        "activations": shape.layers * (linear + attention),
-    }
-
-
-def pace(costs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(a, b) of seconds = a + b × cost, neither negative: the line of Theil and Sen, which a step that was held up does not move.
+def fit_line(costs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """(a, b) of seconds = a + b × cost, neither negative: the Theil–Sen line, which a few slow steps do not move.
 
     Proportional where no two costs differ.
     """
@@ -171,78 +142,85 @@ def pace(costs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float
     slopes = [(y - v) / (x - u) for (x, y), (u, v) in itertools.combinations(pairs, 2) if abs(x - u) > 1e-6 * x]
     if not slopes:
         return 0.0, ratio
-    # Noise may tilt the line: a slope that is negative, or steeper than through the origin, is no truth about steps.
+    # Noise may tilt the line: no step gets faster by a longer text, or costs less than nothing at length 0.
     slope = min(max(median(slopes), 0.0), ratio)
     return max(0.0, median(y - slope * x for x, y in pairs)), slope
 
 
-def forecast(
+def estimate(
     plan: Plan,
-    shape: Shape,
+    work: Workload,
     *,
     measured: Measured | None = None,
     earlier: Sequence[Earlier] = (),
     limit_min: int | None = None,
 ) -> Estimate:
-    """The forecast, from a rehearsal if there is one for this device, else from earlier runs, else from the model alone.
+    """The forecast from a rehearsal on the plan's kind of device, else from earlier runs.
 
     Args:
         limit_min: the longest time that the partition allows.
     """
-    geometry, train = plan.geometry, plan.recipe.train
-    schedule = train.schedule(shape.train_rows, shape.eval_rows)
+    resources, train = plan.recipe.resources, plan.recipe.train
+    device = "cuda" if plan.geometry.gpus_per_node else "cpu"
+    rehearsed = measured if measured is not None and measured.device == device else None
+    alike = [run for run in earlier if run.device == device]
+    schedule = train.schedule(work.train_rows, work.eval_rows)
     evaluations = _evaluations(plan, schedule)
-    notes: list[str] = []
-    wanted = "cuda" if geometry.gpus_per_node else "cpu"
-    by_part: dict[str, float] = {}
-    basis = "model"
-    if measured is not None and measured.device != wanted:
-        notes.append(
-            f"rehearsed on the {measured.device} and the job asks for GPUs: no time is told; rehearse inside an allocation: "
-            "srun --gpus=1 --pty afina rehearse RECIPE"
-        )
-    alike = [run for run in earlier if run.device == wanted]
-    if measured is not None and measured.device == wanted:
-        basis, by_part = "rehearsal", _time_measured(measured, schedule, evaluations, plan)
+    basis, by_part = "model", {}
+    if rehearsed is not None:
+        basis, by_part = "rehearsal", _time_measured(rehearsed, schedule, evaluations, plan)
     elif alike:
-        basis, by_part = "earlier runs", _time_earlier(alike, shape, schedule, evaluations)
-    elif measured is None:
-        notes.append("no time is told: there is no earlier run of this shape; `afina rehearse RECIPE` measures one")
-    if geometry.num_processes > 1 and basis == "rehearsal":
-        notes.append("the exchange of gradients between processes is not in it")
-    memory = memory_of(shape)
-    host, gpu = _memory(plan, memory, measured, alike, wanted)
-    one = measured.checkpoint_bytes if measured is not None and measured.checkpoint_bytes else 12.0 * shape.parameters
-    disk = one * (train.keep_checkpoints + 2) + one / 3
+        basis, by_part = "earlier runs", _time_earlier(alike, work, schedule, evaluations)
+    host, gpu = _memory(plan, work, rehearsed, alike)
+    checkpoint = (measured.checkpoint_bytes if measured else None) or (work.parameters and 12 * work.parameters)
+    disk = checkpoint and checkpoint * (train.keep_checkpoints + 2 + 1 / 3)
     seconds = round(sum(by_part.values()), 1) if by_part else None
-    time_min, attempts = _asking(plan, seconds, by_part, limit_min)
+    time_min, attempts = _requests(plan, seconds, by_part, limit_min)
     return Estimate(
         basis=basis,
-        device=wanted,
+        device=device,
         total_steps=schedule.total_steps,
         seconds=seconds,
         seconds_by_part={name: round(value, 2) for name, value in by_part.items()},
-        host_gb=round(host / GB, 2),
-        gpu_gb=None if gpu is None else round(gpu / GB, 2),
-        checkpoint_gb=round(one / GB, 3),
-        disk_gb=round(disk / GB, 3),
-        asked_time_min=plan.recipe.resources.time,
-        asked_mem_gb=plan.recipe.resources.mem_gb,
+        host_gb=_gb(host, 2),
+        gpu_gb=_gb(gpu, 2),
+        checkpoint_gb=_gb(checkpoint, 3),
+        disk_gb=_gb(disk, 3),
+        asked_time_min=resources.time,
+        asked_mem_gb=resources.mem_gb,
         time_min=time_min,
-        mem_gb=max(1, math.ceil(host / GB * _MORE_MEMORY)),
+        mem_gb=None if host is None else max(1, math.ceil(host / GB * _MORE_MEMORY)),
         attempts=attempts,
         limit_min=limit_min,
-        notes=tuple(notes),
+        notes=_notes(plan, basis, measured),
+        state_gb=_gb(work.parameters and 16 * work.parameters, 3),
     )
 
 
+def _gb(size: float | None, digits: int) -> float | None:
+    return None if size is None else round(size / GB, digits)
+
+
+def _notes(plan: Plan, basis: str, measured: Measured | None) -> tuple[str, ...]:
+    if basis == "model" and measured is not None:
+        return (
+            f"time and memory are unknown: the rehearsal ran on the {measured.device}, and the job requests GPUs; rehearse inside "
+            "an allocation: srun --gpus=1 --pty afina rehearse RECIPE",
+        )
+    if basis == "model":
+        return (f"time and memory are unknown: there is no earlier run like this one; {_REHEARSE}",)
+    if basis == "rehearsal" and plan.geometry.num_processes > 1:
+        return ("communication between processes is not included",)
+    return ()
+
+
 def _evaluations(plan: Plan, schedule: Schedule) -> int:
-    """How often the eval set is gone through: as scheduled, and once more for the best step's predictions."""
+    """Passes over the eval split: as scheduled, and once more for the predictions of the best step."""
     return schedule.evaluations + (1 if plan.recipe.train.keep == "best" and schedule.evaluations > 1 else 0)
 
 
 def _time_measured(measured: Measured, schedule: Schedule, evaluations: int, plan: Plan) -> dict[str, float]:
-    fixed, slope = pace(measured.costs, measured.seconds)
+    fixed, slope = fit_line(measured.costs, measured.seconds)
     processes = plan.geometry.num_processes
     each = (measured.eval_seconds_per_cost or 0.0) * measured.eval_cost / processes
     test = (measured.eval_seconds_per_cost or 0.0) * measured.test_cost / processes
@@ -257,8 +235,8 @@ def _time_measured(measured: Measured, schedule: Schedule, evaluations: int, pla
     }
 
 
-def _time_earlier(runs: Sequence[Earlier], shape: Shape, schedule: Schedule, evaluations: int) -> dict[str, float]:
-    """The newest three, by their mean."""
+def _time_earlier(runs: Sequence[Earlier], work: Workload, schedule: Schedule, evaluations: int) -> dict[str, float]:
+    """By the mean of the newest three."""
     runs = runs[:3]
 
     def mean(values: Sequence[float]) -> float:
@@ -268,48 +246,44 @@ def _time_earlier(runs: Sequence[Earlier], shape: Shape, schedule: Schedule, eva
     return {
         "startup": mean([run.startup_seconds for run in runs]),
         "steps": schedule.examples_after(schedule.total_steps) / mean([run.examples_per_second for run in runs]),
-        "evaluations": per_row * (evaluations * shape.eval_rows + shape.test_rows),
-        "saves": 0.0,  # in what the earlier runs took beside their steps
+        "evaluations": per_row * (evaluations * work.eval_rows + work.test_rows),
+        "saves": 0.0,  # part of what the earlier runs took beside their steps
     }
 
 
 def _memory(
-    plan: Plan, memory: dict[str, float], measured: Measured | None, alike: Sequence[Earlier], wanted: str
-) -> tuple[float, float | None]:
+    plan: Plan, work: Workload, rehearsed: Measured | None, alike: Sequence[Earlier]
+) -> tuple[float | None, float | None]:
     """Bytes of the busiest node, and of each GPU."""
-    processes = plan.geometry.processes_per_node
-    copy = memory["copy"]
-    state = memory["weights"] + memory["gradients"] + memory["moments"]
-    if wanted == "cpu":
-        one = memory["base"] + state + copy + memory["activations"]
-        peaks = [run.peak_gb * GB for run in alike if run.peak_gb]
-        if measured is not None and measured.device == "cpu":
-            one = float(measured.peak_bytes)
-        elif peaks:
-            one = max(peaks)
-        return one + (processes - 1) * max(one - copy, memory["base"]), None
-    # On the host: the weights while they are loaded, and the copy that is saved.
-    host = memory["base"] + _CUDA_BYTES + max(memory["weights"], copy)
-    gpu = _CUDA_BYTES + state + memory["activations"]
-    if measured is not None and measured.device == "cuda":
-        host = float(measured.peak_bytes)
-        gpu = float(measured.gpu_peak_bytes or 0) + _CUDA_BYTES
-    return host + (processes - 1) * (memory["base"] + _CUDA_BYTES + memory["weights"]), gpu
+    one = gpu = None
+    peaks = [run.peak_gb * GB for run in alike if run.peak_gb]
+    if rehearsed is not None:
+        one = float(rehearsed.peak_bytes)
+        gpu = rehearsed.gpu_peak_bytes and rehearsed.gpu_peak_bytes + _CUDA_BYTES
+    elif peaks and plan.geometry.gpus_per_node:
+        gpu = max(peaks) + _CUDA_BYTES
+    elif peaks:
+        one = max(peaks)
+    if one is None:
+        return None, gpu
+    # The first process of a run holds a copy of its state, 12 P bytes, while a checkpoint is written.
+    other = max(one - 12.0 * (work.parameters or 0), _BASE_BYTES)
+    return one + (plan.geometry.processes_per_node - 1) * other, gpu
 
 
-def _asking(
+def _requests(
     plan: Plan, seconds: float | None, by_part: dict[str, float], limit_min: int | None
 ) -> tuple[int | None, int | None]:
-    """Minutes to ask for, and the attempts that the limit asked for implies."""
+    """Minutes to request, and the attempts that the requested limit implies."""
     if seconds is None:
         return None, None
-    wanted = _round_up(seconds * _MORE_TIME / 60 + 5)
+    enough = _round_up(seconds * _MORE_TIME / 60 + 5)
     asked = plan.recipe.resources.time if limit_min is None else min(plan.recipe.resources.time, limit_min)
     startup = by_part.get("startup", 0.0)
-    # What an attempt has for training: it starts up, and it stops two saves before the limit.
+    # An attempt trains between its start-up and the stop, two saves before the limit.
     usable = asked * 60 - startup - _STOP_LEAD_S - 2 * by_part.get("saves", 0.0)
     attempts = max(1, math.ceil((seconds - startup) / usable)) if usable > 0 else None
-    return (wanted if limit_min is None else min(wanted, limit_min)), attempts
+    return (enough if limit_min is None else min(enough, limit_min)), attempts
 
 
 def _round_up(minutes: float) -> int:
@@ -318,29 +292,32 @@ def _round_up(minutes: float) -> int:
     return math.ceil(minutes / unit) * unit
 
 
-def describe(said: Mapping[str, Any]) -> list[str]:
-    """A forecast, as `Estimate.to_json` gives it, in a few lines for people."""
-    e = Estimate(**{field.name: said[field.name] for field in fields(Estimate)})
-    took = "no time is told" if e.seconds is None else f"about {_words_of_seconds(e.seconds)}"
-    gpu = f", {e.gpu_gb:.1f} GB of each GPU" if e.gpu_gb is not None else ""
-    memory = f"resources.mem_gb {e.asked_mem_gb}" if e.asked_mem_gb else "the cluster's usual memory"
-    enough = f"--time {e.time_min}, " if e.time_min is not None else ""
-    lines = [
-        f"forecast from {_BASES[e.basis]}: {e.total_steps:,} steps, {took}; memory {e.host_gb:.1f} GB per node{gpu}; "
-        f"a checkpoint {e.checkpoint_gb:.2f} GB, the run directory up to {e.disk_gb:.1f} GB",
-        f"asked for: {minutes_in_words(e.asked_time_min)}, {memory}; enough: {enough}resources.mem_gb {e.mem_gb}",
-    ]
+def describe(values: Mapping[str, Any]) -> list[str]:
+    """A forecast, as `Estimate.to_json` gives it, in a few lines; one of an earlier afina too."""
+    e = Estimate(**{field.name: values[field.name] for field in fields(Estimate) if field.name in values})
+    took = "time unknown" if e.seconds is None else f"about {_seconds_in_words(e.seconds)}"
+    parts = [f"memory {e.host_gb:.1f} GB per node" if e.host_gb is not None else "memory unknown"]
+    if e.gpu_gb is not None:
+        parts.append(f"{e.gpu_gb:.1f} GB of each GPU")
+    if e.state_gb is not None and e.basis == "model":
+        parts.append(f"{e.state_gb:.1f} GB of it weights, gradients and optimizer state")
+    size = "" if e.checkpoint_gb is None else f"; a checkpoint {e.checkpoint_gb:.2f} GB"
+    size += "" if e.disk_gb is None else f", the run directory up to {e.disk_gb:.1f} GB"
+    source = {"rehearsal": " from a rehearsal", "earlier runs": " from earlier runs like it"}.get(e.basis, "")
+    lines = [f"forecast{source}: {e.total_steps:,} steps, {took}; {', '.join(parts)}{size}"]
+    memory = f"resources.mem_gb {e.asked_mem_gb}" if e.asked_mem_gb else "the cluster's default memory"
+    enough = [f"--time {e.time_min}"] if e.time_min is not None else []
+    enough += [f"resources.mem_gb {e.mem_gb}"] if e.mem_gb is not None else []
+    requested = f"requested: {minutes_in_words(e.asked_time_min)}, {memory}"
+    lines.append(requested + (f"; enough: {', '.join(enough)}" if enough else ""))
     if e.attempts is None and e.seconds is not None:
-        lines.append("warning: the time asked for is over before much is done")
+        lines.append("warning: the requested time is too short for an attempt to train")
     elif e.attempts is not None and e.attempts > 1:
-        lines.append(f"in that time it is not done: the job goes through the queue {e.attempts} times")
-    if e.asked_mem_gb is not None and e.asked_mem_gb < e.host_gb:
-        lines.append(f"warning: {e.asked_mem_gb} GB are asked for, and {e.host_gb:.1f} GB are foreseen")
+        lines.append(f"that time is not enough for the run: it takes {e.attempts} jobs, each resumes the last")
+    if e.asked_mem_gb is not None and e.host_gb is not None and e.asked_mem_gb < e.host_gb:
+        lines.append(f"warning: {e.asked_mem_gb} GB are requested, and the forecast is {e.host_gb:.1f} GB")
     return [*lines, *(f"note: {note}" for note in e.notes)]
 
 
-_BASES = {"rehearsal": "a rehearsal", "earlier runs": "earlier runs like it", "model": "the model's numbers"}
-
-
-def _words_of_seconds(seconds: float) -> str:
+def _seconds_in_words(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else minutes_in_words(seconds / 60)

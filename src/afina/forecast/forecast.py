@@ -1,4 +1,4 @@
-"""Before a submission: what no partition will ever run is refused, and what the run will take is foreseen and written down."""
+"""Before a submission: refuse what no partition will ever run, and write down what the run will take."""
 
 from __future__ import annotations
 
@@ -11,55 +11,56 @@ from typing import Any
 
 from afina.errors import EnvironmentProblem, SlurmError
 from afina.files import write_atomic
-from afina.forecast.estimate import Estimate, Measured, forecast
-from afina.forecast.evidence import earlier_runs, rehearse, shape_of
+from afina.forecast.estimate import Estimate, Measured, estimate
+from afina.forecast.evidence import earlier_runs, rehearse, workload_of
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster, read_cluster
 from afina.slurm.limits import job_size, limit_of, refusal
 
-__all__ = ["check_possible", "foresee", "write_forecast"]
+__all__ = ["check_possible", "forecast", "write_forecast"]
 
 
 def check_possible(plan: Plan) -> Cluster:
-    """Refuse what no partition that is asked for will ever run. What Slurm does not say is not held against anybody.
+    """Refuse a plan that no requested partition will ever run; what Slurm does not tell is not refused.
 
-    Returns: what the cluster says of itself.
+    Returns: the facts about the cluster.
 
     Raises:
-        SlurmError: the time, nodes, GPUs, cores or memory asked for, and what there is.
+        SlurmError: the time, nodes, GPUs, cores or memory requested, and what there is.
     """
-    found = read_cluster()
-    refused = refusal(job_size(plan, os.environ), found)
+    cluster = read_cluster()
+    refused = refusal(job_size(plan, os.environ), cluster)
     if refused is not None:
         raise SlurmError(*refused)
-    return found
+    return cluster
 
 
-def foresee(
-    plan: Plan, prepared: Mapping[str, Any], found: Cluster | None = None, measured: Measured | None = None
+def forecast(
+    plan: Plan, prepared: Mapping[str, Any], cluster: Cluster | None = None, measured: Measured | None = None
 ) -> Estimate:
-    """The forecast of a plan: from what was measured, else from earlier runs like it, else from the model's numbers.
+    """The forecast of a plan: from what was measured, else from earlier runs like it.
 
     Args:
-        prepared: what the prepare stage said.
-        found: the cluster, for the limit of the partition.
+        prepared: the answer of the prepare stage.
+        cluster: for the time limit of the partition.
 
     Raises:
         EnvironmentProblem: model or prepared data cannot be read.
     """
-    limit = None if found is None else limit_of(job_size(plan, os.environ), found)
-    return forecast(plan, shape_of(plan, prepared), measured=measured, earlier=earlier_runs(plan), limit_min=limit)
+    limit = None if cluster is None else limit_of(job_size(plan, os.environ), cluster)
+    work = workload_of(plan, prepared)
+    return estimate(plan, work, measured=measured, earlier=earlier_runs(plan), limit_min=limit)
 
 
-def write_forecast(plan: Plan, directory: RunDir, found: Cluster, *, rehearsed: bool) -> None:
-    """`estimate.json` of a run that was just claimed, for the report to set beside what was used.
+def write_forecast(plan: Plan, directory: RunDir, cluster: Cluster, *, rehearsed: bool) -> None:
+    """Write `estimate.json` of a run that was just claimed.
 
     Args:
-        rehearsed: rehearse first; if that fails, the run directory goes.
+        rehearsed: rehearse first; if that fails, the run directory is removed.
 
     Raises:
-        AfinaError: as the rehearsal.
+        AfinaError: from the rehearsal.
     """
     prepared = directory.prepared()
     try:
@@ -67,6 +68,7 @@ def write_forecast(plan: Plan, directory: RunDir, found: Cluster, *, rehearsed: 
     except BaseException:
         shutil.rmtree(directory.path)
         raise
-    with contextlib.suppress(EnvironmentProblem):  # a forecast that cannot be made holds nobody up
-        said = {**foresee(plan, prepared, found, measured).to_json(), "measured": measured and measured.model_dump()}
-        write_atomic(directory.path / "estimate.json", json.dumps(said, indent=2) + "\n")
+    with contextlib.suppress(EnvironmentProblem):  # a forecast that cannot be made does not stop a submission
+        values = forecast(plan, prepared, cluster, measured).to_json()
+        values["measured"] = measured and measured.model_dump()
+        write_atomic(directory.path / "estimate.json", json.dumps(values, indent=2) + "\n")

@@ -5,12 +5,13 @@ Not covered: what these files hold; the worker examines that.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from afina.errors import InputError, nearest
 from afina.recipe.data_files import check_utf8, find_paths
 
-__all__ = ["find_model_folder"]
+__all__ = ["find_model_folder", "num_parameters"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -48,3 +49,18 @@ def find_model_folder(model: str, base: Path) -> Path | None:
             "download the model again, or save it with `save_pretrained`",
         )
     return path
+
+
+def num_parameters(model: Path) -> int | None:
+    """Number of parameters in the model's safetensors files, from their headers; None: the model has no such files.
+
+    Raises:
+        SafetensorError: a file is damaged.
+    """
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(model.glob("model*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total or None

@@ -2,7 +2,7 @@
 
     plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
     record.json                             how the run was made: versions, image digest, git commit and changes
-    estimate.json                           what was foreseen at submission
+    estimate.json                           the forecast at submission
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
     finetune.sbatch  job.sh  node.sh        what a job runs on the host; copies, so that later edits do not reach it
     submissions.jsonl  events.jsonl         what happened, with times

@@ -22,9 +22,9 @@ from typing import Any
 from afina import errors
 from afina.errors import DataError, EnvironmentProblem, InputError
 from afina.files import write_atomic
-from afina.forecast.evidence import parameters_of
 from afina.recipe.data_files import DATA_SUFFIXES, check_format, data_files, split_of
 from afina.recipe.formats import read_rows, readable_parquet
+from afina.recipe.local_model import num_parameters
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import parse_recipe
 from afina.run.commands import container_argv
@@ -224,7 +224,7 @@ def find_model(model: str, sample: Sequence[str], pieces: Callable[[str], int]) 
         return Model(model, parameters=int(guess))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        parameters = parameters_of(folder) or 110_000_000
+        parameters = num_parameters(folder) or 110_000_000
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"--model {model}: cannot be read: {error}", "give a whole model folder, or a Hub id"

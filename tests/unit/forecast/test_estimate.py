@@ -1,4 +1,4 @@
-"""The forecast: what it is made of, where it comes from, and what it says is to be asked for."""
+"""The forecast: its evidence, its sizes, and the time and memory to request."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any
 
 import pytest
 
-from afina.forecast.estimate import Earlier, Measured, Shape, describe, forecast, memory_of, pace
+from afina.forecast.estimate import Earlier, Measured, Workload, describe, estimate, fit_line
 from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 
-BERT = Shape(
-    parameters=108_310_272, layers=12, hidden=768, intermediate=3072, heads=12, longest=(512,) * 8,
-    train_rows=8000, eval_rows=1000,
-)  # fmt: skip
+BERT = Workload(parameters=108_310_272, train_rows=8000, eval_rows=1000)
 MEASURED = Measured(
     device="cpu", device_name="a processor", threads=2, batching="packed", parameters=108_310_272,
     costs=(1000, 2000, 1500), seconds=(1.1, 2.1, 1.6), mean_cost=1200, longest_tokens=4096, train_rows=8000,
@@ -49,34 +46,44 @@ def _data_is_here(hostile: None) -> None:
     Path("reviews.csv").write_text("text,stars\ngood,5\n")
 
 
-def test_memory_is_the_sum_of_what_a_process_holds() -> None:
-    """BERT base, eight texts of 512 tokens in float32: 1.7 GB of state, and activations as the paper counts them."""
-    found = memory_of(BERT)
-    assert found["weights"] + found["gradients"] + found["moments"] == 16 * BERT.parameters
-    assert found["copy"] == 12 * BERT.parameters and memory_of(BERT, first=False)["copy"] == 0
-    # Section 4 of Korthikanti et al.: s b h (34 + 5 a s / h) bytes a layer in 16 bits.
-    s, b, h, a = 512, 8, 768, 12
-    assert memory_of(replace(BERT, half=True))["activations"] == 12 * s * b * h * (34 + 5 * a * s / h)
-    assert found["activations"] > 1.8 * memory_of(replace(BERT, half=True))["activations"]
-    assert memory_of(replace(BERT, attention_dropout=False))["activations"] < found["activations"]
+def test_without_evidence_the_model_state_is_exact_and_time_and_memory_are_unknown(plan: Callable[..., Plan]) -> None:
+    """AdamW in float32: 16 bytes per parameter, 12 of them in a checkpoint."""
+    found = estimate(plan(), BERT)
+    assert (found.basis, found.seconds, found.attempts, found.time_min) == ("model", None, None, None)
+    assert (found.host_gb, found.gpu_gb, found.mem_gb) == (None, None, None)
+    assert found.total_steps == 1500 and found.checkpoint_gb == round(12 * BERT.parameters / 1e9, 3)
+    assert found.state_gb == round(16 * BERT.parameters / 1e9, 3)
+    text = "\n".join(describe(found.to_json()))
+    assert "forecast: 1,500 steps, time unknown; memory unknown, 1.7 GB of it weights" in text
+    assert "afina rehearse RECIPE" in text and "enough" not in text
+    pickled = estimate(plan(), replace(BERT, parameters=None))
+    assert (pickled.checkpoint_gb, pickled.disk_gb, pickled.state_gb) == (None, None, None)
+    assert "a checkpoint" not in "\n".join(describe(pickled.to_json()))
 
 
-def test_memory_grows_with_the_longest_batch_alone() -> None:
-    longer = memory_of(replace(BERT, longest=(512,) * 16))
-    assert {k for k, v in longer.items() if v != memory_of(BERT)[k]} == {"activations"}
-    assert longer["activations"] == 2 * memory_of(BERT)["activations"]
+@pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16", "fp16"])
+def test_no_size_depends_on_the_precision(plan: Callable[..., Plan], precision: str) -> None:
+    """Products may be in 16 bits; weights, gradients, moments and checkpoints stay in float32."""
+    chosen, default = (plan(gpus=1, train__precision=p) for p in (precision, "auto"))
+    assert estimate(chosen, BERT).to_json() == estimate(default, BERT).to_json()
 
 
-def test_the_pace_is_the_line_that_steps_lie_on_whatever_held_up_some_of_them() -> None:
+def test_a_forecast_of_an_earlier_afina_is_described(plan: Callable[..., Plan]) -> None:
+    values = estimate(plan(), BERT, measured=MEASURED).to_json()
+    del values["state_gb"]
+    assert "memory 5.0 GB per node" in describe({**values, "measured": {}})[0]
+
+
+def test_the_line_of_step_times_is_not_moved_by_a_few_slow_steps() -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = random.Random(seed)
     costs = [rng.uniform(500, 4000) for _ in range(15)]
     seconds = [0.2 + 0.001 * c for c in costs]
-    assert pace(costs, seconds) == (pytest.approx(0.2), pytest.approx(0.001))
+    assert fit_line(costs, seconds) == (pytest.approx(0.2), pytest.approx(0.001))
     for number in rng.sample(range(15), 3):
         seconds[number] += 30
-    fixed, slope = pace(costs, seconds)
+    fixed, slope = fit_line(costs, seconds)
     assert fixed + slope * 2000 == pytest.approx(2.2, rel=0.15)
 
 
@@ -84,16 +91,16 @@ def test_the_pace_is_the_line_that_steps_lie_on_whatever_held_up_some_of_them() 
     ("costs", "seconds", "at_1000"),
     [([1000], [2.0], 2.0), ([1000, 1000], [2.0, 2.2], 2.1), ([500, 1000], [3.0, 1.0], 2.0), ([500, 1000], [0.1, 9.0], 6.975)],
 )  # fmt: skip
-def test_a_pace_is_never_negative_nor_steeper_than_through_the_origin(
+def test_the_line_is_never_negative_nor_steeper_than_through_the_origin(
     costs: list[float], seconds: list[float], at_1000: float
 ) -> None:
-    fixed, slope = pace(costs, seconds)
+    fixed, slope = fit_line(costs, seconds)
     assert fixed >= 0 and slope >= 0
     assert fixed + slope * 1000 == pytest.approx(at_1000, rel=0.35)
 
 
 def test_a_rehearsal_becomes_the_time_of_the_run(plan: Callable[..., Plan]) -> None:
-    found = forecast(plan(), BERT, measured=MEASURED, limit_min=24 * 60)
+    found = estimate(plan(), BERT, measured=MEASURED, limit_min=24 * 60)
     assert found.basis == "rehearsal" and found.total_steps == 1500
     parts = found.seconds_by_part
     assert parts["startup"] == 12.0
@@ -107,50 +114,51 @@ def test_a_rehearsal_becomes_the_time_of_the_run(plan: Callable[..., Plan]) -> N
 
 
 def test_a_short_limit_means_more_attempts(plan: Callable[..., Plan]) -> None:
-    found = forecast(plan(resources__time=15), BERT, measured=MEASURED, limit_min=15)
+    found = estimate(plan(resources__time=15), BERT, measured=MEASURED, limit_min=15)
     assert found.time_min == 15 and found.attempts is not None and 3 <= found.attempts <= 4
-    none = forecast(plan(resources__time=1), BERT, measured=MEASURED.model_copy(update={"startup_seconds": 90.0}))
-    assert none.attempts is None and "over before" in "\n".join(describe(none.to_json()))
+    none = estimate(plan(resources__time=1), BERT, measured=MEASURED.model_copy(update={"startup_seconds": 90.0}))
+    assert none.attempts is None and "too short" in "\n".join(describe(none.to_json()))
 
 
 def test_several_processes_share_the_work_and_each_has_its_memory(plan: Callable[..., Plan]) -> None:
-    one, two = (forecast(plan(nodes=1), BERT, measured=MEASURED), forecast(plan(nodes=2), BERT, measured=MEASURED))
+    one, two = (estimate(plan(nodes=1), BERT, measured=MEASURED), estimate(plan(nodes=2), BERT, measured=MEASURED))
     assert two.host_gb == one.host_gb, "per node"
     assert two.seconds_by_part["evaluations"] == pytest.approx(one.seconds_by_part["evaluations"] / 2)
-    assert any("exchange of gradients" in note for note in two.notes) and not one.notes
+    assert any("communication" in note for note in two.notes) and not one.notes
 
 
-def test_what_was_rehearsed_on_a_cpu_says_no_time_for_a_gpu(plan: Callable[..., Plan]) -> None:
-    found = forecast(plan(gpus=1), BERT, measured=MEASURED)
+def test_a_rehearsal_on_a_cpu_tells_nothing_about_a_gpu(plan: Callable[..., Plan]) -> None:
+    found = estimate(plan(gpus=1), BERT, measured=MEASURED)
     assert (found.device, found.basis, found.seconds, found.time_min) == ("cuda", "model", None, None)
-    assert found.gpu_gb is not None and found.gpu_gb > 16 * BERT.parameters / 1e9
+    assert (found.host_gb, found.gpu_gb, found.mem_gb) == (None, None, None)
     assert "srun --gpus=1" in found.notes[0]
-    said = "\n".join(describe(found.to_json()))
-    assert "no time is told" in said and "GB of each GPU" in said
+    assert "time unknown; memory unknown" in "\n".join(describe(found.to_json()))
+
+
+def test_memory_of_a_gpu_is_that_of_a_rehearsal_or_of_earlier_runs_on_one(plan: Callable[..., Plan]) -> None:
+    on_gpu = MEASURED.model_copy(update={"device": "cuda", "gpu_peak_bytes": 7_000_000_000})
+    assert estimate(plan(gpus=1), BERT, measured=on_gpu).gpu_gb == 8.0, "and a gigabyte for CUDA itself"
+    earlier = estimate(plan(gpus=1), BERT, earlier=[replace(EARLIER, device="cuda", peak_gb=7.0)])
+    assert (earlier.host_gb, earlier.gpu_gb, earlier.mem_gb) == (None, 8.0, None)
+    assert "memory unknown, 8.0 GB of each GPU" in describe(earlier.to_json())[0]
 
 
 def test_earlier_runs_tell_the_time_of_the_next(plan: Callable[..., Plan]) -> None:
     other = replace(EARLIER, device="cuda", examples_per_second=1e6)
-    found = forecast(plan(), BERT, earlier=[other, EARLIER])
+    found = estimate(plan(), BERT, earlier=[other, EARLIER])
     assert found.basis == "earlier runs"
     assert found.seconds_by_part == {"startup": 15.0, "steps": 2400.0, "evaluations": 800.0, "saves": 0.0}
-    assert forecast(plan(), BERT, earlier=[replace(EARLIER, peak_gb=3.5)]).host_gb == 3.5
+    assert estimate(plan(), BERT, earlier=[replace(EARLIER, peak_gb=3.5)]).host_gb == 3.5
     # A rehearsal knows better.
-    assert forecast(plan(), BERT, measured=MEASURED, earlier=[EARLIER]).basis == "rehearsal"
+    assert estimate(plan(), BERT, measured=MEASURED, earlier=[EARLIER]).basis == "rehearsal"
 
 
-def test_without_any_measure_no_time_is_guessed(plan: Callable[..., Plan]) -> None:
-    found = forecast(plan(), BERT)
-    assert (found.basis, found.seconds, found.attempts) == ("model", None, None)
-    assert found.host_gb == pytest.approx(sum(memory_of(BERT).values()) / 1e9, abs=0.01)
-
-
-def test_too_little_memory_is_said(plan: Callable[..., Plan]) -> None:
-    assert "warning: 4 GB are asked for" in "\n".join(describe(forecast(plan(resources__mem_gb=4), BERT, measured=MEASURED).to_json()))  # fmt: skip
-    assert "warning" not in "\n".join(describe(forecast(plan(resources__mem_gb=6), BERT, measured=MEASURED).to_json()))
+def test_too_little_memory_is_a_warning(plan: Callable[..., Plan]) -> None:
+    assert "warning: 4 GB are requested" in "\n".join(describe(estimate(plan(resources__mem_gb=4), BERT, measured=MEASURED).to_json()))  # fmt: skip
+    assert "warning" not in "\n".join(describe(estimate(plan(resources__mem_gb=6), BERT, measured=MEASURED).to_json()))
 
 
 @pytest.mark.parametrize(("minutes", "words"), [(0.5, "30 s"), (3, "3 min"), (150, "2 h 30 min"), (4320, "3 days")])
 def test_times_in_words(plan: Callable[..., Plan], minutes: float, words: str) -> None:
-    said = {**forecast(plan(), BERT, measured=MEASURED).to_json(), "seconds": minutes * 60}
-    assert f"about {words}; memory" in describe(said)[0]
+    values = {**estimate(plan(), BERT, measured=MEASURED).to_json(), "seconds": minutes * 60}
+    assert f"about {words}; memory" in describe(values)[0]

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.unit.conftest import program, tree
 
 from afina.api import plan_for
-from afina.forecast.evidence import earlier_runs, shape_of
+from afina.forecast.evidence import earlier_runs, workload_of
 from afina.run.job_request import JobRequest
 
 Ran = subprocess.CompletedProcess[str]
@@ -51,8 +51,8 @@ def afina(place: Path, *arguments: str, **env: str) -> Ran:
 def prepared(place: Path) -> dict[str, Any]:
     done = afina(place, "prefetch", "recipe.yaml", "--json")
     assert done.returncode == 0, done.stderr
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def rehearsed(place: Path, prepared: dict[str, Any]) -> dict[str, Any]:
     done = afina(place, "rehearse", "recipe.yaml", "--seconds", "0.2", "--json")
     assert done.returncode == 0, done.stderr
     assert tree(place) == before, "something is left of the rehearsal"
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 @pytest.mark.slow
@@ -105,27 +105,25 @@ def test_a_process_that_has_left_the_network_reaches_nobody() -> None:
 
 
 @pytest.mark.slow
-def test_the_shape_is_read_without_torch(
+def test_rows_and_parameters_are_read_without_torch(
     place: Path, prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors import safe_open
 
     monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
     plan = plan_for(place / "recipe.yaml")
-    shape = shape_of(plan, prepared)
+    work = workload_of(plan, prepared)
     with safe_open(place / "model/model.safetensors", framework="np") as file:
-        assert shape.parameters == sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    lengths = np.diff(np.load(Path(prepared["prepared"]) / "train.offsets.npy"))
-    assert shape.longest == tuple(sorted(lengths.tolist(), reverse=True)[:16])
-    assert (shape.layers, shape.hidden, shape.heads, shape.train_rows) == (2, 32, 4, 208)
+        assert work.parameters == sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    assert (work.train_rows, work.eval_rows, work.test_rows) == (208, 52, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_run_is_what_the_next_forecast_is_made_from(
+def test_a_run_is_the_evidence_of_the_next_forecast(
     place: Path, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a submission writes it down, where a rehearsal has gone before, with what that measured."""
+    """A submission writes the forecast down, after a rehearsal with its measurements."""
     done = afina(place, "train", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
@@ -133,7 +131,8 @@ def test_a_run_is_what_the_next_forecast_is_made_from(
     outcome = json.loads(next((place / "scra tch/runs").glob("*/outcome.json")).read_text())
     assert run.examples_per_second == outcome["samples_per_second"] and run.device == "cpu"
     assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 52
-    assert earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=["tokens.max_length=48"]))) == []
+    for change in ("tokens.max_length=48", "train.precision=bf16"):
+        assert earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=[change]))) == [], change
 
     folder = tmp_path / "fake bin"
     program(folder, "sinfo", "echo 'gpu*|up|30:00|1-infinite|1|4|16000|(null)|idle'\n")
@@ -143,14 +142,16 @@ def test_a_run_is_what_the_next_forecast_is_made_from(
     done = afina(place, "submit", "recipe.yaml", "--run", "quick", PATH=path)
     assert done.returncode == 0, done.stderr
     assert "forecast from earlier runs like it: 26 steps" in done.stdout and "submitted job 77" in done.stdout
-    said = json.loads((place / "quick/estimate.json").read_text())
-    assert said["basis"] == "earlier runs" and said["limit_min"] == 30 and said["measured"] is None
+    forecast = json.loads((place / "quick/estimate.json").read_text())
+    assert forecast["basis"] == "earlier runs" and forecast["limit_min"] == 30 and forecast["measured"] is None
 
     done = afina(place, "submit", "recipe.yaml", "--rehearse", "--run", "careful", "--json", PATH=path)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["job_id"] == "77" and said["estimate"] == json.loads((place / "careful/estimate.json").read_text())
-    assert said["estimate"]["basis"] == "rehearsal" and len(said["estimate"]["measured"]["seconds"]) >= 2
+    submitted = json.loads(done.stdout)
+    assert submitted["job_id"] == "77" and submitted["estimate"] == json.loads(
+        (place / "careful/estimate.json").read_text()
+    )
+    assert submitted["estimate"]["basis"] == "rehearsal" and len(submitted["estimate"]["measured"]["seconds"]) >= 2
     assert not list((place / "scra tch").glob(".rehearsal-*"))
 
 
