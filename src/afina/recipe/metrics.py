@@ -1,4 +1,4 @@
-"""The metrics of each task, and in which direction each is better. They are computed in `afina.worker.model.metrics`."""
+"""The metrics of each task, and in which direction each is better. They are computed in `afina.worker.model.scoring`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics
 
 from afina.recipe.metrics import METRICS, lower_is_better
-from afina.worker.model.metrics import compute_metrics
+from afina.worker.model.scoring import compute_metrics
 from afina.worker.model.tasks import decisions
 
 Array = np.ndarray[Any, Any]

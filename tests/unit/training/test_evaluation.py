@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.unit.training.patched import run_with
 
-from afina.worker.model.metrics import compute_metrics
+from afina.worker.model.scoring import compute_metrics
 from afina.worker.model.tasks import TASKS, decisions
 from afina.worker.training import evaluation
 from afina.worker.training.results import _columns

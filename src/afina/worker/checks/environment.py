@@ -150,7 +150,7 @@ def _metrics() -> Iterator[Finding]:
     import numpy as np
 
     from afina.recipe.metrics import METRICS
-    from afina.worker.model.metrics import compute_metrics
+    from afina.worker.model.scoring import compute_metrics
     from afina.worker.model.tasks import decisions
 
     rng = np.random.default_rng(0)

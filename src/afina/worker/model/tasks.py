@@ -1,4 +1,4 @@
-"""Tasks as a table: the head, the loss and the decision of each. Metrics: `afina.worker.model.metrics`."""
+"""Tasks as a table: the head, the loss and the decision of each. Metrics: `afina.worker.model.scoring`."""
 
 from __future__ import annotations
 

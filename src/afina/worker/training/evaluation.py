@@ -99,7 +99,7 @@ def scores(task: str, names: list[str], logits: Array, labels: Array) -> dict[st
         loss[block] = per_example_loss(task, logits[block], labels[block])
         predictions.append(decisions(task, logits[block]))
     with uncollected():  # the first call imports large libraries
-        from afina.worker.model.metrics import compute_metrics
+        from afina.worker.model.scoring import compute_metrics
 
         metrics = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])
     return {"loss": float(loss.mean()), **metrics}
