@@ -1,7 +1,6 @@
-"""What every file that must outlive a crash needs: its SHA-256, and that it has really reached the disk.
+"""Files that must outlive a crash: atomic writes, durable renames, SHA-256, manifests; JSON objects; NUL-separated words.
 
-No torch, no NumPy; used by prepared data, the model's record and checkpoints alike. A rename is durable only after
-`sync_folder` of the folder that holds the new name.
+A rename is durable only after `sync_folder` of the folder that holds the new name. Folders are published in `afina.publish`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from afina.errors import EnvironmentProblem
 
@@ -21,7 +21,10 @@ __all__ = [
     "FileRecord",
     "describe",
     "difference",
-    "readable_size",
+    "encode_words",
+    "name_aside",
+    "read_json",
+    "read_words",
     "sha256",
     "sync_file",
     "sync_folder",
@@ -33,10 +36,61 @@ _BLOCK = 1 << 20
 
 
 class FileRecord(TypedDict):
-    """What a manifest says of a file: bytes, and 64 hex digits."""
+    """A file in a manifest: bytes, and 64 hex digits."""
 
     size: int
     sha256: str
+
+
+def name_aside(path: Path) -> Path:
+    """A hidden name beside `path`, for what will be renamed to it. Leftovers are removed by `afina.publish.sweep`."""
+    # Not the process id alone: processes of two nodes may share one.
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write aside, fsync, replace: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        EnvironmentProblem: no space, no quota, no permission; what was there is untouched.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    aside = name_aside(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise EnvironmentProblem(
+            f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where the file is missing or damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def encode_words(words: Iterable[str]) -> bytes:
+    """Words as bash reads them whatever they hold: `mapfile -d ''`. Each ends with a NUL."""
+    return b"".join(os.fsencode(word) + b"\0" for word in words)
+
+
+def read_words(path: Path) -> list[str]:
+    """The words of a file that `encode_words` made.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return [os.fsdecode(word) for word in path.read_bytes().split(b"\0")[:-1]]
 
 
 def sha256(path: Path) -> str:
@@ -52,47 +106,6 @@ def sha256(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(view[:count])
     return digest.hexdigest()
-
-
-def sync_file(path: Path) -> None:
-    """Return when the file's content and size are on the disk (`fsync`); its name is the folder's.
-
-    Raises:
-        OSError: the disk is full or broken: what was written is not there.
-    """
-    _sync(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on the disk. Where a file system knows no such thing, nothing happens."""
-    try:
-        _sync(path)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write aside, fsync, replace: a reader sees the old file or the new one, never a part.
-
-    Raises:
-        EnvironmentProblem: no space, no quota, no permission; what was there is untouched.
-    """
-    raw = data.encode() if isinstance(data, str) else data
-    # Not the process id alone: processes of two nodes may share one.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise EnvironmentProblem(
-            f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
-        ) from error
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
@@ -125,14 +138,22 @@ def difference(folder: Path, files: Mapping[str, FileRecord], *, digests: bool =
     return None
 
 
-def readable_size(count: int) -> str:
-    """Bytes as people write them: `3 MiB`."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+def sync_file(path: Path) -> None:
+    """Return when the file's content and size are on the disk (`fsync`); its name is the folder's.
+
+    Raises:
+        OSError: the disk is full or broken: what was written is not there.
+    """
+    _sync(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on the disk. Where a file system knows no such thing, nothing happens."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _sync(path: Path) -> None:

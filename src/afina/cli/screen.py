@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from afina.text import aligned, plural, short_duration, size_in_words
+
 if TYPE_CHECKING:
     from afina.watch.overview import RunSummary
 
-__all__ = ["columns", "duration", "list_lines", "number", "page", "size", "status_lines", "totals"]
+__all__ = ["columns", "list_lines", "number", "page", "status_lines", "totals"]
 
 _COLOURS = {
     "RUNNING": "green",
@@ -28,32 +30,8 @@ _COLOURS = {
 _DASH = "-"
 
 
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3 h 05`, `2 d 4 h`."""
-    if seconds is None:
-        return _DASH
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d}"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-
-
 def number(value: float | None, digits: int = 4) -> str:
     return _DASH if value is None else f"{value:.{digits}f}"
-
-
-def size(num_bytes: int) -> str:
-    """In decimal units, as `df -H` and quotas count."""
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
@@ -61,20 +39,10 @@ def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 
     To a terminal the state is coloured and lines are cut at its width; into a pipe they are whole.
     """
-    flat = [[" ".join(cell.split()) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in [list(heads), *flat]) for i in range(len(heads))]
-    shown = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    lines = []
-    for row in [list(heads), *flat]:
-        cells = (
-            cell.rjust(width) if head in right else cell.ljust(width)
-            for head, cell, width in zip(heads, row, widths, strict=True)
-        )
-        line = "  ".join(cells).rstrip()
-        line = line if shown is None else line[:shown]
-        state = row[0]
-        lines.append(_coloured(state) + line[len(state) :])
-    return lines
+    flat = [list(heads), *([" ".join(cell.split()) for cell in row] for row in rows)]
+    lines = aligned(flat, [number for number, head in enumerate(heads) if head in right])
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return [_coloured(row[0]) + line[:width][len(row[0]) :] for row, line in zip(flat, lines, strict=True)]
 
 
 def _coloured(word: str) -> str:
@@ -100,7 +68,7 @@ def _status_row(s: RunSummary, name: str) -> list[str]:
         f"{s.best_metric} {number(s.best_value)}" if s.best_value is not None else _DASH,
         f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else _DASH,
         str(s.attempts),
-        duration(s.seconds_left),
+        short_duration(s.seconds_left),
         s.job_id or _DASH,
         s.why or "",
     ]
@@ -115,8 +83,8 @@ def list_lines(summaries: Sequence[RunSummary], names: Sequence[str], sizes: Seq
             s.state,
             number(s.best_value),
             s.best_metric or "",
-            duration(now - s.made) if s.made else _DASH,
-            *([size(sizes[i])] if sizes is not None else []),
+            short_duration(now - s.made) if s.made else _DASH,
+            *([size_in_words(sizes[i])] if sizes is not None else []),
             name,
         ]
         for i, (s, name) in enumerate(zip(summaries, names, strict=True))
@@ -127,7 +95,7 @@ def list_lines(summaries: Sequence[RunSummary], names: Sequence[str], sizes: Seq
 def totals(summaries: Sequence[RunSummary]) -> str:
     counted = Counter(s.state for s in summaries)
     parts = ", ".join(f"{count} {state.lower()}" for state, count in counted.most_common())
-    return f"{len(summaries)} run{'s' if len(summaries) != 1 else ''}: {parts}"
+    return f"{plural(len(summaries), 'run')}: {parts}"
 
 
 def page(s: RunSummary) -> list[str]:
@@ -144,8 +112,8 @@ def page(s: RunSummary) -> list[str]:
             lambda: f"best {s.best_metric} {number(s.best_value)} at step {s.best_step}",
         ),
         (bool(s.tokens_per_s), lambda: f"{s.tokens_per_s:,.0f} real tokens/s"),
-        (s.seconds_left is not None, lambda: f"about {duration(s.seconds_left)} of training left"),
-        (s.limit_s is not None, lambda: f"{duration(s.limit_s)} to the job's time limit"),
+        (s.seconds_left is not None, lambda: f"about {short_duration(s.seconds_left)} of training left"),
+        (s.limit_s is not None, lambda: f"{short_duration(s.limit_s)} to the job's time limit"),
         (s.attempts > 1, lambda: f"{s.attempts} attempts, the newest {s.attempt}"),
         (bool(s.nodes), lambda: f"on {s.nodes}"),
     ]

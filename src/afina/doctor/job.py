@@ -7,7 +7,6 @@ with it. An interrupt cancels the job. Most of the time is usually spent in the 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from afina.doctor.target import Target
 from afina.errors import AfinaError, SlurmError
-from afina.files import write_atomic
+from afina.files import encode_words, write_atomic
 from afina.run.commands import container_argv, job_scripts, sbatch_options, worker_argv
 from afina.run.plan import Plan
 from afina.site.finding import Finding, Level
@@ -72,8 +71,8 @@ def _prepare(plan: Plan, folder: Path) -> list[str]:
         worker = ["bash", str(folder / "node.sh"), str(plan.site.image), *inner]
         assert plan.site.image is not None
         about = (str(plan.site.image), str(plan.site.image.stat().st_size), plan.site.runtime)
-        (folder / "image").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in about))
-    write_atomic(folder / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in worker))
+        (folder / "image").write_bytes(encode_words(about))
+    write_atomic(folder / "worker.argv", encode_words(worker))
     changes: dict[str, str | int] = {"job-name": "afina-doctor", "time": min(_TIME_MIN, plan.recipe.resources.time)}
     log = str(folder / "slurm-%j.out") if "%" not in str(folder) else str(folder).replace("%", "%%") + "/slurm-%j.out"
     return [

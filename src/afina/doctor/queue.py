@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterator
 
 from afina.doctor.target import Target
-from afina.recipe.time_limit import minutes_in_words
 from afina.site.finding import Finding
 from afina.slurm.accounting import accounting_works
 from afina.slurm.cluster import Partition
 from afina.slurm.limits import job_size, refusal
 from afina.slurm.query import queue_answers
+from afina.text import minutes_in_words
 
 __all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from afina.recipe.time_limit import minutes_in_words
 from afina.run.plan import Plan
 from afina.schedule import Schedule
+from afina.text import minutes_in_words, seconds_in_words
 
 __all__ = ["Earlier", "Estimate", "Measured", "Workload", "describe", "estimate", "fit_line"]
 
@@ -295,7 +295,7 @@ def _round_up(minutes: float) -> int:
 def describe(values: Mapping[str, Any]) -> list[str]:
     """A forecast, as `Estimate.to_json` gives it, in a few lines; one of an earlier afina too."""
     e = Estimate(**{field.name: values[field.name] for field in fields(Estimate) if field.name in values})
-    took = "time unknown" if e.seconds is None else f"about {_seconds_in_words(e.seconds)}"
+    took = "time unknown" if e.seconds is None else f"about {seconds_in_words(e.seconds)}"
     parts = [f"memory {e.host_gb:.1f} GB per node" if e.host_gb is not None else "memory unknown"]
     if e.gpu_gb is not None:
         parts.append(f"{e.gpu_gb:.1f} GB of each GPU")
@@ -317,7 +317,3 @@ def describe(values: Mapping[str, Any]) -> list[str]:
     if e.asked_mem_gb is not None and e.host_gb is not None and e.asked_mem_gb < e.host_gb:
         lines.append(f"warning: {e.asked_mem_gb} GB are requested, and the forecast is {e.host_gb:.1f} GB")
     return [*lines, *(f"note: {note}" for note in e.notes)]
-
-
-def _seconds_in_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else minutes_in_words(seconds / 60)

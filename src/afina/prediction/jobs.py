@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError
-from afina.files import write_atomic
+from afina.files import encode_words, write_atomic
 from afina.prediction.request import (
     OUTPUTS,
     STDIN,
@@ -169,7 +169,7 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
         for name, script in scripts.items():
             write_atomic(parts / name, script.read_bytes())
         words = predict_argv(job.plan, parts, _binds(job))
-        write_atomic(parts / "worker.argv", b"".join(os.fsencode(word) + b"\0" for word in words))
+        write_atomic(parts / "worker.argv", encode_words(words))
         argv = submission(job, tasks)
         job_id = submit_script(job.plan, argv)
     except AfinaError:

@@ -1,4 +1,4 @@
-"""Slurm's time format: `90` (minutes), `90:00`, `1:30:00`, `1-0`, `1-2:30`, `1-2:30:00`; and minutes in words.
+"""Slurm's time format: `90` (minutes), `90:00`, `1:30:00`, `1-0`, `1-2:30`, `1-2:30:00`.
 
 One parser for what sbatch(1) accepts and for what squeue, sinfo, sacct (`00:01.250`) and sacctmgr print.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["minutes_in_words", "parse_seconds"]
+__all__ = ["parse_seconds"]
 
 _FORMAT = re.compile(r"(?:(\d{1,9})-)?(\d{1,9}(?::\d{1,9}){0,2})((?<=:\d\d)\.\d+)?", re.ASCII)
 
@@ -25,15 +25,3 @@ def parse_seconds(text: str) -> float | None:
     else:
         hours, (minutes, seconds) = 0, (*fields, 0)[:2]
     return ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds + float(match[3] or 0)
-
-
-def minutes_in_words(number: float) -> str:
-    """`90 min` below two hours, then `2 h 30 min`, from two days on `3 days 4 h`; to the minute."""
-    whole = round(number)
-    if whole < 120:
-        return f"{whole} min"
-    days, hours, rest = (
-        (whole // 1440, whole % 1440 // 60, whole % 60) if whole >= 2880 else (0, whole // 60, whole % 60)
-    )
-    parts = ((days, "days"), (hours, "h"), (rest, "min"))
-    return " ".join(f"{count} {unit}" for count, unit in parts if count)

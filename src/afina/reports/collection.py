@@ -12,13 +12,14 @@ from typing import Any
 from urllib.parse import quote
 
 from afina.errors import AfinaError
+from afina.files import read_json
 from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart
 from afina.reports.compare import differing, names_of
 from afina.reports.page import document, figure, note, pairs, seconds, table, tiles
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
-from afina.watch.reading import RunResult, read_json, read_result
+from afina.watch.reading import RunResult, read_result
 
 __all__ = ["collection_page"]
 

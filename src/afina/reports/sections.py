@@ -13,6 +13,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart, Point
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles
+from afina.text import plural
 
 __all__ = [
     "attempts",
@@ -45,7 +46,7 @@ def summary(facts: RunFacts) -> str:
         if best is not None:
             rows[f"{chosen} on {split}"] = (f"{best.value:.4f}", f"95 % interval {best.low:.4f} to {best.high:.4f}")
     rows["steps"] = (str(end.global_step), f"of {end.max_steps}" if end.max_steps else "")
-    rows["wall time"] = (seconds(wall_time(facts)) or "–", f"{end.attempts} attempt{'s' if end.attempts != 1 else ''}")
+    rows["wall time"] = (seconds(wall_time(facts)) or "–", plural(end.attempts, "attempt"))
     if end.samples_per_second:
         rows["speed"] = (f"{end.samples_per_second:.4g}", "training examples per second")
     return tiles(rows)

@@ -32,7 +32,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
-from afina.files import write_atomic
+from afina.files import encode_words, read_words, write_atomic
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
@@ -141,7 +141,7 @@ class RunDir:
         contents: dict[str, str | bytes] = {
             "recipe.yaml": recipe_text,
             "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
-            "worker.argv": b"".join(os.fsencode(word) + b"\0" for word in words),
+            "worker.argv": encode_words(words),
             **{name: _without(script.read_bytes(), plan.site.sbatch_omit) for name, script in (scripts or {}).items()},
             **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
             "plan.json": plan.to_json(),  # last: it makes the directory a run
@@ -203,7 +203,7 @@ class RunDir:
         )
 
     def worker_argv(self) -> list[str]:
-        return [os.fsdecode(a) for a in (self.path / "worker.argv").read_bytes().split(b"\0")[:-1]]
+        return read_words(self.path / "worker.argv")
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:

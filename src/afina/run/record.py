@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AfinaError, RecipeError
-from afina.files import write_atomic
+from afina.files import read_json, sha256, write_atomic
 from afina.recipe.schema import Recipe, parse_recipe
 from afina.redact import redact
 from afina.run.git import repository_state
@@ -87,11 +87,7 @@ def make_record(
 
 def read_record(run: Path) -> dict[str, Any]:
     """The record of a run, or an empty one where there is none (runs of afina before 0.2) or it is damaged."""
-    try:
-        value = json.loads((run / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(run / "record.json")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -183,7 +179,7 @@ def image_record(site: Site, say: Say = _to_stderr) -> dict[str, Any] | None:
         if digest is None:
             if about.st_size >= _SAY_FROM_BYTES:
                 say(f"reading {site.image} ({about.st_size / 1e9:.1f} GB) for its digest; kept for the next run")
-            digest = _sha256(site.image)
+            digest = sha256(site.image)
             with contextlib.suppress(OSError, AfinaError):
                 known.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(known, json.dumps({"sha256": digest, "of": key}) + "\n")
@@ -193,19 +189,8 @@ def image_record(site: Site, say: Say = _to_stderr) -> dict[str, Any] | None:
 
 
 def _known_digest(path: Path, key: list[Any]) -> str | None:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return str(said["sha256"]) if said["of"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    known = read_json(path)
+    return str(known["sha256"]) if known.get("of") == key else None
 
 
 def _without_account(text: str, site: Site) -> str:

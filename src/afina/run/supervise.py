@@ -1,13 +1,12 @@
-"""The host's side of one attempt on one node: start the worker, keep its log, hear signals, ask for a stop.
+"""The host's side of one attempt on one node: start the worker, keep its log, turn signals into a request to stop.
 
-Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal is answered by the run's stop
-file: the ranks then agree on a step, commit a checkpoint and leave. An attempt that could not record its outcome gets one here.
+Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal makes the run's stop file:
+the ranks then agree on a step, commit a checkpoint and leave. An attempt that could not record its outcome gets one here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -21,13 +20,13 @@ from types import FrameType
 from typing import BinaryIO
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem, Failure
-from afina.files import write_atomic
+from afina.files import read_json, write_atomic
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.workers import cannot_start
 
-__all__ = ["ensure_outcome", "run_node"]
+__all__ = ["LeaseMonitor", "SignalForwarder", "ensure_outcome", "run_node"]
 
 
 def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0, show: bool = True) -> int:
@@ -57,12 +56,11 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0
         )
     except OSError as error:
         raise cannot_start(argv[0], error) from None
-    hear = _Ear(run, worker)
     assert worker.stdout is not None
-    with (folder / f"node{node}.log").open("ab", buffering=0) as log, hear:
+    with (folder / f"node{node}.log").open("ab", buffering=0) as log, SignalForwarder(run, worker):
         copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
         copy.start()
-        code = _wait(worker, copy, _Pulse(run, attempt) if node == 0 else None)
+        code = _wait(worker, copy, LeaseMonitor(run, attempt) if node == 0 else None)
         copy.join(timeout=10)
     if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
         worker.stdout.close()
@@ -116,56 +114,53 @@ def _absent_nodes(folder: Path) -> list[str]:
     return absent if len(absent) < len(names) else []
 
 
-def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, pulse: _Pulse | None) -> int:
-    """The worker's exit code. Never blocks for long: a signal that comes just before `waitpid` blocks is not heard until
+def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, monitor: LeaseMonitor | None) -> int:
+    """The worker's exit code. Never blocks for long: a signal that comes just before `waitpid` blocks is not handled until
     that returns (seen: 10 seconds later, when the worker ended)."""
     while True:
         copy.join(timeout=0.5)
         try:
             return worker.wait(timeout=0 if copy.is_alive() else 0.5)
         except subprocess.TimeoutExpired:
-            if pulse is not None and (silent := pulse.gone()):
+            if monitor is not None and (silent := monitor.silent_s()):
                 print(
                     f"afina: the worker has given no sign of life for {silent:.0f} s: killed",
                     file=sys.stderr,
                     flush=True,
                 )
                 os.killpg(worker.pid, signal.SIGKILL)
-                pulse = None
+                monitor = None
 
 
-class _Pulse:
-    """Whether the worker of an attempt still renews its lease: one that was halted (SIGSTOP) cannot say so itself."""
+class LeaseMonitor:
+    """Whether the worker of an attempt still renews its lease: one that was suspended (SIGSTOP) cannot notice it itself."""
 
-    #: More than the beats of a slow file system.
+    #: More than the renewals of a slow file system.
     _BEYOND_S = 45.0
 
     def __init__(self, run: RunDir, attempt: str) -> None:
         self.path, self.attempt = run.path / "lease.json", attempt
-        self._seen: dict[str, object] = {}
-        self._since = self._looked = time.monotonic()
+        self._last: dict[str, object] = {}
+        self._since = self._checked = time.monotonic()
 
-    def gone(self) -> float | None:
-        """Seconds without a beat, if they are more than the lease's own patience."""
-        now, before = time.monotonic(), self._looked
+    def silent_s(self) -> float | None:
+        """Seconds since the last renewal, if they are more than the lease allows."""
+        now, before = time.monotonic(), self._checked
         if now - before < 5.0:
             return None
-        self._looked = now
-        try:
-            lease = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            lease = {}
+        self._checked = now
+        lease = read_json(self.path)
         # A pause of this process itself (`scontrol suspend`) is not the worker's.
-        if lease != self._seen or lease.get("attempt") != self.attempt or now - before > 60.0:
-            self._seen, self._since = lease, now
+        if lease != self._last or lease.get("attempt") != self.attempt or now - before > 60.0:
+            self._last, self._since = lease, now
         silent = now - self._since
         return silent if silent > float(lease.get("patience_s", 1e9)) + self._BEYOND_S else None
 
 
-class _Ear:
+class SignalForwarder:
     """Signal handlers that write the stop file, and nothing else: Slurm delivers a signal two or three times."""
 
-    _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
     def __init__(self, run: RunDir, worker: subprocess.Popen[bytes]) -> None:
         self.run, self.worker, self.interrupts = run, worker, 0
@@ -173,7 +168,7 @@ class _Ear:
     def __enter__(self) -> None:
         # Outside the main thread (a notebook's, a test's) signals belong to the surrounding program.
         self.before = (
-            {number: signal.signal(number, self._hear) for number in self._HEARD}
+            {number: signal.signal(number, self._forward) for number in self._SIGNALS}
             if threading.current_thread() is threading.main_thread()
             else {}
         )
@@ -182,8 +177,8 @@ class _Ear:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):  # there already; or a full disk, where the ranks hear the signal themselves
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):  # it exists; or the disk is full, and the ranks get the signal themselves
             descriptor = os.open(self.run.stop_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             os.write(descriptor, b"asked\n" if number == signal.SIGINT else b"signal\n")
             os.close(descriptor)
@@ -206,7 +201,7 @@ def _tee(source: BinaryIO, log: BinaryIO, show: bool) -> None:
 
 
 def _recorded_code(folder: Path, code: int) -> int:
-    """What the worker wrote; accelerate says 1 whatever its workers said."""
+    """The code that the worker wrote; accelerate ends with 1 whatever its workers end with."""
     try:
         return int((folder / "exit").read_text())
     except (OSError, ValueError):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from afina.errors import nearest
-from afina.recipe.time_limit import minutes_in_words
 from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster, Nodes, Partition, Qos
+from afina.text import minutes_in_words
 
 __all__ = ["JobSize", "job_size", "limit_of", "refusal"]
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from afina.recipe.metrics import selection_metric
-from afina.recipe.time_limit import minutes_in_words
 from afina.slurm.cluster import Cluster, Nodes, Partition
 from afina.start.examine import Examined, quantile
+from afina.text import minutes_in_words
 
 __all__ = [
     "DEFAULT_MODEL",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from afina import api
 from afina.errors import ClaimedError, InputError
-from afina.files import write_atomic
+from afina.files import encode_words, write_atomic
 from afina.recipe.metrics import lower_is_better
 from afina.recipe.schema import parse_recipes
 from afina.run.commands import job_scripts, node_argv
@@ -99,9 +98,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         record = record.model_copy(update={"search": _search_record(draft, prepared[""], say)})
         if not home.trial_argv.is_file():
             undo.callback(home.trial_argv.unlink, missing_ok=True)
-            write_atomic(
-                home.trial_argv, b"".join(os.fsencode(word) + b"\0" for word in _trial_argv(home, record.plan))
-            )
+            write_atomic(home.trial_argv, encode_words(_trial_argv(home, record.plan)))
     shared: dict[str, dict[str, Any]] = {}
     for count, number in enumerate(draft.plans, start=1):
         cell, plan = record.cells[number], draft.plans[number]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina import api
 from afina.errors import ClaimedError, InputError
+from afina.files import read_words
 from afina.forecast.forecast import check_possible
 from afina.recipe.schema import Recipe
 from afina.run.commands import worker_environment
@@ -297,7 +298,7 @@ def _ask(home: SweepDir, plan: Plan, run: RunDir) -> None:
     Raises:
         AfinaError: as the worker said it.
     """
-    words = [os.fsdecode(word) for word in home.trial_argv.read_bytes().split(b"\0")[:-1]]
+    words = read_words(home.trial_argv)
     here = {**os.environ, **environment(plan.site)}
     env = {**here, **worker_environment(plan, offline=True, env=here)}
     ask_worker([*words, str(run.path)], env, name="the next trial")

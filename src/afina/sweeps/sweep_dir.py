@@ -18,7 +18,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
-from afina.files import write_atomic
+from afina.files import encode_words, write_atomic
 from afina.frozen import FrozenModel
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
@@ -155,7 +154,7 @@ class SweepDir:
 
     def write(self, record: SweepRecord) -> None:
         """Publish the cells: the list that the jobs read, then the record."""
-        write_atomic(self.cells_file, b"".join(os.fsencode(cell.name) + b"\0" for cell in record.cells))
+        write_atomic(self.cells_file, encode_words(cell.name for cell in record.cells))
         write_atomic(self.file, record.to_json())
 
     def append(self, job_id: str, first: int, tasks: list[int]) -> None:

@@ -20,6 +20,7 @@ from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
 from afina.sweeps.sweep_dir import SweepRecord
+from afina.text import aligned
 
 __all__ = ["Row", "Table", "best_metric", "tabulate"]
 
@@ -257,11 +258,7 @@ def _lines(table: Table) -> list[str]:
         body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _left(row)] for row in table.rows]
         if len(table.rows) == 1:
             head, body = head[:4] + head[6:], [cells[:4] + cells[6:] for cells in body]
-    widths = [max(len(line[at]) for line in [head, *body]) for at in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [head, *body]
-    ]
+    return aligned([head, *body])
 
 
 def _measured(row: Row) -> list[str]:

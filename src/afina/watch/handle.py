@@ -7,7 +7,6 @@ afina.submit("recipe.yaml").result().metrics
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import EnvironmentProblem, InputError, TrainingError
+from afina.files import read_json
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
@@ -156,11 +156,7 @@ class Run:
     @property
     def estimate(self) -> dict[str, Any] | None:
         """What was foreseen when the run was submitted, `estimate.json`; None where nothing was."""
-        try:
-            said = json.loads((self.path / "estimate.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return said if isinstance(said, dict) else None
+        return read_json(self.path / "estimate.json") or None
 
     def _repr_html_(self) -> str:
         return _html([self.summary])

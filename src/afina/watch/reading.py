@@ -17,11 +17,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from afina.files import read_json
 from afina.processes import boot_id, start_time
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.schedule import Schedule
 
-__all__ = ["Liveness", "Reading", "RunResult", "job_ids_of", "read_json", "read_result", "read_run"]
+__all__ = ["Liveness", "Reading", "RunResult", "job_ids_of", "read_result", "read_run"]
 
 #: Bytes read from the end of a log: some four hours of its once-a-minute lines.
 _TAIL = 65536
@@ -167,11 +168,6 @@ def read_run(path: Path) -> Reading:
         first_step=events.first_step,
         checkpoint=events.checkpoint,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or damaged."""
-    return _json(path)[0]
 
 
 def job_ids_of(submissions: Sequence[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from afina.text import seconds_in_words
+
 __all__ = ["Progress"]
 
 LINE_S = 60.0
@@ -73,12 +75,8 @@ class Progress:
         if self.total is None:
             return f"{line} {self.unit}, {rate:,.0f} per second"
         left = (self.total - self.done) / rate if rate else 0.0
-        return f"{line} of {self.total:,} {self.unit}, {rate:,.0f} per second, about {_span(left)} left"
+        return f"{line} of {self.total:,} {self.unit}, {rate:,.0f} per second, about {seconds_in_words(left)} left"
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

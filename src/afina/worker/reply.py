@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError
-from afina.files import readable_size
 from afina.redact import redact
+from afina.text import size_in_words
 
 __all__ = ["Terminated", "disk_errors", "not_a_question", "read_question", "reply", "report"]
 
@@ -129,7 +129,7 @@ def disk_errors(folder: Path | None = None) -> Iterator[None]:
 
 
 def _free(folder: Path) -> str:
-    return readable_size(shutil.disk_usage(folder).free)
+    return size_in_words(shutil.disk_usage(folder).free)
 
 
 def _redacted(failure: Failure) -> Failure:

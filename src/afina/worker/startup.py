@@ -1,11 +1,11 @@
-"""What starting up does without: imports that are not needed, and the garbage collector's looks at what stays.
+"""A quicker start: hide packages that Transformers would import for nothing, and pause the garbage collector meanwhile.
 
 Transformers imports `datasets` (and with it pandas and pyarrow) for isinstance checks, and SciPy for the loss of object detection,
 wherever they are installed: a quarter of the modules that a run would load before its first step. afina reads its prepared
 data itself, and imports SciPy with the first evaluation that needs it.
 
-Importing makes hundreds of thousands of objects that are kept, and the collector looks through all of them again and again while
-they come: 0.7 of the 3.5 s of processor time that a training process's imports take.
+Importing makes hundreds of thousands of objects that stay, and the collector goes through all of them again and again while
+they are made: 0.7 of the 3.5 s of processor time that a training process's imports take.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import gc
 import importlib
 from collections.abc import Iterator
 
-__all__ = ["uncollected", "without"]
+__all__ = ["gc_paused", "hide_packages"]
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """What is made inside is not looked through for garbage until the end: for imports and for building a model."""
-    was = gc.isenabled()
+def gc_paused() -> Iterator[None]:
+    """Pause the garbage collector for the block: for imports and for building a model."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if enabled:
             gc.enable()
 
 
 @contextlib.contextmanager
-def without(*packages: str) -> Iterator[None]:
-    """For what is imported inside, Transformers takes `packages` for not installed; a version that asks otherwise is left alone.
+def hide_packages(*packages: str) -> Iterator[None]:
+    """For what the block imports, Transformers takes `packages` for not installed; the garbage collector is paused.
 
-    Nor does the garbage collector look at it.
+    A version of Transformers that asks in another way than `is_<package>_available` is left alone.
     """
-    with uncollected():
+    with gc_paused():
         utils = importlib.import_module("transformers.utils")
         names = [f"is_{package}_available" for package in packages]
         known = {name: getattr(utils, name) for name in names if hasattr(utils, name)}
@@ -45,5 +45,5 @@ def without(*packages: str) -> Iterator[None]:
         try:
             yield
         finally:
-            for name, asked in known.items():
-                setattr(utils, name, asked)
+            for name, original in known.items():
+                setattr(utils, name, original)

@@ -1,4 +1,4 @@
-"""What starting up does without, and that it is put back."""
+"""Hidden packages and the paused garbage collector, and that both come back."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import gc
 import pytest
 import transformers.utils
 
-from afina.worker.startup import uncollected, without
+from afina.worker.startup import gc_paused, hide_packages
 
 
-def test_the_collector_rests_inside_and_works_again_after_it() -> None:
+def test_the_collector_is_paused_inside_and_works_again_afterwards() -> None:
     assert gc.isenabled()
-    with without("scipy"):
+    with hide_packages("scipy"):
         assert not gc.isenabled() and not transformers.utils.is_scipy_available()
-        with uncollected():
+        with gc_paused():
             assert not gc.isenabled()
-        assert not gc.isenabled(), "it was the outer one that stopped it"
+        assert not gc.isenabled(), "the outer block paused it"
     assert gc.isenabled() and transformers.utils.is_scipy_available()
-    with pytest.raises(ZeroDivisionError), uncollected():
+    with pytest.raises(ZeroDivisionError), gc_paused():
         1 / 0  # noqa: B018
     assert gc.isenabled()
 
 
 def test_a_package_that_transformers_does_not_ask_for_is_no_error() -> None:
-    with without("never_heard_of"):
+    with hide_packages("never_heard_of"):
         assert not hasattr(transformers.utils, "is_never_heard_of_available")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from afina.recipe.time_limit import minutes_in_words, parse_seconds
+from afina.recipe.time_limit import parse_seconds
+from afina.text import minutes_in_words
 
 
 @pytest.mark.parametrize(

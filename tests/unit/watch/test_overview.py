@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tests.unit.conftest import NASTY, Ran, program
 
-from afina.cli.screen import duration, size
 from afina.errors import InputError, SlurmError
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.slurm.reasons import explain
+from afina.text import short_duration, size_in_words
 from afina.watch.cancel import cancel_runs
 from afina.watch.find import find_runs, known_runs, resolve_folder, short_names
 from afina.watch.overview import RunSummary, summarise, summary_of
@@ -304,11 +304,11 @@ def test_reasons_are_words_with_something_to_do() -> None:
     [(None, "-"), (0, "0 s"), (59, "59 s"), (61, "1 min"), (3599, "1 h 00"), (3700, "1 h 02"), (90000, "1 d 1 h")],
 )
 def test_times_in_words(seconds: float | None, said: str) -> None:
-    assert duration(seconds) == said
+    assert short_duration(seconds) == said
 
 
 def test_sizes_in_words() -> None:
-    assert [size(n) for n in (0, 999, 1000, 438_000_000)] == ["0 B", "999 B", "1.0 kB", "438.0 MB"]
+    assert [size_in_words(n) for n in (0, 999, 1000, 438_000_000)] == ["0 B", "999 B", "1.0 kB", "438.0 MB"]
 
 
 # -- finding -----------------------------------------------------------------------------------------------------------

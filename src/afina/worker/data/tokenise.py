@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError, EnvironmentProblem, InputError, RecipeError
-from afina.files import readable_size
 from afina.publish import publish, staging
 from afina.run.plan import Plan
+from afina.text import size_in_words
 from afina.worker.data import prepared
 from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.labels import Labels
@@ -312,6 +312,6 @@ def _check_disk(folder: Path, splits: Mapping[str, Examples], max_length: int, t
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise EnvironmentProblem(
-            f"{folder}: about {readable_size(needed)} are needed, {readable_size(free)} are free",
+            f"{folder}: about {size_in_words(needed)} are needed, {size_in_words(free)} are free",
             "remove old runs and prepared data there, or point AFINA_SCRATCH at a larger file system",
         )

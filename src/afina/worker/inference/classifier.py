@@ -30,7 +30,7 @@ from afina.worker.data.readers import is_blank
 from afina.worker.inference.export_info import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.pretrained import check_files, max_positions
-from afina.worker.startup import uncollected
+from afina.worker.startup import gc_paused
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
 
@@ -229,7 +229,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        with uncollected():
+        with gc_paused():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             model, report = AutoModelForSequenceClassification.from_pretrained(

@@ -6,13 +6,13 @@ this machine is in it: files are called by their names, and a base model or data
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from afina.files import read_json
 from afina.redact import redact
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
@@ -60,7 +60,7 @@ class Facts:
 
 def facts_of(run: RunDir, outcome: Outcome) -> Facts:
     """Read them. Weights are looked at by their header alone."""
-    config = _json(run.model / "config.json")
+    config = read_json(run.model / "config.json")
     names = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
     labels = None if outcome.task == "regression" else names
     return Facts(
@@ -71,7 +71,7 @@ def facts_of(run: RunDir, outcome: Outcome) -> Facts:
         architecture=next(iter(config.get("architectures") or []), "a sequence classifier"),
         per_class=_per_class(run, outcome.task, labels),
         versions=_versions(run, outcome),
-        record=_json(run.path / "record.json"),
+        record=read_json(run.path / "record.json"),
         parameters=_parameters(run.model),
     )
 
@@ -315,10 +315,10 @@ def _per_class(
 
 def _versions(run: RunDir, outcome: Outcome) -> dict[str, str]:
     """Of what trained: the last attempt's environment, and what its checkpoints say."""
-    env = _json(run.attempts / outcome.attempt / "env.json")
+    env = read_json(run.attempts / outcome.attempt / "env.json")
     found = {name: env[name] for name in ("afina", "python") if isinstance(env.get(name), str)}
     for manifest in sorted(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        found |= {name: str(version) for name, version in (_json(manifest).get("versions") or {}).items()}
+        found |= {name: str(version) for name, version in (read_json(manifest).get("versions") or {}).items()}
     return found
 
 
@@ -334,14 +334,6 @@ def _parameters(folder: Path) -> int:
                     size *= length
                 count += size
     return count
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _cell(value: Any) -> str:

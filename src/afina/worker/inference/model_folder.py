@@ -12,13 +12,12 @@ Written aside and published by rename: it is there whole or not at all, and noth
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError
+from afina.files import name_aside
 from afina.run.directory import RunDir
 from afina.version import __version__
 from afina.worker.reply import read_question
@@ -61,7 +60,7 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
         check_installed()
     facts = replace(facts_of(directory, outcome), onnx=onnx)
     recipe = facts.plan.recipe
-    aside = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    aside = name_aside(final)
     aside.mkdir()
     try:
         for path in sorted(directory.model.iterdir()):

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afina.errors import EnvironmentProblem, InputError
-from afina.files import difference, sha256, sync_file, sync_folder, write_atomic
+from afina.files import difference, name_aside, sha256, sync_file, sync_folder, write_atomic
 from afina.prediction.request import OUTPUTS, STDIN, Prediction, folder_of
 from afina.worker.inference.inputs import Inputs
 
@@ -77,7 +77,7 @@ class Parts:
             InputError: another process has just made it.
         """
         final = folder_of(job.out)
-        aside = final.with_name(f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        aside = name_aside(final)
         aside.mkdir()
         try:
             if job.spool:
@@ -129,7 +129,7 @@ class Parts:
     def write(self, chunk: int, table: pa.Table, summary: Mapping[str, Any]) -> None:
         """Publish a part; `summary_of` adds the summaries up."""
         path = self.path(chunk)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        aside = name_aside(path)
         try:
             pq.write_table(
                 table.replace_schema_metadata({_KEY: json.dumps(summary)}),
@@ -219,7 +219,7 @@ class Parts:
 
     def _remove(self) -> None:
         """Renamed first, so that a half-removed folder never looks like an unfinished prediction."""
-        gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        gone = name_aside(self.folder)
         with contextlib.suppress(FileNotFoundError):
             self.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)

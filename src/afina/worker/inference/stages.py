@@ -29,7 +29,7 @@ from afina.prediction.request import STDIN, Prediction, folder_of
 from afina.run.allocation import Allocation
 from afina.worker.progress import Progress
 from afina.worker.reply import read_question, report
-from afina.worker.startup import uncollected
+from afina.worker.startup import gc_paused
 
 if TYPE_CHECKING:
     from afina.worker.inference.classifier import Classifier, EncodedTexts
@@ -273,7 +273,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
 def _load(job: Prediction, number: int) -> Classifier:
     """The classifier of share `number`: on its own GPU, else on all cores."""
     os.environ.setdefault("OMP_NUM_THREADS", str(Allocation.from_env().cores()))
-    with uncollected():
+    with gc_paused():
         import torch
 
         from afina.worker.compute import allocator

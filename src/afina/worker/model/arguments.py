@@ -14,7 +14,7 @@ from typing import Any
 
 from afina.errors import RecipeError, nearest
 from afina.worker.model.check_cache import checked_once
-from afina.worker.startup import uncollected
+from afina.worker.startup import gc_paused
 
 __all__ = ["check_arguments"]
 
@@ -59,7 +59,7 @@ def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
-    with uncollected():
+    with gc_paused():
         import transformers
         from transformers import TrainingArguments
 

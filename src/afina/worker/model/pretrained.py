@@ -20,7 +20,7 @@ from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest
-from afina.worker.startup import uncollected, without
+from afina.worker.startup import gc_paused, hide_packages
 
 __all__ = [
     "check_files",
@@ -217,7 +217,7 @@ def _check_code(folder: Path) -> None:
 
 
 def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
-    with without("datasets", "scipy"):
+    with hide_packages("datasets", "scipy"):
         return _check_model_type(folder, recipe)
 
 
@@ -268,7 +268,7 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
         InputError: transformers cannot load it.
     """
     try:
-        with uncollected():
+        with gc_paused():
             import transformers
 
             tokenizer = transformers.AutoTokenizer.from_pretrained(

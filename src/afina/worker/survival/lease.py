@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 from afina.errors import ClaimedError
+from afina.files import read_json
 from afina.processes import Process, boot_id
 from afina.run.directory import RunDir
 from afina.worker.survival.watchdog import Watchdog
@@ -125,11 +126,7 @@ class Lease:
             os.replace(aside, self.path)
 
     def _read(self) -> dict[str, Any] | None:
-        try:
-            value = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        return read_json(self.path) or None
 
     def _is_mine(self) -> bool:
         holder = self._read()

@@ -28,7 +28,7 @@ from afina.worker.compute.batches import (
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
-from afina.worker.startup import uncollected
+from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.preflight import state_bytes
 from afina.worker.survival.stop import StopRequest
@@ -146,7 +146,7 @@ def build_attempt(
     choice = precision.choose_for_run(run, plan.recipe.train)
     arguments = build_arguments(plan, geometry, run, data, choice)
     transformers.set_seed(plan.recipe.train.seed)
-    with uncollected():
+    with gc_paused():
         model = build_model(plan, data.model_folder, data.task, data.labels, data.num_labels)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)

@@ -20,7 +20,7 @@ import torch
 
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import decisions, per_example_loss
-from afina.worker.startup import uncollected
+from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training import ranks
 from afina.worker.training.attempt import Attempt
@@ -98,7 +98,7 @@ def scores(task: str, names: list[str], logits: Array, labels: Array) -> dict[st
     for block in blocks(count):
         loss[block] = per_example_loss(task, logits[block], labels[block])
         predictions.append(decisions(task, logits[block]))
-    with uncollected():  # the first call imports large libraries
+    with gc_paused():  # the first call imports large libraries
         from afina.worker.model.scoring import compute_metrics
 
         metrics = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from afina.text import seconds_in_words
 from afina.worker.training.attempt import Attempt
 from afina.worker.training.meter import peak_memory_bytes, share_of_peak
 
@@ -104,13 +105,9 @@ def _position(state: Any) -> str:
 
 
 def _in_words(pace: dict[str, Any]) -> list[str]:
-    minutes = pace["seconds_left"] / 60
-    left = (
-        f"{minutes * 60:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    )
     return [
         *([f"loss {pace['loss']:.4f}"] if pace["loss"] is not None else []),
         f"{pace['tokens_per_s']:,.0f} tokens/s",
         *([f"{pace['mfu']:.0%} of the peak"] if pace["mfu"] is not None else []),
-        f"{left} left",
+        f"{seconds_in_words(pace['seconds_left'])} left",
     ]

@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan
+from afina.text import aligned
 
 __all__ = ["introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
 
@@ -55,8 +56,7 @@ def metrics_table(run: RunDir, metric_names: list[str]) -> str:
             values = [line.get(f"eval_{name}") for name in scalar]
             cells = [loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
             rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines = aligned([head, *rows], right=range(len(head)))
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
 
 

@@ -20,7 +20,7 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan, geometry_for
 from afina.worker.data import stage_in
-from afina.worker.startup import uncollected, without
+from afina.worker.startup import gc_paused, hide_packages
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
 from afina.worker.training.log import introduction, mark_lines, metrics_table, say, usage_lines
@@ -89,7 +89,7 @@ def _explain(error: Exception) -> AfinaError:
 
 
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
-    with without("datasets", "scipy"):
+    with hide_packages("datasets", "scipy"):
         from afina.worker.training import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
         from afina.worker.training.results import Results, export_results
@@ -130,7 +130,7 @@ def _build(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
     attempt, model, arguments = build_attempt(run, allocation, _geometry(plan), data, stop, lease)
     resume = _newest_checkpoint(attempt)
     callbacks = track(run, plan, _step_of(resume)) if attempt.rank == 0 else []
-    with uncollected():
+    with gc_paused():
         return RunTrainer(attempt, model, arguments, callbacks), resume
 
 

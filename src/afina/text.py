@@ -1,0 +1,69 @@
+"""Numbers and tables in words: durations, sizes, counts, aligned columns. Slurm's own time format is in `afina.recipe.time_limit`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+__all__ = ["aligned", "minutes_in_words", "plural", "seconds_in_words", "short_duration", "size_in_words"]
+
+
+def minutes_in_words(number: float) -> str:
+    """`90 min` below two hours, then `2 h 30 min`, from two days on `3 days 4 h`; to the minute."""
+    whole = round(number)
+    if whole < 120:
+        return f"{whole} min"
+    days, hours, rest = (
+        (whole // 1440, whole % 1440 // 60, whole % 60) if whole >= 2880 else (0, whole // 60, whole % 60)
+    )
+    parts = ((days, "days"), (hours, "h"), (rest, "min"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count)
+
+
+def seconds_in_words(seconds: float) -> str:
+    """`45 s` below two minutes, then as `minutes_in_words`."""
+    return f"{seconds:.0f} s" if seconds < 120 else minutes_in_words(seconds / 60)
+
+
+def short_duration(seconds: float | None) -> str:
+    """For a column of a table: `45 s`, `12 min`, `3 h 05`, `2 d 4 h`; `-` for None."""
+    if seconds is None:
+        return "-"
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d}"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def size_in_words(num_bytes: float) -> str:
+    """`3.1 GB`, in decimal units, as `df -H`, quotas and `resources.mem_gb` count."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `2,000 runs`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Lines of aligned cells, two blanks between columns.
+
+    Args:
+        right: numbers of the columns that are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
