@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 import pytest
+from tests.unit.conftest import ROOT
 
 from afina.run.allocation import Allocation
 
@@ -69,3 +71,13 @@ def test_without_slurm() -> None:
 )
 def test_where_data_is_staged(env: dict[str, str], folder: str | None) -> None:
     assert Allocation.from_env(env).stage == (folder and Path(folder))
+
+
+def test_nobody_else_reads_slurms_variables() -> None:
+    reads = re.compile(r"""(environ|env)(\.get\(|\[)\s*f?["'](SLURM|AFINA_(ATTEMPT|LAUNCH|HEAD|PORT|NODES|DEADLINE))""")
+    found = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "src/afina").rglob("*.py")
+        if reads.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"src/afina/run/allocation.py"}
