@@ -1,28 +1,28 @@
 # shellcheck shell=bash
-# What every batch job of a run does around srun; sourced from the run directory by finetune.sbatch and by submitit's script.
+# The work of a batch job around srun; finetune.sbatch and submitit's script source it from the run directory.
 # Needs $run (the run directory), inside a job. Uses bash, coreutils and Slurm's commands; no container, no Python.
-# shellcheck disable=SC2154,SC2034 # run comes from who sources this, code goes to it
+# shellcheck disable=SC2154,SC2034 # the caller sets run and reads code
 
-# An array's task is named by both numbers: the job id of one of its tasks is also that of the whole array.
+# Both numbers for an array's task: one task of an array has the array's own job id.
 afina_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 afina_job=${afina_job:-$SLURM_JOB_ID}
 export AFINA_ATTEMPT="$afina_job.${SLURM_RESTART_COUNT:-0}"
 
 afina_say() { printf 'afina: %s\n' "$*"; }
 
-# [D-]H:M:S or M:S, as squeue prints times -> seconds; nothing for UNLIMITED, INVALID, NOT_SET
+# [D-]H:M:S or M:S, as squeue prints times -> seconds; empty for UNLIMITED, INVALID, NOT_SET
 afina_seconds() {
   [[ $1 =~ ^(([0-9]+)-)?(([0-9]+):)?([0-9]+):([0-9]+)$ ]] || return 0
   local -a part=("${BASH_REMATCH[2]:-0}" "${BASH_REMATCH[4]:-0}" "${BASH_REMATCH[5]}" "${BASH_REMATCH[6]}")
   echo $((((10#${part[0]} * 24 + 10#${part[1]}) * 60 + 10#${part[2]}) * 60 + 10#${part[3]}))
 }
 
-# A list of nodes as Slurm writes it (n[1-3,07],gpu[1-2]r1) -> one name a line, in order; where there is no scontrol.
+# Slurm's list of nodes (n[1-3,07],gpu[1-2]r1) -> one name a line, in order; used where scontrol is missing.
 afina_expand() {
   local list=$1 item before after low i
   local -a ranges
   while [ -n "$list" ]; do
-    # Up to a comma that is in no brackets.
+    # Up to a comma outside brackets.
     [[ $list =~ ^(([^][,]|\[[^][]*\])+),?(.*)$ ]] || return 1
     item=${BASH_REMATCH[1]} list=${BASH_REMATCH[3]}
     if [[ $item =~ ^([^[]*)\[([^]]*)\](.*)$ ]]; then
@@ -58,83 +58,83 @@ afina_check_image() { # RUNTIME IMAGE
   exit 3
 }
 
-# Where the nodes meet, and when the job ends.
+# Set the address where the nodes meet, and the time at which the job ends.
 afina_meet() {
   local head address port left
   export AFINA_LAUNCH=slurm
   AFINA_NODES=$({ scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null || afina_expand "${SLURM_JOB_NODELIST:-}"; } | tr '\n' ' ')
   head=${AFINA_NODES%% *}
-  # The first node's address as Slurm knows it; never localhost, which would be each node's own.
+  # The first node's address in Slurm; never localhost, which is another machine on every node.
   address=$(scontrol show node "$head" --oneliner 2>/dev/null | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
   AFINA_HEAD=${address:-$head}
-  # A port of this job's own, then the first from there on that nobody listens on: fixed ones collide on shared nodes.
+  # The first free port from one that depends on the job: a fixed port collides on shared nodes.
   port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_ARRAY_TASK_ID:-0}) % 20000))
   while (exec 3<>"/dev/tcp/$AFINA_HEAD/$port") 2>/dev/null; do port=$((port + 1)); done
-  # The time that is left, not the hour of the end: this node's clock may differ from Slurm's.
+  # From the time left, not the time of the end: this node's clock may differ from Slurm's.
   left=$(afina_seconds "$(squeue --noheader --jobs "$afina_job" --format %L 2>/dev/null)")
   AFINA_DEADLINE=${left:+$(($(date +%s) + left))}
-  : "${AFINA_DEADLINE:=${SLURM_JOB_END_TIME:-}}" # where there is no squeue; from Slurm 23.02 on
+  : "${AFINA_DEADLINE:=${SLURM_JOB_END_TIME:-}}" # without squeue; from Slurm 23.02 on
   export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
-  # Where each node keeps a copy of model and data; the container must see it (binds of the environment add to its own).
+  # The folder for each node's copy of model and data; the container must see it (these variables add to its other binds).
   if [ -n "${AFINA_STAGE:-}" ] && [ "$AFINA_STAGE" != 0 ]; then
     if [ "$AFINA_STAGE" = 1 ]; then AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}; fi
     case $AFINA_STAGE in
-      *[,:]*) afina_say "AFINA_STAGE=$AFINA_STAGE: a comma or colon cannot be bound; nothing is staged" && AFINA_STAGE='' ;;
+      *[,:]*) afina_say "AFINA_STAGE=$AFINA_STAGE: a path with a comma or colon cannot be bound; nothing is copied" && AFINA_STAGE='' ;;
       *) export AFINA_STAGE APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$AFINA_STAGE" SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$AFINA_STAGE" ;;
     esac
   fi
 }
 
-# A signal to this shell becomes a file that the ranks look at. $1: limit (USR1, before the time limit) or signal (TERM).
-afina_hear() {
-  # The ranks know the deadline and how long a save takes: near the end they stop by themselves, as late as they can.
+# Ask the ranks to stop, by a file. $1: limit (USR1, before the time limit) or signal (TERM).
+afina_request_stop() {
+  # The ranks know the deadline and the duration of a save: near the end they stop by themselves, as late as they can.
   if [ "$1" = limit ] && [ -n "${AFINA_DEADLINE:-}" ] && [ $((AFINA_DEADLINE - $(date +%s))) -lt 240 ]; then return; fi
   [ ! -e "$run/stop" ] || return
   { printf '%s\n' "$1" >"$run/.stop.$$" && mv -f "$run/.stop.$$" "$run/stop"; } || touch "$run/stop"
 }
 
-# Kill srun ($1) when the worker has not renewed its lease for longer than the lease says: a halted process cannot notice it.
-afina_pulse() {
-  local seen='' now='' since=$SECONDS looked=$SECONDS patience
+# Kill srun ($1) when the worker has not renewed its lease in the time that the lease allows: a hung process cannot stop itself.
+afina_watch_lease() {
+  local seen='' now='' since=$SECONDS checked=$SECONDS patience
   trap - USR1 TERM
-  while sleep 15 >/dev/null 2>&1; do # which outlives this shell, and must not hold the log open
+  while sleep 15 >/dev/null 2>&1; do # the sleep outlives this shell and must not hold the log open
     now=$(cat "$run/lease.json" 2>/dev/null)
     patience=$(grep -o '"patience_s": [0-9]*' <<<"$now")
-    # A pause of this shell itself (`scontrol suspend`) is not the worker's.
-    if [ "$now" != "$seen" ] || [ -z "$patience" ] || [[ $now != *"\"attempt\": \"$AFINA_ATTEMPT\""* ]] || ((SECONDS - looked > 60)); then
+    # More than 60 s: this shell itself was suspended (`scontrol suspend`).
+    if [ "$now" != "$seen" ] || [ -z "$patience" ] || [[ $now != *"\"attempt\": \"$AFINA_ATTEMPT\""* ]] || ((SECONDS - checked > 60)); then
       seen=$now since=$SECONDS
     elif ((SECONDS - since > ${patience##* } + 45)); then
-      afina_say "the worker has given no sign of life for $((SECONDS - since)) s: killed"
+      afina_say "the worker has not renewed its lease for $((SECONDS - since)) s: killed"
       kill -TERM "$1" # srun then kills its tasks at once
       return
     fi
-    looked=$SECONDS
+    checked=$SECONDS
   done
 }
 
-# Run srun to its end while signals are heard; sets $code. A trap runs only between commands or in `wait`, and a trapped
-# signal ends `wait` early, with a code above 128: the one that no signal met has srun's.
+# Run srun to its end and turn signals into stop requests; sets $code. Bash runs a trap only between commands or in `wait`, and
+# a trapped signal ends `wait` early with a code above 128; only an uninterrupted `wait` returns srun's code.
 afina_step() {
-  local step pulse heard
+  local step watcher interrupted
   rm -f "$run/stop" "$run/attempts/$AFINA_ATTEMPT/exit" "$run/attempts/$AFINA_ATTEMPT/next"
-  trap 'heard=1; afina_hear limit' USR1
-  trap 'heard=1; afina_hear signal' TERM
+  trap 'interrupted=1; afina_request_stop limit' USR1
+  trap 'interrupted=1; afina_request_stop signal' TERM
   command srun "$@" &
   step=$!
-  afina_pulse "$step" &
-  pulse=$!
+  afina_watch_lease "$step" &
+  watcher=$!
   while :; do
-    heard=''
+    interrupted=''
     wait "$step"
     code=$?
-    [ -n "$heard" ] || break
+    [ -n "$interrupted" ] || break
   done
-  kill "$pulse" 2>/dev/null
-  # Python ends with 120 when its last words cannot be written: the disk that holds the log is full.
+  kill "$watcher" 2>/dev/null
+  # Python ends with 120 when it cannot flush its output: the disk with the log is full.
   [ "$code" != 120 ] || code=3
 }
 
-# Do what `attempts/<id>/next` says: put the job back into the queue, or a new one where that cannot be.
+# Follow `attempts/<id>/next`: requeue the job, or submit a new one where that is impossible.
 afina_after() {
   local action='' exclude='' why='' state reason job gres word i
   { read -r action; read -r exclude; read -r why; } <"$run/attempts/$AFINA_ATTEMPT/next" || return 0
@@ -144,7 +144,7 @@ afina_after() {
   case $state in
     RUNNING | PREEMPTED | '') ;;
     *)
-      # A cancelled job is over; one that Slurm puts back itself needs nothing.
+      # Cancelled, or requeued by Slurm itself.
       afina_say "Slurm is ending this job itself ($state)"
       return 0
       ;;
@@ -171,7 +171,7 @@ afina_after() {
     reason=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 59) / 60))
   fi
   ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
-  # What the site wants and does not want.
+  # The site's further options, and those that it omits.
   while IFS= read -r word; do
     word=${word#"${word%%[![:space:]]*}"}
     case $word in --gres=* | '') ;; --*) ask+=("${word%"${word##*[![:space:]]}"}") ;; esac
@@ -180,12 +180,12 @@ afina_after() {
   for word in ${word//,/ }; do
     for i in "${!ask[@]}"; do case ${ask[i]} in "--${word#--}"=*) unset 'ask[i]' ;; esac done
   done
-  # The new job is no task of the array, and sbatch would pass on these variables (22.05.8).
+  # sbatch would pass these variables to the new job, which is not a task of the array (22.05.8).
   unset "${!SLURM_ARRAY_@}"
   if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then
     printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "${job%%;*}" >>"$run/submissions.jsonl"
-    afina_say "job ${job%%;*} goes on with this run"
+    afina_say "job ${job%%;*} continues this run"
   else
-    afina_say "go on with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"
+    afina_say "continue with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"
   fi
 }

@@ -1,23 +1,23 @@
 #!/bin/bash
-# The worker of one node, in an image whose file system outlives the signals of the cluster.
+# Runs a node's worker in an image that stays mounted when Slurm signals the job.
 #
-#   node.sh IMAGE COMMAND…        every word of COMMAND that is IMAGE becomes the place where the image is mounted
+#   node.sh IMAGE COMMAND…        IMAGE, as a word of COMMAND, is replaced by the path of the mounted image
 #
 # Apptainer without setuid mounts the image by a FUSE process inside the job step. USR1, USR2 or TERM to every process of
-# the step (a preemption under proctrack/linuxproc or pgid) ends that process, and Python lives on without its files: the
-# next import fails, or a page that was not read yet is a bus error. So the image is mounted here, once per node, by a
+# the step (a preemption under proctrack/linuxproc or pgid) ends that process while Python runs on without its files: the
+# next import fails, or reading a new page is a bus error. So the image is mounted here, once per node, by a
 # process that has left the step's tree and its session and ignores those signals, and COMMAND runs from the mount.
 #
 # It costs 0.06 s at the start (medians of 10, in turn: `apptainer exec IMAGE true` 0.12 s, through here 0.18 s).
 #
-# It is unmounted when COMMAND ends; the exit code is COMMAND's, and TERM, USR1, USR2, INT and HUP are passed on to it. A
-# watcher outside the tree unmounts when all of the step was killed. Where it was killed too (SIGKILL under
-# proctrack/cgroup takes all), a dead mount point stays behind in TMPDIR: this user's next start on the node clears it.
+# The image is unmounted when COMMAND ends; the exit code is COMMAND's, and TERM, USR1, USR2, INT and HUP are forwarded to it. A
+# watcher outside the tree unmounts if the whole step is killed. If the watcher is killed too (SIGKILL under
+# proctrack/cgroup reaches all), a dead mount point remains in TMPDIR, and this user's next start on the node clears it.
 #
-# Where that cannot be done, one line says why and COMMAND is run as it is. Not covered: a setuid Apptainer (root does not
+# Where that is impossible, one line gives the reason and COMMAND runs unchanged. Not covered: a setuid Apptainer (root cannot
 # see a user's FUSE mount), an Apptainer that adds a fuse-overlayfs of its own (kernels before 5.11), SIGKILL of the mount.
 #
-# Needs bash 4.1, coreutils, setsid, and what Apptainer itself mounts with.
+# Needs bash 4.1, coreutils, setsid, and the tools that Apptainer itself mounts with.
 
 set -u
 
@@ -25,8 +25,8 @@ readonly pattern="afina-image-$UID-"
 
 say() { printf 'afina: %s\n' "$*" >&2; }
 
-# Lazily: a container that is still ending keeps its own copy of the mount, and the FUSE process ends with the last one
-# (measured: imports go on after it).
+# Lazily (-z): a container that is still ending keeps its own copy of the mount, and the FUSE process ends with the last copy
+# (measured: imports still work after it).
 unmount() { # FOLDER
   local tool
   for tool in fusermount3 fusermount; do
@@ -39,7 +39,7 @@ unmount() { # FOLDER
   rmdir -- "$1/afina.sif" "$1" 2>/dev/null
 }
 
-# Standard input is a pipe that the step holds open: its end without a word is the end of all that held it.
+# Standard input is a pipe that the step holds open. Its end without the word `unmounted` means that the whole step was killed.
 # shellcheck disable=SC2329 # called by name, in a shell of its own
 watch() { # FOLDER
   local word=
@@ -48,7 +48,7 @@ watch() { # FOLDER
   [ "$word" = unmounted ] || unmount "$1"
 }
 
-# A mount of ours whose FUSE process was killed does not answer: "Transport endpoint is not connected".
+# A mount whose FUSE process was killed answers "Transport endpoint is not connected".
 clear_dead() {
   local mounts line point options
   mapfile -t mounts </proc/self/mounts
@@ -56,7 +56,7 @@ clear_dead() {
     read -r _ point _ options _ <<<"$line"
     case $point,$options, in */"$pattern"??????/afina.sif,*,user_id=$UID,*) ;; *) continue ;; esac
     printf -v point %b "${point//\\/\\0}" # a space is \040 there
-    # One that only hangs (its process is stopped, or starved) may be another job's: 137 is the question, killed.
+    # One that only hangs (its process is stopped, or starved) may belong to another job: 137 is stat, killed by timeout.
     { timeout -s KILL 5 stat -- "$point"; } >/dev/null 2>&1
     case $? in 0 | 137) continue ;; esac
     unmount "${point%/*}"
@@ -64,9 +64,9 @@ clear_dead() {
   done
 }
 
-# Sets `mount` to the mounted image and `folder` to the folder around it, or `why` to the reason it is not.
+# Sets `mount` to the mounted image and `folder` to its parent folder, or `why` to the reason for the failure.
 mount_image() { # IMAGE RUNTIME
-  local name value libexec=/usr/libexec suid=0 tool='' candidate span kind offset='' said
+  local name value libexec=/usr/libexec suid=0 tool='' candidate span kind offset='' log
   [ -f "$1" ] || { why='it is not a file'; return 1; }
   [ -r /dev/fuse ] && [ -w /dev/fuse ] || { why='/dev/fuse cannot be used here'; return 1; }
   while IFS='=' read -r name value; do
@@ -75,7 +75,7 @@ mount_image() { # IMAGE RUNTIME
       *_SUID_INSTALL) suid=$value ;;
     esac
   done < <("$2" buildcfg 2>/dev/null)
-  [ "$suid" != 1 ] || { why="this $2 is installed setuid, and root does not see a mount of ours"; return 1; }
+  [ "$suid" != 1 ] || { why="this $2 is installed setuid, and root cannot see a user's mount"; return 1; }
   for candidate in "$libexec/$2/bin/squashfuse_ll" squashfuse_ll squashfuse; do
     tool=$(command -v -- "$candidate") && break
   done
@@ -85,43 +85,43 @@ mount_image() { # IMAGE RUNTIME
     case $kind in 'FS (Squashfs/*System/'*) offset=${span%%-*} && break ;; esac
   done < <("$2" sif list "$1" 2>/dev/null)
   [ -n "$offset" ] || { why='it has no squashfs partition to mount'; return 1; }
-  folder=$(mktemp -d "${TMPDIR:-/tmp}/${pattern}XXXXXX" 2>/dev/null) || { why="nothing can be made in ${TMPDIR:-/tmp}"; return 1; }
+  folder=$(mktemp -d "${TMPDIR:-/tmp}/${pattern}XXXXXX" 2>/dev/null) || { why="cannot write in ${TMPDIR:-/tmp}"; return 1; }
   mount=$folder/afina.sif
   mkdir "$mount"
-  # It goes into the background by itself once it has mounted, and so leaves the step's tree; ignored signals stay ignored.
+  # After mounting it goes into the background and so leaves the step's tree; ignored signals stay ignored.
   (trap '' TERM USR1 USR2 HUP INT; exec setsid "$tool" -o "ro,offset=$offset" "$1" "$mount") </dev/null >"$folder/log" 2>&1
   if [ "$(stat -c %d -- "$mount" 2>/dev/null)" = "$(stat -c %d -- "$folder")" ]; then
-    said=$(tr '\n' ' ' <"$folder/log")
-    why="${tool##*/} failed: ${said:-it said nothing}"
+    log=$(tr '\n' ' ' <"$folder/log")
+    why="${tool##*/} failed: ${log:-without a message}"
     unmount "$folder"
     return 1
   fi
 }
 
 # shellcheck disable=SC2329 # called by traps
-hear() { # SIGNAL
-  heard=1
+forward() { # SIGNAL
+  interrupted=1
   if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null; else pending+=("$1"); fi
 }
 
 main() { # IMAGE COMMAND…
-  local image=$1 word code why='' mount='' folder='' child='' heard='' watching pending=() command=()
+  local image=$1 word code why='' mount='' folder='' child='' interrupted='' watching pending=() command=()
   shift
   command -v -- "$1" >/dev/null || {
     printf 'error: %s is not on PATH of %s\n  remedy: load its module in site.env, or have it installed on the nodes\n' "$1" "${HOSTNAME:-this node}" >&2
     exit 3
   }
-  # Absolute, and never a path that bash would expand: it stands in /proc/self/mounts too.
+  # Absolute, as in /proc/self/mounts, where clear_dead searches.
   case ${TMPDIR:-/tmp} in /*) ;; *) TMPDIR=$PWD/$TMPDIR ;; esac
   for word in TERM USR1 USR2 HUP INT; do
     # shellcheck disable=SC2064
-    trap "hear $word" "$word"
+    trap "forward $word" "$word"
   done
   clear_dead
   if ! mount_image "$image" "$1"; then
-    say "the image is left to $1 to mount, and a signal to the whole job step may take it away: $why"
+    say "$1 mounts the image itself, and a signal to the whole job step may unmount it: $why"
     trap - TERM USR1 USR2 HUP INT
-    # A signal that came before the command is the command's too.
+    # Signals that came before the command are forwarded too.
     for word in ${pending[@]+"${pending[@]}"}; do kill -s "$word" $$; done
     exec "$@"
   fi
@@ -129,21 +129,21 @@ main() { # IMAGE COMMAND…
     if [ "$word" = "$image" ]; then word=$mount; fi
     command+=("$word")
   done
-  # Forked twice, so that it is nobody's child; from memory, since this file may be gone when it is needed.
+  # Forked twice, so that it leaves the tree; passed as text, since this file may be gone by then.
   exec {watching}> >(
     trap '' TERM USR1 USR2 HUP INT
     setsid bash -c "$(declare -f unmount watch)"$'\nwatch "$1"' afina-watch "$folder" <&0 >/dev/null 2>&1 &
   )
-  # In the background, where bash would have it ignore INT and read nothing.
+  # Bash makes a background command ignore INT and read from /dev/null: undo both.
   (trap - TERM USR1 USR2 HUP INT QUIT; exec "${command[@]}") <&0 &
   child=$!
   for word in ${pending[@]+"${pending[@]}"}; do kill -s "$word" "$child"; done
-  # A signal ends `wait`; only a `wait` that no signal met tells the exit code.
+  # A signal ends `wait` early; only an uninterrupted `wait` returns the exit code.
   while :; do
-    heard=
+    interrupted=
     wait "$child" 2>/dev/null
     code=$?
-    [ -n "$heard" ] || break
+    [ -n "$interrupted" ] || break
   done
   unmount "$folder"
   trap '' PIPE
@@ -151,5 +151,5 @@ main() { # IMAGE COMMAND…
   exit "$code"
 }
 
-# Never returns: bash reads a script as it runs it, and the file may be changed or purged by then.
+# Never returns: bash reads a script while running it, and the file may be changed or purged by then.
 main "$@"

@@ -381,11 +381,11 @@ def _programs(node: Node, *without: str) -> None:
     node.bin = str(folder)
 
 
-def _left_to_apptainer(node: Node, why: str, image: Path | None = None, **more: Any) -> None:
+def _mounted_by_apptainer(node: Node, why: str, image: Path | None = None, **more: Any) -> None:
     done = node.run("apptainer", "exec", str(image or node.image), "a b", image=image, **more)
     assert done.returncode == 7 and done.stdout == f"exec\n{image or node.image}\na b\n", done
     (line,) = done.stderr.splitlines()
-    assert line.startswith("afina: the image is left to apptainer to mount") and why in line
+    assert line.startswith("afina: apptainer mounts the image itself") and why in line
 
 
 @pytest.mark.parametrize(
@@ -398,19 +398,19 @@ def _left_to_apptainer(node: Node, why: str, image: Path | None = None, **more: 
 )
 def test_a_missing_program_is_said(node: Node, without: tuple[str, ...], why: str) -> None:
     _programs(node, *without)
-    _left_to_apptainer(node, why)
+    _mounted_by_apptainer(node, why)
     assert node.clean()
 
 
 def test_a_setuid_apptainer_mounts_by_itself(node: Node) -> None:
     _programs(node)
     (node.home / "setuid").touch()
-    _left_to_apptainer(node, "installed setuid")
+    _mounted_by_apptainer(node, "installed setuid")
 
 
 def test_a_folder_is_used_as_it_is(node: Node) -> None:
     _programs(node)
-    _left_to_apptainer(node, "not a file", node.home)
+    _mounted_by_apptainer(node, "not a file", node.home)
 
 
 def test_an_image_without_a_file_system(node: Node) -> None:
@@ -418,7 +418,7 @@ def test_an_image_without_a_file_system(node: Node) -> None:
     subprocess.run(["apptainer", "sif", "new", str(empty)], check=True, capture_output=True)
     empty.chmod(0o644)
     _programs(node)
-    _left_to_apptainer(node, "no squashfs partition", empty)
+    _mounted_by_apptainer(node, "no squashfs partition", empty)
 
 
 def test_a_mount_that_fails(node: Node) -> None:
@@ -427,14 +427,14 @@ def test_a_mount_that_fails(node: Node) -> None:
         cut.write_bytes(whole.read(1_000_000))
     cut.chmod(0o644)
     _programs(node)
-    _left_to_apptainer(node, "squashfuse_ll failed: ", cut)
+    _mounted_by_apptainer(node, "squashfuse_ll failed: ", cut)
     assert node.clean()
 
 
 def test_no_room_for_the_mount_point(node: Node) -> None:
     _programs(node)
     node.tmp.rmdir()
-    _left_to_apptainer(node, "nothing can be made in")
+    _mounted_by_apptainer(node, "cannot write in")
     node.tmp.mkdir()
 
 
@@ -447,7 +447,7 @@ def test_no_fuse_device(node: Node) -> None:
     script = 'PATH=/usr/sbin:/usr/bin:/sbin:/bin; mount --bind "$1" /dev/fuse; shift; exec runuser -u "$@"'
     hide = [str(shutil.which("unshare")), "--mount", "/bin/sh", "-euc", script, "sh", str(hidden)]
     prefix = (*hide, _account().pw_name, "--", "/usr/bin/env", f"PATH={node.bin}")
-    _left_to_apptainer(node, "/dev/fuse", prefix=prefix)
+    _mounted_by_apptainer(node, "/dev/fuse", prefix=prefix)
 
 
 def test_no_apptainer_is_an_error_with_a_remedy(node: Node) -> None:

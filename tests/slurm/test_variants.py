@@ -195,7 +195,7 @@ def test_nothing_of_slurm_on_the_nodes_but_srun(cluster: Cluster, variant: Calla
     given = {"AFINA_SCRATCH": str(made.folder / "scratch"), "AFINA_RUNTIME": "none"}
     job = int(cluster.run_as_user(argv, env=given, cwd=made.folder, check=True).stdout.split(";")[0])
     assert cluster.wait(job) == "FAILED"
-    assert "go on with: sbatch" in made.log(job)
+    assert "continue with: sbatch" in made.log(job)
     seen = made.environment(f"{job}.0")
     # From Slurm 23.02 on the job knows its end without asking.
     assert seen["AFINA_DEADLINE"] == seen.get("SLURM_JOB_END_TIME", "")

@@ -348,7 +348,7 @@ def test_a_purged_run_directory_is_refused(slurm_commands: Path, scratch: Path) 
     (scratch / "jobs").mkdir()
     (scratch / "jobs/4242").write_text(str(scratch / "gone"))
     done = sbatch("r.yaml", env=in_job(scratch, SLURM_RESTART_COUNT="1"))
-    assert done.returncode == 3 and "is not a run directory any more" in done.stderr and "purged" in done.stderr
+    assert done.returncode == 3 and "is no longer a run directory" in done.stderr and "purged" in done.stderr
 
 
 def test_the_site_file_of_the_script(slurm_commands: Path, run: RunDir, scratch: Path, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_task_without_a_cell_is_refused(slurm_commands: Path, sweep: Path, scr
     done = sbatch(sweep, "7", env=in_job(scratch, SLURM_ARRAY_JOB_ID="4", SLURM_ARRAY_TASK_ID="2"))
     assert done.returncode == 2 and "has no cell 9" in done.stderr
     done = sbatch(sweep, env=in_job(scratch, SLURM_ARRAY_JOB_ID="4", SLURM_ARRAY_TASK_ID="0"))
-    assert done.returncode == 3 and "is not a run directory any more" in done.stderr
+    assert done.returncode == 3 and "is no longer a run directory" in done.stderr
 
 
 def test_a_task_of_a_search_asks_for_its_trial_first(slurm_commands: Path, sweep: Path, scratch: Path) -> None:
