@@ -1,7 +1,8 @@
-"""The model card of an exported run: README.md, with the metadata that the Hub reads, written from the run's record.
+"""The model card of an exported run: README.md, with the metadata that the Hub reads, from the run's record.
 
-Everything in it is read from the run directory; what only its author can say is left open and marked with ✎. No path of
-this machine is in it: files are called by their names, and a base model or data set is linked only if it is on the Hub.
+The text is `model_card_template.md`, filled in by `huggingface_hub.ModelCard`. Every fact comes from the run directory; what only
+the author knows is left open and marked with ✎. No path of this machine is in it: files are named without their folder, and a base
+model or data set is linked only if it is on the Hub.
 """
 
 from __future__ import annotations
@@ -18,32 +19,38 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 
-__all__ = ["Facts", "facts_of", "model_card"]
+__all__ = ["CardFacts", "facts_of", "model_card"]
 
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_OPEN = "✎ *To be written by the author:*"
 _SCALARS = (int, float)
-_TASK_WORDS = {
+_TASKS = {
     "single-label": "gives each text one of {n} labels",
     "multi-label": "gives each text any of {n} labels",
     "regression": "gives each text a number",
 }
+#: Our metrics as the Hub names them.
+_HUB_METRICS = {"accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "mcc": "matthews_correlation",
+                "mse": "mse", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr"}  # fmt: skip
+_LISTED = 20
+#: Labels with fewer examples in the evaluation set are named.
+_FEW = 30
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card is written from.
+class CardFacts:
+    """Facts of a run for its card.
 
     Attributes:
         plan, outcome: of the run.
-        prepared: what the prepare stage said.
+        prepared: the prepare stage's answer.
         labels: names in the order of the model's outputs; None for regression.
         architecture: class name of the model.
-        per_class: label, precision, recall, F1 and number of examples, of the evaluation set.
-        versions: of what trained it, by name.
+        per_class: label, precision, recall, F1 and number of examples, on the evaluation set.
+        versions: of the libraries that trained it, by name.
         record: `record.json` of the run; empty where it has none.
-        parameters: how many the model has.
-        onnx: `onnx/model.onnx` is there.
+        parameters: their number in the model.
+        onnx: `onnx/model.onnx` is exported too.
     """
 
     plan: Plan
@@ -58,12 +65,12 @@ class Facts:
     onnx: bool = False
 
 
-def facts_of(run: RunDir, outcome: Outcome) -> Facts:
-    """Read them. Weights are looked at by their header alone."""
+def facts_of(run: RunDir, outcome: Outcome) -> CardFacts:
+    """Read the facts; of the weights only the headers."""
     config = read_json(run.model / "config.json")
     names = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
     labels = None if outcome.task == "regression" else names
-    return Facts(
+    return CardFacts(
         plan=run.plan(),
         outcome=outcome,
         prepared=run.prepared(),
@@ -76,12 +83,12 @@ def facts_of(run: RunDir, outcome: Outcome) -> Facts:
     )
 
 
-def model_card(facts: Facts) -> str:
-    """The whole README.md. Secrets are blackened."""
-    from huggingface_hub import ModelCardData
+def model_card(facts: CardFacts) -> str:
+    """The whole README.md, redacted."""
+    from huggingface_hub import ModelCard, ModelCardData
 
     recipe = facts.plan.recipe
-    about = ModelCardData(
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
         base_model=recipe.model if _on_hub(facts) else None,
@@ -91,36 +98,48 @@ def model_card(facts: Facts) -> str:
         eval_results=_results(facts) or None,
         tags=["afina"],
     )
-    parts = [
-        f"# {recipe.name}",
-        _summary(facts),
-        "## How to use it",
-        _use(facts),
-        *(["## Labels", _labels(facts.labels)] if facts.labels else []),
-        "## How well it does",
-        _evaluation(facts),
-        "## How it was trained",
-        _training(facts),
-        "## What it is for, and what it is not for",
-        f"{_OPEN} which texts it was made for, who should and should not use it, what a wrong answer would cost.",
-        "## Limits and biases",
-        _limits(facts),
-        "## License",
-        f"{_OPEN} the license of these weights (it must fit that of the base model and of the data), as `license:` in the "
-        "metadata above too, and the `language:` of the texts.",
-    ]
-    return redact(f"---\n{about.to_yaml().rstrip()}\n---\n\n" + "\n\n".join(parts) + "\n")
-
-
-def _summary(facts: Facts) -> str:
-    recipe, labels = facts.plan.recipe, facts.labels
-    what = _TASK_WORDS[facts.outcome.task or "single-label"].format(n=len(labels or ()))
-    base = (
-        f"[{recipe.model}](https://huggingface.co/{recipe.model})" if _on_hub(facts) else f"`{Path(recipe.model).name}`"
+    return redact(
+        str(ModelCard.from_template(metadata, template_path=str(_TEMPLATE), **_variables(facts))).rstrip() + "\n"
     )
-    size = f", {_count(facts.parameters)} parameters" if facts.parameters else ""
-    pairs = " Each example is a pair of texts." if len(recipe.data.text) == 2 else ""
-    return f"`{facts.architecture}`{size}: {what}. It is {base}, fine-tuned with afina on {_data_name(facts)}.{pairs}"
+
+
+def _variables(facts: CardFacts) -> dict[str, Any]:
+    """The template's variables; rows of tables as lists of cells."""
+    recipe, labels = facts.plan.recipe, facts.labels
+    metrics = {name: value for name, value in facts.outcome.metrics.items() if isinstance(value, _SCALARS)}
+    splits = [split for split in ("eval", "test") if any(name.startswith(f"{split}_") for name in metrics)]
+    names = list(dict.fromkeys(name.partition("_")[2] for name in metrics))
+    rows = facts.prepared.get("rows", {})
+    weak = [name for name, *_, f1, count in facts.per_class if f1 < 0.5 and count]
+    few = [name for name, *_, count in facts.per_class if count < _FEW]
+    link = f"[{recipe.model}](https://huggingface.co/{recipe.model})"
+    return {
+        "name": recipe.name,
+        "architecture": facts.architecture,
+        "parameters": _count(facts.parameters) if facts.parameters else None,
+        "task": _TASKS[facts.outcome.task or "single-label"].format(n=len(labels or ())),
+        "base": link if _on_hub(facts) else f"`{Path(recipe.model).name}`",
+        "data": _data_name(facts),
+        "pairs": len(recipe.data.text) == 2,
+        "max_length": recipe.tokens.max_length,
+        "onnx": facts.onnx,
+        "labels": labels,
+        "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
+        "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
+        "means": bool(labels) and bool({"f1", "precision", "recall"} & set(names)),
+        "best": recipe.train.keep == "best",
+        "per_class": [
+            [_cell(name), *(f"{value:.3f}" for value in scores), f"{count:,}"]
+            for name, *scores, count in facts.per_class
+        ],
+        "training": [[name, _cell(value)] for name, value in _training(facts).items() if value not in ("", None)],
+        "weak": ", ".join(f"`{name}`" for name in weak[:_LISTED]),
+        "few": ", ".join(f"`{name}`" for name in few[:_LISTED]),
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _count(count: int) -> str:
@@ -128,60 +147,12 @@ def _count(count: int) -> str:
     return f"{count / 1e6:,.1f} million" if count >= 1_000_000 else f"{count:,}"
 
 
-def _use(facts: Facts) -> str:
-    recipe = facts.plan.recipe
-    call = 'classify({"text": "…", "text_pair": "…"}, ' if len(recipe.data.text) == 2 else 'classify("…", '
-    lines = [
-        "```python",
-        "from transformers import pipeline",
-        "",
-        'classify = pipeline("text-classification", model="PATH_OR_HUB_ID")',
-        f"print({call}truncation=True, top_k=None))",
-        "```",
-        "",
-        f"Texts are cut after {recipe.tokens.max_length} tokens, as in training. For many texts, `afina predict` with this folder "
-        "computes no padding and can be interrupted.",
-    ]
-    if facts.onnx:
-        lines += ["", "`onnx/model.onnx` is the same model for ONNX Runtime; its outputs were compared with PyTorch's."]
-    return "\n".join(lines)
-
-
-def _labels(labels: Sequence[str]) -> str:
-    shown = ", ".join(f"`{label}`" for label in labels[:50])
-    return shown + (f", and {len(labels) - 50} more (see `config.json`)" if len(labels) > 50 else "")
-
-
-def _evaluation(facts: Facts) -> str:
-    metrics = {k: v for k, v in facts.outcome.metrics.items() if isinstance(v, _SCALARS)}
-    parts = [part for part in ("eval", "test") if any(name.startswith(f"{part}_") for name in metrics)]
-    names = list(dict.fromkeys(name.partition("_")[2] for name in metrics))
-    rows = facts.prepared.get("rows", {})
-    lines = ["| metric | " + " | ".join(f"{part} ({rows.get(part, 0):,} rows)" for part in parts) + " |"]
-    lines.append("|---|" + "---|" * len(parts))
-    for name in names:
-        cells = [metrics.get(f"{part}_{name}") for part in parts]
-        lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{v:.4f}" for v in cells) + " |")
-    said = ["\n".join(lines)]
-    if facts.labels and {"f1", "precision", "recall"} & set(names):
-        said.append("Precision, recall and F1 are means over the labels (macro).")
-    if facts.plan.recipe.train.keep == "best":
-        said.append(
-            "The checkpoint was chosen by its metric on the evaluation set, which is therefore a little too kind to it."
-        )
-    if facts.per_class:
-        table = ["| label | precision | recall | F1 | examples |", "|---|---|---|---|---|"]
-        table += [f"| {_cell(n)} | {p:.3f} | {r:.3f} | {f:.3f} | {count:,} |" for n, p, r, f, count in facts.per_class]
-        said += ["On the evaluation set, by label:", "\n".join(table)]
-    return "\n\n".join(said)
-
-
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> dict[str, Any]:
     recipe, outcome = facts.plan.recipe, facts.outcome
     train, rows, tokens = recipe.train, facts.prepared.get("rows", {}), facts.prepared.get("tokens", {})
     speed = f", {outcome.samples_per_second:,.1f} examples/s" if outcome.samples_per_second else ""
     length = f"{train.num_epochs:g} epochs" if train.max_steps is None else f"at most {train.max_steps:,} steps"
-    table: dict[str, Any] = {
+    return {
         "data": _data_name(facts),
         "examples": ", ".join(f"{part} {count:,}" for part, count in rows.items()),
         "tokens": ", ".join(f"{part} {count:,}" for part, count in tokens.items()),
@@ -197,12 +168,10 @@ def _training(facts: Facts) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         **_origins(facts),
     }
-    lines = [f"| {name} | {_cell(value)} |" for name, value in table.items() if value not in ("", None)]
-    return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _origins(facts: Facts) -> dict[str, str]:
-    """Commits and digests, as far as the run has recorded them."""
+def _origins(facts: CardFacts) -> dict[str, str]:
+    """Commits and digests that the run has recorded."""
 
     def at(*keys: str) -> Any:
         value: Any = facts.record
@@ -221,29 +190,14 @@ def _origins(facts: Facts) -> dict[str, str]:
     return {name: f"`{value}`" for name, value in found.items() if value}
 
 
-def _limits(facts: Facts) -> str:
-    said = []
-    if facts.labels and facts.per_class:
-        weak = [name for name, *_, f1, count in facts.per_class if f1 < 0.5 and count]
-        if weak:
-            said.append(f"F1 is below 0.5 on the evaluation set for: {', '.join(f'`{name}`' for name in weak[:20])}.")
-        few = [name for name, *_, count in facts.per_class if count < 30]
-        if few:
-            said.append(
-                f"Fewer than 30 examples of the evaluation set have: {', '.join(f'`{name}`' for name in few[:20])}."
-            )
-    said.append(f"{_OPEN} whom the texts come from and whom they leave out, known failures, how labels were made.")
-    return "\n\n".join(said)
-
-
 # -- metadata ---------------------------------------------------------------------------------------------------------
 
 
-def _on_hub(facts: Facts) -> bool:
+def _on_hub(facts: CardFacts) -> bool:
     return facts.plan.model_folder is None and bool(_HUB_ID.fullmatch(facts.plan.recipe.model))
 
 
-def _data_name(facts: Facts) -> str:
+def _data_name(facts: CardFacts) -> str:
     data = facts.plan.recipe.data
     if data.hub:
         return f"[{data.hub}](https://huggingface.co/datasets/{data.hub})" + (
@@ -255,16 +209,13 @@ def _data_name(facts: Facts) -> str:
     )
 
 
-def _metric_ids(facts: Facts) -> list[str]:
-    """Names of metrics as the Hub knows them."""
-    known = {"accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "mcc": "matthews_correlation",
-             "mse": "mse", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr"}  # fmt: skip
+def _metric_ids(facts: CardFacts) -> list[str]:
     names = [name.partition("_")[2] for name in facts.outcome.metrics]
-    return list(dict.fromkeys(known[name] for name in names if name in known))
+    return list(dict.fromkeys(_HUB_METRICS[name] for name in names if name in _HUB_METRICS))
 
 
-def _results(facts: Facts) -> list[Any]:
-    """`model-index`: the metrics of the evaluation set, and of the test set if there is one."""
+def _results(facts: CardFacts) -> list[Any]:
+    """`model-index`: metrics of the evaluation set, and of the test set if there is one."""
     from huggingface_hub import EvalResult
 
     data, found = facts.plan.recipe.data, []
@@ -290,7 +241,7 @@ def _results(facts: Facts) -> list[Any]:
     return found
 
 
-# -- what the run directory says --------------------------------------------------------------------------------------
+# -- from the run directory -------------------------------------------------------------------------------------------
 
 
 def _per_class(
@@ -304,17 +255,17 @@ def _per_class(
     from sklearn.metrics import precision_recall_fscore_support
 
     table = pq.read_table(run.predictions, columns=["label", "prediction"])
-    told, said = table.column("label").to_pylist(), table.column("prediction").to_pylist()
+    true, predicted = table.column("label").to_pylist(), table.column("prediction").to_pylist()
     if task == "multi-label":
-        told, said = (np.array([[name in row for name in labels] for row in side], int) for side in (told, said))
-        scores = precision_recall_fscore_support(told, said, average=None, zero_division=0)
+        flags = (np.array([[name in row for name in labels] for row in side], int) for side in (true, predicted))
+        scores = precision_recall_fscore_support(*flags, average=None, zero_division=0)
     else:
-        scores = precision_recall_fscore_support(told, said, labels=list(labels), average=None, zero_division=0)
+        scores = precision_recall_fscore_support(true, predicted, labels=list(labels), average=None, zero_division=0)
     return [(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in zip(labels, *scores, strict=True)]
 
 
 def _versions(run: RunDir, outcome: Outcome) -> dict[str, str]:
-    """Of what trained: the last attempt's environment, and what its checkpoints say."""
+    """From the last attempt's environment and the manifests of the checkpoints."""
     env = read_json(run.attempts / outcome.attempt / "env.json")
     found = {name: env[name] for name in ("afina", "python") if isinstance(env.get(name), str)}
     for manifest in sorted(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: path.stat().st_mtime):
@@ -337,5 +288,5 @@ def _parameters(folder: Path) -> int:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays within a cell of a table."""
+    """Text that fits into one cell of a table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
