@@ -65,7 +65,7 @@ def test_a_cancelled_array_is_made_up_for_by_the_command(cluster: Cluster, place
     assert done.returncode == 0, done.stdout + done.stderr
     job = json.loads(done.stdout.splitlines()[-1])["job_id"]
     refused = cluster.run_as_user(afina, cwd=place, timeout=300)
-    assert refused.returncode == 2 and f"job {job} still works on this" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and f"job {job} is still working on this" in refused.stderr, refused.stderr
     cluster.run_as_user(["scancel", job], check=True)
     _ended(cluster, job)
     made = cluster.run_as_user(afina, cwd=place, timeout=300)

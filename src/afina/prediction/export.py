@@ -1,4 +1,4 @@
-"""Export a finished run as a folder that Transformers, the Hub and `afina predict` read. The work is done by a worker."""
+"""Exports a finished run, by a worker, as a folder that Transformers, the Hub and `afina predict` read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Predict with a finished run: here, in the site's container or without one; or as a Slurm job or a job array.
+"""Prediction with a finished run: on this machine, in the site's container or without one; as a Slurm job or a job array.
 
-What is to be done is composed here (`afina.prediction.request`); the work is done by `afina.worker.inference.stages` in processes of their
-own. All of it can be killed and repeated: the same call goes on with the chunks that are missing.
+This module composes the request (`afina.prediction.request`) and starts the workers (`afina.worker.inference.stages`). Everything may
+be killed and repeated: the same call continues with the missing chunks.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compose(
     out: str | Path | None = None,
     request: PredictRequest = PredictRequest(),
 ) -> Prediction:
-    """What `predict` would do, as a value. Reads the disk and changes nothing.
+    """The prediction as a value. Reads the disk and changes nothing.
 
     Raises:
         InputError, DataError: no such run, model, input; an output that cannot be written.
@@ -142,8 +142,8 @@ def _run_workers(job: Prediction, about: dict[str, Any], processes: int) -> tupl
     ]
     answers: list[dict[str, Any]] = []
     if about["done"] < about["chunks"]:
-        with _Bar(about["rows"], about["rows_done"]) as bar:
-            answers = ask_workers(argvs, [env] * processes, name="the prediction", on_progress=bar.hear)
+        with _RowsBar(about["rows"], about["rows_done"]) as bar:
+            answers = ask_workers(argvs, [env] * processes, name="the prediction", on_progress=bar.update)
     summary = next((answer["summary"] for answer in answers if answer["merged"]), None)
     if summary is None:
         argv = worker_argv(job.plan, "predict", "merge", parts, binds=binds)
@@ -152,15 +152,15 @@ def _run_workers(job: Prediction, about: dict[str, Any], processes: int) -> tupl
 
 
 def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | None = None) -> dict[str, Any]:
-    """Begin a prediction here and submit what is missing of it to Slurm, as a job or as an array of so many tasks.
+    """Examine the inputs here and submit the missing chunks to Slurm, as a job or as an array of `array` tasks.
 
     Raises:
-        AfinaError: what would fail in the queue is refused here.
+        AfinaError: requests that would fail in the queue are refused here.
     """
     need_slurm()
     about = _begin(job, stdin)
     if about["state"] == "whole" or about["done"] == about["chunks"]:
-        raise InputError(f"{job.out}: nothing is left to predict", "the same command without --submit makes it whole")
+        raise InputError(f"{job.out}: nothing is left to predict", "the same command without --submit merges the parts")
     parts = Path(about["parts"])
     _check_queue(parts)
     tasks = min(array, about["chunks"] - about["done"])
@@ -182,7 +182,7 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
 
 
 def submission(job: Prediction, tasks: int) -> list[str]:
-    """The command that submits a prediction as a job, or as an array of so many tasks."""
+    """The command that submits a prediction as a job, or as an array of `tasks`."""
     parts = folder_of(job.out)
     return array_argv(job.plan, parts / "predict.sbatch", [str(parts), str(tasks)], tasks, job.out)
 
@@ -194,10 +194,10 @@ def worker_env(plan: Plan) -> dict[str, str]:
 
 
 def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
-    """The plan stage: everything is checked, and the folder of parts is there."""
+    """The plan stage: checks everything and makes the folder of parts, or finds it."""
     check_image(job.plan.site)
     what = str(job.inputs[0]) if len(job.inputs) == 1 else f"{len(job.inputs):,} files"
-    _say(f"looking through {'standard input' if STDIN in job.inputs else what}")
+    _say(f"examining {'standard input' if STDIN in job.inputs else what}")
     with _spooled(job, stdin) as ready:
         argv = worker_argv(ready.plan, "predict", "plan", binds=_binds(ready))
         return ask_worker(argv, worker_env(ready.plan), ready.model_dump(mode="json"), name="the prediction")
@@ -205,7 +205,7 @@ def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _spooled(job: Prediction, stdin: IO[bytes] | None) -> Iterator[Prediction]:
-    """Standard input as a file beside the output, as long as it is needed: it can be read only once."""
+    """Standard input as a temporary file beside the output: it can be read only once, and is read twice."""
     if STDIN not in job.inputs:
         yield job
         return
@@ -221,14 +221,15 @@ def _spooled(job: Prediction, stdin: IO[bytes] | None) -> Iterator[Prediction]:
 
 
 def site_for(directory: RunDir | None, given: str | Path | None) -> Site:
-    """The site that was named, else the run's own, else the one of this machine; without any, no container."""
+    """The given site, else the run's own, else this machine's; without any, no container is used."""
     if given is not None:
         return load_site(given)
     if directory is not None:
         site = directory.plan().site
         if site.runtime != "none" and site.image is not None and not site.image.exists():
             raise SiteError(
-                f"{site.image}: the image of this run is not here", "name the site of this machine: --site FILE"
+                f"{site.image}: the image of this run is not on this machine",
+                "name the site of this machine: --site FILE",
             )
         return site
     if os.environ.get("AFINA_SCRATCH") or find_site_file():
@@ -257,18 +258,18 @@ def _binds(job: Prediction) -> list[Path]:
 
 
 def _check_queue(parts: Path) -> None:
-    """Refuse to do what a job in the queue is doing."""
+    """Refuse a prediction that a job in the queue is working on."""
     try:
         lines = (parts / "submissions.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return
-    for said in map(json.loads, lines):
-        job_id, tasks = str(said["job_id"]), int(said["tasks"])
+    for submission in map(json.loads, lines):
+        job_id, tasks = str(submission["job_id"]), int(submission["tasks"])
         ids = [job_id] if tasks == 1 else [f"{job_id}_{task}" for task in range(tasks)]
         if any(job.state in ("PENDING", "RUNNING") for job in query(ids, account=()).values()):
             raise InputError(
-                f"{parts}: job {job_id} still works on this",
-                f"wait for it (`squeue --job {job_id}`), or end it (`scancel {job_id}`) and run the same command again",
+                f"{parts}: job {job_id} is still working on this",
+                f"wait for it (`squeue --job {job_id}`), or cancel it (`scancel {job_id}`) and run the same command again",
             )
 
 
@@ -276,57 +277,57 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "blank_rows"}
 
 
-class _Bar:
-    """A bar on a terminal; elsewhere a line a minute. Rows of all processes together."""
+class _RowsBar:
+    """A bar on a terminal, else a line a minute. Counts the rows of all processes together."""
 
     def __init__(self, rows: int, before: int) -> None:
         self.rows, self.before = rows, before
         self._done: dict[int, int] = {}
         self._lock = threading.Lock()
         self._began: float | None = None
-        self._said = time.monotonic()
+        self._first = 0
+        self._printed = time.monotonic()
         self._bar: Any = None
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _RowsBar:
         if self.before:
             _say(f"resuming: {self.before:,} of {self.rows:,} rows are done")
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.add_task("loading the model", total=self.rows, completed=self.before, rate="")
-            self._bar.start()
-        else:
+        if not sys.stderr.isatty():
             _say(f"loading the model, to predict {self.rows - self.before:,} rows")
+            return self
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.add_task("loading the model", total=self.rows, completed=self.before, rate="")
+        self._bar.start()
         return self
 
-    def hear(self, number: int, said: dict[str, Any]) -> None:
+    def update(self, number: int, progress: dict[str, Any]) -> None:
+        """The rows that worker `number` has done; called from several threads."""
         now = time.monotonic()
         with self._lock:
-            self._done[number] = int(said.get("rows", 0))
-            if self._began is None:
-                self._began, self._first = now, sum(self._done.values())
+            self._done[number] = int(progress.get("rows", 0))
             done = sum(self._done.values())
+            if self._began is None:
+                self._began, self._first = now, done
             rate = (done - self._first) / (now - self._began) if now > self._began else 0.0
+            completed = self.before + done
             if self._bar is not None:
                 shown = f"{rate:,.0f} rows/s" if rate else ""
-                self._bar.update(
-                    self._bar.task_ids[0], description="predicting", completed=self.before + done, rate=shown
-                )
-            elif now - self._said >= 60.0 and rate:
-                self._said = now
-                whole = self.before + done
-                left = (self.rows - whole) / rate / 60
-                share = f"{whole:,} of {self.rows:,} rows ({whole / self.rows:.0%})"
+                self._bar.update(self._bar.task_ids[0], description="predicting", completed=completed, rate=shown)
+            elif now - self._printed >= 60.0 and rate:
+                self._printed = now
+                left = (self.rows - completed) / rate / 60
+                share = f"{completed:,} of {self.rows:,} rows ({completed / self.rows:.0%})"
                 _say(f"{share}, {rate:,.0f} rows/s, {left:.0f} min left")
 
     def __exit__(self, *_: object) -> None:

@@ -1,8 +1,8 @@
 """A trained classifier in Python: `afina.load(run).predict(["What a phone!"])`.
 
-The one place where the worker's code is imported and not run as a process: a notebook wants the model in its own hands.
-So it needs PyTorch and Transformers here, in the surrounding environment; no container is started. Nothing else of the host
-imports this module (`import afina` stays quick), and the import happens when `load` is called.
+The one place where the host imports the worker's code instead of starting a process, because a notebook needs the model as an
+object. PyTorch and Transformers must be installed here; no container is started. The import happens when `load` is called, so
+`import afina` stays fast.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is to be predicted: model, inputs, output and options as one frozen value, JSON both ways.
+"""The request of a prediction: model, inputs, output and options as one frozen value, JSON both ways.
 
-Pure but for looking at the disk: which files a folder or a pattern names, whether a path is a run directory. Composing one
-changes nothing; what it means is done by `afina.worker.inference.stages`.
+Composing it only reads the disk: which files a folder or a pattern names, whether a path is a run directory. It is carried out by
+`afina.worker.inference.stages`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = [
 
 Keep = Literal["all", "id"]
 
-#: The input that is standard input: a text a line.
+#: Standard input: one text a line.
 STDIN = Path("-")
-#: What an output may be, by suffix.
+#: Output formats by suffix.
 OUTPUTS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl"}
-#: Rows of a chunk: what a killed prediction has to do again at most, and what memory holds.
+#: Rows of a chunk: at most this many are in memory, and are predicted again after a kill.
 CHUNK_ROWS = 32_768
 
 
@@ -92,19 +92,19 @@ class PredictOptions(TypedDict, total=False):
 
 
 class Prediction(FrozenModel):
-    """Everything that a worker needs to know. Paths are absolute.
+    """What a worker predicts. Paths are absolute.
 
     Attributes:
-        plan: of the run; of a plain model folder, one that names it, so that there is one way to start a container.
-        trained: the model is a run's own: recipe and texts' columns are those of its training.
+        plan: of the run; for a plain model folder, one made for it, so that containers are started in one way.
+        trained: the model belongs to a run: recipe and text columns are those of its training.
         model: the model folder.
         inputs: files; `-` is standard input, of which `spool` is a copy.
-        out: the output; its suffix says what it becomes.
-        text: columns to predict on; empty: those of training, else `text`.
+        out: the output; its suffix is its format.
+        text: columns of texts; empty: those of training, else `text`.
         keep: all columns of the input, or file, row (and id).
         batch_size, max_tokens: rows of a padded batch, tokens of a packed one; None: the classifier's own.
-        dtype: of the weights and of what is computed.
-        chunk_rows: rows of a part at most.
+        dtype: of weights and computations.
+        chunk_rows: most rows of a part.
     """
 
     plan: Plan
@@ -198,12 +198,12 @@ def _files(name: str) -> list[Path]:
 
 
 def folder_of(out: Path) -> Path:
-    """The folder of parts beside an output that is not whole yet."""
+    """The folder of parts beside an unfinished output."""
     return out.with_name(out.name + ".parts")
 
 
 def result_name(inputs: Sequence[Path]) -> Path:
-    """Where predictions go when nobody says: `<input>.predictions.parquet` in the working directory."""
+    """The default output: `<input>.predictions.parquet` in the working directory."""
     first = inputs[0]
     stem = first.stem if len(inputs) == 1 else first.parent.name or "inputs"
     return Path(f"{stem}.predictions.parquet").absolute()

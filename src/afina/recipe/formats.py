@@ -66,7 +66,7 @@ def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], uniqu
     """
     for name in unique:
         if found.count(name) > 1:
-            raise DataError(f"{path}: column `{name}` is there twice", "rename one of them")
+            raise DataError(f"{path}: column `{name}` occurs twice", "rename one of them")
     for name in wanted:
         if name not in found:
             listed = ", ".join(f"`{f}`" for f in found[:_SHOWN_COLUMNS]) or "none"
@@ -126,7 +126,7 @@ def undecodable(path: Path) -> DataError:
                     place = f"row {rows - 1} ({place})" if rows > 1 else "the header"
                 return DataError(f"{path}, {place}: byte 0x{byte:02x} at offset {at} is not UTF-8", remedy)
             at += len(raw)
-    return DataError(f"{path}: was changed while it was read", "wait until it is whole")
+    return DataError(f"{path}: changed while it was read", "wait until it is complete")
 
 
 def _lines_before(path: Path, end: int) -> Iterator[str]:
@@ -241,7 +241,7 @@ def _not_json(path: Path, line: int | None, error: Exception) -> DataError:
             return DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}", remedy)
         return DataError(
             f"{path}{place}: not valid JSON: {error.msg} (column {error.colno})",
-            "JSON Lines holds one whole object on each line; correct that line",
+            "JSON Lines holds one complete object on each line; correct that line",
         )
     if isinstance(error, RecursionError):
         return DataError(f"{path}{place}: lists or objects are nested too deeply", remedy)

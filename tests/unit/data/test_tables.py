@@ -128,7 +128,7 @@ def test_the_wrong_separator_is_named(tmp_path: Path) -> None:
 
 
 def test_duplicate_columns_and_empty_files(tmp_path: Path) -> None:
-    assert "there twice" in refused(tmp_path / "a.csv", "text,text,label\na,b,1\n", ["text"]).message
+    assert "occurs twice" in refused(tmp_path / "a.csv", "text,text,label\na,b,1\n", ["text"]).message
     assert "empty" in refused(tmp_path / "b.csv", "", ["text"]).message
     path = tmp_path / "c.csv"
     path.write_text("text,label\n")

@@ -399,8 +399,8 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "UTF-16": ("a.tsv", lambda p: p.write_text("text\na\n", encoding="utf-16"), {}, "is UTF-16", "utf-16"),
     "ragged": ("a.csv", lambda p: p.write_text("text,n\na,1\nb\n"), {}, r"row 2 \(line 3\): 1 cells", "quote the cell"),
     "open quote": ("a.csv", lambda p: p.write_text('text\n"a\nb\n'), {}, "row 1: a quote", "close it"),
-    "twice": ("a.csv", lambda p: p.write_text("text,n,n\na,1,2\n"), {}, "column `n` is there twice", "rename"),
-    "broken JSON": ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), {}, "line 2: not valid JSON", "whole object"),
+    "twice": ("a.csv", lambda p: p.write_text("text,n,n\na,1,2\n"), {}, "column `n` occurs twice", "rename"),
+    "broken JSON": ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), {}, "line 2: not valid JSON", "complete object"),
     "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: column `text` holds .ud83d", "cut in the middle"),
     "gzip": ("a.csv", lambda p: p.write_bytes(b"\x1f\x8b\x08\xff"), {}, "compressed with gzip", "gunzip"),
     "deep": ("a.jsonl", lambda p: p.write_text("[" * 99999), {}, "nested too deeply", "correct it"),
@@ -529,7 +529,7 @@ def test_submitted_shares_are_one_prediction(
     assert not any(word.startswith("--gpus") for word in argv)
     (tmp_path / "queue").write_text("4711_1|4711|PENDING|1:00|N/A||Resources\n4711_0|4712|COMPLETED|0:00|1|n1|None\n")
     refused = afina("predict", run, reviews, *options)
-    assert refused.returncode == 2 and "job 4711 still works on this" in refused.stderr
+    assert refused.returncode == 2 and "job 4711 is still working on this" in refused.stderr
     (tmp_path / "queue").write_text("")
     assert not worker.run(str(parts), 1, 2, and_merge=True, progress="log")["merged"]
     env = {**os.environ, "SLURM_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "0"}

@@ -1,7 +1,7 @@
 """Fetches a Hub data set for `afina init`, and names its files: `python -m afina.worker peek`.
 
 The question: {"site": a site, "hub": id, "config": name or null, "revision": …}. The answer: {"files": {split: path}}, Parquet
-files. The data set is fetched whole, to the place where `afina prefetch` looks for it.
+files. All of it is fetched, to the place where `afina prefetch` looks for it.
 """
 
 from __future__ import annotations

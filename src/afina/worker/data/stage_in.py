@@ -1,9 +1,9 @@
-"""Model and prepared data, copied once to each node's local disk before the processes start: `AFINA_STAGE`.
+"""Copies model and prepared data to each node's local disk before the processes start: `AFINA_STAGE`.
 
-Worth it where many nodes read the same files from shared storage at once, or where reading memory-mapped files over a network is slow.
-The copy is the node's: `afina.worker.node.launch` makes it, every rank of the node reads it, rank 0 verifies its own as it would the
-original, and it is removed at the end. A copy whose processes were killed is removed by the next start on the node: a lock
-tells whether it is in use. What cannot be copied is read where it is, and the log says why. Not covered: two jobs sharing a copy.
+It helps where many nodes read the same files from shared storage at once, or where memory-mapped files are slow over the network.
+`afina.worker.node.launch` makes one copy per node, all ranks of the node read it, rank 0 verifies its own like the original, and
+it is removed at the end. The next start on the node removes copies of killed processes: a lock shows which are in use. If copying
+fails, the original is read, and the log gives the reason. Not covered: two jobs sharing a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["VARIABLE", "Copied", "remove", "stage", "staged"]
 
-#: Names the node's copy to the training processes.
+#: The variable that tells the training processes of the node's copy.
 VARIABLE = "AFINA_STAGED"
 
 #: Bytes that stay free on the node's disk.
@@ -27,7 +27,7 @@ _SPARE = 1_000_000_000
 
 
 class Copied(NamedTuple):
-    """What `stage` did: the node's copy, or None if nothing was copied, and a line for the log."""
+    """The node's copy, or None if nothing was copied, and a line for the log."""
 
     folder: Path | None
     message: str
@@ -48,13 +48,13 @@ def stage(prepared: Mapping[str, Any], root: Path, attempt: str) -> Copied:
         free = shutil.disk_usage(root).free
         if free < size + _SPARE:
             return Copied(None, f"not staged: {size / 1e6:.0f} MB are needed, and {root} has {free / 1e6:.0f} MB free")
-        # Whoever may write in /tmp must not be able to wait there with a folder of this name.
+        # Others can write in /tmp: a folder of this name that is already there is an error.
         folder = Path(f"{_prefix(root)}{attempt}.{os.getpid()}")
         folder.mkdir(mode=0o700)
         _hold(folder)
         try:
             for name, source in sources.items():
-                # Links are followed: a model in a Hub cache is made of them.
+                # Links are followed: a model in a Hub cache consists of them.
                 shutil.copytree(source, folder / name)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -84,14 +84,14 @@ def _prefix(root: Path) -> Path:
 
 
 def _hold(folder: Path) -> None:
-    """Lock it for as long as this process lives, beyond its `exec` into the training process or its launcher."""
+    """Lock the folder for the life of this process, also after its `exec` into the training process or its launcher."""
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(lock, fcntl.LOCK_SH)
     os.set_inheritable(lock, True)
 
 
 def _clear(root: Path) -> None:
-    """Remove this user's copies that nobody holds."""
+    """Remove this user's copies that are not locked."""
     for folder in root.glob(f"{_prefix(root).name}*"):
         with contextlib.suppress(OSError), (folder / "lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

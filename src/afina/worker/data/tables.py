@@ -188,7 +188,7 @@ def read_files(
     """Read all files, one after the other.
 
     Args:
-        columns: kept whole.
+        columns: kept in full.
         texts: only digests are kept of these.
         advance: called with the number of rows of each batch.
 

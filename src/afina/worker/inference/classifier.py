@@ -37,7 +37,7 @@ __all__ = ["Classifier", "DType", "EncodedTexts"]
 Array = np.ndarray[Any, Any]
 DType = Literal["float32", "bfloat16", "float16"]
 
-#: Of a model that names no limit of its own.
+#: Tokens of a text where the model has no limit of its own.
 _MAX_LENGTH = 512
 _BATCH_ROWS = 32
 #: Texts that the tokenizer is given at once; it shares them out over the cores.
@@ -158,7 +158,7 @@ class Classifier:
         """Logits, float32 (N, K), in the order of the texts; NaN for a blank text or pair.
 
         Args:
-            advance: told how many rows are done, batch by batch.
+            advance: called with the number of rows of each batch.
         """
         columns = [_text_array(texts)] if pairs is None else [_text_array(texts), _text_array(pairs)]
         found = np.full((len(texts), int(self.model.config.num_labels)), np.nan, np.float32)
@@ -176,7 +176,7 @@ class Classifier:
         given = np.flatnonzero(~np.any([is_blank(column) for column in columns], axis=0))
         starts = range(0, len(given), _TOKENIZED)
         taken = ([c.take(pa.array(given[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
-        # Made anew each time: a call of the tokenizer by its user changes the truncation that is set in it.
+        # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
         encoder = Encoder(self.tokenizer, self.max_length)
         batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in taken)])
         kept = batch.lengths > 0  # a tokenizer without special tokens may make no token of a text
@@ -185,7 +185,7 @@ class Classifier:
         return EncodedTexts(split, given[kept], int(batch.cut.sum()))
 
     def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
-        """Logits of what was encoded, float32 (rows, K), in the order of `encoded.rows`."""
+        """Logits of encoded texts, float32 (M, K), in the order of `encoded.rows`."""
         split = encoded.split
         found = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
         waiting: list[tuple[list[int], torch.Tensor]] = []

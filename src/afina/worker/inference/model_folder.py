@@ -1,12 +1,12 @@
-"""A finished run -> a model folder to give away: `python -m afina.worker export < request.json`.
+"""Exports a finished run as a model folder to publish: `python -m afina.worker export < request.json`.
 
     DIR/  config.json, model.safetensors     as the run's model/
           tokenizer …                        as the run's model/; its longest input is that of the training
-          afina.json                         how the model wants its texts (`afina.worker.inference.export_info`)
+          afina.json                         text columns and longest input (`afina.worker.inference.export_info`)
           README.md                          the model card (`afina.worker.inference.model_card`)
           onnx/model.onnx                    if asked for, and equal to PyTorch (`afina.worker.inference.onnx_export`)
 
-Written aside and published by rename: it is there whole or not at all, and nothing that exists is overwritten.
+Written aside and published by rename: the folder appears complete, and nothing that exists is overwritten.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from afina.worker.reply import read_question
 
 __all__ = ["answer", "export"]
 
-#: Of a run's model folder, what is not passed on.
+#: Files of a run's model folder that are not exported.
 _LEFT_OUT = ("README.md", "training_args.bin")
 _COMPARED = 26
 

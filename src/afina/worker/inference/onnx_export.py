@@ -1,6 +1,6 @@
-"""A classifier to ONNX, compared with PyTorch before anybody sees it. Needs the extra `onnx`.
+"""Exports a classifier to ONNX and compares it with PyTorch before it is published. Needs the extra `onnx`.
 
-`torch.onnx.export` itself, through torch.export and onnxscript; optimum is not needed and does not know this Transformers.
+Uses `torch.onnx.export`, through torch.export and onnxscript; optimum is not needed and does not support this Transformers.
 Inputs are those of the tokenizer, int64 (batch, sequence), both of any size; the output is `logits`, float32 (batch, K).
 
 Not covered: models beyond 2 GB in one file, half precision, GPUs.
@@ -49,7 +49,7 @@ def export_onnx(folder: Path, target: Path, texts: Sequence[Any], max_length: in
 
     Raises:
         EnvironmentProblem: the extra is missing.
-        TrainingError: the exporter refuses the model, or what it made differs.
+        TrainingError: the exporter refuses the model, or the result differs.
     """
     check_installed()
     import transformers
