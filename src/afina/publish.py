@@ -1,11 +1,11 @@
-"""Written aside, then renamed: a folder is there whole or not at all, whoever works on it and whenever it is killed.
+"""Publish folders by rename: a folder exists whole or not at all, however many processes make it and whenever they are killed.
 
     with staging(final) as folder:        a folder of our own beside `final`
         ...                               everything is written into it
         publish(folder, final, is_whole)  one rename; what another process published first stays
 
-Needs no lock and no turn to be correct. What processes leave that were killed is removed by the next one that works in the
-same place: at once if it ran on this machine, else when nothing has happened to it for `LITTER_S` seconds.
+Correct without any lock. Leftovers of killed processes are removed by the next process that works in the same place: at once
+if it ran on this machine, else when they have not changed for `LITTER_S` seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LITTER_S = 3600.0
 #: files from under that job.
 DAMAGED_S = 14 * 86400.0
 _STAGING, _DAMAGED = ".staging-", ".damaged-"
-#: What `turn` and `rundir.write_atomic` leave beside a file when they are killed.
+#: What `advisory_lock` and `write_atomic` leave beside a file when they are killed.
 _ASIDE = re.compile(r"\.turn-.*|\..+\.\d+\.[0-9a-f]{8}")
 
 
@@ -67,21 +67,21 @@ def publish(staging: Path, final: Path, is_whole: Callable[[Path], bool]) -> boo
             staging.rename(final)
         except OSError as error:
             if error.errno == errno.ENOENT and not staging.exists() and is_whole(final):
-                return True  # NFS repeats a request whose answer was lost, and then finds it done
+                return True  # NFS repeats a request whose answer was lost; the rename was done
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
         else:
             sync_folder(final.parent)
             return True
-        number = _number(final)
+        inode = _inode(final)
         if is_whole(final):
             shutil.rmtree(staging, ignore_errors=True)
             return False
-        _set_aside(final, number)
+        _set_aside(final, inode)
 
 
 def sweep(folder: Path, *, now: float) -> None:
-    """Remove from `folder` what processes left that were killed, and damaged folders that were set aside long ago.
+    """Remove from `folder` the leftovers of killed processes, and damaged folders that were set aside long ago.
 
     Args:
         now: the file system's time, seconds since 1970.
@@ -92,7 +92,7 @@ def sweep(folder: Path, *, now: float) -> None:
             if path.name.startswith(_STAGING):
                 owner = Process.parse(path.name.removeprefix(_STAGING).partition("-")[2])
                 dead = owner.is_dead() if owner is not None else None
-                # One elsewhere beats every few seconds while it lives.
+                # One elsewhere has a heartbeat every few seconds while it lives.
                 if dead or (dead is None and age > LITTER_S):
                     shutil.rmtree(path, ignore_errors=True)
             elif path.name.startswith(_DAMAGED):
@@ -102,16 +102,16 @@ def sweep(folder: Path, *, now: float) -> None:
                 path.unlink()
 
 
-def _number(path: Path) -> int | None:
-    """What tells this folder from another one of the same name."""
+def _inode(path: Path) -> int | None:
+    """The inode: it differs for another folder of the same name."""
     try:
         return path.stat().st_ino
     except FileNotFoundError:
         return None
 
 
-def _set_aside(final: Path, number: int | None) -> None:
-    """Rename damaged `final`; a folder that was published since `number` was looked up is given back."""
+def _set_aside(final: Path, inode: int | None) -> None:
+    """Rename damaged `final`; a folder that was published since `inode` was read is given back."""
     attempt = 1
     while True:
         aside = final.with_name(f"{_DAMAGED}{final.name[-8:]}-{attempt}")
@@ -124,7 +124,7 @@ def _set_aside(final: Path, number: int | None) -> None:
                 raise
             attempt += 1
             continue
-        if number is not None and aside.stat().st_ino != number:
+        if inode is not None and aside.stat().st_ino != inode:
             with contextlib.suppress(OSError):
                 aside.rename(final)
             return

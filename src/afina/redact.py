@@ -1,9 +1,9 @@
-"""Secrets stay where they are: in the environment, never in a file, a log or a message.
+"""Keep secrets out of files, logs and messages.
 
-`redact` blackens what is about to be written: the values of variables whose names end like a secret's (`HF_TOKEN`,
+`redact` replaces secrets in text that is about to be written by `***`: the values of variables whose names end like a secret's (`HF_TOKEN`,
 `WANDB_API_KEY`, …), tokens of the Hub wherever they come from, and user and password in URLs. `looks_secret` is for
-input that should not hold any. Not covered: a secret under a name that does not say so, and one of fewer than six
-characters, which would blacken ordinary words.
+input that must not hold any. Not covered: a secret under a name that does not say so, and one of fewer than six
+characters, which may be ordinary words.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, TextIO, cast
 
 __all__ = ["RedactedStream", "looks_secret", "redact"]
 
-_BLACK = "***"
+_MASK = "***"
 _SHORTEST = 6
 _NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-#: Tokens of the Hugging Face Hub: of a user, of an organisation, from OAuth. Shorter ones are somebody's column name.
+#: Tokens of the Hugging Face Hub: of a user, of an organisation, from OAuth. Shorter ones may be the name of a column.
 _TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9]{16,}")
 #: `scheme://user:password@` or `scheme://token@`.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"<>]+@")
@@ -28,14 +28,14 @@ def redact(text: str, env: Mapping[str, str] | None = None) -> str:
     """`text` with `***` in place of every secret.
 
     Args:
-        env: where the secrets are known from; by default the environment of this process.
+        env: the environment that holds the secrets; by default that of this process.
     """
     env = os.environ if env is None else env
-    text = _TOKEN.sub(_BLACK, _URL.sub(rf"\g<1>{_BLACK}@", text))
+    text = _TOKEN.sub(_MASK, _URL.sub(rf"\g<1>{_MASK}@", text))
     # The longest first: one may be part of another.
     values = {value.strip() for name, value in env.items() if _NAMES.search(name) and name != "AFINA_IMAGE_KEY"}
     for value in sorted((v for v in values if len(v) >= _SHORTEST), key=len, reverse=True):
-        text = text.replace(value, _BLACK)
+        text = text.replace(value, _MASK)
     return text
 
 
@@ -49,7 +49,7 @@ def looks_secret(value: Any) -> bool:
 
 
 class RedactedStream:
-    """A text stream that blackens what passes. A secret that is cut in two by separate writes is not recognised."""
+    """A text stream that redacts what is written. A secret that is split between two writes is not recognised."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Check the image of a run inside its job; a refusal is printed and recorded as the attempt's outcome."""
+    """Check the image of a run inside its job; an error is printed and recorded as the attempt's outcome."""
     run = RunDir(Path(argv[0]))
     try:
         check_image(run.plan().site)

@@ -1,11 +1,11 @@
-"""What comes after an attempt: the next one, or the end. Decided from the run directory alone; who asked Slurm is told by a file.
+"""Decide what follows an attempt: a requeue, or the end of the job. From the run directory alone; `job.sh` reads the decision.
 
-    finished, or somebody asked for the stop       the end
+    finished, or a user asked for the stop         the end
     stopped at the time limit                      again, if a step was made since the attempt before
     stopped by a signal (preemption)               again, always
     failed on a node that is broken                again, without that node
     failed: loss not finite, disk full, bad input  the end: it would fail again
-    failed otherwise                               again; the same failure twice without a step in between is the end
+    failed otherwise                               again; the same failure twice without a step in between: the end
 
 `attempts/<id>/next` has three lines for bash: `requeue` or `end`; nodes to leave out; the reason.
 """
@@ -30,7 +30,7 @@ _LASTING = ("loss", "disk", "claimed")
 
 @dataclass(frozen=True)
 class Next:
-    """What to do with the job, why in words for the log, and nodes that the next attempt must not get."""
+    """The decision, its reason for the log, and nodes that the next attempt must not get."""
 
     action: Literal["requeue", "end"]
     why: str
@@ -59,7 +59,7 @@ def finish_attempt(run: RunDir, attempt: str, code: int) -> Outcome:
 
 
 def decide(run: RunDir, outcome: Outcome) -> Next:
-    """What comes after the attempt that ended with `outcome`."""
+    """The decision after an attempt that ended with `outcome`."""
     began, committed = _progress(run, outcome.attempt)
     moved = began is not None and committed > began
     cause = outcome.cause or ""
@@ -67,23 +67,23 @@ def decide(run: RunDir, outcome: Outcome) -> Next:
         return Next("end", "the run has finished")
     if outcome.outcome == "stopped":
         if cause == "asked":
-            return Next("end", "somebody asked for this stop: the job is not put back into the queue")
+            return Next("end", "a user asked for this stop: the job is not requeued")
         if cause == "limit" and not moved:
             return Next("end", "no step was made within the time limit: ask for more time (resources.time, --time)")
-        return Next("requeue", f"stopped ({cause or 'signal'}) with a checkpoint at step {committed}: to be continued")
+        return Next("requeue", f"stopped ({cause or 'signal'}) with a checkpoint at step {committed}: to be resumed")
     if cause == "node":
         bad = outcome.failure.nodes if outcome.failure else ()
-        return Next("requeue", f"{', '.join(bad)} cannot run this job: again without it", bad)
+        return Next("requeue", f"{', '.join(bad)} cannot run this job: requeued without it", bad)
     if cause in _LASTING or outcome.exit_code in (EXIT_INPUT, EXIT_ENVIRONMENT):
         return Next("end", "this would fail again: see the error and its remedy above")
     if moved:
-        return Next("requeue", f"failed after progress (checkpoint at step {committed}): again from there")
+        return Next("requeue", f"failed after progress (checkpoint at step {committed}): requeued to resume there")
     failures = [e for e in run.lines("events.jsonl") if e.get("event") == "attempt_ended" and e.get("failure")]
     if failures and failures[-1]["failure"] == _signature(outcome) and failures[-1]["committed"] == committed:
         return Next(
             "end", f"the same failure twice without a step in between ({_signature(outcome)}): the job ends here"
         )
-    return Next("requeue", "failed for the first time at this point: once more from the newest checkpoint")
+    return Next("requeue", "failed for the first time at this point: requeued to resume from the newest checkpoint")
 
 
 def _progress(run: RunDir, attempt: str) -> tuple[int | None, int]:

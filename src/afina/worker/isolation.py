@@ -1,4 +1,4 @@
-"""Cut this process, and what it starts, off from every network: what it then does, it does on an offline node too.
+"""Cut this process and its children off from every network: what works then works on an offline node too.
 
 A network namespace of its own has no interface but a loopback that is down. An ordinary user needs a user namespace for it,
 which most clusters allow (Apptainer without setuid needs the same); root does not.
@@ -17,7 +17,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def cut_network() -> bool:
-    """Leave the network behind, for good; returns whether the kernel allowed it. Before any thread is started.
+    """Enter an empty network namespace for good; returns whether the kernel allowed it. Before any thread is started.
 
     The process keeps its user and group; files of other owners look like those of `nobody`, and stay as readable as before.
     """

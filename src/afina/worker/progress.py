@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, else a line a minute."""
+"""Progress of long work: a bar on a terminal, else a line a minute."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Say = Callable[[str], None]
 
 
 class Progress:
-    """Counts what is done within a `with` block.
+    """Counts and shows the work of a `with` block.
 
     Args:
         doing, done: the word for it: tokenising, tokenised.

@@ -1,4 +1,4 @@
-"""Whose turn it is, and publishing by rename: with real processes that hold, wait, die and get in each other's way."""
+"""The advisory lock, and publishing by rename: with real processes that hold, wait, die and interfere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with advisory_lock(pathlib.Path(sys.argv[1]), "preparing reviews", lambda line: 
 
 
 class Child:
-    """A Python process that is spoken to by lines."""
+    """A Python process that reads and writes lines."""
 
     def __init__(self, code: str, *arguments: str | Path) -> None:
         self.process = subprocess.Popen(
@@ -49,7 +49,7 @@ class Child:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def go_on(self) -> None:
+    def proceed(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -83,33 +83,35 @@ def child() -> Iterator[Callable[..., Child]]:
         one.end()
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+# -- lock -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_waits_says_once_for_whom_and_follows(child: Callable[..., Child], place: Path) -> None:
-    path = place / "it's a turn"
+def test_the_second_waits_names_the_holder_once_and_follows(child: Callable[..., Child], place: Path) -> None:
+    path = place / "it's a lock"
     first = child(HOLD, path)
     assert first.line() == "held"
     second = child(HOLD, path)
-    said = second.line()
+    message = second.line()
     year = time.strftime("%Y-")
-    assert said.startswith(f"waiting: process {first.process.pid} on {socket.gethostname()} has been preparing reviews")
-    assert f"since {year}" in said
-    first.go_on()
-    assert second.line() == "held", "said more than once"
-    second.go_on()
+    assert message.startswith(
+        f"waiting: process {first.process.pid} on {socket.gethostname()} has been preparing reviews"
+    )
+    assert f"since {year}" in message
+    first.proceed()
+    assert second.line() == "held", "named more than once"
+    second.proceed()
     assert second.process.wait(timeout=60) == 0 and not path.exists()
 
 
-def test_one_that_was_killed_holds_nobody_up(child: Callable[..., Child], place: Path) -> None:
-    path = place / "turn"
+def test_a_killed_holder_is_not_waited_for(child: Callable[..., Child], place: Path) -> None:
+    path = place / "lock"
     first = child(HOLD, path)
     assert first.line() == "held"
     first.process.kill()  # not waited for: what is left is a zombie, as under a parent that does not care
-    said: list[str] = []
-    with advisory_lock(path, "preparing", said.append):
+    messages: list[str] = []
+    with advisory_lock(path, "preparing", messages.append):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert not path.exists() and list(place.glob("turn*")) == []
+    assert not path.exists() and list(place.glob("lock*")) == []
 
 
 def elsewhere(path: Path, **changes: object) -> None:
@@ -118,21 +120,21 @@ def elsewhere(path: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("content", ["another node", "nothing", "nonsense"])
-def test_one_elsewhere_that_shows_no_life_is_not_waited_for(place: Path, content: str) -> None:
-    path = place / "turn"
+def test_a_holder_elsewhere_without_heartbeat_is_not_waited_for(place: Path, content: str) -> None:
+    path = place / "lock"
     if content == "another node":
         elsewhere(path)
     else:
         path.write_text("" if content == "nothing" else '{"host": 5')
-    said: list[str] = []
-    with advisory_lock(path, "preparing", said.append, patience_s=0.3):
+    messages: list[str] = []
+    with advisory_lock(path, "preparing", messages.append, patience_s=0.3):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
-    assert len(said) == (content == "another node")
+    assert len(messages) == (content == "another node")
     assert not path.exists()
 
 
-def test_one_elsewhere_that_beats_is_waited_for(child: Callable[..., Child], place: Path) -> None:
-    path, patience = place / "turn", 3.0
+def test_a_holder_elsewhere_with_a_heartbeat_is_waited_for(child: Callable[..., Child], place: Path) -> None:
+    path, patience = place / "lock", 3.0
     elsewhere(path)
     waiter = child(HOLD.replace("flush=True)):", f"flush=True), patience_s={patience}):"), path)
     assert "on node-7" in waiter.line()
@@ -148,31 +150,31 @@ def test_one_elsewhere_that_beats_is_waited_for(child: Callable[..., Child], pla
     assert waiter.line() == "held"
 
 
-def test_turns_do_not_overlap(place: Path) -> None:
+def test_holders_do_not_overlap(place: Path) -> None:
     code = """
 import pathlib, sys
 from afina.processes import advisory_lock
 here = pathlib.Path(sys.argv[1])
 for _ in range(25):
-    with advisory_lock(here / "turn", "counting", lambda line: None):
+    with advisory_lock(here / "lock", "counting", lambda line: None):
         (here / "count").write_text(str(int((here / "count").read_text()) + 1))
 """
     (place / "count").write_text("0")
     counting = [subprocess.Popen([sys.executable, "-c", code, str(place)]) for _ in range(4)]
     assert [process.wait(timeout=120) for process in counting] == [0] * 4
     assert (place / "count").read_text() == "100"
-    assert [p.name for p in place.glob("turn*")] == []
+    assert [p.name for p in place.glob("lock*")] == []
 
 
-def test_a_turn_that_was_lost_is_not_given_back_for_another(place: Path) -> None:
-    path = place / "turn"
+def test_a_lost_lock_is_not_released_for_its_next_holder(place: Path) -> None:
+    path = place / "lock"
     with advisory_lock(path, "preparing", lambda line: None):
         path.unlink()
         elsewhere(path)
     assert json.loads(path.read_text())["host"] == "node-7"
 
 
-def test_who_is_dead() -> None:
+def test_dead_and_living_processes() -> None:
     here = Process.current()
     assert here.is_dead() is False
     assert Process.parse(str(here)) == here and Process.parse("half") is None
@@ -268,23 +270,23 @@ with staging(pathlib.Path(sys.argv[1])) as aside:
     dead.process.wait()
     foreign = {name: place / f".staging-{name}-node-7-0-1-1" for name in ("fresh", "stale")}
     aside = {name: place / f".{name}.json.17.0123abcd" for name in ("fresh", "stale")}
-    turns = {name: place / f".turn-{name}" for name in ("fresh", "stale")}
+    locks = {name: place / f".turn-{name}" for name in ("fresh", "stale")}
     damaged = {name: place / f".damaged-{name}-1" for name in ("fresh", "stale")}
     for group in (foreign, damaged):
         for path in group.values():
             path.mkdir()
             (path / "half").touch()
-    for group in (aside, turns):
+    for group in (aside, locks):
         for path in group.values():
             path.touch()
     now = time.time()
-    for path in (foreign["stale"], aside["stale"], turns["stale"]):
+    for path in (foreign["stale"], aside["stale"], locks["stale"]):
         os.utime(path, (now, now - publishing.LITTER_S - 60))
     os.utime(damaged["stale"], (now, now - publishing.DAMAGED_S - 60))
     (place / ".somebody's own").touch()
     os.utime(place / ".somebody's own", (0, 0))
     sweep(place, now=now)
-    groups = (foreign, aside, turns, damaged)
+    groups = (foreign, aside, locks, damaged)
     expected = {used.name, ".somebody's own", *(group["fresh"].name for group in groups)}
     assert {p.name for p in place.iterdir()} == expected and not left.exists()
 

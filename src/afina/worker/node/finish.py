@@ -1,6 +1,6 @@
-"""Write down how an attempt ended, and what is next: `python -m afina.worker finish RUN_DIR ATTEMPT CODE`.
+"""Record how an attempt ended, and what follows: `python -m afina.worker finish RUN_DIR ATTEMPT CODE`.
 
-The batch script calls it in the container after every attempt that did not finish, with the exit code it knows.
+The batch script calls it in the container after every attempt that did not finish, with the exit code of the first node.
 """
 
 from __future__ import annotations

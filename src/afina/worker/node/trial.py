@@ -1,13 +1,13 @@
 """Make the run directory of a search's next trial: `python -m afina.worker trial RUN_DIR`, with RUN_DIR `<sweep>/runs/<trial>`.
 
-An array task calls it when it starts, in the image, where Optuna is: the host of a node has bash and Apptainer only, and what
-is tried has to be chosen when the earlier results are known, not on the login node before. Optuna keeps its study in a
-journal file in the sweep directory (`JournalFileBackend` with the lock that is made by an exclusive open, which NFS 3 and
-newer honour); there is no server. Values are told here too: whoever asks first tells what has ended since, as the run
-directories say it. Nobody has to live to the end of a run for its value to count.
+An array task calls it when it starts, in the image, where Optuna is: a node's host has only bash and Apptainer, and the values
+are chosen when the earlier results are known, not on the login node before. Optuna keeps its study in a journal file in
+the sweep directory (`JournalFileBackend` with the lock that is made by an exclusive open, which NFS 3 and newer honour); there is
+no server. Results are reported here too: each call first reports the runs that have ended since, read from their run directories.
+No process has to live to the end of a run for its value to count.
 
-A run that was killed, stopped or put back into the queue keeps its trial: it goes on from its checkpoint with the values it
-has. A trial whose run failed by what it trains is told as failed; `afina sweep` then adds another in its place.
+A run that was killed, stopped or requeued keeps its trial: it resumes from its checkpoint with the values it has. A trial whose
+run failed by its settings is reported as failed; `afina sweep` then adds another in its place.
 
 Seeded: the sampler (TPE) draws from the search's seed, the trial's number and how often it was asked for. With one trial at
 a time a search is repeatable; with several it depends on which ends first. Not covered: pruning, several objectives.
@@ -33,9 +33,9 @@ from afina.run.plan import geometry_for
 from afina.sweeps.space import Choices, Space, value_text
 from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
 
-__all__ = ["answer", "open_study", "take_trial", "tell_what_ended"]
+__all__ = ["answer", "open_study", "take_trial", "report_ended"]
 
-#: A trial that was asked for and is of no run after this long was lost in between.
+#: A trial that was asked for and has no run after this long was lost in between.
 _LOST_AFTER = timedelta(minutes=15)
 
 
@@ -48,18 +48,18 @@ def answer(arguments: list[str]) -> dict[str, Any]:
 
 
 def take_trial(sweep: SweepDir, run: RunDir) -> None:
-    """Tell what has ended, ask for a trial, claim `run` with its values.
+    """Report what has ended, ask for a trial, claim `run` with its values.
 
     Raises:
-        InputError: no search, or values that make no run (a batch that does not divide): the trial is told as failed.
+        InputError: no search, or values that make no run (a batch that does not divide): the trial is reported as failed.
     """
     record = sweep.read()
     if record is None or record.search is None:
         raise InputError(f"{sweep.path}: is not a search", "start one: afina sweep RECIPE --search …")
     search, name = record.search, run.path.name
     study = open_study(sweep, search, name)
-    tell_what_ended(study, sweep, search)
-    # Asked for already, and then this process or its node died: the same values.
+    report_ended(study, sweep, search)
+    # Asked for before, and then this process or its node died: the same values.
     mine = [t for t in _running(study) if t.user_attrs.get("cell") == name]
     if mine:
         number, values = mine[-1].number, mine[-1].params
@@ -71,20 +71,20 @@ def take_trial(sweep: SweepDir, run: RunDir) -> None:
     try:
         _claim(sweep, record, search, run, overrides)
     except InputError:
-        _tell(study, number, None)
+        _report(study, number, None)
         raise
     print(f"afina: {name} tries {' '.join(overrides)}", file=sys.stderr, flush=True)
 
 
 def open_study(sweep: SweepDir, search: SearchRecord, cell: str = "") -> Any:
-    """The study in the sweep's journal, made if need be; the sampler draws for `cell`."""
+    """The study in the sweep's journal, created if needed; the sampler draws for `cell`."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = JournalFileOpenLock(str(sweep.journal))
-    _mend(sweep.journal, lock)
+    _repair(sweep.journal, lock)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = JournalStorage(JournalFileBackend(str(sweep.journal), lock_obj=lock))
@@ -94,26 +94,26 @@ def open_study(sweep: SweepDir, search: SearchRecord, cell: str = "") -> Any:
         )
 
 
-def tell_what_ended(study: Any, sweep: SweepDir, search: SearchRecord) -> None:
-    """Tell the study the value of each run that has finished, and which trials came to nothing."""
+def report_ended(study: Any, sweep: SweepDir, search: SearchRecord) -> None:
+    """Report to the study the value of each run that has finished, and the trials that failed."""
     for trial in _running(study):
         cell = trial.user_attrs.get("cell")
         if cell is None:
             if trial.datetime_start and datetime.now() - trial.datetime_start > _LOST_AFTER:
-                _tell(study, trial.number, None)
+                _report(study, trial.number, None)
             continue
         run = sweep.run(cell)
         outcome = run.outcome()
         if outcome is not None and outcome.outcome == "finished":
             value = outcome.metrics.get(search.metric)
             usable = isinstance(value, int | float) and math.isfinite(value)
-            _tell(study, trial.number, float(value) if usable else None)  # type: ignore[arg-type]
+            _report(study, trial.number, float(value) if usable else None)  # type: ignore[arg-type]
         elif given_up(run, outcome):
-            _tell(study, trial.number, None)
+            _report(study, trial.number, None)
 
 
-def _tell(study: Any, number: int, value: float | None) -> None:
-    """The value of a trial, or None for one that failed; another process may have told it at the same moment."""
+def _report(study: Any, number: int, value: float | None) -> None:
+    """Report the value of a trial, or None for one that failed; another process may report it at the same moment."""
     import optuna
 
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -124,11 +124,10 @@ def _tell(study: Any, number: int, value: float | None) -> None:
 def _running(study: Any) -> list[Any]:
     import optuna
 
-    found = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-    return list(found)
+    return list(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
 
 
-def _mend(journal: Path, lock: Any) -> None:
+def _repair(journal: Path, lock: Any) -> None:
     """Cut off a last line that is torn: a process that was killed while it wrote it, or a disk that was full.
 
     Optuna would join the next line to it, and then refuse the whole journal.
@@ -151,15 +150,15 @@ def _mend(journal: Path, lock: Any) -> None:
 def _distributions(space: Space) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, Any] = {}
+    distributions: dict[str, Any] = {}
     for key, domain in space.items():
         if isinstance(domain, Choices):
-            found[key] = CategoricalDistribution(domain.values)
+            distributions[key] = CategoricalDistribution(domain.values)
         elif domain.whole:
-            found[key] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
+            distributions[key] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
         else:
-            found[key] = FloatDistribution(domain.low, domain.high, log=domain.log)
-    return found
+            distributions[key] = FloatDistribution(domain.low, domain.high, log=domain.log)
+    return distributions
 
 
 def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunDir, overrides: list[str]) -> None:
