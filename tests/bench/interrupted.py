@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/slurm")]
 from cluster import TERMINAL, Cluster  # noqa: E402
-from tests.faults.on_slurm import hand_over  # noqa: E402
+from tests.faults.slurm_run import give_to_user  # noqa: E402
 
 
 def _recipe(sample: int, epochs: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def main() -> int:
     own = None if options.cluster else Cluster(place / "cluster")
     cluster = Cluster.attach(options.cluster) if own is None else own.up()
     try:
-        hand_over(place, options.image.resolve(), cluster)
+        give_to_user(place, options.image.resolve(), cluster)
         rng = random.Random(options.seed)
         last = options.sample * options.epochs // _recipe(0, 0)["train"]["batch_size"] - 10
         instants = sorted(rng.sample(range(last), options.interruptions))

@@ -1,6 +1,6 @@
-"""The cluster, its process tracker and the image are those of tests/slurm; their fixtures are taken over by name."""
+"""The cluster, its process tracker and the image are the fixtures of tests/slurm, imported by name."""
 
 from __future__ import annotations
 
-from tests.faults import on_slurm  # noqa: F401  puts tests/slurm on the path
+from tests.faults import slurm_run  # noqa: F401  adds tests/slurm to sys.path
 from tests.slurm.conftest import cluster, image, pytest_runtest_makereport, tracker  # noqa: F401

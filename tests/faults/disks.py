@@ -1,8 +1,8 @@
-"""Small file systems that fill up, fail and lose power. Needs root.
+"""Small file systems that can fill up, fail and lose power. Needs root.
 
-`tmpfs` is one with a size, `ext4` lies in a file behind a loop device. ext4 can be told to stop (EXT4_IOC_SHUTDOWN, the
-ioctl that xfstests uses): from then on everything on it fails with EIO, as on a disk that has gone; what had not
-reached the journal and the disk by then is lost, as after a power cut. Mounted again it is in order.
+`tmpfs` has a size limit; `ext4` lies in a file behind a loop device. ext4 can be shut down (EXT4_IOC_SHUTDOWN, the ioctl
+that xfstests uses): from then on every operation fails with EIO, as on a lost disk, and what was not in the journal or
+on the disk is lost, as after a power cut. Mounting it again restores it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLUSH, _NO_FLUSH = 1, 2
 
 
 class Disk:
-    """A mounted file system of `size_mb`; `folder` is open to everybody, as /tmp is."""
+    """A mounted file system of `size_mb`; `folder` is world-writable, as /tmp is."""
 
     def __init__(self, folder: Path, kind: str, size_mb: int = 48) -> None:
         self.folder, self.kind, self.size_mb = folder, kind, size_mb
@@ -54,7 +54,7 @@ class Disk:
         subprocess.run(["mount", *what, str(self.folder)], check=True)
 
     def fill(self, leave: int = 0) -> None:
-        """Write until nothing fits any more, then give back `leave` bytes."""
+        """Write until the disk is full, then free `leave` bytes."""
         descriptor = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             for size in (1 << 20, 1 << 12):
@@ -71,18 +71,18 @@ class Disk:
         self.filler.unlink()
 
     def fail(self, *, power_cut: bool = False) -> None:
-        """Everything on it fails with EIO from now on; with `power_cut` what was not flushed to the disk is lost."""
+        """Let every operation fail with EIO; with `power_cut` unflushed data is lost."""
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, _SHUTDOWN, struct.pack("I", _NO_FLUSH if power_cut else _FLUSH))
         finally:
             os.close(descriptor)
 
-    def mend(self, patience_s: float = 30) -> None:
-        """Mount it again: the journal is replayed. Waits for the killed processes to let go of their files on it.
+    def mount_again(self, patience_s: float = 30) -> None:
+        """Mount it again, which replays the journal, once killed processes have closed their files on it.
 
         Raises:
-            RuntimeError: somebody still holds a file on it open; with who.
+            RuntimeError: a process still has a file on it open; names it.
         """
         until = time.monotonic() + patience_s
         while subprocess.run(["umount", str(self.folder)], capture_output=True, check=False).returncode:
@@ -92,7 +92,7 @@ class Disk:
         self.mount()
 
     def _holders(self) -> list[str]:
-        """Commands of the processes that have a file, a folder or a mapping on it."""
+        """Processes with an open file, folder or mapping on it."""
         holders = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):

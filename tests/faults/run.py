@@ -1,18 +1,18 @@
-"""The suite of faults: runs that are killed, stopped, starved and damaged, beside one that is left alone.
+"""The fault suite: runs that are killed, halted, starved and damaged, compared with an undisturbed run.
 
 Examples:
-  python tests/faults/run.py                                       every case, here, one process
-  python tests/faults/run.py --case kill-rank --processes 2        one case, two processes
+  python tests/faults/run.py                                       every scenario, on this machine, one process
+  python tests/faults/run.py --scenario kill-rank --processes 2    one scenario, two processes
   python tests/faults/run.py --kills 200 --seed 7 --json kills.jsonl
-                                                                   200 random kills; the same command again goes on
-                                                                   where it was cut off
+                                                                   200 random kills; the same command again resumes
+                                                                   where it was interrupted
   python tests/faults/run.py --where slurm --tracker cgroup --processes 2x2 --image afina.sif
                                                                    in the image, on a test cluster of its own (as root)
-  python tests/faults/run.py --show one.jsonl two.jsonl            what --json kept of several calls, as one table
-  python tests/faults/run.py --list                                the cases
+  python tests/faults/run.py --show one.jsonl two.jsonl            results of several --json files, as one table
+  python tests/faults/run.py --list                                the scenarios
 
-Progress goes to standard error, the table (Markdown) to standard output. Exit code 1: a run was lost, hung, began anew
-silently or is not the undisturbed one; 2: a strike came too late and proves nothing.
+Progress goes to standard error, the table (Markdown) to standard output. Exit code 1: a run was lost, hung, restarted
+silently or differs from the undisturbed one; 2: a fault came too late and proves nothing.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.faults import stories  # noqa: E402
-from tests.faults.cases import CASES, Case, case  # noqa: E402
+from tests.faults import results  # noqa: E402
 from tests.faults.disks import Disk  # noqa: E402
-from tests.faults.here import HereRun, may  # noqa: E402
-from tests.faults.live import Live, Setting  # noqa: E402
-from tests.faults.on_slurm import Cluster, SlurmRun, hand_over  # noqa: E402
-from tests.faults.place import make_place, prefetch  # noqa: E402
+from tests.faults.experiment import MakeRun, references, run_random_kills, run_scenario  # noqa: E402
+from tests.faults.live_run import LiveRun, Setting  # noqa: E402
+from tests.faults.local_run import LocalRun, needs_root  # noqa: E402
+from tests.faults.project import prefetch, write_project  # noqa: E402
+from tests.faults.results import Result  # noqa: E402
+from tests.faults.scenarios import SCENARIOS, Scenario, find_scenario  # noqa: E402
+from tests.faults.slurm_run import Cluster, SlurmRun, give_to_user  # noqa: E402
 
-__all__ = ["Suite", "here_suite", "main", "slurm_suite"]
+__all__ = ["Suite", "local_suite", "main", "slurm_suite"]
 
 KILLS_PER_RUN = 5
 
@@ -48,46 +50,46 @@ KILLS_PER_RUN = 5
 class Suite:
     """A prepared project folder, a way to make runs in it, and the undisturbed run."""
 
-    def __init__(self, place: Path, setting: Setting, make: stories.Make) -> None:
+    def __init__(self, place: Path, setting: Setting, make: MakeRun) -> None:
         self.place, self.setting, self.make = place, setting, make
-        self.reference = stories.references(make)
+        self.reference = references(make)
 
-    def applies(self, fault: Case) -> str | None:
-        """Why a case cannot be run in this setting, or None."""
-        if self.setting.where not in fault.where:
+    def applies(self, scenario: Scenario) -> str | None:
+        """Why a scenario does not apply to this setting, or None."""
+        if self.setting.where not in scenario.where:
             return f"not {self.setting.where}"
-        if self.setting.processes < fault.num_processes:
-            return f"needs {fault.num_processes} processes"
-        if fault.disk and (reason := may("mount")):
+        if self.setting.processes < scenario.num_processes:
+            return f"needs {scenario.num_processes} processes"
+        if scenario.disk and (reason := needs_root("mount")):
             return reason
-        if fault.network and (reason := may("unshare")):
+        if scenario.network and (reason := needs_root("unshare")):
             return reason
         return None
 
-    def tell(self, fault: Case, seed: int | str) -> stories.Story:
-        folder = self.place / ("scratch/runs" if self.setting.where == "slurm" else f"disk-{fault.name}")
-        reference = self.reference(fault.changes)
-        return stories.tell(fault, self.make, reference, f"{seed}/{fault.name}", folder)
+    def run(self, scenario: Scenario, seed: int | str) -> Result:
+        folder = self.place / ("scratch/runs" if self.setting.where == "slurm" else f"disk-{scenario.name}")
+        reference = self.reference(scenario.changes)
+        return run_scenario(scenario, self.make, reference, f"{seed}/{scenario.name}", folder)
 
-    def soak(self, seed: int | str, number: int, kills: int) -> stories.Story:
-        return stories.soak_run(self.make, self.reference({}), f"{seed}/{number}", kills)
+    def random_kills(self, seed: int | str, number: int, kills: int) -> Result:
+        return run_random_kills(self.make, self.reference({}), f"{seed}/{number}", kills)
 
 
-def here_suite(place: Path, setting: Setting) -> Suite:
-    make_place(place)
+def local_suite(place: Path, setting: Setting) -> Suite:
+    write_project(place)
     prefetch(place)
 
-    def make(name: str, disk: Disk | None, network: Sequence[str]) -> Live:
-        return HereRun(place, _free(disk.folder if disk else place, name), setting, network)
+    def make(name: str, disk: Disk | None, network: Sequence[str]) -> LiveRun:
+        return LocalRun(place, _free(disk.folder if disk else place, name), setting, network)
 
     return Suite(place, setting, make)
 
 
 def slurm_suite(place: Path, setting: Setting, cluster: Cluster, image: Path) -> Suite:
-    make_place(place)
-    hand_over(place, image, cluster)
+    write_project(place)
+    give_to_user(place, image, cluster)
 
-    def make(name: str, disk: Disk | None, network: Sequence[str]) -> Live:
+    def make(name: str, disk: Disk | None, network: Sequence[str]) -> LiveRun:
         return SlurmRun(place, _free(place / "scratch/runs", name).name, setting, cluster)
 
     return Suite(place, setting, make)
@@ -103,83 +105,87 @@ def _free(folder: Path, name: str) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
-        for fault in CASES:
-            print(f"{fault.name:24}{'/'.join(sorted(fault.where)):12} {fault.sentence}")
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:24}{'/'.join(sorted(scenario.where)):12} {scenario.sentence}")
         return 0
     if options.show:
-        print(stories.grid(story for path in options.show for story in _read(path)))
+        print(results.grid(result for path in options.show for result in _read(path)))
         return 0
     seed = options.seed if options.seed is not None else random.randrange(10**6)
-    _say(f"seed {seed}")
-    told: list[stories.Story] = []
+    _progress(f"seed {seed}")
+    done: list[Result] = []
     with _suite(options) as suite, ThreadPoolExecutor(options.jobs) as pool:
-        for works in _soak(suite, options, seed, told) if options.kills else _cases(suite, options, seed):
-            for story in pool.map(lambda work: work(), works):
-                told.append(story)
-                _say(_line(story))
-    text = stories.table(told)
+        for batch in _random_kills(suite, options, seed, done) if options.kills else _scenarios(suite, options, seed):
+            for result in pool.map(lambda work: work(), batch):
+                done.append(result)
+                _progress(_line(result))
+    text = results.table(done)
     print(text)
     if options.table:
         options.table.write_text(text + "\n", encoding="utf-8")
-    if any(story.broken for story in told):
+    if any(result.broken for result in done):
         return 1
-    return 0 if all(story.struck for story in told) else 2
+    return 0 if all(result.injected for result in done) else 2
 
 
-Work = Callable[[], stories.Story]
+Work = Callable[[], Result]
 
 
-def _cases(suite: Suite, options: argparse.Namespace, seed: int) -> Iterator[list[Work]]:
-    works: list[Work] = []
-    chosen = [case(name) for name in options.case] if options.case else [f for f in CASES if options.slow or not f.slow]
-    for fault in chosen:
-        if reason := suite.applies(fault):
-            _say(f"{fault.name}: left out: {reason}")
+def _scenarios(suite: Suite, options: argparse.Namespace, seed: int) -> Iterator[list[Work]]:
+    batch: list[Work] = []
+    chosen = (
+        [find_scenario(name) for name in options.scenario]
+        if options.scenario
+        else [s for s in SCENARIOS if options.slow or not s.slow]
+    )
+    for scenario in chosen:
+        if reason := suite.applies(scenario):
+            _progress(f"{scenario.name}: skipped: {reason}")
             continue
-        work = partial(_kept, options, partial(suite.tell, fault, seed))
-        if fault.exclusive:
-            yield works
+        work = partial(_kept, options, partial(suite.run, scenario, seed))
+        if scenario.exclusive:
+            yield batch
             yield [work]
-            works = []
+            batch = []
         else:
-            works.append(work)
-    yield works
+            batch.append(work)
+    yield batch
 
 
-def _soak(suite: Suite, options: argparse.Namespace, seed: int, told: Sequence[stories.Story]) -> Iterator[list[Work]]:
-    """Runs with a few kills each, as many as are needed for N; those that `--json` holds already are not run again."""
-    known = {story.seed: story for story in _read(options.json) if story.setting == str(suite.setting)}
+def _random_kills(suite: Suite, options: argparse.Namespace, seed: int, done: Sequence[Result]) -> Iterator[list[Work]]:
+    """Runs with a few kills each, until there are N kills; results that `--json` already has are not run again."""
+    known = {result.seed: result for result in _read(options.json) if result.setting == str(suite.setting)}
     number = 0
-    while (left := options.kills - sum(story.kills for story in told)) > 0:
-        works: list[Work] = []
+    while (left := options.kills - sum(result.kills for result in done)) > 0:
+        batch: list[Work] = []
         for _ in range(min(options.jobs, -(-left // KILLS_PER_RUN))):
-            if story := known.get(f"{seed}/{number}"):
-                works.append(partial(_same, story))
+            if result := known.get(f"{seed}/{number}"):
+                batch.append(partial(_same, result))
             else:
-                works.append(partial(_kept, options, partial(suite.soak, seed, number, KILLS_PER_RUN)))
+                batch.append(partial(_kept, options, partial(suite.random_kills, seed, number, KILLS_PER_RUN)))
             number += 1
-        yield works
+        yield batch
 
 
-def _same(story: stories.Story) -> stories.Story:
-    return story
+def _same(result: Result) -> Result:
+    return result
 
 
-def _kept(options: argparse.Namespace, work: Work) -> stories.Story:
-    """Do it, write it down, and remove the run unless there is something to see in it."""
-    story = work()
+def _kept(options: argparse.Namespace, work: Work) -> Result:
+    """Run it, append the result to `--json`, and remove the run unless a promise was broken."""
+    result = work()
     if options.json:
         with options.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(stories.as_record(story)) + "\n")
-    if not (story.broken or options.keep):
-        shutil.rmtree(story.run, ignore_errors=True)
-    return story
+            file.write(json.dumps(results.as_record(result)) + "\n")
+    if not (result.broken or options.keep):
+        shutil.rmtree(result.run, ignore_errors=True)
+    return result
 
 
-def _read(path: Path | None) -> list[stories.Story]:
+def _read(path: Path | None) -> list[Result]:
     if path is None or not path.is_file():
         return []
-    return [stories.from_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [results.from_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextlib.contextmanager
@@ -189,8 +195,8 @@ def _suite(options: argparse.Namespace) -> Iterator[Suite]:
         options.where, int(nodes or 1), int(per_node), options.tracker if options.where == "slurm" else ""
     )
     place = options.place or Path(tempfile.mkdtemp(prefix="afina-faults-", dir="/tmp"))
-    if options.where == "here":
-        yield here_suite(place, setting)
+    if options.where == "local":
+        yield local_suite(place, setting)
     else:
         if options.image is None:
             raise SystemExit("--where slurm needs --image FILE.sif (tests/apptainer/build_image.sh makes one)")
@@ -208,17 +214,17 @@ def _suite(options: argparse.Namespace) -> Iterator[Suite]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _line(story: stories.Story) -> str:
-    verdict = f"BROKEN ({'; '.join(story.broken)})" if story.broken else "kept"
-    if not story.struck:
-        verdict += ", but a strike came too late"
-    said = f"{story.case} [{story.setting}, seed {story.seed}]: {verdict}: {'; '.join(story.happened)}"
-    said += f"; {', '.join(story.endings)}; {story.attempts} attempts, {story.repeated} steps repeated"
-    said += f", {story.seconds_lost:.0f} s lost"
-    return f"{said}\n  {story.difference}\n  {story.run}" if story.broken else said
+def _line(result: Result) -> str:
+    verdict = f"BROKEN ({'; '.join(result.broken)})" if result.broken else "kept"
+    if not result.injected:
+        verdict += ", but a fault came too late"
+    text = f"{result.scenario} [{result.setting}, seed {result.seed}]: {verdict}: {'; '.join(result.faults)}"
+    text += f"; {', '.join(result.endings)}; {result.attempts} attempts, {result.repeated} steps repeated"
+    text += f", {result.seconds_lost:.0f} s lost"
+    return f"{text}\n  {result.difference}\n  {result.run}" if result.broken else text
 
 
-def _say(text: str) -> None:
+def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -227,29 +233,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", nargs="+", choices=[c.name for c in CASES], metavar="NAME", help="only these cases")
-    parser.add_argument("--list", action="store_true", help="name the cases and end")
+    parser.add_argument(
+        "--scenario", nargs="+", choices=[s.name for s in SCENARIOS], metavar="NAME", help="only these scenarios"
+    )
+    parser.add_argument("--list", action="store_true", help="list the scenarios and exit")
     parser.add_argument(
         "--show",
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="steps done again, by case and setting, from files of --json",
+        help="repeated steps by scenario and setting, from --json files",
     )
-    parser.add_argument("--slow", action="store_true", help="also the cases that take minutes")
-    parser.add_argument("--where", choices=["here", "slurm"], default="here")
+    parser.add_argument("--slow", action="store_true", help="also the scenarios that take minutes")
+    parser.add_argument("--where", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--tracker", choices=["linuxproc", "cgroup"], default="linuxproc", help="Slurm's process tracker"
     )
     parser.add_argument("--processes", choices=["1", "2", "2x2"], default="1", help="processes, or nodes x processes")
-    parser.add_argument("--kills", type=int, metavar="N", help="instead of the cases: N SIGKILLs at random instants")
-    parser.add_argument("--seed", type=int, help="repeats the choices of an earlier call")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append each story as a line")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument(
+        "--kills", type=int, metavar="N", help="instead of the scenarios: N SIGKILLs at random instants"
+    )
+    parser.add_argument("--seed", type=int, help="repeat the choices of an earlier call")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append each result as a line")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table to this file")
     parser.add_argument("--image", type=Path, help="the image, for --where slurm")
     parser.add_argument(
-        "--cluster", type=Path, metavar="STATE", help="use the cluster that cluster.py brought up there"
+        "--cluster", type=Path, metavar="STATE", help="use the cluster that cluster.py started in this folder"
     )
     parser.add_argument("--place", type=Path, metavar="DIR", help="the project folder; kept (default: a temporary one)")
     parser.add_argument("--keep", action="store_true", help="keep the run directories")

@@ -1,8 +1,8 @@
-"""The suite of faults at its smallest: each case that needs no cluster once, and twenty random kills.
+"""The fault suite without a cluster: each scenario once, and twenty random kills.
 
-Three runs side by side: two cores take them, for a run often waits. AFINA_FAULTS_SEED repeats the choices of an earlier
-session; what they meet differs, for the machine decides it. A strike that comes too late proves nothing and is tried
-again once. Cases that need root (small disks, networks of their own) are left out without it.
+Three runs at a time: a run often waits, so two cores suffice. AFINA_FAULTS_SEED repeats the choices of an earlier session;
+their effect depends on the machine. A fault that comes too late proves nothing, and its scenario is run once more.
+Scenarios that need root (small disks, network namespaces) are skipped without it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.faults import stories
-from tests.faults.cases import CASES, Case
-from tests.faults.live import Setting
-from tests.faults.run import KILLS_PER_RUN, Suite, here_suite, main
-from tests.faults.stories import Story
+from tests.faults import results
+from tests.faults.live_run import Setting
+from tests.faults.results import Result
+from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
+from tests.faults.scenarios import SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 KILLS = 20
-_SOAKS = [f"soak-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
-_BY_NAME = {fault.name: fault for fault in CASES if "here" in fault.where and not fault.slow}
+_KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
+_BY_NAME = {scenario.name: scenario for scenario in SCENARIOS if "local" in scenario.where and not scenario.slow}
 
-Tell = Callable[[str], Story]
+ResultOf = Callable[[str], Result]
 
 
 @pytest.fixture(scope="module")
@@ -36,81 +36,80 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def suites(place: Path) -> dict[int, Suite]:
-    return {n: here_suite(place, Setting(per_node=n)) for n in (1, 2)}
+    return {n: local_suite(place, Setting(per_node=n)) for n in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def tell(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Iterator[Tell]:
-    """The story of a case, or of a run of the soak. All that are selected run in a pool, in the order of the tests."""
+def result_of(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Iterator[ResultOf]:
+    """The result of a scenario, or of a run with random kills. All that are selected run in a pool, in the tests' order."""
     names: list[str] = []
     for item in request.session.items:
-        if (call := getattr(item, "callspec", None)) and "story" in call.params:
-            names.append(call.params["story"])
+        if (call := getattr(item, "callspec", None)) and "scenario" in call.params:
+            names.append(call.params["scenario"])
         elif item.name == test_twenty_random_kills_change_nothing.__name__:
-            names += _SOAKS
+            names += _KILLED_RUNS
     with ThreadPoolExecutor(3) as pool:
-        told = {name: pool.submit(_story, suites, name) for name in names}
-        yield lambda name: told[name].result()
-        for future in told.values():
+        futures = {name: pool.submit(_run, suites, name) for name in names}
+        yield lambda name: futures[name].result()
+        for future in futures.values():
             future.cancel()
 
 
-def _story(suites: dict[int, Suite], name: str) -> Story:
-    if name.startswith("soak-"):
-        return suites[1].soak(SEED, int(name.removeprefix("soak-")), KILLS_PER_RUN)
-    fault = _BY_NAME[name]
-    suite = suites[fault.num_processes]
-    story = suite.tell(fault, SEED)
-    return story if story.struck else suite.tell(fault, SEED + "/again")
+def _run(suites: dict[int, Suite], name: str) -> Result:
+    if name.startswith("kills-"):
+        return suites[1].random_kills(SEED, int(name.removeprefix("kills-")), KILLS_PER_RUN)
+    scenario = _BY_NAME[name]
+    suite = suites[scenario.num_processes]
+    result = suite.run(scenario, SEED)
+    return result if result.injected else suite.run(scenario, SEED + "/again")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("story", _BY_NAME)
-def test_a_run_survives(suites: dict[int, Suite], tell: Tell, story: str) -> None:
-    fault: Case = _BY_NAME[story]
-    if reason := suites[fault.num_processes].applies(fault):
+@pytest.mark.parametrize("scenario", _BY_NAME)
+def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario: str) -> None:
+    if reason := suites[_BY_NAME[scenario].num_processes].applies(_BY_NAME[scenario]):
         pytest.skip(reason)
-    told = tell(story)
-    print(f"AFINA_FAULTS_SEED={SEED}\n{stories.table([told])}\n{told.difference}")
-    assert not told.broken
-    assert told.struck
+    result = result_of(scenario)
+    print(f"AFINA_FAULTS_SEED={SEED}\n{results.table([result])}\n{result.difference}")
+    assert not result.broken
+    assert result.injected
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], tell: Tell) -> None:
-    told = [tell(name) for name in _SOAKS]
-    while (missing := KILLS - sum(story.kills for story in told)) > 0:  # one that came too late is made up for
-        told.append(suites[1].soak(SEED, len(told), min(missing, KILLS_PER_RUN)))
-    print(f"AFINA_FAULTS_SEED={SEED}\n{stories.table(told)}\n" + "\n".join(story.difference for story in told))
-    assert not [story.broken for story in told if story.broken]
+def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf) -> None:
+    runs = [result_of(name) for name in _KILLED_RUNS]
+    while (missing := KILLS - sum(result.kills for result in runs)) > 0:  # replaces kills that came too late
+        runs.append(suites[1].random_kills(SEED, len(runs), min(missing, KILLS_PER_RUN)))
+    print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(runs)}\n" + "\n".join(result.difference for result in runs))
+    assert not [result.broken for result in runs if result.broken]
 
 
-def test_the_command_says_what_it_can(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_the_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == [fault.name for fault in CASES]
+    assert listed == [scenario.name for scenario in SCENARIOS]
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "python tests/faults/run.py --kills 200" in capsys.readouterr().out
 
 
 def test_several_calls_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(case: str, setting: str, **changes: object) -> str:
-        texts = {"case": case, "setting": setting, "seed": "1", "difference": "", "run": ""}
-        lists: dict[str, object] = {"happened": [], "endings": [], "broken": []}
+    def record(scenario: str, setting: str, **changes: object) -> str:
+        texts = {"scenario": scenario, "setting": setting, "seed": "1", "difference": "", "run": ""}
+        lists: dict[str, object] = {"faults": [], "endings": [], "broken": []}
         zeros = dict.fromkeys(("attempts", "by_hand", "overlooked", "seconds", "seconds_lost", "kills"), 0)
         flags = dict.fromkeys(("refused", "lost", "silent", "hung"), False)
-        equal = {"weights_equal": True, "metrics_equal": True, "struck": True, "repeated": 7}
+        equal = {"weights_equal": True, "metrics_equal": True, "injected": True, "repeated": 7}
         return json.dumps({**texts, **lists, **zeros, **flags, **equal, **changes}) + "\n"
 
-    (tmp_path / "1").write_text(told("kill-all", "here 1") + told("scancel", "here 1", struck=False))
-    (tmp_path / "2").write_text(told("kill-all", "here 2", broken=["lost"]))
+    (tmp_path / "1").write_text(record("kill-all", "local 1") + record("scancel", "local 1", injected=False))
+    (tmp_path / "2").write_text(record("kill-all", "local 2", broken=["lost"]))
     assert main(["--show", str(tmp_path / "1"), str(tmp_path / "2")]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.strip("| ").split(" | ") for row in rows if "-:" not in row] == [
-        ["case", "here 1", "here 2"],
+        ["scenario", "local 1", "local 2"],
         ["kill-all", "7", "BROKEN"],
         ["scancel", "too late", "–"],
     ]

@@ -1,7 +1,7 @@
-"""The suite of faults through a real Slurm, in the real image: what only a cluster can do to a run.
+"""The fault suite through a real Slurm, in the real image: scenarios that need a cluster.
 
-One process, under both process trackers, and two nodes with two processes each for what concerns several. The whole
-table, every case on every geometry, is what `run.py --where slurm` makes in a night.
+One process, under both process trackers, and two nodes with two processes each. The whole table, every scenario on every
+geometry, takes a night: `run.py --where slurm`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults import stories
-from tests.faults.cases import case
-from tests.faults.live import Setting
-from tests.faults.on_slurm import Cluster
+from tests.faults import results
+from tests.faults.live_run import Setting
 from tests.faults.run import Suite, slurm_suite
+from tests.faults.scenarios import find_scenario
+from tests.faults.slurm_run import Cluster
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 
-#: What the two trackers treat differently, and the causes of a requeue; the rest is for the night.
+#: Where the two trackers differ, and the causes of a requeue.
 ONE = ("kill-host", "term-step", "preempt")
 FOUR = ("term-step", "node-fail")
 
 
 @pytest.fixture(scope="module")
 def folder(image: Path) -> Iterator[Path]:
-    """The project folder; pytest's own is closed to everybody but root."""
+    """The project folder; pytest's own is readable by root only."""
     path = Path(tempfile.mkdtemp(prefix="afina's faults ", dir="/tmp"))
     path.chmod(0o755)
     yield path
@@ -38,7 +38,7 @@ def folder(image: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def one(image: Path, folder: Path, cluster: Cluster) -> Suite:
-    """Both trackers share the undisturbed run: they signal differently, they train alike."""
+    """Both trackers share the undisturbed run: they differ in signals, not in training."""
     return slurm_suite(folder / "one", Setting("slurm"), cluster, image)
 
 
@@ -60,12 +60,12 @@ def test_a_job_on_two_nodes_survives(four: Suite, name: str) -> None:
 
 
 def _survives(suite: Suite, name: str, tracker: str = "") -> None:
-    fault = case(name)
-    if reason := suite.applies(fault):
+    scenario = find_scenario(name)
+    if reason := suite.applies(scenario):
         pytest.fail(reason)
-    told = suite.tell(fault, f"{SEED}{tracker}")
-    if not told.struck:  # came too late, and proves nothing
-        told = suite.tell(fault, f"{SEED}{tracker}/again")
-    print(f"AFINA_FAULTS_SEED={SEED}\n{stories.table([told])}\n{told.difference}")
-    assert not told.broken
-    assert told.struck
+    result = suite.run(scenario, f"{SEED}{tracker}")
+    if not result.injected:  # the fault came too late, which proves nothing
+        result = suite.run(scenario, f"{SEED}{tracker}/again")
+    print(f"AFINA_FAULTS_SEED={SEED}\n{results.table([result])}\n{result.difference}")
+    assert not result.broken
+    assert result.injected

@@ -1,7 +1,7 @@
-"""The project folder that every run of the suite starts from: a tiny model, reviews, a recipe, prepared data.
+"""The project folder of all runs of the suite: a tiny model, reviews, a recipe, prepared data.
 
-One recipe for all: 300 steps of a few milliseconds, a save every 20, an evaluation every 75, a log line for every step,
-so that a step that is done twice or left out shows in the log. What a case changes of it is given with `--set`.
+One recipe: 300 steps of a few milliseconds, a save every 20, an evaluation every 75, a log line per step, so that a
+repeated or missing step shows in the log. Scenarios change it with `--set`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from tests import tiny
 
-__all__ = ["ROOT", "SAVE_EVERY", "STEPS", "environment", "make_place", "overrides", "prefetch"]
+__all__ = ["ROOT", "SAVE_EVERY", "STEPS", "environment", "write_project", "overrides", "prefetch"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,8 +50,8 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_place(folder: Path) -> Path:
-    """Write model, reviews, recipe and an empty scratch into `folder`; what is there already is kept."""
+def write_project(folder: Path) -> Path:
+    """Write model, reviews, recipe and an empty scratch into `folder`; existing files stay."""
     if not (folder / "recipe.yaml").is_file():
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         tiny.tiny_model(folder / "model")
@@ -61,7 +61,7 @@ def make_place(folder: Path) -> Path:
 
 
 def prefetch(place: Path) -> None:
-    """Prepare the data once, without a container: no run of the suite has to."""
+    """Prepare the data once, without a container, for all runs."""
     argv = [sys.executable, "-m", "afina.cli", "prefetch", "recipe.yaml"]
     done = subprocess.run(
         argv, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300, check=False
@@ -71,7 +71,7 @@ def prefetch(place: Path) -> None:
 
 
 def environment(place: Path) -> dict[str, str]:
-    """For runs without a container. Equal digests need an equal number of threads: one."""
+    """The environment of runs without a container. Equal digests need an equal number of threads: one."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "SLURM_", "SBATCH_"))}
     return {
         **kept,

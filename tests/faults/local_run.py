@@ -11,24 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.faults.live import Live, Setting, alive, descendants, freeze, signal_all
-from tests.faults.place import environment, overrides
+from tests.faults.live_run import LiveRun, Setting, freeze
+from tests.faults.project import environment, overrides
+from tests.processes import alive, descendants, signal_all
 
-__all__ = ["NO_NETWORK", "OWN_NETWORK", "HereRun", "may"]
+__all__ = ["NO_NETWORK", "OWN_NETWORK", "LocalRun", "needs_root"]
 
-#: In a network of its own, whose only interface is up; and in one without any.
+#: Command prefixes: a network namespace with only the loopback interface; one whose loopback is down.
 OWN_NETWORK = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 NO_NETWORK = ("unshare", "--net", "--")
 
 
-class HereRun(Live):
-    """Args: prefix: words before the first start's command (a network of its own). Resumes have none: it has come back."""
+class LocalRun(LiveRun):
+    """Args: prefix: of the first start's command (a network namespace of its own). Resumes have none: the network is back."""
 
     def __init__(self, place: Path, run: Path, setting: Setting, prefix: Sequence[str] = ()) -> None:
         self.place, self.run, self.setting, self.prefix = place, run, setting, list(prefix)
-        self.log = place / f"{run.name}.log"  # not on a disk that fills up or fails
+        self.log = place / f"{run.name}.log"  # outside the small disk
         self._process: subprocess.Popen[bytes] | None = None
-        self._seen: set[int] = set()
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -58,9 +58,9 @@ class HereRun(Live):
         except subprocess.TimeoutExpired:
             signal_all([second.pid, *descendants(second.pid)], signal.SIGKILL)
             second.wait()
-            return "the second one hung"
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
-        return f"the second one ended with {code}" + (f" ({said[0]})" if said else "")
+            return "the second start hung"
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+        return f"the second start ended with {code}" + (f" ({errors[0]})" if errors else "")
 
     def signal_host(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -77,7 +77,7 @@ class HereRun(Live):
     def cut_network(self) -> None:
         self._interface("down")
 
-    def mend_network(self) -> None:
+    def restore_network(self) -> None:
         self._interface("up")
 
     def clean_up(self) -> None:
@@ -105,11 +105,11 @@ class HereRun(Live):
             )
 
     def _interface(self, state: str) -> None:
-        # The rank's network, not the supervisor's: the same, and it is there as long as any process of the run is.
+        # A rank's network namespace is the supervisor's, and exists while any process of the run does.
         pid = next(iter(self.ranks().values()), self.process.pid)
         subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "link", "set", "lo", state], check=True)
 
 
-def may(program: str) -> str | None:
-    """Why this user cannot use `program` (`unshare`, `mount`), or None."""
+def needs_root(program: str) -> str | None:
+    """Why this user may not use `program` (`unshare`, `mount`), or None."""
     return None if os.geteuid() == 0 else f"{program} needs root"

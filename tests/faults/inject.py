@@ -1,7 +1,7 @@
-"""What is done to a live run, and how it is mended: acts that take a `Scene` and say in words what they did.
+"""Faults to inject into a live run and their repairs: functions of a `Scene` that describe what they did.
 
-Each chooses its moment, its rank, its byte with the scene's generator, so that a seed repeats the choices. What they
-meet depends on the machine: a step takes milliseconds.
+Each draws its moment, rank and byte from the scene's random generator, so a seed repeats the choices. What the run is
+doing at that moment depends on the machine: a step takes milliseconds.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.disks import Disk
-from tests.faults.here import HereRun
-from tests.faults.live import STAGES, Live, complete_steps, freeze, signal_all
-from tests.faults.on_slurm import SlurmRun
-from tests.faults.place import SAVE_EVERY, STEPS
+from tests.faults.live_run import STAGES, LiveRun, committed_steps, freeze
+from tests.faults.local_run import LocalRun
+from tests.faults.project import SAVE_EVERY, STEPS
+from tests.faults.slurm_run import SlurmRun
+from tests.processes import signal_all
 
 
 @dataclass
 class Scene:
-    """What a strike or a mend works on."""
+    """What a fault or a repair acts on."""
 
-    live: Live
+    live: LiveRun
     rng: random.Random
     disk: Disk | None = None
-    #: Checkpoints were damaged on purpose.
+    #: Checkpoints are damaged on purpose.
     damaged: bool = False
-    #: What a mend put aside for the next.
+    #: Folders that a repair keeps for the next one.
     kept: dict[str, Path] = field(default_factory=dict)
 
     @property
-    def here(self) -> HereRun:
-        assert isinstance(self.live, HereRun)
+    def local(self) -> LocalRun:
+        assert isinstance(self.live, LocalRun)
         return self.live
 
     @property
@@ -49,31 +50,31 @@ class Scene:
         return self.disk
 
 
-Act = Callable[[Scene], str]
+Action = Callable[[Scene], str]
 
 
 # Moments
 
 
 def _some_step(scene: Scene, low: int = 5, high: int = STEPS // 2) -> int:
-    """A random step, well before the end so that a busy machine does not miss it; and a moment within it."""
-    seen = scene.live.wait_for_step(scene.rng.randint(low, high))
+    """Wait for a random moment of a random step, early enough that a busy machine does not miss it; returns the step."""
+    step = scene.live.wait_for_step(scene.rng.randint(low, high))
     time.sleep(scene.rng.uniform(0, 0.01))
-    return seen
+    return step
 
 
 def _saved_step(scene: Scene, checkpoints: int = 1) -> int:
-    """A random step after so many committed checkpoints."""
-    seen = _some_step(scene, (checkpoints + 1) * SAVE_EVERY, (checkpoints + 4) * SAVE_EVERY)
-    scene.live.until(lambda: len(complete_steps(scene.live.run)) >= checkpoints, f"{checkpoints} checkpoint(s)")
-    return seen
+    """Wait for a random step after that many committed checkpoints; returns the step."""
+    step = _some_step(scene, (checkpoints + 1) * SAVE_EVERY, (checkpoints + 4) * SAVE_EVERY)
+    scene.live.until(lambda: len(committed_steps(scene.live.run)) >= checkpoints, f"{checkpoints} checkpoint(s)")
+    return step
 
 
 def _some_rank(scene: Scene) -> int:
     return scene.rng.randrange(scene.live.setting.processes)
 
 
-# Strikes
+# Faults
 
 
 def kill_rank(scene: Scene) -> str:
@@ -97,7 +98,7 @@ def kill_all_saved(scene: Scene) -> str:
 def kill_host(scene: Scene) -> str:
     step = _some_step(scene)
     scene.live.signal_host(signal.SIGKILL)
-    return f"SIGKILL to the host's process at step {step}"
+    return f"SIGKILL to the host process at step {step}"
 
 
 def kill_starting(scene: Scene) -> str:
@@ -116,8 +117,8 @@ def kill_ending(scene: Scene) -> str:
     return f"SIGKILL to every process {1000 * pause:.0f} ms after the last step"
 
 
-def kill_at(stage: str) -> Act:
-    def strike(scene: Scene) -> str:
+def kill_at(stage: str) -> Action:
+    def inject(scene: Scene) -> str:
         after = scene.rng.randrange(2 * SAVE_EVERY, STEPS // 2)
         ranks = scene.live.freeze_at(stage, after)
         one = scene.rng.random() < 0.5
@@ -128,25 +129,25 @@ def kill_at(stage: str) -> Act:
             scene.live.kill_everything()
         return f"SIGKILL to {'rank 0' if one else 'every process'} with a save {stage}, after step {after}"
 
-    return strike
+    return inject
 
 
-def signal_host(number: signal.Signals) -> Act:
-    def strike(scene: Scene) -> str:
+def signal_host(number: signal.Signals) -> Action:
+    def inject(scene: Scene) -> str:
         step = _some_step(scene)
         scene.live.signal_host(number)
-        return f"{number.name} to the host's process at step {step}"
+        return f"{number.name} to the host process at step {step}"
 
-    return strike
+    return inject
 
 
-def signal_step(number: signal.Signals) -> Act:
-    def strike(scene: Scene) -> str:
+def signal_step(number: signal.Signals) -> Action:
+    def inject(scene: Scene) -> str:
         step = _some_step(scene)
         scene.live.signal_step(number)
         return f"{number.name} to the step at step {step}"
 
-    return strike
+    return inject
 
 
 def term_rank(scene: Scene) -> str:
@@ -156,7 +157,7 @@ def term_rank(scene: Scene) -> str:
 
 
 def term_skewed(scene: Scene) -> str:
-    """The second rank is frozen for the pause: steps take milliseconds, and the run would be over before it ends."""
+    """The other ranks are frozen during the pause: steps take milliseconds, and the run would end before it."""
     step = _some_step(scene)
     ranks = scene.live.ranks()
     order = scene.rng.sample(sorted(ranks), len(ranks))
@@ -175,15 +176,15 @@ def touch_stop(scene: Scene) -> str:
     return f"the stop file at step {step}"
 
 
-def fill_disk(leave: int) -> Act:
-    """With some bytes left log lines still fit, and the next save does not."""
+def fill_disk(leave: int) -> Action:
+    """Fill the disk but for `leave` bytes: with 64 KiB log lines still fit and the next save does not."""
 
-    def strike(scene: Scene) -> str:
+    def inject(scene: Scene) -> str:
         step = _saved_step(scene)
         scene.small_disk.fill(leave)
         return f"file system full (but {leave} bytes) from step {step} on"
 
-    return strike
+    return inject
 
 
 def fail_disk(scene: Scene) -> str:
@@ -206,35 +207,35 @@ def stop_rank(scene: Scene) -> str:
     freeze([pid])
     time.sleep(pause)
     signal_all([pid], signal.SIGCONT)
-    return f"rank {rank} stood still for {pause:.1f} s at step {step}"
+    return f"rank {rank} was halted for {pause:.1f} s at step {step}"
 
 
 def stop_rank_for_good(scene: Scene) -> str:
     rank, step = _some_rank(scene), _some_step(scene)
     freeze([scene.live.rank(rank)])
-    return f"rank {rank} stands still from step {step} on"
+    return f"rank {rank} is halted from step {step} on"
 
 
 def cut_network(scene: Scene) -> str:
     step, pause = _some_step(scene), scene.rng.uniform(2, 4)
-    scene.here.cut_network()
+    scene.local.cut_network()
     time.sleep(pause)
-    scene.here.mend_network()
+    scene.local.restore_network()
     return f"no network between the ranks for {pause:.1f} s at step {step}"
 
 
 def cut_network_for_good(scene: Scene) -> str:
     step = _some_step(scene)
-    scene.here.cut_network()
+    scene.local.cut_network()
     return f"no network between the ranks from step {step} on"
 
 
 def nothing(scene: Scene) -> str:
-    return "nothing more"
+    return "no other fault"
 
 
 def second_start(scene: Scene) -> str:
-    """Before the first has begun to train, so that both would train side by side."""
+    """Before the first has begun to train: without a lease both would train."""
     return f"started a second time at once: {scene.live.second()}"
 
 
@@ -268,7 +269,7 @@ def wait_for_limit(scene: Scene) -> str:
     return "one minute of time limit"
 
 
-# Mends
+# Repairs
 
 
 def free_disk(scene: Scene) -> str:
@@ -278,18 +279,18 @@ def free_disk(scene: Scene) -> str:
 
 def mount_again(scene: Scene) -> str:
     scene.live.clean_up()
-    scene.small_disk.mend()
+    scene.small_disk.mount_again()
     return "file system mounted again"
 
 
 def _newest(scene: Scene) -> Path:
-    return scene.live.run / "checkpoints" / f"step-{complete_steps(scene.live.run)[-1]}"
+    return scene.live.run / "checkpoints" / f"step-{committed_steps(scene.live.run)[-1]}"
 
 
-def damage(how: str, file: str = "") -> Act:
-    """One file of the newest checkpoint, chosen at random unless it is named."""
+def damage(how: str, file: str = "") -> Action:
+    """Damage one file of the newest checkpoint, chosen at random unless named."""
 
-    def mend(scene: Scene) -> str:
+    def repair(scene: Scene) -> str:
         folder = _newest(scene)
         names = sorted(p.name for p in folder.iterdir() if p.name != "manifest.json" and p.stat().st_size)
         path = folder / (file or scene.rng.choice(names))
@@ -297,7 +298,7 @@ def damage(how: str, file: str = "") -> Act:
         scene.damaged = True
         return f"{path.name} of {folder.name} {how}"
 
-    return mend
+    return repair
 
 
 def _damage(path: Path, how: str, rng: random.Random) -> None:
@@ -325,7 +326,7 @@ def damage_all(scene: Scene) -> str:
 
 
 def restore_all(scene: Scene) -> str:
-    """With the owner that they had: the run may belong to another user than the suite."""
+    """Keep the owner: the run may belong to another user than the suite."""
     checkpoints = scene.live.run / "checkpoints"
     owner = checkpoints.stat()
     shutil.rmtree(checkpoints)
@@ -336,15 +337,15 @@ def restore_all(scene: Scene) -> str:
     return "checkpoints restored"
 
 
-# The soak
+# Random kills
 
 
 def random_kill(scene: Scene, share: float, last: bool) -> str:
-    """SIGKILL at a random instant of an attempt: while it starts, trains, saves or ends; to one rank, the host, or all.
+    """SIGKILL at a random instant of an attempt (start, training, save or end) to one rank, the host process or all.
 
     Args:
-        share: the part of the whole run that an attempt goes on for, on average, before it is killed in training.
-        last: no kill comes after it, so that it may come at the end.
+        share: the mean part of the run that an attempt trains before it is killed in training.
+        last: the last kill, which may come at the end of the run.
     """
     rng, live = scene.rng, scene.live
     moment = rng.choices(("training", "save", "start", "end"), (6, 2, 1, 3 if last else 0))[0]
@@ -352,30 +353,30 @@ def random_kill(scene: Scene, share: float, last: bool) -> str:
     if moment == "start":
         pause = rng.uniform(0, 6)
         time.sleep(pause)
-        said = f"{pause:.1f} s after the start"
+        when = f"{pause:.1f} s after the start"
     elif moment == "end":
         live.wait_for_step(STEPS)
         time.sleep(rng.uniform(0, 0.1))
-        said = "after the last step"
+        when = "after the last step"
     elif moment == "save":
         first = live.wait_for_training()
         stage = rng.choice(STAGES)
         live.freeze_at(stage, first + rng.randrange(SAVE_EVERY))
-        said = f"with a save {stage}"
+        when = f"with a save {stage}"
     else:
         first = live.wait_for_training()
         step = live.wait_for_step(first + rng.randrange(max(2, int(2 * share * STEPS))))
         time.sleep(rng.uniform(0, 0.01))
-        said = f"at step {step}"
+        when = f"at step {step}"
     ranks = live.ranks()
     if victim == "rank" and ranks:
         number = rng.choice(sorted(ranks))
         signal_all([ranks.pop(number)], signal.SIGKILL)
         signal_all(ranks.values(), signal.SIGCONT)
-        return f"rank {number} {said}"
+        return f"rank {number} {when}"
     if victim == "host":
         live.signal_host(signal.SIGKILL)
         signal_all(ranks.values(), signal.SIGCONT)
-        return f"host {said}"
+        return f"host {when}"
     live.kill_everything()
-    return f"all {said}"
+    return f"all {when}"

@@ -1,6 +1,6 @@
 """A run as a batch job in the image, on the test cluster of tests/slurm: `sbatch finetune.sbatch` and Slurm's commands.
 
-Both nodes of that cluster are this machine, so that a rank is found by its command line on whichever node it is.
+Both nodes of that cluster are this machine, so a rank is found by its command line on either node.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.faults.live import Live, Missed, Setting, freeze, records, signal_all
-from tests.faults.place import ROOT, overrides
+from tests.faults.live_run import LiveRun, Setting, TooLate, freeze, records
+from tests.faults.project import ROOT, overrides
+from tests.processes import environ, pids, signal_all
 
 sys.path.insert(0, str(ROOT / "tests/slurm"))  # its modules name each other without a package
 import slurm_machine as machine
 from cluster import TERMINAL, Cluster, ClusterError
 
-__all__ = ["Cluster", "ClusterError", "SlurmRun", "hand_over"]
+__all__ = ["Cluster", "ClusterError", "SlurmRun", "give_to_user"]
 
-#: So long a job must have been over to be believed: one that requeues itself is briefly in a state that looks like it.
-_SETTLED_S = 3.0
+#: Seconds in an end state before a job counts as ended: one that requeues itself passes through such a state.
+_ENDED_S = 3.0
 
 
-def hand_over(place: Path, image: Path, cluster: Cluster) -> None:
-    """Make a project folder one of the cluster's user: site.env, the batch script, his name on every file."""
+def give_to_user(place: Path, image: Path, cluster: Cluster) -> None:
+    """Give a project folder to the cluster's user: site.env, the batch scripts, ownership of every file."""
     (place / "slurm").mkdir(exist_ok=True)
     for script in (*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh")):
         shutil.copy(script, place / "slurm" / script.name)
@@ -41,14 +42,14 @@ def hand_over(place: Path, image: Path, cluster: Cluster) -> None:
     place.chmod(0o755)
 
 
-class SlurmRun(Live):
+class SlurmRun(LiveRun):
     def __init__(self, place: Path, name: str, setting: Setting, cluster: Cluster) -> None:
         self.place, self.name, self.setting, self.cluster = place, name, setting, cluster
-        self.run = place / "scratch/runs" / name  # until the job has claimed it under its full name
+        self.run = place / "scratch/runs" / name  # replaced by its full name once the job has claimed it
         self.jobs: list[int] = []
-        self._over_since: float | None = None
-        self._looked = 0.0
-        self._said: str | None = None
+        self._ended_since: float | None = None
+        self._asked = 0.0
+        self._answer: str | None = None
 
     @property
     def job(self) -> int:
@@ -68,29 +69,29 @@ class SlurmRun(Live):
         self._submit(script=["slurm/finetune.sbatch", str(self.run)])
 
     def ended(self) -> str | None:
-        """Asks Slurm twice a second at most; in between the last answer holds."""
-        if time.monotonic() - self._looked >= 0.5:
-            self._looked = time.monotonic()
-            self._said = self._ended()
-        return self._said
+        """Asks Slurm twice a second at most, and repeats the last answer in between."""
+        if time.monotonic() - self._asked >= 0.5:
+            self._asked = time.monotonic()
+            self._answer = self._ended()
+        return self._answer
 
     def _ended(self) -> str | None:
         job = self.cluster.job(self.job)
         if job["JobState"] not in TERMINAL:
-            self._over_since = None
+            self._ended_since = None
             return None
-        self._over_since = self._over_since or self._looked
-        if self._looked - self._over_since < _SETTLED_S or self._follow():
+        self._ended_since = self._ended_since or self._asked
+        if self._asked - self._ended_since < _ENDED_S or self._follow():
             return None
         return f"job {job['JobState']} ({job['ExitCode']}, {job['Restarts']} restarts)"
 
     def _follow(self) -> bool:
-        """Whether the job has submitted another one that goes on with the run, where a requeue could not be."""
+        """Whether the job has submitted another one that resumes the run, where no requeue was possible."""
         for record in records(self.run / "submissions.jsonl"):
             job = int(record["job_id"]) if str(record.get("job_id")).isdigit() else 0
             if job and job not in self.jobs:
                 self.jobs.append(job)
-                self._over_since = None
+                self._ended_since = None
                 return True
         return False
 
@@ -98,15 +99,15 @@ class SlurmRun(Live):
         before = list(self.jobs)
         self._submit(script=["slurm/finetune.sbatch", str(self.run)])
         job = self.job
-        self.jobs = [job, *before]  # known, and not the one to look at
+        self.jobs = [job, *before]  # known, but not the current one
         try:
             state = self.cluster.wait(job, timeout=300)
         except ClusterError as error:
             self._user("scancel", str(job))
-            return f"the second one hung: {error}"
+            return f"the second job hung: {error}"
         log = self.place / f"slurm-{job}.out"
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
-        return f"the second job ended {state}" + (f" ({said[0]})" if said else "")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
+        return f"the second job ended {state}" + (f" ({errors[0]})" if errors else "")
 
     def signal_host(self, number: signal.Signals) -> None:
         if number == signal.SIGKILL:
@@ -118,10 +119,10 @@ class SlurmRun(Live):
         self._user("scancel", f"--signal={number.name.removeprefix('SIG')}", str(self.job))
 
     def kill_everything(self) -> None:
-        """All that carries the job's number, the image's file system process included; slurmstepd lives and reports."""
-        pids = self._carriers()
+        """Every process with the job's id, the image's file system included; slurmstepd survives and reports the end."""
+        pids = self._job_processes()
         if not pids:
-            raise Missed("nothing runs yet, or any more")
+            raise TooLate("nothing runs")
         freeze(pids)
         signal_all(pids, signal.SIGKILL)
 
@@ -132,7 +133,7 @@ class SlurmRun(Live):
                 with contextlib.suppress(ClusterError):
                     self.cluster.wait(job, timeout=60)
 
-    # Slurm's own.
+    # Slurm's own faults
 
     def scancel(self) -> None:
         self._user("scancel", str(self.job))
@@ -150,7 +151,7 @@ class SlurmRun(Live):
         return self.cluster.root(["scontrol", "show", "hostnames", names]).stdout.split()
 
     def fail_node(self, node: str) -> None:
-        """It is back at once: where every node is needed nothing else could go on."""
+        """The node comes back at once: where every node is needed nothing could resume otherwise."""
         try:
             self.cluster.fail_node(node)
         finally:
@@ -160,25 +161,25 @@ class SlurmRun(Live):
         nodes, per_node = self.setting.nodes, self.setting.per_node
         geometry = [f"--nodes={nodes}", f"--gpus-per-node={per_node}", f"--cpus-per-task={per_node}"]
         self.jobs.append(self.cluster.sbatch(*geometry, *options, *script, cwd=self.place))
-        self._over_since = self._said = None
+        self._ended_since = self._answer = None
 
     def _user(self, *argv: str) -> None:
         self.cluster.run_as_user(argv, cwd=self.place)
 
-    def _carriers(self) -> list[int]:
+    def _job_processes(self) -> list[int]:
         number = str(self.job)
         return [
             pid
-            for pid in machine.pids()
-            if machine.environ(pid).get("SLURM_JOB_ID") == number
-            and machine.environ(pid).get("SLURM_CONF") == str(self.cluster.conf)
+            for pid in pids()
+            if environ(pid).get("SLURM_JOB_ID") == number
+            and environ(pid).get("SLURM_CONF") == str(self.cluster.conf)
             and not machine.comm(pid).startswith("slurmstepd")
         ]
 
     def _batch_shell(self) -> int:
-        for pid in self._carriers():
+        for pid in self._job_processes():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if len(words) > 1 and words[1].endswith(b"slurm_script"):
                     return pid
-        raise Missed("the batch script is not there")
+        raise TooLate("the batch script does not run")

@@ -1,8 +1,8 @@
-"""A run while it lives, seen from outside: its processes, what it has written, and the moments at which to strike.
+"""A live run, observed from outside: its processes, its files, and waiting for the moment of a fault.
 
-It knows the run directory as the README describes it and the command lines of processes, nothing of afina's inside.
-Moments are polled: a step is met within about ten milliseconds, a stage of a save exactly, because the ranks are frozen
-before one looks.
+Uses only the run directory as the README describes it and the command lines of processes, nothing internal to afina.
+Moments are polled: a step is caught within about ten milliseconds, a stage of a save exactly, because the ranks are
+frozen before each check.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.processes import alive, environ, pids, signal_all, state
+
 __all__ = [
     "STAGES",
-    "Live",
-    "Missed",
+    "LiveRun",
+    "TooLate",
     "Setting",
-    "alive",
-    "complete_steps",
-    "descendants",
+    "committed_steps",
     "freeze",
     "last_step",
     "records",
-    "signal_all",
 ]
 
 T = TypeVar("T")
 
-#: Stages of a save, in their order; `Live.freeze_at` says what is seen at each.
+#: Stages of a save, in their order; see `LiveRun.freeze_at`.
 STAGES = ("opened", "half", "manifest", "renamed", "rotated")
 
 
-class Missed(Exception):
-    """The attempt was over before the moment came."""
+class TooLate(Exception):
+    """The attempt ended before the moment came."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,12 @@ class Setting:
     """Where a run runs.
 
     Attributes:
-        where: `here` (afina train, no container) or `slurm` (the image on the test cluster).
+        where: `local` (afina train, no container) or `slurm` (the image on the test cluster).
         nodes, per_node: nodes, and processes on each.
         tracker: Slurm's process tracker, linuxproc or cgroup.
     """
 
-    where: str = "here"
+    where: str = "local"
     nodes: int = 1
     per_node: int = 1
     tracker: str = ""
@@ -69,56 +68,56 @@ class Setting:
         return str(self.per_node) if self.nodes == 1 else f"{self.nodes}x{self.per_node}"
 
 
-class Live(ABC):
-    """One run and what can be done to it; `here.HereRun` and `on_slurm.SlurmRun` are the two kinds."""
+class LiveRun(ABC):
+    """One run and the faults it can be given; `LocalRun` and `SlurmRun` are the two kinds."""
 
     setting: Setting
     run: Path
-    #: Where the run directory's events ended when the current attempt was started.
+    #: Bytes of events.jsonl when the current attempt started.
     _events_before = 0
 
-    # What a user does.
+    # What a user does
 
     @abstractmethod
     def start(self, changes: Mapping[str, Any], limit_min: int = 0) -> None:
-        """Start the run with changed keys of the recipe; returns when its directory is claimed. Slurm knows a limit."""
+        """Start the run with changed keys of the recipe; returns when its directory is claimed. `limit_min` only under Slurm."""
 
     @abstractmethod
     def resume(self) -> None:
-        """Go on with the run, as a user would; returns at once."""
+        """Resume the run, as a user would; returns at once."""
 
     @abstractmethod
     def ended(self) -> str | None:
-        """How the attempt ended, in words, or None while it goes on (requeued and waiting included)."""
+        """How the attempt ended, in words, or None while it lives (requeued and pending included)."""
 
     @abstractmethod
     def second(self) -> str:
-        """Start the run a second time while it runs, and say how that ended."""
+        """Start the run a second time while it runs; returns how that ended."""
 
-    # What is done to it.
+    # Faults
 
     @abstractmethod
     def signal_host(self, number: signal.Signals) -> None:
-        """To the process outside the container: `afina train`, or the batch script."""
+        """Signal the host process: `afina train`, or the batch script."""
 
     @abstractmethod
     def signal_step(self, number: signal.Signals) -> None:
-        """To the processes of the step, as far as whoever signals a step reaches them; not to the host's process."""
+        """Signal the step as Slurm would: the processes that its tracker reaches, not the host process."""
 
     @abstractmethod
     def kill_everything(self) -> None:
-        """SIGKILL to every process of the attempt at one instant, the host's process included."""
+        """SIGKILL every process of the attempt at one instant, the host process included."""
 
     @abstractmethod
     def clean_up(self) -> None:
-        """End what is left of it, whatever state it is in."""
+        """End what is left of the run, whatever its state."""
 
-    # What is seen.
+    # Observation
 
     def processes(self) -> dict[int, list[str]]:
         """Processes whose command line names the run directory, with their command lines."""
         found = {}
-        for pid in _pids():
+        for pid in pids():
             with contextlib.suppress(OSError):
                 argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
                 if any(word == str(self.run) for word in argv):
@@ -126,23 +125,23 @@ class Live(ABC):
         return {pid: argv for pid, argv in found.items() if pid != os.getpid()}
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of the training processes that live."""
+        """Rank -> process id of the live training processes."""
         ranks = {}
         for pid, argv in self.processes().items():
             if "afina.worker" in argv and "train" in argv and "accelerate.commands.launch" not in argv and alive(pid):
-                ranks[int(_environ(pid).get("RANK", "0"))] = pid
+                ranks[int(environ(pid).get("RANK", "0"))] = pid
         return ranks
 
     def rank(self, number: int) -> int:
         """The process id of one rank.
 
         Raises:
-            Missed: it is not there (any more).
+            TooLate: it does not exist (any more).
         """
         try:
             return self.ranks()[number]
         except KeyError:
-            raise Missed(f"rank {number} is not there") from None
+            raise TooLate(f"rank {number} does not run") from None
 
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         """The records of `events.jsonl` after its first `since` bytes."""
@@ -160,43 +159,43 @@ class Live(ABC):
         return value if isinstance(value, dict) else {}
 
     def attempts(self) -> int:
-        """Attempts that have begun: folders in `attempts/`."""
+        """Number of attempts so far: folders in `attempts/`."""
         return len(list((self.run / "attempts").glob("*/")))
 
     @property
     def finished(self) -> bool:
         return self.outcome().get("outcome") == "finished"
 
-    # Moments.
+    # Moments
 
     def until(self, reached: Callable[[], T], what: str, patience_s: float = 120, pause_s: float = 0.003) -> T:
         """Wait for a moment of this attempt; returns what `reached` returned.
 
         Raises:
-            Missed: the attempt ended before, or did not come to it in `patience_s` seconds.
+            TooLate: the attempt ended before, or did not reach it within `patience_s` seconds.
         """
         ends = time.monotonic() + patience_s
-        looks = 0
+        polls = 0
         while not (value := reached()):
-            looks += 1
-            if looks % 20 == 0 and self.ended() is not None and not reached():
-                raise Missed(f"the attempt ended before {what}")
+            polls += 1
+            if polls % 20 == 0 and self.ended() is not None and not reached():
+                raise TooLate(f"the attempt ended before {what}")
             if time.monotonic() > ends:
-                raise Missed(f"{what} did not come in {patience_s:g} s")
+                raise TooLate(f"{what} did not come in {patience_s:g} s")
             time.sleep(pause_s)
         return value
 
     def mark(self) -> None:
-        """What is written from here on belongs to a new attempt."""
+        """From here on new records belong to a new attempt."""
         with contextlib.suppress(FileNotFoundError):
             self._events_before = (self.run / "events.jsonl").stat().st_size
 
     def wait_for_training(self) -> int:
-        """Until this attempt has done a step; returns that step. What the log held before is not taken for it."""
+        """Wait until this attempt has done a step; returns it. Earlier log lines do not count."""
         return self.until(self._first_step, "its first step", patience_s=240)
 
     def wait_for_step(self, step: int) -> int:
-        """Until this attempt has logged `step`; returns the step it was seen at."""
+        """Wait until this attempt has logged `step`; returns the last logged step."""
         first = self.wait_for_training()
         if first > step:
             return self.step()
@@ -209,30 +208,30 @@ class Live(ABC):
         return 0
 
     def freeze_at(self, stage: str, after: int) -> list[int]:
-        """Let the ranks go on by fractions of a millisecond until a save is at `stage`; returns their ids, frozen.
+        """Step the ranks by fractions of a millisecond until a save is at `stage`; returns their process ids, frozen.
 
-        opened: a staging folder with one file at most. half: three files or more, no manifest. manifest: it is there,
-        not yet renamed. renamed: a new checkpoint. rotated: an old one is gone, or some of its files are.
+        opened: a staging folder with one file at most. half: three files or more, no manifest. manifest: written,
+        not yet renamed. renamed: a new checkpoint. rotated: an old checkpoint, or some of its files, are deleted.
         """
         self.wait_for_step(after)
-        pids = list(self.ranks().values())
+        ranks = list(self.ranks().values())
         folder = self.run / "checkpoints"
-        freeze(pids)
+        freeze(ranks)
         before = _tree(folder)
         try:
             for _ in range(60_000):
-                if not all(map(alive, pids)):
-                    raise Missed(f"the attempt ended before a save was {stage}")
+                if not all(map(alive, ranks)):
+                    raise TooLate(f"the attempt ended before a save was {stage}")
                 if _is_at(stage, before, _tree(folder)):
-                    return pids
-                signal_all(pids, signal.SIGCONT)
+                    return ranks
+                signal_all(ranks, signal.SIGCONT)
                 time.sleep(0.0003)
-                freeze(pids)
+                freeze(ranks)
         except BaseException:
-            signal_all(pids, signal.SIGCONT)
+            signal_all(ranks, signal.SIGCONT)
             raise
-        signal_all(pids, signal.SIGCONT)
-        raise Missed(f"no save was seen {stage}")
+        signal_all(ranks, signal.SIGCONT)
+        raise TooLate(f"no save was seen {stage}")
 
 
 def last_step(log: Path) -> int:
@@ -250,7 +249,7 @@ def last_step(log: Path) -> int:
     return 0
 
 
-def complete_steps(run: Path) -> list[int]:
+def committed_steps(run: Path) -> list[int]:
     """Steps whose checkpoint has its manifest, ascending."""
     return sorted(
         int(name.removeprefix("step-"))
@@ -259,38 +258,13 @@ def complete_steps(run: Path) -> list[int]:
     )
 
 
-def alive(pid: int) -> bool:
-    return _state(pid) not in "ZX"
-
-
-def freeze(pids: Iterable[int]) -> None:
-    """SIGSTOP, and wait until they stand still."""
-    pids = list(pids)
-    signal_all(pids, signal.SIGSTOP)
+def freeze(chosen: Iterable[int]) -> None:
+    """SIGSTOP, and wait until they have stopped."""
+    chosen = list(chosen)
+    signal_all(chosen, signal.SIGSTOP)
     ends = time.monotonic() + 5
-    while any(_state(pid) not in "TtZX" for pid in pids) and time.monotonic() < ends:
+    while any(state(pid) not in "TtZX" for pid in chosen) and time.monotonic() < ends:
         pass
-
-
-def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of a process and theirs, the nearest first; not those whose parent has gone."""
-    parents: dict[int, list[int]] = {}
-    for child in _pids():
-        with contextlib.suppress(OSError, ValueError):
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(child)
-    found, queue = [], [pid]
-    while queue:
-        children = parents.get(queue.pop(0), [])
-        found += children
-        queue += children
-    return found
 
 
 def _is_at(stage: str, before: Mapping[str, frozenset[str]], now: Mapping[str, frozenset[str]]) -> bool:
@@ -330,22 +304,3 @@ def records(path: Path, since: int = 0) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
-
-
-def _pids() -> list[int]:
-    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "X"
-
-
-def _environ(pid: int) -> dict[str, str]:
-    try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
