@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from afina.site.settings import Site
     from afina.slurm.cluster import Cluster
     from afina.start.examine import Column, Examined
+    from afina.start.find_data import LabelledData
 
 __all__ = ["COMMANDS"]
 
@@ -37,10 +38,10 @@ __all__ = ["COMMANDS"]
 )
 @click.option("--model", metavar="HUB_ID|FOLDER", help="The pretrained model.")
 @click.option("--name", help="The run's name.")
-@click.option("--scratch", metavar="FOLDER", help="A folder on shared scratch; it is made if need be.")
+@click.option("--scratch", metavar="FOLDER", help="A folder on shared scratch; made if missing.")
 @click.option("--image", metavar="FILE", help="The Apptainer image.")
 @click.option("--site-only", is_flag=True, help="Write only the site file.")
-@click.option("--yes", is_flag=True, help="Ask nothing: take the guesses.")
+@click.option("--yes", is_flag=True, help="Ask nothing, take the defaults.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; asks nothing.")
 def init(**options: Any) -> None:
     """Examine labelled data and this cluster, and write recipe.yaml and slurm/site.env into FOLDER.
@@ -55,38 +56,38 @@ def init(**options: Any) -> None:
       afina init --data train.parquet --text sentence --label class --model ./model
     """
     from afina.slurm.cluster import read_cluster
-    from afina.start import init as start
+    from afina.start.init import check_new
 
     given = _Given(**options)
     base = Path(given.folder)
-    recipe_path = None if given.site_only else start.check_new(base)
+    recipe_path = None if given.site_only else check_new(base)
     ask = _Asker(given.yes or given.as_json)
     cluster = read_cluster()
-    # The site first: Parquet and the Hub may need its image and its scratch.
+    # The site first: a data set from the Hub needs its scratch, and perhaps its image.
     site_path, site, is_new = _site(given, base, cluster, ask)
     written = [str(site_path)] if is_new else []
     examined: Examined | None = None
-    doubts: list[str] = []
+    warnings: list[str] = []
     if recipe_path is not None:
-        examined, doubts = _recipe(given, recipe_path, base, site, cluster, ask)
+        examined, warnings = _recipe(given, recipe_path, base, site, cluster, ask)
         written.append(str(recipe_path))
     following = _next_commands(recipe_path, cluster.partitions != (), site, base)
     if given.as_json:
         about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
-        print(json.dumps({"written": written, **about, "warnings": doubts, "next": following}, ensure_ascii=False))
+        print(json.dumps({"written": written, **about, "warnings": warnings, "next": following}, ensure_ascii=False))
         return
     for path in written:
         print(f"wrote {path}")
     if examined is not None:
         print(f"{examined.rows:,} rows, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe")
-    for doubt in doubts:
-        print(f"warning: {doubt}")
+    for warning in warnings:
+        print(f"warning: {warning}")
     print("\n".join(["next:", *(f"  {command}" for command in following)]))
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The options of `afina init`; what is None or empty is asked for."""
+    """The options of `afina init`; it asks for what is None or empty."""
 
     folder: str
     data: str | None
@@ -103,80 +104,82 @@ class _Given:
 
 
 def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Path, Site | None, bool]:
-    """The site file that is there, or a new one; the site (None without its image); whether it is new."""
+    """The existing site file or a new one; the site (None while its image is missing); whether it is new."""
     from afina.site.settings import find_site_file, load_site
-    from afina.start import init as start
+    from afina.start.find_machine import find_machine
+    from afina.start.init import SITE, write_site
 
-    path = base / start.SITE
-    if given.site_only and path.exists():
-        raise InputError(f"{path} is there already, and is not overwritten", "use it, or move it away")
+    path = base / SITE
     known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
     if known is not None:
         return known, load_site(known), False
-    host = start.find_host(base, os.environ, given.scratch, given.image)
-    if not given.scratch:
-        chosen = ask("Scratch folder, which every node sees", host.scratch, "--scratch")
-        if chosen != host.scratch:
-            host = start.find_host(base, os.environ, chosen, given.image)
-    return *start.write_site(base, host, cluster), True
+    machine = find_machine(base, os.environ, given.scratch, given.image)
+    if not given.scratch and not path.exists():
+        chosen = ask("Scratch folder, which every node sees", machine.scratch, "--scratch")
+        if chosen != machine.scratch:
+            machine = find_machine(base, os.environ, chosen, given.image)
+    return *write_site(base, machine, cluster), True
 
 
 def _recipe(
     given: _Given, path: Path, base: Path, site: Site | None, cluster: Cluster, ask: _Asker
 ) -> tuple[Examined, list[str]]:
-    """Examine the data, ask what is open, write the recipe; what was examined, and warnings."""
-    from afina.start import examine
-    from afina.start import init as start
-    from afina.start.propose import DEFAULT_MODEL, MULTILINGUAL_MODEL
+    """Examine the data, ask for what is open, write the recipe; what was examined, and warnings."""
+    from afina.start.find_data import data_files_here, default_name, find_data
+    from afina.start.find_model import find_model
+    from afina.start.init import Choices, examine_all, propose, write_recipe
+    from afina.start.recipe_text import DEFAULT_MODEL, MULTILINGUAL_MODEL, data_warnings
 
-    here = start.data_files_here(base) or start.data_files_here(Path())
-    guess = str(here[0]) if here else None
-    data = given.data or ask("Data: a file, a folder, or the id of a Hub data set", guess, "--data")
-    found = start.find_data(data, site, given.config)
-    columns = examine.columns_of(found.main)
+    here = data_files_here(base) or data_files_here(Path())
+    question = "Data: a file, a folder, or the id of a Hub data set"
+    data = find_data(given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config)
+    texts, labels, row_id = _columns(given, data, ask)
+    examined = _with_bar(
+        lambda tick: examine_all(data, texts, labels, tick),
+        sum((s.total_rows or 0) for s in data.sources.values()),
+    )
+    default = MULTILINGUAL_MODEL if examined[0].non_ascii > 0.3 else DEFAULT_MODEL
+    model = find_model(given.model or ask("Model: a Hub id or a folder", default, "--model"), list(examined[0].sample))
+    name = given.name or ask("Name of the run", default_name(data), "--name")
+    proposal = propose(data, Choices(name, texts, labels, row_id, model), examined, cluster, base)
+    write_recipe(path, proposal, site, data)
+    return examined[0], data_warnings(proposal)
+
+
+def _columns(given: _Given, data: LabelledData, ask: _Asker) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
+    """The columns of text, label and id."""
+    from afina.start.examine import check_named, columns_of, guess_columns
+
+    columns = columns_of(data.main)
     ask.show(_table(columns))
-    text, label, row_id = examine.guess_columns(columns)
+    text, label, row_id = guess_columns(columns)
     texts = given.texts or (ask("Text column", text, "--text"),)
-    examine.check_named(columns, texts, "--text", found.what)
+    check_named(columns, texts, "--text", data.origin)
     labels = given.labels or (ask("Label column", None if label in texts else label, "--label"),)
-    examine.check_named(columns, labels, "--label", found.what)
+    check_named(columns, labels, "--label", data.origin)
     if len(texts) > 2 or set(texts) & set(labels):
         raise InputError("--text: one column, or two for pairs, and none of them a label", "name each column once")
-    examined = _with_bar(
-        lambda tick: start.examine_all(found, texts, labels, tick),
-        sum((s.total_rows or 0) for s in found.sources.values()),
-    )
-    usual = MULTILINGUAL_MODEL if examined[0].foreign > 0.3 else DEFAULT_MODEL
-    model = given.model or ask("Model: a Hub id or a folder", usual, "--model")
-    about = start.find_model(model, examined[0].sample, examine.count_pieces)
-    name = given.name or ask("Name of the run", start.usual_name(found, base), "--name")
-    row_id = row_id if row_id not in (*texts, *labels) else None
-    proposal = start.compose(found, name, texts, labels, row_id, about, examined, cluster, base)
-    start.write_recipe(path, proposal, site, found)
-    return examined[0], start.doubts(proposal)
+    return texts, labels, row_id if row_id not in (*texts, *labels) else None
 
 
 class _Asker:
-    """Asks, with a guess to accept; takes the guess where nothing is to be asked."""
+    """Asks with a default; silent, it takes the default."""
 
     def __init__(self, silent: bool) -> None:
         self.silent = silent
 
-    def __call__(self, question: str, guess: str | None, option: str = "") -> str:
+    def __call__(self, question: str, default: str | None, option: str) -> str:
         if not self.silent:
             try:
-                return str(click.prompt(question, default=guess, err=True))
+                return str(click.prompt(question, default=default, err=True))
             except click.Abort:
                 if sys.stdin.isatty():  # Ctrl-C, Ctrl-D
                     raise
             print(file=sys.stderr)
-            raise InputError(
-                f"nobody answers: {question}",
-                f"say it with {option}, or take all guesses with --yes" if option else "take all guesses with --yes",
-            )
-        if guess is None:
-            raise InputError(f"nothing to guess from: {question}", f"say it with {option}")
-        return guess
+            raise InputError(f"no answer: {question}", f"give it with {option}, or take all defaults with --yes")
+        if default is None:
+            raise InputError(f"no default: {question}", f"give it with {option}")
+        return default
 
     def show(self, text: str) -> None:
         if not self.silent:
@@ -185,28 +188,28 @@ class _Asker:
 
 def _table(columns: tuple[Column, ...]) -> str:
     width = max(len(c.name) for c in columns)
-    lines = [f"  {c.name:<{width}}  {c.distinct:>5} different in {c.rows:,} rows   {c.example}" for c in columns]
+    lines = [f"  {c.name:<{width}}  {c.distinct:>5} distinct in {c.rows:,} rows   {c.example}" for c in columns]
     return "\n".join(["Columns:", *lines])
 
 
 def _with_bar(work: Any, total: int) -> Any:
-    """Run `work(tick)`; a bar where there is a terminal and the rows are known to be many."""
+    """Run `work(tick)`, with a progress bar on a terminal where there are many rows."""
     if not sys.stderr.isatty() or total < 20_000:
         return work(None)
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("looking into the data", total=total)
+        task = bar.add_task("reading the data", total=total)
         return work(lambda rows: bar.update(task, completed=rows))
 
 
 def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) -> list[str]:
-    # The site file is looked for from the working directory.
+    # The site file is searched from the working directory.
     enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
     if recipe is None:
         return [*enter, "afina doctor", "afina init"]
-    # In the checkout, so before the folder is entered.
+    # In the checkout, before entering the folder.
     build = (
         "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
     )
@@ -340,9 +343,9 @@ def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: b
     from afina import api
     from afina.doctor.target import Target
     from afina.errors import AfinaError
+    from afina.run.plan import bare_plan
     from afina.site.settings import environment, load_site
     from afina.slurm.cluster import Cluster, read_cluster
-    from afina.start.init import bare_plan
 
     where = plan = error = None
     env = dict(os.environ)

@@ -8,10 +8,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from afina.errors import AfinaError
-from afina.run.plan import Plan
+from afina.run.plan import Plan, bare_plan
 from afina.site.settings import Site
 from afina.slurm.cluster import Cluster
-from afina.start.init import bare_plan
 
 __all__ = ["ANSWER_S", "Target", "answer_of"]
 

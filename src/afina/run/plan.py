@@ -19,7 +19,7 @@ from afina.errors import InputError, RecipeError
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
 from afina.recipe.local_model import find_model_folder
-from afina.recipe.schema import Recipe, Resources
+from afina.recipe.schema import Recipe, Resources, parse_recipe
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__
@@ -27,6 +27,7 @@ from afina.version import __version__
 __all__ = [
     "Geometry",
     "Plan",
+    "bare_plan",
     "check_cores",
     "geometry_for",
     "load_plan",
@@ -122,6 +123,13 @@ def make_plan(
         files=find_files(recipe.data.files or {}, base, bind),
         model_folder=find_model_folder(recipe.model, base),
     )
+
+
+def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:
+    """A plan without a recipe, for a container or a job that trains nothing."""
+    text = "{name: afina, model: none, data: {hub: none, text: text, label: label}, resources: {cpus_per_gpu: 1}}"
+    recipe = parse_recipe(text, [f"train.batch_size={nodes * max(1, gpus_per_node)}"])
+    return make_plan(recipe, site, JobRequest(nodes=nodes, gpus_per_node=gpus_per_node))
 
 
 def load_plan(path: str | Path) -> Plan:

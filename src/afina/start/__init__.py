@@ -1,6 +1,7 @@
-"""Before a run: `afina init`, `afina rehearse`, and what `afina submit` foresees.
+"""`afina init`: a recipe and a site file from labelled data and a cluster.
 
-look       into the data                 propose     from looks to a recipe and a site file: pure
-init       finds, asks, writes           rehearse    what a run will cost, asked of a short real training
-estimate   numbers to a forecast: pure   foresight   what no partition will ever run is refused
+find_data     a file, a folder or a Hub data set     examine      columns, lengths, labels, problems of the data
+find_machine  scratch, image, runtime                find_model   parameters, positions, tokens per word
+recipe_text   a proposal and its recipe as YAML      site_text    the site file
+init          the steps in order, and what is written
 """

@@ -1,10 +1,9 @@
-"""A first look into labelled data, for `afina init`: columns, lengths, classes, what is empty and what is there twice.
+"""Examine labelled data for `afina init`: columns, lengths, labels, empty and duplicate texts.
 
-All formats are read by `afina.recipe.formats`; a Hub data set is fetched first, by `afina.worker.data.peek`. Nothing is refused that
-`afina prefetch` would take, and what it would refuse is said. At most `MOST_ROWS` rows of a part are read; the rest is
-extrapolated by size, and said to be.
+It accepts all that `afina prefetch` accepts, and reports what that would refuse. At most `MOST_ROWS` rows of a split are read;
+of a larger one the number of rows is estimated.
 
-Not covered: compressed files, other separators than comma and tab, other encodings than UTF-8: as in the prepare stage.
+Not covered: compressed files, other separators than comma and tab, other encodings than UTF-8.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
     "Source",
     "check_named",
     "columns_of",
-    "count_pieces",
+    "count_words",
     "examine",
     "guess_columns",
     "quantile",
@@ -36,42 +35,37 @@ __all__ = [
 
 MOST_ROWS = 300_000
 _FIRST_ROWS = 2_000
-#: More different values than this are no classes.
+_SAMPLE = 2_000
+#: A column with more distinct values than this does not hold classes.
 _MOST_CLASSES = 200
-_SEPARATORS = ("|", ";", ",")
+_SEPARATORS = ("|", ";")
 
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "stars", "sentiment", "rating", "score", "topic", "intent", "emotion", "y")  # fmt: skip
 _TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "utterance", "question", "title")
 _ID_NAMES = ("id", "ids", "uid", "uuid", "idx", "index", "row_id", "doc_id", "key")
-#: Marks and the characters of Chinese, Japanese and Korean, which a tokenizer takes one by one; and words.
-_PIECES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
+#: Words; punctuation marks, and characters of Chinese, Japanese and Korean, which a tokenizer takes one by one.
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
 
 Row = Mapping[str, Any]
-Rows = Callable[[], Iterator[Row]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one part come from: `rows()` yields them from the beginning, as often as it is called.
-
-    Attributes:
-        total_rows: how many there are, where that is known or can be told from the size without reading all.
-    """
+    """The rows of one split: `rows()` yields them from the beginning each time. `total_rows`: known or estimated, or None."""
 
     name: str
-    rows: Rows
+    rows: Callable[[], Iterator[Row]]
     total_rows: int | None = None
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the first rows say of a column.
+    """A column by the first rows.
 
     Attributes:
-        filled: share of rows with a value; distinct: different values among them.
-        words: mean number of words of a text.
-        numeric, whole: every value is a number, and a whole one.
-        listed: values are lists.
+        filled: share of rows with a value; distinct: different values.
+        words: mean number of words.
+        numeric, listed: every value is a number, or a list.
         example: the first value, shortened.
     """
 
@@ -81,32 +75,32 @@ class Column:
     distinct: int
     words: float
     numeric: bool
-    whole: bool
     listed: bool
     example: str
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What text and label of one part are.
+    """Text and label of one split.
 
     Attributes:
-        rows: all of them; counted, or estimated where `whole` is false.
-        pieces: words and marks of each text that was read, ascending.
+        rows: counted, or estimated where not all were read (`complete` is false).
+        words: of each text that was read, ascending; a punctuation mark counts as a word.
         characters: mean per text.
-        labels: occurrences by value as text; empty for numbers that are to be predicted.
-        empty, missing, duplicates: row numbers of texts without a word and of rows without a label (the first few), and how
-            many texts are there more than once.
-        numeric, whole: every label is a number, and a whole one.
+        labels: rows by label; empty for a regression.
+        empty, missing: the first rows without text, and without label; num_empty, num_missing: all of them.
+        duplicates: texts that occurred before.
+        numeric, whole_numbers: every label is a number, a whole number.
+        multiple: several labels per row, as a list or as 0/1 columns.
         separator: splits one label into several, if it looks like that.
-        foreign: share of letters beyond ASCII.
-        digests: of the texts, to find the same ones in another part.
-        sample: some texts, for a tokenizer.
+        non_ascii: share of letters beyond ASCII.
+        digests: of the texts, to find the same ones in another split.
+        sample: some texts.
     """
 
     rows: int
-    whole: bool
-    pieces: tuple[int, ...]
+    complete: bool
+    words: tuple[int, ...]
     characters: float
     labels: Mapping[str, int]
     empty: tuple[int, ...]
@@ -118,12 +112,12 @@ class Examined:
     whole_numbers: bool
     multiple: bool
     separator: str | None
-    foreign: float
+    non_ascii: float
     digests: frozenset[bytes]
     sample: tuple[str, ...]
 
 
-# -- columns ----------------------------------------------------------------------------------------------------------
+# -- columns -----------------------------------------------------------------------------------------------------------
 
 
 def columns_of(source: Source) -> tuple[Column, ...]:
@@ -142,7 +136,6 @@ def columns_of(source: Source) -> tuple[Column, ...]:
 def _column(name: str, values: list[Any]) -> Column:
     given = [v for v in values if v is not None and v != ""]
     texts = [_text(v) for v in given]
-    numbers = [_number(v) for v in given]
     first = " ".join(texts[0].split()) if texts else ""
     return Column(
         name=name,
@@ -150,8 +143,7 @@ def _column(name: str, values: list[Any]) -> Column:
         filled=len(given) / len(values),
         distinct=len(set(texts)),
         words=sum(len(t.split()) for t in texts) / max(1, len(texts)),
-        numeric=bool(given) and all(n is not None for n in numbers),
-        whole=bool(given) and all(n is not None and n == int(n) for n in numbers),
+        numeric=bool(given) and all(_number(v) is not None for v in given),
         listed=bool(given) and all(isinstance(v, list) for v in given),
         example=first if len(first) <= 60 else first[:59] + "…",
     )
@@ -165,21 +157,18 @@ def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, st
         return next((folded[n] for n in names if n in folded), None)
 
     texts = [c for c in columns if not c.numeric and not c.listed and c.words >= 1.5]
-    text = named(_TEXT_NAMES, texts) or max(texts, key=lambda c: c.words, default=_NOTHING).name or None
+    longest = max(texts, key=lambda c: c.words, default=None)
+    text = named(_TEXT_NAMES, texts) or (longest.name if longest else None)
     rest = [c for c in columns if c.name != text and c.filled > 0]
     classes = [c for c in rest if 2 <= c.distinct <= min(_MOST_CLASSES, max(2, c.rows // 2)) or c.listed]
-    label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest)
-    if label is None:
-        label = min(classes, key=lambda c: (c.words, c.distinct), default=_NOTHING).name or None
+    simplest = min(classes, key=lambda c: (c.words, c.distinct), default=None)
+    label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
     ids = [c for c in rest if c.name != label and c.distinct == c.rows and c.rows > 1 and c.words <= 1]
     return text, label, named(_ID_NAMES, ids)
 
 
-_NOTHING = Column("", 0, 0.0, 0, 0.0, False, False, False, "")
-
-
 def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, source: str) -> None:
-    """Raises InputError: a column that is not there, with the nearest."""
+    """Raises InputError: there is no such column; with the nearest."""
     known = [c.name for c in columns]
     for name in wanted:
         if name not in known:
@@ -190,99 +179,133 @@ def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, s
             )
 
 
-# -- text and label ---------------------------------------------------------------------------------------------------
+# -- text and label ----------------------------------------------------------------------------------------------------
 
 
 def examine(
     source: Source, text: Sequence[str], label: Sequence[str], tick: Callable[[int], None] | None = None
 ) -> Examined:
-    """Read the part and say what text and label are.
+    """Read a split.
 
     Args:
         text: one column, or two for pairs.
         label: one column, or several of 0 and 1.
         tick: called with the number of rows now and then.
     """
-    pieces: list[int] = []
-    labels: Counter[str] = Counter()
-    seen: set[bytes] = set()
-    empty: list[int] = []
-    missing: list[int] = []
-    sample: list[str] = []
-    num_empty = num_missing = duplicates = characters = letters = foreign = separated = 0
-    numeric = whole = True
-    listed = False
+    texts, labels = _Texts(), _Labels(label)
     number = 0
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
-        parts = [_text(row.get(name)) for name in text]
-        joined = "\n".join(parts)
-        if not all(part.strip() for part in parts):
-            num_empty += 1
-            empty += [number] if len(empty) < 5 else []
-        pieces.append(sum(map(count_pieces, parts)))
-        characters += len(joined)
-        digest = hashlib.blake2b(joined.encode(errors="replace"), digest_size=8).digest()
-        duplicates += digest in seen
-        seen.add(digest)
-        if len(sample) < 2000 and number % 7 == 1:
-            sample.append(joined)
-            letters += sum(map(str.isalpha, joined))
-            foreign += sum(c.isalpha() and not c.isascii() for c in joined)
-        value = [row.get(name) for name in label] if len(label) > 1 else row.get(label[0])
-        if value is None or (isinstance(value, str) and not value.strip()) or (len(label) > 1 and None in value):
-            num_missing += 1
-            missing += [number] if len(missing) < 5 else []
-        elif isinstance(value, list):
-            listed = True
-            named = (
-                [n for n, v in zip(label, value, strict=True) if _number(v)] if len(label) > 1 else map(_label, value)
-            )
-            labels.update(named)
-            numeric = False
-        else:
-            as_number = _number(value)
-            numeric = numeric and as_number is not None
-            whole = whole and (as_number is None or as_number == int(as_number))
-            separated += isinstance(value, str) and any(s in value for s in _SEPARATORS[:2])
-            if len(labels) <= 10 * _MOST_CLASSES:
-                labels[_label(value)] += 1
+        texts.add(number, [_text(row.get(name)) for name in text])
+        labels.add(number, [row.get(name) for name in label])
         if tick is not None and number % 5000 == 0:
             tick(number)
     more = number == MOST_ROWS and next(rows, None) is not None
+    regression = labels.numeric and not labels.whole
+    separated = labels.separated > number * 0.02 and not labels.listed
     return Examined(
         rows=(source.total_rows or number) if more else number,
-        whole=not more,
-        pieces=tuple(sorted(pieces)),
-        characters=characters / max(1, number),
-        labels={} if numeric and not whole else dict(labels.most_common()),
-        empty=tuple(empty),
-        num_empty=num_empty,
-        missing=tuple(missing),
-        num_missing=num_missing,
-        duplicates=duplicates,
-        numeric=numeric and bool(labels),
-        whole_numbers=whole,
-        multiple=listed or len(label) > 1,
-        separator=_separator(labels) if separated > number * 0.02 and not listed else None,
-        foreign=foreign / letters if letters else 0.0,
-        digests=frozenset(seen),
-        sample=tuple(sample),
+        complete=not more,
+        words=tuple(sorted(texts.words)),
+        characters=texts.characters / max(1, number),
+        labels={} if regression else dict(labels.counts.most_common()),
+        empty=tuple(texts.empty.first),
+        num_empty=texts.empty.count,
+        missing=tuple(labels.missing.first),
+        num_missing=labels.missing.count,
+        duplicates=texts.duplicates,
+        numeric=labels.numeric and bool(labels.counts),
+        whole_numbers=labels.whole,
+        multiple=labels.listed or len(label) > 1,
+        separator=_separator(labels.counts) if separated else None,
+        non_ascii=texts.non_ascii / texts.letters if texts.letters else 0.0,
+        digests=frozenset(texts.digests),
+        sample=tuple(texts.sample),
     )
 
 
+class _Rows:
+    """Counts rows, and remembers the numbers of the first five."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[int] = []
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(number)
+
+
+class _Texts:
+    """Lengths, duplicates and a sample of the texts."""
+
+    def __init__(self) -> None:
+        self.words: list[int] = []
+        self.empty = _Rows()
+        self.digests: set[bytes] = set()
+        self.sample: list[str] = []
+        self.characters = self.duplicates = self.letters = self.non_ascii = 0
+
+    def add(self, number: int, parts: list[str]) -> None:
+        joined = "\n".join(parts)
+        if not all(part.strip() for part in parts):
+            self.empty.add(number)
+        self.words.append(sum(map(count_words, parts)))
+        self.characters += len(joined)
+        digest = hashlib.blake2b(joined.encode(errors="replace"), digest_size=8).digest()
+        self.duplicates += digest in self.digests
+        self.digests.add(digest)
+        if len(self.sample) < _SAMPLE and number % 7 == 1:
+            self.sample.append(joined)
+            self.letters += sum(map(str.isalpha, joined))
+            self.non_ascii += sum(c.isalpha() and not c.isascii() for c in joined)
+
+
+class _Labels:
+    """Rows by label, and what kind of labels they are."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.counts: Counter[str] = Counter()
+        self.missing = _Rows()
+        self.separated = 0
+        self.numeric = self.whole = True
+        self.listed = False
+
+    def add(self, number: int, values: list[Any]) -> None:
+        value = values[0]
+        if None in values or (len(values) == 1 and isinstance(value, str) and not value.strip()):
+            self.missing.add(number)
+        elif len(values) > 1:
+            self._add_list(name for name, v in zip(self.columns, values, strict=True) if _number(v))
+        elif isinstance(value, list):
+            self._add_list(map(_label, value))
+        else:
+            as_number = _number(value)
+            self.numeric = self.numeric and as_number is not None
+            self.whole = self.whole and (as_number is None or as_number == int(as_number))
+            self.separated += isinstance(value, str) and any(mark in value for mark in _SEPARATORS)
+            if len(self.counts) <= 10 * _MOST_CLASSES:
+                self.counts[_label(value)] += 1
+
+    def _add_list(self, labels: Iterator[str]) -> None:
+        self.listed, self.numeric = True, False
+        self.counts.update(labels)
+
+
 def _separator(labels: Mapping[str, int]) -> str | None:
-    """The mark that makes few names of many different labels."""
-    for mark in _SEPARATORS[:2]:
-        parts = {part.strip() for value in labels for part in value.split(mark)}
-        if any(mark in value for value in labels) and len(parts) < len(labels):
+    """The mark that splits many different labels into few names."""
+    for mark in _SEPARATORS:
+        names = {name.strip() for value in labels for name in value.split(mark)}
+        if any(mark in value for value in labels) and len(names) < len(labels):
             return mark
     return None
 
 
-def count_pieces(text: str) -> int:
-    """Words and marks: what a tokenizer takes at least one token for."""
-    return len(_PIECES.findall(text))
+def count_words(text: str) -> int:
+    """Words and punctuation marks: a tokenizer makes at least one token of each."""
+    return len(_WORDS.findall(text))
 
 
 def quantile(ascending: Sequence[int], q: float) -> int:
@@ -308,7 +331,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return float(value)
     try:
-        found = float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from afina.recipe.positions import SHIFTED_POSITIONS, longest_input
-from afina.start.init import find_model
+from afina.start.find_model import find_model
 
 
 def test_init_and_the_model_check_agree_for_every_family(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_init_and_the_model_check_agree_for_every_family(tmp_path: Path) -> None
     for family in sorted({*SHIFTED_POSITIONS, "bert", "distilbert", "modernbert"}):
         config = {"model_type": family, "max_position_embeddings": 130, "pad_token_id": 0 if family == "bert" else 3}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        proposed = find_model(str(tmp_path), [], len).positions
+        proposed = find_model(str(tmp_path), []).positions
         checked = max_positions(transformers.AutoConfig.from_pretrained(tmp_path))
         assert proposed == checked == (126 if family in SHIFTED_POSITIONS else 130), family
 

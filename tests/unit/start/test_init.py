@@ -21,8 +21,8 @@ from afina import cli
 from afina.api import plan_for
 from afina.recipe.schema import Recipe, load_recipe
 from afina.run.plan import Plan
-from afina.start import examine
-from afina.start.init import find_host
+from afina.start.examine import count_words
+from afina.start.find_machine import find_machine
 
 Init = Callable[..., dict[str, Any]]
 
@@ -44,11 +44,11 @@ def init(no_cluster: Path, scratch: Path, capsys: pytest.CaptureFixture[str], mo
     def run(folder: Path | str, *arguments: object) -> dict[str, Any]:
         capsys.readouterr()
         cli.main(["init", str(folder), *map(str, arguments), "--scratch", str(scratch), "--json"])
-        said: dict[str, Any] = json.loads(capsys.readouterr().out)
-        said["recipe"] = load_recipe(Path(folder) / "recipe.yaml")
-        said["text"] = (Path(folder) / "recipe.yaml").read_text()
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        answer["recipe"] = load_recipe(Path(folder) / "recipe.yaml")
+        answer["text"] = (Path(folder) / "recipe.yaml").read_text()
         monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
-        return said
+        return answer
 
     return run
 
@@ -82,16 +82,16 @@ def reviews(count: int = 150, seed: int = 3) -> list[dict[str, Any]]:
 
 def test_a_csv_becomes_a_recipe_that_is_prepared(init: Init, tmp_path: Path, model: Path) -> None:
     data = tiny.write_csv(tmp_path / "re views; 'mine'.csv", reviews())
-    said = init(tmp_path / "pro ject", "--data", data, "--model", model, "--label", "stars")
-    recipe: Recipe = said["recipe"]
+    answer = init(tmp_path / "pro ject", "--data", data, "--model", model, "--label", "stars")
+    recipe: Recipe = answer["recipe"]
     assert (recipe.data.text, recipe.data.label, recipe.data.id) == (("text",), ("stars",), "id")
-    assert said["rows"] == 150 and sum(said["labels"].values()) == 150 and said["warnings"] == []
+    assert answer["rows"] == 150 and sum(answer["labels"].values()) == 150 and answer["warnings"] == []
     assert recipe.metrics is not None and recipe.train.best_metric == recipe.metrics[0] == "accuracy"
     (done,) = prepared(plan_for(tmp_path / "pro ject/recipe.yaml"))
     assert (done["rows"], done["task"], len(done["labels"])) == ({"train": 120, "eval": 30}, "single-label", 5)
-    # The length was counted with the tokenizer: about one text in a hundred is cut, and the share is said.
+    # The length was counted with the tokenizer: about one text in a hundred is cut, and the share is answer.
     assert not [w for w in done["warnings"] if "were cut" in w]
-    assert f"{recipe.tokens.max_length}}}" in said["text"] and "by the model's tokenizer" in said["text"]
+    assert f"{recipe.tokens.max_length}}}" in answer["text"] and "by the model's tokenizer" in answer["text"]
 
 
 @pytest.mark.slow
@@ -101,9 +101,9 @@ def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, t
 
     def proposed(*arguments: object) -> dict[str, Any]:
         folder = tmp_path / str(len(plans))
-        said = init(folder, "--data", *arguments, "--model", model)
+        answer = init(folder, "--data", *arguments, "--model", model)
         plans.append(plan_for(folder / "recipe.yaml"))
-        return said
+        return answer
 
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -121,20 +121,20 @@ def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, t
     many = [
         {"text": r["text"], "tags": ["good"] * (r["stars"] > 3) + ["strong"] * (r["stars"] in (1, 5))} for r in rows
     ]
-    said = proposed(tiny.write_jsonl(tmp_path / "many.jsonl", many))
-    assert said["recipe"].data.label == ("tags",) and said["recipe"].train.best_metric == "f1"
+    answer = proposed(tiny.write_jsonl(tmp_path / "many.jsonl", many))
+    assert answer["recipe"].data.label == ("tags",) and answer["recipe"].train.best_metric == "f1"
 
     joined = [{"text": r["text"], "label": "|".join(m["tags"]) or "neither"} for r, m in zip(rows, many, strict=True)]
     assert proposed(tiny.write_csv(tmp_path / "joined.csv", joined))["recipe"].data.label_separator == "|"
 
     scored = [{"sentence": r["text"], "score": r["rating"]} for r in rows]
-    said = proposed(tiny.write_tsv(tmp_path / "scores.tsv", scored))
-    assert said["recipe"].train.best_metric == "mse" and "a regression" in said["text"]
+    answer = proposed(tiny.write_tsv(tmp_path / "scores.tsv", scored))
+    assert answer["recipe"].train.best_metric == "mse" and "a regression" in answer["text"]
 
     names = tiny.star_names()
     classes = [{"text": r["text"], "label": r["stars"] - 1} for r in rows]
-    said = proposed(tiny.write_parquet(tmp_path / "classes.parquet", classes, {"label": names}))
-    assert set(said["labels"]) == set(names), "labels by their names"
+    answer = proposed(tiny.write_parquet(tmp_path / "classes.parquet", classes, {"label": names}))
+    assert set(answer["labels"]) == set(names), "labels by their names"
 
     found = prepared(*plans)
     assert found[0]["rows"] == {"train": 120, "eval": 40, "test": 40}
@@ -153,11 +153,11 @@ def test_every_path_and_name_survives(init: Init, tmp_path: Path, nasty: str, mo
         writer = csv.writer(file)
         writer.writerow([column, "label: x"])
         writer.writerows((r["text"], r["stars"]) for r in reviews(30))
-    said = init(
+    answer = init(
         folder, "--data", data, "--text", column, "--label", "label: x", "--model", model, "--name", "a: 'b' #c"
     )
     assert plan_for(folder / "recipe.yaml").files == {"all": (data,)}
-    assert said["recipe"].data.text == (column,) and said["recipe"].name == "a: 'b' #c"
+    assert answer["recipe"].data.text == (column,) and answer["recipe"].name == "a: 'b' #c"
     assert Path("pwned").exists() is False
 
 
@@ -165,13 +165,13 @@ def test_what_prefetch_would_refuse_is_said_with_its_rows(init: Init, tmp_path: 
     rows = reviews(40)
     rows[4]["text"], rows[6]["text"], rows[9]["stars"] = "", "  ", ""
     rows[11]["text"] = rows[10]["text"]
-    said = init(
+    answer = init(
         tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows), "--label", "stars", "--model", model
     )
-    assert len(said["warnings"]) == 2
-    assert "2 rows have an empty text (rows 5, 7)" in said["warnings"][0]
-    assert "1 row has no label (row 10)" in said["warnings"][1]
-    assert "1 text is there more than once" in said["text"]
+    assert len(answer["warnings"]) == 2
+    assert "2 rows have an empty text (rows 5, 7)" in answer["warnings"][0]
+    assert "1 row has no label (row 10)" in answer["warnings"][1]
+    assert "1 text occurs more than once" in answer["text"]
 
 
 def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_path: Path) -> None:
@@ -184,12 +184,12 @@ def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_pa
     data.mkdir()
     tiny.write_csv(data / "train.csv", rows)
     tiny.write_csv(data / "dev.csv", rows[:20])
-    said = init(tmp_path / "p", "--data", data)
-    recipe: Recipe = said["recipe"]
+    answer = init(tmp_path / "p", "--data", data)
+    recipe: Recipe = answer["recipe"]
     assert recipe.metrics is not None and (recipe.metrics[0], recipe.train.best_metric) == ("f1", "f1")
-    assert "9.0 times the rows of the smallest" in said["text"]
-    assert recipe.tokens.max_length == 512 and "of the texts will be cut at 512" in said["text"]
-    assert any("20 texts of the other parts are in train too" in w for w in said["warnings"])
+    assert "9.0 times the rows of the smallest" in answer["text"]
+    assert recipe.tokens.max_length == 512 and "of the texts will be cut at 512" in answer["text"]
+    assert any("20 texts of the other splits are in train too" in w for w in answer["warnings"])
     assert recipe.model == "google-bert/bert-base-cased" and recipe.train.epochs == 5
 
 
@@ -197,7 +197,7 @@ def test_a_text_that_is_not_in_english_gets_a_model_that_reads_it(init: Init, tm
     rows = [{"text": f"Очень хорошая книга номер {n}", "label": n % 2} for n in range(40)]
     assert init(tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows))["recipe"].model == "FacebookAI/xlm-roberta-base"  # fmt: skip
     # A language without spaces has a token for each character.
-    assert examine.count_pieces("这本书非常好。") == 7 and examine.count_pieces("It's good.") == 5
+    assert count_words("这本书非常好。") == 7 and count_words("It's good.") == 5
 
 
 @pytest.mark.slow
@@ -217,10 +217,10 @@ def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
         hub.add_dataset("me/reviews", files)
         for name, value in hub.env(scratch / "cache/huggingface").items():
             monkeypatch.setenv(name, value)
-        said = init(tmp_path / "p", "--data", "me/reviews", "--model", model)
-        recipe: Recipe = said["recipe"]
+        answer = init(tmp_path / "p", "--data", "me/reviews", "--model", model)
+        recipe: Recipe = answer["recipe"]
         assert (recipe.name, recipe.data.hub, recipe.data.label) == ("reviews", "me/reviews", ("stars",))
-        assert said["rows"] == 40 and set(said["labels"]) == set(tiny.star_names())
+        assert answer["rows"] == 40 and set(answer["labels"]) == set(tiny.star_names())
         assert recipe.data.eval.split == "validation"
         hub.clear()
         (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
@@ -233,18 +233,18 @@ def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
 def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
     data = tiny.write_csv(tmp_path / "r.csv", reviews(30))
     folder = tmp_path / "p"
-    said = init(folder, "--data", data, "--label", "stars")
-    assert [Path(w).name for w in said["written"]] == ["site.env", "recipe.yaml"]
+    answer = init(folder, "--data", data, "--label", "stars")
+    assert [Path(w).name for w in answer["written"]] == ["site.env", "recipe.yaml"]
     before = tree(folder)
     done = afina("init", folder, "--data", data, "--yes")
-    assert done.returncode == 2 and f"{folder}/recipe.yaml is there already, and is not overwritten" in done.stderr
+    assert done.returncode == 2 and f"{folder}/recipe.yaml exists already, and is not overwritten" in done.stderr
     done = afina("init", folder, "--site-only", "--yes")
-    assert done.returncode == 2 and "slurm/site.env is there already" in done.stderr
+    assert done.returncode == 2 and "slurm/site.env exists already" in done.stderr
     assert tree(folder) == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "remedy"),
+    ("arguments", "answer", "remedy"),
     [
         (["--data", "revews.csv"], "--data revews.csv: no such file or folder", "did you mean `reviews.csv`?"),
         (
@@ -260,13 +260,13 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),
         (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
         (["--data", "reviews.csv", "--label", "text", "--text", "text"], "none of them a label", "once"),
-        (["--data", "numbers.csv"], "nothing to guess from: Text column", "say it with --text"),
+        (["--data", "numbers.csv"], "no default: Text column", "give it with --text"),
         (["--data", "reviews.csv", "--config", "x"], "belongs to a Hub data set", "leave it out"),
-        ([], "nothing to guess from: Data", "say it with --data"),
+        ([], "no default: Data", "give it with --data"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_no_recipe(
-    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, arguments: list[str], said: str, remedy: str
+    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, arguments: list[str], answer: str, remedy: str
 ) -> None:
     here = tmp_path / "files" if arguments else tmp_path / "none"
     here.mkdir()
@@ -280,12 +280,12 @@ def test_bad_input_is_refused_and_leaves_no_recipe(
             (here / name).write_bytes(raw)
     done = afina("init", "new", *arguments, "--yes", cwd=here)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
-    assert said in done.stderr and remedy in done.stderr
+    assert answer in done.stderr and remedy in done.stderr
     assert not (here / "new/recipe.yaml").exists()
 
 
-def test_answers_are_asked_for_with_a_guess(tmp_path: Path, no_cluster: Path, scratch: Path) -> None:
-    """Enter takes the guess; a columns' table is shown first; an end of input is no answer."""
+def test_questions_have_defaults(tmp_path: Path, no_cluster: Path, scratch: Path) -> None:
+    """Enter takes the default; a table of the columns comes first; an end of input is no answer."""
     tiny.write_csv(tmp_path / "reviews.csv", reviews(40))
     argv = [sys.executable, "-m", "afina.cli", "init"]
     env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
@@ -294,13 +294,13 @@ def test_answers_are_asked_for_with_a_guess(tmp_path: Path, no_cluster: Path, sc
     )
     assert done.returncode == 0, done.stderr
     assert "Data: a file, a folder, or the id of a Hub data set [reviews.csv]:" in done.stderr
-    assert "Text column [text]:" in done.stderr and "different in 40 rows" in done.stderr
+    assert "Text column [text]:" in done.stderr and "distinct in 40 rows" in done.stderr
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.name, recipe.data.label, recipe.data.text) == ("my run", ("rating",), ("text",))
     (tmp_path / "recipe.yaml").unlink()
     done = subprocess.run(argv, input="\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "nobody answers: Text column" in done.stderr, done.stderr
-    assert "--text, or take all guesses with --yes" in done.stderr and not (tmp_path / "recipe.yaml").exists()
+    assert done.returncode == 2 and "no answer: Text column" in done.stderr, done.stderr
+    assert "--text, or take all defaults with --yes" in done.stderr and not (tmp_path / "recipe.yaml").exists()
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_the_site_says_what_the_cluster_says(afina: Callable[..., Ran], no_clust
     assert shown == [f"{tmp_path}/big scratch/afina", str(image), "long", "physics"]
     assert (tmp_path / "big scratch/afina").is_dir()
     text = site.read_text()
-    assert "cpu*: up to 2 days; 10 × 48 cores, 185 GB" in text and "long: up to 7 days; 4 × 64 cores, 500 GB, 4 GPUs a100" in text  # fmt: skip
+    assert "cpu*: up to 2 days; 10 × 48 cores, 185 GB" in text and "long: up to 7 days; 4 × 64 cores, 500 GB, 4 GPUs (a100)" in text  # fmt: skip
     assert "Your accounts (sacctmgr): physics, maths" in text and "QOS that they allow: normal, long" in text
     resources = load_recipe(tmp_path / "p/recipe.yaml").resources
     assert (resources.gpus_per_node, resources.cpus_per_gpu) == (1, 8)
@@ -349,6 +349,6 @@ def test_a_module_is_loaded_where_apptainer_is_one(tmp_path: Path, monkeypatch: 
     listed = "/apps/modules:\\napptainer/1.2.5\\napptainer/1.3.4(default)\\nsingularity/3.8\\n"
     (home / ".bash_profile").write_text(f"module() {{ printf '{listed}' >&2; }}\nPATH='{folder}'\n")
     monkeypatch.setenv("PATH", str(folder))
-    host = find_host(tmp_path, {**os.environ, "AFINA_IMAGE": "/nowhere/afina.sif"}, scratch=str(tmp_path))
-    assert (host.module, host.runtime) == ("apptainer/1.3.4", "apptainer")
-    assert host.image == "/nowhere/afina.sif" and "not there yet" in host.image_why
+    machine = find_machine(tmp_path, {**os.environ, "AFINA_IMAGE": "/nowhere/afina.sif"}, scratch=str(tmp_path))
+    assert (machine.module, machine.runtime) == ("apptainer/1.3.4", "apptainer")
+    assert machine.image == "/nowhere/afina.sif" and "does not exist yet" in machine.image_why
