@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
-from afina.worker.data.readers import as_text, is_blank, open_reader
+from afina.worker.data.readers import open_reader
+from afina.worker.data.row_batches import as_text, is_blank
 
 __all__ = ["DataSource", "DataTable", "Examples", "TextDigests", "as_text", "list_places", "read_files"]
 

@@ -26,7 +26,7 @@ from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
 from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.prepared import Split
-from afina.worker.data.readers import is_blank
+from afina.worker.data.row_batches import is_blank
 from afina.worker.inference.export_info import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.pretrained import check_files, max_positions

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError
-from afina.worker.data.readers import FileReader, RowBatch, open_reader
+from afina.worker.data.readers import open_reader
+from afina.worker.data.row_batches import FileReader, RowBatch
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "examine", "read_chunks"]
 

@@ -1,0 +1,139 @@
+"""The reader of Parquet files; see `afina.worker.data.readers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from afina.errors import DataError
+from afina.recipe.formats import class_names, not_a_text, number_text, readable_parquet
+from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, RowBatch, as_text, choose_columns
+
+__all__ = ["ParquetReader"]
+
+Array = np.ndarray[Any, Any]
+
+_BLOCK_BYTES = 1 << 20
+
+
+class ParquetReader:
+    unit = "row"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with readable_parquet(path):
+            self._classes = class_names(pq.read_schema(path).metadata or {})
+
+    def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(self._classes[name]) for name in names if name in self._classes}
+
+    def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
+        done = 0
+        # Not memory-mapped, one column chunk after the other: pages that were read do not stay in this process's memory.
+        with readable_parquet(self.path), pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            names = choose_columns(self.path, schema.names, wanted, others)
+            size = _batch_size(file.metadata, names)
+            for batch in file.iter_batches(size, columns=names, use_threads=False):
+                yield self._batch(names, batch, done)
+                done += len(batch)
+            if not done:
+                yield self._batch(names, schema.empty_table().combine_chunks(), 0)
+
+    def _batch(self, names: Sequence[str], batch: Any, done: int) -> RowBatch:
+        values = {}
+        for name in names:
+            column = batch.column(name)
+            if isinstance(column, pa.ChunkedArray):
+                column = column.combine_chunks()
+            _check_utf8(self.path, name, column, done)
+            values[name] = column
+        return RowBatch(values, np.arange(done + 1, done + len(batch) + 1))
+
+    def values(self, name: str, batch: RowBatch) -> pa.Array:
+        return _plain(self.path, name, batch.values[name], self._classes.get(name))
+
+    def column(self, name: str, values: Sequence[Any], row: Array) -> pa.Array:
+        return pa.concat_arrays(values)
+
+    def texts(self, name: str, batch: RowBatch) -> pa.Array:
+        column = self.values(name, batch)
+        if pa.types.is_list(column.type):
+            raise not_a_text(self.path, self.unit, batch.row[0] if len(batch.row) else 1, name, "lists")
+        if pa.types.is_floating(column.type):
+            # Not `as_text`, where 1.0 beside 0.5 is not "1": each text depends on its own value only.
+            return pa.array([None if v is None else number_text(v) for v in column.to_pylist()], pa.large_string())
+        return as_text(column) if pa.types.is_boolean(column.type) else column.cast(pa.large_string())
+
+    def typed(self, name: str, batch: RowBatch, dtype: pa.DataType | None = None) -> pa.Array:
+        column = batch.values[name]
+        return column if dtype is None or column.type == dtype else column.cast(dtype)
+
+
+def _batch_size(metadata: Any, names: Sequence[str]) -> int:
+    """Rows of a batch, by their mean size in the row group with the largest rows."""
+    most = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
+        most = max(most, size // max(1, group.num_rows))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // most))
+
+
+def _check_utf8(path: Path, name: str, column: pa.Array, done: int) -> None:
+    """Arrow takes a writer's word for its strings; a row number is given where the column itself holds strings."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        kind = column.type
+        strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+        place = f", row {done + _undecodable_value(column) + 1}" if strings else ""
+        raise DataError(
+            f"{path}{place}: column `{name}` holds bytes that are not UTF-8", "write the file again"
+        ) from None
+
+
+def _undecodable_value(column: pa.Array) -> int:
+    for index, value in enumerate(column.cast(pa.large_binary())):
+        try:
+            (value.as_py() or b"").decode()
+        except UnicodeDecodeError:
+            return index
+    return 0
+
+
+def _plain(path: Path, name: str, column: pa.Array, classes: list[str] | None) -> pa.Array:
+    """A column in one of the types that `FileReader.column` names."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _plain(path, name, pc.list_flatten(column), classes)
+        lengths = pc.list_value_length(column)
+        offsets = np.concatenate([[0], np.cumsum(pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False))])
+        marks = pa.array(offsets, pa.int32(), mask=np.append(pc.is_null(column).to_numpy(zero_copy_only=False), False))
+        return pa.ListArray.from_arrays(marks, as_text(inner))
+    if pa.types.is_dictionary(kind):
+        return _plain(path, name, column.dictionary_decode(), classes)
+    if pa.types.is_integer(kind) and classes is not None:
+        # -1 is how datasets writes a missing label.
+        ids = pc.if_else(pc.and_(pc.greater_equal(column, 0), pc.less(column, len(classes))), column, None)
+        return pa.array(classes, pa.large_string()).take(ids)
+    if pa.types.is_boolean(kind):
+        return column
+    if pa.types.is_uint64(kind):  # may be too large for int64: a hash
+        return column.cast(pa.large_string())
+    if pa.types.is_integer(kind):
+        return column.cast(pa.int64())
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return column.cast(pa.float64())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or kind == pa.string_view():
+        return column.cast(pa.large_string())
+    raise DataError(
+        f"{path}: column `{name}` is of type {kind}", "text, number, true/false or a list of texts can be read"
+    )
