@@ -72,7 +72,8 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
     """
     from afina.errors import EXIT_ENVIRONMENT, InputError
     from afina.site import image as images
-    from afina.site.settings import image_key, in_container
+    from afina.site.settings import in_container
+    from afina.site.variables import image_key
 
     if in_container():
         raise InputError("an image cannot be checked from inside it", "run this on the host")

@@ -11,8 +11,7 @@ import pytest
 from tests.unit.conftest import NASTY, ROOT, private_mounts, program, sif_bytes
 
 from afina.errors import SiteError
-from afina.site import settings as module
-from afina.site.settings import Site, cache_environment, find_site_file, load_site
+from afina.site.settings import CACHE_VARIABLES, Site, cache_environment, find_site_file, load_site
 
 
 def written(folder: Path, text: str, name: str = "site.env") -> Path:
@@ -232,7 +231,7 @@ def test_scratch_that_is_read_only(scratch: Path) -> None:
 def test_scratch_that_is_full(scratch: Path, options: str, fill: str) -> None:
     done = private_mounts(f'mount -t tmpfs -o {options} tmpfs "$1"; {fill}; export AFINA_SCRATCH="$1"; {LOAD}', scratch)
     assert done.returncode == 3 and "is full: " in done.stdout and "MB and" in done.stdout, done
-    assert "remedy: remove what is not needed" in done.stdout
+    assert "remedy: remove old runs and caches" in done.stdout
 
 
 def test_scratch_without_inodes(scratch: Path) -> None:
@@ -351,7 +350,7 @@ def test_inside_a_container_there_is_no_further_one(tmp_path: Path, scratch: Pat
 
 def test_caches_go_to_scratch_unless_they_were_placed(site: Site) -> None:
     moved = cache_environment(site, {})
-    assert set(moved) == set(module.CACHE_VARIABLES)
+    assert set(moved) == set(CACHE_VARIABLES)
     assert all(Path(v).is_relative_to(site.scratch / "cache") for v in moved.values())
     assert cache_environment(site, {"HF_HOME": "/group/hf"})["HF_HOME"] == "/group/hf"
     assert not site.cache.exists()
@@ -410,7 +409,7 @@ def test_variants_that_are_refused(scratch: Path, name: str, value: str, what: s
 def test_the_sites_that_are_only_read_about_load_and_say_so(name: str, tmp_path: Path, sif: Path) -> None:
     file = ROOT / f"slurm/sites/{name}.env"
     text = file.read_text()
-    assert "Not run by us" in text and "https://github.com/" in text and "read 20" in text
+    assert "Untested: " in text and "https://github.com/" in text and "read 20" in text
     asked = {"AFINA_SCRATCH": tmp_path, "AFINA_IMAGE": sif, "USER": "someone"}
     site = load_site(file, env(**asked))
     assert site.gpu_request.startswith("gres") and site.setup == ()
