@@ -213,11 +213,11 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
     """
     from afina.errors import InputError
     from afina.run.directory import RunDir
-    from afina.watch.logs import Choice, follow, log_lines
+    from afina.watch.logs import LogSelection, follow, log_lines
 
     if rank is not None and node is not None:
         raise InputError("--rank and --node: give one of them", "a rank's node follows from its number")
-    choice = Choice(attempt, node, rank)
+    choice = LogSelection(attempt, node, rank)
     directory = RunDir(_one(run))
     try:
         for line in follow(directory, choice, last) if following else log_lines(directory, choice, last):

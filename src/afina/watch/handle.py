@@ -1,4 +1,4 @@
-"""Handles on runs: what a run directory and Slurm's queue say of them, for Python and notebooks.
+"""Handles on runs for Python and notebooks: state, metrics, logs, result.
 
 afina.runs().table()
 afina.submit("recipe.yaml").result().metrics
@@ -22,7 +22,7 @@ from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.watch.cancel import Cancelled, cancel_runs
 from afina.watch.find import find_runs, known_runs, resolve_folder
-from afina.watch.logs import Choice, log_lines
+from afina.watch.logs import LogSelection, log_lines
 from afina.watch.overview import RunSummary, State, summarise, summary_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = ["Run", "Runs", "run_named", "runs"]
 
 
 class Run:
-    """A handle on a run directory, or on the run of that short name; all it knows it reads there and, for what is queued, from squeue."""
+    """A run, by its directory or its short name. It keeps no state: everything is read from the run directory and from squeue."""
 
     def __init__(self, path: str | Path) -> None:
         place = resolve_folder(path)
@@ -66,13 +66,13 @@ class Run:
 
     @property
     def summary(self) -> RunSummary:
-        """State, step, loss, best metric, speed, time left and why it waits, at this moment; asks Slurm if need be."""
+        """State, step, loss, best metric, speed, time left and why it waits; queries Slurm if necessary."""
         return summary_of(self.path)
 
     def wait(self, timeout_s: float | None = None) -> State:
         """Block until the run is neither queued nor running; returns its state.
 
-        Works without accounting: the truth is the run directory, and squeue for whether the job is still there.
+        Works without accounting: it reads the run directory, and asks squeue whether the job still exists.
 
         Raises:
             TimeoutError: after `timeout_s` seconds.
@@ -143,7 +143,7 @@ class Run:
         Raises:
             InputError: no such attempt, node or rank; or nothing was logged yet.
         """
-        return "".join(log_lines(self.dir, Choice(attempt, node, rank), last))
+        return "".join(log_lines(self.dir, LogSelection(attempt, node, rank), last))
 
     def cancel(self) -> Cancelled:
         """Cancel its jobs, or ask it to stop where it trains outside of Slurm; returns what was done.
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def estimate(self) -> dict[str, Any] | None:
-        """What was foreseen when the run was submitted, `estimate.json`; None where nothing was."""
+        """The forecast at submission, `estimate.json`; None if there was none."""
         return read_json(self.path / "estimate.json") or None
 
     def _repr_html_(self) -> str:
@@ -166,7 +166,7 @@ class Runs(list[Run]):
     """Several runs; a notebook shows them as a table."""
 
     def summaries(self) -> list[RunSummary]:
-        """The summary of each, with one question to Slurm for all."""
+        """The summary of each, with one query of Slurm for all."""
         return summarise([run.path for run in self])
 
     def table(self) -> pandas.DataFrame:
@@ -193,7 +193,7 @@ def runs(path: str | Path | None = None) -> Runs:
 
 
 def run_named(recipe: str | Path | Recipe) -> Run | None:
-    """The run that `recipe` names, by its folder or its short name; None where it is a recipe, or nothing at all."""
+    """The run with this directory or short name; None for a recipe, and where there is no such run."""
     if isinstance(recipe, Recipe) or (Path(recipe).exists() and not is_run_dir(recipe)):
         return None
     with contextlib.suppress(InputError):
@@ -216,7 +216,7 @@ _SHOWN = ("state", "step", "max_steps", "epoch", "loss", "best_value", "tokens_p
 
 
 def _html(summaries: Sequence[RunSummary]) -> str:
-    """A table without style or script of its own."""
+    """A table without styles or scripts."""
     heads = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in _SHOWN)
     rows = "".join(
         f'<tr><th scope="row" title="{escape(str(s.run))}">{escape(s.run.name)}</th>'

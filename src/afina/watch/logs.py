@@ -1,7 +1,7 @@
-"""The log of a run's attempt: `attempts/<id>/node<k>.log`, whole, its end, or as it grows, from attempt to attempt.
+"""Logs of a run, `attempts/<id>/node<k>.log`: all, the end, or followed from attempt to attempt.
 
-All processes of a node write into one file. A line of a rank other than 0 begins with `[rank K] `; what a library writes past
-Python has no such mark, and is shown with rank 0. Before the first attempt there is only Slurm's log of the job.
+All processes of a node write into one file. A line of a rank other than 0 begins with `[rank K] `; output that bypasses Python has
+no such prefix, and counts as rank 0. Before the first attempt there is only Slurm's log of the job.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from afina.errors import InputError, nearest
 from afina.run.directory import RunDir
 from afina.watch.overview import summary_of
 
-__all__ = ["Choice", "follow", "log_lines"]
+__all__ = ["LogSelection", "follow", "log_lines"]
 
-_MARK = re.compile(rb"\[rank ([0-9]+)\] ")
-#: Seconds between two looks at a file that does not grow, and between two questions to Slurm about it.
-_LOOK_S = 1.0
-_ASK_S = 15.0
+_PREFIX = re.compile(rb"\[rank ([0-9]+)\] ")
+#: Seconds between two reads of a file that does not grow, and between two queries of Slurm.
+_POLL_S = 1.0
+_QUERY_S = 15.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class LogSelection:
     """Which lines: an attempt (by default the newest), and a node or a rank (by default node 0)."""
 
     attempt: str | None = None
@@ -35,11 +35,11 @@ class Choice:
     rank: int | None = None
 
 
-def log_lines(run: RunDir, choice: Choice, last: int | None = None) -> Iterator[str]:
-    """The lines of an attempt's log, or its last ones; before the first attempt Slurm's own log of the job.
+def log_lines(run: RunDir, choice: LogSelection, last: int | None = None) -> Iterator[str]:
+    """The lines of an attempt's log, or the last ones; before the first attempt those of Slurm's log of the job.
 
     Raises:
-        InputError: no such attempt, node or rank; or nothing was ever logged.
+        InputError: no such attempt, node or rank; or there is no log yet.
     """
     names = run.attempt_names()
     if not names and choice.attempt is None:
@@ -63,14 +63,14 @@ def log_lines(run: RunDir, choice: Choice, last: int | None = None) -> Iterator[
 
 
 def follow(
-    run: RunDir, choice: Choice, last: int | None = None, *, pause: Callable[[float], None] = time.sleep
+    run: RunDir, choice: LogSelection, last: int | None = None, *, pause: Callable[[float], None] = time.sleep
 ) -> Iterator[str]:
-    """As `log_lines`, then what is added, through later attempts too, until the run has ended.
+    """As `log_lines`, then new lines, through later attempts, until the run has ended.
 
-    With an attempt named, only that one's log. The end is seen in the run directory and, at most every 15 seconds, asked of Slurm.
+    With an attempt named, only its log. The end is read from the run directory; Slurm is queried at most every 15 seconds.
 
     Raises:
-        InputError: as `log_lines`; that nothing was logged yet is none.
+        InputError: no such attempt, node or rank.
     """
     current = _first_attempt(run, choice, pause)
     if current is None:
@@ -81,7 +81,7 @@ def follow(
     path, rank = _place(run, current, choice)
     position, torn = 0, b""
     while True:
-        over = end.reached()  # before the last look: what was written until then is shown
+        over = end.reached()  # before the last read: all lines written until then are shown
         grown, position = _grown(path, position)
         if grown:
             lines = (torn + grown).splitlines(keepends=True)
@@ -99,42 +99,42 @@ def follow(
                 if outcome and outcome.attempt == current
                 else "without an outcome"
             )
-            yield f"afina: attempt {current} has ended ({how}); attempt {following} goes on\n"
+            yield f"afina: attempt {current} has ended ({how}); attempt {following} continues\n"
             current, position = following, 0
             path, rank = _place(run, current, choice)
         elif not grown and (following or over):
             break
         elif not grown:
-            pause(_LOOK_S)
+            pause(_POLL_S)
     yield f"afina: {end.state}\n"
 
 
 class _End:
-    """Whether the run has ended: looked up when an outcome appears, and now and then."""
+    """Whether the run has ended; checked when an outcome appears, and now and then."""
 
     def __init__(self, run: RunDir) -> None:
         self.run, self.state = run, "UNKNOWN"
-        self._seen: int | None = None
-        self._asked = float("-inf")
+        self._written: int | None = None
+        self._queried = float("-inf")
 
     def reached(self) -> bool:
         try:
             written: int | None = self.run.outcome_file.stat().st_mtime_ns
         except OSError:
             written = None
-        if written != self._seen or time.monotonic() - self._asked > _ASK_S:
-            self._seen, self._asked = written, time.monotonic()
+        if written != self._written or time.monotonic() - self._queried > _QUERY_S:
+            self._written, self._queried = written, time.monotonic()
             self.state = summary_of(self.run.path).state
         return self.state in ("FINISHED", "STOPPED", "FAILED", "PLANNED")
 
 
-def _first_attempt(run: RunDir, choice: Choice, pause: Callable[[float], None]) -> str | None:
-    """The attempt to begin with; waits for the first one; None if the run ends before."""
+def _first_attempt(run: RunDir, choice: LogSelection, pause: Callable[[float], None]) -> str | None:
+    """The attempt to start with: the named one, or the newest; waits for the first; None if the run ends before it."""
     end = _End(run)
     while not (names := run.attempt_names()):
         if choice.attempt is not None or end.reached():
             return _attempt(names, choice.attempt) if choice.attempt else None
-        pause(_LOOK_S)
+        pause(_POLL_S)
     return _attempt(names, choice.attempt)
 
 
@@ -155,8 +155,8 @@ def _after(run: RunDir, attempt: str) -> str | None:
     return later[0] if later else None
 
 
-def _place(run: RunDir, attempt: str, choice: Choice) -> tuple[Path, int | None]:
-    """The file, and the rank whose lines are wanted of it."""
+def _place(run: RunDir, attempt: str, choice: LogSelection) -> tuple[Path, int | None]:
+    """The log file, and the rank to select from it."""
     folder = run.attempts / attempt
     nodes, per_node = _layout(run, folder)
     if choice.rank is not None and not 0 <= choice.rank < nodes * per_node:
@@ -173,7 +173,7 @@ def _place(run: RunDir, attempt: str, choice: Choice) -> tuple[Path, int | None]
 
 
 def _layout(run: RunDir, folder: Path) -> tuple[int, int]:
-    """Nodes and processes per node of an attempt; those of the plan where it has not said yet."""
+    """Nodes and processes per node of an attempt; as planned while it has not recorded them."""
     for file in (folder / "env.json", run.plan_file):
         try:
             geometry = json.loads(file.read_bytes())["geometry"]
@@ -199,8 +199,8 @@ def _grown(path: Path, position: int) -> tuple[bytes, int]:
 
 
 def _chosen(lines: Iterator[bytes] | list[bytes], rank: int | None, last: int | None) -> Iterator[str]:
-    """The lines of a rank, without its mark; of all, where none is asked for."""
-    kept: Iterator[bytes] = (found for line in lines if (found := _of_rank(line, rank)) is not None)
+    """The lines of a rank without its prefix, or all lines."""
+    kept: Iterator[bytes] = (text for line in lines if (text := _of_rank(line, rank)) is not None)
     for line in kept if last is None else deque(kept, maxlen=last):
         yield line.decode(errors="replace")
 
@@ -208,7 +208,7 @@ def _chosen(lines: Iterator[bytes] | list[bytes], rank: int | None, last: int | 
 def _of_rank(line: bytes, rank: int | None) -> bytes | None:
     if rank is None:
         return line
-    mark = _MARK.match(line)
-    if mark is None:
+    prefix = _PREFIX.match(line)
+    if prefix is None:
         return line if rank == 0 else None
-    return line[mark.end() :] if int(mark[1]) == rank else None
+    return line[prefix.end() :] if int(prefix[1]) == rank else None

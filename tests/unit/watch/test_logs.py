@@ -20,7 +20,7 @@ from tests.unit.conftest import Ran, program
 from afina.errors import InputError
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
-from afina.watch.logs import Choice, follow, log_lines
+from afina.watch.logs import LogSelection, follow, log_lines
 from afina.worker.training.log import mark_lines
 
 
@@ -52,18 +52,18 @@ NODE_1 = "[rank 2] hello\n[rank 3] hallo\nNCCL WARN\n"
 @pytest.mark.parametrize(
     ("choice", "last", "said"),
     [
-        (Choice(), None, NODE_0),
-        (Choice(), 1, "epoch 2\n"),
-        (Choice(), 0, ""),
-        (Choice(rank=0), None, "epoch 1\nepoch 2\n"),
-        (Choice(rank=1), None, "error: rank 1: no\n  trace\n"),
-        (Choice(rank=1), 1, "  trace\n"),
-        (Choice(rank=3), None, "hallo\n"),
-        (Choice(node=1), None, NODE_1),
-        (Choice(attempt="7.0"), None, "the first\n"),
+        (LogSelection(), None, NODE_0),
+        (LogSelection(), 1, "epoch 2\n"),
+        (LogSelection(), 0, ""),
+        (LogSelection(rank=0), None, "epoch 1\nepoch 2\n"),
+        (LogSelection(rank=1), None, "error: rank 1: no\n  trace\n"),
+        (LogSelection(rank=1), 1, "  trace\n"),
+        (LogSelection(rank=3), None, "hallo\n"),
+        (LogSelection(node=1), None, NODE_1),
+        (LogSelection(attempt="7.0"), None, "the first\n"),
     ],
 )
-def test_which_lines(run: RunDir, choice: Choice, last: int | None, said: str) -> None:
+def test_which_lines(run: RunDir, choice: LogSelection, last: int | None, said: str) -> None:
     begin(run, "7.0", "the first\n", "")
     begin(run, "7.1", NODE_0, NODE_1)
     assert "".join(log_lines(run, choice, last)) == said
@@ -72,12 +72,12 @@ def test_which_lines(run: RunDir, choice: Choice, last: int | None, said: str) -
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        (Choice(attempt="7.2"), r"there is no attempt 7\.2; there are: 7\.0, 7\.1"),
-        (Choice(rank=4), r"there is no rank 4: attempt 7\.1 has 4 process"),
-        (Choice(node=2), r"there is no node 2: attempt 7\.1 has 2"),
+        (LogSelection(attempt="7.2"), r"there is no attempt 7\.2; there are: 7\.0, 7\.1"),
+        (LogSelection(rank=4), r"there is no rank 4: attempt 7\.1 has 4 process"),
+        (LogSelection(node=2), r"there is no node 2: attempt 7\.1 has 2"),
     ],
 )
-def test_what_is_not_there(run: RunDir, choice: Choice, message: str) -> None:
+def test_what_is_not_there(run: RunDir, choice: LogSelection, message: str) -> None:
     begin(run, "7.0", "")
     begin(run, "7.1", "")
     with pytest.raises(InputError, match=message):
@@ -87,7 +87,7 @@ def test_what_is_not_there(run: RunDir, choice: Choice, message: str) -> None:
 def test_the_geometry_is_that_of_the_attempt(run: RunDir) -> None:
     folder = begin(run, "7.0", "[rank 1] one\n[rank 2] two\n")
     (folder / "env.json").write_text(json.dumps({"geometry": {"nodes": 1, "processes_per_node": 3}}))
-    assert list(log_lines(run, Choice(rank=2))) == ["two\n"]
+    assert list(log_lines(run, LogSelection(rank=2))) == ["two\n"]
 
 
 def test_before_the_first_attempt_it_is_slurms_log(run: RunDir, afina: Callable[..., Ran]) -> None:
@@ -136,10 +136,10 @@ def test_following_goes_on_through_a_requeue_until_the_end(run: RunDir) -> None:
 
     writer = threading.Thread(target=live)
     writer.start()
-    said = list(follow(run, Choice(), 1, pause=lambda _: time.sleep(0.01)))
+    said = list(follow(run, LogSelection(), 1, pause=lambda _: time.sleep(0.01)))
     writer.join()
     assert "".join(said) == (
-        "before\nstep 1 ☃\nstep 2\nafina: attempt 7.0 has ended (stopped: signal); attempt 7.1 goes on\n"
+        "before\nstep 1 ☃\nstep 2\nafina: attempt 7.0 has ended (stopped: signal); attempt 7.1 continues\n"
         "[rank 1] from rank 1\nstep 3\nno line break\nafina: FINISHED\n"
     )
 
@@ -147,11 +147,11 @@ def test_following_goes_on_through_a_requeue_until_the_end(run: RunDir) -> None:
 def test_following_one_attempt_ends_with_it(run: RunDir) -> None:
     begin(run, "7.0", "one\n")
     begin(run, "7.1", "two\n")
-    said = list(follow(run, Choice(attempt="7.0"), pause=lambda _: pytest.fail("there is nothing to wait for")))
+    said = list(follow(run, LogSelection(attempt="7.0"), pause=lambda _: pytest.fail("there is nothing to wait for")))
     assert said[0] == "one\n" and "two\n" not in said
 
 
-def test_ctrl_c_ends_it_without_a_word(run: RunDir) -> None:
+def test_ctrl_c_ends_it_without_a_message(run: RunDir) -> None:
     begin(run, "7.0", "one\n")
     run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
     argv = [sys.executable, "-W", "error", "-m", "afina.cli", "logs", "r", "-f"]
@@ -172,7 +172,7 @@ def test_waiting_for_the_first_attempt(run: RunDir, tmp_path: Path) -> None:
             begin(run, "7.0", "begun\n")
             run.record(Outcome(outcome="finished", exit_code=0, attempt="7.0"))
 
-    assert list(follow(run, Choice(), pause=pause)) == ["begun\n", "afina: FINISHED\n"]
+    assert list(follow(run, LogSelection(), pause=pause)) == ["begun\n", "afina: FINISHED\n"]
 
 
 def test_ranks_mark_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
