@@ -1,4 +1,4 @@
-"""The Python API: recipe in, run out. Composes recipe, site, plan, run directory, launch and Slurm.
+"""The Python API: recipe in, run out.
 
 afina.submit("recipe.yaml", nodes=2).result()
 afina.train("recipe.yaml", overrides=["train.epochs=1"])
@@ -6,28 +6,27 @@ afina.train("recipe.yaml", overrides=["train.epochs=1"])
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import AfinaError, InputError
-from afina.forecast.forecast import check_possible, write_forecast
+from afina.forecast.forecast import write_forecast
 from afina.recipe.schema import Recipe, load_recipe
-from afina.run.commands import job_scripts, node_argv, sbatch_argv, worker_argv, worker_environment
+from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts
+from afina.run.new_run import claim_run
 from afina.run.plan import Plan, check_cores, geometry_for, make_plan
-from afina.run.record import make_record
 from afina.run.supervise import ensure_outcome, run_node
-from afina.run.workers import ask_worker
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.image import check_image
-from afina.site.settings import environment, hub_token, load_site
+from afina.site.settings import environment, load_site
 from afina.slurm.client import need_slurm, version
+from afina.slurm.limits import check_possible
 from afina.slurm.submit import submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, run_named
@@ -41,7 +40,6 @@ __all__ = [
     "on_this_machine",
     "plan_for",
     "plan_to_submit",
-    "prepare",
     "resume",
     "submit",
     "submit_to_slurm",
@@ -58,59 +56,9 @@ def plan_for(recipe: str | Path | Recipe, request: JobRequest = JobRequest()) ->
     return make_plan(loaded, site, request, recipe_file=None if isinstance(recipe, Recipe) else recipe)
 
 
-def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
-    """Pin, load, check, tokenise and publish the data of a plan, in a worker process; returns what it prepared.
-
-    Raises:
-        AfinaError: as the worker said it.
-    """
-    here = {**os.environ, **environment(plan.site)}
-    env = {
-        **here,
-        **worker_environment(plan, offline=False, env=here),
-        **hub_token(here),
-        **({"AFINA_REFRESH": "1"} if refresh else {}),
-    }
-    return ask_worker(worker_argv(plan, "prepare"), env, plan.model_dump(mode="json"), name="the prepare stage")
-
-
-def claim(
-    plan: Plan,
-    path: str | Path | None = None,
-    *,
-    text: str | None = None,
-    prepared: Mapping[str, Any] | None = None,
-    record: Mapping[str, Any] | None = None,
-    scripts: Mapping[str, Path] | None = None,
-) -> RunDir:
-    """Prepare, then claim a run directory: bad data leaves nothing behind.
-
-    Args:
-        text: the recipe's text, where it is not what the plan's recipe file holds now.
-        prepared: what `prepare` said, where the caller has called it: the runs of a sweep share it.
-        record: likewise of `make_record`.
-        scripts: what the job runs; by default `job_scripts()`.
-    """
-    RunDir.check_free(path)
-    if prepared is None:
-        check_image(plan.site)
-        prepared = prepare(plan)
-    argv = node_argv(plan, _extra_binds(plan, path))
-    if text is None:
-        text = (
-            plan.recipe_file.read_text(encoding="utf-8")
-            if plan.recipe_file
-            else json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
-        )
-    record = record or make_record(plan, prepared, text, version())
-    return RunDir.claim(plan, prepared, argv, text, path, scripts=scripts or job_scripts(), record=record)
-
-
-def _extra_binds(plan: Plan, path: str | Path | None) -> list[Path]:
-    """A run directory outside scratch must be visible in the container; it does not exist yet, its parent does."""
-    if path is None or Path(path).absolute().is_relative_to(plan.site.scratch):
-        return []
-    return [Path(path).absolute().parent]
+def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:
+    """Prepare, then claim a run directory; see `claim_run`."""
+    return claim_run(plan, path, slurm=version(), text=text)
 
 
 def train(
@@ -265,7 +213,7 @@ def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bo
     """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing.
 
     Args:
-        claimed: `path` is a run that goes on.
+        claimed: `path` is a run that is resumed.
     """
     run = RunDir(path) if path else RunDir.next_free(plan)
     if not claimed:

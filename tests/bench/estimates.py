@@ -77,8 +77,9 @@ import json, sys
 from afina import api
 from afina.forecast.forecast import forecast
 from afina.run.job_request import JobRequest
+from afina.run.new_run import prepare
 plan = api.plan_for("recipe.yaml", JobRequest(overrides=sys.argv[1:]))
-print(json.dumps(forecast(plan, api.prepare(plan)).to_json()))
+print(json.dumps(forecast(plan, prepare(plan)).to_json()))
 """
 
 

@@ -143,7 +143,7 @@ def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json:
     print(f"afina: {made['out']} ({made['bytes'] / 1e6:,.1f} MB, {made['parameters']:,} parameters)")
     if made["onnx_difference"] is not None:
         print(f"  onnx/model.onnx: logits as PyTorch's, to {made['onnx_difference']:.1g}")
-    print("  the card is README.md: write what is marked with ✎ before you publish it")
+    print("  the card is README.md: fill in what is marked with ✎ before you publish it")
 
 
 def _to_standard_output(run_dir: str, asked: Any) -> None:
@@ -163,7 +163,7 @@ def _to_standard_output(run_dir: str, asked: Any) -> None:
 
 def _summary(summary: dict[str, Any]) -> str:
     if summary["state"] == "whole":
-        return f"afina: {summary['out']} is there already, of the same inputs, model and options"
+        return f"afina: {summary['out']} exists already, from the same inputs, model and options"
     lines = [
         f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
     ]

@@ -103,8 +103,9 @@ def prefetch(recipe: str, request: JobRequest, refresh: bool, as_json: bool) -> 
       afina prefetch slurm/recipes/yelp.yaml
     """
     from afina import api
+    from afina.run.new_run import prepare
 
-    prepared = api.prepare(api.plan_for(recipe, request), refresh=refresh)
+    prepared = prepare(api.plan_for(recipe, request), refresh=refresh)
     if as_json:
         print(json.dumps(prepared))
         return

@@ -1,4 +1,4 @@
-"""How runs look in a terminal: numbers in words, columns, one line a run, the page about one run."""
+"""Runs on a terminal: numbers in words, columns, one line a run, the page about one run."""
 
 from __future__ import annotations
 

@@ -222,13 +222,13 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
 @click.argument("recipe")
 @request_options("overrides", "site", "nodes", "gpus_per_node", "time_min")
 @click.option(
-    "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about so long."
+    "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about this long."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast and what was measured as JSON.")
 def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) -> None:
-    """Make a few steps, a save and an evaluation of RECIPE here, network cut, and tell what the run will take.
+    """Run a few training steps, a save and an evaluation of RECIPE here, without network, and forecast the run.
 
-    Nothing stays of it. Where it runs is where it measures: for a GPU, call it inside an allocation.
+    It leaves nothing behind. It measures the machine it runs on: for a GPU, call it inside an allocation.
 
     \b
     Examples:
@@ -239,12 +239,13 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     from afina.forecast import evidence as measure
     from afina.forecast.estimate import describe
     from afina.forecast.forecast import forecast
+    from afina.run.new_run import prepare
     from afina.site.image import check_image
     from afina.slurm.cluster import read_cluster
 
     plan = api.plan_for(recipe, request)
     check_image(plan.site)
-    prepared = api.prepare(plan)
+    prepared = prepare(plan)
     measured = measure.rehearse(plan, prepared, seconds=seconds)
     estimate = forecast(plan, prepared, read_cluster(accounting=False), measured)
     if as_json:
@@ -277,24 +278,22 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     nodes="Of that job; by default the recipe's, or one.",
     gpus_per_node="",
 )
-@click.option(
-    "--inside", "is_inside", is_flag=True, help="Only what holds in the image (or here, where there is none)."
-)
-@click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that goes the way of a run.")
+@click.option("--inside", "is_inside", is_flag=True, help="Only the checks in the image (or here, without one).")
+@click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that starts like a run.")
 @click.option(
     "--wait-minutes",
     type=click.FloatRange(0),
     default=60.0,
     show_default=True,
-    help="Give the job up if it waits longer.",
+    help="Cancel the job if it waits longer.",
 )
 @click.option("--json", "as_json", is_flag=True)
 def doctor(
     recipe: str | None, request: JobRequest, is_inside: bool, with_job: bool, wait_minutes: float, as_json: bool
 ) -> None:
-    """Check the way that a job will go: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
+    """Check everything that a job depends on: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
 
-    With RECIPE also whether its partition can run it. Exit code 3 if something failed.
+    With RECIPE also that its partition can run it. Exit code 3 if something failed.
 
     \b
     Examples:
@@ -339,7 +338,7 @@ def doctor(
 
 
 def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: bool) -> Any:
-    """What is to be examined. A site or a recipe that cannot be read is a finding, not an end."""
+    """What the doctor examines. A site or a recipe that cannot be read becomes a finding."""
     from afina import api
     from afina.doctor.target import Target
     from afina.errors import AfinaError
@@ -371,9 +370,9 @@ def _print_finding(finding: Any) -> None:
         click.echo(f"{'':<20} remedy: {finding.remedy}")
 
 
-def _progress(said: str) -> None:
+def _progress(line: str) -> None:
     if sys.stderr.isatty():
-        print(f"\r\033[K{said}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _clear() -> None:

@@ -1,4 +1,4 @@
-"""The command for many runs of one recipe: sweep, which also shows what a sweep has found."""
+"""The command for many runs of one recipe: sweep, which also shows the table of a sweep."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ __all__ = ["COMMANDS"]
 def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options: Any) -> None:
     """Run RECIPE over a grid of values and seeds as one job array; with a sweep directory instead, show its table.
 
-    The same command again goes on: finished runs stay, queued and running ones are left alone, the others are submitted
-    again and continue from their newest checkpoint. A larger grid adds its new cells.
+    The same command again continues: finished runs stay, queued and running ones are left alone, the others are submitted
+    again and resume from their newest checkpoint. A larger grid adds its new cells.
 
     \b
     Examples:
@@ -172,12 +172,12 @@ def _wait(made: Any) -> None:
 
     try:
         if not sys.stderr.isatty():
-            said = ""
+            last = ""
 
             def tell(counts: Mapping[str, int]) -> None:
-                nonlocal said
-                if (now := words(counts)) != said:
-                    said = now
+                nonlocal last
+                if (now := words(counts)) != last:
+                    last = now
                     _to_stderr(now)
 
             made.wait(tell=tell)
@@ -192,7 +192,7 @@ def _wait(made: Any) -> None:
                 tell=lambda counts: progress.update(bar, completed=counts.get("FINISHED", 0), description=words(counts))
             )
     except KeyboardInterrupt:
-        _to_stderr(f"left waiting; the jobs run on. Its table: afina sweep {shlex.quote(str(made.path))}")
+        _to_stderr(f"no longer waiting; the jobs continue. Its table: afina sweep {shlex.quote(str(made.path))}")
         sys.exit(130)
 
 
@@ -206,7 +206,7 @@ def _to_stderr(line: str) -> None:
 
 def _dry_run_text(shown: dict[str, Any]) -> str:
     cells = [
-        f"{cell['cell']}{'' if cell['submit'] else '  (finished, or under way)'}\n    {shlex.join(cell['overrides'])}".rstrip()
+        f"{cell['cell']}{'' if cell['submit'] else '  (finished, queued or running)'}\n    {shlex.join(cell['overrides'])}".rstrip()
         for cell in shown["cells"]
     ]
     commands = [shlex.join(command) for command in shown["commands"]]

@@ -1,4 +1,4 @@
-"""Commands that look at runs: status, list, logs; and cancel, which ends them."""
+"""Commands that watch runs: status, list, logs; and cancel, which ends them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
-#: Seconds between two looks of `--watch`: each asks Slurm once, and other people use it too.
+#: Seconds between two queries of `--watch`: each asks Slurm once, and other people use it too.
 _EVERY_S = 10.0
 _STATES = ("PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UNKNOWN")
 #: In which order a screen that is too small shows them.
@@ -27,14 +27,12 @@ _FIRST = ("RUNNING", "PENDING", "UNKNOWN", "FAILED", "STOPPED", "PLANNED", "FINI
 
 @click.command()
 @click.argument("runs", metavar="[RUN|SWEEP|FOLDER]...", nargs=-1)
+@click.option("--watch", is_flag=True, help=f"Update every {_EVERY_S:.0f} seconds, until none is queued or running.")
 @click.option(
-    "--watch", is_flag=True, help=f"Look again every {_EVERY_S:.0f} seconds, until none is queued or running."
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="One object for one run, else a list; with --watch one line a look."
+    "--json", "as_json", is_flag=True, help="One object for one run, else a list; with --watch one line a query."
 )
 def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
-    """Where runs are: state, step, loss, best metric, speed, time left, and why they wait. By default all on scratch.
+    """Show runs: state, step, loss, best metric, speed, time left, and why they wait. By default all on scratch.
 
     Slurm is asked once for all of them.
 
@@ -51,7 +49,7 @@ def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
 
     if watch and not as_json and not sys.stdout.isatty():
         raise InputError(
-            "--watch draws on a terminal, and standard output is none", "use --watch --json, or afina status alone"
+            "--watch draws on a terminal, and standard output is not one", "use --watch --json, or afina status alone"
         )
     paths = find_runs(runs) if runs else known_runs()
     single = len(runs) == 1 and len(paths) == 1 and (_folder_of(runs[0]) == paths[0].name)
@@ -86,7 +84,7 @@ def _text(summaries: Sequence[RunSummary], single: bool) -> list[str]:
 
 
 def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
-    """Draw again and again; Ctrl-C ends it without a word."""
+    """Draw again and again, until Ctrl-C."""
     from afina.watch.overview import summarise
 
     def ended(summaries: Sequence[RunSummary]) -> bool:
@@ -178,7 +176,7 @@ def _order(s: RunSummary, sort: str, sizes: dict[Path, int]) -> Any:
 
 
 def _size(folder: Path) -> int:
-    """Bytes that the files hold; a file that goes away meanwhile holds none."""
+    """Bytes of the files; a file that disappears meanwhile counts as none."""
     import os
 
     total = 0
@@ -194,7 +192,7 @@ def _size(folder: Path) -> int:
 @click.command()
 @click.argument("run")
 @click.option(
-    "-f", "--follow", "following", is_flag=True, help="Go on as it grows, through later attempts, until the run ends."
+    "-f", "--follow", "following", is_flag=True, help="Follow it, through later attempts, until the run ends."
 )
 @click.option("--rank", type=click.IntRange(0), metavar="K", help="Only what process K wrote.")
 @click.option("--node", type=click.IntRange(0), metavar="K", help="What was written on node K; by default 0.")
@@ -203,7 +201,7 @@ def _size(folder: Path) -> int:
     "-n", "--lines", "last", type=click.IntRange(0), metavar="N", help="Only the last N lines (and what follows)."
 )
 def logs(run: str, following: bool, rank: int | None, node: int | None, attempt: str | None, last: int | None) -> None:
-    """What RUN printed.
+    """Print the log of RUN.
 
     \b
     Examples:
@@ -233,7 +231,7 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
 @click.argument("runs", metavar="RUN|SWEEP|FOLDER...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True)
 def cancel(runs: tuple[str, ...], as_json: bool) -> None:
-    """Cancel the jobs of runs, queued or running; a run that trains outside of Slurm is asked to stop.
+    """Cancel the jobs of runs, queued or running; a run that trains without Slurm is asked to stop.
 
     A run that trains leaves a checkpoint first: `afina submit RUN_DIR` or `afina resume RUN_DIR` continues it.
 
@@ -254,7 +252,7 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
 
 
 def _one(word: str) -> Path:
-    """The one run that is meant.
+    """The one run of that name.
 
     Raises:
         InputError: there are several.

@@ -18,12 +18,11 @@ from typing import Any
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.forecast.estimate import Earlier, Measured, Workload
 from afina.recipe.local_model import num_parameters
-from afina.run.commands import worker_argv, worker_environment
+from afina.run.commands import host_environment, worker_argv
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, geometry_for
 from afina.run.workers import ask_worker
-from afina.site.settings import environment
 
 __all__ = ["earlier_runs", "rehearse", "workload_of"]
 
@@ -56,16 +55,12 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
         ) from None
     try:
         run = RunDir.claim(small, prepared, ["true"], json.dumps(recipe.model_dump(mode="json")), folder / "run")
-        here = {**os.environ, **environment(plan.site)}
         threads = min(len(os.sched_getaffinity(0)), plan.geometry.cpus_per_process)
-        env = {
-            **here,
-            **worker_environment(plan, offline=True, env=here),
-            "OMP_NUM_THREADS": here.get("OMP_NUM_THREADS") or str(threads),
-        }
+        env = host_environment(plan, offline=True)
+        env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or str(threads)
         if plan.geometry.gpus_per_node:
             # Plain Python that sees several GPUs would use nn.DataParallel.
-            env["CUDA_VISIBLE_DEVICES"] = here.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         question = {"geometry": plan.geometry.model_dump(), "steps": _LEAST_STEPS, "seconds": seconds}
         answer = ask_worker(worker_argv(plan, "rehearse", str(run.path)), env, question, name="the rehearsal")
         return Measured.model_validate(answer)

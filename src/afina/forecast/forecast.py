@@ -1,4 +1,4 @@
-"""Before a submission: refuse what no partition will ever run, and write down what the run will take."""
+"""Write down before a submission what the run will take."""
 
 from __future__ import annotations
 
@@ -9,31 +9,16 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from afina.errors import EnvironmentProblem, SlurmError
+from afina.errors import EnvironmentProblem
 from afina.files import write_atomic
 from afina.forecast.estimate import Estimate, Measured, estimate
 from afina.forecast.evidence import earlier_runs, rehearse, workload_of
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
-from afina.slurm.cluster import Cluster, read_cluster
-from afina.slurm.limits import job_size, limit_of, refusal
+from afina.slurm.cluster import Cluster
+from afina.slurm.limits import job_size, limit_of
 
-__all__ = ["check_possible", "forecast", "write_forecast"]
-
-
-def check_possible(plan: Plan) -> Cluster:
-    """Refuse a plan that no requested partition will ever run; what Slurm does not tell is not refused.
-
-    Returns: the facts about the cluster.
-
-    Raises:
-        SlurmError: the time, nodes, GPUs, cores or memory requested, and what there is.
-    """
-    cluster = read_cluster()
-    refused = refusal(job_size(plan, os.environ), cluster)
-    if refused is not None:
-        raise SlurmError(*refused)
-    return cluster
+__all__ = ["forecast", "write_forecast"]
 
 
 def forecast(

@@ -33,13 +33,13 @@ from afina.prediction.request import (
     plan_of,
     result_name,
 )
-from afina.run.commands import array_argv, job_scripts, predict_argv, worker_argv, worker_environment
+from afina.run.commands import array_argv, host_environment, job_scripts, predict_argv, worker_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, accepts
 from afina.run.plan import Plan, check_cores
 from afina.run.workers import ask_worker, ask_workers
 from afina.site.image import check_image
-from afina.site.settings import Site, environment, find_site_file, load_site
+from afina.site.settings import Site, find_site_file, load_site
 from afina.slurm.client import need_slurm
 from afina.slurm.query import query
 from afina.slurm.submit import submit_script
@@ -189,8 +189,7 @@ def submission(job: Prediction, tasks: int) -> list[str]:
 
 def worker_env(plan: Plan) -> dict[str, str]:
     """The environment of a worker on this host: no network, and tokenizers on all cores."""
-    here = {**os.environ, **environment(plan.site)}
-    return {**here, **worker_environment(plan, offline=True, env=here), "TOKENIZERS_PARALLELISM": "true"}
+    return {**host_environment(plan, offline=True), "TOKENIZERS_PARALLELISM": "true"}
 
 
 def _begin(job: Prediction, stdin: IO[bytes] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pure: plan -> the command lines that are run. What is printed by a dry run is what is run.
+"""Pure: plan -> command lines. A dry run prints the same ones that a submission runs.
 
 worker_argv       python -m afina.worker COMMAND … in the container, or here where the site has none
 container_argv    apptainer exec … <worker_argv>
@@ -18,12 +18,13 @@ from pathlib import Path
 
 from afina.errors import EnvironmentProblem
 from afina.run.plan import Geometry, Plan
-from afina.site.settings import cache_environment, in_container
+from afina.site.settings import cache_environment, environment, hub_token, in_container
 
 __all__ = [
     "accelerate_argv",
     "array_argv",
     "container_argv",
+    "host_environment",
     "job_scripts",
     "node_argv",
     "predict_argv",
@@ -43,7 +44,7 @@ def worker_argv(plan: Plan, command: str, *arguments: str, binds: Iterable[Path]
 
 
 def node_argv(plan: Plan, binds: Iterable[Path] = (), command: str = "launch") -> list[str]:
-    """The worker of one node as the host starts it, wherever we are: in the image, mounted by `slurm/node.sh`.
+    """The command of one node's worker on the host: in the image, mounted by `slurm/node.sh`.
 
     `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are the worker's command and the run directory.
     """
@@ -61,7 +62,7 @@ def container_argv(plan: Plan, inner: Sequence[str], binds: Iterable[Path] = ())
     """`inner` in the site's container, or as it is where there is none.
 
     The default environment passes (SLURM_*, NCCL_*, HF_*), the home does not: its `~/.local` would win over the image.
-    Paths go through `--mount`, whose fields can be quoted; `--bind` has no way to say a colon or a comma.
+    Paths go through `--mount`, whose fields can be quoted; `--bind` cannot express a colon or a comma.
     """
     site = plan.site
     if site.runtime == "none":
@@ -109,7 +110,7 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        # HF_HUB_OFFLINE covers hub, transformers and datasets, but HF_DATASETS_OFFLINE=0 would overrule it.
+        # HF_HUB_OFFLINE covers hub, transformers and datasets, but HF_DATASETS_OFFLINE=0 would override it.
         **(
             {
                 "HF_HUB_OFFLINE": "1",
@@ -121,6 +122,17 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
             else {}
         ),
     }
+
+
+def host_environment(plan: Plan, *, offline: bool) -> dict[str, str]:
+    """The whole environment of a worker that is started on this host: this process's, the site's, and the worker's own.
+
+    Args:
+        offline: without network; otherwise with the Hub's token.
+    """
+    here = {**os.environ, **environment(plan.site)}
+    token = {} if offline else hub_token(here)
+    return {**here, **worker_environment(plan, offline=offline, env=here), **token}
 
 
 def accelerate_argv(
@@ -158,7 +170,7 @@ def accelerate_argv(
 
 
 def slurm_options(plan: Plan) -> dict[str, str | int]:
-    """What to ask Slurm for, by the long names of sbatch's options; True is one without a value.
+    """What a job requests from Slurm, by the long names of sbatch's options; True is one without a value.
 
     The site's `SBATCH_*` add to it from the environment, and its spelling of GPUs, extras and omissions are in it.
     """
@@ -248,9 +260,9 @@ def _plain(path: Path) -> str:
 
 
 def job_scripts(names: Sequence[str] = ("finetune.sbatch", "job.sh", "node.sh")) -> dict[str, Path]:
-    """What a job runs outside the container, by name; installed with the package, or beside it in a checkout.
+    """The scripts that a job runs outside the container, by name; from the package, or from the checkout around it.
 
-    A run directory holds copies: a job that waits in the queue does not run what was edited meanwhile.
+    A run directory holds copies: later edits do not reach a job that waits in the queue.
 
     Raises:
         EnvironmentProblem: one is in neither place.

@@ -1,15 +1,15 @@
 """The run directory as a type: everything that crosses from one process, node or attempt to the next is a file in it.
 
-    plan.json  recipe.yaml  prepared.json   what is run; written once, when the directory is claimed
+    plan.json  recipe.yaml  prepared.json   the run's inputs; written once, when the directory is claimed
     record.json                             how the run was made: versions, image digest, git commit and changes
     estimate.json                           the forecast at submission
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
-    finetune.sbatch  job.sh  node.sh        what a job runs on the host; copies, so that later edits do not reach it
-    submissions.jsonl  events.jsonl         what happened, with times
+    finetune.sbatch  job.sh  node.sh        the scripts of a job on the host; copies, so that later edits do not reach it
+    submissions.jsonl  events.jsonl         submissions and events, with times
     attempts/<id>/                          env.json  node<k>.log  exit
     metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
     checkpoints/step-<n>/
-    lease.json                              which attempt works here just now
+    lease.json                              the attempt that works here now
     stop                                    exists: stop at the next step and leave a checkpoint
     outcome.json  model/  predictions.parquet
 
@@ -52,7 +52,7 @@ class RunDir:
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
 
-    # What is where.
+    # The files.
     plan_file = property(lambda self: self.path / "plan.json")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
     stop_file = property(lambda self: self.path / "stop")
@@ -64,10 +64,10 @@ class RunDir:
 
     @classmethod
     def check_free(cls, path: str | Path | None) -> None:
-        """Say early that `path` cannot be claimed; `claim` decides.
+        """Refuse early a `path` that cannot be claimed; `claim` decides.
 
         Raises:
-            ClaimedError: a run is there already.
+            ClaimedError: it is a run already.
             InputError: a folder that holds something else.
         """
         if path is None or not Path(path).exists():
@@ -101,7 +101,7 @@ class RunDir:
 
         Args:
             plan: written to `plan.json`.
-            prepared: where prepared data and model are, as the prepare stage said.
+            prepared: the answer of the prepare stage: where prepared data and model are.
             argv: the node worker's command; `{run}` stands for the run directory, `{run}/node.sh` for the script in it.
             recipe_text: the recipe as the user wrote it.
             path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
@@ -183,7 +183,7 @@ class RunDir:
         return self._read_json("prepared.json")
 
     def check_place(self) -> None:
-        """A run goes on only where it was begun: its command and its data are known by absolute paths.
+        """A run can be resumed only in its original place: its command and data have absolute paths.
 
         Raises:
             InputError: it was moved or copied.

@@ -1,7 +1,7 @@
-"""The state of the git repository around a recipe: its commit, and what had been changed since.
+"""The state of the git repository around a recipe: its commit, and the changes since.
 
-Reads only, runs no hook, no pager and no external diff, and takes no lock. What is not known (no git, no repository, a repository of somebody
-else that git refuses to open) is said in one line, never an error. Files that end in `.env` are left out of the difference: they name an account.
+Reads only, runs no hook, no pager and no external diff, and takes no lock. Without git, without a repository, or with one of another user
+that git refuses to open, the state is one line with the reason, never an error. Files that end in `.env` are left out of the difference: they name an account.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from afina.redact import redact
 
 __all__ = ["MOST_BYTES", "repository_state"]
 
-#: Of a difference, so much is kept.
+#: The most that is kept of a difference.
 MOST_BYTES = 256 * 1024
-_PATIENCE_S = 10.0
+_TIMEOUT_S = 10.0
 _SETTINGS = ("core.fsmonitor=false", "core.hooksPath=/dev/null", "core.quotePath=false", "diff.external=")
 _LEFT_OUT = (":(exclude,glob)**/*.env", ":(exclude,glob)**/.env*")
 
 
 def repository_state(recipe: Path) -> dict[str, Any]:
-    """What the repository of `recipe` holds beside its commit.
+    """Commit, branch and changes of the repository of `recipe`.
 
     Returns:
         `commit` (None before the first), `branch`, `recipe` (unchanged, changed, untracked), `changed` (tracked files that differ from the
         commit), `untracked` (their number), `diff` (redacted; the recipe too if it is untracked), `diff_cut`, `diff_sha256` (before it was
-        cut or redacted; None if it was cut). Or `none`: why there is nothing to say.
+        cut or redacted; None if it was cut). Or `none`: the reason.
     """
     folder = recipe.parent
     top = _git(folder, "rev-parse", "--show-toplevel")
@@ -71,7 +71,7 @@ def _difference(root: Path, commit: str | None) -> tuple[bytes, bool]:
 
 
 def _read(folder: Path, words: list[str]) -> tuple[bytes, bool]:
-    """At most `MOST_BYTES` + 1 of what git says; whether there was more, or it took too long."""
+    """At most `MOST_BYTES` + 1 of git's output; whether there was more, or it took too long."""
     try:
         process = subprocess.Popen(
             _argv(folder, *words),
@@ -88,18 +88,18 @@ def _read(folder: Path, words: list[str]) -> tuple[bytes, bool]:
         late.set()
         process.kill()
 
-    timer = threading.Timer(_PATIENCE_S, stop)
+    timer = threading.Timer(_TIMEOUT_S, stop)
     timer.start()
     try:
         assert process.stdout is not None
         with process.stdout:
-            said = process.stdout.read(MOST_BYTES + 1)
-        if len(said) > MOST_BYTES:
+            output = process.stdout.read(MOST_BYTES + 1)
+        if len(output) > MOST_BYTES:
             process.kill()
         process.wait()
     finally:
         timer.cancel()
-    return said, late.is_set() or len(said) > MOST_BYTES
+    return output, late.is_set() or len(output) > MOST_BYTES
 
 
 def _git(folder: Path, *words: str) -> tuple[int, str] | None:
@@ -110,7 +110,7 @@ def _git(folder: Path, *words: str) -> tuple[int, str] | None:
             env=_environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_PATIENCE_S,
+            timeout=_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -1,7 +1,6 @@
 """The plan: recipe + site -> one frozen value that holds all that can be known before the allocation.
 
-Making a plan looks at the disk (which files a folder of data holds, whether a model folder has weights) and changes
-nothing. The recipe states the *global* batch; the plan derives the batch per device and the accumulation and refuses a
+Making a plan reads the disk (the files in a folder of data, the weights in a model folder) and changes nothing. The recipe states the *global* batch; the plan derives the batch per device and the accumulation and refuses a
 remainder, so that one recipe means the same training on one process and on two nodes of four.
 """
 
@@ -110,15 +109,16 @@ def make_plan(
             f"resources.{first['loc'][0]}: {first['msg']}, found {first['input']!r}", "correct the number"
         ) from None
     recipe = recipe.model_copy(update={"resources": resources})
-    for path in (site.scratch, site.image, recipe_file):
-        check_utf8(path)
+    geometry = geometry_for(recipe, request.num_processes or max(1, resources.gpus_per_node))
     bind = "; a path outside the container must be listed in AFINA_BIND" if in_container() else ""
     base = Path(recipe_file).absolute().parent if recipe_file else Path.cwd()
+    for path in (site.scratch, site.image, recipe_file):
+        check_utf8(path)
     return Plan(
         afina_version=__version__,
         recipe=recipe,
         site=site,
-        geometry=geometry_for(recipe, request.num_processes or max(1, resources.gpus_per_node)),
+        geometry=geometry,
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
         files=find_files(recipe.data.files or {}, base, bind),
         model_folder=find_model_folder(recipe.model, base),

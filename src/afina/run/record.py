@@ -1,11 +1,11 @@
-"""`record.json`: what is needed to say later how a run was made, and to make it again. Written once, when the run is claimed.
+"""`record.json`: how a run was made, and what it takes to make it again. Written once, when the run is claimed.
 
 It holds the versions, the image's digest, the repository's commit and difference, the revisions of model and data, and the recipe's overrides.
-What is known only where the run computes (processor, GPU, driver, versions of PyTorch and Transformers) is in each attempt's `env.json`.
-Secrets are blackened, the site's account is left out.
+Facts about the machine that trains (processor, GPU, driver, versions of PyTorch and Transformers) are in each attempt's `env.json`.
+Secrets are redacted, the site's account is left out.
 
-Overrides are not what was typed: they are what must be set over the recipe's text to get the recipe that was run (`overrides_of`), whoever
-changed it and however.
+Overrides are not those of the command line: they are what must be set over the recipe's text to get the recipe that was run
+(`overrides_of`), however it was changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from afina.version import __version__
 __all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record"]
 
 FORMAT = 1
-#: Images below this are hashed without a word.
-_SAY_FROM_BYTES = 200 << 20
+#: Smaller images are hashed without a message.
+_REPORT_FROM_BYTES = 200 << 20
 
 Say = Callable[[str], None]
 
@@ -48,10 +48,10 @@ def make_record(
     """The record of a run that is about to be claimed.
 
     Args:
-        prepared: what the prepare stage said; an empty one gives a record without data and model.
+        prepared: the answer of the prepare stage; an empty one gives a record without data and model.
         slurm: the version of Slurm, or None where there is none.
         text: the recipe as it goes into the run directory.
-        say: told when something takes seconds.
+        say: called with a line before a step that takes seconds.
     """
     recipe = plan.recipe
     git = repository_state(plan.recipe_file) if plan.recipe_file else {"none": "the recipe came from no file"}
@@ -91,7 +91,7 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two records, in words; what either does not know is not compared."""
+    """The differences between two records, in words; values that one lacks are not compared."""
     found = []
     for name, keys in {
         "afina": ("afina",),
@@ -177,7 +177,7 @@ def image_record(site: Site, say: Say = _to_stderr) -> dict[str, Any] | None:
         known = site.cache / "images" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
         digest = _known_digest(known, key)
         if digest is None:
-            if about.st_size >= _SAY_FROM_BYTES:
+            if about.st_size >= _REPORT_FROM_BYTES:
                 say(f"reading {site.image} ({about.st_size / 1e9:.1f} GB) for its digest; kept for the next run")
             digest = sha256(site.image)
             with contextlib.suppress(OSError, AfinaError):

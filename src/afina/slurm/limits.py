@@ -5,15 +5,16 @@ What is not known is not refused. Several partitions are as in sbatch: the job g
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from afina.errors import nearest
+from afina.errors import SlurmError, nearest
 from afina.run.plan import Plan
-from afina.slurm.cluster import Cluster, Nodes, Partition, Qos
+from afina.slurm.cluster import Cluster, Nodes, Partition, Qos, read_cluster
 from afina.text import minutes_in_words
 
-__all__ = ["JobSize", "job_size", "limit_of", "refusal"]
+__all__ = ["JobSize", "check_possible", "job_size", "limit_of", "refusal"]
 
 _UNKNOWN = 10**9
 #: A problem and its remedy.
@@ -31,6 +32,21 @@ class JobSize:
     minutes: int
     partitions: tuple[str, ...] = ()
     qos: str = ""
+
+
+def check_possible(plan: Plan) -> Cluster:
+    """Refuse a plan that no requested partition will ever run; what Slurm does not tell is not refused.
+
+    Returns: the facts about the cluster.
+
+    Raises:
+        SlurmError: the time, nodes, GPUs, cores or memory requested, and what there is.
+    """
+    cluster = read_cluster()
+    refused = refusal(job_size(plan, os.environ), cluster)
+    if refused is not None:
+        raise SlurmError(*refused)
+    return cluster
 
 
 def job_size(plan: Plan, env: Mapping[str, str]) -> JobSize:

@@ -1,7 +1,7 @@
-"""From a draft to a sweep directory: prepare what is not prepared, claim the cells that are not there, publish the list.
+"""From a draft to a sweep directory: prepare the data, claim the missing cells, publish the list.
 
-What is shared is made once: prepared data and the reproducibility record for all cells of the same data and model. Everything
-that is made is noted with how to take it back, until the caller says that it stays.
+Cells of the same data and model share prepared data and the reproducibility record. Every change is registered with its
+undo, until the caller keeps it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from afina import api
 from afina.errors import ClaimedError, InputError
 from afina.files import encode_words, write_atomic
 from afina.recipe.metrics import lower_is_better
 from afina.recipe.schema import parse_recipes
+from afina.run import new_run
 from afina.run.commands import job_scripts, node_argv
 from afina.run.directory import is_run_dir
 from afina.run.plan import Plan
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
-    """Prepare once for all cells that share data, model and arguments; what was prepared, by `_share`."""
+    """Prepare once for all cells that share data, model and arguments; the answers by `_share`."""
     plans: dict[str, tuple[str, Plan]] = {}
     if draft.record.search is not None:
         if draft.before is not None and draft.before.search is not None:
@@ -57,7 +57,7 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
         if len(plans) > 1:
             say(f"preparing {count} of {len(plans)}{f': {point}' if point else ''}")
         try:
-            found[share] = api.prepare(plan)
+            found[share] = new_run.prepare(plan)
         except InputError as error:
             if len(plans) > 1 and point:
                 raise type(error)(f"cell {point}: {error.message}", error.remedy) from None
@@ -66,7 +66,7 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
 
 
 def _share(plan: Plan) -> str:
-    """Equal for plans that prepare the same, and for which preparing checks the same."""
+    """Equal for plans with the same preparation and the same checks in it."""
     recipe = plan.recipe
     what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data"})
     files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
@@ -83,7 +83,7 @@ def make_home(home: SweepDir, undo: contextlib.ExitStack) -> None:
 
 
 def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.ExitStack, say: Say) -> SweepRecord:
-    """Claim the cells that are not there, and publish them; `undo` takes it all back."""
+    """Claim the missing cells and publish them; `undo` reverts all of it."""
     home, record = draft.home, draft.record
     scripts = {name: home.path / name for name in SCRIPTS}
     for name, source in job_scripts().items():
@@ -108,12 +108,14 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
                 raise ClaimedError(f"{run.path}: is a run of another recipe", "choose another --sweep DIR")
             continue
         if run.path.exists() and not any(run.attempts.glob("*")):
-            shutil.rmtree(run.path)  # its claiming was cut short: a plan is written last, and nothing ran without one
+            shutil.rmtree(run.path)  # an interrupted claim: the plan is written last, and nothing runs without one
         share = _share(plan)
         if share not in shared:
             shared[share] = _shared_record(draft, plan, prepared[share], say)
         about = record_of(shared[share], plan, cell.overrides)
-        api.claim(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
+        new_run.claim_run(
+            plan, run.path, slurm=None, text=draft.text, prepared=prepared[share], record=about, scripts=scripts
+        )
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if count % 100 == 0:
             say(f"{count} of {len(draft.plans)} run directories made")
@@ -124,7 +126,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
 
 
 def _shared_record(draft: Draft, plan: Plan, prepared: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    """The reproducibility record of the runs that share data and model: with the overrides that all cells have."""
+    """The reproducibility record of the runs that share data and model, with the overrides of all cells."""
     record = make_record(plan, prepared, draft.text, version(), say)
     record["recipe"]["overrides"] = overrides_of(draft.text, draft.record.plan.recipe)
     return record
@@ -149,7 +151,7 @@ def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> Searc
 
 
 def _trial_argv(home: SweepDir, plan: Plan) -> list[str]:
-    """The command that makes the run directory of a trial; that directory is to be its last word."""
+    """The command that makes the run directory of a trial, without its last word: that directory."""
     words = node_argv(plan, _outside(home, plan), "trial")[:-1]
     return [str(home.path / "node.sh") if word == "{run}/node.sh" else word for word in words]
 

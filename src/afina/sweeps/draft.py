@@ -1,7 +1,7 @@
-"""A sweep before anything is done: which cells, where, which of them are missing, and with which commands they are submitted.
+"""A draft: the cells of a sweep, which of them are missing, and the commands that submit them.
 
-Reads the recipe, the site, the sweep directory and (for the states) squeue; changes nothing. What a draft says is what
-`afina.sweeps.sweep` does and what `--dry-run` prints.
+Reads the recipe, the site, the sweep directory and (for the states) squeue; changes nothing. `--dry-run` prints a draft,
+`afina.sweeps.sweep` carries it out.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from afina.slurm.query import query
 from afina.slurm.submit import max_array_size
 from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners
-from afina.sweeps.sweep_dir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, given_up
+from afina.sweeps.sweep_dir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, failed_for_good
 from afina.watch.overview import State, summarise
 
 __all__ = ["BUSY", "Draft", "SweepRequest", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
 
-#: States of a cell that something is done about already.
+#: States of a cell that is queued or running.
 BUSY = ("PENDING", "RUNNING")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a call would do: printed by the dry run, done otherwise.
+    """What a call would do: the dry run prints it.
 
     Attributes:
         home: the sweep directory, there or not.
-        before: what its `sweep.json` says now; None for a new sweep.
-        record: what it will say.
+        before: its `sweep.json` now; None for a new sweep.
+        record: its `sweep.json` afterwards.
         text: the recipe as it is written.
         wanted: the numbers of the cells that this call is about.
         plans: of those cells, by number; a search has none.
@@ -186,37 +186,37 @@ def dry_run(draft: Draft) -> dict[str, Any]:
 
 
 def cell_states(home: SweepDir, cells: Sequence[CellRecord]) -> list[State]:
-    """The state of each cell, as `afina status` says it; one call of squeue for all, and one for trials not made yet."""
+    """The state of each cell, as in `afina status`; one call of squeue for all, and one for trials without a directory."""
     runs = [home.run(cell.name) for cell in cells]
     claimed = [number for number, run in enumerate(runs) if is_run_dir(run.path)]
     states: list[State] = ["PLANNED"] * len(runs)
     for number, summary in zip(claimed, summarise([runs[number].path for number in claimed]), strict=True):
         states[number] = summary.state
-    # Tasks that the run itself does not know: it is not made yet, or the command died before it could note them there.
-    unnoted: dict[int, list[str]] = {}
+    # Tasks that the run does not know: it does not exist yet, or the command died before it could record them there.
+    unrecorded: dict[int, list[str]] = {}
     for number, jobs_of_cell in home.jobs_of().items():
         if number < len(runs) and states[number] not in ("FINISHED", *BUSY):
             known = {str(line["job_id"]) for line in runs[number].lines("submissions.jsonl")}
             if unknown := [job for job in jobs_of_cell if job not in known]:
-                unnoted[number] = unknown
-    queue = query([job for ids in unnoted.values() for job in ids], account=())
-    for number, ids in unnoted.items():
+                unrecorded[number] = unknown
+    queue = query([job for ids in unrecorded.values() for job in ids], account=())
+    for number, ids in unrecorded.items():
         found = {queue[job].state for job in ids}
-        under_way: tuple[State, ...] = ("RUNNING", "PENDING", "UNKNOWN")
+        active: tuple[State, ...] = ("RUNNING", "PENDING", "UNKNOWN")
         lost: State = "FAILED" if states[number] == "PLANNED" else states[number]
-        states[number] = next((state for state in under_way if state in found), lost)
+        states[number] = next((state for state in active if state in found), lost)
     return states
 
 
 def todo(draft: Draft) -> tuple[list[int], dict[str, int]]:
-    """The wanted cells that are neither done nor under way, and how many of the wanted are in which state."""
+    """The wanted cells that are neither finished nor queued nor running, and the number of wanted cells by state."""
     states = cell_states(draft.home, draft.record.cells)
     counts: dict[str, int] = {}
     for number in draft.wanted:
         counts[states[number]] = counts.get(states[number], 0) + 1
     if any(states[number] == "UNKNOWN" and draft.home.jobs_of().get(number) for number in draft.wanted):
         raise SlurmError(
-            "squeue does not answer: whether the cells are still queued is not known, and none is submitted twice",
+            "squeue does not answer: cells may still be queued, and none is submitted twice",
             "try it again when `squeue --me` answers",
         )
     return [number for number in draft.wanted if states[number] not in ("FINISHED", *BUSY)], counts
@@ -229,7 +229,7 @@ def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[tupl
     firsts = sorted({number // size * size for number in missing})
     for first in firsts:
         tasks = [number - first for number in missing if first <= number < first + size]
-        # Slurm limits each array by itself: what runs already, and the other arrays, have their share.
+        # Slurm limits each array by itself: running cells and the other arrays have their share.
         at_once = max(1, (max_parallel - min(busy, max_parallel)) // len(firsts)) if max_parallel else None
         plan = draft.plans[first + tasks[0]] if draft.plans else draft.record.plan
         yield sweep_argv(plan, draft.home.path, tasks, first=first, at_once=at_once), first, tasks
@@ -240,7 +240,7 @@ def _check_same(home: SweepDir, before: SweepRecord, plan: Plan, search: Space |
         more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
         raise InputError(
             f"{home.path}: is a sweep of another recipe: {'; '.join(differ[:3])}{more}",
-            "choose another --sweep DIR; the sweep that is there stays as it is",
+            "choose another --sweep DIR; the existing sweep stays as it is",
         )
     if (before.search is None) != (search is None):
         raise InputError(
@@ -264,7 +264,7 @@ def _planned(source: _Source, cell: Cell, *, named: bool) -> Plan:
 def _joined(
     known: Sequence[CellRecord], expanded: Sequence[Cell], plans: Sequence[Plan]
 ) -> tuple[tuple[CellRecord, ...], tuple[int, ...]]:
-    """The old cells and behind them the new ones; and the numbers of those in the grid. The same recipe is the same cell."""
+    """The old cells, then the new ones; and the numbers of those in the grid. The same recipe is the same cell."""
     cells = list(known)
     by_digest = {cell.digest: number for number, cell in enumerate(cells)}
     names = {cell.name for cell in cells}
@@ -283,12 +283,12 @@ def _joined(
 
 
 def _trials(home: SweepDir, known: Sequence[CellRecord], trials: int) -> tuple[tuple[CellRecord, ...], tuple[int, ...]]:
-    """The trials that are there and new ones behind them, until as many can still succeed as were asked for."""
+    """The existing trials, then new ones, until as many as were asked for can still succeed."""
     cells = list(known)
     wanted = []
     for number, cell in enumerate(known):
         run = home.run(cell.name)
-        if not given_up(run, run.outcome()):
+        if not failed_for_good(run, run.outcome()):
             wanted.append(number)
     while len(wanted) < trials:
         wanted.append(len(cells))

@@ -2,9 +2,9 @@
 
 A cell is one run: a point of the grid (one value for each key) with one seed. Its values are kept as `--set` takes them, so
 that every cell can be run by hand. The order is that of the command line, the last key turning fastest, the seeds within a
-point: a grid that grows at its end keeps the order of what was there.
+point: a grid that grows at its end keeps the order of its earlier cells.
 
-Nothing is looked up on disk, and whether two spellings prepare the same data is for the prepare stage to say.
+Not covered: the disk is not read; the prepare stage decides whether two spellings prepare the same data.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from afina.recipe.schema import Recipe, parse_recipes
 
 __all__ = ["Cell", "expand_sweep", "grid_of", "parse_grid", "parse_seeds", "point_name", "refuse_keys", "split_values"]
 
-#: More runs than this are taken for a slip of the keyboard.
+#: More runs than this are taken for a typing error.
 _MOST = 10_000
 _SEED_LIMIT = 2**32
 
-#: What a sweep does not vary, and where to say it instead.
+#: What a sweep does not vary, and where to set it instead.
 _NOT_VARIED: dict[str, str] = {
     "name": "leave it out: a cell is named by its values",
     "resources": "it changes nothing that is trained: give it to the whole sweep with --nodes, --gpus-per-node, --time or --set",
@@ -130,12 +130,12 @@ def parse_seeds(given: str | int | Sequence[int], first: int) -> tuple[int, ...]
     else:
         seeds = tuple(listed) if not isinstance(listed, bool) else ()
     if not seeds:
-        raise InputError(f"--seeds {given}: no seed is no run", remedy)
+        raise InputError(f"--seeds {given}: at least one seed is needed", remedy)
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_LIMIT:
             raise InputError(f"--seeds {given}: {seed!r} is not a seed: 0 to {_SEED_LIMIT - 1}", remedy)
         if seeds.count(seed) > 1:
-            raise InputError(f"--seeds {given}: {seed} is there twice", "the same seed is the same run: keep one")
+            raise InputError(f"--seeds {given}: {seed} is given twice", "the same seed is the same run: keep one")
     return seeds
 
 
@@ -177,8 +177,8 @@ def expand_sweep(
         try:
             recipe = next(recipes)
         except RecipeError as error:
-            said = error.message.replace("--set ", "--grid ") if grid else error.message
-            raise RecipeError(f"cell {name}: {said}" if grid else said, error.remedy) from None
+            message = error.message.replace("--set ", "--grid ") if grid else error.message
+            raise RecipeError(f"cell {name}: {message}" if grid else message, error.remedy) from None
         same = json.dumps(recipe.model_dump(mode="json", exclude={"name", "resources"}), sort_keys=True)
         if same in seen:
             raise RecipeError(
@@ -190,9 +190,9 @@ def expand_sweep(
 
 
 def point_name(values: Mapping[str, str]) -> str:
-    """`learning_rate=3e-5,batch_size=16`: the last part of each key, or as much of it as tells it from the others.
+    """`learning_rate=3e-5,batch_size=16`: the last part of each key, or as many parts as make it unique.
 
-    A name for a folder: what a shell or a file system could trip over is an underscore in it.
+    The name is a folder's: characters that trouble a shell or a file system become underscores.
     """
     keys = list(values)
 
@@ -208,10 +208,10 @@ def point_name(values: Mapping[str, str]) -> str:
 
 
 def refuse_keys(option: str, keys: Sequence[str], overrides: Sequence[str]) -> None:
-    """Keys that cannot be varied, or are set twice.
+    """Refuse keys that cannot be varied, or are set twice.
 
     Raises:
-        InputError: with where to say it instead.
+        InputError: with where to set it instead.
     """
     given = {word.partition("=")[0].strip() for word in overrides}
     for key in keys:
@@ -255,7 +255,7 @@ def _slug(text: str, most: int = 40) -> str:
 
 
 def _unique(names: list[str], points: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names that differ and are short enough for a file system, a digest added where they would not be."""
+    """Names that differ and are short enough for a file system; a digest is added where needed."""
     shortened = [name[:120] for name in names]
     return [
         f"{short}-{hashlib.sha256(json.dumps(point).encode()).hexdigest()[:6]}"

@@ -1,4 +1,4 @@
-"""What a search may choose from: a range or a list of choices for each key of the recipe. Pure; Optuna is not imported here.
+"""The space of a search: a range or a list of choices for each key of the recipe. Pure; Optuna is not imported here.
 
     train.learning_rate=1e-6..1e-4:log     a number between, evenly in its logarithm
     train.epochs=1..5                      bounds written as whole numbers: only whole numbers between
@@ -85,7 +85,7 @@ def space_of(given: Mapping[str, str | Sequence[Any]], overrides: Sequence[str] 
 
 
 def corners(space: Space) -> list[tuple[str, ...]]:
-    """Overrides that try each end of every range and every choice once: a wrong one is found before anything is queued."""
+    """Overrides that use each end of every range and every choice once, to refuse a wrong one before anything is queued."""
     ends = {
         key: domain.values
         if isinstance(domain, Choices)
@@ -99,7 +99,7 @@ def corners(space: Space) -> list[tuple[str, ...]]:
 
 
 def value_text(domain: Range | Choices, value: Any) -> str:
-    """A value that was chosen, as `--set` takes it."""
+    """A chosen value, as `--set` takes it."""
     if isinstance(domain, Choices):
         return str(value)
     return str(int(value)) if domain.whole else json.dumps(float(value))
@@ -131,7 +131,7 @@ def _choices(key: str, values: Sequence[str]) -> Choices:
         raise InputError(f"--search {key}: with {len(values)} choice there is nothing to search", _EXAMPLE)
     for value in values:
         if list(values).count(value) > 1:
-            raise InputError(f"--search {key}: {value} is there twice", "keep one of the two")
+            raise InputError(f"--search {key}: {value} is given twice", "keep one of the two")
     return Choices(values=tuple(values))
 
 

@@ -1,20 +1,19 @@
-"""Sweeps from Python: one recipe, many runs; a job array, or one after another here. The same call again mends what is missing.
+"""Sweeps from Python: one recipe, many runs; a job array, or one after another here. The same call again adds what is missing.
 
     afina.sweep("recipe.yaml", grid={"train.learning_rate": [1e-5, 3e-5, 5e-5]}, seeds=5).wait()
 
-Every cell is an ordinary run directory, claimed before anything is submitted, and all share the prepared data. What a call
-finds done is not done again: finished cells stay, queued and running ones are left alone, those that failed, stopped or were
-lost go on from their newest checkpoint. A search (`search=…`) claims nothing ahead: each array task asks Optuna for values
-when it starts, in the image (`afina.worker.node.trial`), and what it learnt is read from the run directories.
+Every cell is an ordinary run directory, claimed before anything is submitted, and all share the prepared data. Finished
+cells stay, queued and running ones are left alone, those that failed, stopped or were lost resume from their newest
+checkpoint. A search (`search=…`) claims nothing ahead: each array task asks Optuna for values when it starts, in the image
+(`afina.worker.node.trial`), and Optuna reads the earlier results from the run directories.
 
-Not covered: one limit on parallel runs over several arrays (a second array of the same sweep starts with what the first
-leaves of it, one at least), and pruning of trials that look bad.
+Not covered: one limit on parallel runs over several arrays (a second array of the same sweep gets what the first one leaves,
+at least one), and pruning of bad trials.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -26,15 +25,14 @@ from typing import TYPE_CHECKING, Any
 from afina import api
 from afina.errors import ClaimedError, InputError
 from afina.files import read_words
-from afina.forecast.forecast import check_possible
 from afina.recipe.schema import Recipe
-from afina.run.commands import worker_environment
+from afina.run.commands import host_environment
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.plan import Plan
 from afina.run.workers import ask_worker
-from afina.site.settings import environment
 from afina.slurm.client import need_slurm
+from afina.slurm.limits import check_possible
 from afina.slurm.submit import submit_script
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
@@ -97,21 +95,21 @@ class Sweep:
         """Block until no cell is queued or running.
 
         Args:
-            tell: is called with the number of cells in each state, after every look.
+            tell: is called with the number of cells in each state, after every query.
 
         Raises:
             TimeoutError: after `timeout_s` seconds.
         """
-        began, pause, looked_again = time.monotonic(), 0.5, False
+        began, pause, checked_again = time.monotonic(), 0.5, False
         while True:
             states = list(self.states().values())
             if tell is not None:
                 tell({state: states.count(state) for state in dict.fromkeys(states)})
             busy = any(state in (*BUSY, "UNKNOWN") for state in states)
-            if not busy and looked_again:
+            if not busy and checked_again:
                 return
             # A shared file system may show the last outcomes a little later.
-            looked_again = not busy
+            checked_again = not busy
             if timeout_s is not None and time.monotonic() - began > timeout_s:
                 raise TimeoutError(f"{self.path}: still running after {timeout_s:g} s")
             time.sleep(2.0 if not busy else pause)
@@ -181,7 +179,7 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
 
 
 def sweep_named(name: str | Path) -> Sweep | None:
-    """The sweep of that folder or short name; None where it is a recipe, or nothing at all."""
+    """The sweep of that folder or short name; None if it is a recipe, or does not exist."""
     if Path(name).is_file():
         return None
     with contextlib.suppress(InputError):
@@ -203,7 +201,7 @@ def carry_out(draft: Draft, say: Say = lambda line: print(f"afina: {line}", flus
         make_home(draft.home, undo)
         with draft.home.lock():
             if draft.home.read() != draft.before:
-                raise ClaimedError(f"{draft.home.path}: was changed just now by another `afina sweep`", "try it again")
+                raise ClaimedError(f"{draft.home.path}: was changed by another `afina sweep`", "try it again")
             record = claim_cells(draft, prepared, undo, say)
             if draft.local:
                 undo.pop_all()
@@ -251,17 +249,17 @@ def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: 
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until what Slurm took is written down; outside the main thread it is not ours to hold."""
+    """Delay Ctrl-C until a submission is recorded; only in the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    signals: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if heard:
+    if signals:
         raise KeyboardInterrupt
 
 
@@ -269,7 +267,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _run_here(draft: Draft, record: SweepRecord, say: Say) -> None:
-    """One cell after another; ends at a stop (Ctrl-C) and at what would meet every cell (bad input, a full disk)."""
+    """Train one cell after another, until a stop (Ctrl-C) or a failure that every cell would have (bad input, a full disk)."""
     home, wanted = draft.home, draft.wanted
     states = cell_states(home, record.cells)
     say(f"sweep {home.path}: {len(wanted)} runs, {sum(states[number] == 'FINISHED' for number in wanted)} finished")
@@ -282,23 +280,21 @@ def _run_here(draft: Draft, record: SweepRecord, say: Say) -> None:
             continue
         run = home.run(cell.name)
         if record.search is not None and not is_run_dir(run.path):
-            _ask(home, record.plan, run)
+            _make_trial(home, record.plan, run)
         say(f"run {count} of {len(wanted)}: {cell.name}")
         outcome = api.resume(run.path, num_processes=draft.request.job.num_processes).outcome
         if outcome is not None and outcome.outcome == "stopped":
-            say("stopped; the same command goes on from here")
+            say("stopped; the same command continues from here")
             return
         if outcome is not None and outcome.failure is not None and outcome.exit_code in (2, 3):
             raise outcome.failure.error().about(cell.name)
 
 
-def _ask(home: SweepDir, plan: Plan, run: RunDir) -> None:
+def _make_trial(home: SweepDir, plan: Plan, run: RunDir) -> None:
     """Make the run directory of a trial, as a job does it.
 
     Raises:
-        AfinaError: as the worker said it.
+        AfinaError: the worker's.
     """
     words = read_words(home.trial_argv)
-    here = {**os.environ, **environment(plan.site)}
-    env = {**here, **worker_environment(plan, offline=True, env=here)}
-    ask_worker([*words, str(run.path)], env, name="the next trial")
+    ask_worker([*words, str(run.path)], host_environment(plan, offline=True), name="the next trial")

@@ -1,14 +1,14 @@
-"""The sweep directory as a type: what the runs of a sweep have in common; each run is an ordinary run directory in it.
+"""The sweep directory as a type. Each run of a sweep is an ordinary run directory in it.
 
     sweep.json                    recipe, grid and seeds (or the space of a search), and the cells in order
     cells                         the folder of each cell below runs/, NUL-separated, for bash; its n-th is array task n
     runs/<cell>/                  the run directories
     submissions.jsonl             the job arrays and which cells they are of
     finetune.sbatch job.sh node.sh   what the jobs run; its copies go into every run directory
-    logs/<array>_<task>.out       what the batch script of a task said
+    logs/<array>_<task>.out       the output of a task's batch script
     trial.argv  journal.log       of a search: the command that asks for a trial, and Optuna's journal
 
-Cells are only ever added, at the end: a task that waits in the queue finds its own under the same number. `sweep.json` is
+Cells are only added, at the end: a task that waits in the queue keeps its number. `sweep.json` is
 written last when a sweep is made or grows.
 """
 
@@ -42,20 +42,20 @@ __all__ = [
     "SweepDir",
     "SweepRecord",
     "differences",
-    "given_up",
+    "failed_for_good",
     "record_of",
 ]
 
 #: What the jobs of a sweep run; every run directory gets a copy.
 SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
-#: What may lie in a sweep directory whose making was cut short.
+#: What an interrupted `afina sweep` may leave in a sweep directory.
 _OURS = {".lock", "cells", "logs", "runs", "trial.argv", *SCRIPTS}
 
 
 class CellRecord(FrozenModel):
     """One cell: its folder, its point of the grid, its seed, what `--set` it is, and the digest of its plan.
 
-    The cells of a search have a name and no more: what a trial tries is in its run directory once it has been asked for.
+    The cells of a search have a name only: the values of a trial are in its run directory once it has started.
     """
 
     name: str
@@ -66,7 +66,7 @@ class CellRecord(FrozenModel):
 
 
 class SearchRecord(FrozenModel):
-    """What a search needs in the job: the space, and all that a run directory is made from (`run_record`: its record.json)."""
+    """A search in a job: the space, and everything that a run directory is made from (`run_record`: its record.json)."""
 
     space: Space
     trials: int
@@ -120,7 +120,7 @@ class SweepDir:
         return RunDir(self.runs / cell)
 
     def read(self) -> SweepRecord | None:
-        """What `sweep.json` says, or None where the sweep is not there yet.
+        """`sweep.json`, or None if the sweep does not exist yet.
 
         Raises:
             InputError: it is damaged, of another version, or the folder holds something else.
@@ -158,7 +158,7 @@ class SweepDir:
         write_atomic(self.file, record.to_json())
 
     def append(self, job_id: str, first: int, tasks: list[int]) -> None:
-        """Note that array `job_id` was submitted: its task n is cell `first + n`."""
+        """Record that array `job_id` was submitted: its task n is cell `first + n`."""
         RunDir(self.path).append("submissions.jsonl", {"job_id": job_id, "first": first, "tasks": tasks})
 
     def jobs_of(self) -> dict[int, list[str]]:
@@ -171,9 +171,9 @@ class SweepDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process on this host makes, submits or runs the sweep's cells; it ends with the process.
+        """Let one process on this host make, submit or run the sweep's cells; the lock ends with the process.
 
-        Not between hosts where the file system locks locally: there the lease of each run keeps two attempts apart.
+        Not covered: hosts whose file system locks locally; there the lease of each run keeps two attempts apart.
 
         Raises:
             ClaimedError: another process does.
@@ -183,7 +183,7 @@ class SweepDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ClaimedError(
-                    f"{self.path}: another `afina sweep` works here just now", "wait for it to end, or stop it"
+                    f"{self.path}: another `afina sweep` is working here", "wait for it to end, or stop it"
                 ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
@@ -192,7 +192,7 @@ class SweepDir:
 
 
 def differences(before: Plan, now: Plan) -> list[str]:
-    """What is trained differently by two plans, `key: VALUE there, VALUE now` each; resources and the name do not count."""
+    """The differences between two plans, `key: VALUE there, VALUE now` each; without resources and name."""
     there, here = _flat(before), _flat(now)
     return [
         f"{key}: {_shown(there.get(key))} there, {_shown(here.get(key))} now"
@@ -216,10 +216,10 @@ def record_of(shared: Mapping[str, Any], plan: Plan, overrides: Sequence[str]) -
     }
 
 
-def given_up(run: RunDir, outcome: Outcome | None) -> bool:
-    """Whether the run failed by what it trains, so that another attempt would fail again.
+def failed_for_good(run: RunDir, outcome: Outcome | None) -> bool:
+    """True if the run failed because of its settings: another attempt would fail again.
 
-    A stop, a broken node, a full disk or a process that somebody killed are not the trial's fault: such a run goes on.
+    After a stop, a broken node, a full disk or a kill the run can be resumed.
     """
     if outcome is None or outcome.outcome != "failed" or outcome.exit_code != 4 or outcome.cause in ("disk", "node"):
         return False
@@ -242,7 +242,7 @@ def _flat(plan: Plan) -> dict[str, Any]:
             found[key] = value
 
     recipe = plan.recipe.model_dump(mode="json", exclude={"name", "resources"})
-    recipe["data"].pop("files", None)  # as they were found: below
+    recipe["data"].pop("files", None)  # as absolute paths: below
     walk(recipe, "")
     walk({part: [str(path) for path in paths] for part, paths in plan.files.items()}, "data.files")
     return found

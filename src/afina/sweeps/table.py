@@ -1,9 +1,9 @@
-"""What a sweep found: for each point of the grid the mean over seeds and its interval, the best point, and how sure that is.
+"""The results of a sweep: for each point of the grid the mean over seeds with its interval, and tests against the best point.
 
 Pure: outcomes and states in, a table out. Points are compared with the best one by a paired t-test over the seeds that both
-have finished, because a seed moves all points together; p-values are Holm-corrected over those comparisons. That the best was
-picked by the same numbers is not corrected for, and the table says so. Of a search the trials are listed by their value:
-with one run each there is no spread to test with.
+have finished, because a seed moves all points together; p-values are Holm-corrected over those comparisons. The trials of a
+search are listed by their value. Not covered: the best was selected by the same numbers, which the table notes; trials are
+not tested, because one run each has no spread.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Row:
         states: how many of its runs are in which state.
         interval: mean over `values` with the 95 % interval; None before the first is finished.
         against_best: `this - best` over the shared seeds; None for the best itself, or without a shared seed.
-        p: Holm-corrected; None where there is nothing to test with.
+        p: Holm-corrected; None without a test.
     """
 
     point: str
@@ -118,7 +118,7 @@ def tabulate(
         outcomes: of each cell, in the order of `record.cells`.
         states: of each cell: PLANNED, PENDING, RUNNING, FINISHED, STOPPED, FAILED, UNKNOWN.
         metric: another metric than the one that chooses the checkpoint.
-        tried: of a search, what each trial tries.
+        tried: the values of each trial of a search.
     """
     finished = [outcome for outcome in outcomes if outcome is not None and outcome.outcome == "finished"]
     column = best_metric(record, finished[0].task if finished else None, metric)
@@ -156,7 +156,7 @@ def _value(outcome: Outcome | None, column: str) -> float | None:
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
-    """The first of the points that all their runs have finished; without any, of all: a single lucky seed is no winner."""
+    """The first point of which all runs have finished, else the first of all: one lucky seed does not win."""
     measured = [row for row in rows if row.interval is not None]
     complete = [row for row in measured if len(row.values) == row.runs]
     return next(iter(complete or measured), None)
@@ -190,43 +190,43 @@ def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
         return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else _INTERVALS]
     after = next((row for row in others if row.p is not None), others[0])
     test, count = after.against_best, sum(row.p is not None for row in others)
-    said = f"Best: {best.point}. "
+    head = f"Best: {best.point}. "
     if test is None or after.p is None:
         seeds = test.difference.count if test else 0
         why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished seed{'s' * (seeds != 1)}"
-        notes.append(f"{said}Whether it is better than the next ({after.point}) cannot be told: {why}.")
+        notes.append(f"{head}It cannot be compared with the next ({after.point}): {why}.")
     else:
         between = others[: others.index(after)]
         named = after.point if any(map(_differs_evenly, between)) else f"the next ({after.point})"
         better = "distinguishable" if after.p < _LEVEL else "NOT distinguishable"
         notes.append(
-            f"{said}It is {better} from {named}: paired over {test.difference.count} seeds, "
+            f"{head}It is {better} from {named}: paired over {test.difference.count} seeds, "
             f"{_p(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
         )
     if all(row.runs == 1 for row in rows):
         notes.append(
-            "One seed each tells nothing of the others either: the same command with --seeds 5 adds four to each."
+            "One seed each cannot tell the other points apart either: the same command with --seeds 5 adds four to each."
         )
         return [*notes, _INTERVALS]
     left = [row for row in others if row.p is None and row is not after]
     if same := [row.point for row in left if _differs_evenly(row)]:
-        notes.append(f"Against the best the same in every seed, so that no test applies: {', '.join(same)}.")
+        notes.append(f"Same difference to the best in every seed, so that no test applies: {', '.join(same)}.")
     if early := [f"{row.point} ({len(row.values)} of {row.runs})" for row in left if not _differs_evenly(row)]:
-        notes.append(f"Not judged, too few finished runs: {', '.join(early)}.")
+        notes.append(f"Not tested, too few finished runs: {', '.join(early)}.")
     alike = [row.point for row in others if row.p is not None and row.p >= _LEVEL]
     if len(alike) > 1:
-        notes.append(f"Nor is it from: {', '.join(alike[1:])}.")
+        notes.append(f"Nor from: {', '.join(alike[1:])}.")
     notes += [_INTERVALS, _PICKED]
     return notes
 
 
 def _differs_evenly(row: Row) -> bool:
-    """From the best by the same in every seed, mostly by nothing: there is no spread to judge it by."""
+    """The difference to the best is the same in every seed, mostly zero: there is no spread to test with."""
     return row.p is None and row.against_best is not None and row.against_best.difference.count > 1
 
 
 _INTERVALS = "Intervals: 95 %, t-distribution over seeds; p: paired t-test over the shared seeds, Holm-corrected."
-_PICKED = "The best was picked by these very numbers, so the p-values flatter it: confirm it with new seeds or on the test part."
+_PICKED = "The best was selected by the same numbers, so its p-values are too small: confirm it with new seeds or on the test split."
 
 
 def _search_notes(rows: Sequence[Row], best: Row | None) -> list[str]:
@@ -287,7 +287,7 @@ def _states(row: Row) -> str:
 
 
 def _left(row: Row) -> str:
-    """What the runs of a point are in that have not finished."""
+    """The states of a point's unfinished runs, with their numbers."""
     left = {state: count for state, count in row.states.items() if state != "FINISHED"}
     return ", ".join(f"{count} {state.lower()}" for state, count in left.items())
 

@@ -157,7 +157,7 @@ def imaged(scratch: Path, sif: Path) -> Site:
 
 def test_an_image_is_read_once(imaged: Site, sif: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(record, "_SAY_FROM_BYTES", 1)
+    monkeypatch.setattr(record, "_REPORT_FROM_BYTES", 1)
     expected = hashlib.sha256(sif.read_bytes()).hexdigest()
     first = image_record(imaged, said.append)
     assert first == {"path": str(sif), "size": sif.stat().st_size, "sha256": expected} and len(said) == 1

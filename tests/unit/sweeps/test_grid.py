@@ -186,7 +186,7 @@ def test_a_space_is_ranges_and_choices() -> None:
         ("train.learning_rate=1e999..2e999", "is not a range"),
         ("train.learning_rate=1e-5", "nothing to search"),
         ("train.learning_rate=1,,2", "a choice is empty"),
-        ("tokens.batching=packed,packed", "is there twice"),
+        ("tokens.batching=packed,packed", "is given twice"),
         ("tokens.max_length=32..64", "decides what is prepared"),
         ("data.label=a,b", "decides what is prepared"),
         ("train.seed=1..9", "a seed is not better than another"),

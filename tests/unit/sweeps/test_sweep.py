@@ -22,9 +22,9 @@ import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, program, tree
 
-from afina import api as jobs
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
 from afina.recipe.schema import parse_recipe
+from afina.run import new_run
 from afina.run.commands import sweep_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
@@ -79,7 +79,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         plans.append(plan)
         return {"prepared": f"/prepared/{plan.recipe.tokens.max_length}", "task": "single-label"}
 
-    monkeypatch.setattr(jobs, "prepare", prepare)
+    monkeypatch.setattr(new_run, "prepare", prepare)
     return plans
 
 
@@ -207,7 +207,7 @@ def test_bad_data_leaves_nothing(
             raise DataError("row 3 has no label", "label it")
         return {}
 
-    monkeypatch.setattr(jobs, "prepare", refuse)
+    monkeypatch.setattr(new_run, "prepare", refuse)
     before = tree(scratch)
     with pytest.raises(DataError, match="cell max_length=64: row 3 has no label"):
         sweep("tokens.max_length=32,64")
@@ -342,7 +342,7 @@ def test_a_folder_that_is_no_sweep_is_left_alone(sweep: Callable[..., Sweep], tm
 
 def test_two_at_once(sweep: Callable[..., Sweep]) -> None:
     made = sweep(GRID)
-    with made.dir.lock(), pytest.raises(ClaimedError, match="works here just now"):
+    with made.dir.lock(), pytest.raises(ClaimedError, match="is working here"):
         sweep(GRID)
 
 
@@ -412,14 +412,14 @@ def test_the_table(sweep: Callable[..., Sweep], bin: Path) -> None:
     text = str(table)
     assert "learning_rate=5e-3  0.6200  [0.5838, 0.6562]  5/5    best" in text
     assert "2 failed, 1 pending, 1 running" in text
-    # The next is the next that can be judged; of the lucky seed nothing is claimed.
+    # The next is the next that can be tested; nothing is claimed about the lucky seed.
     assert (
         "Best: learning_rate=5e-3. It is distinguishable from the next (learning_rate=1e-3): paired over 5 seeds"
         in text
     )
     assert "after correction for 2 comparisons" in text
-    assert "Not judged, too few finished runs: learning_rate=9e-9 (1 of 5)." in text
-    assert "Holm-corrected" in text and "picked by these very numbers" in text
+    assert "Not tested, too few finished runs: learning_rate=9e-9 (1 of 5)." in text
+    assert "Holm-corrected" in text and "selected by the same numbers" in text
     as_json = json.loads(json.dumps(table.to_dict()))
     assert as_json["best"] == "learning_rate=5e-3" and as_json["rows"][0]["values"]["3"] == 0.62
     with pytest.raises(InputError, match="did you mean `accuracy`"):
@@ -446,7 +446,10 @@ def test_equals_of_the_best_are_called_so(sweep: Callable[..., Sweep]) -> None:
         end(run.dir, "finished", value)
     text = str(made.table())
     assert "Best: learning_rate=5e-3. It is distinguishable from learning_rate=1e-3: paired over 5 seeds" in text
-    assert "the same in every seed, so that no test applies: learning_rate=2e-3." in text and "too few" not in text
+    assert (
+        "Same difference to the best in every seed, so that no test applies: learning_rate=2e-3." in text
+        and "too few" not in text
+    )
 
 
 def test_one_seed_tells_nothing(sweep: Callable[..., Sweep]) -> None:
@@ -454,7 +457,7 @@ def test_one_seed_tells_nothing(sweep: Callable[..., Sweep]) -> None:
     for run, value in zip(made.runs, (0.9, 0.1), strict=True):
         end(run.dir, "finished", value)
     text = str(made.table())
-    assert "Whether it is better than the next (learning_rate=1e-3) cannot be told: they share 1 finished seed." in text
+    assert "It cannot be compared with the next (learning_rate=1e-3): they share 1 finished seed." in text
     assert "p =" not in text and "distinguishable" not in text and "--seeds 5 adds four to each" in text
     assert all(line.split()[-1] != "finished" for line in text.splitlines()[4:6])
 
@@ -613,7 +616,7 @@ def test_many_ask_at_once(sweep: Callable[..., Sweep]) -> None:
     ("words", "says"),
     [
         ([], "nothing to sweep over"),
-        (["--seeds", "0"], "no seed is no run"),
+        (["--seeds", "0"], "at least one seed is needed"),
         (["--seeds", "2", "--grid", "train.seed=1,2"], "--grid train.seed: is also given by --seeds"),
         (["--grid", "train.learning_rat=1,2"], "did you mean `learning_rate`?"),
         (["--grid", "train.learning_rate=1,x"], "cell learning_rate=x,seed=1"),
@@ -705,7 +708,7 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(afina: Callable[..., Ran], 
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 75 and "stopped; the same command goes on from here" in said, said
+    assert process.returncode == 75 and "stopped; the same command continues from here" in said, said
     (home,) = (scratch / "sweeps").iterdir()
     made = Sweep(home)
     assert sorted(made.states().values()) == ["PLANNED", "STOPPED"]

@@ -31,7 +31,7 @@ from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for
 from afina.sweeps.space import Choices, Space, value_text
-from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, given_up, record_of
+from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, failed_for_good, record_of
 
 __all__ = ["answer", "open_study", "take_trial", "report_ended"]
 
@@ -108,7 +108,7 @@ def report_ended(study: Any, sweep: SweepDir, search: SearchRecord) -> None:
             value = outcome.metrics.get(search.metric)
             usable = isinstance(value, int | float) and math.isfinite(value)
             _report(study, trial.number, float(value) if usable else None)  # type: ignore[arg-type]
-        elif given_up(run, outcome):
+        elif failed_for_good(run, outcome):
             _report(study, trial.number, None)
 
 
