@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need the real image: the image, a home of the ordinary user, a way to run Apptainer as him.
+"""Fixtures of the tests that need the real image: the image, a home of the ordinary user, Apptainer run as that user.
 
 AFINA_TEST_IMAGE names the image that `tests/apptainer/build_image.sh OUT.sif` made. Without it, or without Apptainer,
 these tests are skipped with the reason; AFINA_REQUIRE_CLUSTER=1 makes that a failure. As root they run as
@@ -41,7 +41,7 @@ def image() -> Path:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """An empty folder that belongs to the ordinary user, with a space in its name; pytest's own is root's alone."""
+    """An empty folder that belongs to the ordinary user, with a space in its name; pytest's own is readable by root only."""
     path = Path(tempfile.mkdtemp(prefix="afina home ", dir="/tmp"))
     if os.geteuid() == 0:
         shutil.chown(path, _user())

@@ -1,4 +1,4 @@
-"""What the image promises to those who run it: one environment that nothing on the host changes, and nothing else.
+"""The image as its users see it: one environment that nothing on the host changes.
 
 Runs the real image as an ordinary user. Not covered here: training in it (tests/slurm) and anything with a GPU.
 """
@@ -31,7 +31,7 @@ def test_imports_come_from_the_image(image: Path, apptainer: Apptainer) -> None:
     assert all(file.startswith("/opt/afina/lib/") for file in files), files
 
 
-def test_its_own_test_passes(image: Path, apptainer: Apptainer) -> None:
+def test_apptainer_test_passes(image: Path, apptainer: Apptainer) -> None:
     done = apptainer("test", image)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^torch \d", done.stdout, re.M) and re.search(r"^afina ?", done.stdout, re.M), done.stdout
@@ -49,9 +49,9 @@ def test_arguments_and_exit_code_pass_unchanged(image: Path, home: Path, apptain
     missing = "no such 'recipe'; echo $HOME,x=1.yaml"
     done = apptainer("run", image, "train", missing)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    said = re.sub(r"\s+", "", done.stdout + done.stderr)
-    assert re.sub(r"\s+", "", missing) in said
-    assert "Traceback" not in said
+    output = re.sub(r"\s+", "", done.stdout + done.stderr)
+    assert re.sub(r"\s+", "", missing) in output
+    assert "Traceback" not in output
     assert list(home.iterdir()) == []
 
 
@@ -59,12 +59,12 @@ def test_packages_of_the_host_stay_outside(image: Path, home: Path, apptainer: A
     version = apptainer(
         "exec", image, "python", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"
     ).stdout.strip()
-    strangers = [home / ".local" / "lib" / f"python{version}" / "site-packages", home / "pythonpath"]
-    for folder in strangers:
+    foreign = [home / ".local" / "lib" / f"python{version}" / "site-packages", home / "pythonpath"]
+    for folder in foreign:
         (folder / "transformers").mkdir(parents=True)
-        (folder / "transformers" / "__init__.py").write_text("raise SystemExit('a stranger was imported')\n")
+        (folder / "transformers" / "__init__.py").write_text("raise SystemExit('a foreign package was imported')\n")
     host = {
-        "PYTHONPATH": str(strangers[1]),
+        "PYTHONPATH": str(foreign[1]),
         "PYTHONSTARTUP": "/nowhere",
         "PYTHONHOME": "/usr",
         "VIRTUAL_ENV": "/nowhere",
@@ -74,9 +74,9 @@ def test_packages_of_the_host_stay_outside(image: Path, home: Path, apptainer: A
     done = apptainer("exec", image, *importing, environment=host)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("/opt/afina/lib/")
-    # The trap is a real one: set inside the container, the same folder does win.
-    trapped = apptainer("exec", image, "env", f"PYTHONPATH={strangers[1]}", *importing)
-    assert "a stranger was imported" in trapped.stderr
+    # The control: set inside the container, the same folder does win.
+    trapped = apptainer("exec", image, "env", f"PYTHONPATH={foreign[1]}", *importing)
+    assert "a foreign package was imported" in trapped.stderr
 
 
 @pytest.mark.parametrize("place", ["/opt/afina/lib", "/usr/lib", "/etc"])
@@ -100,7 +100,7 @@ def test_everything_is_compiled(image: Path, apptainer: Apptainer) -> None:
 def test_packages_are_those_of_the_lock(image: Path, home: Path, apptainer: Apptainer) -> None:
     pins = [line.removesuffix(" \\") for line in LOCK.read_text().splitlines() if re.match(r"[a-z]", line)]
     (home / "pins.json").write_text(json.dumps(pins))
-    # Markers are judged by the image's own Python.
+    # The image's own Python evaluates markers.
     code = """
 import importlib.metadata, json
 from packaging.requirements import Requirement

@@ -34,7 +34,7 @@ def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
     assert read_image(image).declared_bytes == image.stat().st_size
 
 
-def test_inside_it_speaks_of_itself(image: Path, apptainer: Apptainer) -> None:
+def test_image_info_inside_and_outside_agree(image: Path, apptainer: Apptainer) -> None:
     done = apptainer("run", image, "image", "info", "--json")
     assert done.returncode == 0, done.stderr
     inside, outside = json.loads(done.stdout), summary(read_image(image))
@@ -88,7 +88,7 @@ def test_the_list_of_packages_is_the_lock(image: Path, apptainer: Apptainer) -> 
         assert about.get("license_expression") or about.get("license") or "License ::" in str(about["classifier"]), name
 
 
-def test_bytecode_asks_for_no_source_and_tests_are_left_out(image: Path, apptainer: Apptainer) -> None:
+def test_bytecode_is_unchecked_and_tests_are_left_out(image: Path, apptainer: Apptainer) -> None:
     code = """
 import json, pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
@@ -112,7 +112,7 @@ def test_no_log_and_no_cache_is_left(image: Path, apptainer: Apptainer) -> None:
 
 @pytest.fixture
 def as_the_user(home: Path) -> dict[str, str]:
-    """An environment whose `apptainer` is the ordinary user's, as it must be where root cannot start a container."""
+    """An environment whose `apptainer` runs as the ordinary user: root may be unable to start a container."""
     folder = home / "bin"
     folder.mkdir()
     real = str(shutil.which("apptainer"))

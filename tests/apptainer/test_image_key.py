@@ -91,7 +91,7 @@ def site(folder: Path, name: str, key: str) -> Site:
 
 
 def in_the_job(run: RunDir, image: Path, key: str) -> subprocess.CompletedProcess[str]:
-    """finetune.sbatch of a run with this image. One that is accepted comes to `afina_meet`, which ends the job with 42."""
+    """finetune.sbatch of a run with this image. An accepted image reaches `afina_meet`, which ends the job with 42."""
     words = [
         "bash",
         str(run.path / "node.sh"),
@@ -138,7 +138,7 @@ REFUSED = [
 ]
 
 
-def test_what_the_key_signed_is_taken(signed: Path, run: RunDir) -> None:
+def test_an_image_signed_by_the_key_is_accepted(signed: Path, run: RunDir) -> None:
     check_image(site(signed, "signed.sif", str(signed / "pem.pub")))
     done = in_the_job(run, signed / "signed.sif", str(signed / "pem.pub"))
     assert done.returncode == 42 and "AFINA_IMAGE_KEY" not in done.stderr
@@ -151,12 +151,12 @@ def test_anything_else_is_refused(signed: Path, run: RunDir, name: str, key: str
     done = in_the_job(run, signed / name, str(signed / key))
     assert done.returncode == caught.value.exit_code == 3
     expected = f"AFINA_IMAGE={signed / name} is not the image that AFINA_IMAGE_KEY={signed / key} signed: "
-    for said in (str(caught.value), done.stderr):
-        assert expected in said and why in said and "remedy: fetch the image again" in said
+    for text in (str(caught.value), done.stderr):
+        assert expected in text and why in text and "remedy: fetch the image again" in text
     assert not (run.attempts / "1.0").exists()
 
 
-def test_without_a_key_any_image_is_taken(signed: Path, run: RunDir) -> None:
+def test_without_a_key_any_image_is_accepted(signed: Path, run: RunDir) -> None:
     check_image(site(signed, "altered.sif", "").model_copy(update={"image_key": None}))
     assert in_the_job(run, signed / "altered.sif", "").returncode == 42
 
@@ -197,7 +197,7 @@ def test_submitits_job_refuses_and_records_it(signed: Path, plan: Plan, tmp_path
             assert "data object integrity compromised" in str(outcome.error) and "Traceback" not in done.stderr
 
 
-def test_submitits_script_looks_before_it_starts(
+def test_submitits_script_checks_before_it_starts(
     signed: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("sbatch", "srun"):

@@ -1,6 +1,6 @@
 """slurm/node.sh: the image's file system outlives the signals of the cluster, and leaves nothing on the node.
 
-The real image, mounted by an ordinary user. What Slurm does to a step is done here by hand, to the processes that it would
+The real image, mounted by an ordinary user. The tests send Slurm's signals themselves, to the processes that it would
 reach; tests/slurm/test_signals.py lets Slurm do it. Not covered: a setuid Apptainer but for being refused.
 """
 
@@ -12,28 +12,28 @@ import pwd
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import descendants, signal_all, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: The worker: answers each line of its standard input with a line of JSON.
 WORKER = """
 import json, os, signal, sys
-heard = set()
+received = set()
 for name in ("TERM", "USR1", "USR2", "INT", "HUP"):
-    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: heard.add(signal.Signals(number).name[3:]))
-def answer(**said):
-    print(json.dumps(said), flush=True)
+    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: received.add(signal.Signals(number).name[3:]))
+def answer(**fields):
+    print(json.dumps(fields), flush=True)
 answer(root=os.environ["APPTAINER_CONTAINER"])
 while line := sys.stdin.readline():
     word, _, rest = line.strip().partition(" ")
-    if word == "heard":
-        answer(heard=sorted(heard))
+    if word == "received":
+        answer(received=sorted(received))
     elif word == "import":
         try:
             import importlib
@@ -69,37 +69,6 @@ def _account() -> pwd.struct_passwd:
     return pwd.getpwnam(os.environ.get("AFINA_TEST_USER", "researcher"))
 
 
-def descendants(pid: int) -> list[int]:
-    """`pid` and all below it, by parent, as proctrack/linuxproc finds them."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for known in found:
-        found += children.get(known, [])
-    return found
-
-
-def kill(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
-
-
-def until(reached: Callable[[], Any], timeout: float = 30) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (value := reached()):
-        assert time.monotonic() < deadline, f"not reached after {timeout:g} s"
-        time.sleep(0.05)
-    return value
-
-
 class Worker:
     """A running node.sh with WORKER in the image."""
 
@@ -112,15 +81,15 @@ class Worker:
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             raise EOFError(f"the worker ended with {self.process.wait(30)}: {self.process.stderr.read()}")  # type: ignore[union-attr]
-        said: dict[str, Any] = json.loads(line)
-        return said
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def ask(self, line: str) -> dict[str, Any]:
         print(line, file=self.process.stdin, flush=True)
         return self.answer()
 
-    def hears(self, *names: str) -> None:
-        until(lambda: set(names) <= set(self.ask("heard")["heard"]))
+    def receives(self, *names: str) -> None:
+        wait_until(lambda: set(names) <= set(self.ask("received")["received"]))
 
     def ends(self, code: int) -> int:
         print(f"exit {code}", file=self.process.stdin, flush=True)
@@ -176,14 +145,14 @@ class Node:
         return Worker(self.popen(command if plain else ["bash", str(self.script), str(self.image), *command]))
 
     def mounts(self) -> list[Path]:
-        """What is mounted below TMPDIR, as the kernel says."""
+        """Mount points below TMPDIR."""
         points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         plain = [p.encode("latin-1", "replace").decode("unicode_escape") for p in points if "\\" in p]
         found = [Path(p.encode("latin-1", "ignore").decode(errors="replace")) for p in plain]
         return [p for p in [*found, *map(Path, points)] if p.is_relative_to(self.tmp)]
 
-    def looks_into(self, path: Path) -> str:
-        """What the user is told; root may not look into a user's mount."""
+    def stat_error(self, path: Path) -> str:
+        """The error of `stat` as the user, if any; root cannot access a user's mount."""
         with self.popen(["stat", "--", str(path)]) as process:
             return process.communicate(timeout=30)[1]
 
@@ -214,9 +183,9 @@ def _node(home: Path, image: Path, temporary: str) -> Iterator[Node]:
     yield made
     for process in made.started:
         if process.poll() is None:
-            kill(descendants(process.pid), signal.SIGKILL)
+            signal_all([process.pid, *descendants(process.pid)], signal.SIGKILL)
         process.communicate()
-    until(lambda: made.clean())
+    wait_until(lambda: made.clean())
     assert not list(home.glob("**/pwned"))
 
 
@@ -228,8 +197,8 @@ def test_a_signal_to_the_whole_step_leaves_the_files(node: Node, name: str) -> N
     worker = node.worker()
     assert worker.root.is_relative_to(node.tmp) and node.mounts() == [worker.root]
     for _ in range(3):
-        kill(descendants(worker.process.pid), signal.Signals[f"SIG{name}"])
-    worker.hears(name)
+        signal_all([worker.process.pid, *descendants(worker.process.pid)], signal.Signals[f"SIG{name}"])
+    worker.receives(name)
     assert worker.ask("import sqlite3") == {"ok": True, "read": True}
     assert worker.ask("import sklearn.metrics") == {"ok": True, "read": True}
     assert worker.ends(75) == 75
@@ -237,25 +206,25 @@ def test_a_signal_to_the_whole_step_leaves_the_files(node: Node, name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1", "USR2"])
-def test_without_it_they_are_gone(node: Node, name: str) -> None:
-    """The trap is a real one: Apptainer's own mount, the same signal."""
+def test_without_node_sh_the_files_are_gone(node: Node, name: str) -> None:
+    """The control: Apptainer's own mount, the same signal."""
     worker = node.worker(plain=True)
-    kill(descendants(worker.process.pid), signal.Signals[f"SIG{name}"])
+    signal_all([worker.process.pid, *descendants(worker.process.pid)], signal.Signals[f"SIG{name}"])
     try:
-        worker.hears(name)
-        said = worker.ask("import sqlite3")
+        worker.receives(name)
+        answer = worker.ask("import sqlite3")
     except (EOFError, BrokenPipeError):
         return
-    assert said["ok"] is False, said
+    assert answer["ok"] is False, answer
 
 
 def test_a_signal_to_node_sh_alone_is_passed_on(node: Node) -> None:
-    """As under proctrack/cgroup, where it is the only one that is told."""
+    """As under proctrack/cgroup, which signals only node.sh."""
     worker = node.worker()
     names = ("USR1", "TERM", "USR2", "INT", "HUP")
     for name in names:
         os.kill(worker.process.pid, signal.Signals[f"SIG{name}"])
-        worker.hears(name)
+        worker.receives(name)
     assert worker.ends(0) == 0
 
 
@@ -263,27 +232,29 @@ def test_killed_as_a_whole_the_mount_goes_too(node: Node) -> None:
     """All that descends from the step: what SIGKILL reaches under proctrack/linuxproc."""
     worker = node.worker()
     assert len(node.holders(worker.root)) >= 2
-    kill(descendants(worker.process.pid), signal.SIGKILL)
-    until(node.clean)
+    signal_all([worker.process.pid, *descendants(worker.process.pid)], signal.SIGKILL)
+    wait_until(node.clean)
 
 
 def test_node_sh_killed_alone_the_worker_keeps_its_files(node: Node) -> None:
     worker = node.worker()
-    below = descendants(worker.process.pid)[1:]
+    below = descendants(worker.process.pid)
     os.kill(worker.process.pid, signal.SIGKILL)
     assert worker.ask("import sqlite3") == {"ok": True, "read": True}
-    kill(below, signal.SIGKILL)
-    until(node.clean)
+    signal_all(below, signal.SIGKILL)
+    wait_until(node.clean)
 
 
 def test_a_dead_mount_point_is_cleared_by_the_next_start(node: Node) -> None:
     """SIGKILL under proctrack/cgroup takes the mount and the watcher too. A mount that lives is left alone."""
     living, killed = node.worker(), node.worker()
-    outside = [pid for pid in node.holders(killed.root) if pid not in descendants(killed.process.pid)]
-    kill([*outside, *descendants(killed.process.pid)], signal.SIGKILL)
+    outside = [
+        pid for pid in node.holders(killed.root) if pid not in (killed.process.pid, *descendants(killed.process.pid))
+    ]
+    signal_all([*outside, killed.process.pid, *descendants(killed.process.pid)], signal.SIGKILL)
 
-    until(lambda: "not connected" in node.looks_into(killed.root))
-    assert killed.root in node.mounts() and node.looks_into(living.root) == ""
+    wait_until(lambda: "not connected" in node.stat_error(killed.root))
+    assert killed.root in node.mounts() and node.stat_error(living.root) == ""
     done = node.run(*node.inside("true"))
     assert done.returncode == 0 and done.stderr.count("cleared the dead mount point") == 1, done.stderr
     assert node.mounts() == [living.root] and not killed.root.parent.exists()
@@ -293,10 +264,12 @@ def test_a_dead_mount_point_is_cleared_by_the_next_start(node: Node) -> None:
 
 def test_a_mount_that_hangs_is_left_alone(node: Node) -> None:
     worker = node.worker()
-    outside = [pid for pid in node.holders(worker.root) if pid not in descendants(worker.process.pid)]
-    kill(outside, signal.SIGSTOP)
+    outside = [
+        pid for pid in node.holders(worker.root) if pid not in (worker.process.pid, *descendants(worker.process.pid))
+    ]
+    signal_all(outside, signal.SIGSTOP)
     done = node.run(*node.inside("true"))
-    kill(outside, signal.SIGCONT)
+    signal_all(outside, signal.SIGCONT)
     assert (done.returncode, done.stderr) == (0, "") and node.mounts() == [worker.root]
     assert worker.ask("import sqlite3") == {"ok": True, "read": True}
     assert worker.ends(0) == 0
@@ -321,7 +294,7 @@ def test_the_exit_code_is_the_commands(node: Node, code: int) -> None:
     assert node.clean()
 
 
-def test_killed_by_a_signal_is_as_a_shell_says_it(node: Node) -> None:
+def test_death_by_a_signal_has_the_exit_code_of_a_shell(node: Node) -> None:
     done = node.run(*node.inside("python", "-c", "import os; os.kill(os.getpid(), 9)"))
     assert (done.returncode, done.stderr) == (137, "")
 
@@ -346,7 +319,7 @@ def test_nasty_paths(home: Path, image: Path, name: str) -> None:
 
 # -- where it cannot be done -------------------------------------------------------------------------------------------
 
-#: An Apptainer that says what it was asked to run; all else it leaves to the real one.
+#: An Apptainer that prints the command to run, and passes everything else to the real one.
 FAKE = """#!/bin/bash
 case $1 in
   buildcfg) if [ -e "$HOME/setuid" ]; then echo APPTAINER_SUID_INSTALL=1; else exec {real} "$@"; fi ;;
@@ -357,7 +330,7 @@ esac
 
 
 def _programs(node: Node, *without: str) -> None:
-    """A PATH with what node.sh calls, and the fake Apptainer; without some."""
+    """A PATH with the programs that node.sh calls, except `without`, and the fake Apptainer."""
     folder = node.home / "bin"
     folder.mkdir()
     names = [
@@ -396,7 +369,7 @@ def _mounted_by_apptainer(node: Node, why: str, image: Path | None = None, **mor
         (("setsid",), "squashfuse_ll failed: "),
     ],
 )
-def test_a_missing_program_is_said(node: Node, without: tuple[str, ...], why: str) -> None:
+def test_a_missing_program_is_reported(node: Node, without: tuple[str, ...], why: str) -> None:
     _programs(node, *without)
     _mounted_by_apptainer(node, why)
     assert node.clean()

@@ -2,12 +2,12 @@
 
 Jobs are submitted and run as an ordinary user; slurmctld, slurmd and this module run as root. Everything a cluster
 writes lies below its state folder (configuration, logs, spool, database, sockets, device files), so that clusters in
-two folders do not meet, and the system's own Slurm, munge and database are not touched.
+two folders are independent, and the system's own Slurm, munge and database are not touched.
 
     python tests/slurm/cluster.py up|down|status [--state DIR] [--proctrack linuxproc|cgroup] [--no-accounting]
 
-It does not install anything (install.sh does), shows no computing GPU (the devices are copies of /dev/null: allocation
-is real), puts no network between the nodes, and limits neither cores nor memory of a job.
+Not covered: installation (install.sh), GPUs that compute (the devices are copies of /dev/null; only their allocation is
+real), a network between the nodes, limits on a job's cores or memory.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from pathlib import Path
 import slurm_machine as machine
 from slurm_settings import CGROUP_ROOT, ClusterError, Settings
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.processes import alive, environ, pids, signal_all
+
 __all__ = ["TERMINAL", "Cluster", "ClusterError", "Process", "missing_programs"]
 
 DEFAULT_STATE = Path("/tmp/afina-cluster")
@@ -41,7 +44,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinf
 ACCOUNTING_PROGRAMS = ("mariadbd", "mariadb-install-db", "slurmdbd", "sacctmgr", "sacct")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# squeue's and scontrol's names of the states that a job does not leave by itself.
+# End states of a job, as squeue and scontrol name them.
 TERMINAL = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 )
@@ -50,7 +53,7 @@ Process = subprocess.CompletedProcess[str]
 
 
 def missing_programs(accounting: bool = True) -> list[str]:
-    """The programs of Slurm that are not installed here: what install.sh would bring."""
+    """Slurm's programs that are not installed; install.sh installs them."""
     names = PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ())
     return [name for name in names if shutil.which(name, path=PATH) is None]
 
@@ -69,14 +72,14 @@ class Cluster(Settings):
 
     @classmethod
     def attach(cls, state: Path) -> Cluster:
-        """The cluster that `up` has brought up in this folder, with the settings it has."""
+        """The cluster that runs in this folder, with its settings."""
         file = Path(state) / "cluster.json"
         if not file.is_file():
             raise ClusterError(f"no cluster is up in {state}: python tests/slurm/cluster.py up --state {state}")
         return cls(**(json.loads(file.read_text()) | {"state": Path(state)}))
 
     def up(self) -> Cluster:
-        """Start from nothing: what an earlier cluster left in this folder, processes and jobs included, is removed."""
+        """Start from scratch: removes what an earlier cluster left in this folder, processes and jobs included."""
         if os.geteuid() != 0:
             raise ClusterError("the test cluster needs root: slurmd becomes the user whose job it starts")
         if missing := missing_programs(self.accounting):
@@ -88,7 +91,7 @@ class Cluster(Settings):
         machine.make_host_name_resolve()
         self.make_folders()
         with LOCK.open("w") as lock:
-            # Ports are chosen by looking, and taken a second later: one cluster at a time does so.
+            # Ports are probed now and bound a second later: one cluster at a time.
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.port = self.free_ports()
             self.write_configuration()
@@ -160,22 +163,22 @@ class Cluster(Settings):
         """SIGKILL a node's slurmd. Its jobs run on, as on a real node; `with_jobs` kills them too: a power cut.
 
         slurmctld notices after about `node_timeout_s`: node down, jobs requeued. If the slurmd is back before that,
-        a job that was less than 20 seconds old at the time is believed to run on for ever; `fail_node` avoids both.
+        slurmctld believes that a job less than 20 seconds old still runs, for ever; `fail_node` avoids both.
         """
         pid = self._pid(self._slurmd(node))
         if not pid:
             raise ClusterError(f"slurmd {node} is not running")
-        machine.kill(pid, signal.SIGKILL)
-        self._wait_until(lambda: not machine.alive(pid), 10, f"slurmd {node} outlives SIGKILL")
+        signal_all([pid], signal.SIGKILL)
+        self._wait_until(lambda: not alive(pid), 10, f"slurmd {node} outlives SIGKILL")
         if with_jobs:
             self._kill_leftovers(node)
 
     def fail_node(self, node: str) -> None:
-        """A power cut that slurmctld knows of at once: what it does by itself after `node_timeout_s`."""
+        """A power cut that slurmctld learns of at once instead of after `node_timeout_s`."""
         self.kill_slurmd(node, with_jobs=True)
 
         def is_down() -> bool:
-            # An answer of the node that was still on its way would bring it back into service: look again.
+            # A late answer of the node would bring it back into service: check again.
             self.root(["scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=Not responding"])
             time.sleep(0.3)
             return self.node_state(node).startswith("down")
@@ -189,15 +192,15 @@ class Cluster(Settings):
             self._wait_for_nodes([node])
 
     def node_state(self, node: str) -> str:
-        """As scontrol says, in lower case: idle, mixed, allocated, down, down+not_responding, mixed+completing, …"""
-        # Not sinfo without -N: it was seen to call a node "mixed" for ten seconds that was down (22.05.8).
+        """The state of scontrol in lower case: idle, mixed, allocated, down, down+not_responding, mixed+completing, …"""
+        # Not sinfo without -N: it reported a node that was down as "mixed" for ten seconds (22.05.8).
         line = self.root(["scontrol", "--oneliner", "show", "node", node]).stdout
         return re.search(r"\sState=(\S+)", line)[1].lower()  # type: ignore[index]
 
     # ---------------------------------------------------------------- commands and jobs
 
     def environment(self) -> dict[str, str]:
-        """What the ordinary user finds after logging in to this cluster; nothing of the caller's environment."""
+        """The ordinary user's login environment on this cluster; nothing of the caller's."""
         account = self._account()
         return {
             "HOME": account.pw_dir,
@@ -221,7 +224,7 @@ class Cluster(Settings):
     ) -> Process:
         """Run a command as the ordinary user: a clean login-like environment plus `env`, in HOME unless `cwd`.
 
-        Text in, text out. With `check`, another exit status than 0 is a ClusterError with the command's output.
+        Text in, text out. With `check`, a non-zero exit status raises ClusterError with the command's output.
         """
         account = self._account()
         result = subprocess.run(
@@ -266,21 +269,21 @@ class Cluster(Settings):
     ) -> str:
         """Wait until the job is in one of `states` (by default: has ended) after at least `restarts` restarts.
 
-        Returns the state; a ClusterError names the state it is in when the time is over.
+        Returns the state; after `timeout` seconds a ClusterError names the current one.
         """
-        seen = ""
+        state = ""
 
         def reached() -> bool:
-            nonlocal seen
+            nonlocal state
             job = self.job(job_id)
-            seen = f"{job['JobState']} (restarts {job['Restarts']}, reason {job['Reason']})"
+            state = f"{job['JobState']} (restarts {job['Restarts']}, reason {job['Reason']})"
             return job["JobState"] in states and int(job["Restarts"]) >= restarts
 
         try:
             self._wait_until(reached, timeout, f"job {job_id} is not {' or '.join(sorted(states))}")
         except ClusterError as error:
-            raise ClusterError(f"{error}; it is {seen}") from None
-        return seen.split()[0]
+            raise ClusterError(f"{error}; it is {state}") from None
+        return state.split()[0]
 
     def sacct(self, job_id: int | str, fields: str = "JobID,State,ExitCode,NodeList") -> list[dict[str, str]]:
         """Accounting's lines of a job, as the ordinary user: the job itself first, then its steps."""
@@ -289,7 +292,7 @@ class Cluster(Settings):
         return [dict(zip(fields.split(","), line.split("|"), strict=True)) for line in lines]
 
     def cancel_all(self) -> None:
-        """Cancel every job and wait until none is left, so that their processes end as Slurm ends them."""
+        """Cancel every job and wait until none is left, so that Slurm ends their processes."""
 
         def job_ids() -> list[str]:
             return self.root(["squeue", "--noheader", "--format=%A"], check=False).stdout.split()
@@ -300,7 +303,7 @@ class Cluster(Settings):
                 self._wait_until(lambda: not job_ids(), self.kill_wait_s + 10, "jobs remain")
 
     def diagnose(self) -> str:
-        """What one wants to read after a failure: nodes, queue, the newest jobs and the end of each log."""
+        """For failure messages: nodes, queue, the newest jobs and the end of each log."""
         parts = []
         for argv in (["sinfo", "-N", "-l"], ["squeue", "-l"], ["scontrol", "-o", "show", "job"]):
             if self._pid("slurmctld"):
@@ -325,7 +328,7 @@ class Cluster(Settings):
         return f"slurmd-{node}"
 
     def _nodes_ever(self) -> list[str]:
-        """The nodes that have left a log here: an earlier cluster in this folder may have had more of them."""
+        """The nodes with a log here: an earlier cluster in this folder may have had more."""
         return [log.stem.removeprefix("slurmd-") for log in (self.state / "log").glob("slurmd-*.log")]
 
     def _root_environment(self) -> dict[str, str]:
@@ -338,7 +341,7 @@ class Cluster(Settings):
         }
 
     def _daemon(self, role: str, argv: list[str]) -> None:
-        """Start a program that goes into the background by itself. Its output goes to a file: a pipe would be held."""
+        """Start a program that daemonises itself. Its output goes to a file: it would hold a pipe open."""
         with (self.state / "log" / f"{role}.out").open("ab") as out:
             status = subprocess.run(
                 argv, env=self._root_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/"
@@ -355,18 +358,16 @@ class Cluster(Settings):
             comm = Path(f"/proc/{pid}/comm").read_text().strip()
         except (OSError, ValueError):
             return 0
-        return pid if comm == role.partition("-")[0] and machine.alive(pid) else 0
+        return pid if comm == role.partition("-")[0] and alive(pid) else 0
 
     def _stop(self, *roles: str) -> None:
         """TERM, and KILL after 15 seconds."""
-        pids = [pid for role in roles if (pid := self._pid(role))]
-        for pid in pids:
-            machine.kill(pid, signal.SIGTERM)
+        running = [pid for role in roles if (pid := self._pid(role))]
+        signal_all(running, signal.SIGTERM)
         try:
-            self._wait_until(lambda: not any(map(machine.alive, pids)), 15, "daemons outlive SIGTERM")
+            self._wait_until(lambda: not any(map(alive, running)), 15, "daemons outlive SIGTERM")
         except ClusterError:
-            for pid in pids:
-                machine.kill(pid, signal.SIGKILL)
+            signal_all(running, signal.SIGKILL)
 
     def _stop_slurm(self) -> None:
         self._stop("slurmctld", *(f"slurmd-{name}" for name in self._nodes_ever()))
@@ -420,13 +421,12 @@ class Cluster(Settings):
             time.sleep(0.2)
 
     def _kill_leftovers(self, node: str | None = None) -> None:
-        """SIGKILL takes a moment, and a process may fork meanwhile: again until none is left."""
+        """SIGKILL takes a moment, and a process may fork meanwhile: repeat until none is left."""
 
         def none_left() -> bool:
-            pids = self._leftovers(node)
-            for pid in pids:
-                machine.kill(pid, signal.SIGKILL)
-            return not pids
+            left = self._leftovers(node)
+            signal_all(left, signal.SIGKILL)
+            return not left
 
         self._wait_until(none_left, 10, "processes of jobs outlive SIGKILL")
 
@@ -439,12 +439,12 @@ class Cluster(Settings):
         logs = {str(self.state / "log" / f"slurmd-{name}.log") for name in ([node] if node else self._nodes_ever())}
         daemons = {self._pid(f"slurmd-{name}") for name in self._nodes_ever()}
         found = []
-        for pid in machine.pids():
+        for pid in pids():
             if pid in daemons:
                 continue
-            environ = machine.environ(pid)
-            named = environ.get("SLURMD_NODENAME")
-            is_task = environ.get("SLURM_CONF") == str(self.conf) and named and node in (None, named)
+            variables = environ(pid)
+            named = variables.get("SLURMD_NODENAME")
+            is_task = variables.get("SLURM_CONF") == str(self.conf) and named and node in (None, named)
             if is_task or (machine.comm(pid).startswith("slurmstepd") and logs.intersection(machine.open_files(pid))):
                 found.append(pid)
         return [pid for pid in found if pid != os.getpid()]

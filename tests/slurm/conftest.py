@@ -1,8 +1,8 @@
 """Fixtures of the tests that need a real Slurm: the cluster, the process tracker, a folder of the ordinary user.
 
 Without Slurm, or without root, these tests are skipped with the reason; AFINA_REQUIRE_CLUSTER=1 makes that a failure.
-AFINA_CLUSTER=STATE_DIR uses the cluster that `cluster.py up --state STATE_DIR` has brought up, and leaves it up; without
-it each session brings up its own (about four seconds) and takes it down; AFINA_CLUSTER_ACCOUNTING=0 leaves slurmdbd and sacct
+AFINA_CLUSTER=STATE_DIR uses the cluster that `cluster.py up --state STATE_DIR` has started, and leaves it running; without
+it each session starts its own (about four seconds) and stops it; AFINA_CLUSTER_ACCOUNTING=0 leaves slurmdbd and sacct
 out. A failed test shows `Cluster.diagnose()`.
 """
 
@@ -18,8 +18,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
-
-ROOT = Path(__file__).resolve().parents[2]
+from projects import ROOT
 
 
 def _unavailable(reason: str) -> None:
@@ -49,7 +48,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session", params=["linuxproc", "cgroup"])
 def tracker(request: pytest.FixtureRequest, cluster: Cluster) -> str:
-    """The cluster under each process tracker in turn: a test that names this fixture runs twice."""
+    """The cluster under each process tracker in turn: a test with this fixture runs twice."""
     if request.param == "cgroup" and (reason := Cluster.cgroup_unavailable()):
         _unavailable(reason)
     if cluster.proctrack != request.param:
@@ -68,7 +67,7 @@ def image() -> Path:
 
 @pytest.fixture(scope="session")
 def host() -> Iterator[Path]:
-    """A virtual environment that the ordinary user can read, with afina's host side only: what a login node has."""
+    """A virtual environment that the ordinary user can read, with afina's host side only: as on a login node."""
     folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
     folder.chmod(0o755)
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
@@ -86,7 +85,7 @@ def host() -> Iterator[Path]:
 
 @pytest.fixture
 def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """An empty folder of the ordinary user; pytest's own tmp_path is closed to everybody but root."""
+    """An empty folder of the ordinary user; pytest's tmp_path is readable by root only."""
     name = re.sub(r"\W+", "-", request.node.name)
     path = Path(tempfile.mkdtemp(prefix=f"afina-{name}-", dir="/tmp"))
     shutil.chown(path, cluster.user, cluster.user)

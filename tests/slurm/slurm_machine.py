@@ -1,45 +1,23 @@
-"""What the test cluster asks of the machine: processes, mounts, ports, cgroups. It knows nothing of Slurm."""
+"""What the test cluster needs of the machine: process details, mounts, ports, cgroups; nothing of Slurm."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
-    "alive",
     "comm",
-    "environ",
     "first_free_block",
-    "kill",
     "listens",
     "make_host_name_resolve",
     "mounts_below",
     "open_files",
-    "pids",
     "remove_empty_folders",
     "short_host_name",
 ]
-
-
-def pids() -> Iterator[int]:
-    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 def comm(pid: int) -> str:
@@ -47,14 +25,6 @@ def comm(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def environ(pid: int) -> dict[str, str]:
-    try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def open_files(pid: int) -> list[str]:
@@ -73,7 +43,7 @@ def mounts_below(folder: Path) -> list[str]:
 
 
 def remove_empty_folders(top: Path) -> None:
-    """Slurm leaves its cgroups behind; one that still holds processes (another cluster's) refuses to go."""
+    """Slurm leaves its cgroups behind; one with processes (another cluster's) cannot be removed."""
     for folder, _, _ in os.walk(top, topdown=False):
         with contextlib.suppress(OSError):
             Path(folder).rmdir()
@@ -86,7 +56,7 @@ def listens(port: int) -> bool:
 
 
 def first_free_block(first: int, size: int, blocks: int) -> int | None:
-    """The first port of the first of `blocks` blocks of `size` ports on which nobody listens."""
+    """The first port of the first of `blocks` blocks of `size` ports that are all free."""
     for start in range(first, first + blocks * size, size):
         if not any(map(listens, range(start, start + size))):
             return start
@@ -98,7 +68,7 @@ def short_host_name() -> str:
 
 
 def make_host_name_resolve() -> None:
-    """slurmctld and srun look up the machine's short name; where it does not resolve, /etc/hosts gets a line."""
+    """slurmctld and srun resolve the machine's short name; where it does not resolve, add it to /etc/hosts."""
     try:
         socket.gethostbyname(short_host_name())
     except OSError:

@@ -1,4 +1,4 @@
-"""What a job used, from a real sacct: a job that was put back into the queue, an array's task, and no accounting at all."""
+"""Resource usage from a real sacct: a requeued job, array tasks, and no accounting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from afina.slurm.client import version
 _BUSY = "#!/bin/bash\nsrun python3 -c 'import time\nbegan = time.process_time()\nwhile time.process_time() - began < 2: pass'\nsleep 1\n"
 
 
-def test_usage_is_that_of_the_jobs(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_of_a_requeued_job_and_an_array(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
     script = folder / "busy.sh"
@@ -28,7 +28,7 @@ def test_usage_is_that_of_the_jobs(cluster: Cluster, folder: Path, monkeypatch: 
     for each in (job, f"{array}_1", f"{array}_2"):
         assert cluster.wait(each) == "COMPLETED"
     deadline = time.monotonic() + 30
-    while True:  # what slurmctld knows reaches the accounting later, in parts
+    while True:  # slurmctld sends its records to accounting later, in parts
         usage = job_usage([job])
         assert usage is not None
         first, second = usage

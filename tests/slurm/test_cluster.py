@@ -1,4 +1,4 @@
-"""The test cluster itself, proved by counting: what the other tests take for granted about it."""
+"""The test cluster itself: what the other tests rely on, proved by counting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SRUN = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a file that a job writes; none while it is not there."""
+    """The lines of a file that a job writes; none before it exists."""
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -146,10 +146,10 @@ for ((i = 0; i < 600; i++)); do sleep 0.1; done
 
 
 def test_what_a_signal_reaches(cluster: Cluster, tracker: str, folder: Path) -> None:
-    """TERM and KILL to a step that has a task, a descendant of it, and one whose parent has gone.
+    """TERM and KILL to a step with a task, a descendant, and an orphan.
 
-    linuxproc follows parents: the orphan is out of its reach, of KILL's too. Under cgroup TERM is for slurmstepd's
-    own child alone, and KILL for all. Each process is in a session of its own, so that none is reached by its group.
+    linuxproc follows parents and does not reach the orphan, not even with KILL. Under cgroup TERM reaches only slurmstepd's
+    own child, and KILL all. Each process has a session of its own, so none is reached by its group.
     """
     (folder / "process.sh").write_text(PROCESS)
     job = cluster.sbatch("-o", "out", script="#!/bin/bash\nsrun bash process.sh child", cwd=folder)
@@ -183,7 +183,7 @@ def test_without_accounting_sacct_fails_and_jobs_run(cluster: Cluster, folder: P
 def test_a_second_cluster_comes_up_after_an_unclean_end_and_leaves_nothing(
     cluster: Cluster, folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Beside the first, whose job is not touched. The mount stands for what a job that was killed leaves on a node."""
+    """Beside the first, whose job continues. The mount is what a killed job may leave on a node."""
     script = "#!/bin/bash\necho $$ >> pids; while [[ ! -e stop ]]; do sleep 0.1; done"
     bystander = cluster.sbatch("-o", "out", script=script, cwd=folder)
     (bystander_pid,) = wait_for_lines(folder / "pids", 1)

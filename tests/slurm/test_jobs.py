@@ -1,7 +1,7 @@
 """Whole runs on the test cluster, in the image: sbatch with a recipe, sbatch with a run, submitit, and afina train.
 
-The model and the reviews are tiny; what is proved is that every way in, on every geometry, is the same training: the same
-global batch, the same steps, metrics side by side.
+Tiny model, tiny reviews. Every way to start a run, on every geometry, is the same training: the same global batch, steps and
+metrics.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +18,8 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from projects import ROOT, give_to_user, project_folder
 from tests import tiny
-
-ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE: dict[str, Any] = {
     "name": "tiny 'stars' $(touch never)",
@@ -43,24 +40,17 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, image: Path) -> Iterator[Path]:
-    """A project folder of the ordinary user: recipe, reviews, model, site.env, the batch script; scratch below it."""
-    path = Path(tempfile.mkdtemp(prefix='afina it\'s a "project" ', dir="/tmp"))
-    (path / "slurm").mkdir()
-    (path / "scratch").mkdir()
-    tiny.tiny_model(path / "model")
-    config = path / "model/config.json"
-    # Without dropout, whose masks depend on the number of processes: then that must make no difference.
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config.write_text(json.dumps(json.loads(config.read_text()) | still))
-    tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(700, 1))
-    (path / "recipe.yaml").write_text(json.dumps(RECIPE))
-    shutil.copy(ROOT / "slurm/finetune.sbatch", path / "slurm/finetune.sbatch")
-    scratch = shlex.quote(str(path / "scratch"))
-    (path / "slurm/site.env").write_text(f"AFINA_SCRATCH={scratch}\nAFINA_IMAGE={shlex.quote(str(image))}\n")
-    for name in [path, *path.rglob("*")]:
-        shutil.chown(name, cluster.user, cluster.user)
-    yield path
-    shutil.rmtree(path)
+    """A project folder: recipe, reviews, model, site.env and the batch script."""
+    with project_folder(cluster, 'afina it\'s a "project" ', image, RECIPE) as path:
+        tiny.tiny_model(path / "model")
+        config = path / "model/config.json"
+        # Without dropout, whose masks depend on the number of processes.
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config.write_text(json.dumps(json.loads(config.read_text()) | still))
+        tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(700, 1))
+        shutil.copy(ROOT / "slurm/finetune.sbatch", path / "slurm/finetune.sbatch")
+        give_to_user(path, cluster)
+        yield path
 
 
 def _newest(place: Path) -> Path:
@@ -88,7 +78,7 @@ def _sbatch(cluster: Cluster, place: Path, *arguments: str, expect: str = "COMPL
 
 @pytest.fixture(scope="module")
 def single(cluster: Cluster, place: Path) -> Path:
-    """The run that the others are compared with: sbatch with a recipe, one process."""
+    """The reference run: sbatch with a recipe, one process."""
     log = _sbatch(cluster, place, "--gpus-per-node=1", "--cpus-per-task=1", "slurm/finetune.sbatch", "recipe.yaml")
     assert "validation loss" in log.read_text(), "the tutorial's table is not in the job's log"
     return _newest(place)
@@ -129,7 +119,7 @@ def test_more_processes_are_the_same_training(
     assert len(list(run.glob("attempts/*/node*.log"))) == nodes
     first, other = _metrics(single), _metrics(run)
     assert [line["step"] for line in first] == [line["step"] for line in other]
-    # The same batches: the first losses lie close together (later ones drift apart by rounding), and it learns as well.
+    # The same batches: the first losses are close (later ones drift apart by rounding), and it learns as well.
     assert other[0]["loss"] == pytest.approx(first[0]["loss"], rel=0.01)
     assert outcome["metrics"]["eval_accuracy"] > 0.5
 
@@ -145,8 +135,8 @@ def test_submitit_is_the_same_training(
         "first = run.state\n"
         "print(json.dumps([str(run.path), first, run.result(timeout_s=300).model_dump(), run.state]))\n"
     )
-    said = cluster.run_as_user([str(host / "python"), "-c", code], cwd=place, timeout=400, check=True)
-    path, first, outcome, last = json.loads(said.stdout.splitlines()[-1])
+    answer = cluster.run_as_user([str(host / "python"), "-c", code], cwd=place, timeout=400, check=True)
+    path, first, outcome, last = json.loads(answer.stdout.splitlines()[-1])
     assert (first in ("PENDING", "RUNNING"), last) == (True, "FINISHED")
     assert (outcome["world_size"], outcome["global_batch"]) == (nodes * gpus, 16)
     if nodes == 1:
@@ -180,12 +170,12 @@ def _wait_for_the_first_step(place: Path, pattern: str) -> Path:
         if run and (run / "events.jsonl").exists() and "first_step" in (run / "events.jsonl").read_text():
             return run
         time.sleep(0.25)
-    raise AssertionError(f"no run {pattern} came to its first step")
+    raise AssertionError(f"no run {pattern} reached its first step")
 
 
 @pytest.mark.timeout(600)
 def test_the_signal_before_the_limit_stops_requeues_and_finishes_the_same_run(cluster: Cluster, place: Path) -> None:
-    """USR1 to the batch shell, as --signal=B:USR1 sends it; when Slurm sends it is not a matter for a quick test."""
+    """Sends USR1 to the batch shell, as --signal=B:USR1 does; the time at which Slurm sends it is not tested."""
     settings = ("name=limited", "train.epochs=40", "train.evaluate=350", "train.save_every=350")
     options = [word for setting in settings for word in ("--set", setting)]
     script = ("slurm/finetune.sbatch", "recipe.yaml")
@@ -197,7 +187,7 @@ def test_the_signal_before_the_limit_stops_requeues_and_finishes_the_same_run(cl
     assert outcome["attempts"] == 2
     assert outcome["global_step"] == 1400
     steps = [(line["step"], "eval_loss" in line) for line in _metrics(run)]
-    assert steps == sorted(set(steps)), "a line is doubled or missing"
+    assert steps == sorted(set(steps)), "a line is repeated or missing"
     assert len(steps) == 140 + 4
 
 
@@ -214,8 +204,8 @@ def test_bad_input_is_refused_in_the_job_with_its_code(cluster: Cluster, place: 
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_rank_is_put_back_into_the_queue(cluster: Cluster, place: Path, single: Path) -> None:
-    """And the model is the one of the run that nobody killed."""
+def test_a_job_with_a_killed_rank_is_requeued(cluster: Cluster, place: Path, single: Path) -> None:
+    """The model equals that of the undisturbed run."""
     job = cluster.sbatch(
         "--gpus-per-node=1",
         "--cpus-per-task=1",
@@ -238,8 +228,8 @@ def test_a_killed_rank_is_put_back_into_the_queue(cluster: Cluster, place: Path,
 
 
 @pytest.mark.timeout(600)
-def test_a_failure_that_comes_back_ends_the_job(cluster: Cluster, place: Path) -> None:
-    """The model's weights are cut off after the run was claimed: the same failure twice, without a step in between."""
+def test_a_repeated_failure_ends_the_job(cluster: Cluster, place: Path) -> None:
+    """The model's weights are truncated after the claim: the same failure twice, without a step in between."""
     shutil.copytree(place / "model", place / "broken")
     for name in [place / "broken", *(place / "broken").iterdir()]:
         shutil.chown(name, cluster.user, cluster.user)

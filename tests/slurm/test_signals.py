@@ -1,6 +1,6 @@
-"""What Slurm's signals leave of the image: slurm/node.sh in a real job step, under both process trackers.
+"""The image's file system survives Slurm's signals: slurm/node.sh in a real job step, under both process trackers.
 
-tests/apptainer/test_mount.py does the same by hand, in more cases, and shows what happens without it.
+tests/apptainer/test_mount.py sends the signals itself, in more cases, and shows what happens without node.sh.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Hears signals, and after the file `go` imports what it has not read yet.
+#: Records signals; once the file `go` exists it imports modules it has not read yet.
 WORKER = """
 import json, os, signal, sys, time
-heard = set()
+received = set()
 for name in ("TERM", "USR1"):
-    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: heard.add(signal.Signals(number).name[3:]))
+    signal.signal(getattr(signal, "SIG" + name), lambda number, frame: received.add(signal.Signals(number).name[3:]))
 def publish(name, value):
     with open(name + ".part", "w") as file:
         json.dump(value, file)
     os.rename(name + ".part", name)
 publish("ready", os.environ["APPTAINER_CONTAINER"])
-while not heard:
+while not received:
     time.sleep(0.05)
-publish("heard", sorted(heard))
+publish("received", sorted(received))
 while not os.path.exists("go"):
     time.sleep(0.05)
 try:
@@ -40,7 +40,7 @@ except Exception as error:
     publish("result", repr(error))
 """
 
-#: The batch shell hears what the step hears, and lives on until the step has ended.
+#: The batch shell receives the step's signals too, and waits until the step has ended.
 JOB = """#!/bin/bash
 trap : TERM USR1
 [ -z "${SLURM_RESTART_COUNT:-}" ] || exit 0
@@ -76,7 +76,7 @@ class Step:
             time.sleep(0.1)
 
     def start(self) -> int:
-        """A job whose worker is at work, in the image that node.sh has mounted."""
+        """Start a job and wait until its worker runs in the image that node.sh has mounted."""
         job = self.submit("python", "worker.py")
         root = Path(self.published("ready"))
         assert root.is_relative_to(self.tmp) and self.mounted() == [str(root)]
@@ -101,12 +101,12 @@ def step(cluster: Cluster, tracker: str, folder: Path, image: Path) -> Iterator[
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_after_a_signal_to_the_whole_job_it_still_imports(cluster: Cluster, step: Step, name: str) -> None:
-    """USR1 to batch shell, srun and step; TERM to the step: to srun it would be the order to kill the step."""
+    """USR1 to batch shell, srun and step; TERM to the step: srun would kill the step on it."""
     job = step.start()
     target = ["--full", str(job)] if name == "USR1" else [f"{job}.0"]
     for _ in range(3):
         cluster.run_as_user(["scancel", f"--signal={name}", *target], check=True)
-    assert step.published("heard") == [name]
+    assert step.published("received") == [name]
     (step.folder / "go").touch()
     assert step.published("result") == "imported"
     assert cluster.wait(job) == "COMPLETED"
@@ -120,7 +120,7 @@ def test_after_a_preemption_it_still_imports(cluster: Cluster, step: Step) -> No
         step.start()
         script = "#!/bin/bash\necho urgent >> order"
         urgent = cluster.sbatch("-p", "urgent", "-N2", "--exclusive", "-o", "out-2", script=script, cwd=step.folder)
-        assert step.published("heard") == ["TERM"]
+        assert step.published("received") == ["TERM"]
         (step.folder / "go").touch()
         assert step.published("result") == "imported"
         assert cluster.wait(urgent, timeout=90) == "COMPLETED"
@@ -131,7 +131,7 @@ def test_after_a_preemption_it_still_imports(cluster: Cluster, step: Step) -> No
 
 @pytest.mark.timeout(180)
 def test_a_killed_step_leaves_nothing_after_the_next_start(cluster: Cluster, tracker: str, step: Step) -> None:
-    """linuxproc: the watcher outlives the step. cgroup: it does not, and the next start on the node clears."""
+    """linuxproc: the watcher outlives the step. cgroup: it does not, and the next start on the node unmounts."""
     job = step.start()
     cluster.run_as_user(["scancel", "--signal=KILL", "--full", str(job)], check=True)
     cluster.wait(job)

@@ -1,15 +1,13 @@
-"""From an empty folder to a submitted job on the test cluster: init, doctor and its job, what is refused, the rehearsal.
+"""From an empty folder to a submitted job on the test cluster: init, doctor and its job, refusals, the rehearsal.
 
-As the ordinary user, in a folder whose name needs quotes, in the image.
+Runs as the ordinary user, in a folder whose name needs quotes, in the image.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster, Process
+from projects import give_to_user, project_folder
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,19 +23,15 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def project(cluster: Cluster, host: Path, image: Path) -> Iterator[Path]:
-    """What `afina init` makes of reviews and a model."""
-    path = Path(tempfile.mkdtemp(prefix="afina it's a $(new) project ", dir="/tmp"))
-    tiny.tiny_model(path / "model")
-    tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(200, 1))
-    for name in [path, *path.rglob("*")]:
-        shutil.chown(name, cluster.user, cluster.user)
-    (path / "scratch").mkdir()
-    shutil.chown(path / "scratch", cluster.user, cluster.user)
-    given = ["--data", "reviews.csv", "--label", "stars", "--model", "./model", "--scratch", str(path / "scratch")]
-    done = cluster.run_as_user([host / "afina", "init", *given, "--image", image, "--yes"], cwd=path)
-    assert done.returncode == 0, done.stderr
-    yield path
-    shutil.rmtree(path)
+    """The project that `afina init` makes of reviews and a model."""
+    with project_folder(cluster, "afina it's a $(new) project ") as path:
+        tiny.tiny_model(path / "model")
+        tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(200, 1))
+        give_to_user(path, cluster)
+        given = ["--data", "reviews.csv", "--label", "stars", "--model", "./model", "--scratch", str(path / "scratch")]
+        done = cluster.run_as_user([host / "afina", "init", *given, "--image", image, "--yes"], cwd=path)
+        assert done.returncode == 0, done.stderr
+        yield path
 
 
 def _afina(cluster: Cluster, host: Path, project: Path, *arguments: str) -> Process:
@@ -54,26 +49,26 @@ def _doctor(
     return done.returncode, by_check
 
 
-def test_the_site_and_the_recipe_are_those_of_this_cluster(cluster: Cluster, project: Path) -> None:
+def test_init_describes_this_cluster(cluster: Cluster, project: Path) -> None:
     site = (project / "slurm/site.env").read_text()
     assert "#   gpu*: no time limit; 2 × 4 cores, 15 GB, 2 GPUs" in site and "#   urgent: " in site
     recipe = (project / "recipe.yaml").read_text()
     assert "resources: {nodes: 1, gpus_per_node: 1, cpus_per_gpu: 2, " in recipe
 
 
-def test_the_login_node_is_in_order(cluster: Cluster, host: Path, project: Path) -> None:
+def test_the_login_node_passes(cluster: Cluster, host: Path, project: Path) -> None:
     code, found = _doctor(cluster, host, project, "recipe.yaml")
     assert code == 0, found
-    said = {check: [f["message"] for f in findings] for check, findings in found.items()}
-    assert said["slurm"][0].startswith("cluster afina, Slurm ")
-    assert said["partition"] == ["gpu: 2 nodes, 2 GPUs per node at most, no time limit"]
-    assert said["sacct"] == ["works"] and said["preemption"] == ["PreemptMode=REQUEUE"]
+    messages = {check: [f["message"] for f in findings] for check, findings in found.items()}
+    assert messages["slurm"][0].startswith("cluster afina, Slurm ")
+    assert messages["partition"] == ["gpu: 2 nodes, 2 GPUs per node at most, no time limit"]
+    assert messages["sacct"] == ["works"] and messages["preemption"] == ["PreemptMode=REQUEUE"]
     assert found["image"][0]["level"] == found["container"][0]["level"] == found["fuse"][0]["level"] == "ok"
     assert found["kill wait"][0]["level"] == "warning", "ten seconds, as configured"
     assert found["clock"][0]["message"].endswith("and slurmctld")
 
 
-def test_a_short_job_goes_the_way_of_a_run(cluster: Cluster, host: Path, project: Path) -> None:
+def test_a_short_job_checks_the_nodes(cluster: Cluster, host: Path, project: Path) -> None:
     before = sorted((project / "scratch").iterdir())
     code, found = _doctor(cluster, host, project, "recipe.yaml", "--job", "--nodes", "2", "--gpus-per-node", "2")
     assert code == 0, found
@@ -90,7 +85,7 @@ def test_a_short_job_goes_the_way_of_a_run(cluster: Cluster, host: Path, project
 
 
 def test_an_interrupt_cancels_the_job_and_leaves_nothing(cluster: Cluster, host: Path, project: Path) -> None:
-    """While it waits in the queue, behind a job that holds all nodes."""
+    """While the job is pending behind one that holds all nodes."""
     blocker = cluster.sbatch("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 300")
     cluster.wait(blocker, states={"RUNNING"})
     before = sorted((project / "scratch").iterdir())
@@ -115,7 +110,7 @@ def test_an_interrupt_cancels_the_job_and_leaves_nothing(cluster: Cluster, host:
     assert sorted((project / "scratch").iterdir()) == before
 
 
-def test_a_job_that_waits_too_long_is_given_up(cluster: Cluster, host: Path, project: Path) -> None:
+def test_a_job_that_is_pending_too_long_is_cancelled(cluster: Cluster, host: Path, project: Path) -> None:
     blocker = cluster.sbatch("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=sleep 300")
     cluster.wait(blocker, states={"RUNNING"})
     try:
@@ -127,7 +122,7 @@ def test_a_job_that_waits_too_long_is_given_up(cluster: Cluster, host: Path, pro
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--gpus-per-node", "4"], "no node of partition gpu has more than 2 GPUs"),
         (["--set", "resources.mem_gb=64"], "no node of partition gpu has more than 15 GB of memory"),
@@ -136,11 +131,11 @@ def test_a_job_that_waits_too_long_is_given_up(cluster: Cluster, host: Path, pro
     ],
 )
 def test_what_cannot_succeed_is_not_queued(
-    cluster: Cluster, host: Path, project: Path, options: list[str], said: str
+    cluster: Cluster, host: Path, project: Path, options: list[str], message: str
 ) -> None:
-    """Slurm itself takes some of it and lets it wait for ever."""
+    """Slurm itself accepts some of these and leaves them pending for ever."""
     done = _afina(cluster, host, project, "submit", "recipe.yaml", *options)
-    assert done.returncode == 3 and said in done.stderr and "remedy: " in done.stderr
+    assert done.returncode == 3 and message in done.stderr and "remedy: " in done.stderr
     assert not (project / "scratch/runs").exists()
 
 
@@ -155,15 +150,15 @@ def test_a_partition_with_a_limit(cluster: Cluster, host: Path, project: Path) -
 
 
 def test_a_rehearsal_in_the_image_and_the_run_that_follows(cluster: Cluster, host: Path, project: Path) -> None:
-    """On CPU cores: the recipe's GPU stays out of it. The forecast lies beside what was used."""
+    """On CPU cores, without the recipe's GPU. The forecast is compared with the run."""
     done = _afina(
         cluster, host, project, "submit", "recipe.yaml", "--rehearse", "--gpus-per-node", "0", "--wait", "--json",
         "--set", "train.epochs=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = Path(json.loads(done.stdout.splitlines()[-1])["run"])
-    said = json.loads((run / "estimate.json").read_text())
-    assert said["basis"] == "rehearsal" and said["measured"]["network"] == "cut"
+    estimate = json.loads((run / "estimate.json").read_text())
+    assert estimate["basis"] == "rehearsal" and estimate["measured"]["network"] == "cut"
     outcome = json.loads((run / "outcome.json").read_text())
-    assert outcome["outcome"] == "finished" and outcome["global_step"] == said["total_steps"]
-    assert said["attempts"] == 1 and not list((project / "scratch").glob(".rehearsal-*"))
+    assert outcome["outcome"] == "finished" and outcome["global_step"] == estimate["total_steps"]
+    assert estimate["attempts"] == 1 and not list((project / "scratch").glob(".rehearsal-*"))

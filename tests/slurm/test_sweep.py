@@ -1,13 +1,10 @@
-"""Sweeps on the test cluster, in the image: one array, cells that are killed and a node that dies, one command that mends it."""
+"""Sweeps on the test cluster, in the image: one array, killed cells and a failed node, repaired by the same command."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from projects import give_to_user, project_folder
 from tests import tiny
 
 RECIPE: dict[str, Any] = {
@@ -36,23 +34,16 @@ RECIPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, image: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="afina swe'ep ", dir="/tmp"))
-    (path / "slurm").mkdir()
-    (path / "scratch").mkdir()
-    tiny.tiny_model(path / "model")
-    tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(400, 1))
-    (path / "recipe.yaml").write_text(json.dumps(RECIPE))
-    scratch = shlex.quote(str(path / "scratch"))
-    (path / "slurm/site.env").write_text(f"AFINA_SCRATCH={scratch}\nAFINA_IMAGE={shlex.quote(str(image))}\n")
-    for name in [path, *path.rglob("*")]:
-        shutil.chown(name, cluster.user, cluster.user)
-    yield path
-    shutil.rmtree(path)
+    with project_folder(cluster, "afina swe'ep ", image, RECIPE) as path:
+        tiny.tiny_model(path / "model")
+        tiny.write_csv(path / "reviews.csv", tiny.tiny_reviews(400, 1))
+        give_to_user(path, cluster)
+        yield path
 
 
 @pytest.fixture
 def afina(cluster: Cluster, place: Path, host: Path) -> Callable[..., dict[str, Any]]:
-    """`afina sweep … --json` as the ordinary user; the exit code must be that."""
+    """Runs `afina sweep … --json` as the ordinary user, and checks its exit code."""
 
     def run(*words: str, code: int = 0) -> dict[str, Any]:
         done = cluster.run_as_user([str(host / "afina"), "sweep", *words, "--json"], cwd=place, timeout=400)
@@ -79,7 +70,7 @@ def _events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(900)
-def test_one_command_mends_a_sweep_with_a_killed_run_and_a_dead_node(
+def test_the_same_command_repairs_a_sweep_with_a_killed_run_and_a_failed_node(
     cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]
 ) -> None:
     command = ("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "2", "--max-parallel", "4")
@@ -93,20 +84,20 @@ def test_one_command_mends_a_sweep_with_a_killed_run_and_a_dead_node(
     for run in runs:
         _wait(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), f"{run} saved nothing")  # type: ignore[misc]
 
-    # The process that trains, of the task whose job id is the array's: its shell puts back this task and no other.
+    # The process that trains, of the task whose job id is the array's: its shell requeues this task and no other.
     last = next(task for task in range(4) if cluster.job(jobs[task])["JobId"] == array)
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(runs[last]))}"], check=True)
-    # A whole run, its shell included: nobody is left to put it back.
+    # A whole run, its shell included: nothing can requeue it.
     lost = next(task for task in range(4) if task != last)
     cluster.run_as_user(["scancel", "--signal=KILL", "--batch", jobs[lost]], check=True)
-    _wait(lambda: int(cluster.job(jobs[last])["Restarts"]) == 1, "the killed rank's task was not put back")
+    _wait(lambda: int(cluster.job(jobs[last])["Restarts"]) == 1, "the killed rank's task was not requeued")
     assert [cluster.job(job)["Restarts"] for job in jobs] == ["1" if task == last else "0" for task in range(4)]
     cluster.wait(jobs[lost], timeout=60)
     node = cluster.job(jobs[next(task for task in range(4) if task not in (last, lost))])["NodeList"]
     cluster.fail_node(node)
     try:
-        mended = afina(*command)
-        assert len(mended["jobs"]) == 1 and mended["jobs"] != first["jobs"]
+        repaired = afina(*command)
+        assert len(repaired["jobs"]) == 1 and repaired["jobs"] != first["jobs"]
         submitted = [json.loads(line) for line in (home / "submissions.jsonl").read_text().splitlines()]
         assert [line["tasks"] for line in submitted] == [[0, 1, 2, 3], [lost]]
         table = afina(*command, "--wait")
@@ -118,13 +109,13 @@ def test_one_command_mends_a_sweep_with_a_killed_run_and_a_dead_node(
         assert (outcome["outcome"], outcome["global_step"]) == ("finished", 800), outcome
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [(line["step"], "eval_loss" in line) for line in lines]
-        assert steps == sorted(set(steps)), "a line is doubled"
+        assert steps == sorted(set(steps)), "a line is repeated"
     for task in (lost, last):
         began = _events(runs[task], "training")
-        assert len(began) == 2 and began[1]["step"] > 0, "it began anew"
+        assert len(began) == 2 and began[1]["step"] > 0, "it restarted from step 0"
     assert {path.name for path in runs[last].glob("attempts/*")} == {f"{jobs[last]}.0", f"{jobs[last]}.1"}
 
-    # Finished cells are not run again; a grid that grows runs its new ones only.
+    # Finished cells are not run again; a larger grid runs only its new cells.
     assert afina(*command)["jobs"] == []
     grown = afina("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "3", "--wait")
     assert [len(row["values"]) for row in grown["rows"]] == [3, 3]
@@ -139,7 +130,7 @@ def test_array_tasks_ask_for_their_trials(cluster: Cluster, place: Path, afina: 
     assert [row["states"] for row in table["rows"]] == [{"FINISHED": 1}] * 3
     tried = [float(row["overrides"]["train.learning_rate"]) for row in table["rows"]]
     assert len(set(tried)) == 3 and all(1e-4 <= rate <= 1e-2 for rate in tried)
-    # Values are told by whoever asks next: the third trial told at least one of the first two.
-    told = [json.loads(line) for line in (place / "sear ch/journal.log").read_text().splitlines()]
-    assert [line["values"] for line in told if line.get("values")]
+    # The next trial reports earlier values: the third reports at least one of the first two.
+    journal = [json.loads(line) for line in (place / "sear ch/journal.log").read_text().splitlines()]
+    assert [line["values"] for line in journal if line.get("values")]
     assert not list(place.rglob("never"))

@@ -1,4 +1,4 @@
-"""What clusters do differently: GPUs by --gres, options more or fewer, no requeue, no scontrol. Real jobs, no training.
+"""Differences between clusters: GPUs by --gres, more or fewer options, no requeue, no scontrol. Real jobs, no training.
 
 The worker is a script that writes down what it was given and stops once, as a preempted run does; everything around it is the batch
 script and the command line of a real submission.
@@ -63,7 +63,7 @@ TOOLS = [
 
 
 class Variant:
-    """A folder of the ordinary user with a claimed run whose site is a special one."""
+    """A folder of the ordinary user with a claimed run of a special site."""
 
     def __init__(self, cluster: Cluster, folder: Path, site: dict[str, Any], resources: dict[str, Any]) -> None:
         self.cluster, self.folder = cluster, folder
@@ -103,7 +103,7 @@ class Variant:
         return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
 
     def next_job(self, first: int) -> int:
-        """The job that went on with the run, submitted by the first one."""
+        """The job that resumed the run, submitted by the first one."""
         self.cluster.wait(first)
         lines = list(self.run.lines("submissions.jsonl"))
         assert [line["via"] for line in lines] == ["resubmit"], self.log(first)
@@ -145,7 +145,7 @@ def test_gpus_in_either_spelling_come_back_after_a_requeue(
 
 @pytest.mark.timeout(180)
 def test_a_type_of_gpu_and_no_requeue(cluster: Cluster, variant: Callable[..., Variant]) -> None:
-    """Where no job may be put back the run goes on in a new job, which asks for the same GPUs and options."""
+    """Where no job may be requeued a new job resumes the run, with the same GPUs and options."""
     cluster.restart(job_requeue=0, gpu_type="a100")
     try:
         extra = ("--comment=two words, 'quoted'", "--nice=7")

@@ -1,6 +1,6 @@
-"""What runs do, asked of a real Slurm: waiting and why, running, cancelled, gone; with accounting and without, and unreachable.
+"""The state of runs from a real Slurm: pending and why, running, cancelled, gone; with and without accounting, and unreachable.
 
-The run directories hold what looking at them needs; the jobs sleep. They are root's, whose Python this is.
+The run directories are minimal; the jobs sleep and are root's, as this Python is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def runs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def _run(folder: Path, name: str, *options: str, script: str = SLEEP, task: int | None = None) -> str:
-    """A run directory with a job of its own, or with a task of an array."""
+    """A run directory with a job, or with a task of an array."""
     argv = ["sbatch", "--parsable", "--output=/dev/null", "--ntasks=1", "--time=10", *options]
     answer = subprocess.run(argv, input=script, capture_output=True, text=True, check=True, cwd="/").stdout
     job = answer.strip() if task is None else f"{answer.strip()}_{task}"
@@ -56,7 +56,7 @@ def _until(wanted: Callable[[dict[str, RunSummary]], bool], timeout_s: float = 3
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("accounting", [True, False])
-def test_waiting_running_and_gone(
+def test_pending_running_and_gone(
     cluster: Cluster, runs: Path, accounting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if cluster.accounting != accounting:
@@ -99,10 +99,10 @@ def test_waiting_running_and_gone(
         assert "may not start yet" in (found["later"].why or "")
         assert 3000 < (found["later"].starts or 0) - time.time() <= 3700
         assert found["ended"].why and found["ended"].why.startswith("job ")
-        # Once slurmctld has forgotten a job only accounting knows of it.
+        # Once slurmctld has forgotten a job only accounting has it.
         assert query(["999999"])["999999"] == Job("999999", "GONE")
         assert set(slurm_query._final_states([running])) == ({running} if accounting else set()), (
-            "the database is behind by seconds"
+            "the database lags by seconds"
         )
         assert {c.did for c in cancel_runs(known_runs())} == {"cancelled", "nothing"}
         _until(lambda found: not {s.state for s in found.values()} & {"PENDING", "RUNNING"})
@@ -113,7 +113,7 @@ def test_waiting_running_and_gone(
             cluster.restart(accounting=True)
 
 
-def test_every_limit_that_this_slurm_knows_has_words() -> None:
+def test_every_limit_of_this_slurm_has_an_explanation() -> None:
     libraries = [*Path("/usr/lib").glob("*/slurm*/libslurmfull.so"), *Path("/usr/lib64/slurm").glob("libslurmfull.so")]
     if not libraries:
         pytest.skip("Slurm's library is not where Debian or Red Hat put it")
