@@ -7,14 +7,14 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cluster check clean
 
-# Overrule on the command line: make test PYTHON=python3.12
+# Override on the command line: make test PYTHON=python3.12
 PYTHON ?= python3
 # The package index to take PyTorch from; empty: the default one, whose PyTorch may be the CUDA build (2.7 GB).
 TORCH_INDEX_URL ?=
 # Readable by the ordinary user that builds and runs it, which a checkout below /root is not.
 TEST_IMAGE ?= /var/tmp/afina-test/afina.sif
 
-# Tests side by side, each with one thread; many of them wait, so that two cores take three.
+# Concurrent tests, each with one thread; many of them wait, so two cores take three.
 TEST_JOBS ?= 3
 
 VENV := .venv
@@ -35,7 +35,7 @@ test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DA
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
 	$(VENV)/bin/python -m pytest tests/faults/test_survival.py
 
-# What watches signals and mounts runs alone; the rest on two clusters side by side, the longest file first: they mostly wait.
+# Tests of signals and mounts run alone; the rest on two clusters at a time, the longest file first: they mostly wait.
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
 	tests/slurm/install.sh
 	tests/apptainer/install.sh
