@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from afina.prediction.export import export
     from afina.prediction.jobs import predict
     from afina.prediction.load import load
-    from afina.recipe.schema import Recipe, load_recipe
+    from afina.recipe.load import load_recipe
+    from afina.recipe.schema import Recipe
     from afina.run.outcome import Outcome
     from afina.sweeps.sweep import Sweep, sweep
     from afina.watch.handle import Run, Runs, runs
@@ -52,7 +53,7 @@ _HOMES = {
     "Sweep": "afina.sweeps.sweep",
     "export": "afina.prediction.export",
     "load": "afina.prediction.load",
-    "load_recipe": "afina.recipe.schema",
+    "load_recipe": "afina.recipe.load",
     "predict": "afina.prediction.jobs",
     "resume": "afina.api",
     "runs": "afina.watch.handle",

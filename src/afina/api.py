@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import AfinaError, InputError
 from afina.forecast.forecast import write_forecast
-from afina.recipe.schema import Recipe, load_recipe
+from afina.recipe.load import load_recipe
+from afina.recipe.schema import Recipe
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from afina.errors import SiteError
-from afina.recipe.schema import load_recipe
+from afina.recipe.load import load_recipe
 from afina.run.commands import node_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan

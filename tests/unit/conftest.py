@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from afina.recipe.schema import Recipe, load_recipe
+from afina.recipe.load import load_recipe
+from afina.recipe.schema import Recipe
 from afina.site.settings import Site
 
 ROOT = Path(__file__).parents[2]

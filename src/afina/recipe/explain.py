@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in one message: file and line (or `--set`), key, what was found, what is allowed.
+"""The first error in a recipe as one message: file and line (or `--set`), key, the value found, the values allowed.
 
-Turns pydantic's findings into the words of a recipe; knows no key by name, it is given the model.
+Translates pydantic's errors for the user; it knows the keys from the model alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["KeyedError", "explain", "model_of", "shown"]
 
 
 class KeyedError(ValueError):
-    """A value error of the key `keys` below the one that is being validated."""
+    """A value error at `keys`, below the key that is being validated."""
 
     def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
         super().__init__(message)
@@ -40,13 +40,13 @@ def shown(value: Any) -> str:
 def explain(
     error: ValidationError, model: type[BaseModel], root: Node | None, source: str, overridden: list[str]
 ) -> RecipeError:
-    """One message for the first thing that is wrong.
+    """The first error as one message.
 
     Args:
-        model: what was validated.
-        root: the parsed YAML, for lines; None where there is none.
-        source: what the message calls the file.
-        overridden: keys that `--set` gave.
+        model: the model that was validated.
+        root: the parsed YAML, for line numbers; None where there is none.
+        source: the name of the file in the message.
+        overridden: keys that `--set` changed.
     """
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
@@ -65,12 +65,12 @@ def explain(
         hint = f"{reserved};" if reserved else nearest(keys[-1], known)
         return RecipeError(f"{place}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}{here}")
     named = "" if place == f"--set {dotted}" or not dotted else f"`{dotted}`: "
-    message, remedy = _said(first)
+    message, remedy = _describe(first)
     return RecipeError(f"{place}: {named}{message}", remedy)
 
 
-def _said(error: ErrorDetails) -> tuple[str, str]:
-    """What pydantic found, in the words of a recipe, and what to do."""
+def _describe(error: ErrorDetails) -> tuple[str, str]:
+    """pydantic's error as a message and a remedy."""
     kind, context, found = error["type"], error.get("ctx", {}), shown(error["input"])
     remedy = "correct the value; docs/recipe.md lists the keys"
     if kind == "value_error":

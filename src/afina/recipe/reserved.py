@@ -1,13 +1,13 @@
-"""Arguments of `TrainingArguments` that a recipe may not pass through, because the recipe or afina itself sets them.
+"""Arguments of `TrainingArguments` that `train.arguments` may not hold, because the recipe or afina itself sets them.
 
-Names of arguments that transformers once had are another table: `afina.worker.model.arguments`.
+Names that transformers once had are in `afina.worker.model.arguments`.
 """
 
 from __future__ import annotations
 
 __all__ = ["RESERVED_ARGUMENTS"]
 
-#: Arguments of TrainingArguments that the recipe or afina itself sets: where to say it instead.
+#: Each argument, and what to do instead.
 RESERVED_ARGUMENTS: dict[str, str] = {
     "output_dir": "give `--run DIR`",
     "per_device_train_batch_size": "set `train.batch_size`, the global batch",

@@ -1,8 +1,8 @@
-"""What to train: a recipe is read from YAML, overridden with `--set`, validated and frozen.
+"""The keys and values of a recipe, validated and frozen.
 
-A recipe says nothing about a cluster or an account (that is the site) and nothing is looked up on disk or on the Hub
-here: whether a file or a column exists is the business of the plan and of the prepare stage. Keys that are not known are
-refused with the nearest known one and the line; so are tokens and passwords, because a recipe is shared.
+A recipe says nothing about a cluster or an account (that is the site), and nothing is read from disk or the Hub here: the plan and
+the prepare stage check whether files and columns exist. Unknown keys are refused with the nearest known one, and so are tokens
+and passwords, because a recipe is shared.
 """
 
 from __future__ import annotations
@@ -10,29 +10,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from afina.errors import RecipeError, nearest
+from afina.errors import nearest
+from afina.frozen import FrozenModel
 from afina.recipe.data_files import NamedSplit
-from afina.recipe.explain import KeyedError, explain, shown
+from afina.recipe.explain import KeyedError, shown
 from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
-from afina.recipe.yaml_source import apply_override, read_yaml
 from afina.redact import looks_secret
 from afina.schedule import DEFAULT_EPOCHS, Schedule
 
@@ -43,10 +40,6 @@ __all__ = [
     "Resources",
     "Tokens",
     "Train",
-    "load_recipe",
-    "parse_recipe",
-    "parse_recipes",
-    "read_recipe",
 ]
 
 Task = Literal["auto", "single-label", "multi-label", "regression"]
@@ -59,13 +52,13 @@ _SECRET = (
 )
 
 
-class _Frozen(BaseModel):
-    # Hidden from str(ValidationError): a value may be a secret that stands in the wrong place.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+class _Section(FrozenModel):
+    # hide_input_in_errors: a misplaced value may be a secret.
+    model_config = ConfigDict(allow_inf_nan=False, hide_input_in_errors=True)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value_and_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_stray_boolean_and_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields.get(info.field_name or "")
         if isinstance(value, bool) and field is not None and field.annotation is not bool:
             raise ValueError(f"{str(value).lower()} makes no sense here")
@@ -92,6 +85,10 @@ def _listed(value: Any) -> Any:
     return value
 
 
+def _unknown(name: str, kind: str, known: Iterable[str]) -> str:
+    return " ".join(filter(None, [f"`{name}` is not {kind};", nearest(name, known), f"known: {', '.join(known)}"]))
+
+
 def _epoch_or_steps(value: Any) -> Any:
     if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
@@ -104,10 +101,10 @@ EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps
 Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1)]
 
 
-class Part(_Frozen):
-    """One of train, eval, test: where its rows come from and how many of them.
+class Part(_Section):
+    """One of train, eval, test: the source and number of its rows.
 
-    `split` names a split of a Hub data set or a key of `data.files`; without it the part of the same name is taken, else
+    `split` names a split of a Hub data set or a key of `data.files`; without it the source of the same name is used, else
     `all`, else `train`. A `fraction` cuts the split (stratified, disjoint from its sisters, with the seed of `train`).
     `sample` then takes `shuffle(seed).select(range(sample))`, exactly as datasets does.
     """
@@ -118,8 +115,8 @@ class Part(_Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
-class Data(_Frozen):
-    """A Hub data set (`hub`) or local `files`, and which of its columns are text and label."""
+class Data(_Section):
+    """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
     hub: Text | None = None
     config: str | None = None
@@ -152,10 +149,10 @@ class Data(_Frozen):
         if not isinstance(value, list | tuple):
             return value
         if not value:
-            raise ValueError("is an empty list: name the labels, or leave it out to take those of the data")
+            raise ValueError("is an empty list: name the labels, or leave it out to use those of the data")
         for place, name in enumerate(value):
             if name is None or isinstance(name, list | tuple | Mapping) or not str(name).strip():
-                raise KeyedError(f"{shown(name)} is no label name; put it in quotes if it is text", str(place))
+                raise KeyedError(f"{shown(name)} is not a label; put it in quotes if it is text", str(place))
         return tuple(str(v).strip() for v in value)
 
     @field_validator("text")
@@ -181,7 +178,9 @@ class Data(_Frozen):
     def _text_is_no_label(self) -> Data:
         for name in self.label:
             if name in self.text:
-                raise KeyedError(f"column `{name}` is the text too: the label would be read off the text", "label")
+                raise KeyedError(
+                    f"column `{name}` is the text too: the model would read the label in the text", "label"
+                )
         return self
 
     @model_validator(mode="after")
@@ -218,14 +217,14 @@ class Data(_Frozen):
         return self
 
 
-class Tokens(_Frozen):
+class Tokens(_Section):
     """How texts become tokens. Lengths in tokens, special tokens included."""
 
     max_length: Annotated[int, Field(ge=2, le=131072)] = 512
     batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
 
 
-class Train(_Frozen):
+class Train(_Section):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
@@ -248,7 +247,7 @@ class Train(_Frozen):
     attention_dropout: Literal[0] | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: bool = False
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("arguments")
     @classmethod
@@ -273,24 +272,17 @@ class Train(_Frozen):
         return self
 
     @model_validator(mode="after")
-    def _said_once(self) -> Train:
+    def _no_repetition(self) -> Train:
         for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
             if key in self.arguments:
-                raise KeyedError(
-                    "says another time what `train.precision` says", "arguments", key, remedy="leave one of them out"
-                )
+                raise KeyedError("repeats `train.precision`", "arguments", key, remedy="leave one of them out")
         if self.compile and "torch_compile" in self.arguments:
-            raise KeyedError(
-                "says another time what `train.compile` says",
-                "arguments",
-                "torch_compile",
-                remedy="leave one of them out",
-            )
+            raise KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy="leave one of them out")
         return self
 
     @property
     def num_epochs(self) -> float:
-        """Epochs asked for; 3 where the recipe says nothing."""
+        """The number of epochs; 3 by default."""
         return self.epochs if self.epochs is not None else DEFAULT_EPOCHS
 
     def schedule(self, rows: int, eval_rows: int) -> Schedule:
@@ -305,8 +297,8 @@ class Train(_Frozen):
         )
 
 
-class Resources(_Frozen):
-    """What to ask Slurm for. `time` in minutes once read."""
+class Resources(_Section):
+    """The resources of a job. `time` is in minutes once read."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
@@ -316,12 +308,12 @@ class Resources(_Frozen):
 
     @property
     def num_processes(self) -> int:
-        """One process per GPU; one per node where no GPU is asked for."""
+        """One process per GPU; one per node without GPUs."""
         return self.nodes * max(1, self.gpus_per_node)
 
 
-class Recipe(_Frozen):
-    """What to train, complete and frozen. Made by `load_recipe`."""
+class Recipe(_Section):
+    """What to train, complete and frozen. Made by `afina.recipe.load.load_recipe`."""
 
     name: str
     model: Text
@@ -341,7 +333,7 @@ class Recipe(_Frozen):
         if not _NAME.fullmatch(value) or value.startswith((".", "-")) or len(value.encode()) > 200:
             raise ValueError(
                 f"{shown(value)} is not usable as a folder's name: at most 100 characters, no slash or control "
-                "character, no dot or dash in front"
+                "character, no leading dot or dash"
             )
         return value
 
@@ -360,10 +352,7 @@ class Recipe(_Frozen):
     def _trackers_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for number, name in enumerate(value):
             if name not in TRACKERS:
-                hint = nearest(name, TRACKERS)
-                raise KeyedError(
-                    f"`{name}` is not a tracker; {hint + ' ' if hint else ''}known: {', '.join(TRACKERS)}", str(number)
-                )
+                raise KeyedError(_unknown(name, "a tracker", TRACKERS), str(number))
         return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
@@ -374,86 +363,19 @@ class Recipe(_Frozen):
             named.append((self.train.best_metric, ("train", "best_metric")))
         for metric, keys in named:
             if metric not in known:
-                hint = nearest(metric, known)
                 of = "" if self.task == "auto" else f" of a {self.task} task"
-                raise KeyedError(
-                    f"`{metric}` is not a metric{of}; {hint + ' ' if hint else ''}known: {', '.join(known)}", *keys
-                )
+                raise KeyedError(_unknown(metric, f"a metric{of}", known), *keys)
         return self
 
     @model_validator(mode="after")
     def _foreign_code_is_pinned(self) -> Recipe:
         local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
         if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
-            found = f"`{self.revision}` may mean other code tomorrow" if self.revision else "`revision` is missing"
+            found = f"`{self.revision}` can move" if self.revision else "`revision` is missing"
             raise KeyedError(
                 f"runs code from the model's repository, {found}",
                 "trust_remote_code",
-                remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits (a branch or a tag "
-                "can move); a model folder beside the recipe is written `./folder`",
+                remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits, not a branch or a "
+                "tag; write a model folder beside the recipe as `./folder`",
             )
         return self
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
-
-    Args:
-        path: a YAML file.
-        overrides: `key.sub=value` each, the value read as YAML.
-
-    Raises:
-        RecipeError: with the file, the line, what was found and what is allowed.
-    """
-    return parse_recipe(read_recipe(path), overrides, source=str(Path(path)))
-
-
-def read_recipe(path: str | Path) -> str:
-    """The text of a recipe's file.
-
-    Raises:
-        RecipeError: it cannot be read; with the nearest name where there is none.
-    """
-    file = Path(path)
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        raise RecipeError(
-            f"recipe {file}: no such file", nearest(str(file), siblings) or "give the path of a YAML recipe"
-        ) from None
-    except IsADirectoryError:
-        raise RecipeError(f"recipe {file}: is a folder", "give the path of a YAML recipe") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {file}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None
-    except OSError as error:
-        raise RecipeError(f"recipe {file}: {error.strerror}", "check the path and its permissions") from None
-
-
-def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
-    """As `load_recipe`, from text; `source` is what messages call it."""
-    return next(parse_recipes(text, [overrides], source=source))
-
-
-def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "recipe") -> Iterator[Recipe]:
-    """As `parse_recipe`, once for each of several lists of overrides; the text is read once."""
-    node, tree = read_yaml(text, source)
-    if not isinstance(tree, dict):
-        raise RecipeError(
-            f"{source}: {'is empty' if tree is None else f'a recipe is a mapping of keys, found {shown(tree)}'}",
-            "start from slurm/recipes/yelp.yaml",
-        )
-    for overrides in many:
-        changed = dict(tree)  # an override copies the mappings that it changes below this one
-        for override in overrides:
-            apply_override(changed, override)
-        overridden = [o.partition("=")[0].strip() for o in overrides]
-        try:
-            recipe = Recipe.model_validate(changed)
-        except ValidationError as error:
-            raise explain(error, Recipe, node, source, overridden) from None
-        except RecursionError:
-            raise RecipeError(
-                f"{source}: a YAML alias (*) stands for a part of itself", "write the value out"
-            ) from None
-        yield recipe

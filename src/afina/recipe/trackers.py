@@ -1,11 +1,11 @@
-"""Where a run's records may go besides the run directory: TensorBoard, Weights & Biases, MLflow. Names, places, commands.
+"""Trackers, which receive a run's records besides the run directory: TensorBoard, Weights & Biases, MLflow.
 
     <run>/tracking/tensorboard/      event files
     <run>/tracking/wandb/            an offline run of the newest attempt; one id for all
     <run>/tracking/mlflow.db         an SQLite store
 
-A job writes files only and opens no connection: compute nodes have no internet. The commands here bring the records to a
-server, or show them, where there is one. Imports none of the three; `afina.worker.training.tracking` writes.
+A job only writes files: compute nodes have no internet. The commands here upload the records to a server, or show them, where
+there is internet. Imports none of the three; `afina.worker.training.tracking` writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRACKERS: dict[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlf
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Whether the packages are there: asked in the process that prepares, where the training will run too.
+    """Check that the packages are installed; called in the prepare stage, which runs in the environment of the training.
 
     Raises:
         EnvironmentProblem: one is missing.
@@ -48,12 +48,12 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str]) -> dict[str, str]:
-    """What the libraries read from the environment; of what the user has set, only places inside the run are overruled.
+    """The libraries' environment variables. Those that the user has set are kept, except for paths inside the run.
 
     Args:
         run: the run directory.
         name: the recipe's name: runs of one recipe lie side by side.
-        run_id: of this run at Weights & Biases, the same for all attempts.
+        run_id: the run's id at Weights & Biases, the same for all attempts.
     """
     folder = run / "tracking"
     wandb_own = folder / "wandb-own"
@@ -61,12 +61,12 @@ def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str
         "WANDB_MODE": "offline",
         "WANDB_PROJECT": name,
         "WANDB_NAME": run.name,
-        # Its caches would lie in a home that the container does not see.
+        # By default its caches lie in the home, which the container does not see.
         "WANDB_CACHE_DIR": str(wandb_own),
         "WANDB_CONFIG_DIR": str(wandb_own),
         "WANDB_DATA_DIR": str(wandb_own),
         "WANDB_SILENT": "true",
-        # The run's log is in the run directory; a copy of it would be one more place for what was printed.
+        # The run's log is in the run directory already.
         "WANDB_CONSOLE": "off",
         "MLFLOW_EXPERIMENT_NAME": name,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -83,7 +83,7 @@ def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str
 
 
 def sync_commands(run: Path, trackers: Iterable[str]) -> list[str]:
-    """One command for each tracker that has records of this run: on a node with internet it uploads or shows them."""
+    """One command for each tracker that has records of this run; on a node with internet it uploads or shows them."""
     folder = run / "tracking"
     store = f"sqlite:///{folder / 'mlflow.db'}"
     commands = {

@@ -1,7 +1,4 @@
-"""A recipe as text: YAML to a tree of keys and values, `--set` over it, and on which line a key stands.
-
-What keys there are is the business of `afina.recipe`.
-"""
+"""A recipe as text: YAML to a tree of keys and values, overrides by `--set`, and the line of each key. `schema` knows the keys."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ __all__ = ["apply_override", "read_yaml", "where"]
 
 
 def read_yaml(text: str, source: str) -> tuple[Node | None, Any]:
-    """The parsed nodes, which know their lines, and the values; YAML 1.2.
+    """The parsed nodes with their lines, and the values; YAML 1.2.
 
     Raises:
         RecipeError: not YAML, or a key twice; with the line.
@@ -83,7 +80,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
                 f"--set {redact(override)}: `{key}` is a value, it has no keys",
                 f"set `{'.'.join(keys[:depth])}` itself",
             )
-        # A copy: what a YAML alias repeats is one object, and only this occurrence is overruled.
+        # A copy: all occurrences of a YAML alias are one object, and only this one is overridden.
         here[key] = dict(below or {})
         here = here[key]
     here[keys[-1]] = value

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from afina import api
 from afina.errors import AfinaError, DataError, RecipeError
-from afina.recipe.schema import Recipe, parse_recipe
+from afina.recipe.load import parse_recipe
+from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, check_cores, make_plan

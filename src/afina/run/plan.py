@@ -17,8 +17,9 @@ from pydantic import Field, ValidationError
 from afina.errors import InputError, RecipeError
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
+from afina.recipe.load import parse_recipe
 from afina.recipe.local_model import find_model_folder
-from afina.recipe.schema import Recipe, Resources, parse_recipe
+from afina.recipe.schema import Recipe, Resources
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__

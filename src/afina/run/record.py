@@ -22,7 +22,8 @@ from typing import Any
 
 from afina.errors import AfinaError, RecipeError
 from afina.files import read_json, sha256, write_atomic
-from afina.recipe.schema import Recipe, parse_recipe
+from afina.recipe.load import parse_recipe
+from afina.recipe.schema import Recipe
 from afina.redact import redact
 from afina.run.git import repository_state
 from afina.run.plan import Plan

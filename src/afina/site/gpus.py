@@ -1,7 +1,7 @@
-"""GPUs as the environment and the driver's files tell of them, without torch: how many, whether they are slices, which driver.
+"""GPUs and NVIDIA's driver, without torch: visible devices, MIG slices, the driver's version and the oldest that a CUDA needs.
 
 Reads `CUDA_VISIBLE_DEVICES` as CUDA does (CUDA C++ programming guide, environment variables; NVIDIA's MIG user guide) and
-/proc/driver/nvidia. Not measured on a GPU: the tests give it what those texts say. ROCm is not known here.
+/proc/driver/nvidia. The tests follow those texts; no GPU was at hand. Not covered: ROCm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MINIMUM_DRIVER: dict[int, str] = {11: "450.80.02", 12: "525.60.13", 13: "580.65.
 def visible(env: Mapping[str, str]) -> tuple[str, ...] | None:
     """The devices that `CUDA_VISIBLE_DEVICES` names, or None where it is not set.
 
-    CUDA stops at the first entry that is no device: `0,-1,1` is one. `NoDevFiles` is how Slurm says none.
+    CUDA stops at the first invalid entry: `0,-1,1` is one device. Slurm writes `NoDevFiles` for none.
     """
     value = env.get("CUDA_VISIBLE_DEVICES")
     if value is None:
@@ -40,7 +40,7 @@ def mig_slices(env: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
-    """The NVIDIA driver of this machine, e.g. `535.104.05`; None where there is none, or it says nothing that is a version."""
+    """The NVIDIA driver of this machine, e.g. `535.104.05`; None where there is none, or its file holds no version."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text(errors="replace"))
     except OSError:
@@ -49,7 +49,7 @@ def driver_version(file: Path = DRIVER_FILE) -> str | None:
 
 
 def minimum_driver(cuda: str | None) -> str | None:
-    """The oldest driver that PyTorch for this CUDA (`12.6`) runs on, or None: no CUDA, or one that is not known here."""
+    """The oldest driver for PyTorch with this CUDA (`12.6`); None without CUDA, or for an unknown one."""
     major = (cuda or "").partition(".")[0]
     return MINIMUM_DRIVER.get(int(major)) if major.isdigit() else None
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from afina import api
 from afina.errors import InputError, RecipeError, SlurmError
-from afina.recipe.schema import Recipe, parse_recipe, read_recipe
+from afina.recipe.load import parse_recipe, read_recipe
+from afina.recipe.schema import Recipe
 from afina.run.commands import sweep_argv
 from afina.run.directory import is_run_dir
 from afina.run.job_request import JobRequest

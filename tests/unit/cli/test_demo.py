@@ -17,7 +17,7 @@ from tests.unit.conftest import ROOT, tree
 from afina import demo
 from afina.api import plan_for
 from afina.errors import EnvironmentProblem, InputError
-from afina.recipe.schema import load_recipe
+from afina.recipe.load import load_recipe
 from afina.run.job_request import JobRequest
 from afina.site.settings import load_site
 

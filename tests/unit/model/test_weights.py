@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model
 
 from afina.errors import InputError
-from afina.recipe.schema import parse_recipe
+from afina.recipe.load import parse_recipe
 from afina.worker.model.weights import check_weights, headers_digest
 from afina.worker.training.build import build_model
 

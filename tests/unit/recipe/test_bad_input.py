@@ -11,7 +11,8 @@ import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, private_mounts, recipe_dict, tree
 
-from afina.recipe.schema import Recipe, load_recipe
+from afina.recipe.load import load_recipe
+from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.plan import make_plan
 from afina.site.settings import Site

@@ -12,9 +12,10 @@ from tests.unit.conftest import DROP, ROOT, recipe_dict
 
 from afina.errors import RecipeError
 from afina.recipe.explain import model_of
+from afina.recipe.load import load_recipe, parse_recipe
 from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
-from afina.recipe.schema import Recipe, Resources, load_recipe, parse_recipe
+from afina.recipe.schema import Recipe, Resources
 
 BASE = """\
 name: stars
@@ -178,7 +179,7 @@ def test_yes_and_no_are_column_and_label_names() -> None:
         (BASE + "revision: a\x07b\n", ":9", "not valid YAML"),
         ("[" * 3000, "", "nested too deeply"),
         (BASE + "3: 4\n", ":9", "`3`: is a key that is not text"),
-        ("name: &a [*a]\n", "", "stands for a part of itself"),
+        ("name: &a [*a]\n", "", "contains itself"),
     ],
 )
 def test_broken_files_are_refused_with_their_line(text: str, line: str, what: str) -> None:
@@ -597,7 +598,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_foreign_code_needs_a_full_commit(revision: str) -> None:
     error = refused(BASE + f"trust_remote_code: true\nrevision: {revision}\n")
     assert error.message.startswith("r.yaml:9: `trust_remote_code`: runs code from the model's repository")
-    assert f"`{revision}` may mean other code tomorrow" in error.message and "40 hex digits" in error.remedy
+    assert f"`{revision}` can move" in error.message and "40 hex digits" in error.remedy
 
 
 def test_foreign_code_that_is_pinned_or_local() -> None:
@@ -615,8 +616,8 @@ def test_foreign_code_that_is_pinned_or_local() -> None:
         ("data.text=[text, text]", "names column `text` twice", ""),
         ("data.label=[a, b, a]", "names column `a` twice", ""),
         ("data.labels=[]", "is an empty list", ""),
-        ("data.labels=[a, null]", "nothing (null) is no label name", ""),
-        ("data.labels=[a, '  ']", "'  ' is no label name", ""),
+        ("data.labels=[a, null]", "nothing (null) is not a label", ""),
+        ("data.labels=[a, '  ']", "'  ' is not a label", ""),
         ("data.label_separator=''", "must not be empty", ""),
         ("train.per_device_train_batch_size=8", "unknown key", "set `train.batch_size`, the global batch;"),
         ("train.num_train_epochs=1", "unknown key", "set `train.epochs`;"),

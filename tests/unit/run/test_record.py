@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from tests.unit.conftest import ROOT, recipe_dict, tree
 
-from afina.recipe.schema import Recipe, load_recipe, parse_recipe
+from afina.recipe.load import load_recipe, parse_recipe
+from afina.recipe.schema import Recipe
 from afina.run import git, record
 from afina.run.directory import RunDir
 from afina.run.git import repository_state

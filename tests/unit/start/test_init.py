@@ -19,7 +19,8 @@ from tests.unit.conftest import Ran, program, tree
 
 from afina import cli
 from afina.api import plan_for
-from afina.recipe.schema import Recipe, load_recipe
+from afina.recipe.load import load_recipe
+from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.start.examine import count_words
 from afina.start.find_machine import find_machine

@@ -23,7 +23,7 @@ from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, program, tree
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
-from afina.recipe.schema import parse_recipe
+from afina.recipe.load import parse_recipe
 from afina.run import new_run
 from afina.run.commands import sweep_argv
 from afina.run.directory import RunDir

@@ -1,0 +1,77 @@
+"""Reads a recipe: a YAML file, overridden with `--set`, validated and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from afina.errors import RecipeError, nearest
+from afina.recipe.explain import explain, shown
+from afina.recipe.schema import Recipe
+from afina.recipe.yaml_source import apply_override, read_yaml
+
+__all__ = ["load_recipe", "parse_recipe", "parse_recipes", "read_recipe"]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `key.sub=value` each, the value read as YAML.
+
+    Raises:
+        RecipeError: with the file, the line, the value found and those allowed.
+    """
+    return parse_recipe(read_recipe(path), overrides, source=str(Path(path)))
+
+
+def read_recipe(path: str | Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RecipeError: it cannot be read; with the nearest name where it does not exist.
+    """
+    file = Path(path)
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise RecipeError(
+            f"recipe {file}: no such file", nearest(str(file), siblings) or "give the path of a YAML recipe"
+        ) from None
+    except IsADirectoryError:
+        raise RecipeError(f"recipe {file}: is a folder", "give the path of a YAML recipe") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {file}: byte {error.start} is not UTF-8", "save the file as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"recipe {file}: {error.strerror}", "check the path and its permissions") from None
+
+
+def parse_recipe(text: str, overrides: Sequence[str] = (), *, source: str = "recipe") -> Recipe:
+    """As `load_recipe`, from text; `source` names it in messages."""
+    return next(parse_recipes(text, [overrides], source=source))
+
+
+def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "recipe") -> Iterator[Recipe]:
+    """As `parse_recipe`, once for each of several lists of overrides; the text is read once."""
+    node, tree = read_yaml(text, source)
+    if not isinstance(tree, dict):
+        raise RecipeError(
+            f"{source}: {'is empty' if tree is None else f'a recipe is a mapping of keys, found {shown(tree)}'}",
+            "start from slurm/recipes/yelp.yaml",
+        )
+    for overrides in many:
+        changed = dict(tree)  # an override copies the mappings that it changes below this one
+        for override in overrides:
+            apply_override(changed, override)
+        overridden = [o.partition("=")[0].strip() for o in overrides]
+        try:
+            recipe = Recipe.model_validate(changed)
+        except ValidationError as error:
+            raise explain(error, Recipe, node, source, overridden) from None
+        except RecursionError:
+            raise RecipeError(f"{source}: a YAML alias (*) contains itself", "write the value out") from None
+        yield recipe
