@@ -148,7 +148,7 @@ def test_scratch_that_is_full(recipe_file: Callable[..., Path], scratch: Path) -
     import sys
 
     done = private_mounts(f'mount -t tmpfs -o size=1m tmpfs "$1"; {TRAIN}', scratch, sys.executable, recipe_file())
-    only_message(done, 3, f"AFINA_SCRATCH={scratch} is full: ", "remove what is not needed")
+    only_message(done, 3, f"AFINA_SCRATCH={scratch} is full: ", "remove old runs and caches")
 
 
 def test_scratch_that_is_not_writable(recipe_file: Callable[..., Path], scratch: Path) -> None:

@@ -182,7 +182,7 @@ def test_site_variables_are_all_described() -> None:
 def test_messages_in_the_troubleshooting_table_are_in_the_source() -> None:
     source = "\n".join(p.read_text("utf-8") for p in (ROOT / "src").rglob("*.py"))
     flat = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*f?"', "", source))
-    rows = _rows("troubleshooting.md", "When something goes wrong")
+    rows = _rows("troubleshooting.md", "Error messages")
     assert len(rows) >= 10
     for row in rows:
         for message in re.findall(r"`([^`]+)`", row[0]):
