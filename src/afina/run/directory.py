@@ -97,7 +97,7 @@ class RunDir:
         scripts: Mapping[str, Path] | None = None,
         record: Mapping[str, Any] | None = None,
     ) -> RunDir:
-        """Claim a run directory and write what the run is.
+        """Claim a run directory and write the run's inputs.
 
         Args:
             plan: written to `plan.json`.
@@ -112,30 +112,7 @@ class RunDir:
             ClaimedError, InputError: as `check_free`.
             EnvironmentProblem: the directory cannot be made.
         """
-        run = cls(path) if path else None
-        made: list[Path] = []
-        try:
-            if run:
-                cls.check_free(run.path)
-                made = _make_folder(run.path)
-            else:
-                run = cls._next(plan)
-                made = [run.path]
-            try:
-                run.attempts.mkdir(mode=0o700)
-            except FileExistsError:
-                made = []
-                raise ClaimedError(
-                    f"{run.path}: claimed by another process just now", "choose another --run DIR"
-                ) from None
-            made.append(run.attempts)
-            run.path.chmod(0o700)
-        except OSError as error:
-            _unmake(made)
-            where = run.path if run else plan.site.runs
-            raise EnvironmentProblem(
-                f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
-            ) from error
+        run, made = cls._make(plan, path)
         filled = {"{run}": str(run.path), "{run}/node.sh": str(run.path / "node.sh")}
         words = (filled.get(word, word) for word in argv)
         contents: dict[str, str | bytes] = {
@@ -155,6 +132,35 @@ class RunDir:
             _unmake(made)
             raise
         return run
+
+    @classmethod
+    def _make(cls, plan: Plan, path: str | Path | None) -> tuple[RunDir, list[Path]]:
+        """Make the directory; returns the folders that did not exist before, the outermost first."""
+        run = cls(path) if path else None
+        made: list[Path] = []
+        try:
+            if run:
+                cls.check_free(run.path)
+                made = _make_folder(run.path)
+            else:
+                run = cls._next(plan)
+                made = [run.path]
+            try:
+                run.attempts.mkdir(mode=0o700)
+            except FileExistsError:
+                made = []
+                raise ClaimedError(
+                    f"{run.path}: another process has just claimed it", "choose another --run DIR"
+                ) from None
+            made.append(run.attempts)
+            run.path.chmod(0o700)
+        except OSError as error:
+            _unmake(made)
+            where = run.path if run else plan.site.runs
+            raise EnvironmentProblem(
+                f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
+            ) from error
+        return run, made
 
     @classmethod
     def next_free(cls, plan: Plan) -> RunDir:

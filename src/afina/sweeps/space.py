@@ -22,7 +22,7 @@ from afina.errors import InputError
 from afina.frozen import FrozenModel
 from afina.sweeps.grid import refuse_keys, split_values
 
-__all__ = ["Choices", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
+__all__ = ["ChoiceList", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*\.\.\s*({_NUMBER})\s*(?::\s*(\w+)\s*)?")
@@ -41,14 +41,14 @@ class Range(FrozenModel):
     whole: bool = False
 
 
-class Choices(FrozenModel):
+class ChoiceList(FrozenModel):
     """One of these values, as YAML text."""
 
     kind: Literal["choices"] = "choices"
     values: tuple[str, ...]
 
 
-Space = dict[str, Annotated[Range | Choices, Field(discriminator="kind")]]
+Space = dict[str, Annotated[Range | ChoiceList, Field(discriminator="kind")]]
 
 
 def parse_search(given: Sequence[str], overrides: Sequence[str] = ()) -> Space:
@@ -88,7 +88,7 @@ def corners(space: Space) -> list[tuple[str, ...]]:
     """Overrides that use each end of every range and every choice once, to refuse a wrong one before anything is queued."""
     ends = {
         key: domain.values
-        if isinstance(domain, Choices)
+        if isinstance(domain, ChoiceList)
         else (value_text(domain, domain.low), value_text(domain, domain.high))
         for key, domain in space.items()
     }
@@ -98,14 +98,14 @@ def corners(space: Space) -> list[tuple[str, ...]]:
     ]
 
 
-def value_text(domain: Range | Choices, value: Any) -> str:
+def value_text(domain: Range | ChoiceList, value: Any) -> str:
     """A chosen value, as `--set` takes it."""
-    if isinstance(domain, Choices):
+    if isinstance(domain, ChoiceList):
         return str(value)
     return str(int(value)) if domain.whole else json.dumps(float(value))
 
 
-def _domain(key: str, text: str) -> Range | Choices:
+def _domain(key: str, text: str) -> Range | ChoiceList:
     found = _RANGE.fullmatch(text)
     if found is None:
         if re.fullmatch(r"[^,'\"\[{]*\.\.[^,]*", text):
@@ -124,7 +124,7 @@ def _domain(key: str, text: str) -> Range | Choices:
     return Range(low=float(low), high=float(high), log=how == "log", whole=whole)
 
 
-def _choices(key: str, values: Sequence[str]) -> Choices:
+def _choices(key: str, values: Sequence[str]) -> ChoiceList:
     if not all(values):
         raise InputError(f"--search {key}: a choice is empty", _EXAMPLE)
     if len(values) < 2:
@@ -132,7 +132,7 @@ def _choices(key: str, values: Sequence[str]) -> Choices:
     for value in values:
         if list(values).count(value) > 1:
             raise InputError(f"--search {key}: {value} is given twice", "keep one of the two")
-    return Choices(values=tuple(values))
+    return ChoiceList(values=tuple(values))
 
 
 def _checked(space: Space, overrides: Sequence[str]) -> Space:

@@ -251,7 +251,7 @@ def test_what_is_missing_where_nothing_can_be_written_is_one_message(plan: Plan,
 
 
 def test_read_only_modes_are_enough(plan: Plan) -> None:
-    """By modes alone, which bind root only where it has given up to overrule them."""
+    """By modes alone, which bind root only where it has given up to override them."""
     first = result(prepare(plan))
     folders = [plan.site.prepared, plan.site.scratch / "pins"]
     humble = (

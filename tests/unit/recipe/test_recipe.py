@@ -191,7 +191,7 @@ def test_a_byte_order_mark_is_no_key() -> None:
     assert parse_recipe("\ufeff" + BASE).name == "stars"
 
 
-def test_an_alias_is_overruled_in_one_place_only() -> None:
+def test_an_alias_is_overridden_in_one_place_only() -> None:
     text = BASE.replace("  text:", "  train: &part {sample: 5}\n  eval: *part\n  text:")
     r = parse_recipe(text, ["data.train.sample=9"])
     assert (r.data.train.sample, r.data.eval.sample) == (9, 5)

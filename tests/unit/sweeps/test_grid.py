@@ -10,7 +10,7 @@ from tests.unit.conftest import recipe_dict
 
 from afina.errors import InputError, RecipeError
 from afina.sweeps.grid import Cell, expand_sweep, grid_of, parse_grid, parse_seeds, point_name, split_values
-from afina.sweeps.space import Choices, Range, corners, parse_search, space_of, value_text
+from afina.sweeps.space import ChoiceList, Range, corners, parse_search, space_of, value_text
 
 TEXT = json.dumps(recipe_dict())
 
@@ -162,7 +162,7 @@ def test_a_space_is_ranges_and_choices() -> None:
         "train.learning_rate": Range(low=1e-6, high=1e-4, log=True),
         "train.epochs": Range(low=1, high=5, whole=True),
         "train.arguments.weight_decay": Range(low=0, high=0.1),
-        "tokens.batching": Choices(values=("packed", "padded")),
+        "tokens.batching": ChoiceList(values=("packed", "padded")),
     }
     assert corners(space) == [
         ("train.learning_rate=1e-06", "train.epochs=1", "train.arguments.weight_decay=0.0", "tokens.batching=packed"),
@@ -171,7 +171,7 @@ def test_a_space_is_ranges_and_choices() -> None:
     assert value_text(space["train.epochs"], 3.0) == "3"
     same = space_of({"train.epochs": "1..5", "tokens.batching": ["packed", "padded"]})
     assert same["train.epochs"] == space["train.epochs"]
-    assert same["tokens.batching"] == Choices(values=('"packed"', '"padded"'))
+    assert same["tokens.batching"] == ChoiceList(values=('"packed"', '"padded"'))
 
 
 @pytest.mark.parametrize(

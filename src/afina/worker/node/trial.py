@@ -30,7 +30,7 @@ from afina.recipe.load import parse_recipe
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for
-from afina.sweeps.space import Choices, Space, value_text
+from afina.sweeps.space import ChoiceList, Space, value_text
 from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, failed_for_good, record_of
 
 __all__ = ["answer", "open_study", "take_trial", "report_ended"]
@@ -152,7 +152,7 @@ def _distributions(space: Space) -> dict[str, Any]:
 
     distributions: dict[str, Any] = {}
     for key, domain in space.items():
-        if isinstance(domain, Choices):
+        if isinstance(domain, ChoiceList):
             distributions[key] = CategoricalDistribution(domain.values)
         elif domain.whole:
             distributions[key] = IntDistribution(int(domain.low), int(domain.high), log=domain.log)
