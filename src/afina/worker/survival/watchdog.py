@@ -34,7 +34,6 @@ class Watchdog:
         self.given_s = minutes * 60 if minutes else None
         self._last_beat = time.monotonic()
         self._last_event = "the start"
-        self._over = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="afina-watchdog", daemon=True).start()
@@ -42,9 +41,6 @@ class Watchdog:
     def beat(self, event: str) -> None:
         """Report progress: a step, a batch of an evaluation, a save."""
         self._last_beat, self._last_event = time.monotonic(), event
-
-    def stop(self) -> None:
-        self._over.set()
 
     @property
     def limit_s(self) -> float:
@@ -55,7 +51,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         before = time.monotonic()
-        while not self._over.wait(pause := min(5.0, self.limit_s / 4)):
+        while True:
+            pause = min(5.0, self.limit_s / 4)
+            time.sleep(pause)
             now = time.monotonic()
             if now - before > pause + 5:
                 self._last_beat = now  # this process itself was halted (`scontrol suspend`, SIGSTOP): count anew
