@@ -59,7 +59,7 @@ def plan_for(recipe: str | Path | Recipe, request: JobRequest = JobRequest()) ->
 
 def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:
     """Prepare, then claim a run directory; see `claim_run`."""
-    return claim_run(plan, path, slurm=version(), text=text)
+    return claim_run(plan, path, slurm=version, text=text)
 
 
 def train(

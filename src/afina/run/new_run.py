@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def claim_run(
     plan: Plan,
     path: str | Path | None = None,
     *,
-    slurm: str | None,
+    slurm: Callable[[], str | None],
     text: str | None = None,
     prepared: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -45,7 +45,7 @@ def claim_run(
 
     Args:
         path: the run directory; by default the next free one of the plan.
-        slurm: the version of Slurm, for the record.
+        slurm: gives Slurm's version for the record; called after the image has been checked.
         text: the recipe's text, if it is not that of the plan's recipe file.
         prepared: the answer of `prepare`, if it was called: the runs of a sweep share it.
         record: likewise of `make_record`.
@@ -59,7 +59,7 @@ def claim_run(
     if text is None:
         whole = json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
         text = plan.recipe_file.read_text(encoding="utf-8") if plan.recipe_file else whole
-    record = record or make_record(plan, prepared, text, slurm)
+    record = record or make_record(plan, prepared, text, slurm())
     return RunDir.claim(plan, prepared, argv, text, path, scripts=scripts or job_scripts(), record=record)
 
 

@@ -114,7 +114,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
             shared[share] = _shared_record(draft, plan, prepared[share], say)
         about = record_of(shared[share], plan, cell.overrides)
         new_run.claim_run(
-            plan, run.path, slurm=None, text=draft.text, prepared=prepared[share], record=about, scripts=scripts
+            plan, run.path, slurm=version, text=draft.text, prepared=prepared[share], record=about, scripts=scripts
         )
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if count % 100 == 0:
