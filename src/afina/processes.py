@@ -14,13 +14,23 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["HEARTBEAT_S", "PATIENCE_S", "Heartbeat", "Process", "advisory_lock", "boot_id", "start_time"]
+__all__ = [
+    "HEARTBEAT_S",
+    "Heartbeat",
+    "PATIENCE_S",
+    "Process",
+    "advisory_lock",
+    "boot_id",
+    "run_captured",
+    "start_time",
+]
 
 HEARTBEAT_S = 5.0
 #: More than an NFS client keeps a file's time to itself (60 s), and many heartbeats.
@@ -214,3 +224,24 @@ def _pid_namespace() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+def run_captured(
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end without input; its output is text, with bytes that are not UTF-8 replaced.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it took longer than `timeout_s` seconds.
+    """
+    return subprocess.run(
+        list(argv),
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from afina.doctor.target import ANSWER_S, Target, answer_of
+from afina.processes import run_captured
 from afina.run.commands import container_argv
 from afina.site.finding import Finding
 from afina.site.image import check_image
@@ -44,16 +45,7 @@ def check_image_file(target: Target) -> Iterator[Finding]:
         check_image(site)
         yield Finding("image key", "ok", f"signed by {site.image_key}")
     try:
-        done = subprocess.run(
-            container_argv(target.where, ["afina", "--version"]),
-            env=target.env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_S,
-            check=False,
-        )
+        done = run_captured(container_argv(target.where, ["afina", "--version"]), target.env, ANSWER_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         yield Finding("container", "failed", f"cannot be started: {error}", "load its module in site.env")
         return

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from afina.errors import AfinaError
+from afina.processes import run_captured
 from afina.run.plan import Plan, bare_plan
 from afina.site.settings import Site
 from afina.slurm.cluster import Cluster
@@ -48,16 +49,7 @@ class Target:
 def answer_of(argv: Sequence[str], env: Mapping[str, str]) -> str | None:
     """The standard output of a command; None where it is missing, fails or takes longer than `ANSWER_S`."""
     try:
-        done = subprocess.run(
-            list(argv),
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=ANSWER_S,
-            check=False,
-        )
+        done = run_captured(argv, env, ANSWER_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

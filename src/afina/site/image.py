@@ -17,13 +17,14 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError, SiteError
 from afina.files import sha256
+from afina.processes import run_captured
 from afina.site.finding import Finding
 from afina.site.gpus import driver_version, fits_driver, minimum_driver
 from afina.site.settings import Site, environment, in_container, site_image
@@ -67,7 +68,7 @@ def _check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]
     is_file = Path(key).is_absolute()
     argv = [runtime, "verify", *(["--key", key] if is_file else ["--local", "--json"]), str(image)]
     try:
-        done = _run(argv, env)
+        done = run_captured(argv, env)
     except OSError as error:
         raise SiteError(
             f"AFINA_IMAGE_KEY is set, and {runtime} cannot be run to check the image: {error.strerror}",
@@ -93,19 +94,6 @@ def _refused(image: Path, key: str, why: str, argv: list[str]) -> SiteError:
         f"AFINA_IMAGE={image} is not the image that AFINA_IMAGE_KEY={key} signed: {why}",
         "fetch the image again from its signer, or sign your own (`apptainer sign --key PRIVATE.pem IMAGE`) and name "
         f"its public key in AFINA_IMAGE_KEY; see also: {shlex.join(argv)}",
-    )
-
-
-def _run(argv: Sequence[str], env: Mapping[str, str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        list(argv),
-        env=dict(env),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=timeout,
-        check=False,
     )
 
 
@@ -164,8 +152,8 @@ def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, s
         )
     env = os.environ if env is None else env
     try:
-        about = _run([runtime, "inspect", "--json", "--labels", str(path)], env)
-        objects = _run([runtime, "sif", "list", str(path)], env)
+        about = run_captured([runtime, "inspect", "--json", "--labels", str(path)], env)
+        objects = run_captured([runtime, "sif", "list", str(path)], env)
     except OSError as error:
         raise SiteError(
             f"{runtime}, which reads the labels of an image, cannot be run: {error.strerror}",
@@ -312,7 +300,7 @@ def _check_start(image: Image, runtime: str, env: Mapping[str, str]) -> Finding:
     argv = [runtime, "--quiet", "run", "--no-home", str(image.path), "--version"]
     attempt = f"try: {shlex.join(argv)}"
     try:
-        done = _run(argv, env, _PATIENCE_S)
+        done = run_captured(argv, env, _PATIENCE_S)
     except OSError as error:
         return Finding("starts", "failed", f"{runtime}: {error.strerror}", "load its module in site.env")
     except subprocess.TimeoutExpired:
