@@ -21,7 +21,7 @@ from pathlib import Path
 from afina.files import sync_folder
 from afina.processes import Heartbeat, Process
 
-__all__ = ["DAMAGED_S", "LITTER_S", "publish", "staging", "sweep"]
+__all__ = ["DAMAGED_S", "LITTER_S", "publish", "rename_new", "staging", "sweep"]
 
 LITTER_S = 3600.0
 #: A damaged folder that was set aside stays as long as a job that had opened it may run: on NFS, removing it would take the
@@ -78,6 +78,21 @@ def publish(staging: Path, final: Path, is_whole: Callable[[Path], bool]) -> boo
             shutil.rmtree(staging, ignore_errors=True)
             return False
         _set_aside(final, inode)
+
+
+def rename_new(aside: Path, final: Path) -> bool:
+    """Rename folder `aside` to `final`; False if something is there already, and `aside` stays.
+
+    Raises:
+        OSError: the rename failed for another reason.
+    """
+    try:
+        aside.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        return False
+    return True
 
 
 def sweep(folder: Path, *, now: float) -> None:

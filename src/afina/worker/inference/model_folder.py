@@ -18,6 +18,7 @@ from typing import Any
 
 from afina.errors import InputError
 from afina.files import name_aside
+from afina.publish import rename_new
 from afina.run.directory import RunDir
 from afina.version import __version__
 from afina.worker.reply import read_question
@@ -78,7 +79,8 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
         difference = None
         if onnx:
             difference = export_onnx(aside, aside / "onnx/model.onnx", _texts(directory), recipe.tokens.max_length)
-        _publish(aside, final)
+        if not rename_new(aside, final):
+            raise InputError(f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync_folder(final.parent)
@@ -117,14 +119,3 @@ def _texts(run: RunDir) -> list[Any]:
         text = " ".join(words[: 1 + len(rows) % 10] * (1 + len(rows) // 5))
         rows.append((text, text) if rows and isinstance(rows[0], tuple) else text)
     return rows
-
-
-def _publish(aside: Path, final: Path) -> None:
-    try:
-        aside.rename(final)
-    except OSError:
-        if not final.exists():
-            raise
-        raise InputError(
-            f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o"
-        ) from None

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from afina.errors import EnvironmentProblem, InputError
 from afina.files import difference, name_aside, sha256, sync_file, sync_folder, write_atomic
 from afina.prediction.request import OUTPUTS, STDIN, Prediction, folder_of
+from afina.publish import rename_new
 from afina.worker.inference.inputs import Inputs
 
 __all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
@@ -85,14 +86,10 @@ class Parts:
             manifest = {"format": FORMAT, "identity": identity, "times": times, "inputs": inputs.to_json()}
             write_atomic(aside / "job.json", job.model_copy(update={"spool": None}).model_dump_json(indent=1))
             write_atomic(aside / "manifest.json", json.dumps(manifest))
-            try:
-                aside.rename(final)
-            except OSError:
-                if not final.exists():
-                    raise
+            if not rename_new(aside, final):
                 raise InputError(
                     f"{final}: another process has just begun this", "run the same command again to continue it"
-                ) from None
+                )
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         sync_folder(final.parent)
