@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError, RecipeError, SiteError, first_line
-from afina.files import FileRecord, describe, difference, sha256
+from afina.files import FileRecord, describe, difference, read_json, sha256
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.check_cache import checked_once
@@ -204,11 +204,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
 def _check_code(folder: Path) -> None:
     """Refuse `auto_map` entries of the form `owner/name--module.Class`: no revision pins that code."""
     for path in sorted(folder.glob("*.json")):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        mapped = value.get("auto_map") if isinstance(value, dict) else None
+        mapped = read_json(path).get("auto_map")
         if mapped and "--" in json.dumps(mapped):
             raise InputError(
                 f"model: {path} takes code from another repository, whose revision nothing pins",
