@@ -179,10 +179,11 @@ def peaks_now(threads: int) -> dict[str, Any]:
     import torch
 
     from afina.recipe.schema import Train
-    from afina.worker.compute import precision
+    from afina.worker.compute import precision, products
     from afina.worker.compute.flops import device_peak
 
     torch.set_num_threads(threads)
+    products.use_onednn()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = precision.choose(Train(), precision.current_device()).precision == "bf16"
     kinds = ("float32", "bfloat16") if half else ("float32",)

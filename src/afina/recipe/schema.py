@@ -243,6 +243,7 @@ class Train(_Section):
     keep: Literal["best", "last"] = "best"
     best_metric: str | None = None
     fast_dropout: bool = True
+    onednn: bool = True
     cuda_graphs: bool = False
     attention_dropout: Literal[0] | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -54,17 +53,8 @@ class Geometry(FrozenModel):
         return self.nodes * self.processes_per_node
 
 
-#: Keys of `train` that earlier versions had, with their defaults. Digests count them: runs keep their names and checkpoints.
-_RETIRED: dict[str, Any] = {"onednn": True}
-
-
 class Plan(FrozenModel):
-    """Recipe, site and geometry, with every path absolute. JSON both ways.
-
-    Attributes:
-        retired: keys of `train` that this version no longer has, where an earlier version's plan set them to something else
-            than their defaults.
-    """
+    """Recipe, site and geometry, with every path absolute. JSON both ways."""
 
     afina_version: str
     recipe: Recipe
@@ -73,19 +63,16 @@ class Plan(FrozenModel):
     recipe_file: Path | None = None
     files: dict[str, tuple[Path, ...]] = Field(default_factory=dict)
     model_folder: Path | None = None
-    retired: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what is trained: the recipe and its files, not the site, the geometry or where records go."""
         what = self.recipe.model_dump(mode="json", exclude={"resources", "name", "trackers"})
-        what["train"] |= {**_RETIRED, **self.retired}
         files = {part: [str(p) for p in paths] for part, paths in self.files.items()}
         return hashlib.sha256(json.dumps([what, files], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        empty = None if self.retired else {"retired"}
-        return json.dumps(self.model_dump(mode="json", exclude=empty), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def make_plan(
@@ -141,7 +128,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     file = Path(path)
     try:
-        return Plan.model_validate_json(_without_retired(file.read_text(encoding="utf-8")))
+        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{file.parent}: not a run directory, it has no {file.name}",
@@ -153,20 +140,6 @@ def load_plan(path: str | Path) -> Plan:
             f"{file}: not a plan of afina {__version__}: {reason}",
             "use the afina that made the run, or start a new one",
         ) from None
-
-
-def _without_retired(text: str) -> str:
-    """A plan's JSON with the retired keys of its recipe moved to `retired`."""
-    if not any(f'"{key}"' in text for key in _RETIRED):
-        return text
-    try:
-        value = json.loads(text)
-        train = value["recipe"]["train"]
-        given = {key: train.pop(key) for key in _RETIRED if key in train}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return text  # the validation says what is wrong
-    kept = {key: v for key, v in given.items() if v != _RETIRED[key]}
-    return json.dumps({**value, "retired": kept}) if given else text
 
 
 def geometry_for(recipe: Recipe, processes_per_node: int, *, nodes: int | None = None) -> Geometry:

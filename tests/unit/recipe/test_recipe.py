@@ -223,10 +223,6 @@ def test_an_unknown_key_is_named_before_what_it_lacks() -> None:
     assert "unknown key `modle`" in refused(BASE.replace("model:", "modle:")).message
 
 
-def test_a_retired_key_is_refused() -> None:
-    assert "unknown key `train.onednn`" in refused(BASE + "  onednn: false\n").message
-
-
 @pytest.mark.parametrize("key", ["name", "model", "data", "data.text", "data.label"])
 def test_missing_keys(recipe_file: Callable[..., Path], key: str) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -17,9 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from tests.unit.conftest import Ran
 
-from afina.errors import InputError
 from afina.run.directory import RunDir
-from afina.run.plan import load_plan
 
 ARCHIVE = Path(__file__).parent / "old/scratch-9f9b820.tar.gz"
 BINARY = (".parquet", ".npy", ".safetensors", ".pt")
@@ -39,30 +37,6 @@ def old(tmp_path: Path) -> Path:
         digest = RunDir(manifest.parents[2]).plan().digest
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "plan": digest}))
     return folder
-
-
-@pytest.mark.parametrize(
-    ("onednn", "digest"),
-    [
-        ("true", "9d0f8dd54d5a4bd20891738b4e5b435acb02b3777ad7d8d666c5a244f58c223e"),
-        ("false", "d9f4ab7c8bb37a62868dd08af6a88b7d32d4ce39b78ae57542cc00015f614767"),
-    ],
-)
-def test_an_old_plan_is_read_and_keeps_its_digest(onednn: str, digest: str, tmp_path: Path) -> None:
-    """It names `train.onednn`, which recipes no longer have. The digests are those that 9f9b820 computed: checkpoints hold them."""
-    with tarfile.open(ARCHIVE) as archive:
-        member = archive.extractfile("./runs/finished/plan.json")
-        assert member is not None
-        text = member.read().decode()
-    assert '"onednn": true' in text
-    (tmp_path / "plan.json").write_text(text.replace('"onednn": true', f'"onednn": {onednn}'))
-    plan = load_plan(tmp_path / "plan.json")
-    assert plan.digest == digest
-    (tmp_path / "again.json").write_text(plan.to_json())
-    assert load_plan(tmp_path / "again.json") == plan
-    (tmp_path / "plan.json").write_text(text.replace('"onednn"', '"oneddn"'))
-    with pytest.raises(InputError, match="not a plan of afina"):
-        load_plan(tmp_path / "plan.json")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from afina.worker.compute import dropout as fast
-from afina.worker.compute import flash
+from afina.worker.compute import flash, products
 from afina.worker.compute.packing import Group, Packing
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def attend(
     elif dropout and options.get("fast_dropout") and query.device.type == "cpu" and in_float32:
         out = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
-        out = _with_sdpa(q, k, v, calls, scale, dropout, bias)
+        out = products.by_mkl_backward_too(_with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias)
     if packing is not None and first_only:
         out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
@@ -202,6 +202,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    @products.by_mkl()
     def forward(
         ctx: Any,
         query: torch.Tensor,
@@ -233,6 +234,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    @products.by_mkl()
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, bias, out, *saved = ctx.saved_tensors
         gradient, scale, p = gradients[0], ctx.scale, ctx.p

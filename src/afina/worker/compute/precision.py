@@ -244,6 +244,8 @@ def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str)
 
     import torch.distributed as dist
 
+    from afina.worker.compute.products import library
+
     warnings: list[str] = []
     rank = 0
     if dist.is_available() and dist.is_initialized():
@@ -254,8 +256,9 @@ def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str)
     if rank:
         return []
     gpu = choice.device.kind == "cuda"
+    about = {} if gpu else {"products": library()}
     measured = not gpu or _MEASURED in choice.device.name
-    run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **asdict(choice))
+    run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **about, **asdict(choice))
     if choice.precision == "bf16" and choice.device.bfloat16 is False:
         warnings += [
             f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than fp32"

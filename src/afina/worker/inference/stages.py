@@ -276,13 +276,13 @@ def _load(job: Prediction, number: int) -> Classifier:
     with gc_paused():
         import torch
 
-        from afina.worker.compute import allocator
+        from afina.worker.compute import allocator, products
         from afina.worker.inference.classifier import Classifier
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         allocator.tune_malloc()
-    return Classifier(
+    classifier = Classifier(
         job.model,
         max_length=job.max_length,
         batch_size=job.batch_size,
@@ -291,6 +291,9 @@ def _load(job: Prediction, number: int) -> Classifier:
         device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
         trust_remote_code=job.plan.recipe.trust_remote_code,
     )
+    if not on_gpu:
+        products.use_onednn(job.plan.recipe.train.onednn and classifier.batching == "packed")
+    return classifier
 
 
 def _write(

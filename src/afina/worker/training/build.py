@@ -15,7 +15,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
-from afina.worker.compute import allocator, dropout, packed_model, precision
+from afina.worker.compute import allocator, dropout, packed_model, precision, products
 from afina.worker.compute.batches import (
     TOKENS_PER_ROW,
     Batching,
@@ -127,6 +127,8 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
         allocator.tune_malloc()
     dropout.seed(plan.recipe.train.seed, arguments.process_index)
     batching, notes = packed_model.configure(model, plan.recipe, arguments)
+    if arguments.device.type == "cpu":
+        products.use_onednn(plan.recipe.train.onednn and batching == "packed")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return batching, notes
