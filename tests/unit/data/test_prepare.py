@@ -1,4 +1,4 @@
-"""The prepare stage as a process: what it prints, how it exits, what it leaves behind; on real files and a tiny model."""
+"""The prepare stage on real files and a tiny model: its answer, exit codes, messages, and the files it leaves."""
 
 from __future__ import annotations
 
@@ -9,122 +9,27 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.tiny import tiny_model, tiny_reviews, write_csv, write_jsonl
+from tests.tiny import tiny_reviews, write_csv, write_jsonl
+from tests.unit.conftest import tree
+from tests.unit.data.stage import leftovers, prepare, prepare_here, refused, refused_here, result, start
 
-from afina.recipe.schema import Recipe
-from afina.run.plan import Plan, make_plan
+from afina.run.plan import Plan
 from afina.site.settings import Site
 from afina.worker.data import prepared
 
 #: Read before the test environment forgets it.
 TEST_DATA = os.environ.get("AFINA_TEST_DATA")
 
-#: The prepare stage with pieces so small that little data has many.
-SMALL_SHARDS = """
-import sys
-from afina.worker.__main__ import main
-from afina.worker.data import shards, tokenise
-shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
-sys.exit(main(["prepare"]))
-"""
 
-Ran = subprocess.CompletedProcess[str]
-Prepare = Callable[..., Ran]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Tiny model folders, made once each."""
-    made: dict[str, Path] = {}
-
-    def model(arch: str = "bert", **options: Any) -> Path:
-        key = f"{arch} {options}"
-        if key not in made:
-            made[key] = tiny_model(tmp_path_factory.mktemp("it's a model"), arch, **options)
-        return made[key]
-
-    return model
-
-
-@pytest.fixture
-def reviews(tmp_path: Path) -> Path:
-    folder = tmp_path / 'da\'ta, "mine" ünï'
-    folder.mkdir()
-    return write_csv(folder / "re views.csv", tiny_reviews(120, seed=5))
-
-
-@pytest.fixture(scope="session")
-def checked() -> dict[str, bytes]:
-    """Records of checks that passed; filled by the first test, so that not every test imports torch."""
-    return {}
-
-
-@pytest.fixture
-def plan(
-    site: Site, models: Callable[..., Path], reviews: Path, checked: dict[str, bytes]
-) -> Iterator[Callable[..., Plan]]:
-    pins = site.scratch / "pins"
-    pins.mkdir()
-    for name, content in checked.items():
-        (pins / name).write_bytes(content)
-
-    def make(model: Path | None = None, data: dict[str, Any] | None = None, **recipe: Any) -> Plan:
-        spec = {
-            "name": "tiny",
-            "model": str(model or models()),
-            "data": {"files": {"all": str(reviews)}, "text": "text", "label": "stars", **(data or {})},
-            "tokens": {"max_length": 64},
-            **recipe,
-        }
-        return make_plan(Recipe.model_validate(spec), site)
-
-    yield make
-    checked.update({path.name: path.read_bytes() for path in pins.glob("checked-*.json")})
-
-
-def prepare(plan: Plan | str, *arguments: str, env: dict[str, str] | None = None, **options: Any) -> Ran:
-    return subprocess.run(
-        [sys.executable, "-m", "afina.worker", "prepare", *arguments],
-        input=plan if isinstance(plan, str) else plan.to_json(),
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-        **options,
-    )
-
-
-def result(ran: Ran) -> dict[str, Any]:
-    assert ran.returncode == 0, ran.stderr
-    value = json.loads(ran.stdout.splitlines()[-1])
-    assert isinstance(value, dict)
-    return value
-
-
-def refused(ran: Ran, code: int) -> str:
-    """The message, after the checks that every refusal passes."""
-    assert ran.returncode == code, ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert ran.stderr.count("error: ") == 1 and "\n  remedy: " in ran.stderr, ran.stderr
-    assert ran.stdout == ""
-    return ran.stderr
-
-
-def leftovers(plan: Plan) -> list[str]:
-    return [p.name for p in plan.site.prepared.iterdir()] if plan.site.prepared.is_dir() else []
-
-
-# -- what is prepared -------------------------------------------------------------------------------------------------
+# -- the prepared data ------------------------------------------------------------------------------------------------
 
 
 def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) -> None:
@@ -136,8 +41,7 @@ def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) ->
     assert first["rows"] == {"train": 96, "eval": 24} and first["reused"] is False
     assert first["model_folder"] == made.recipe.model and first["model_commit"] is first["data_commit"] is None
 
-    again = result(prepare(made))
-    assert again == {**first, "reused": True}
+    assert prepare_here(made) == {**first, "reused": True}
 
     manifest = prepared.verify(folder)
     assert manifest["num_labels"] == 5 and manifest["max_length"] == 64 and manifest["text_columns"] == ["text"]
@@ -146,12 +50,12 @@ def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) ->
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
     assert manifest["pad_token_id"] == tokenizer.pad_token_id
-    for part, count in first["rows"].items():
-        split = prepared.open_split(folder, part)
-        table = pq.read_table(folder / f"{part}.rows.parquet").to_pydict()
-        assert len(split) == count and int(split.lengths.sum()) == first["tokens"][part] == len(split.tokens)
+    for name, count in first["rows"].items():
+        split = prepared.open_split(folder, name)
+        table = pq.read_table(folder / f"{name}.rows.parquet").to_pydict()
+        assert len(split) == count and int(split.lengths.sum()) == first["tokens"][name] == len(split.tokens)
         assert split.types is None and split.tokens.dtype == np.uint16
-        assert ("text" in table) == (part != "train") and set(table["file"]) == {str(reviews)}
+        assert ("text" in table) == (name != "train") and set(table["file"]) == {str(reviews)}
         for i, number in enumerate(table["row"]):
             row = rows[number - 1]
             ids = tokenizer(row["text"], truncation=True, max_length=64)["input_ids"]
@@ -162,9 +66,9 @@ def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) ->
 def test_the_same_input_gives_the_same_bytes(plan: Callable[..., Plan]) -> None:
     made = plan()
     folder = Path(result(prepare(made))["prepared"])
-    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    before = tree(folder)
     shutil.rmtree(folder)
-    # As if the site file or the user's shell spoke another language and launcher.
+    # As if the site file or the user's shell had another language and launcher.
     env = {
         "WORLD_SIZE": "4",
         "RANK": "1",
@@ -174,15 +78,15 @@ def test_the_same_input_gives_the_same_bytes(plan: Callable[..., Plan]) -> None:
         "SLURM_CPUS_PER_TASK": "1",
     }
     assert Path(result(prepare(made, env=env))["prepared"]) == folder
-    assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert tree(folder) == before
 
 
 def test_the_digest_covers_what_decides_the_content_and_nothing_else(
     plan: Callable[..., Plan], models: Callable[..., Path]
 ) -> None:
-    base = result(prepare(plan()))["digest"]
+    base = prepare_here(plan())["digest"]
     same = plan(name="other", train={"epochs": 9, "seed": 5}, metrics=["accuracy"])
-    assert result(prepare(same))["reused"] is True
+    assert prepare_here(same)["reused"] is True
     changes: list[dict[str, Any]] = [
         {"tokens": {"max_length": 63}},
         {"data": {"eval": {"seed": 1, "sample": 10}}},
@@ -190,11 +94,11 @@ def test_the_digest_covers_what_decides_the_content_and_nothing_else(
         {"task": "regression"},
         {"model": models("distilbert")},
     ]
-    assert len({base, *(result(prepare(plan(**change)))["digest"] for change in changes)}) == 1 + len(changes)
+    assert len({base, *(prepare_here(plan(**change))["digest"] for change in changes)}) == 1 + len(changes)
 
 
 def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    ran = result(prepare(plan(data={"label": "rating"})))
+    ran = prepare_here(plan(data={"label": "rating"}))
     assert (ran["task"], ran["labels"]) == ("regression", None)
     assert prepared.open_split(ran["prepared"], "train").labels.dtype == np.float32
     rows = [
@@ -206,7 +110,7 @@ def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: P
         for r in tiny_reviews(60)
     ]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    ran = result(prepare(plan(data={"files": {"all": str(path)}, "text": ["a", "b"], "label": "tags"})))
+    ran = prepare_here(plan(data={"files": {"all": str(path)}, "text": ["a", "b"], "label": "tags"}))
     assert (ran["task"], ran["labels"]) == ("multi-label", ["good, or so", "long"])
     split = prepared.open_split(ran["prepared"], "eval")
     assert split.labels.shape == (12, 2) and split.types is not None and len(split.types) == len(split.tokens)
@@ -214,7 +118,7 @@ def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: P
     assert {"text", "text_pair"} <= set(pq.read_schema(Path(ran["prepared"]) / "eval.rows.parquet").names)
 
 
-def test_long_texts_and_small_parts_are_said(plan: Callable[..., Plan]) -> None:
+def test_warnings_of_long_texts_and_small_splits(plan: Callable[..., Plan]) -> None:
     ran = prepare(plan(tokens={"max_length": 12}, train={"batch_size": 128}))
     warnings = result(ran)["warnings"]
     assert any("longer than tokens.max_length 12 and were cut" in w for w in warnings)
@@ -228,9 +132,9 @@ def test_real_reviews(plan: Callable[..., Plan]) -> None:
     if not TEST_DATA:
         pytest.skip("AFINA_TEST_DATA names no folder with amazon_reviews.csv")
     files = {"files": {"all": f"{TEST_DATA}/amazon_reviews.csv"}, "id": "id"}
-    ran = result(prepare(plan(data=files, tokens={"max_length": 128})))
+    ran = prepare_here(plan(data=files, tokens={"max_length": 128}))
     assert ran["labels"] == ["1", "2", "3", "4", "5"] and sum(ran["rows"].values()) == 3708
-    assert result(prepare(plan(data={**files, "label": "rating"})))["task"] == "regression"
+    assert prepare_here(plan(data={**files, "label": "rating"}))["task"] == "regression"
 
 
 # -- damage, races, signals, a full disk ------------------------------------------------------------------------------
@@ -238,31 +142,17 @@ def test_real_reviews(plan: Callable[..., Plan]) -> None:
 
 def test_damaged_data_is_set_aside_and_made_again(plan: Callable[..., Plan]) -> None:
     made = plan()
-    folder = Path(result(prepare(made))["prepared"])
+    folder = Path(prepare_here(made)["prepared"])
     (folder / "train.tokens.npy").write_bytes(b"short")
-    ran = prepare(made)
-    assert result(ran)["reused"] is False and "train.tokens.npy: has 5 bytes" in ran.stderr
+    messages: list[str] = []
+    assert prepare_here(made, messages)["reused"] is False and "train.tokens.npy: has 5 bytes" in messages[0]
     prepared.verify(folder)
     assert sorted(leftovers(made)) == sorted([f".damaged-{folder.name[-8:]}-1", folder.name])
 
 
 def test_two_at_once_publish_one(plan: Callable[..., Plan]) -> None:
     made = plan()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "afina.worker", "prepare"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write(made.to_json())
-        child.stdin.close()
-        child.stdin = None
+    children = [start(made) for _ in range(3)]
     results = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0, 0], results
     assert len({json.loads(out)["prepared"] for out, _ in results}) == 1
@@ -272,24 +162,12 @@ def test_two_at_once_publish_one(plan: Callable[..., Plan]) -> None:
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_nothing_half_made_behind(
+def test_a_signal_leaves_no_incomplete_data(
     plan: Callable[..., Plan], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     big = write_csv(tmp_path / "big.csv", tiny_reviews(30_000))
     made = plan(data={"files": {"all": str(big)}})
-    child = subprocess.Popen(
-        [sys.executable, "-c", SMALL_SHARDS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )
-    assert child.stdin is not None
-    child.stdin.write(made.to_json())
-    child.stdin.close()
-    child.stdin = None
+    child = start(made)
     deadline = time.monotonic() + 60
     while not list(made.site.cache.glob("prepare/*/*.npz")):
         assert time.monotonic() < deadline and child.poll() is None
@@ -309,8 +187,8 @@ def test_a_limit_while_writing_is_one_message(plan: Callable[..., Plan], tmp_pat
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    said = refused(prepare(made, preexec_fn=limit), 3)
-    assert "File too large" in said and "are free on the file system of" in said
+    message = refused(prepare(made, preexec_fn=limit), 3)
+    assert "File too large" in message and "are free on the file system of" in message
     assert leftovers(made) == [] and list(made.site.cache.glob("prepare/*")) == []
 
 
@@ -340,7 +218,7 @@ def test_scratch_that_cannot_be_written(plan: Callable[..., Plan], tmp_path: Pat
     assert ran.returncode == 3 and "Traceback" not in ran.stderr, ran.stderr
 
 
-# -- what the user got wrong ------------------------------------------------------------------------------------------
+# -- errors of the user ----------------------------------------------------------------------------------------------
 
 
 def test_errors_as_json_for_a_parent(plan: Callable[..., Plan]) -> None:
@@ -372,8 +250,8 @@ def test_not_a_plan(site: Site) -> None:
 def test_bad_data(plan: Callable[..., Plan], reviews: Path, raw: bytes, expected: str) -> None:
     made = plan(data={"train": {"split": "all"}, "eval": {"split": "all"}})
     reviews.write_bytes(raw)
-    said = refused(prepare(made), 2)
-    assert (expected in said and str(reviews) in said.replace("train: ", "")) or "every row" in said
+    message = refused_here(made)
+    assert (expected in message and str(reviews) in message.replace("train: ", "")) or "every row" in message
     assert leftovers(made) == []
 
 
@@ -391,15 +269,15 @@ def test_arguments_that_the_installed_version_refuses(
     plan: Callable[..., Plan], tmp_path: Path, arguments: dict[str, Any], expected: str, remedy: str
 ) -> None:
     made = plan(train={"arguments": arguments})
-    said = refused(prepare(made), 2)
-    assert expected in said and remedy in said
+    message = refused_here(made)
+    assert expected in message and remedy in message
     assert leftovers(made) == [] and list(Path.cwd().iterdir()) == []
 
 
 def test_arguments_for_the_gpu_are_not_tried_here(plan: Callable[..., Plan]) -> None:
     made = plan(train={"arguments": {"bf16": True, "tf32": True, "warmup_steps": 0.1, "optim": "adamw_torch"}})
-    result(prepare(made))
-    assert "'yes' is a text" in refused(prepare(plan(train={"arguments": {"bf16": "yes"}})), 2)
+    prepare_here(made)
+    assert "'yes' is a text" in refused_here(plan(train={"arguments": {"bf16": "yes"}}))
 
 
 def spoil(folder: Path, tmp_path: Path) -> Path:
@@ -410,17 +288,17 @@ def test_truncated_weights(plan: Callable[..., Plan], models: Callable[..., Path
     folder = spoil(models(), tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    said = refused(prepare(plan(folder)), 2)
-    assert str(weights) in said and "not a whole safetensors file" in said
+    message = refused(prepare(plan(folder)), 2)
+    assert str(weights) in message and "not a whole safetensors file" in message
 
 
 def test_no_tokenizer(plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path) -> None:
     folder = spoil(models(), tmp_path)
     for name in ("tokenizer.json", "vocab.txt"):
         (folder / name).unlink(missing_ok=True)
-    assert "has no tokenizer" in refused(prepare(plan(folder)), 2)
+    assert "has no tokenizer" in refused_here(plan(folder))
     (folder / "tokenizer.json").write_text("{}")
-    assert "cannot be loaded" in refused(prepare(plan(folder)), 2)
+    assert "cannot be loaded" in refused_here(plan(folder))
 
 
 @pytest.mark.parametrize(
@@ -432,16 +310,16 @@ def test_no_tokenizer(plan: Callable[..., Plan], models: Callable[..., Path], tm
         ('{"model_type": "vit"}', "no sequence classification for architecture `vit`"),
     ],
 )
-def test_a_config_that_does_not_do(
+def test_a_config_that_cannot_be_used(
     plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path, config: str, expected: str
 ) -> None:
     folder = spoil(models(), tmp_path)
     (folder / "config.json").write_text(config)
-    assert expected in refused(prepare(plan(folder)), 2)
+    assert expected in refused_here(plan(folder))
 
 
 @pytest.mark.parametrize("arch", ["bert", "roberta"])
 def test_longer_than_the_model_has_positions(plan: Callable[..., Plan], models: Callable[..., Path], arch: str) -> None:
-    said = refused(prepare(plan(models(arch), tokens={"max_length": 129})), 2)
-    assert "129 is more than the 128 positions" in said and "set tokens.max_length to 128 or less" in said
-    result(prepare(plan(models(arch), tokens={"max_length": 128})))
+    message = refused_here(plan(models(arch), tokens={"max_length": 129}))
+    assert "129 is more than the 128 positions" in message and "set tokens.max_length to 128 or less" in message
+    prepare_here(plan(models(arch), tokens={"max_length": 128}))

@@ -1,4 +1,4 @@
-"""The prepare stage is killed, interrupted, run beside itself, and what it made is purged, altered or read-only."""
+"""The prepare stage killed, interrupted and run twice at once; its data purged, altered and read-only."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_model, tiny_reviews, write_csv
+from tests.tiny import tiny_reviews, write_csv
 from tests.unit.conftest import private_mounts, tree
-from tests.unit.data.test_prepare import SMALL_SHARDS, leftovers, prepare, refused, result
+from tests.unit.data.stage import leftovers, prepare, prepare_here, refused, result, start
 from tests.unit.model_hub.test_prepare_hub import flip
 
 from afina.errors import SiteError
 from afina.processes import advisory_lock
-from afina.recipe.schema import Recipe
-from afina.run.plan import Plan, make_plan
-from afina.site.settings import Site
+from afina.run.plan import Plan
 from afina.worker.data import prepared as store
 from afina.worker.model.pretrained import verify_model
 
@@ -34,65 +32,25 @@ KILLS = int(os.environ.get("AFINA_TEST_KILLS", "8"))
 SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("it's a model"))
-
-
-@pytest.fixture(scope="module")
-def checked() -> dict[str, bytes]:
-    """Records of checks that passed, so that not every process imports torch."""
-    return {}
-
-
 @pytest.fixture
-def plan(site: Site, model: Path, tmp_path: Path, checked: dict[str, bytes]) -> Iterator[Plan]:
-    pins = site.scratch / "pins"
-    pins.mkdir()
-    for name, content in checked.items():
-        (pins / name).write_bytes(content)
-    folder = tmp_path / "a model of my own"
-    shutil.copytree(model, folder)
-    reviews = write_csv(tmp_path / "reviews.csv", tiny_reviews(3000))
-    spec = {
-        "name": "tiny",
-        "model": str(folder),
-        "data": {"files": {"all": str(reviews)}, "text": "text", "label": "stars"},
-        "tokens": {"max_length": 64},
-    }
-    yield make_plan(Recipe.model_validate(spec), site)
-    checked.update({path.name: path.read_bytes() for path in pins.glob("checked-*.json")})
+def plan(plan: Callable[..., Plan], models: Callable[..., Path], tmp_path: Path) -> Plan:
+    """Over a model folder that the test may damage."""
+    folder = shutil.copytree(models(), tmp_path / "a model of my own")
+    return plan(folder, {"files": {"all": str(write_csv(tmp_path / "reviews.csv", tiny_reviews(3000)))}})
 
 
-def start(plan: Plan) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_SHARDS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdin is not None
-    process.stdin.write(plan.to_json())
-    process.stdin.close()
-    process.stdin = None
-    return process
+# -- twice at once, and killed ----------------------------------------------------------------------------------------
 
 
-# -- beside itself, and killed ----------------------------------------------------------------------------------------
-
-
-def test_the_second_waits_and_finds_it_done(plan: Plan) -> None:
-    first = result(prepare(plan))
+def test_a_second_process_waits_and_finds_the_data(plan: Plan) -> None:
+    first = prepare_here(plan)
     folder = Path(first["prepared"])
     away = folder.rename(folder.with_name("away"))
     with advisory_lock(folder.with_name(f".turn-{first['digest'][:16]}"), "preparing tiny", print):
         second = start(plan)
         assert second.stderr is not None
-        said = second.stderr.readline()
-        assert f"waiting: process {os.getpid()} on {os.uname().nodename} has been preparing tiny since 20" in said
+        message = second.stderr.readline()
+        assert f"waiting: process {os.getpid()} on {os.uname().nodename} has been preparing tiny since 20" in message
         away.rename(folder)
     out, err = second.communicate(timeout=60)
     assert second.returncode == 0 and "waiting" not in err
@@ -100,7 +58,7 @@ def test_the_second_waits_and_finds_it_done(plan: Plan) -> None:
     assert leftovers(plan) == [folder.name]
 
 
-#: What appears beside and below prepared/ while it works, in this order.
+#: Paths that appear beside and below prepared/ while it works, in this order.
 STAGES = (
     ".turn-*",
     "../cache/prepare/*",
@@ -152,8 +110,8 @@ def test_killed_at_any_instant(plan: Plan) -> None:
 
 @pytest.mark.parametrize("name", ["train.tokens.npy", "eval.rows.parquet", "tokenizer/tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["purged", "altered"])
-def test_prefetch_mends_prepared_data(plan: Plan, name: str, how: str) -> None:
-    folder = Path(result(prepare(plan))["prepared"])
+def test_damaged_data_is_made_again(plan: Plan, name: str, how: str) -> None:
+    folder = Path(prepare_here(plan)["prepared"])
     reader = store.open_split(folder, "train")
     tokens = reader.tokens[:100].tolist()
     path = folder / name
@@ -165,19 +123,19 @@ def test_prefetch_mends_prepared_data(plan: Plan, name: str, how: str) -> None:
     with pytest.raises(SiteError) as error:
         store.verify(folder)
     assert str(path) in error.value.message and "afina prefetch RECIPE" in error.value.remedy
-    ran = prepare(plan)
-    assert result(ran)["reused"] is False and str(path) in ran.stderr
+    messages: list[str] = []
+    assert prepare_here(plan, messages)["reused"] is False and str(path) in messages[0]
     store.verify(folder)
     assert not content or path.read_bytes() == content
-    # What a job has open stays what it was.
+    # Files that a job has open keep their content.
     if name != "train.tokens.npy":
         assert reader.tokens[:100].tolist() == tokens
-    assert result(prepare(plan))["reused"] is True
+    assert prepare_here(plan)["reused"] is True
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_changed_model_folder_is_named_at_the_start(plan: Plan, name: str) -> None:
-    prepared = result(prepare(plan))
+    prepared = prepare_here(plan)
     folder = Path(prepared["model_folder"])
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(prepared["model_files"])
     verify_model(prepared)
@@ -208,7 +166,7 @@ def test_a_run_from_before_models_were_recorded(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def closed(*folders: Path) -> Iterator[None]:
-    """Nobody but root can write there."""
+    """Only root can write there."""
     changed = [path for folder in folders for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
     modes = {path: path.stat().st_mode for path in changed}
     try:
@@ -220,8 +178,8 @@ def closed(*folders: Path) -> Iterator[None]:
             path.chmod(modes[path])
 
 
-def test_what_is_there_is_found_where_nothing_can_be_written(plan: Plan, tmp_path: Path) -> None:
-    first = result(prepare(plan))
+def test_existing_data_is_found_on_read_only_storage(plan: Plan, tmp_path: Path) -> None:
+    first = prepare_here(plan)
     home = tmp_path / "caches of the site"
     home.mkdir()
     plan.site.cache.mkdir(exist_ok=True)
@@ -232,7 +190,7 @@ def test_what_is_there_is_found_where_nothing_can_be_written(plan: Plan, tmp_pat
     (tmp_path / "plan.json").write_text(plan.to_json())
     ran = private_mounts(script, sys.executable, tmp_path / "plan.json", *folders)
     assert result(ran) == {**first, "reused": True}, ran.stderr
-    # Where the check of the recipe was not made before, it is made, and not recorded.
+    # A check without a record is made, and not recorded.
     for record in (plan.site.scratch / "pins").iterdir():
         record.unlink()
     before = {path: about for path, about in before.items() if "/pins" not in path}
@@ -242,7 +200,7 @@ def test_what_is_there_is_found_where_nothing_can_be_written(plan: Plan, tmp_pat
     assert after == before
 
 
-def test_what_is_missing_where_nothing_can_be_written_is_one_message(plan: Plan, tmp_path: Path) -> None:
+def test_missing_data_on_read_only_storage_is_one_message(plan: Plan, tmp_path: Path) -> None:
     plan.site.prepared.mkdir()
     (tmp_path / "plan.json").write_text(plan.to_json())
     script = 'mount --bind "$3" "$3"; mount -o remount,bind,ro "$3"; exec "$1" -m afina.worker prepare < "$2"'
@@ -251,8 +209,8 @@ def test_what_is_missing_where_nothing_can_be_written_is_one_message(plan: Plan,
 
 
 def test_read_only_modes_are_enough(plan: Plan) -> None:
-    """By modes alone, which bind root only where it has given up to override them."""
-    first = result(prepare(plan))
+    """By modes alone; root must drop the capability to override them."""
+    first = prepare_here(plan)
     folders = [plan.site.prepared, plan.site.scratch / "pins"]
     humble = (
         ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -274,8 +232,8 @@ def test_read_only_modes_are_enough(plan: Plan) -> None:
         assert tree(*folders) == before
 
 
-def test_a_waiter_is_interrupted_at_once(plan: Plan) -> None:
-    digest = result(prepare(plan))["digest"]
+def test_a_waiting_process_is_interrupted_at_once(plan: Plan) -> None:
+    digest = prepare_here(plan)["digest"]
     shutil.rmtree(plan.site.prepared / digest)
     held: Callable[..., Any] = advisory_lock
     with held(plan.site.prepared / f".turn-{digest[:16]}", "preparing tiny", print):
@@ -284,13 +242,13 @@ def test_a_waiter_is_interrupted_at_once(plan: Plan) -> None:
         second.send_signal(signal.SIGINT)
         out, err = second.communicate(timeout=60)
         assert (second.returncode, out) == (130, "") and "Traceback" not in err
-        assert leftovers(plan) == [f".turn-{digest[:16]}"], "the lock of the other stays"
+        assert leftovers(plan) == [f".turn-{digest[:16]}"], "the other process's lock stays"
 
 
 @pytest.mark.slow
 def test_training_writes_into_no_cache(plan: Plan, tmp_path: Path) -> None:
     """Prepared data, pins, model and every cache read-only: a run needs its run directory and nothing else."""
-    result(prepare(plan))
+    prepare_here(plan)
     assert plan.model_folder is not None
     home = tmp_path / "caches of the site"
     home.mkdir()

@@ -1,4 +1,4 @@
-"""Tokens and passwords end nowhere: the prepare stage runs with real-looking ones, then every byte it wrote is searched."""
+"""Tokens and passwords are written nowhere: the prepare stage runs with real-looking ones, then every byte is searched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.hub.server import HubServer
 from tests.tiny import tiny_model
-from tests.unit.data.test_prepare import result
+from tests.unit.data.stage import result
 from tests.unit.model_hub.test_prepare_hub import DATA, MODEL, data_files
 
 from afina.recipe.schema import Recipe
@@ -20,7 +20,7 @@ from afina.redact import looks_secret, redact
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 
-#: In the form of real ones, and of nobody's.
+#: They look real and belong to nobody.
 HF = "hf_" + "qWeRtYuIoPaSdFgHjKlZxCvBnM12345678"
 SECRETS = {
     "HF_TOKEN": HF,
@@ -48,7 +48,7 @@ def hub(tmp_path: Path, model: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def run(site: Site, hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the stage, searches what it wrote and said, and returns it."""
+    """Runs the stage and searches its files and output."""
 
     def prepare(*arguments: str, recipe: dict[str, Any] | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         data = {"hub": DATA, "text": "text", "label": "stars", "eval": {"split": "test"}}
@@ -72,13 +72,13 @@ def search(folder: Path, *texts: str) -> int:
     """Fails where a secret is found; returns how many files were searched."""
     needles = [value.encode() for value in (*set(SECRETS.values()), PASSWORD)]
     files = [path for path in folder.rglob("*") if path.is_file()]
-    for where, content in [(f, f.read_bytes()) for f in files] + [("what it said", t.encode()) for t in texts]:
+    for where, content in [(f, f.read_bytes()) for f in files] + [("output", t.encode()) for t in texts]:
         found = [needle for needle in needles if needle in content]
         assert not found, f"{found} in {where}"
     return len(files)
 
 
-def test_nothing_that_is_written_holds_a_secret(
+def test_no_file_holds_a_secret(
     run: Callable[..., subprocess.CompletedProcess[str]], hub: HubServer, tmp_path: Path, site: Site
 ) -> None:
     ran = run()
@@ -105,7 +105,7 @@ def test_nothing_that_is_written_holds_a_secret(
     ],
     ids=["closed", "no url", "proxy", "no proxy", "in a path", "wrong token"],
 )
-def test_no_failure_says_a_secret(
+def test_failures_show_no_secret(
     run: Callable[..., subprocess.CompletedProcess[str]], env: dict[str, str], arguments: tuple[str, ...]
 ) -> None:
     ran = run(*arguments, **env)
@@ -113,11 +113,13 @@ def test_no_failure_says_a_secret(
 
 
 @pytest.mark.parametrize("debug", ["HF_DEBUG", "HF_HUB_VERBOSITY"])
-def test_talkative_libraries_say_no_secret(run: Callable[..., subprocess.CompletedProcess[str]], debug: str) -> None:
+def test_debug_output_of_libraries_shows_no_secret(
+    run: Callable[..., subprocess.CompletedProcess[str]], debug: str
+) -> None:
     result(run(**{debug: "1" if debug == "HF_DEBUG" else "debug"}))
 
 
-def test_what_is_blackened_and_what_is_not() -> None:
+def test_what_is_redacted() -> None:
     env = {
         **SECRETS,
         "SHORT_KEY": "abc",
@@ -125,8 +127,8 @@ def test_what_is_blackened_and_what_is_not() -> None:
         "TOKENIZERS_PARALLELISM": "true",
         "HF_TOKEN_PATH": "/a/path",
     }
-    said = f"GET https://me:pw@host/x?y and {HF}! {SECRETS['AWS_SECRET']} abc true /a/path me@host"
-    assert redact(said, env) == "GET https://***@host/x?y and ***! *** abc true /a/path me@host"
+    text = f"GET https://me:pw@host/x?y and {HF}! {SECRETS['AWS_SECRET']} abc true /a/path me@host"
+    assert redact(text, env) == "GET https://***@host/x?y and ***! *** abc true /a/path me@host"
     assert redact(f"http://{HF}@hub/ of http://hub:8080/a@b", {}) == "http://***@hub/ of http://hub:8080/a@b"
     assert redact("one: verylongsecret, another: verylong", {"A_KEY": "verylong", "B_KEY": "verylongsecret"}) == (
         "one: ***, another: ***"

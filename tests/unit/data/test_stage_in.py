@@ -1,4 +1,4 @@
-"""Model and data copied to the node's own disk: what is copied, what is left, and that the run is the same one."""
+"""Model and data copied to the node's own disk: copies, leftovers, and the same run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_copy_is_made_read_and_removed(prepared: dict[str, str], tmp_path: Pat
     assert list(local.iterdir()) == []
 
 
-def test_what_nobody_holds_is_cleared_and_what_is_held_stays(prepared: dict[str, str], tmp_path: Path) -> None:
+def test_unlocked_copies_are_removed_and_locked_ones_stay(prepared: dict[str, str], tmp_path: Path) -> None:
     local = tmp_path / "local"
     for name in ("dead", "living"):
         (local / f"afina-stage-{os.getuid()}-{name}").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_what_nobody_holds_is_cleared_and_what_is_held_stays(prepared: dict[str,
 
 
 @pytest.mark.parametrize("why", ["full", "missing", "gone"])
-def test_what_cannot_be_staged_is_said(
+def test_a_failed_copy_is_reported_and_leaves_nothing(
     prepared: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     local = tmp_path / "local"

@@ -14,7 +14,7 @@ import pytest
 from tests.hub.server import OTHER_TOKEN, TOKEN, HubServer
 from tests.tiny import dataset_card, parquet_bytes, star_names, tiny_model, tiny_reviews
 from tests.unit.conftest import private_mounts
-from tests.unit.data.test_prepare import refused, result
+from tests.unit.data.stage import refused, result
 
 from afina.errors import EnvironmentProblem, InputError, SiteError
 from afina.recipe.schema import Recipe

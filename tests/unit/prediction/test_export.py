@@ -65,11 +65,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / f"{name}.json").write_text(json.dumps(value))
     (run / "attempts/local-1/env.json").write_text(json.dumps({"afina": "0.1.0", "python": "3.11.7"}))
     rows = tiny.tiny_reviews(60, 2, stars=3)
-    told = [labels[row["stars"] - 1] for row in rows]
-    said = [labels[0] if i % 4 == 0 else name for i, name in enumerate(told)]
+    true = [labels[row["stars"] - 1] for row in rows]
+    predicted = [labels[0] if i % 4 == 0 else name for i, name in enumerate(true)]
     import pyarrow as pa
 
-    table = {"text": [row["text"] for row in rows], "label": told, "prediction": said}
+    table = {"text": [row["text"] for row in rows], "label": true, "prediction": predicted}
     pq.write_table(pa.table(table), run / "predictions.parquet")
     return place
 
@@ -108,7 +108,7 @@ def afina_load(path: Path) -> Any:
     return afina.load(path)
 
 
-def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> None:
+def test_the_card_has_the_hubs_metadata_and_the_runs_record(place: Path) -> None:
     from huggingface_hub import ModelCard
     from sklearn.metrics import f1_score
 
@@ -129,18 +129,18 @@ def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> No
     for name, score in zip(labels, each, strict=True):
         row = next(line for line in text.splitlines() if line.startswith(f"| {name.replace('|', chr(92) + '|')} |"))
         assert f" {score:.3f} " in row
-    for said in (
+    for fact in (
         "`" + "d" * 40 + ", with changes that were not committed`",
         "f" * 64,
         "`weight_decay` | 0.01",
         "24; the weights",
     ):
-        assert said in text, said
+        assert fact in text, fact
     assert text.count("✎ *To be written by the author:*") == 3
     assert str(place) not in text
 
 
-def test_what_is_not_finished_or_not_whole_is_refused(place: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_or_a_damaged_model_is_refused(place: Path, tmp_path: Path) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     out = tmp_path / "out"
     weights = (run / "model/model.safetensors").read_bytes()
@@ -180,8 +180,8 @@ def test_onnx_is_the_same_model_or_is_not_published(
         pytest.importorskip(name)
     import onnxruntime
 
-    said = worker.export(str(place / "run"), str(tmp_path / "out"), True)
-    assert said["onnx_difference"] <= 1e-4
+    exported = worker.export(str(place / "run"), str(tmp_path / "out"), True)
+    assert exported["onnx_difference"] <= 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "out/onnx/model.onnx"), providers=["CPUExecutionProvider"])
     model = afina.load(tmp_path / "out")
     texts = [row["text"] for row in tiny.tiny_reviews(5, 4)]
@@ -217,10 +217,10 @@ def test_a_model_in_python(place: Path) -> None:
     )
     small = afina.load(place / "run", batch_size=4, max_tokens=50)
     assert small.predict_proba(texts) == pytest.approx(scores, abs=1e-6)
-    said = model.predict([texts[0], "", None, " \n"])
-    assert said[0]["prediction"] == model.labels[int(scores[0].argmax())]
-    assert said[0]["scores"] == pytest.approx(dict(zip(model.labels, scores[0].tolist(), strict=True)))
-    assert [one["prediction"] for one in said[1:]] == [None] * 3
+    predicted = model.predict([texts[0], "", None, " \n"])
+    assert predicted[0]["prediction"] == model.labels[int(scores[0].argmax())]
+    assert predicted[0]["scores"] == pytest.approx(dict(zip(model.labels, scores[0].tolist(), strict=True)))
+    assert [one["prediction"] for one in predicted[1:]] == [None] * 3
     assert np.isnan(model.predict_proba([""])).all()
     assert model.predict([]) == [] and model.predict_proba([]).shape == (0, 3)
     pairs = model.predict_proba([(texts[0], texts[1]), (texts[2], "")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,42 @@ from afina.recipe.formats import number_text, read_delimited, read_json, read_ro
 from afina.worker.data.tables import read_files
 from afina.worker.inference.inputs import examine
 
-BROKEN: dict[str, tuple[str, bytes, str]] = {
-    "ragged": ("a.csv", b"text,n\n\na,1\nb\n", r"row 2 \(line 4\): 1 cells, the header has 2"),
-    "open quote": ("a.tsv", b'text\tn\na\t1\n"b\t2\n', r"row 2: a quote \(\"\) is opened and never closed"),
-    "odd quote": ("a.csv", b'text,n\n"a" b,1\n', r"row 1 \(line 2\): text follows a closing quote"),
-    "latin": ("a.csv", b'text,n\n"a\nb",1\ncaf\xe9,2\n', r"row 2 \(line 4\): byte 0xe9 at offset 18 is not UTF-8"),
-    "latin header": ("a.csv", b"t\xe9xt,n\na,1\n", r"the header: byte 0xe9 at offset 1 is not UTF-8"),
-    "latin lines": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: byte 0xe9 at offset 24 is not UTF-8"),
-    "UTF-16": ("a.csv", "text\na\n".encode("utf-16"), "the file is UTF-16"),
-    "empty": ("a.csv", b"\n\n", "the file is empty"),
-    "broken JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', "line 3: not valid JSON: "),
-    "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a JSON object is expected, found a list"),
-    "no object in an array": ("a.json", b'[{"text": "a"}, 3]', "record 2: a JSON object is expected, found a number"),
-    "other separator": ("a.csv", b"text;n\na;1\n", ""),
-}
+#: File, content, message after the path, remedy.
+BROKEN: dict[str, tuple[str, bytes, str, str]] = {
+    "short row": ("a.csv", b"text,n\n\na,1\nb\n", r", row 2 \(line 4\): 1 cells, the header has 2", "quote the cell"),
+    "long row": ("a.csv", b'text,n\n"a\nb",1\nc, d,2\n', r", row 2 \(line 4\): 3 cells, the header has 2", "like, this"),
+    "open quote": ("a.tsv", b'text\tn\na\t1\n"b\t2\nc\t3', r", row 2: a quote \(\"\) is opened and never closed", "close it"),
+    "odd quote": ("a.csv", b'text,n\n"a" b,1\n', r", row 1 \(line 2\): text follows a closing quote", "double each quote"),
+    "latin": ("a.csv", b'text,n\n"a\nb",1\ncaf\xe9,2\n', r", row 2 \(line 4\): byte 0xe9 at offset 18 is not UTF-8", "save the file as UTF-8"),
+    "latin header": ("a.csv", b"t\xe9xt,n\na,1\n", r", the header: byte 0xe9 at offset 1 is not UTF-8", "UTF-8"),
+    "latin lines": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r", line 2: byte 0xe9 at offset 24 is not UTF-8", "UTF-8"),
+    "UTF-16": ("a.csv", "text\na\n".encode("utf-16"), ": the file is UTF-16", "-f utf-16"),
+    "UTF-16 lines": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ": the file is UTF-16", "-f utf-16"),
+    "empty": ("a.csv", b"\n\n", ": the file is empty", "names the columns"),
+    "broken JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', ", line 3: not valid JSON: ", "one complete object on each line"),
+    "JSON over lines": ("a.json", b'{\n "text": "a"\n}\n', ", line 1: not valid JSON: ", "one complete object on each line"),
+    "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', ", line 2: a JSON object is expected, found a list", "one object per line"),
+    "no object in an array": ("a.json", b'[{"text": "a"}, 3]', ", record 2: a JSON object is expected, found a number", "one object"),
+    "deep": ("a.jsonl", b'{"text": 1}\n{"text": ' + b"[" * 99999, ", line 2: lists or objects are nested too deeply", "correct that line"),
+    "deep array": ("a.json", b"[" * 99999, ": lists or objects are nested too deeply", "one object per line"),
+    "long number": ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}", ", line 1: cannot be read: ", "correct that line"),
+    "semicolons": ("a.csv", b"text;n\na;1\n", "", "save .csv with commas"),
+    "tabs": ("a.csv", b"text\tn\na\t1\n", "", "save .csv with commas"),
+    **{
+        f"{what} as {suffix}": (f"a{suffix}", start, f": is .*{what}.*, its name says {suffix}", remedy)
+        for suffix in (".csv", ".jsonl")
+        for start, what, remedy in [
+            (b"\x1f\x8b\x08\x00\xff", "compressed with gzip", "gunzip"),
+            (b"PK\x03\x04\xff", "spreadsheet", "CSV UTF-8"),
+            (b"PAR1\x15\x8e", "Parquet", "name it .parquet"),
+        ]
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_training_prediction_and_init_report_the_same_error(name: str, tmp_path: Path) -> None:
-    file, raw, message = BROKEN[name]
+    file, raw, message, remedy = BROKEN[name]
     path = tmp_path / file
     path.write_bytes(raw)
     errors = []
@@ -38,15 +56,15 @@ def test_training_prediction_and_init_report_the_same_error(name: str, tmp_path:
         lambda: examine([path], ["text"], None, 10),
         lambda: list(read_rows(path)),
     ):
-        with pytest.raises(DataError, match=f"{path}.*{message}") as refused:
+        with pytest.raises(DataError, match=f"{re.escape(str(path))}{message}") as refused:
             read()
-        errors.append(refused.value)
+        assert remedy in str(refused.value)
+        errors.append(str(refused.value))
     if message:
-        assert len({str(error) for error in errors}) == 1
+        assert len(set(errors)) == 1
     else:
-        assert all(
-            "seems to be separated by `;`" in str(error) and "save .csv with commas" in str(error) for error in errors
-        )
+        mark = "`;`" if name == "semicolons" else "tab"
+        assert all(f"seems to be separated by {mark}" in error for error in errors)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

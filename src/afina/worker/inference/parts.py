@@ -51,20 +51,20 @@ class Parts:
         """
         self.folder = Path(folder).absolute()
         try:
-            self.job = Prediction.model_validate_json((self.folder / "job.json").read_bytes())
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise InputError(
+                    f"{self.folder}: made by {'an older' if manifest['format'] == 1 else 'another'} afina",
+                    "remove that folder to begin anew, or finish with the afina that began it",
+                )
+            self.job = Prediction.model_validate_json((self.folder / "job.json").read_bytes())
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename}: is missing, so {self.folder} is not an unfinished prediction",
                 "choose another output with -o, or remove that folder",
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"{self.folder}: cannot be read: {error}", "remove that folder to begin anew") from None
-        if manifest.get("format") != FORMAT:
-            raise InputError(
-                f"{self.folder}: made by {'an older' if manifest.get('format') == 1 else 'another'} afina",
-                "remove that folder to begin anew, or finish with the afina that began it",
-            )
         self.identity: dict[str, Any] = manifest["identity"]
         self.times: dict[str, int] = manifest["times"]
         self.inputs = Inputs.from_json(manifest["inputs"])

@@ -1,4 +1,4 @@
-"""Much data: memory stays flat, all cores give the same bytes, a prepare that is killed is gone on with."""
+"""Large data: memory stays flat, any number of threads gives the same bytes, and a killed prepare resumes from its shards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.tiny import tiny_model, tiny_reviews, write_csv, write_jsonl, write_parquet
+from tests.tiny import tiny_reviews, write_csv, write_jsonl, write_parquet
 from tests.unit.conftest import tree
-from tests.unit.data.test_prepare import SMALL_SHARDS, leftovers, result
+from tests.unit.data.stage import SMALL_SHARDS, finished, leftovers, result, start
 
 from afina.errors import DataError
 from afina.recipe.schema import Recipe
-from afina.run.plan import Plan, make_plan
-from afina.site.settings import Site
+from afina.run.plan import Plan
 from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
 from afina.worker.data.shards import ShardFolder, ShardMissing
@@ -41,26 +40,14 @@ SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange
 Making = Callable[..., tokenise.Tokenising]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def model(arch: str) -> Path:
-        if arch not in made:
-            made[arch] = tiny_model(tmp_path_factory.mktemp("it's a model"), arch)
-        return made[arch]
-
-    return model
-
-
 def recipe_of(model: Path, data: Path, **changes: Any) -> Recipe:
     spec = {"files": {"all": str(data)}, "text": "text", "label": "stars", **changes}
     return Recipe.model_validate({"name": "big", "model": str(model), "data": spec, "tokens": {"max_length": 24}})
 
 
 @pytest.fixture
-def making(models: Callable[[str], Path]) -> Making:
-    """What tokenises a file's rows in this process."""
+def making(models: Callable[..., Path]) -> Making:
+    """Tokenises a file's rows in this process."""
 
     def make(path: Path, arch: str = "bert", max_length: int = 24, **changes: Any) -> tokenise.Tokenising:
         recipe = recipe_of(models(arch), path, **changes)
@@ -84,45 +71,45 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afina.worker.data.write_split._BLOCK_BYTES", 3000)
 
 
-# -- what comes out ---------------------------------------------------------------------------------------------------
+# -- splits -----------------------------------------------------------------------------------------------------------
 
 PARTS = {"train": {"fraction": 0.6, "sample": 150}, "eval": {"fraction": 0.2}, "test": {"fraction": 0.2, "sample": 31}}
 
 
 @pytest.mark.parametrize("arch, text", [("bert", ["text"]), ("bert", ["text", "more"]), ("roberta", ["text"])])
-def test_pieces_put_together_are_what_one_call_gives(
-    making: Making, models: Callable[[str], Path], tmp_path: Path, small: None, arch: str, text: list[str]
+def test_splits_from_shards_equal_one_call_of_the_tokenizer(
+    making: Making, models: Callable[..., Path], tmp_path: Path, small: None, arch: str, text: list[str]
 ) -> None:
     rows = [{**row, "more": f"it was {row['rating']}"} for row in tiny_reviews(400)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    make = making(path, arch, text=text, **PARTS)
-    made = ShardFolder(tmp_path, "made", {})
-    make.make(made, print)
-    assert len(list(made.folder.iterdir())) > 8
-    splits, warnings = make.write_splits(made, tmp_path)
+    tokenising = making(path, arch, text=text, **PARTS)
+    store = ShardFolder(tmp_path, "digest", {})
+    tokenising.make(store, print)
+    assert len(list(store.folder.iterdir())) > 8
+    entries, warnings = tokenising.write_splits(store, tmp_path)
     tokenizer = load_tokenizer(models(arch), recipe_of(models(arch), path))
-    for part, examples in make.checked.splits.items():
-        assert splits[part]["rows"] == len(examples) == {"train": 150, "eval": 80, "test": 31}[part]
-        offsets, tokens = (np.load(tmp_path / f"{part}.{name}.npy") for name in ("offsets", "tokens"))
-        types = np.load(tmp_path / f"{part}.types.npy") if len(text) > 1 else None
-        assert (tmp_path / f"{part}.types.npy").exists() == (len(text) > 1)
-        table = pq.read_table(tmp_path / f"{part}.rows.parquet")
+    for split, examples in tokenising.checked.splits.items():
+        assert entries[split]["rows"] == len(examples) == {"train": 150, "eval": 80, "test": 31}[split]
+        offsets, tokens = (np.load(tmp_path / f"{split}.{name}.npy") for name in ("offsets", "tokens"))
+        types = np.load(tmp_path / f"{split}.types.npy") if len(text) > 1 else None
+        assert (tmp_path / f"{split}.types.npy").exists() == (len(text) > 1)
+        table = pq.read_table(tmp_path / f"{split}.rows.parquet")
         for i, line in enumerate(table["row"].to_pylist()):
             columns = [rows[line - 1][name] for name in text]
             expected = tokenizer(*columns, truncation=True, max_length=24)
             assert tokens[offsets[i] : offsets[i + 1]].tolist() == expected["input_ids"]
             if types is not None:
                 assert types[offsets[i] : offsets[i + 1]].tolist() == expected["token_type_ids"]
-            if part != "train":
+            if split != "train":
                 assert [table[name][i].as_py() for name in ("text", "text_pair")[: len(text)]] == columns
         assert table["row"].to_pylist() == examples.table.row.tolist()
         full = sum(len(tokenizer(*(rows[r - 1][name] for name in text))["input_ids"]) > 24 for r in examples.table.row)
-        assert any(w.startswith(f"{full:,} of {len(examples):,} texts of {part}") for w in warnings) or not full
+        assert any(w.startswith(f"{full:,} of {len(examples):,} texts of {split}") for w in warnings) or not full
     assert not list(tmp_path.glob("*.spool"))
 
 
 @pytest.mark.parametrize("how", ["subclass", "python"])
-def test_a_tokenizer_with_code_of_its_own_is_called_as_it_is(models: Callable[[str], Path], how: str) -> None:
+def test_a_tokenizer_with_its_own_code_is_called_directly(models: Callable[..., Path], how: str) -> None:
     import transformers
 
     class Shouting(transformers.BertTokenizer):  # type: ignore[misc]
@@ -155,7 +142,7 @@ def load_ids(model: Path, text: str) -> list[int]:
     return ids
 
 
-def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
+def test_texts_are_the_same_when_they_are_read_again(tmp_path: Path) -> None:
     """Each value becomes a text by itself, whatever stands beside it and wherever a batch ends."""
     values = ["a", " b\n", 7, 1.0, 2.5, True, None, "", "é" * 300]
     rows = [{"text": values[i % len(values)], "label": "x"} for i in range(5000)]
@@ -174,35 +161,35 @@ def test_what_is_kept_of_texts_is_what_is_read_again(tmp_path: Path) -> None:
             source.read(["label"], ["text"])
 
 
-# -- pieces -----------------------------------------------------------------------------------------------------------
+# -- shards -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_piece_that_is_damaged_or_gone_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
-    make = making(write_csv(tmp_path / "a.csv", tiny_reviews(300)))
-    made = ShardFolder(tmp_path, "made", {})
-    make.make(made, print)
-    make.write_splits(made, tmp_path)
+def test_a_missing_or_damaged_shard_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
+    tokenising = making(write_csv(tmp_path / "a.csv", tiny_reviews(300)))
+    store = ShardFolder(tmp_path, "digest", {})
+    tokenising.make(store, print)
+    tokenising.write_splits(store, tmp_path)
     before = (tmp_path / "train.tokens.npy").read_bytes()
-    files = sorted(made.folder.iterdir())
+    files = sorted(store.folder.iterdir())
     content = {file.name: file.read_bytes() for file in files}
     spoilt = bytearray(content[files[1].name])
     spoilt[len(spoilt) // 2] ^= 1
     for number, change in enumerate([b"", bytes(spoilt), content[files[2].name][:-40], content[files[0].name]]):
         file = files[number]
         file.unlink() if not change else file.write_bytes(change)
-        if number == 3:  # another piece under this one's name
+        if number == 3:  # another shard under the name of this one
             assert change != content[file.name]
         with pytest.raises(ShardMissing):
-            make.write_splits(made, tmp_path)
+            tokenising.write_splits(store, tmp_path)
         said: list[str] = []
-        make.make(made, said.append)
+        tokenising.make(store, said.append)
         assert said[0].startswith("resuming an interrupted prepare: ") and len(said) == 1
         assert file.read_bytes() == content[file.name]
-    make.write_splits(made, tmp_path)
+    tokenising.write_splits(store, tmp_path)
     assert (tmp_path / "train.tokens.npy").read_bytes() == before
 
 
-def test_pieces_depend_on_the_rows_and_their_texts_only() -> None:
+def test_shards_depend_only_on_the_rows_and_their_texts() -> None:
     sizes = np.random.default_rng(SEED).integers(0, 40_000_000, 60)
     rows = np.arange(0, 120, 2)
     cut = shards.plan_shards(0, "all", rows, sizes, np.zeros(60, bool))
@@ -212,7 +199,7 @@ def test_pieces_depend_on_the_rows_and_their_texts_only() -> None:
     assert 5 < len(many) < 10 and max(map(len, many)) <= shards.SHARD_BYTES // 64
 
 
-def test_what_was_abandoned_is_swept(tmp_path: Path) -> None:
+def test_abandoned_folders_are_swept(tmp_path: Path) -> None:
     now, place = time.time(), tmp_path / "prepare"
     for name, age in (("fresh", 0.9), ("old", 1.1)):
         (place / name).mkdir(parents=True)
@@ -230,10 +217,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_pat
         lambda path: path.write_text(path.read_text() + "new,1,1\n"),
     ):
         path = write_csv(tmp_path / "a.csv", rows)
-        make = making(path)
+        tokenising = making(path)
         change(path)
         with pytest.raises(DataError, match=r"a\.csv: changed while it was read") as error:
-            make.make(ShardFolder(tmp_path, str(random.random()), {}), print)
+            tokenising.make(ShardFolder(tmp_path, str(random.random()), {}), print)
         assert error.value.remedy
 
 
@@ -241,52 +228,30 @@ def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_pat
 
 
 @pytest.fixture
-def plan(site: Site, models: Callable[[str], Path], tmp_path: Path) -> Plan:
+def plan(plan: Callable[..., Plan], tmp_path: Path) -> Plan:
     path = write_csv(tmp_path / "it's big.csv", tiny_reviews(12_000))
-    return make_plan(
-        recipe_of(models("bert"), path, train={"fraction": 0.8, "sample": 9000}, eval={"fraction": 0.2}), site
-    )
+    splits = {"train": {"fraction": 0.8, "sample": 9000}, "eval": {"fraction": 0.2}}
+    return plan(None, {"files": {"all": str(path)}, **splits}, tokens={"max_length": 24})
 
 
-def start(plan: Plan, **env: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_SHARDS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **env},
-        text=True,
-    )
-    assert process.stdin is not None
-    process.stdin.write(plan.to_json())
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
-def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess([], process.returncode, out, err)
-
-
-def of_pieces(plan: Plan) -> list[Path]:
+def shard_files(plan: Plan) -> list[Path]:
     return sorted(tokenise.shards_folder(plan).glob("*/*.npz"))
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan) -> None:
+def test_a_prepare_that_is_killed_repeatedly_gives_the_same_bytes(plan: Plan) -> None:
     print(f"AFINA_TEST_SEED={SEED}")
     chance = random.Random(SEED)
     final = Path(result(finished(start(plan, RAYON_NUM_THREADS="1")))["prepared"])
     undisturbed = tree(final)
-    assert of_pieces(plan) == [] and list(tokenise.shards_folder(plan).iterdir()) == []
+    assert shard_files(plan) == [] and list(tokenise.shards_folder(plan).iterdir()) == []
     shutil.rmtree(final)
     there = landed = 0
     for _ in range(5 * KILLS):
         process = start(plan, RAYON_NUM_THREADS=chance.choice("123"))
         wanted = there + chance.randint(1, 3)
         deadline = time.monotonic() + 100
-        while len(of_pieces(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
+        while len(shard_files(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
             pass
         time.sleep(chance.uniform(0, 0.01))
         process.kill()
@@ -294,15 +259,15 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan
         if final.exists():  # too late, on a busy machine: once more from the beginning
             shutil.rmtree(final)
         else:
-            assert len(of_pieces(plan)) >= wanted
+            assert len(shard_files(plan)) >= wanted
             landed += 1
-        there = len(of_pieces(plan))
+        there = len(shard_files(plan))
         if landed >= KILLS and there:
             break
     assert there, "every kill came too late"
-    damaged = chance.choice(of_pieces(plan))
+    damaged = chance.choice(shard_files(plan))
     damaged.write_bytes(damaged.read_bytes()[:-7])
-    stamps = {path: path.stat().st_mtime_ns for path in of_pieces(plan) if path != damaged}
+    stamps = {path: path.stat().st_mtime_ns for path in shard_files(plan) if path != damaged}
     process = start(plan)
     seen: dict[Path, int] = {}
     while process.poll() is None and not final.exists():
@@ -313,7 +278,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_in_the_same_bytes(plan: Plan
     said = re.search(r"resuming an interrupted prepare: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
     assert result(ran)["reused"] is False and said, ran.stderr
     assert 0 < int(said[1].replace(",", "")) < int(said[2].replace(",", ""))
-    assert seen == stamps, "a piece that was there was made again"
+    assert seen == stamps, "an existing shard was made again"
     assert tree(final) == undisturbed
     assert leftovers(plan) == [final.name] and list(tokenise.shards_folder(plan).iterdir()) == []
 
@@ -326,14 +291,14 @@ def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     deadline = time.monotonic() + 100
-    while not of_pieces(plan):
+    while not shard_files(plan):
         assert time.monotonic() < deadline and Path(f"/proc/{pid}").exists()
     parent.kill()
     parent.communicate()
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
-        assert time.monotonic() < deadline, "works on for nobody"
+        assert time.monotonic() < deadline, "it runs on without a parent"
         time.sleep(0.05)
-    assert leftovers(plan) == [] and of_pieces(plan)
+    assert leftovers(plan) == [] and shard_files(plan)
 
 
 PARENT = """
@@ -346,16 +311,16 @@ child.stdout.read()
 """
 
 
-# -- what is seen of the tokens ---------------------------------------------------------------------------------------
+# -- token statistics -----------------------------------------------------------------------------------------------
 
 
-def test_texts_without_a_token_are_counted_wherever_they_stand() -> None:
-    seen = write_split.TokenStats(np.array([1, 2]), 9)
-    seen.add(
+def test_texts_without_content_tokens_are_counted() -> None:
+    stats = write_split.TokenStats(np.array([1, 2]), 9)
+    stats.add(
         {"tokens": (np.array([1, 5, 2, 1, 2, 9]), np.array([3, 0, 2, 1, 0])), "cut": (np.zeros(5, bool), np.ones(5))}
     )
-    seen.add({"tokens": (np.array([5]), np.array([0, 1])), "cut": (np.ones(2, bool), np.ones(2))})
-    assert (seen.bare, seen.content, seen.unknown, seen.cut, seen.rows) == ([1, 2, 4, 5], 3, 1, 2, 7)
+    stats.add({"tokens": (np.array([5]), np.array([0, 1])), "cut": (np.ones(2, bool), np.ones(2))})
+    assert (stats.bare, stats.content, stats.unknown, stats.cut, stats.rows) == ([1, 2, 4, 5], 3, 1, 2, 7)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -383,10 +348,10 @@ data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label"
 table = source.read(data.label, data.text)
 labels, examples = build_splits("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
 checked = tokenise.CheckedData(labels, examples, [], {"all": source}, {"all": source.state()})
-making = tokenise.Tokenising(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
-made = shards.ShardFolder(path.parent, "made", {})
-making.make(made, print)
-making.write_splits(made, path.parent)
+tokenising = tokenise.Tokenising(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
+store = shards.ShardFolder(path.parent, "digest", {})
+tokenising.make(store, print)
+tokenising.write_splits(store, path.parent)
 # Not ru_maxrss, which a process begins with what its parent had when it was started.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -397,7 +362,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, suffix: str) -> None:
     """Reading, checking, tokenising (by a stand-in that costs nothing), a shuffled eval of half the rows: five times the data
     in a fifth more memory, and less than half of what the texts have."""
-    write = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_pieces}[suffix]
+    write = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_row_groups}[suffix]
     peaks = {}
     for rows in (4000, 20_000):
         folder = tmp_path / str(rows)
@@ -414,11 +379,11 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, suffix: str) -> None
     assert peaks[20_000] < 1.2 * peaks[4000], peaks
 
 
-def write_pieces(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_row_groups(path: Path, rows: list[dict[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500, use_dictionary=False)
 
 
-# -- what is said -----------------------------------------------------------------------------------------------------
+# -- progress ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

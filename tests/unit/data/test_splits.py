@@ -1,4 +1,4 @@
-"""Which rows make a part, what their labels are, and what is refused: in process, on tables made here."""
+"""Splits, samples and labels on tables made here: rows chosen, tasks found, data refused, warnings."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def refused(*args: Any, **kwargs: Any) -> AfinaError:
     return error.value
 
 
-# -- cutting and sampling ---------------------------------------------------------------------------------------------
+# -- splits and samples ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_cut_is_disjoint_stratified_and_exact(seed: int) -> None:
+def test_a_split_is_disjoint_stratified_and_exact(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n = int(rng.integers(50, 400))
     strata = rng.choice(6, n, p=[0.5, 0.2, 0.15, 0.1, 0.04, 0.01])
@@ -69,13 +69,13 @@ def test_a_cut_is_disjoint_stratified_and_exact(seed: int) -> None:
     assert set(strata) == set(strata[pieces[0]]), "every stratum is in the first part"
 
 
-def test_what_is_left_of_one_is_left_out() -> None:
+def test_shares_may_leave_rows_out() -> None:
     pieces = stratified_split(None, 1000, [Fraction("0.5"), Fraction("0.25")], 1)
     assert [len(p) for p in pieces] == [500, 250]
     assert not set(pieces[0]) & set(pieces[1])
 
 
-def test_a_cut_depends_on_the_seed_and_on_nothing_else() -> None:
+def test_a_split_depends_on_the_seed_alone() -> None:
     strata = np.arange(100) % 3
     halves = [Fraction("0.5"), Fraction("0.5")]
     assert stratified_split(strata, 100, halves, 7)[0].tolist() == stratified_split(strata, 100, halves, 7)[0].tolist()
@@ -91,7 +91,7 @@ def test_a_sample_is_the_one_that_datasets_takes(n: int, sample: int, seed: int)
     assert sample_rows(n, sample, seed).tolist() == theirs["i"][:]
 
 
-def test_a_sample_of_a_cut_is_in_shuffled_order_and_all_rows_in_source_order(tmp_path: Path) -> None:
+def test_a_sample_of_a_split_is_in_shuffled_order_and_all_rows_in_source_order(tmp_path: Path) -> None:
     rows = reviews(90)
     parts = {"train": {"fraction": 0.5, "sample": 20, "seed": 3}, "eval": {"fraction": 0.5}}
     _, examples, _ = build(tmp_path, {"all": rows}, **parts)
@@ -147,13 +147,13 @@ def test_unknown_splits_are_refused_with_the_nearest() -> None:
         choose_sources(spec, ["train", "test"], [])
 
 
-def test_one_source_without_fractions_is_cut_and_said(tmp_path: Path) -> None:
+def test_one_source_without_fractions_is_divided_with_a_warning(tmp_path: Path) -> None:
     _, parts, warnings = build(tmp_path, {"all": reviews(100)})
     assert {p: len(e) for p, e in parts.items()} == {"train": 80, "eval": 20}
     assert any("0.8 for train, 0.2 for eval" in w for w in warnings)
 
 
-def test_a_part_without_fraction_gets_the_rest(tmp_path: Path) -> None:
+def test_a_split_without_fraction_gets_the_rest(tmp_path: Path) -> None:
     _, parts, warnings = build(tmp_path, {"all": reviews(120)}, train={"fraction": 0.75})
     assert {p: len(e) for p, e in parts.items()} == {"train": 90, "eval": 30}
     assert any("eval gets the rest" in w for w in warnings)
@@ -161,7 +161,7 @@ def test_a_part_without_fraction_gets_the_rest(tmp_path: Path) -> None:
     assert "how much does each get" in refused(tmp_path, {"all": reviews(120)}, test={}).message
 
 
-def test_a_sample_larger_than_the_part_says_how_many_there_are(tmp_path: Path) -> None:
+def test_a_sample_larger_than_the_split_says_how_many_there_are(tmp_path: Path) -> None:
     error = refused(tmp_path, {"train": reviews(30), "eval": reviews(9, start=50)}, eval={"sample": 10})
     assert "data.eval.sample: 10 rows are asked for, 9 exist" in error.message
 
@@ -267,7 +267,7 @@ def test_a_task_that_the_data_cannot_be(tmp_path: Path) -> None:
     assert "task single-label has one" in refused(tmp_path, both(rows), "single-label", label=["label", "more"]).message
 
 
-def test_regression_is_cut_by_rank(tmp_path: Path) -> None:
+def test_regression_is_divided_by_rank(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": f"{(i * 37 % 200) / 7:.3f}"} for i in range(200)]
     _, parts, _ = build(tmp_path, {"all": rows}, train={"fraction": 0.8}, eval={"fraction": 0.2})
     assert len(parts["eval"]) == 40
@@ -329,7 +329,7 @@ def test_a_class_that_train_lacks_names_the_one_it_has(tmp_path: Path, train: st
     assert error.remedy.startswith(f"did you mean `{meant}`? train has ")
 
 
-def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
+def test_a_split_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
     each = [{"text": f"t{i}", "label": f"id-{i}"} for i in range(30)]
     error = refused(tmp_path, {"all": each})
     assert f"{tmp_path}/all.csv: 30 rows, and as many labels (`label`)" in error.message
@@ -338,7 +338,7 @@ def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (
             ["1", "1.0", "2"],
@@ -357,16 +357,16 @@ def test_a_part_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
         (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
     ],
 )
-def test_labels_that_nobody_wanted(tmp_path: Path, values: list[str], said: str) -> None:
+def test_suspicious_labels_are_warned_of(tmp_path: Path, values: list[str], message: str) -> None:
     rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
     warnings = build(tmp_path, both(rows))[2]
-    expected = said.replace("PLACE", f"{tmp_path}/train.csv")
+    expected = message.replace("PLACE", f"{tmp_path}/train.csv")
     assert any(warning.startswith(expected) for warning in warnings), warnings
     assert not any("alike" in w or "is text" in w for w in build(tmp_path, both(rows), labels=values)[2])
 
 
 @pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"]])
-def test_a_number_that_is_missing_is_no_class(tmp_path: Path, values: list[str]) -> None:
+def test_a_missing_number_is_not_a_class(tmp_path: Path, values: list[str]) -> None:
     rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
     error = refused(tmp_path, both(rows))
     assert "among numbers" in error.message and f"{tmp_path}/train.csv, row " in error.message
@@ -374,7 +374,7 @@ def test_a_number_that_is_missing_is_no_class(tmp_path: Path, values: list[str])
         assert build(tmp_path, both(rows), labels=values)[0].names == tuple(values)
 
 
-def test_lists_of_0_and_1_are_no_names(tmp_path: Path) -> None:
+def test_lists_of_0_and_1_are_not_names(tmp_path: Path) -> None:
     rows = [{"text": f"t{i}", "label": [i % 2, 1 - i % 2, 0]} for i in range(6)]
     error = refused(tmp_path, both(rows), kind="jsonl")
     assert "train.jsonl, line 1: column `label` holds 3 values of 0 and 1" in error.message
@@ -392,7 +392,7 @@ def test_an_id_is_one_value(tmp_path: Path) -> None:
     assert "column `n` holds lists, an id is one value" in refused(tmp_path, both(rows), kind="jsonl", id="n").message
 
 
-def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
+def test_doubts_are_warnings(tmp_path: Path) -> None:
     train = [
         *reviews(20, "ab"),
         {"text": "only one", "label": "c", "n": 99},
@@ -400,15 +400,15 @@ def test_what_is_doubtful_is_said(tmp_path: Path) -> None:
     ]
     evals = [{"text": "text 4", "label": "a", "n": 1}, {"text": "new", "label": "b", "n": 2}]
     _, _, warnings = build(tmp_path, {"train": train, "eval": evals}, labels=["a", "b", "c", "d"])
-    said = "\n".join(warnings)
-    assert f"label 'c' occurs once in train ({tmp_path}/train.csv, row 21)" in said
-    assert "eval has no row with label 'c'" in said
-    assert "no row with label 'd' in any split" in said
+    message = "\n".join(warnings)
+    assert f"label 'c' occurs once in train ({tmp_path}/train.csv, row 21)" in message
+    assert "eval has no row with label 'c'" in message
+    assert "no row with label 'd' in any split" in message
     assert (
         f"1 of 2 rows of eval are in train too, word for word: {tmp_path}/eval.csv, row 1 = {tmp_path}/train.csv, row 5"
-        in said
+        in message
     )
-    assert f"1 texts of train occur more than once with different labels: {tmp_path}/train.csv, rows 1, 22" in said
+    assert f"1 texts of train occur more than once with different labels: {tmp_path}/train.csv, rows 1, 22" in message
     assert len(warnings) == 5
 
 
