@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,40 +42,6 @@ def test_two_nodes_run_two_tasks_as_the_ordinary_user(cluster: Cluster) -> None:
     assert sorted(result.stdout.splitlines()) == [f"{cluster.user} 0 n1 3", f"{cluster.user} 1 n2 3"]
 
 
-def test_a_job_finds_the_address_of_its_nodes(cluster: Cluster, folder: Path) -> None:
-    script = "#!/bin/bash\nfor n in $(scontrol show hostnames); do scontrol show node $n -o; done"
-    job = cluster.sbatch("-N2", "-o", "nodes", script=script, cwd=folder)
-    assert cluster.wait(job) == "COMPLETED"
-    found = lines(folder / "nodes")
-    assert [line.split()[0] for line in found] == ["NodeName=n1", "NodeName=n2"]
-    assert all("NodeAddr=127.0.0.1" in line.split() for line in found)
-
-
-@pytest.mark.parametrize(
-    ("asked", "visible"), [("--gpus-per-node=2", "0,1"), ("--gres=gpu:2", "0,1"), ("--gpus-per-node=1", "0")]
-)
-def test_gpus_are_allocated(cluster: Cluster, asked: str, visible: str) -> None:
-    result = cluster.run_as_user([*SRUN, "-N2", asked, "bash", "-c", "echo $CUDA_VISIBLE_DEVICES"], check=True)
-    assert result.stdout.splitlines() == [visible] * 2
-
-
-def test_two_jobs_get_different_gpus_and_a_third_gpu_is_refused(cluster: Cluster, folder: Path) -> None:
-    script = "#!/bin/bash\necho $CUDA_VISIBLE_DEVICES >> gpus; while [[ $(wc -l < gpus) -lt 2 ]]; do sleep 0.1; done"
-    jobs = [cluster.sbatch("-w", "n1", "--gpus-per-node=1", script=script, cwd=folder) for _ in range(2)]
-    assert [cluster.wait(job) for job in jobs] == ["COMPLETED"] * 2
-    assert Counter(lines(folder / "gpus")) == {"0": 1, "1": 1}
-    with pytest.raises(ClusterError, match="Requested node configuration is not available"):
-        cluster.sbatch("--gpus-per-node=3", script=script, cwd=folder)
-
-
-def test_one_failing_task_ends_the_step(cluster: Cluster) -> None:
-    began = time.monotonic()
-    task = "[[ $SLURM_NODEID == 1 ]] && exit 7; sleep 60"
-    result = cluster.run_as_user([*SRUN, "-N2", "bash", "-c", task])
-    assert result.returncode != 0 and "task 1: Exited with exit code 7" in result.stderr
-    assert time.monotonic() - began < 20
-
-
 def test_accounting_knows_the_state(cluster: Cluster, folder: Path) -> None:
     good = cluster.sbatch("-o", "out", script="#!/bin/bash\nsrun true", cwd=folder)
     bad = cluster.sbatch("-o", "out", script="#!/bin/bash\nexit 3", cwd=folder)
@@ -88,20 +53,6 @@ def test_accounting_knows_the_state(cluster: Cluster, folder: Path) -> None:
         (f"{good}.0", "COMPLETED"),
     ]
     assert cluster.sacct(bad)[0] == {"JobID": str(bad), "State": "FAILED", "ExitCode": "3:0", "NodeList": "n1"}
-
-
-def test_requeue_from_the_batch_script(cluster: Cluster, folder: Path) -> None:
-    script = """#!/bin/bash
-    echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $(date +%s)" >> attempts
-    [[ -n "${SLURM_RESTART_COUNT:-}" ]] && exit 0
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60
-    """
-    job = cluster.sbatch("--requeue", "-o", "out", script=script, cwd=folder)
-    assert cluster.wait(job, restarts=1) == "COMPLETED"
-    first, second = (line.split() for line in lines(folder / "attempts"))
-    assert (first[:2], second[:2]) == ([str(job), "0"], [str(job), "1"])
-    assert int(second[2]) - int(first[2]) >= cluster.requeue_delay_s
 
 
 def test_an_urgent_job_preempts_and_the_other_starts_again(cluster: Cluster, folder: Path) -> None:
@@ -167,17 +118,6 @@ def test_what_a_signal_reaches(cluster: Cluster, tracker: str, folder: Path) -> 
     assert survivors == {"linuxproc": {"orphan"}, "cgroup": set()}[tracker]
     for name in survivors:
         os.kill(int(pids[name]), signal.SIGKILL)
-
-
-def test_without_accounting_sacct_fails_and_jobs_run(cluster: Cluster, folder: Path) -> None:
-    cluster.restart(accounting=False)
-    try:
-        job = cluster.sbatch("-o", "out", script="#!/bin/bash\ntrue", cwd=folder)
-        assert cluster.wait(job) == "COMPLETED"
-        result = cluster.run_as_user(["sacct", "-j", str(job)])
-        assert result.returncode != 0 and "accounting storage is disabled" in result.stderr.lower()
-    finally:
-        cluster.restart(accounting=True)
 
 
 def test_a_second_cluster_comes_up_after_an_unclean_end_and_leaves_nothing(

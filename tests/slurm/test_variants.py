@@ -221,7 +221,7 @@ def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster: Cluster) -> Non
 
 
 @pytest.mark.timeout(180)
-def test_the_resolve_folder_a_copy_is_bound(cluster: Cluster, variant: Callable[..., Variant]) -> None:
+def test_the_folder_of_a_copy_is_bound(cluster: Cluster, variant: Callable[..., Variant]) -> None:
     made = variant({"stage": "1"}, gpus_per_node=0)
     job = made.submit(AFINA_STAGE="1", TMPDIR=str(made.folder), APPTAINER_BIND="/opt")
     assert cluster.wait(job, restarts=1) == "COMPLETED", made.log(job)

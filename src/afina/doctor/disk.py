@@ -154,7 +154,7 @@ def _against_quota(place: str, unit: str, used: str, limit: int) -> Finding:
 
 
 def check_locks(target: Target) -> Iterator[Finding]:
-    """Whether a lock on scratch holds between processes, and whether a replaced file is always whole."""
+    """A lock on scratch between two processes, and a file that is replaced while it is read."""
     assert target.site is not None
     folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=target.site.scratch))
     try:

@@ -97,7 +97,7 @@ def check_account(target: Target) -> Iterator[Finding]:
 
 
 def check_after_the_end(target: Target) -> Iterator[Finding]:
-    """What Slurm does with a job at its time limit and at a preemption."""
+    """Slurm's settings for a job's time limit and for preemption."""
     config = target.cluster.config
     if not config:
         return

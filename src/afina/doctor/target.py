@@ -21,7 +21,7 @@ ANSWER_S = 60
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the checks examine. `site` and `plan` are None where they could not be read; `error` says why."""
+    """The target of the checks. `site` and `plan` are None where they could not be read; `error` says why."""
 
     env: Mapping[str, str]
     cluster: Cluster

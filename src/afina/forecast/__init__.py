@@ -1,1 +1,1 @@
-"""What a run will take, from a rehearsal or from earlier runs."""
+"""Forecast of time, memory and disk of a run, from a rehearsal or from earlier runs."""

@@ -37,7 +37,7 @@ _REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehears
 
 
 class Measured(BaseModel):
-    """What a rehearsal measured, see `afina.worker.training.rehearsal`. Bytes, seconds, costs in tokens."""
+    """Measurements of a rehearsal, see `afina.worker.training.rehearsal`. Bytes, seconds, costs in tokens."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -114,7 +114,7 @@ def _newest(runs: Path) -> Iterator[Path]:
 
 
 def _likeness(plan: Plan) -> list[Any]:
-    """What decides about the speed and the memory of a run."""
+    """Settings on which speed and memory of a run depend."""
     train, g = plan.recipe.train, plan.geometry
     model = str(plan.model_folder) if plan.model_folder else plan.recipe.model
     layout = (g.num_processes, g.gpus_per_node, g.cpus_per_process, g.batch_per_device, g.accumulation)

@@ -170,7 +170,7 @@ def accelerate_argv(
 
 
 def slurm_options(plan: Plan) -> dict[str, str | int]:
-    """What a job requests from Slurm, by the long names of sbatch's options; True is one without a value.
+    """The options of a job, by the long names of sbatch's options; True is one without a value.
 
     The site's `SBATCH_*` add to it from the environment, and its spelling of GPUs, extras and omissions are in it.
     """

@@ -325,7 +325,7 @@ class RunDir:
         write_atomic(path, json.dumps({**record, "failure": failure.to_dict()}))
 
     def reported_failures(self, attempt: str) -> list[Failure]:
-        """What `report_failure` left, the oldest first; damaged files are left out."""
+        """Failures that processes reported, the oldest first; damaged files are left out."""
         paths = sorted((self.attempts / attempt).glob("failed.*.json"), key=lambda path: path.stat().st_mtime_ns)
         failures = []
         for path in paths:

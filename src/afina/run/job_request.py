@@ -21,7 +21,7 @@ Via = Literal["sbatch", "submitit"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
-    """What a caller asks for.
+    """A caller's request.
 
     Attributes:
         overrides: `key=value` each, over the recipe.

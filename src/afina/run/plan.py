@@ -23,15 +23,7 @@ from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__
 
-__all__ = [
-    "Geometry",
-    "Plan",
-    "bare_plan",
-    "check_cores",
-    "geometry_for",
-    "load_plan",
-    "make_plan",
-]
+__all__ = ["Geometry", "Plan", "bare_plan", "check_cores", "geometry_for", "load_plan", "make_plan"]
 
 
 class Geometry(FrozenModel):

@@ -100,7 +100,7 @@ def _progress(run: RunDir, attempt: str) -> tuple[int | None, int]:
 
 
 def _signature(outcome: Outcome) -> str | None:
-    """What makes two failures the same: the cause and the first line without its numbers."""
+    """Equal for failures that count as the same: the cause and the first line without its numbers."""
     if outcome.outcome != "failed":
         return None
     first = outcome.failure.message.partition("\n")[0] if outcome.failure else ""

@@ -133,7 +133,7 @@ def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, monitor: Leas
 
 
 class LeaseMonitor:
-    """Whether the worker of an attempt still renews its lease: one that was suspended (SIGSTOP) cannot notice it itself."""
+    """Watches the lease of an attempt's worker: one that was suspended (SIGSTOP) cannot notice it itself."""
 
     #: More than the renewals of a slow file system.
     _BEYOND_S = 45.0

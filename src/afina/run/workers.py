@@ -134,7 +134,7 @@ class _Worker:
             raise
 
     def progress(self) -> Iterator[dict[str, Any]]:
-        """What it reports, to the end of its output; lines that are not of the protocol are ignored."""
+        """The progress that it reports, to the end of its output; lines that are not of the protocol are ignored."""
         assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:

@@ -28,7 +28,7 @@ from afina.processes import run_captured
 from afina.site.finding import Finding
 from afina.site.gpus import driver_version, fits_driver, minimum_driver
 from afina.site.settings import Site, environment, in_container, site_image
-from afina.site.sif import declared_size
+from afina.site.variables import declared_size
 from afina.version import __version__
 
 __all__ = ["Image", "check_fit", "check_image", "read_image", "select_image", "summary", "verify"]
@@ -210,7 +210,7 @@ def summary(image: Image) -> dict[str, Any]:
 
 
 def check_fit(image: Image, driver: str | None = None) -> Iterator[Finding]:
-    """Whether the image fits this afina and this machine; `driver` is the NVIDIA driver's version, None without one."""
+    """Compare the image with this afina and this machine; `driver` is the NVIDIA driver's version, None without one."""
     about = summary(image)
     inside = about["version"]
     if not inside:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from afina.errors import SiteError, nearest
-from afina.site.sif import declared_size
 
 __all__ = [
     "KNOWN",
+    "declared_size",
     "existing_scratch",
     "gpu_request",
     "image_file",
@@ -34,6 +34,9 @@ KNOWN = (
     "AFINA_SBATCH_OMIT",
     "AFINA_STAGE",
 )
+
+#: Bytes of an image's header.
+_HEADER_BYTES = 128
 
 #: Bytes that must be free on scratch.
 _LEAST_FREE = 16_000_000
@@ -130,6 +133,22 @@ def image_file(value: str, file: Path | None) -> Path | None:
             remedy = "copy or build it again (a full disk or a broken transfer ends like this)"
             raise SiteError(f"AFINA_IMAGE={value} is cut off: {size} of {declared} bytes are there", remedy)
     return path
+
+
+def declared_size(path: Path) -> int | None:
+    """Bytes that an image must have at least, by its header; None where it is not an Apptainer image (SIF).
+
+    Read without Apptainer, which notices that a file is cut off only when it reads that far. The header ends with the offset and the size of the data, two little-endian 64-bit numbers, signatures included
+    (https://github.com/apptainer/sif, pkg/sif).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or header[32:42] != b"SIF_MAGIC\0":
+        return None
+    return sum(int.from_bytes(header[place : place + 8], "little", signed=True) for place in (112, 120))
 
 
 def image_key(value: str, file: Path | None = None, *, visible: bool = True) -> str | None:

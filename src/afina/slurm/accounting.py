@@ -1,4 +1,4 @@
-"""What jobs used, from Slurm's accounting: processor time, memory, energy.
+"""Resource use of jobs, from Slurm's accounting: processor time, memory, energy.
 
 As `seff` counts: processor time over allocated cores and wall time, and the largest resident set that a task reached. Energy is
 what Slurm's plugin measured (`AcctGatherEnergyType`), usually of whole nodes; without a plugin it is 0 and left out.
@@ -56,7 +56,7 @@ class JobUsage:
 
 
 def job_usage(job_ids: Sequence[str]) -> list[JobUsage] | None:
-    """What these jobs used, one value per start of a job; None without accounting."""
+    """The use of these jobs, one value per start of a job; None without accounting."""
     if not job_ids:
         return None
     what = [f"--format={','.join(_FIELDS)}", f"--jobs={','.join(job_ids)}"]
@@ -68,7 +68,7 @@ def job_usage(job_ids: Sequence[str]) -> list[JobUsage] | None:
 
 
 def accounting_works() -> bool:
-    """Whether sacct works here."""
+    """True where sacct works."""
     argv = ["sacct", "--noheader", "--allocations", "--starttime=now-1hours", "--format=JobID"]
     return try_command(argv) is not None
 

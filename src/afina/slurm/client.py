@@ -34,7 +34,7 @@ _REMEDIES = (
 
 
 def run_command(argv: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
-    """What one of Slurm's commands writes to stdout.
+    """Run one of Slurm's commands; returns its standard output.
 
     Args:
         env: variables beside those of this process.

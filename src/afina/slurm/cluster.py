@@ -1,4 +1,4 @@
-"""What a cluster says of itself: partitions, nodes, accounts and QOS, from sinfo, scontrol and sacctmgr.
+"""Facts about a cluster: partitions, nodes, accounts and QOS, from sinfo, scontrol and sacctmgr.
 
 A field that cannot be read is None. Nodes count whatever their state: one that is down today may be back tomorrow, and Slurm
 keeps the job until then.

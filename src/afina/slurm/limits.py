@@ -1,4 +1,4 @@
-"""What no partition will ever run: a job's size against the limits of partitions, nodes and QOS.
+"""Refuse jobs that no partition will ever run: their size against the limits of partitions, nodes and QOS.
 
 What is not known is not refused. Several partitions are as in sbatch: the job goes to any that takes it.
 """
@@ -23,7 +23,7 @@ Refusal = tuple[str, str]
 
 @dataclass(frozen=True)
 class JobSize:
-    """What a plan asks of Slurm; GPUs, cores and memory per node. `partitions` empty: the default one."""
+    """The size of a plan's job; GPUs, cores and memory per node. `partitions` empty: the default one."""
 
     nodes: int
     gpus: int

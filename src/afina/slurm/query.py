@@ -7,7 +7,7 @@ Not covered: jobs of other users.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,14 +52,14 @@ _STATES: dict[str, JobState] = {
     ),
 }
 #: One argument of a command may have 131,072 bytes on Linux.
-_MAX_ARGUMENT = 100_000
+_MAX_IDS = 5000
 #: Somebody waits at a screen for the answer.
 _TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm knows of a job.
+    """A job as Slurm knows it.
 
     Attributes:
         job_id: as in the query: `123`, or `123_4` for a task of an array.
@@ -81,7 +81,7 @@ class Job:
 
 
 def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -> dict[str, Job]:
-    """What Slurm knows of each job.
+    """The state of each job in Slurm.
 
     Args:
         job_ids: `123`, or `123_4` for a task of an array. A task that runs can also be named by its own SLURM_JOB_ID.
@@ -103,7 +103,7 @@ def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -
 
 
 def queue_answers() -> bool:
-    """Whether squeue works here."""
+    """True where squeue works."""
     return try_command(["squeue", "--noheader", "--me", "--format=%i"]) is not None
 
 
@@ -144,8 +144,8 @@ def _final_states(job_ids: Sequence[str]) -> dict[str, str]:
     """How jobs ended according to sacct: COMPLETED, TIMEOUT, CANCELLED, …; empty without accounting."""
     ended: dict[str, str] = {}
     argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State"]
-    for ids in _arguments(job_ids):
-        answer = try_command([*argv, f"--jobs={ids}"], timeout_s=_TIMEOUT_S)
+    for first in range(0, len(job_ids), _MAX_IDS):
+        answer = try_command([*argv, f"--jobs={','.join(job_ids[first : first + _MAX_IDS])}"], timeout_s=_TIMEOUT_S)
         if answer is None:
             return ended
         for line in answer.splitlines():
@@ -155,15 +155,3 @@ def _final_states(job_ids: Sequence[str]) -> dict[str, str]:
                 ended[fields[0]] = state
                 ended.setdefault(fields[1], state)
     return ended
-
-
-def _arguments(job_ids: Sequence[str]) -> Iterator[str]:
-    """The ids joined by commas, in pieces that fit into one argument each: a thousand ids are one piece."""
-    piece = ""
-    for job_id in job_ids:
-        if piece and len(piece) + len(job_id) >= _MAX_ARGUMENT:
-            yield piece
-            piece = ""
-        piece = f"{piece},{job_id}" if piece else job_id
-    if piece:
-        yield piece

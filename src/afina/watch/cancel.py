@@ -23,7 +23,7 @@ __all__ = ["Cancelled", "cancel_runs"]
 
 @dataclass(frozen=True)
 class Cancelled:
-    """What was done about one run.
+    """The result for one run.
 
     Attributes:
         run: the run directory.

@@ -85,7 +85,7 @@ def resolve_folder(folder: str | Path) -> Path:
 
 
 def _has_prefix(name: str, prefix: str) -> bool:
-    """Whether `name` begins so; never within its last number: `yelp-1a2b3c4d-1` does not match `…-10`."""
+    """True where `name` begins so; never within its last number: `yelp-1a2b3c4d-1` does not match `…-10`."""
     return not name.startswith(".") and re.sub(r"(?<=-)\d{1,5}$", "", name).startswith(prefix)
 
 

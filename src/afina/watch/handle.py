@@ -131,12 +131,7 @@ class Run:
         return _pandas().DataFrame(list(rows.values())).set_index("step") if rows else _pandas().DataFrame()
 
     def log(
-        self,
-        *,
-        attempt: str | None = None,
-        node: int | None = None,
-        rank: int | None = None,
-        last: int | None = None,
+        self, *, attempt: str | None = None, node: int | None = None, rank: int | None = None, last: int | None = None
     ) -> str:
         """The log of an attempt, by default the newest, of node 0; `last` lines of it, or all.
 

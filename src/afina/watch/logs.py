@@ -110,7 +110,7 @@ def follow(
 
 
 class _End:
-    """Whether the run has ended; checked when an outcome appears, and now and then."""
+    """The end of a run; checked when an outcome appears, and now and then."""
 
     def __init__(self, run: RunDir) -> None:
         self.run, self.state = run, "UNKNOWN"

@@ -112,13 +112,13 @@ def _is_local(attempt: object) -> bool:
 
 
 def _end_is_recorded(reading: Reading) -> bool:
-    """Whether the newest attempt recorded how it ended; what follows it is another question."""
+    """True where the newest attempt recorded how it ended; a requeue may follow it."""
     outcome = reading.result.outcome
     return bool(outcome) and outcome.get("attempt") == (reading.attempt or outcome.get("attempt"))
 
 
 def _has_ended(reading: Reading) -> bool:
-    """Whether the files alone tell that the run has ended: its newest attempt recorded how, and nothing follows it."""
+    """True where the newest attempt recorded how it ended, and nothing follows it."""
     if not _end_is_recorded(reading) or reading.submitted > reading.result.recorded:
         return False
     return _is_local(reading.result.outcome.get("attempt")) or reading.next == "end"

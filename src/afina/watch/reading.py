@@ -36,7 +36,7 @@ Liveness = Literal["alive", "fresh", "dead", "silent"]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run trains and how it ended: `plan.json` and `outcome.json`.
+    """A run's recipe and outcome: `plan.json` and `outcome.json`.
 
     Attributes:
         recipe: as in the plan; empty where that cannot be read.
@@ -87,7 +87,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the files of a run tell about its progress.
+    """Progress of a run, from its files.
 
     Attributes:
         job_ids: its Slurm jobs, the newest last.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.conftest import NASTY, private_mounts, tree
+from tests.unit.conftest import private_mounts, tree
 
 from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import write_atomic
@@ -76,6 +76,7 @@ def test_a_claimed_directory_holds_what_the_run_is(plan: Plan, tmp_path: Path) -
 
 
 def test_mode_is_private_under_any_umask(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "27").mkdir(mode=0o755)  # an empty folder may be claimed
     for mask in (0o000, 0o077, 0o027):
         before = os.umask(mask)
         try:
@@ -83,12 +84,6 @@ def test_mode_is_private_under_any_umask(plan: Plan, tmp_path: Path) -> None:
         finally:
             os.umask(before)
         assert (mode(run.path), mode(run.attempts)) == (0o700, 0o700)
-
-
-def test_an_empty_folder_may_be_claimed_and_becomes_private(plan: Plan, tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir(mode=0o755)
-    assert claimed(plan, folder).path == folder and mode(folder) == 0o700
 
 
 def test_the_path_is_absolute(plan: Plan) -> None:
@@ -156,7 +151,7 @@ except ClaimedError:
 """
 
 
-def race(plan: Plan, tmp_path: Path, path: str, processes: int = 8) -> list[str]:
+def race(plan: Plan, tmp_path: Path, path: str, processes: int = 4) -> list[str]:
     file = tmp_path / "plan of all.json"
     file.write_text(plan.to_json(), encoding="utf-8")
     started = [
@@ -179,37 +174,16 @@ def race(plan: Plan, tmp_path: Path, path: str, processes: int = 8) -> list[str]
 
 def test_of_many_that_claim_one_directory_exactly_one_wins(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "above" / "the one"
-    said = race(plan, tmp_path, str(path))
-    assert sorted(said) == ["claimed"] * 7 + [f"won {path}"]
+    answers = race(plan, tmp_path, str(path))
+    assert sorted(answers) == ["claimed"] * 3 + [f"won {path}"]
     assert RunDir(path).plan() == plan and RunDir(path).worker_argv() == [str(path)]
 
 
 def test_many_at_once_get_numbers_of_their_own(plan: Plan, tmp_path: Path) -> None:
-    said = race(plan, tmp_path, "")
-    assert len(set(said)) == 8 and all(line.startswith("won ") for line in said)
+    answers = race(plan, tmp_path, "")
+    assert len(set(answers)) == 4 and all(line.startswith("won ") for line in answers)
     stem = f"amazon-stars-{plan.digest[:8]}"
-    assert sorted(_names(plan.site.runs)) == sorted(f"{stem}-{n}" for n in range(1, 9))
-
-
-def test_threads_race_too(plan: Plan, tmp_path: Path) -> None:
-    """Many more starts than processes would allow, through the same system calls."""
-    for attempt in range(20):
-        path, gate = tmp_path / f"{attempt}", threading.Barrier(4)
-        results: list[type] = []
-
-        def one(path: Path = path, gate: threading.Barrier = gate, results: list[type] = results) -> None:
-            gate.wait()
-            try:
-                results.append(type(claimed(plan, path)))
-            except Exception as error:
-                results.append(type(error))
-
-        threads = [threading.Thread(target=one) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(r.__name__ for r in results) == ["ClaimedError"] * 3 + ["RunDir"]
+    assert sorted(_names(plan.site.runs)) == sorted(f"{stem}-{n}" for n in range(1, 5))
 
 
 # -- no space ----------------------------------------------------------------------------------------------------------
@@ -229,8 +203,9 @@ except AfinaError as error:
 """
 
 
-@pytest.mark.parametrize("above", ["", "above/"])
-@pytest.mark.parametrize(("size", "recipe_bytes"), [("4k", 100), ("8k", 100), ("12k", 100), ("4k", 100_000)])
+@pytest.mark.parametrize(
+    ("size", "recipe_bytes", "above"), [("4k", 100, ""), ("12k", 100, "above/"), ("4k", 100_000, "above/")]
+)
 def test_a_full_disk_leaves_nothing_half_made(
     plan: Plan, tmp_path: Path, size: str, recipe_bytes: int, above: str
 ) -> None:
@@ -253,7 +228,7 @@ def test_a_full_disk_leaves_nothing_half_made(
 def test_a_disk_without_inodes_leaves_nothing(plan: Plan, tmp_path: Path) -> None:
     file = tmp_path / "plan of all.json"
     file.write_text(plan.to_json(), encoding="utf-8")
-    for inodes in (2, 3, 4, 5):
+    for inodes in (3, 5):
         small = tmp_path / f"small{inodes}"
         small.mkdir()
         done = private_mounts(
@@ -436,18 +411,6 @@ def test_the_failure_that_a_rank_reported_becomes_the_outcome(plan: Plan, tmp_pa
     run.report_failure("9.0", "rank1", reported)
     run.report_failure("9.0", "rank2", Failure("TrainingError", "a later one"))
     assert ensure_outcome(run, "9.0", 1).failure == reported
-
-
-def test_an_attempt_without_a_folder_gets_an_outcome(plan: Plan, tmp_path: Path) -> None:
-    run = claimed(plan, tmp_path / "r")
-    assert ensure_outcome(run, "1.0", 1).outcome == "failed"
-
-
-def test_nasty_names_make_no_files_elsewhere(plan: Plan, tmp_path: Path) -> None:
-    for name in NASTY:
-        claimed(plan, tmp_path / "runs" / name)
-    assert sorted(_names(tmp_path / "runs")) == sorted(NASTY)
-    assert _names(Path.cwd()) == []
 
 
 def test_a_run_goes_on_where_it_was_begun(plan: Plan, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from afina import __version__
 from afina.errors import InputError, SiteError
 from afina.site.finding import Finding
 from afina.site.image import Image, check_fit, read_image, summary, verify
-from afina.site.sif import declared_size
+from afina.site.variables import declared_size
 
 LABELS = {
     "org.opencontainers.image.version": __version__,

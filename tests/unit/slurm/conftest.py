@@ -38,20 +38,22 @@ def no_slurm(tmp_path: Path, *programs: str) -> str:
     folder = tmp_path / "only these"
     folder.mkdir(exist_ok=True)
     for name in (
-        "bash",
-        "sh",
-        "env",
-        "cat",
-        "sed",
-        "hostname",
-        "mkdir",
-        "touch",
-        "head",
-        "grep",
-        "cut",
-        "tail",
-        "sleep",
-        "dirname",
+        *[
+            "bash",
+            "sh",
+            "env",
+            "cat",
+            "sed",
+            "hostname",
+            "mkdir",
+            "touch",
+            "head",
+            "grep",
+            "cut",
+            "tail",
+            "sleep",
+            "dirname",
+        ],
         *programs,
     ):
         found = subprocess.run(["/bin/bash", "-c", f"command -v {name}"], capture_output=True, text=True).stdout.strip()

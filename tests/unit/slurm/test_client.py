@@ -83,14 +83,6 @@ def test_a_refused_submission_gives_slurms_words_and_a_remedy(
     assert list(run.lines("submissions.jsonl")) == []
 
 
-def test_an_account_and_partition_that_do_not_fit_names_the_account(bin: Path, run: RunDir) -> None:
-    """Slurm's words hold both; a partition that exists is not the first thing to doubt."""
-    program(bin, "sbatch", 'echo "Invalid account or account/partition combination specified" >&2; exit 1\n')
-    with pytest.raises(SlurmError) as caught:
-        submit_sbatch(run.plan(), run)
-    assert "SBATCH_ACCOUNT" in caught.value.remedy
-
-
 @pytest.mark.parametrize("body", ["exit 0\n", "echo\n", "echo 'Submitted nothing'\n"])
 def test_an_answer_without_a_job_number_is_refused(bin: Path, run: RunDir, body: str) -> None:
     program(bin, "sbatch", body)
@@ -109,8 +101,7 @@ def test_sbatch_does_not_inherit_the_array_that_calls_it(
 
 
 @pytest.mark.parametrize(
-    ("body", "size"),
-    [("echo 'MaxArraySize            = 301'", 301), ("echo nothing", 1001), ("exit 1", 1001)],
+    ("body", "size"), [("echo 'MaxArraySize            = 301'", 301), ("echo nothing", 1001), ("exit 1", 1001)]
 )
 def test_the_largest_array(bin: Path, body: str, size: int) -> None:
     program(bin, "scontrol", body + "\n")
@@ -133,11 +124,7 @@ def test_states_come_from_one_call(bin: Path, tmp_path: Path) -> None:
         "squeue: a line of a wrapper that greets",
     ]
     words = " ".join(map(shlex.quote, lines))
-    program(
-        bin,
-        "squeue",
-        f'echo "$SLURM_TIME_FORMAT $*" >>{shlex.quote(str(calls))}; printf "%s\\n" {words}\n',
-    )
+    program(bin, "squeue", f'echo "$SLURM_TIME_FORMAT $*" >>{shlex.quote(str(calls))}; printf "%s\\n" {words}\n')
     program(
         bin, "sacct", f'echo "$*" >>{shlex.quote(str(calls))}; printf "%s\\n" "6|6|CANCELLED by 1000" "9_1|12|FAILED"\n'
     )
