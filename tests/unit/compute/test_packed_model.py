@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.unit.compute.encoders import (
@@ -30,10 +29,9 @@ from transformers import (
 )
 
 from afina.recipe.schema import Recipe
-from afina.run.plan import Geometry
 from afina.worker.compute import attention, dropout, packed_model
 from afina.worker.compute.attention import attend
-from afina.worker.compute.batches import Batching, Collator, PackedCollator, StepBatches
+from afina.worker.compute.batches import Collator, PackedCollator
 
 
 @pytest.mark.parametrize("cuts", ["by cost", "each alone", "all together"])
@@ -122,7 +120,7 @@ def test_only_proven_architectures_pack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked", "arguments", "expected", "said"),
+    ("kind", "asked", "arguments", "expected", "reason"),
     [
         ("bert", "auto", {}, "packed", None),
         ("bert", "longest", {}, "longest", None),
@@ -133,7 +131,7 @@ def test_only_proven_architectures_pack() -> None:
     ],
 )
 def test_what_cannot_be_packed_is_grouped_with_a_note(
-    kind: str, asked: str, arguments: dict[str, Any], expected: str, said: str | None, tmp_path: Any
+    kind: str, asked: str, arguments: dict[str, Any], expected: str, reason: str | None, tmp_path: Any
 ) -> None:
     about = {"albert": {"embedding_size": 16}}.get(kind, {})
     model = model_of({**BERT, "model_type": kind, **about})
@@ -141,7 +139,7 @@ def test_what_cannot_be_packed_is_grouped_with_a_note(
     settings = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **arguments)
     batching, notes = packed_model.configure(model, recipe, settings)
     assert batching == expected
-    assert notes == ([f"batches are grouped by length, not packed: {said}"] if said else [])
+    assert notes == ([f"batches are grouped by length, not packed: {reason}"] if reason else [])
     fast = any(isinstance(module, dropout.FastDropout) for module in model.modules())
     assert fast == ("torch_compile" not in arguments)
     assert torch.get_float32_matmul_precision() == "highest", "torch's default"
@@ -177,49 +175,3 @@ def test_attention_dropout_0_reaches_the_model(kind: str, tmp_path: Any) -> None
     model.set_attn_implementation("afina_test_watch")
     model(input_ids=torch.tensor([[3, 4, 5]]))
     assert seen == [0.0, 0.0, 0.0]
-
-
-def test_packed_longest_and_padded_have_the_same_loss_curve() -> None:
-    """Two epochs without dropout, the same rows and order: packed, longest and padded lose the same, step by step."""
-    draw = np.random.default_rng(4)
-    split = split_of([int(n) for n in draw.integers(2, 40, 70)], 4)
-    layout = Geometry(
-        nodes=1,
-        processes_per_node=1,
-        gpus_per_node=0,
-        cpus_per_process=1,
-        global_batch=8,
-        batch_per_device=4,
-        accumulation=2,
-    )
-    curves: dict[str, list[float]] = {}
-    for batching in get_args(Batching):
-        if batching in ("auto", "grouped"):
-            continue
-        model = without_dropout(model_of(CONFIGS["roberta"])).train()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-        collate: Any = Collator(split, PAD, 64 if batching == "padded" else None)
-        if batching == "packed":
-            packed_model.enable_packing(model, attention.FAST)
-            collate = PackedCollator(split, PAD, 4, offset=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        steps, losses = StepBatches(split.lengths, layout, 0, 2, batching), []
-        for epoch in (0, 1):
-            steps.set_epoch(epoch)
-            for first, second in zip(*[iter(steps)] * 2, strict=True):
-                optimizer.zero_grad()
-                total = 0.0
-                for rows in (first, second):
-                    batch = collate(rows)
-                    labels = batch.pop("labels")
-                    loss = torch.nn.functional.cross_entropy(model(**batch)["logits"], labels, reduction="sum") / 8
-                    loss.backward()
-                    total += float(loss.detach())
-                optimizer.step()
-                losses.append(total)
-        curves[batching] = losses
-    assert len(curves["packed"]) == 18
-    assert curves["packed"] == pytest.approx(curves["longest"], rel=1e-4)
-    assert curves["packed"] == pytest.approx(curves["padded"], rel=1e-4)
-    assert curves["packed"][-1] != pytest.approx(curves["packed"][0], rel=1e-2), "something was learnt"

@@ -103,7 +103,7 @@ def current_device() -> Device:
 
 
 def choose(
-    train: Train, device: Device, before: str | None = None, env: Mapping[str, str] | None = None
+    train: Train, device: Device, before: Precision | None = None, env: Mapping[str, str] | None = None
 ) -> PrecisionChoice:
     """The precision that the recipe asks for on this device.
 
@@ -135,17 +135,14 @@ def choose(
     best, why = _best(device)
     if before is None or before == best:
         return PrecisionChoice(best, compiled, why, device)
-    kept: Precision | None = next((name for name in ("fp32", "tf32", "bf16", "fp16") if name == before), None)
-    if kept is None:
-        return PrecisionChoice(best, compiled, why, device)
-    if kept == "bf16" and device.kind == "cpu":  # `best` is another: this CPU lacks the instructions
+    if before == "bf16" and device.kind == "cpu":  # `best` is another: this CPU lacks the instructions
         return PrecisionChoice(best, compiled, f"{why}; earlier attempts used bf16", device)
-    if missing := _missing(kept, device):
+    if missing := _missing(before, device):
         raise EnvironmentProblem(
-            f"this run has computed in {kept} since its first attempt, which {device.words} does not support: {missing}",
+            f"this run has computed in {before} since its first attempt, which {device.words} does not support: {missing}",
             f"continue it on the kind of GPU that it began on, or start a new run (here it would be {best})",
         )
-    return PrecisionChoice(kept, compiled, "as in earlier attempts", device)
+    return PrecisionChoice(before, compiled, "as in earlier attempts", device)
 
 
 def _best(device: Device) -> tuple[Precision, str]:
@@ -242,27 +239,21 @@ def announce(run: RunDir, attempt: str, choice: PrecisionChoice, attention: str)
     """Compare the ranks' choices (collective); on rank 0 record this one and return the lines for the log."""
     import platform
 
-    import torch.distributed as dist
-
+    from afina.worker.compute import ranks
     from afina.worker.compute.products import library
 
-    warnings: list[str] = []
-    rank = 0
-    if dist.is_available() and dist.is_initialized():
-        rank = dist.get_rank()
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (choice, platform.node()))
-        warnings = compare_devices([each for each, _ in answers], [host for _, host in answers])
-    if rank:
+    answers = ranks.everyone((choice, platform.node()))
+    warnings = compare_devices([each for each, _ in answers], [host for _, host in answers])
+    if ranks.rank():
         return []
     gpu = choice.device.kind == "cuda"
     about = {} if gpu else {"products": library()}
     measured = not gpu or _MEASURED in choice.device.name
     run.event("precision", attempt=attempt, attention=attention, measured_here=measured, **about, **asdict(choice))
     if choice.precision == "bf16" and choice.device.bfloat16 is False:
-        warnings += [
+        warnings.append(
             f"{choice.device.name} has no instructions for bfloat16: products are emulated, many times slower than fp32"
-        ]
+        )
     compiled = ", compiled" if choice.compile else ""
     unmeasured = "" if measured else "; afina was never measured on this GPU"
     return [

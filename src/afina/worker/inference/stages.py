@@ -276,12 +276,12 @@ def _load(job: Prediction, number: int) -> Classifier:
     with gc_paused():
         import torch
 
-        from afina.worker.compute import allocator, products
+        from afina.worker.compute import cpu, products
         from afina.worker.inference.classifier import Classifier
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        allocator.tune_malloc()
+        cpu.tune_malloc()
     classifier = Classifier(
         job.model,
         max_length=job.max_length,

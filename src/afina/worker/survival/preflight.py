@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from afina.errors import EnvironmentProblem, TrainingError
 from afina.run.directory import RunDir
+from afina.worker.compute import ranks
 
 __all__ = ["check_ranks", "check_room", "state_bytes"]
 
@@ -75,10 +76,8 @@ def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
     Raises:
         TrainingError: not all ranks answered within five minutes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if ranks.count() == 1:
         return {"warnings": []}
-    world, rank = dist.get_world_size(), dist.get_rank()
-    names: list[Any] = [None] * world
     side = dist.new_group(backend="gloo", timeout=_MEET)
     try:
         dist.monitored_barrier(group=side, timeout=_MEET, wait_all_ranks=True)
@@ -87,7 +86,7 @@ def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
             f"the processes cannot reach each other: {str(error).splitlines()[0]} ({local_world} ranks on each node)",
             "exclude the node of those ranks, and check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and firewalls",
         ) from None
-    dist.all_gather_object(names, (platform.node(), time.time()), group=side)
+    names = ranks.everyone((platform.node(), time.time()))
     vector = torch.ones(4_000_000, device=device)
     dist.all_reduce(vector)  # the first call opens connections
     _synchronize(device)
@@ -106,7 +105,7 @@ def check_ranks(device: torch.device, local_world: int) -> dict[str, Any]:
         )
     shm = Path("/dev/shm")
     if (
-        rank == 0
+        ranks.rank() == 0
         and local_world > 1
         and shm.is_dir()
         and (room := os.statvfs(shm)).f_bavail * room.f_frsize < _SMALL_SHM

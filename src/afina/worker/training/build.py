@@ -15,7 +15,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
-from afina.worker.compute import allocator, dropout, packed_model, precision, products
+from afina.worker.compute import cpu, dropout, packed_model, precision, products
 from afina.worker.compute.batches import (
     TOKENS_PER_ROW,
     Batching,
@@ -52,12 +52,12 @@ def build_arguments(
 ) -> TrainingArguments:
     """TrainingArguments of the plan. Without a usable GPU they select the CPU, with gloo between processes."""
     train, best = plan.recipe.train, data.best_metric
-    cpu = not torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available()
     return TrainingArguments(
         **{
             # Defaults that the recipe's `train.arguments` may override.
             "lr_scheduler_type": "linear",
-            "dataloader_pin_memory": not cpu,
+            "dataloader_pin_memory": not on_cpu,
             "logging_first_step": False,
             **precision.training_arguments(choice),
             **train.arguments,
@@ -83,8 +83,8 @@ def build_arguments(
             "disable_tqdm": True,
             "remove_unused_columns": False,
             "average_tokens_across_devices": True,
-            "use_cpu": cpu,
-            **({"ddp_backend": "gloo"} if cpu and geometry.num_processes > 1 else {}),
+            "use_cpu": on_cpu,
+            **({"ddp_backend": "gloo"} if on_cpu and geometry.num_processes > 1 else {}),
         }
     )
 
@@ -123,11 +123,10 @@ def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, nu
 
 def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: int) -> tuple[Batching, list[str]]:
     """Adapt model and process to the recipe's batching and dropout; returns the batching that the model can take, and notes for the log."""
-    if arguments.device.type == "cpu":
-        allocator.tune_malloc()
     dropout.seed(plan.recipe.train.seed, arguments.process_index)
     batching, notes = packed_model.configure(model, plan.recipe, arguments)
     if arguments.device.type == "cpu":
+        cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id

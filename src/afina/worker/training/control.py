@@ -18,8 +18,8 @@ import torch
 from transformers import TrainerCallback
 
 from afina.errors import ClaimedError, TrainingError
+from afina.worker.compute import ranks
 from afina.worker.survival.stop import CAUSES
-from afina.worker.training import ranks
 from afina.worker.training.attempt import Attempt
 
 __all__ = ["StepControl", "truncate"]

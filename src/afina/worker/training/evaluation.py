@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import decisions, per_example_loss
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
-from afina.worker.training import ranks
 from afina.worker.training.attempt import Attempt
 
 __all__ = ["EvaluationAbandoned", "logits_of", "scores"]

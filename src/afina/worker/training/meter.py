@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from afina.schedule import Schedule
+from afina.worker.compute import ranks
 from afina.worker.compute.batches import Batching, epoch_steps
 from afina.worker.compute.flops import Peak, device_peak
-from afina.worker.training import ranks
 
 __all__ = ["PARTS", "Meter", "Work", "peak_memory_bytes", "seconds_since_launch", "share_of_peak"]
 

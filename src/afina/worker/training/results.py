@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.model.outputs import label_lists, prediction_columns
-from afina.worker.training import ranks
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.trainer import RunTrainer

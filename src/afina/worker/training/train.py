@@ -90,7 +90,7 @@ def _explain(error: Exception) -> AfinaError:
 
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
     with hide_packages("datasets", "scipy"):
-        from afina.worker.training import ranks
+        from afina.worker.compute import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
         from afina.worker.training.results import Results, export_results
 
@@ -140,8 +140,8 @@ def _newest_checkpoint(attempt: Attempt) -> Path | None:
     Raises:
         InputError: it was made by another plan.
     """
+    from afina.worker.compute import ranks
     from afina.worker.survival import checkpoint as checkpoints
-    from afina.worker.training import ranks
 
     resume: Path | None = None
     if attempt.rank == 0:

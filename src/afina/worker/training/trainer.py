@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from afina.errors import EnvironmentProblem
 from afina.version import __version__
-from afina.worker.compute import cuda_graphs, dropout, packed_model, precision
+from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
 from afina.worker.model.tasks import TASKS
@@ -48,7 +48,6 @@ from afina.worker.survival.snapshot import (
     read_ranks,
     set_random_state,
 )
-from afina.worker.training import ranks
 from afina.worker.training.attempt import Attempt
 from afina.worker.training.build import eval_loader, train_loader
 from afina.worker.training.control import StepControl, truncate

@@ -10,12 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["barrier", "count", "everyone", "from_rank_zero", "leave", "maximum", "on_rank_zero", "total"]
+__all__ = ["barrier", "count", "everyone", "from_rank_zero", "leave", "maximum", "on_rank_zero", "rank", "total"]
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def count() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _grouped() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if _grouped() else 0
 
 
 def _alone() -> bool:
@@ -74,5 +82,5 @@ def barrier() -> None:
 
 def leave() -> None:
     """Close the process group."""
-    if dist.is_available() and dist.is_initialized():
+    if _grouped():
         dist.destroy_process_group()
