@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -26,6 +26,7 @@ from afina.errors import nearest
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import NamedSplit
 from afina.recipe.explain import KeyedError, shown
+from afina.recipe.losses import misfit, parse_label_weights
 from afina.recipe.metrics import METRICS
 from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.time_limit import parse_seconds
@@ -55,6 +56,20 @@ _SECRET = (
 class _Section(FrozenModel):
     # hide_input_in_errors: a misplaced value may be a secret.
     model_config = ConfigDict(allow_inf_nan=False, hide_input_in_errors=True)
+
+    #: Keys that were added later. Unset, they are left out of digests, so that older plans and prepared data keep theirs.
+    added_later: ClassVar[tuple[str, ...]] = ()
+
+    def digested(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The section as plain values for a digest, without the keys in `exclude` and unset keys of `added_later`."""
+        values = self.model_dump(mode="json", exclude=set(exclude))
+        for name in list(values):
+            value = getattr(self, name)
+            if isinstance(value, _Section):
+                values[name] = value.digested()
+            elif name in self.added_later and value == type(self).model_fields[name].get_default():
+                del values[name]
+        return values
 
     @field_validator("*", mode="before")
     @classmethod
@@ -99,6 +114,7 @@ Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
 Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1)]
+LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(parse_label_weights)]
 
 
 class Part(_Section):
@@ -118,6 +134,8 @@ class Part(_Section):
 class Data(_Section):
     """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
+    added_later = ("weight",)
+
     hub: Text | None = None
     config: str | None = None
     splits: dict[str, str] | None = None
@@ -128,6 +146,7 @@ class Data(_Section):
     labels: tuple[str, ...] | None = None
     label_separator: Text | None = None
     id: str | None = None
+    weight: Text | None = None
     train: Part = Part()
     eval: Part = Part()
     test: Part | None = None
@@ -181,6 +200,8 @@ class Data(_Section):
                 raise KeyedError(
                     f"column `{name}` is the text too: the model would read the label in the text", "label"
                 )
+        if self.weight in (*self.text, *self.label):
+            raise KeyedError(f"column `{self.weight}` is the text or the label too", "weight")
         return self
 
     @model_validator(mode="after")
@@ -227,6 +248,8 @@ class Tokens(_Section):
 class Train(_Section):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
+    added_later = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing", "keep_after")
+
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
     max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
     eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
@@ -241,7 +264,13 @@ class Train(_Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     keep: Literal["best", "last"] = "best"
+    keep_after: Literal["best", "none", "all"] = "best"
     best_metric: str | None = None
+    loss: Literal["cross_entropy", "focal"] | None = None
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] | None = None
+    class_weights: LabelWeights | None = None
+    pos_weight: LabelWeights | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fast_dropout: bool = True
     onednn: bool = True
     cuda_graphs: bool = False
@@ -279,6 +308,16 @@ class Train(_Section):
                 raise KeyedError("repeats `train.precision`", "arguments", key, remedy="leave one of them out")
         if self.compile and "torch_compile" in self.arguments:
             raise KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy="leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Train:
+        if self.focal_gamma is not None and self.loss != "focal":
+            raise KeyedError(
+                "belongs to the focal loss", "focal_gamma", remedy="set `train.loss: focal`, or leave it out"
+            )
+        if self.loss == "focal" and self.label_smoothing:
+            raise KeyedError("has no definition for the focal loss", "label_smoothing", remedy="leave one of them out")
         return self
 
     @property
@@ -366,6 +405,12 @@ class Recipe(_Section):
             if metric not in known:
                 of = "" if self.task == "auto" else f" of a {self.task} task"
                 raise KeyedError(_unknown(metric, f"a metric{of}", known), *keys)
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Recipe:
+        if found := misfit(self.train, self.task):
+            raise KeyedError(found[1], "train", found[0], remedy=found[2])
         return self
 
     @model_validator(mode="after")

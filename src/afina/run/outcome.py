@@ -30,6 +30,8 @@ class Outcome(BaseModel):
         error: its text, message and remedy.
         cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
             exception's name.
+        warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
+            better than the majority class, a metric that is undefined.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
     """
@@ -47,6 +49,7 @@ class Outcome(BaseModel):
     attempts: int = 1
     failure: Failure | None = None
     cause: str | None = None
+    warnings: list[str] = []
     max_steps: int | None = None
     best_step: int | None = None
     model_step: int | None = None

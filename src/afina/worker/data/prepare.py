@@ -254,7 +254,7 @@ def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
     return {
         "format": _RECIPE_FORMAT,
         "source": source,
-        "data": recipe.data.model_dump(mode="json", exclude={"files", "hub", "config", "revision"}),
+        "data": recipe.data.digested(exclude=("files", "hub", "config", "revision")),
         "task": recipe.task,
         "max_length": recipe.tokens.max_length,
         "tokenizer": pretrained.tokenizer_identity(inputs.model_folder),

@@ -1,0 +1,63 @@
+"""The keys of a recipe that decide the loss, and the tasks that each fits. The losses: `afina.worker.model.losses`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from afina.recipe.explain import KeyedError, shown
+
+if TYPE_CHECKING:
+    from afina.recipe.schema import Train
+
+__all__ = ["DEFAULT_GAMMA", "misfit", "parse_label_weights"]
+
+#: Of Lin et al. 2017, "Focal Loss for Dense Object Detection".
+DEFAULT_GAMMA = 2.0
+
+#: Sums of larger weights could overflow float32.
+_LARGEST_WEIGHT = 1e9
+
+_KEYS = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing")
+
+
+def parse_label_weights(value: Any) -> Any:
+    """`balanced`, or weights by label name, checked.
+
+    Raises:
+        ValueError: neither, or a weight that is negative or not finite.
+    """
+    if value is None or value == "balanced":
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(
+            f"must be `balanced`, or a weight for each label such as {{good: 1, bad: 3}}, found {shown(value)}"
+        )
+    weights: dict[str, float] = {}
+    for key, weight in value.items():
+        name = str(key).strip()
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or not 0 <= weight <= _LARGEST_WEIGHT:
+            raise KeyedError(f"{shown(weight)} is not a weight: a number from 0 to {_LARGEST_WEIGHT:.0e}", str(key))
+        if name in weights:
+            raise KeyedError("names a label twice", str(key))
+        weights[name] = float(weight)
+    return weights
+
+
+def misfit(train: Train, task: str) -> tuple[str, str, str] | None:
+    """The first loss key of `train` that does not fit `task`: key, problem, remedy; None where all fit."""
+    if task == "regression":
+        for key in _KEYS:
+            if key in train.model_fields_set and getattr(train, key) != type(train).model_fields[key].get_default():
+                return (
+                    key,
+                    "does not fit a regression: its loss is the squared error",
+                    "leave it out, or set another task",
+                )
+    if task == "multi-label" and train.class_weights is not None:
+        return "class_weights", "does not fit a multi-label task", "set `train.pos_weight`, a weight for each label"
+    if task == "single-label" and train.pos_weight is not None:
+        return "pos_weight", "does not fit a single-label task", "set `train.class_weights`, a weight for each class"
+    return None
