@@ -1,6 +1,6 @@
 """Tiny real inputs for tests: a Transformers model folder, and reviews whose words tell their stars.
 
-`tiny_model` writes an ordinary checkpoint (config.json, model.safetensors, tokenizer.json, ...) with random weights:
+`write_project` writes a whole project folder. `tiny_model` writes an ordinary checkpoint (config.json, model.safetensors, tokenizer.json, ...) with random weights:
 it loads, trains and saves like a large one, it has learnt nothing. `tiny_reviews` draws rows that a tiny model can
 learn within seconds; they are synthetic and say nothing about real reviews. The same arguments give the same bytes.
 
@@ -19,6 +19,7 @@ from typing import Any
 __all__ = [
     "dataset_card",
     "parquet_bytes",
+    "recipe",
     "star_names",
     "tiny_model",
     "tiny_reviews",
@@ -26,6 +27,7 @@ __all__ = [
     "write_csv",
     "write_jsonl",
     "write_parquet",
+    "write_project",
     "write_tsv",
 ]
 
@@ -206,6 +208,38 @@ def tiny_model(
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    """A recipe for `model` and `reviews.csv` beside it. A section's keys are added to its own; None leaves a key out."""
+    merged: dict[str, Any] = {
+        "name": "tiny",
+        "model": "model",
+        "data": {
+            "files": {"all": "reviews.csv"},
+            "text": "text",
+            "label": "stars",
+            "train": {"fraction": 0.8, "seed": 42},
+            "eval": {"fraction": 0.2, "seed": 42},
+        },
+        "tokens": {"max_length": 64},
+        "train": {"batch_size": 8, "learning_rate": 0.003, "log_every": 1},
+    }
+    for key, value in sections.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            merged[key] = {name: item for name, item in merged[key].items() if item is not None}
+    return merged
+
+
+def write_project(folder: Path, rows: int = 203, seed: int = 7, **sections: Any) -> Path:
+    """Write model, `rows` reviews, the recipe of these sections and an empty scratch; returns the recipe's path."""
+    (folder / "scratch").mkdir(parents=True, exist_ok=True)
+    tiny_model(folder / "model")
+    write_csv(folder / "reviews.csv", tiny_reviews(rows, seed))
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe(**sections), indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def _tokenizer(arch: str, max_length: int) -> Any:

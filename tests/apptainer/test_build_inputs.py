@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.common import ROOT, program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONTAINER = REPOSITORY / "container"
-LOCKS = (CONTAINER / "requirements.txt", REPOSITORY / "tests" / "requirements.txt")
+CONTAINER = ROOT / "container"
+LOCKS = (CONTAINER / "requirements.txt", ROOT / "tests" / "requirements.txt")
 
 
 def call(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -132,8 +132,7 @@ def test_pip_settings_reach_uv(tmp_path: Path) -> None:
 )
 def test_build_refuses(options: list[str], message: str, tmp_path: Path) -> None:
     # Every refusal comes before the build: this apptainer must not be called.
-    (tmp_path / "apptainer").write_text("#!/bin/sh\necho reached\nexit 9\n")
-    (tmp_path / "apptainer").chmod(0o755)
+    program(tmp_path, "apptainer", "echo reached\nexit 9\n")
     where = ["--output", tmp_path / "afina.sif"] if "--output" not in options else []
     done = call(CONTAINER / "build.sh", *where, *options, PATH=f"{tmp_path}:{os.environ['PATH']}", TMPDIR=str(tmp_path))
     assert done.returncode == 2, done.stderr
@@ -147,8 +146,7 @@ def test_a_disk_that_cannot_hold_a_build_is_refused(tmp_path: Path) -> None:
         "apptainer": "exit 9",
         "stat": 'if [ "$1" = --file-system ]; then echo lustre; else exec /usr/bin/stat "$@"; fi',
     }.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+        program(tmp_path, name, f"{text}\n")
     argv = [CONTAINER / "build.sh", "--output", tmp_path / "afina.sif"]
     done = call(*argv, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_TMPDIR=str(tmp_path), TMPDIR="/nowhere")
     assert done.returncode == 3 and f"{tmp_path} is on lustre" in done.stderr

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.common import ROOT
 
 Apptainer = Callable[..., subprocess.CompletedProcess[str]]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LOCK = REPOSITORY / "container" / "requirements.txt"
+LOCK = ROOT / "container" / "requirements.txt"
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "submitit", "afina")
 
 
@@ -124,7 +124,7 @@ def test_labels_say_what_it_is(image: Path, apptainer: Apptainer) -> None:
     assert done.returncode == 0, done.stderr
     labels = json.loads(done.stdout)["data"]["attributes"]["labels"]
     torch = apptainer("exec", image, "python", "-c", "import torch; print(torch.__version__)").stdout.strip()
-    project = dict(re.findall(r'^(\w+) = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M))
+    project = dict(re.findall(r'^(\w+) = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M))
     assert labels["org.opencontainers.image.title"] == "afina"
     assert labels["org.opencontainers.image.version"] == project["version"]
     assert labels["org.opencontainers.image.licenses"] == project["license"]

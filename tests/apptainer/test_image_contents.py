@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from tests import tiny
+from tests.common import ROOT, program
 
 from afina.site.image import check_fit, read_image, summary
 
 Apptainer = Callable[..., subprocess.CompletedProcess[str]]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-LOCK = (REPOSITORY / "container/requirements.txt").read_text()
+LOCK = (ROOT / "container/requirements.txt").read_text()
 
 
 def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
@@ -44,14 +44,7 @@ def test_image_info_inside_and_outside_agree(image: Path, apptainer: Apptainer) 
 
 def test_a_run_in_the_image_is_the_run_outside(image: Path, home: Path, apptainer: Apptainer) -> None:
     """The same recipe in the plain environment of these tests: the same metrics, byte for byte."""
-    tiny.tiny_model(home / "model")
-    tiny.write_csv(home / "reviews.csv", tiny.tiny_reviews(60, 3))
-    (home / "scratch").mkdir()
-    part = {"fraction": 0.5, "seed": 1}
-    data = {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part}
-    train = {"batch_size": 8, "max_steps": 4, "log_every": 1, "learning_rate": 0.003}
-    recipe = {"name": "same", "model": "model", "data": data, "tokens": {"max_length": 64}, "train": train}
-    (home / "recipe.yaml").write_text(json.dumps(recipe))
+    tiny.write_project(home, 60, train={"max_steps": 4})
     if os.geteuid() == 0:
         for path in home.rglob("*"):
             shutil.chown(path, os.environ.get("AFINA_TEST_USER", "researcher"))
@@ -114,12 +107,10 @@ def test_no_log_and_no_cache_is_left(image: Path, apptainer: Apptainer) -> None:
 def as_the_user(home: Path) -> dict[str, str]:
     """An environment whose `apptainer` runs as the ordinary user: root may be unable to start a container."""
     folder = home / "bin"
-    folder.mkdir()
     real = str(shutil.which("apptainer"))
     user = os.environ.get("AFINA_TEST_USER", "researcher")
     start = f"runuser -u {user} -- " if os.geteuid() == 0 else ""
-    (folder / "apptainer").write_text(f'#!/bin/sh\nexec {start}{real} "$@"\n')
-    (folder / "apptainer").chmod(0o755)
+    program(folder, "apptainer", f'exec {start}{real} "$@"\n')
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "APPTAINER"))}
     return {**kept, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(home)}
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests import tiny
+from tests.common import ROOT, program
 
 from afina.errors import SiteError
 from afina.recipe.load import load_recipe
@@ -25,7 +27,6 @@ from afina.site.image import check_image
 from afina.site.settings import Site
 from afina.slurm.submitit_job import submitit_script
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm/finetune.sbatch"
 
 
@@ -92,18 +93,8 @@ def site(folder: Path, name: str, key: str) -> Site:
 
 def in_the_job(run: RunDir, image: Path, key: str) -> subprocess.CompletedProcess[str]:
     """finetune.sbatch of a run with this image. An accepted image reaches `afina_meet`, which ends the job with 42."""
-    words = [
-        "bash",
-        str(run.path / "node.sh"),
-        str(image),
-        "apptainer",
-        "exec",
-        str(image),
-        "python",
-        "-m",
-        "x",
-        str(run.path),
-    ]
+    words = ["bash", str(run.path / "node.sh"), str(image)]
+    words += ["apptainer", "exec", str(image), "python", "-m", "x", str(run.path)]
     (run.path / "worker.argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
     (run.path / "job.sh").write_text((ROOT / "slurm/job.sh").read_text() + "afina_meet() { exit 42; }\n")
     env = {"AFINA_SCRATCH": str(run.path), "AFINA_IMAGE_KEY": key, "SLURM_JOB_ID": "1", "AFINA_IMAGE": str(image)}
@@ -114,11 +105,7 @@ def in_the_job(run: RunDir, image: Path, key: str) -> subprocess.CompletedProces
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     (tmp_path / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
-    part = {"fraction": 0.5, "seed": 1}
-    data = {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part}
-    recipe = {"name": "signed", "model": "owner/model", "data": data, "metrics": ["accuracy"]}
-    recipe["train"] = {"batch_size": 8, "epochs": 1, "learning_rate": 5e-5, "seed": 1}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tiny.recipe(model="owner/model")))
     return make_plan(
         load_recipe(tmp_path / "recipe.yaml"), Site(scratch=tmp_path), recipe_file=tmp_path / "recipe.yaml"
     )
@@ -201,8 +188,7 @@ def test_submitits_script_checks_before_it_starts(
     signed: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("sbatch", "srun"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
+        program(tmp_path, name, "")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     run = RunDir(tmp_path / "it's a run")
     asked = plan.model_copy(update={"site": site(signed, "signed.sif", str(signed / "pem.pub"))})
@@ -215,10 +201,8 @@ def test_submitits_script_checks_before_it_starts(
 @pytest.mark.parametrize("command", [["train"], ["submit"], ["submit", "--via", "sbatch"]])
 def test_nothing_is_prepared_claimed_or_queued(signed: Path, plan: Plan, tmp_path: Path, command: list[str]) -> None:
     programs = tmp_path / "bin"
-    programs.mkdir()
     for name in ("sbatch", "srun"):
-        (programs / name).write_text(f"#!/bin/sh\ntouch {programs}/called\n")
-        (programs / name).chmod(0o755)
+        program(programs, name, f"touch {programs}/called\n")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = {

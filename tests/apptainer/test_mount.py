@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.common import NASTY, ROOT, program
 from tests.processes import descendants, signal_all, wait_until
-
-ROOT = Path(__file__).resolve().parents[2]
 
 #: The worker: answers each line of its standard input with a line of JSON.
 WORKER = """
@@ -45,22 +44,6 @@ while line := sys.stdin.readline():
     elif word == "exit":
         sys.exit(int(rest))
 """
-
-NASTY = [
-    "two words",
-    "it's",
-    'a "quoted" word',
-    "$(touch pwned)",
-    "'; echo foo",
-    "smörgås ☃",
-    "comma, colon: x=1",
-    "[1]*?",
-    "-rf",
-    "#hash & more",
-    "back\\040slash",
-    "100%d %s",
-    "line\nbreak",
-]
 
 
 def _account() -> pwd.struct_passwd:
@@ -320,8 +303,7 @@ def test_nasty_paths(home: Path, image: Path, name: str) -> None:
 # -- where it cannot be done -------------------------------------------------------------------------------------------
 
 #: An Apptainer that prints the command to run, and passes everything else to the real one.
-FAKE = """#!/bin/bash
-case $1 in
+FAKE = """case $1 in
   buildcfg) if [ -e "$HOME/setuid" ]; then echo APPTAINER_SUID_INSTALL=1; else exec {real} "$@"; fi ;;
   sif) exec {real} "$@" ;;
   *) printf '%s\\n' "$@"; exit 7 ;;
@@ -333,24 +315,11 @@ def _programs(node: Node, *without: str) -> None:
     """A PATH with the programs that node.sh calls, except `without`, and the fake Apptainer."""
     folder = node.home / "bin"
     folder.mkdir()
-    names = [
-        "bash",
-        "mkdir",
-        "mktemp",
-        "rm",
-        "rmdir",
-        "setsid",
-        "squashfuse",
-        "squashfuse_ll",
-        "fusermount",
-        "fusermount3",
-    ]
-    for name in [*names, "stat", "timeout", "tr"]:
+    names = "bash mkdir mktemp rm rmdir setsid squashfuse squashfuse_ll fusermount fusermount3 stat timeout tr"
+    for name in names.split():
         if name not in without and (found := shutil.which(name)):
             (folder / name).symlink_to(found)
-    fake = folder / "apptainer"
-    fake.write_text(FAKE.replace("{real}", str(shutil.which("apptainer"))))
-    fake.chmod(0o755)
+    program(folder, "apptainer", FAKE.replace("{real}", str(shutil.which("apptainer"))))
     node.bin = str(folder)
 
 

@@ -6,7 +6,6 @@ repeated or missing step shows in the log. Scenarios change it with `--set`.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,47 +15,21 @@ from typing import Any
 
 from tests import tiny
 
-__all__ = ["ROOT", "SAVE_EVERY", "STEPS", "environment", "write_project", "overrides", "prefetch"]
-
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["SAVE_EVERY", "STEPS", "environment", "write_project", "overrides", "prefetch"]
 
 SAVE_EVERY = 20
 STEPS = 300
 
-RECIPE: dict[str, Any] = {
-    "name": "faults",
-    "model": "model",
-    "data": {
-        "files": {"all": "reviews.csv"},
-        "text": "text",
-        "label": "stars",
-        "train": {"fraction": 0.8, "seed": 42},
-        "eval": {"fraction": 0.2, "seed": 42},
-    },
-    "tokens": {"max_length": 64},
-    # 243 training rows are 31 steps an epoch, the last of three rows: an epoch ends neither at a save nor evenly.
-    # Slow to learn, so that the best evaluation is not the first.
-    "train": {
-        "batch_size": 8,
-        "max_steps": STEPS,
-        "learning_rate": 4.0e-4,
-        "seed": 1,
-        "log_every": 1,
-        "save_every": SAVE_EVERY,
-        "evaluate": 75,
-    },
-    "metrics": ["accuracy"],
-    "resources": {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 30},
-}
+# 243 training rows are 31 steps an epoch, the last of three rows: an epoch ends neither at a save nor evenly.
+# Slow to learn, so that the best evaluation is not the first.
+_TRAIN = {"max_steps": STEPS, "learning_rate": 4.0e-4, "seed": 1, "save_every": SAVE_EVERY, "evaluate": 75}
+_RESOURCES = {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 30}
 
 
 def write_project(folder: Path) -> Path:
     """Write model, reviews, recipe and an empty scratch into `folder`; existing files stay."""
     if not (folder / "recipe.yaml").is_file():
-        (folder / "scratch").mkdir(parents=True, exist_ok=True)
-        tiny.tiny_model(folder / "model")
-        tiny.write_csv(folder / "reviews.csv", tiny.tiny_reviews(304, 1))
-        (folder / "recipe.yaml").write_text(json.dumps(RECIPE, indent=1) + "\n")
+        tiny.write_project(folder, 304, 1, name="faults", train=_TRAIN, metrics=["accuracy"], resources=_RESOURCES)
     return folder
 
 

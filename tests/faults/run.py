@@ -29,18 +29,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults import results  # noqa: E402
-from tests.faults.disks import Disk  # noqa: E402
-from tests.faults.experiment import MakeRun, references, run_random_kills, run_scenario  # noqa: E402
-from tests.faults.live_run import LiveRun, Setting  # noqa: E402
-from tests.faults.local_run import LocalRun, needs_root  # noqa: E402
-from tests.faults.project import prefetch, write_project  # noqa: E402
-from tests.faults.results import Result  # noqa: E402
-from tests.faults.scenarios import SCENARIOS, Scenario, find_scenario  # noqa: E402
-from tests.faults.slurm_run import Cluster, SlurmRun, give_to_user  # noqa: E402
+from tests.faults import results
+from tests.faults.disks import Disk
+from tests.faults.experiment import MakeRun, references, run_random_kills, run_scenario
+from tests.faults.live_run import LiveRun, Setting
+from tests.faults.local_run import LocalRun, needs_root
+from tests.faults.project import prefetch, write_project
+from tests.faults.results import Result
+from tests.faults.scenarios import SCENARIOS, Scenario, find_scenario
+from tests.faults.slurm_run import Cluster, SlurmRun, give_to_user
 
 __all__ = ["Suite", "local_suite", "main", "slurm_suite"]
 

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.common import ROOT
 from tests.faults.live_run import LiveRun, Setting, TooLate, freeze, records
-from tests.faults.project import ROOT, overrides
+from tests.faults.project import overrides
 from tests.processes import environ, pids, signal_all
 
 sys.path.insert(0, str(ROOT / "tests/slurm"))  # its modules name each other without a package

@@ -1,8 +1,8 @@
-"""On a GPU: packed batches are padded ones, dropout within flash attention is dropout, and runs train, stop and go on there.
+"""On a GPU: packed batches equal padded ones, flash attention's dropout is dropout, and runs train, stop and resume.
 
-    python -m pytest tests/gpu        one NVIDIA GPU is enough; without one all of it is skipped
+    python -m pytest tests/gpu        needs one NVIDIA GPU; without one everything is skipped
 
-`make test` does not run it: no machine that tests every change has a GPU.
+`make test` does not run it: the machines that test every change have no GPU.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from afina.worker.compute.batches import Collator, PackedCollator
 from afina.worker.compute.packing import pack
 from afina.worker.model.tasks import TASKS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HALF = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 ROWS = list(range(len(encoders.LENGTHS)))
 
 
 def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and all gradients behind each other, in float64 on the CPU; without dropout."""
+    """Logits, and all gradients in one vector, in float64 on the CPU; without dropout."""
     model = encoders.without_dropout(encoders.model_of(encoders.CONFIGS[name])).train().cuda()
     types = "token_type_ids" in encoders.forward_arguments(model)
     split = encoders.split_of(encoders.LENGTHS, 5, types=types, forbidden=None)
@@ -55,8 +55,8 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", encoders.CONFIGS)
-def test_packed_is_padded(name: str) -> None:
-    """In float32 to rounding; in bfloat16, where flash attention computes, as near to float32 as padded batches are."""
+def test_packed_equals_padded(name: str) -> None:
+    """In float32 to rounding; in bfloat16, with flash attention, as near to float32 as padded batches are."""
     exact = _step(name, half=False, packs=False)
     for found, expected in zip(_step(name, half=False, packs=True), exact, strict=True):
         assert _apart(found, expected) < 2e-5
@@ -68,8 +68,8 @@ def test_packed_is_padded(name: str) -> None:
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
 @pytest.mark.parametrize("first_only", [False, True])
-def test_flash_attention_drops_out_as_it_says(first_only: bool) -> None:
-    """Unbiased, the same for the same seed, and the gradient is that of the very mask: the output is linear in the values."""
+def test_dropout_of_flash_attention(first_only: bool) -> None:
+    """Unbiased, reproducible by its seed, and the gradient uses the same mask: the output is linear in the values."""
     packing = pack(encoders.LENGTHS, heads=4, device="cuda").to(torch.device("cuda"))
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(sum(packing.lengths), 4, 32, device="cuda") for _ in range(4))
@@ -157,8 +157,8 @@ def test_a_recorded_step_is_the_step(name: str) -> None:
 
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
-def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
-    """Whether a width was recorded just now or before makes no difference, so that a run can go on."""
+def test_a_recorded_step_draws_new_masks_that_depend_on_the_seed_only() -> None:
+    """When a width was recorded makes no difference, so that a run can be resumed."""
     losses = []
     for _ in range(2):
         model, batch_of, step = _trained("bert", dropout=True)
@@ -180,11 +180,11 @@ def test_a_recorded_step_draws_new_masks_that_only_the_seed_decides() -> None:
 
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
-def test_what_cannot_be_recorded_is_computed_and_said() -> None:
+def test_a_step_that_cannot_be_recorded_is_computed_with_a_reason() -> None:
     model, batch_of, step = _trained("bert", dropout=True)
 
     def waits(batch: dict[str, Any], items: torch.Tensor) -> torch.Tensor:
-        float(items)  # waits for the GPU, which no recording can
+        float(items)  # waits for the GPU, which cannot be recorded
         return step(batch, items)
 
     recorded = cuda_graphs.GraphedStep(waits, model, rows=8, longest=64)
@@ -200,23 +200,20 @@ def test_what_cannot_be_recorded_is_computed_and_said() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, reviews and a scratch folder."""
     place = tmp_path_factory.mktemp("on a GPU")
-    (place / "scratch").mkdir()
-    tiny.tiny_model(place / "model")
-    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(203, 7))
+    tiny.write_project(place)
     return place
 
 
-def test_a_run_trains_on_the_gpu_says_so_and_predicts(place: Path) -> None:
-    run = runs._train(place, "whole", runs._recipe(place, train={"epochs": 8, "cuda_graphs": True}))
+def test_a_run_trains_on_the_gpu_logs_it_and_predicts(place: Path) -> None:
+    run = runs._train(place, "whole", runs._recipe(train={"epochs": 8, "cuda_graphs": True}))
     outcome = runs._outcome(run)
-    precision = next(
-        e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "precision"
-    )
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    precision = next(event for event in events if event["event"] == "precision")
     assert (precision["device"]["kind"], precision["precision"]) == ("cuda", "bf16" if HALF else "fp16")
     assert outcome["metrics"]["eval_accuracy"] > 0.4
     used = outcome["utilisation"]
-    said = (run / "attempts/local-1/node0.log").read_text()
-    assert ("are recorded as CUDA graphs, one for each width" in said) == HALF, said
+    log = (run / "attempts/local-1/node0.log").read_text()
+    assert ("are recorded as CUDA graphs, one for each width" in log) == HALF, log
     assert 0.3 < used["real_token_share"] <= 1.0 and used["tokens_per_second"] > 0 and 0 < used["peak_memory_gb"] < 5
     texts = place / "new.csv"
     tiny.write_csv(texts, tiny.tiny_reviews(60, 9))
@@ -239,23 +236,23 @@ def test_a_run_trains_on_the_gpu_says_so_and_predicts(place: Path) -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_run_that_was_not(place: Path, recorded: bool) -> None:
-    """Batches, dropout, schedule and optimizer go on exactly; sums of gradients on a GPU are in no fixed order."""
-    recipe = runs._recipe(place, train={"epochs": 8, "save_every": 5, "cuda_graphs": recorded})
+def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_undisturbed_run(place: Path, recorded: bool) -> None:
+    """Batches, dropout, schedule and optimizer resume exactly; a GPU sums gradients in varying order."""
+    recipe = runs._recipe(train={"epochs": 8, "save_every": 5, "cuda_graphs": recorded})
     whole = runs._train(place, f"undisturbed-{recorded}", recipe)
     run = place / f"disturbed-{recorded}"
     process = runs._start(place, run, recipe)
     runs._wait_for_lines(run, 6)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
     argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
     resumed = subprocess.Popen(argv, env=runs._environment(place), stdout=subprocess.DEVNULL)
     runs._wait_for_lines(run, 40, attempt=2)
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
     assert resumed.wait(timeout=120) == 4
-    code, text = runs._resume(place, run)
-    assert code == 0, text
+    code, output = runs._resume(place, run)
+    assert code == 0, output
     expected, found = runs._lines(whole), runs._lines(run)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     losses = [(a["loss"], b["loss"]) for a, b in zip(expected, found, strict=True) if "loss" in a]
@@ -266,14 +263,14 @@ def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_run_that_was_not(plac
 
 def test_a_rehearsal_measures_the_memory_of_the_gpu(place: Path) -> None:
     file = place / "rehearsed.yaml"
-    file.write_text(json.dumps(runs._recipe(place)))
+    file.write_text(json.dumps(runs._recipe()))
     argv = [sys.executable, "-m", "afina.cli", "rehearse", str(file), "--json"]
     done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout, done.stdout
 
 
-def test_doctor_sees_the_gpu(place: Path) -> None:
+def test_doctor_names_the_gpu(place: Path) -> None:
     argv = [sys.executable, "-m", "afina.worker", "doctor"]
     done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
     assert torch.cuda.get_device_name() in done.stdout, done.stdout + done.stderr

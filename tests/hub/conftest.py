@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.common import ROOT
 from tests.hub.client import Client
 from tests.hub.server import HubServer
-
-_REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -30,5 +29,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT without a head. Built in a process of its own, so that this one never imports torch."""
     folder = tmp_path_factory.mktemp("model")
     code = f"from pathlib import Path; from tests import tiny; tiny.tiny_model(Path({str(folder)!r}))"
-    subprocess.run([sys.executable, "-c", code], cwd=_REPOSITORY, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     return folder

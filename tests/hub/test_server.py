@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 from tests import tiny
+from tests.common import ROOT
 from tests.hub.client import Client, csv_dataset, labelled
 from tests.hub.server import HubServer
-
-_REPOSITORY = Path(__file__).parents[2]
 
 
 def test_a_pinned_model_stays_what_it_was(hub: HubServer, client: Client, model: Path) -> None:
@@ -184,7 +183,7 @@ def test_run_as_a_program(tmp_path: Path) -> None:
     commit.mkdir(parents=True)
     (commit / "config.json").write_text("{}")
     program = [sys.executable, "-m", "tests.hub.server", str(tmp_path)]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=_REPOSITORY) as process:
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None
             endpoint = process.stdout.readline().strip()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
-from projects import ROOT
+from tests.common import ROOT
 
 
 def _unavailable(reason: str) -> None:

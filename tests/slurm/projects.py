@@ -13,9 +13,7 @@ from typing import Any
 
 from cluster import Cluster
 
-__all__ = ["ROOT", "give_to_user", "project_folder"]
-
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["give_to_user", "project_folder"]
 
 
 def give_to_user(path: Path, cluster: Cluster) -> None:

@@ -18,24 +18,16 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from projects import ROOT, give_to_user, project_folder
+from projects import give_to_user, project_folder
 from tests import tiny
+from tests.common import ROOT
 
-RECIPE: dict[str, Any] = {
-    "name": "tiny 'stars' $(touch never)",
-    "model": "model",
-    "data": {
-        "files": {"all": "reviews.csv"},
-        "text": "text",
-        "label": "stars",
-        "train": {"fraction": 0.8, "seed": 42},
-        "eval": {"fraction": 0.2, "seed": 42},
-    },
-    "tokens": {"max_length": 64},
-    "train": {"batch_size": 16, "epochs": 3, "learning_rate": 0.005, "seed": 1, "keep": "last"},
-    "metrics": ["accuracy", "f1"],
-    "resources": {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
-}
+RECIPE = tiny.recipe(
+    name="tiny 'stars' $(touch never)",
+    train={"batch_size": 16, "epochs": 3, "learning_rate": 0.005, "seed": 1, "keep": "last", "log_every": None},
+    metrics=["accuracy", "f1"],
+    resources={"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
+)
 
 
 @pytest.fixture(scope="module")

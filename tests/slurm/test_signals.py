@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.common import ROOT
 
 #: Records signals; once the file `go` exists it imports modules it has not read yet.
 WORKER = """

@@ -15,21 +15,13 @@ from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
 
-RECIPE: dict[str, Any] = {
-    "name": "sweep it's $(touch never)",
-    "model": "model",
-    "data": {
-        "files": {"all": "reviews.csv"},
-        "text": "text",
-        "label": "stars",
-        "train": {"fraction": 0.8},
-        "eval": {"fraction": 0.2},
-    },
-    "tokens": {"max_length": 32},
-    "train": {"batch_size": 16, "epochs": 40, "seed": 1, "evaluate": 800, "save_every": 50},
-    "metrics": ["accuracy"],
-    "resources": {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
-}
+RECIPE = tiny.recipe(
+    name="sweep it's $(touch never)",
+    tokens={"max_length": 32},
+    train={"batch_size": 16, "epochs": 40, "seed": 1, "evaluate": 800, "save_every": 50, "log_every": None},
+    metrics=["accuracy"],
+    resources={"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},
+)
 
 
 @pytest.fixture(scope="module")

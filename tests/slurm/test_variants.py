@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from tests.common import ROOT
 
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts, sbatch_argv
@@ -212,7 +213,7 @@ def test_lists_of_nodes_are_read_as_scontrol_reads_them(cluster: Cluster) -> Non
         "rack1gpu2,rack[10-11]gpu[7-8]",
     ]
     source = 'set -u; run=/ SLURM_JOB_ID=1; . "$0"; for list in "$@"; do afina_expand "$list"; done'
-    script = Path(__file__).resolve().parents[2] / "slurm/job.sh"
+    script = ROOT / "slurm/job.sh"
     ours = subprocess.run(
         ["bash", "-c", source, str(script), *lists], capture_output=True, text=True, check=True
     ).stdout

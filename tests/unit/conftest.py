@@ -19,32 +19,11 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from tests.common import NASTY
 
 from afina.recipe.load import load_recipe
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
-
-ROOT = Path(__file__).parents[2]
-
-#: Names of files and folders that a careless shell, pattern, format or option parser trips over.
-NASTY = [
-    "two words",
-    "it's",
-    'a "quoted" word',
-    "'; echo foo",
-    "$(touch pwned)",
-    "`touch pwned`",
-    "$HOMEless",
-    "smörgås ☃",
-    "comma, colon: x=1",
-    "100%j %%n",
-    "[1]*?",
-    "-rf",
-    "~nobody",
-    "{run}",
-    "#hash & more",
-    "line\nbreak",
-]
 
 _FOREIGN = ("AFINA_", "SBATCH_", "SLURM_", "HF_", "APPTAINER", "SINGULARITY", "TRANSFORMERS_", "CUDA_VISIBLE")
 
@@ -204,15 +183,6 @@ def tree(*folders: Path) -> dict[str, str]:
             content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             found[str(path)] = f"{mode} {content}"
     return found
-
-
-def program(folder: Path, name: str, body: str) -> Path:
-    """A small executable for PATH."""
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text("#!/bin/bash\n" + body)
-    path.chmod(0o755)
-    return path
 
 
 def private_mounts(script: str, *arguments: str | Path) -> Ran:

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import ROOT
+from tests.common import ROOT
 
 import afina
 from afina.errors import InputError

@@ -12,7 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import ROOT, tree
+from tests.common import ROOT
+from tests.unit.conftest import tree
 
 from afina import demo
 from afina.api import plan_for

@@ -163,22 +163,11 @@ print(states)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("precision")
-    (place / "scratch").mkdir()
-    tiny.tiny_model(place / "model")
+    tiny.write_project(place, 80, tokens={"batching": "grouped"}, train={"max_steps": 4, "keep": "last"})
     # Without dropout, whose masks a compiled model draws in another order; grouped, as a compiled run is.
     config = json.loads((place / "model/config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (place / "model/config.json").write_text(json.dumps(config))
-    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(80, 3))
-    part = {"fraction": 0.5, "seed": 1}
-    recipe = {
-        "name": "tiny",
-        "model": "model",
-        "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
-        "tokens": {"max_length": 64, "batching": "grouped"},
-        "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 0.003, "log_every": 1, "keep": "last"},
-    }
-    (place / "recipe.yaml").write_text(json.dumps(recipe))
     return place
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -76,20 +75,8 @@ def test_a_failed_copy_is_reported_and_leaves_nothing(
 
 def test_a_staged_run_is_the_same_run(tmp_path: Path) -> None:
     """As a Slurm job starts it: `afina.worker.node.launch`, which copies, and becomes the training."""
-    for name in ("scratch", "local"):
-        (tmp_path / name).mkdir()
-    tiny.tiny_model(tmp_path / "model")
-    tiny.write_csv(tmp_path / "reviews.csv", tiny.tiny_reviews(60, 3))
-    part = {"fraction": 0.5, "seed": 1}
-    recipe = {
-        "name": "tiny",
-        "model": "model",
-        "data": {"files": {"all": "reviews.csv"}, "text": "text", "label": "stars", "train": part, "eval": part},
-        "tokens": {"max_length": 64},
-        "train": {"batch_size": 8, "max_steps": 4, "log_every": 1},
-        "resources": {"gpus_per_node": 0},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "local").mkdir()
+    tiny.write_project(tmp_path, 60, train={"max_steps": 4}, resources={"gpus_per_node": 0})
     env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, "-m", "afina.cli"]
     subprocess.run([*argv, "train", "recipe.yaml", "--run", "plain"], cwd=tmp_path, env=env, check=True)

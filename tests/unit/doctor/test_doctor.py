@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.conftest import Ran, program, sif_bytes, tree
+from tests.common import program
+from tests.unit.conftest import Ran, sif_bytes, tree
 
 from afina import __version__
 from afina.doctor import CHECKS, disk, examine

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import tiny
-from tests.unit.conftest import program, tree
+from tests.common import program
+from tests.unit.conftest import tree
 
 from afina.api import plan_for
 from afina.forecast.evidence import earlier_runs, workload_of
@@ -25,17 +26,8 @@ Ran = subprocess.CompletedProcess[str]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("it's a place")
     (place / "scra tch").mkdir()
-    tiny.tiny_model(place / "model")
-    tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(260, 7))
-    recipe = {
-        "name": "tiny",
-        "model": "model",
-        "data": {"files": "reviews.csv", "text": "text", "label": "stars", "train": {"fraction": 0.8}, "eval": {"fraction": 0.2}},
-        "tokens": {"max_length": 64},
-        "train": {"batch_size": 16, "epochs": 2, "learning_rate": 0.003, "log_every": 1},
-        "resources": {"gpus_per_node": 0, "cpus_per_gpu": 1, "time": 30},
-    }  # fmt: skip
-    (place / "recipe.yaml").write_text(json.dumps(recipe))
+    resources = {"gpus_per_node": 0, "cpus_per_gpu": 1, "time": 30}
+    tiny.write_project(place, 260, train={"batch_size": 16, "epochs": 2}, resources=resources)
     return place
 
 

@@ -23,7 +23,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from tests import tiny
-from tests.unit.conftest import ROOT, Ran, program, tree
+from tests.common import ROOT, program
+from tests.unit.conftest import Ran, tree
 
 from afina.cli import main
 from afina.errors import AfinaError, InputError
@@ -38,22 +39,13 @@ LABELS = ["1", "2", "3", "4", "5"]
 
 def train(place: Path, name: str = "run", **data: Any) -> Path:
     """A run of a tiny BERT on the reviews in `place`, by the command line."""
-    recipe = {
-        "name": "stars it's",
-        "model": str(place / "model"),
-        "data": {
-            "files": {"all": str(place / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "id": "id",
-            "train": {"fraction": 0.8, "seed": 42},
-            "eval": {"fraction": 0.2, "seed": 42},
-            **data,
-        },
-        "tokens": {"max_length": 24},
-        "train": {"batch_size": 16, "epochs": 4, "learning_rate": 0.005, "seed": 1},
-        "metrics": ["accuracy", "f1"],
-    }
+    recipe = tiny.recipe(
+        name="stars it's",
+        data={"id": "id", **data},
+        tokens={"max_length": 24},
+        train={"batch_size": 16, "epochs": 4, "learning_rate": 0.005, "seed": 1, "log_every": None},
+        metrics=["accuracy", "f1"],
+    )
     (place / f"{name}.yaml").write_text(json.dumps(recipe))
     argv = [sys.executable, "-m", "afina.cli", "train", str(place / f"{name}.yaml"), "--run", str(place / name)]
     env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}

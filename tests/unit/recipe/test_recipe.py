@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.unit.conftest import DROP, ROOT, recipe_dict
+from tests.common import ROOT
+from tests.unit.conftest import DROP, recipe_dict
 
 from afina.errors import RecipeError
 from afina.recipe.explain import model_of

@@ -198,25 +198,8 @@ def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(
 def test_a_killed_and_resumed_run_is_on_tensorboard_once(tmp_path: Path) -> None:
     """The real library: killed some steps after a checkpoint, so that they are made twice."""
     pytest.importorskip("tensorboard", reason="the extra `trackers` is not installed")
-    (tmp_path / "scratch").mkdir()
-    tiny.tiny_model(tmp_path / "model")
-    tiny.write_csv(tmp_path / "reviews.csv", tiny.tiny_reviews(203, 7))
-    recipe = {
-        "name": "tiny",
-        "model": str(tmp_path / "model"),
-        "data": {
-            "files": {"all": str(tmp_path / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "train": {"fraction": 0.8},
-            "eval": {"fraction": 0.2},
-        },
-        "tokens": {"max_length": 64},
-        "train": {"batch_size": 8, "epochs": 8, "learning_rate": 0.003, "log_every": 1, "save_every": 20},
-        "trackers": ["tensorboard"],
-    }
-    file, run = tmp_path / "recipe.yaml", tmp_path / "it's a run"
-    file.write_text(json.dumps(recipe))
+    file = tiny.write_project(tmp_path, train={"epochs": 8, "save_every": 20}, trackers=["tensorboard"])
+    run = tmp_path / "it's a run"
     env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY}
     argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)]
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from tests import tiny
-from tests.unit.conftest import Ran, program, recipe_dict, tree
+from tests.common import program
+from tests.unit.conftest import Ran, recipe_dict, tree
 from tests.unit.reports.test_report import Page
 
 from afina import api

@@ -15,7 +15,7 @@ from typing import Any
 import click
 import pytest
 from pydantic import BaseModel
-from tests.unit.conftest import ROOT
+from tests.common import ROOT
 
 from afina import errors
 from afina.cli import cli

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import ROOT
+from tests.common import ROOT
 
 from afina.run.allocation import Allocation
 

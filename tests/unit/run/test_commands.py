@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.conftest import ROOT, program, recipe_dict
+from tests.common import ROOT, program
+from tests.unit.conftest import recipe_dict
 
 from afina.errors import EnvironmentProblem
 from afina.recipe.schema import Recipe

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.conftest import ROOT, recipe_dict, tree
+from tests.common import ROOT
+from tests.unit.conftest import recipe_dict, tree
 
 from afina.recipe.load import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.conftest import Ran, program, sif_bytes
+from tests.common import program
+from tests.unit.conftest import Ran, sif_bytes
 
 from afina import __version__
 from afina.errors import InputError, SiteError

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import NASTY, ROOT, private_mounts, program, sif_bytes
+from tests.common import NASTY, ROOT, program
+from tests.unit.conftest import private_mounts, sif_bytes
 
 from afina.errors import SiteError
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment, find_site_file, load_site

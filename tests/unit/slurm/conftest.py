@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import program
+from tests.common import program
 
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts

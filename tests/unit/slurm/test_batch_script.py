@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import ROOT, Ran, program
+from tests.common import ROOT, program
+from tests.unit.conftest import Ran
 from tests.unit.slurm.conftest import no_slurm
 
 from afina.recipe.schema import Recipe

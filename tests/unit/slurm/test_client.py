@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.common import program
 from tests.tiny import tiny_model, tiny_reviews, write_csv
-from tests.unit.conftest import Ran, program, tree
+from tests.unit.conftest import Ran, tree
 from tests.unit.slurm.conftest import no_slurm
 
 from afina.errors import SlurmError

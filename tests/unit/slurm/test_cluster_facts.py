@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import Ran, program, tree
+from tests.common import program
+from tests.unit.conftest import Ran, tree
 
 from afina.slurm.cluster import Cluster, Qos, parse_associations, parse_config, parse_partitions, read_cluster
 from afina.slurm.limits import JobSize, limit_of, refusal

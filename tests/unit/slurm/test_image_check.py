@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import ROOT, program
+from tests.common import ROOT, program
 
 from afina.errors import SiteError
 from afina.site.image import check_image

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from tests import tiny
+from tests.common import program
 from tests.hub.server import HubServer
-from tests.unit.conftest import Ran, program, tree
+from tests.unit.conftest import Ran, tree
 
 from afina import cli
 from afina.api import plan_for

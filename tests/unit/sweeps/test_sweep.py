@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.common import program
 from tests.tiny import tiny_model, tiny_reviews, write_csv
-from tests.unit.conftest import Ran, program, tree
+from tests.unit.conftest import Ran, tree
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
 from afina.recipe.load import parse_recipe

@@ -20,19 +20,8 @@ def run_with(place: Path, name: str, constants: str, *options: str, **train: Any
     if not (place / "model").exists():
         tiny.tiny_model(place / "model")
         tiny.write_csv(place / "reviews.csv", tiny.tiny_reviews(203, 7))
-    recipe = {
-        "name": "tiny",
-        "model": str(place / "model"),
-        "data": {
-            "files": {"all": str(place / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "train": {"fraction": 0.8},
-            "eval": {"fraction": 0.2},
-        },
-        "tokens": {"max_length": 64, "batching": train.pop("batching", "auto")},
-        "train": {"batch_size": 8, "epochs": 2, "learning_rate": 0.003, "log_every": 1, **train},
-    }
+    batching = train.pop("batching", "auto")
+    recipe = tiny.recipe(tokens={"batching": batching}, train={"epochs": 2, **train})
     (place / f"{name}.yaml").write_text(json.dumps(recipe))
     # Read at the start of every Python process of the run, and nowhere else.
     custom = place / "custom"

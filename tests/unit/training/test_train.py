@@ -18,46 +18,26 @@ from typing import Any
 import pytest
 from tests import tiny
 
-STARS = ["1", "2", "3", "4", "5"]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models (with dropout, and without), reviews in several shapes, and a scratch folder."""
     place = tmp_path_factory.mktemp("it's a place")
-    (place / "scratch").mkdir()
-    tiny.tiny_model(place / "model")
-    still = place / "still"
-    tiny.tiny_model(still)
+    tiny.write_project(place)
+    still = shutil.copytree(place / "model", place / "still")
     config = json.loads((still / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (still / "config.json").write_text(json.dumps(config))
     rows = tiny.tiny_reviews(203, 7)
-    tiny.write_csv(place / "reviews.csv", rows)
     flags = {"good": (4, 5), "bad": (1, 2), "extreme": (1, 5)}
     many = [{"text": r["text"], **{name: int(r["stars"] in of) for name, of in flags.items()}} for r in rows]
     tiny.write_csv(place / "many.csv", many)
     return place
 
 
-def _recipe(place: Path, **changes: Any) -> dict[str, Any]:
-    recipe: dict[str, Any] = {
-        "name": "tiny",
-        "model": str(place / "model"),
-        "data": {
-            "files": {"all": str(place / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "train": {"fraction": 0.8, "seed": 42},
-            "eval": {"fraction": 0.2, "seed": 42},
-        },
-        "tokens": {"max_length": 64},
-        "train": {"batch_size": 8, "epochs": 2, "learning_rate": 0.003, "seed": 1, "log_every": 1},
-        "metrics": ["accuracy", "f1"],
-    }
-    for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
-    return recipe
+def _recipe(*, train: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    sections = {"metrics": ["accuracy", "f1"], **sections}
+    return tiny.recipe(train={"epochs": 2, "seed": 1, **(train or {})}, **sections)
 
 
 def _environment(place: Path) -> dict[str, str]:
@@ -105,24 +85,44 @@ def _wait_for_lines(run: Path, count: int, *, attempt: int = 1) -> None:
     raise AssertionError(f"{run} did not reach {count} lines")
 
 
+#: Every step is evaluated, so that each stop leaves an evaluation to the next attempt.
+WHOLE = _recipe(
+    train={"epochs": 4, "evaluate": 1, "save_every": 5},
+    metrics=["accuracy", "precision", "recall", "f1", "mcc", "confusion_matrix"],
+)
+
+
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """The undisturbed run."""
-    return _train(place, "whole", _recipe(place))
+    return _train(place, "whole", WHOLE)
+
+
+#: Without dropout, whose masks depend on the number of processes, and in float32.
+STILL = {"model": "still", "train": {"precision": "fp32"}}
+
+
+@pytest.fixture(scope="module")
+def packed(place: Path) -> Path:
+    """A run of one process, without dropout, eight epochs."""
+    return _train(place, "one-packed", _recipe(model="still", train={"precision": "fp32", "epochs": 8}))
 
 
 def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
     import pyarrow.parquet as pq
 
     outcome = _outcome(whole)
-    steps = -(-162 // 8) * 2
+    steps = -(-162 // 8) * 4
     assert [outcome[key] for key in ("outcome", "exit_code", "attempts", "global_step")] == ["finished", 0, 1, steps]
+    assert {"eval_confusion_matrix", "eval_mcc", "eval_recall_per_class"} <= set(outcome["metrics"])
     assert outcome["samples_per_second"] > 0
     assert outcome["seconds"] > 0
     table = pq.read_table(whole / "predictions.parquet").to_pydict()
     assert len(table["text"]) == 41
     right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
     assert right / 41 == pytest.approx(outcome["metrics"]["eval_accuracy"])
+    config = json.loads((whole / "model/config.json").read_text())
+    assert config["problem_type"] == "single_label_classification"
     log = (whole / "attempts/local-1/node0.log").read_text()
     assert "validation loss" in log and "Traceback" not in log
     assert whole.stat().st_mode & 0o777 == 0o700
@@ -140,18 +140,15 @@ def test_the_exported_model_repeats_the_recorded_predictions_in_a_plain_pipeline
     argv = [sys.executable, "-W", "ignore", "-c", code, str(whole)]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     labels, apart = json.loads(done.stdout.splitlines()[-1])
-    assert labels == STARS and apart < 1e-5
+    assert labels == ["1", "2", "3", "4", "5"] and apart < 1e-5
     assert (whole / "model/model.safetensors").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path) -> None:
-    """Every step is evaluated, so that each stop leaves an evaluation to the next attempt."""
-    recipe = _recipe(place, train={"evaluate": 1, "save_every": 5, "epochs": 4})
-    whole = _train(place, "undisturbed", recipe)
+def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path, whole: Path) -> None:
     run = place / "stopped"
-    process = _start(place, run, recipe)
+    process = _start(place, run, WHOLE)
     _wait_for_lines(run, 5)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -176,58 +173,84 @@ def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path
     assert code == 0, "a finished run stays as it is"
 
 
+def _assert_close(run: Path, reference: Path, steps: int) -> None:
+    """Losses, metrics and gradient norms of the first `steps` steps differ by rounding only."""
+    lines, expected = ([line for line in _lines(one) if line["step"] <= steps] for one in (run, reference))
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for a, b in zip(expected, lines, strict=True):
+        for key in ("loss", "eval_loss", "eval_accuracy", "grad_norm"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (a["step"], key)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("batching", ["longest", "grouped", "packed"])
-def test_two_processes_and_accumulation_are_the_same_training(place: Path, batching: str) -> None:
-    """Without dropout one process, two, and one with accumulation differ by rounding only, uneven last steps included."""
-    exact = {"precision": "fp32"}
-    recipe = _recipe(place, model=str(place / "still"), tokens={"batching": batching}, train=exact)
-    one = _lines(_train(place, f"one-{batching}", recipe))
-    two = _lines(_train(place, f"two-{batching}", recipe, "--num-processes", "2"))
+@pytest.mark.parametrize("batching", ["longest", "grouped"])
+def test_two_processes_that_accumulate_are_the_same_training(place: Path, batching: str) -> None:
+    """Uneven last steps included."""
+    recipe = _recipe(**STILL, tokens={"batching": batching})
+    one = _train(place, f"one-{batching}", recipe)
     recipe["train"]["max_batch_per_device"] = 2
-    parts = _lines(_train(place, f"parts-{batching}", recipe))
-    for other in (two, parts):
-        assert [line["step"] for line in one] == [line["step"] for line in other]
-        for a, b in zip(one, other, strict=True):
-            for key in ("loss", "eval_loss", "eval_accuracy", "learning_rate", "grad_norm"):
-                if key in a:
-                    assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (a["step"], key)
+    _assert_close(_train(place, f"two-{batching}", recipe, "--num-processes", "2"), one, 42)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(place: Path, processes: str) -> None:
+def test_two_processes_or_accumulation_are_the_same_packed_training(place: Path, packed: Path) -> None:
+    recipe = json.loads(packed.with_suffix(".yaml").read_text())
+    two = _train(place, "two-packed", recipe, "--num-processes", "2")
+    recipe["train"]["max_batch_per_device"] = 2
+    parts = _train(place, "parts-packed", recipe)
+    for run in (two, parts):
+        _assert_close(run, packed, 42)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_of_one_process_resumes_with_two(place: Path, packed: Path) -> None:
+    run = place / "geometry"
+    process = _start(place, run, json.loads(packed.with_suffix(".yaml").read_text()))
+    _wait_for_lines(run, 4)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) and process.returncode == 75
+    code, output = _resume(place, run, "--num-processes", "2")
+    assert code == 0, output
+    one, two = _lines(packed), _lines(run)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(place: Path) -> None:
     """The evaluation takes seconds, one row at a time; the stop is requested when its step has been logged."""
-    rows = tiny.tiny_reviews(1200, 11)
-    tiny.write_csv(place / "long.csv", rows)
-    one_by_one = {"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1}
-    recipe = _recipe(place, train=one_by_one, tokens={"batching": "longest"})
-    recipe["data"] = {
-        "files": {"train": str(place / "reviews.csv"), "eval": str(place / "long.csv")},
-        "text": "text",
-        "label": "stars",
-    }
-    whole = _train(place, f"evaluated-{processes}", recipe, "--num-processes", processes)
-    run = place / f"abandoned-{processes}"
-    process = _start(place, run, recipe, "--num-processes", processes)
+    tiny.write_csv(place / "long.csv", tiny.tiny_reviews(800, 11))
+    recipe = _recipe(
+        data={"files": {"train": "reviews.csv", "eval": "long.csv"}, "train": None, "eval": None},
+        tokens={"batching": "longest"},
+        train={"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1},
+    )
+    two = ("--num-processes", "2")
+    whole = _train(place, "evaluated", recipe, *two)
+    run = place / "abandoned"
+    process = _start(place, run, recipe, *two)
     _wait_for_lines(run, 6)
     (run / "stop").touch()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the stop did not wait for the evaluation"
     assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
-    code, output = _resume(place, run, "--num-processes", processes)
+    code, output = _resume(place, run, *two)
     assert code == 0, output
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.timeout(300)
-def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
+def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_age_of_the_newest(place: Path) -> None:
     """The stop begins 15 seconds, two saves and three steps before the deadline: 28 seconds leave some for the training."""
-    recipe = _recipe(place, train={"epochs": 4000, "save_every": 5000, "log_every": 100})
+    train = {"epochs": 4000, "save_every": 50000, "save_minutes": 0.005, "evaluate": 50000, "log_every": 100}
+    recipe = _recipe(train=train)
     run = place / "limited"
     file = run.with_suffix(".yaml")
     file.write_text(json.dumps(recipe))
@@ -244,38 +267,14 @@ def test_the_deadline_stops_a_run_with_a_checkpoint(place: Path) -> None:
     outcome = _outcome(run)
     assert outcome["cause"] == "limit"
     assert (run / f"checkpoints/step-{outcome['global_step']}/manifest.json").is_file()
-
-
-@pytest.mark.timeout(300)
-def test_save_minutes_limits_the_age_of_the_newest_checkpoint(place: Path) -> None:
-    recipe = _recipe(place, train={"epochs": 30, "save_every": 5000, "save_minutes": 0.005, "evaluate": 5000})
-    run = _train(place, "old", recipe)
-    saved = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == "checkpoint"]
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    saved = [event for event in events if event["event"] == "checkpoint"]
     assert len(saved) > 2
-    assert all(e["bytes"] > 0 and e["seconds"] > 0 and e["stall_s"] >= 0 for e in saved)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_run_of_one_process_resumes_with_two(place: Path) -> None:
-    recipe = _recipe(place, model=str(place / "still"), train={"epochs": 8, "precision": "fp32"})
-    whole = _train(place, "one", recipe)
-    run = place / "geometry"
-    process = _start(place, run, recipe)
-    _wait_for_lines(run, 4)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120) and process.returncode == 75
-    code, output = _resume(place, run, "--num-processes", "2")
-    assert code == 0, output
-    one, two = _lines(whole), _lines(run)
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    assert two[-1]["eval_loss"] == pytest.approx(one[-1]["eval_loss"], rel=2e-3)
-    code, output = _resume(place, run, "--num-processes", "3")
-    assert code in (0, 2), output
+    assert all(event["bytes"] > 0 and event["seconds"] > 0 and event["stall_s"] >= 0 for event in saved)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "keys"),
+    ("kind", "sections", "keys"),
     [
         (
             "regression",
@@ -283,34 +282,24 @@ def test_a_run_of_one_process_resumes_with_two(place: Path) -> None:
             {"eval_mse", "eval_mae", "eval_pearson", "eval_spearman"},
         ),
         (
-            "multi",
-            {"data": {"label": ["good", "bad", "extreme"]}, "metrics": ["f1", "f1_micro", "subset_accuracy"]},
+            "multi_label_classification",
+            {
+                "data": {"label": ["good", "bad", "extreme"], "files": {"all": "many.csv"}},
+                "metrics": ["f1", "f1_micro", "subset_accuracy"],
+            },
             {"eval_f1", "eval_f1_micro", "eval_subset_accuracy"},
-        ),
-        (
-            "all metrics",
-            {"metrics": ["accuracy", "precision", "recall", "f1", "mcc", "confusion_matrix"]},
-            {"eval_confusion_matrix", "eval_mcc", "eval_recall_per_class"},
         ),
     ],
 )
-def test_every_task_trains_and_computes_its_metrics(
-    place: Path, name: str, changes: dict[str, Any], keys: set[str]
+def test_the_other_tasks_train_and_compute_their_metrics(
+    place: Path, kind: str, sections: dict[str, Any], keys: set[str]
 ) -> None:
-    recipe = _recipe(place, **changes)
-    if name == "multi":
-        recipe["data"]["files"] = {"all": str(place / "many.csv")}
-    run = _train(place, name, recipe)
+    run = _train(place, kind, _recipe(**sections))
     outcome = _outcome(run)
     assert keys <= set(outcome["metrics"])
     config = json.loads((run / "model/config.json").read_text())
-    expected = {
-        "regression": "regression",
-        "multi": "multi_label_classification",
-        "all metrics": "single_label_classification",
-    }
-    assert config["problem_type"] == expected[name]
-    if name == "multi":
+    assert config["problem_type"] == kind
+    if kind != "regression":
         assert list(config["id2label"].values()) == ["good", "bad", "extreme"]
     losses = [line["loss"] for line in _lines(run) if "loss" in line]
     assert len(losses) == outcome["global_step"]
@@ -318,7 +307,7 @@ def test_every_task_trains_and_computes_its_metrics(
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
-    run = _train(place, "nan", _recipe(place, train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
+    run = _train(place, "nan", _recipe(train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
     outcome = _outcome(run)
     assert outcome["outcome"] == "failed"
     assert (outcome["cause"], outcome["exit_code"]) == ("loss", 4)
@@ -330,7 +319,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
 
 def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    process = _start(place, whole, _recipe(place))
+    process = _start(place, whole, WHOLE)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "afina resume" in output and "Traceback" not in output
@@ -340,7 +329,7 @@ def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Pa
 def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     """One stopped run: every checkpoint damaged, then restored but for the newest one's optimizer state."""
     run = place / "damaged"
-    process = _start(place, run, _recipe(place, train={"save_every": 2, "epochs": 8}))
+    process = _start(place, run, _recipe(train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(run, 9)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) and process.returncode == 75

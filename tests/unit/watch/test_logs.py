@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.unit.conftest import Ran, program
+from tests.common import program
+from tests.unit.conftest import Ran
 
 from afina.errors import InputError
 from afina.run.directory import RunDir

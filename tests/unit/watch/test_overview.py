@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.conftest import NASTY, Ran, program
+from tests.common import NASTY, program
+from tests.unit.conftest import Ran
 
 from afina.errors import InputError, SlurmError
 from afina.run.directory import RunDir

@@ -1,0 +1,39 @@
+"""Shared by all suites: the repository's root, nasty names, a small program for PATH."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["NASTY", "ROOT", "program"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Names of files and folders that a careless shell, pattern, format or option parser trips over.
+NASTY = [
+    "two words",
+    "it's",
+    'a "quoted" word',
+    "'; echo foo",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "$HOMEless",
+    "smörgås ☃",
+    "comma, colon: x=1",
+    "100%j %%n %d %s",
+    "[1]*?",
+    "-rf",
+    "~nobody",
+    "{run}",
+    "#hash & more",
+    "back\\040slash",
+    "line\nbreak",
+]
+
+
+def program(folder: Path, name: str, body: str) -> Path:
+    """Write a small executable for PATH: a Bash script, unless `body` has its own first line."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(body if body.startswith("#!") else "#!/bin/bash\n" + body)
+    path.chmod(0o755)
+    return path
