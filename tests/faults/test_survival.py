@@ -1,5 +1,7 @@
 """The fault suite without a cluster: each scenario once, and twenty random kills.
 
+`make test` runs one scenario of each kind (`ONE_OF_EACH_KIND`), `make test-series` all the others.
+
 Three runs at a time: a run often waits, so two cores suffice. AFINA_FAULTS_SEED repeats the choices of an earlier session;
 their effect depends on the machine. A fault that comes too late proves nothing, and its scenario is run once more.
 Scenarios that need root (small disks, network namespaces) are skipped without it.
@@ -24,6 +26,8 @@ from tests.faults.scenarios import SCENARIOS
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 KILLS = 20
 _KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
+#: Killed, stopped on request, a full disk, damaged checkpoints.
+ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped")
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS if "local" in scenario.where and not scenario.slow}
 
 ResultOf = Callable[[str], Result]
@@ -66,7 +70,10 @@ def _run(suites: dict[int, Suite], name: str) -> Result:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("scenario", _BY_NAME)
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.series) for name in _BY_NAME],
+)
 def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario: str) -> None:
     if reason := suites[_BY_NAME[scenario].num_processes].applies(_BY_NAME[scenario]):
         pytest.skip(reason)
@@ -76,6 +83,7 @@ def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario:
     assert result.injected
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf) -> None:

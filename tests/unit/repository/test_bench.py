@@ -1,7 +1,7 @@
-"""The benches on tiny inputs: they compare what they claim to compare, and notice what they look for.
+"""The benches on tiny inputs: they compare what they claim to compare, and detect what they check.
 
-A bench runs in the process of its test, which shares its imports with other tests; its peers are processes of their own. The functions of
-the benches that need Slurm or an image are tested by nobody.
+A bench runs in the process of its test, which shares its imports with other tests; its peers are processes of their own.
+Not covered: benches that need Slurm or an image.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.common import ROOT
 
-_BENCH = Path(__file__).parents[2] / "bench"
+_BENCH = ROOT / "tests/bench"
 Bench = Callable[..., str]
 
 
@@ -88,9 +89,10 @@ def _evaluation_differs_by(run: Path, table: Path) -> float:
     return float(np.abs(ours - theirs).max())
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_a_missing_optimizer_is_noticed_in_the_weights_and_in_the_output(bench: Bench, tmp_path: Path) -> None:
+def test_a_missing_optimizer_shows_in_the_weights_and_in_the_output(bench: Bench, tmp_path: Path) -> None:
     """Trainer continues with a fresh optimizer without a warning; afina takes the checkpoint before it and warns."""
     options = ["--peers", "trainer,afina", "--faults", "optimizer", "--steps", "160", "--save-every", "20"]
     out = bench("peers_faults", *options, "--json", tmp_path / "found.json")
@@ -109,6 +111,7 @@ def test_a_missing_optimizer_is_noticed_in_the_weights_and_in_the_output(bench: 
     assert len(out.strip().splitlines()) == 2 + len(rows)
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_predicting_is_compared_with_the_pipeline_and_survives_kills(bench: Bench, tmp_path: Path) -> None:
@@ -126,6 +129,7 @@ def test_predicting_is_compared_with_the_pipeline_and_survives_kills(bench: Benc
     assert measured["growing"] == [] and "the same file" in out
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_forecast_stands_beside_what_was_used(bench: Bench, tmp_path: Path) -> None:
@@ -140,6 +144,7 @@ def test_a_forecast_stands_beside_what_was_used(bench: Bench, tmp_path: Path) ->
     assert len(out.strip().splitlines()) == 3
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_peers_prepare_the_same_tokens(bench: Bench, tmp_path: Path) -> None:
@@ -151,6 +156,7 @@ def test_peers_prepare_the_same_tokens(bench: Bench, tmp_path: Path) -> None:
     assert min(afina["memory"], peer["memory"]) > 50 << 20 and "| 400 | afina |" in out
 
 
+@pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_parts_of_a_start_are_all_there(bench: Bench, tmp_path: Path) -> None:
@@ -165,7 +171,7 @@ def test_the_parts_of_a_start_are_all_there(bench: Bench, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 @pytest.mark.timeout(200)
-def test_a_page_that_fetches_speaks_or_is_too_wide_is_noticed(tmp_path: Path) -> None:
+def test_a_page_that_fetches_logs_or_is_too_wide_is_reported(tmp_path: Path) -> None:
     pages = {
         "fine": "<p>text</p>",
         "wrong": '<p style="width: 3000px">wide</p><img src="other.png" alt=""><script>console.error("loud")</script>',
