@@ -76,7 +76,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 def _wait_for_lines(run: Path, count: int, *, attempt: int = 1) -> None:
     """Until the given attempt trains and the metrics log has at least `count` lines."""
-    for _ in range(1200):
+    for _ in range(3000):
         events, metrics = run / "events.jsonl", run / "metrics.jsonl"
         started = events.exists() and events.read_text().count("first_step") >= attempt
         if started and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
