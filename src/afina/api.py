@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import AfinaError, InputError
 from afina.forecast.forecast import write_forecast
-from afina.recipe.load import load_recipe
+from afina.recipe.load import any_recipe
 from afina.recipe.schema import Recipe
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
@@ -52,9 +52,8 @@ __all__ = [
 
 def plan_for(recipe: str | Path | Recipe, request: JobRequest = JobRequest()) -> Plan:
     """Load recipe and site as the request says, and compose the plan."""
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, request.overrides)
-    site = load_site(request.site, job=request.in_job)
-    return make_plan(loaded, site, request, recipe_file=None if isinstance(recipe, Recipe) else recipe)
+    loaded = any_recipe(recipe, request.overrides)
+    return make_plan(loaded, load_site(request.site, job=request.in_job), request)
 
 
 def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:

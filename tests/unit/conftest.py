@@ -174,6 +174,26 @@ def afina(scratch: Path) -> Callable[..., Ran]:
     return run
 
 
+@pytest.fixture
+def command(scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """As `afina`, in this process: for commands that end before they start a worker."""
+    from afina.cli import main
+
+    def run(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> Ran:
+        argv, code = [*map(str, arguments)], 0
+        with monkeypatch.context() as patch:
+            for name, value in {"AFINA_SCRATCH": str(scratch), **(env or {})}.items():
+                patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
+            try:
+                main(argv)
+            except SystemExit as ended:
+                code = ended.code if isinstance(ended.code, int) else bool(ended.code)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, code, captured.out, captured.err)
+
+    return run
+
+
 def tree(*folders: Path) -> dict[str, str]:
     """Every path below `folders` with its kind, mode and digest: equal trees are equal values."""
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The first error in a recipe as one message: file and line (or `--set`), key, the value found, the values allowed.
+"""The errors in a recipe as one message: file and line (or `--set`), key, the value found, the values allowed.
 
 Translates pydantic's errors for the user; it knows the keys from the model alone.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -14,11 +15,11 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml.nodes import Node
 
 from afina.errors import RecipeError, nearest
-from afina.recipe.reserved import RESERVED_ARGUMENTS
+from afina.recipe.arguments import FORMER, RESERVED_ARGUMENTS
 from afina.recipe.yaml_source import where
 from afina.redact import redact
 
-__all__ = ["KeyedError", "explain", "model_of", "shown"]
+__all__ = ["KeyedError", "KeyedErrors", "explain", "model_of", "shown"]
 
 
 class KeyedError(ValueError):
@@ -27,6 +28,14 @@ class KeyedError(ValueError):
     def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
         super().__init__(message)
         self.keys, self.remedy = keys, remedy
+
+
+class KeyedErrors(ValueError):
+    """Several of them at once."""
+
+    def __init__(self, errors: Sequence[KeyedError]) -> None:
+        super().__init__("; ".join(map(str, errors)))
+        self.errors = tuple(errors)
 
 
 def shown(value: Any) -> str:
@@ -40,7 +49,7 @@ def shown(value: Any) -> str:
 def explain(
     error: ValidationError, model: type[BaseModel], root: Node | None, source: str, overridden: list[str]
 ) -> RecipeError:
-    """The first error as one message.
+    """All errors as one message; the unknown keys first.
 
     Args:
         model: the model that was validated.
@@ -48,34 +57,80 @@ def explain(
         source: the name of the file in the message.
         overridden: keys that `--set` changed.
     """
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    cause = first.get("ctx", {}).get("error")
-    keys = [str(k) for k in first["loc"]] + list(cause.keys if isinstance(cause, KeyedError) else ())
-    unknown = first["type"] == "extra_forbidden"
-    if keys and keys[-1] == "[key]":  # a key of a mapping whose keys are a choice
-        keys, unknown = keys[:-1], True
-    dotted = ".".join(keys)
+    every = sorted(_errors(error), key=lambda e: not e.unknown)
+    unknown = {e.keys for e in every if e.unknown}
+    meant = {(*keys[:-1], _close(model, keys)) for keys in unknown}
+    kept: dict[tuple[str, ...], _Error] = {}
+    for e in every:
+        # One error a key; nothing about what an unknown key holds, nor that the key is missing that it was meant to be.
+        below_unknown = not e.unknown and any(e.keys[: len(keys)] == keys for keys in unknown)
+        if not below_unknown and not (e.missing and e.keys in meant):
+            kept.setdefault(e.keys, e)
+    explained = [_explain_one(e, model, root, source, overridden) for e in kept.values()]
+    if len(explained) == 1:
+        return explained[0]
+    lines = [f"  {one.message}\n    {one.remedy}" for one in explained]
+    return RecipeError(
+        "\n".join([f"{source}: {len(lines)} errors", *lines]), "correct them; docs/recipe.md lists the keys"
+    )
+
+
+@dataclass(frozen=True)
+class _Error:
+    """One of pydantic's errors, with the path of its key."""
+
+    keys: tuple[str, ...]
+    details: ErrorDetails
+    cause: Exception | None
+    unknown: bool
+
+    @property
+    def missing(self) -> bool:
+        return self.details["type"] == "missing"
+
+
+def _errors(error: ValidationError) -> Iterator[_Error]:
+    for details in error.errors():
+        keys, unknown = tuple(map(str, details["loc"])), details["type"] == "extra_forbidden"
+        if keys and keys[-1] == "[key]":  # a key of a mapping whose keys are a choice
+            keys, unknown = keys[:-1], True
+        cause = details.get("ctx", {}).get("error")
+        for each in cause.errors if isinstance(cause, KeyedErrors) else [cause]:
+            below = each.keys if isinstance(each, KeyedError) else ()
+            yield _Error((*keys, *below), details, each, unknown)
+
+
+def _close(model: type[BaseModel], keys: tuple[str, ...]) -> str:
+    """The known key that an unknown one looks like."""
+    hint = nearest(keys[-1], list(_known_keys(model, keys[:-1])))
+    return hint.split("`")[1] if hint else ""
+
+
+def _explain_one(
+    error: _Error, model: type[BaseModel], root: Node | None, source: str, overridden: list[str]
+) -> RecipeError:
+    keys, dotted = list(error.keys), ".".join(error.keys)
     place = where(root, source, keys, overridden)
-    if unknown or first["type"] == "missing":
+    if error.unknown or error.missing:
         known = sorted(_known_keys(model, keys[:-1]))
         here = f"known here: {', '.join(known)}"
-        if not unknown:
+        if not error.unknown:
             return RecipeError(f"{place}: `{dotted}` is missing", f"add `{keys[-1]}:`; {here}")
-        reserved = RESERVED_ARGUMENTS.get(keys[-1], "") if keys[:-1] == ["train"] else ""
-        hint = f"{reserved};" if reserved else nearest(keys[-1], known)
+        elsewhere = RESERVED_ARGUMENTS.get(keys[-1]) or FORMER.get(keys[-1], "") if keys[:-1] == ["train"] else ""
+        hint = f"{elsewhere};" if elsewhere else nearest(keys[-1], known)
         return RecipeError(f"{place}: unknown key `{dotted}`", f"{hint + ' ' if hint else ''}{here}")
     named = "" if place == f"--set {dotted}" or not dotted else f"`{dotted}`: "
-    message, remedy = _describe(first)
+    message, remedy = _describe(error)
     return RecipeError(f"{place}: {named}{message}", remedy)
 
 
-def _describe(error: ErrorDetails) -> tuple[str, str]:
+def _describe(of: _Error) -> tuple[str, str]:
     """pydantic's error as a message and a remedy."""
+    error = of.details
     kind, context, found = error["type"], error.get("ctx", {}), shown(error["input"])
     remedy = "correct the value; docs/recipe.md lists the keys"
     if kind == "value_error":
-        cause = context.get("error")
-        return str(cause), (cause.remedy if isinstance(cause, KeyedError) else "") or remedy
+        return str(of.cause), (of.cause.remedy if isinstance(of.cause, KeyedError) else "") or remedy
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context["expected"]))
         return f"must be one of {', '.join(choices)}, found {found}", nearest(str(error["input"]), choices) or remedy

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml.nodes import Node
 
-from afina.errors import RecipeError, nearest
+from afina.errors import InputError, RecipeError, nearest
 from afina.recipe.explain import explain, shown
 from afina.recipe.schema import Recipe
 from afina.recipe.yaml_source import apply_override, read_yaml
 
-__all__ = ["load_recipe", "parse_recipe", "parse_recipes", "read_recipe"]
+__all__ = ["any_recipe", "load_recipe", "parse_recipe", "parse_recipes", "read_recipe"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,7 +27,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with the file, the line, the value found and those allowed.
     """
-    return parse_recipe(read_recipe(path), overrides, source=str(Path(path)))
+    return parse_recipe(read_recipe(path), overrides, source=str(Path(path))).read_from(Path(path))
+
+
+def any_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, in a mapping of its keys, or one that was made before; with overrides.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+        InputError: nothing of the three.
+    """
+    if isinstance(recipe, Recipe):
+        if not overrides:
+            return recipe
+        return _validated(recipe.model_dump(mode="json"), overrides, None, "recipe").read_from(recipe.file)
+    if isinstance(recipe, Mapping):
+        return _validated(recipe, overrides, None, "recipe")
+    if not isinstance(recipe, str | Path):
+        raise InputError(f"recipe: must be a path, a mapping or a Recipe, found {shown(recipe)}", "give one of them")
+    return load_recipe(recipe, overrides)
 
 
 def read_recipe(path: str | Path) -> str:
@@ -64,14 +84,17 @@ def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "re
             "start from slurm/recipes/yelp.yaml",
         )
     for overrides in many:
-        changed = dict(tree)  # an override copies the mappings that it changes below this one
-        for override in overrides:
-            apply_override(changed, override)
-        overridden = [o.partition("=")[0].strip() for o in overrides]
-        try:
-            recipe = Recipe.model_validate(changed)
-        except ValidationError as error:
-            raise explain(error, Recipe, node, source, overridden) from None
-        except RecursionError:
-            raise RecipeError(f"{source}: a YAML alias (*) contains itself", "write the value out") from None
-        yield recipe
+        yield _validated(tree, overrides, node, source)
+
+
+def _validated(tree: Mapping[Any, Any], overrides: Sequence[str], node: Node | None, source: str) -> Recipe:
+    changed = dict(tree)  # an override copies the mappings that it changes below this one
+    for override in overrides:
+        apply_override(changed, override)
+    overridden = [o.partition("=")[0].strip() for o in overrides]
+    try:
+        return Recipe.model_validate(changed)
+    except ValidationError as error:
+        raise explain(error, Recipe, node, source, overridden) from None
+    except RecursionError:
+        raise RecipeError(f"{source}: a YAML alias (*) contains itself", "write the value out") from None

@@ -10,13 +10,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -24,17 +28,18 @@ from pydantic import (
 
 from afina.errors import nearest
 from afina.frozen import FrozenModel
+from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
-from afina.recipe.explain import KeyedError, shown
+from afina.recipe.explain import KeyedError, KeyedErrors, explain, shown
 from afina.recipe.losses import misfit, parse_label_weights
 from afina.recipe.metrics import METRICS
-from afina.recipe.reserved import RESERVED_ARGUMENTS
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
 from afina.redact import looks_secret
 from afina.schedule import DEFAULT_EPOCHS, Schedule
 
 __all__ = [
+    "AS_RECORDED",
     "Data",
     "Part",
     "Recipe",
@@ -44,6 +49,9 @@ __all__ = [
 ]
 
 Task = Literal["auto", "single-label", "multi-label", "regression"]
+
+#: Validation context of a recipe in a run's plan: what later versions refuse to train anew is still read.
+AS_RECORDED = {"recorded": True}
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -113,7 +121,8 @@ def _epoch_or_steps(value: Any) -> Any:
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
-Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1)]
+#: At most Slurm's own limit of about a year.
+Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1, le=600_000)]
 LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(parse_label_weights)]
 
 
@@ -253,16 +262,16 @@ class Train(_Section):
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
     max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
     eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 5e-5
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     evaluate: EpochOrSteps = "epoch"
     save_every: EpochOrSteps = "epoch"
-    save_minutes: Annotated[float, Field(gt=0)] | None = 15.0
-    stall_minutes: Annotated[float, Field(gt=0)] | None = None
-    log_every: Annotated[int, Field(ge=1)] = 10
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    save_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = 15.0
+    stall_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = None
+    log_every: Annotated[int, Field(ge=1, le=10**9)] = 10
+    keep_checkpoints: Annotated[int, Field(ge=1, le=10**9)] = 2
     keep: Literal["best", "last"] = "best"
     keep_after: Literal["best", "none", "all"] = "best"
     best_metric: str | None = None
@@ -281,18 +290,9 @@ class Train(_Section):
 
     @field_validator("arguments")
     @classmethod
-    def _reserved(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            if key in RESERVED_ARGUMENTS:
-                raise KeyedError("is set by afina itself", key, remedy=RESERVED_ARGUMENTS[key])
-            if looks_secret(value[key]):
-                raise KeyedError(_SECRET[0], key, remedy=_SECRET[1])
-            try:
-                json.dumps(value[key], allow_nan=False)
-            except (TypeError, ValueError):
-                raise KeyedError(
-                    f"{shown(value[key])} is not a plain value; put it in quotes if it is text", key
-                ) from None
+    def _take_effect(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if info.context != AS_RECORDED and (wrong := list(_wrong_arguments(value))):
+            raise KeyedErrors(wrong)
         return value
 
     @model_validator(mode="after")
@@ -340,10 +340,10 @@ class Train(_Section):
 class Resources(_Section):
     """The resources of a job. `time` is in minutes once read."""
 
-    nodes: Annotated[int, Field(ge=1)] = 1
-    gpus_per_node: Annotated[int, Field(ge=0)] = 1
-    cpus_per_gpu: Annotated[int, Field(ge=1)] = 4
-    mem_gb: Annotated[int, Field(ge=1)] | None = None
+    nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    gpus_per_node: Annotated[int, Field(ge=0, le=1000)] = 1
+    cpus_per_gpu: Annotated[int, Field(ge=1, le=10_000)] = 4
+    mem_gb: Annotated[int, Field(ge=1, le=10**6)] | None = None
     time: Minutes = 60
 
     @property
@@ -352,8 +352,43 @@ class Resources(_Section):
         return self.nodes * max(1, self.gpus_per_node)
 
 
-class Recipe(_Section):
-    """What to train, complete and frozen. Made by `afina.recipe.load.load_recipe`."""
+def _wrong_arguments(arguments: Mapping[str, Any]) -> Iterator[KeyedError]:
+    for key, value in arguments.items():
+        if looks_secret(value) and key != "hub_token":
+            yield KeyedError(_SECRET[0], key, remedy=_SECRET[1])
+            continue
+        if refused := refusal(key, value):
+            yield KeyedError(refused[0], key, remedy=refused[1])
+            continue
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            yield KeyedError(f"{shown(value)} is not a plain value; put it in quotes if it is text", key)
+
+
+if TYPE_CHECKING:
+    _Explained = _Section
+else:
+
+    class _Explaining(type(BaseModel)):
+        """Calling the class explains what is wrong as loading a file does, not as pydantic does."""
+
+        def __call__(cls, *values: Any, **named: Any) -> Any:
+            try:
+                return super().__call__(*values, **named)
+            except ValidationError as error:
+                raise explain(error, Recipe, None, "recipe", []) from None
+
+    class _Explained(_Section, metaclass=_Explaining):
+        pass
+
+
+class Recipe(_Explained):
+    """What to train, complete and frozen. `afina.recipe.load.load_recipe` reads one from a file.
+
+    Raises:
+        RecipeError: a key or value is wrong.
+    """
 
     name: str
     model: Text
@@ -366,6 +401,23 @@ class Recipe(_Section):
     metrics: tuple[str, ...] | None = None
     trackers: tuple[str, ...] = ()
     resources: Resources = Resources()
+    #: The file that it was read from: relative paths start in that file's folder.
+    _file: Path | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path | None:
+        return self._file
+
+    def read_from(self, file: Path | None) -> Recipe:
+        """This recipe, with the file that it was read from."""
+        self._file = file.absolute() if file else None
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """The same values; the file does not count."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @field_validator("name")
     @classmethod

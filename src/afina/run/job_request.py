@@ -11,17 +11,24 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, get_args
+
+from afina.errors import InputError, nearest
 
 __all__ = ["JobOptions", "JobRequest", "SubmitOptions", "Via", "accepts"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Via = Literal["sbatch", "submitit"]
+#: The least that can be asked for.
+_LEAST = {"nodes": 1, "gpus_per_node": 0, "time_min": 1, "num_processes": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRequest:
     """A caller's request.
+
+    Raises:
+        InputError: a value of the wrong type, or one that cannot be; with the argument's name.
 
     Attributes:
         overrides: `key=value` each, over the recipe.
@@ -47,7 +54,28 @@ class JobRequest:
     in_job: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "overrides", tuple(self.overrides))
+        given = self.overrides
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+            raise InputError(
+                f"overrides: must be a list of texts, found {given!r}", 'for example overrides=["train.epochs=1"]'
+            )
+        object.__setattr__(self, "overrides", tuple(given))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InputError(
+                    f"{name}: must be a whole number, {least} or more; found {value!r}", "correct the number"
+                )
+        for name in ("site", "run"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | Path):
+                raise InputError(f"{name}: must be a path, found {value!r}", "give a text or a Path")
+        if self.via not in get_args(Via):
+            choices = ", ".join(get_args(Via))
+            raise InputError(
+                f"via: must be one of {choices}, found {self.via!r}",
+                nearest(str(self.via), get_args(Via)) or f"choose from: {choices}",
+            )
 
     def resources(self) -> dict[str, int]:
         """The recipe's `resources` that are asked for otherwise."""

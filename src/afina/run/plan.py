@@ -18,7 +18,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
 from afina.recipe.load import parse_recipe
 from afina.recipe.local_model import find_model_folder
-from afina.recipe.schema import Recipe, Resources
+from afina.recipe.schema import AS_RECORDED, Recipe, Resources
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__
@@ -75,6 +75,7 @@ def make_plan(
     Args:
         recipe, site: as they were loaded with the request's overrides and site file.
         request: its resources override the recipe's; with `num_processes` the plan is for this machine alone.
+        recipe_file: where relative paths start; by default the file that the recipe was read from.
 
     Raises:
         RecipeError: a global batch that does not divide.
@@ -88,8 +89,10 @@ def make_plan(
         raise InputError(
             f"resources.{first['loc'][0]}: {first['msg']}, found {first['input']!r}", "correct the number"
         ) from None
+    recipe_file = recipe_file or recipe.file
     recipe = recipe.model_copy(update={"resources": resources})
     geometry = geometry_for(recipe, request.num_processes or max(1, resources.gpus_per_node))
+    _check_precision(recipe, resources.gpus_per_node)
     bind = "; a path outside the container must be listed in AFINA_BIND" if in_container() else ""
     base = Path(recipe_file).absolute().parent if recipe_file else Path.cwd()
     for path in (site.scratch, site.image, recipe_file):
@@ -103,6 +106,24 @@ def make_plan(
         files=find_files(recipe.data.files or {}, base, bind),
         model_folder=find_model_folder(recipe.model, base),
     )
+
+
+def _check_precision(recipe: Recipe, gpus_per_node: int) -> None:
+    """Refuse a precision that needs a GPU where none is asked for. What a GPU of the job supports is known when it runs.
+
+    Raises:
+        RecipeError: with the precision.
+    """
+    train = recipe.train
+    asked = {f"train.arguments.{name}": name for name in ("fp16", "tf32") if train.arguments.get(name)}
+    if train.precision in ("fp16", "tf32"):
+        asked["train.precision"] = train.precision
+    for key, precision in asked.items():
+        if not gpus_per_node:
+            raise RecipeError(
+                f"{key}: {precision} needs a GPU, and the run has none (gpus_per_node is 0)",
+                "set train.precision: auto, or ask for GPUs: resources.gpus_per_node, --gpus-per-node",
+            )
 
 
 def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:
@@ -120,7 +141,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     file = Path(path)
     try:
-        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
+        return Plan.model_validate_json(file.read_text(encoding="utf-8"), context=AS_RECORDED)
     except FileNotFoundError:
         raise InputError(
             f"{file.parent}: not a run directory, it has no {file.name}",

@@ -14,7 +14,7 @@ from typing import Any
 
 from afina import api
 from afina.errors import InputError, RecipeError, SlurmError
-from afina.recipe.load import parse_recipe, read_recipe
+from afina.recipe.load import any_recipe, parse_recipe, read_recipe
 from afina.recipe.schema import Recipe
 from afina.run.commands import sweep_argv
 from afina.run.directory import is_run_dir
@@ -101,9 +101,10 @@ class _Source:
     @classmethod
     def of(cls, recipe: str | Path | Recipe, job: JobRequest) -> _Source:
         site = load_site(job.site)
-        if isinstance(recipe, Recipe):
-            return cls(json.dumps(recipe.model_dump(mode="json")), "recipe", None, site, job)
-        return cls(read_recipe(recipe), str(recipe), Path(recipe), site, job)
+        if isinstance(recipe, str | Path):
+            return cls(read_recipe(recipe), str(recipe), Path(recipe), site, job)
+        given = any_recipe(recipe)
+        return cls(json.dumps(given.model_dump(mode="json")), "recipe", given.file, site, job)
 
     def plan(self, recipe: Recipe) -> Plan:
         return make_plan(recipe, self.site, self.job, recipe_file=self.file)

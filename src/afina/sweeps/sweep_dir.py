@@ -29,6 +29,7 @@ from pydantic import Field, ValidationError
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.files import encode_words, write_atomic
 from afina.frozen import FrozenModel
+from afina.recipe.schema import AS_RECORDED
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
@@ -126,7 +127,7 @@ class SweepDir:
             InputError: it is damaged, of another version, or the folder holds something else.
         """
         try:
-            return SweepRecord.model_validate_json(self.file.read_bytes())
+            return SweepRecord.model_validate_json(self.file.read_bytes(), context=AS_RECORDED)
         except (FileNotFoundError, NotADirectoryError):
             self._check_free()
             return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests import tiny
@@ -65,50 +64,40 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / f"{name}.json").write_text(json.dumps(value))
     (run / "attempts/local-1/env.json").write_text(json.dumps({"afina": "0.1.0", "python": "3.11.7"}))
     rows = tiny.tiny_reviews(60, 2, stars=3)
-    true = [labels[row["stars"] - 1] for row in rows]
-    predicted = [labels[0] if i % 4 == 0 else name for i, name in enumerate(true)]
-    import pyarrow as pa
-
-    table = {"text": [row["text"] for row in rows], "label": true, "prediction": predicted}
+    truth = [labels[row["stars"] - 1] for row in rows]
+    predicted = [labels[0] if i % 4 == 0 else name for i, name in enumerate(truth)]
+    table = {"text": [row["text"] for row in rows], "label": truth, "prediction": predicted}
     pq.write_table(pa.table(table), run / "predictions.parquet")
     return place
 
 
-def test_transformers_loads_the_folder_with_its_labels(place: Path, tmp_path: Path, afina: Callable[..., Ran]) -> None:
+def test_transformers_loads_the_folder_with_its_labels(
+    place: Path, tmp_path: Path, command: Callable[..., Ran]
+) -> None:
     from transformers import pipeline
 
     out = tmp_path / "stars it's"
-    done = afina("export", place / "run", "-o", out, "--json")
+    done = command("export", place / "run", "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters"] > 10_000
-    assert sorted(p.name for p in out.iterdir()) == [
-        "README.md",
-        "afina.json",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    files = "README.md afina.json config.json model.safetensors tokenizer.json tokenizer_config.json"
+    assert sorted(p.name for p in out.iterdir()) == files.split()
     texts = [row["text"] for row in tiny.tiny_reviews(30, 9)] + ["great " * 60]
     classify = pipeline("text-classification", model=str(out), top_k=None)
-    model = afina_load(place / "run")
+    model = afina.load(place / "run")
     for theirs, mine in zip(classify(texts, truncation=True), model.predict(texts), strict=True):
         assert theirs[0]["label"] == mine["prediction"]
         assert {t["label"]: t["score"] for t in theirs} == pytest.approx(mine["scores"], abs=1e-5)
-    exported = afina_load(out)
+    exported = afina.load(out)
     assert (exported.text_columns, exported.max_length) == (("body",), 40)
     assert np.array_equal(exported.predict_proba(texts), model.predict_proba(texts))
     before = tree(out)
-    again = afina("export", place / "run", "-o", out)
+    again = command("export", place / "run", "-o", out)
     assert again.returncode == 2 and "nothing that exists is overwritten" in again.stderr
     assert tree(out) == before
 
 
-def afina_load(path: Path) -> Any:
-    return afina.load(path)
-
-
-def test_the_card_has_the_hubs_metadata_and_the_runs_record(place: Path) -> None:
+def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> None:
     from huggingface_hub import ModelCard
     from sklearn.metrics import f1_score
 
@@ -129,12 +118,8 @@ def test_the_card_has_the_hubs_metadata_and_the_runs_record(place: Path) -> None
     for name, score in zip(labels, each, strict=True):
         row = next(line for line in text.splitlines() if line.startswith(f"| {name.replace('|', chr(92) + '|')} |"))
         assert f" {score:.3f} " in row
-    for fact in (
-        "`" + "d" * 40 + ", with changes that were not committed`",
-        "f" * 64,
-        "`weight_decay` | 0.01",
-        "24; the weights",
-    ):
+    commit = "`" + "d" * 40 + ", with changes that were not committed`"
+    for fact in (commit, "f" * 64, "`weight_decay` | 0.01", "24; the weights"):
         assert fact in text, fact
     assert text.count("✎ *To be written by the author:*") == 3
     assert str(place) not in text
@@ -180,8 +165,8 @@ def test_onnx_is_the_same_model_or_is_not_published(
         pytest.importorskip(name)
     import onnxruntime
 
-    exported = worker.export(str(place / "run"), str(tmp_path / "out"), True)
-    assert exported["onnx_difference"] <= 1e-4
+    answer = worker.export(str(place / "run"), str(tmp_path / "out"), True)
+    assert answer["onnx_difference"] <= 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "out/onnx/model.onnx"), providers=["CPUExecutionProvider"])
     model = afina.load(tmp_path / "out")
     texts = [row["text"] for row in tiny.tiny_reviews(5, 4)]
@@ -204,10 +189,7 @@ def test_a_model_in_python(place: Path) -> None:
     assert model.labels == ["1 star", "2 | stars", "3 stars"]
     assert (model.task, model.max_length, model.text_columns) == ("single-label", 40, ("body",))
     assert model.batching == "packed" and "packed" in repr(model)
-    with (place / "texts.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text"]] + [[row["text"]] for row in tiny.tiny_reviews(300, 6)])
-    with (place / "texts.csv").open(newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
+    texts = [row["text"] for row in tiny.tiny_reviews(300, 6)]
     scores = model.predict_proba(texts)
     assert scores.dtype == np.float32 and scores.shape == (300, 3)
     assert scores.sum(-1) == pytest.approx(np.ones(300), abs=1e-5)
@@ -217,10 +199,10 @@ def test_a_model_in_python(place: Path) -> None:
     )
     small = afina.load(place / "run", batch_size=4, max_tokens=50)
     assert small.predict_proba(texts) == pytest.approx(scores, abs=1e-6)
-    predicted = model.predict([texts[0], "", None, " \n"])
-    assert predicted[0]["prediction"] == model.labels[int(scores[0].argmax())]
-    assert predicted[0]["scores"] == pytest.approx(dict(zip(model.labels, scores[0].tolist(), strict=True)))
-    assert [one["prediction"] for one in predicted[1:]] == [None] * 3
+    rows = model.predict([texts[0], "", None, " \n"])
+    assert rows[0]["prediction"] == model.labels[int(scores[0].argmax())]
+    assert rows[0]["scores"] == pytest.approx(dict(zip(model.labels, scores[0].tolist(), strict=True)))
+    assert [one["prediction"] for one in rows[1:]] == [None] * 3
     assert np.isnan(model.predict_proba([""])).all()
     assert model.predict([]) == [] and model.predict_proba([]).shape == (0, 3)
     pairs = model.predict_proba([(texts[0], texts[1]), (texts[2], "")])

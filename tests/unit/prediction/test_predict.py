@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -37,21 +36,20 @@ from afina.worker.inference.parts import Parts
 LABELS = ["1", "2", "3", "4", "5"]
 
 
-def train(place: Path, name: str = "run", **data: Any) -> Path:
+def train(place: Path) -> None:
     """A run of a tiny BERT on the reviews in `place`, by the command line."""
     recipe = tiny.recipe(
         name="stars it's",
-        data={"id": "id", **data},
+        data={"id": "id"},
         tokens={"max_length": 24},
         train={"batch_size": 16, "epochs": 4, "learning_rate": 0.005, "seed": 1, "log_every": None},
         metrics=["accuracy", "f1"],
     )
-    (place / f"{name}.yaml").write_text(json.dumps(recipe))
-    argv = [sys.executable, "-m", "afina.cli", "train", str(place / f"{name}.yaml"), "--run", str(place / name)]
+    (place / "run.yaml").write_text(json.dumps(recipe))
+    argv = [sys.executable, "-m", "afina.cli", "train", str(place / "run.yaml"), "--run", str(place / "run")]
     env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return place / name
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +77,17 @@ def reviews(place: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(place / "reviews.csv", tmp_path / "reviews.csv"))
 
 
-def here(run: Path, inputs: Any, out: Path, **options: Any) -> dict[str, Any]:
-    """`afina predict` in this process."""
-    named = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    about = worker.plan(predicting.compose(run, named, out, PredictRequest(**options)))
+def here(run: Path, inputs: str | Path, out: Path, **options: Any) -> dict[str, Any]:
+    """What `afina predict` does, in this process."""
+    about = planned(run, inputs, out, **options)
     if about["state"] != "whole":
         worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
     return about
+
+
+def planned(run: Path, inputs: str | Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The plan stage of `here`: the inputs are checked, and the folder of parts is there."""
+    return worker.plan(predicting.compose(run, [inputs], out, PredictRequest(**options)))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -116,7 +118,7 @@ def test_predictions_are_those_of_the_run(run: Path, reviews: Path, tmp_path: Pa
 
 
 def test_a_run_is_found_by_its_short_name(
-    run: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, afina: Callable[..., Ran]
+    run: Path, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran]
 ) -> None:
     (scratch / "runs").mkdir()
     (scratch / "runs/stars-1a2b3c4d-1").symlink_to(run)
@@ -126,7 +128,7 @@ def test_a_run_is_found_by_its_short_name(
     job = predicting.compose("stars-1a2b3c4d-1", ["new.csv"])
     assert job.trained and job.model == scratch / "runs/stars-1a2b3c4d-1/model"
     assert predicting.compose("stars", ["new.csv"]).model == job.model
-    done = afina("export", "stars-1a2b", "-o", run, cwd=tmp_path)
+    done = command("export", "stars-1a2b", "-o", run)
     assert done.returncode == 2 and "exists; nothing that exists is overwritten" in done.stderr, done.stderr
 
 
@@ -159,12 +161,11 @@ def test_every_format_gives_and_takes_the_same(run: Path, place: Path, tmp_path:
         convert_options=pa_csv.ConvertOptions(column_types={"prediction": pa.string()}),
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    for row, from_csv, from_json in zip(wanted, table.to_pylist(), lines, strict=True):
-        assert row["text"] == from_csv["text"] == from_json["text"]
-        assert row["prediction"] == from_csv["prediction"] == from_json["prediction"]
-        scores = [np.float32(row[f"score: {label}"]) for label in LABELS]
-        assert scores == [np.float32(from_csv[f"score: {label}"]) for label in LABELS]
-        assert scores == [np.float32(from_json[f"score: {label}"]) for label in LABELS]
+
+    def content(row: dict[str, Any]) -> list[Any]:
+        return [row["text"], row["prediction"], *(np.float32(row[f"score: {label}"]) for label in LABELS)]
+
+    assert [*map(content, wanted)] == [*map(content, table.to_pylist())] == [*map(content, lines)]
 
 
 def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
             time.sleep(0.01)
         raise AssertionError("no part was made")
 
-    about = worker.plan(predicting.compose(run, [data], out, PredictRequest(chunk_rows=200)))
+    about = planned(run, data, out, chunk_rows=200)
     assert about["chunks"] == 41
     killed = subprocess.Popen([sys.executable, "-m", "afina.worker", "predict", "run", str(parts)], env=env)
     until(2)
@@ -301,9 +302,9 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     stopped = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     until(there + 2)
     stopped.send_signal(signal.SIGINT)
-    _, output = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130, output
-    assert "afina: resuming: " in output and "Continue with: afina predict" in output and "Traceback" not in output
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, errors
+    assert "afina: resuming: " in errors and "Continue with: afina predict" in errors and "Traceback" not in errors
     assert there + 2 <= len(list(parts.glob("part-*"))) < 41
     assert not out.exists()
     here(run, data, out, chunk_rows=200)
@@ -311,9 +312,9 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     assert sorted(p.name for p in folder.iterdir()) == ["killed.parquet", "whole.parquet"]
 
 
-def test_shares_give_the_same_file_and_the_last_one_merges(run: Path, reviews: Path, tmp_path: Path) -> None:
+def test_shares_are_the_same_file_and_the_last_one_merges(run: Path, reviews: Path, tmp_path: Path) -> None:
     here(run, reviews, tmp_path / "whole.csv", chunk_rows=30)
-    about = worker.plan(predicting.compose(run, [reviews], tmp_path / "shared.csv", PredictRequest(chunk_rows=30)))
+    about = planned(run, reviews, tmp_path / "shared.csv", chunk_rows=30)
     merged = [worker.run(about["parts"], k, 3, and_merge=True, progress="log")["merged"] for k in (2, 0, 1)]
     assert merged == [False, False, True]
     assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
@@ -322,11 +323,11 @@ def test_shares_give_the_same_file_and_the_last_one_merges(run: Path, reviews: P
 def test_a_merge_that_was_killed_is_repeated(run: Path, reviews: Path, tmp_path: Path) -> None:
     """The output has its name, the folder is still there; and a damaged part is made again."""
     out = tmp_path / "out.csv"
-    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
+    about = planned(run, reviews, out, chunk_rows=50)
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     part = Parts(about["parts"]).path(1)
     part.write_bytes(part.read_bytes()[:-9])
-    assert worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))["done"] == 4
+    assert planned(run, reviews, out, chunk_rows=50)["done"] == 4
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     kept = shutil.copytree(about["parts"], tmp_path / "kept")
     worker.merge(about["parts"])
@@ -340,26 +341,26 @@ def test_a_merge_that_was_killed_is_repeated(run: Path, reviews: Path, tmp_path:
     assert out.read_bytes() == content and not folder_of(out).exists()
 
 
-def test_another_input_model_or_option_is_refused(run: Path, reviews: Path, tmp_path: Path) -> None:
+def test_a_difference_is_refused_by_name(run: Path, reviews: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
+    about = planned(run, reviews, out, chunk_rows=50)
     before = tree(Path(about["parts"]))
     with pytest.raises(InputError, match=r"chunk_rows was 50, is 60.*") as refused:
-        worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=60)))
+        planned(run, reviews, out, chunk_rows=60)
     assert "remove that folder" in refused.value.remedy
     other = Path(shutil.copy(reviews, tmp_path / "other.csv"))
     with pytest.raises(InputError, match=r"input other.csv was not there; input reviews.csv is not given"):
-        worker.plan(predicting.compose(run, [other], out, PredictRequest(chunk_rows=50)))
+        planned(run, other, out, chunk_rows=50)
     another = shutil.copytree(run, tmp_path / "another run")
     weights = bytearray((another / "model/model.safetensors").read_bytes())
     weights[-5] ^= 1
     (another / "model/model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match="the model is a different one"):
-        worker.plan(predicting.compose(another, [reviews], out, PredictRequest(chunk_rows=50)))
+        planned(another, reviews, out, chunk_rows=50)
     text = reviews.read_text()
     reviews.write_text(text.replace("r7", "x7"))
     with pytest.raises(InputError, match=r"input reviews.csv has changed"):
-        worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=50)))
+        planned(run, reviews, out, chunk_rows=50)
     with pytest.raises(InputError, match=r"reviews.csv: its content differs"):
         worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
     assert tree(Path(about["parts"])) == before
@@ -444,7 +445,7 @@ def test_a_wrong_command_is_one_message_with_a_remedy(
     remedy: str,
     place: Path,
     reviews: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: Callable[..., Ran],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unfinished = reviews.parent / "unfinished"
@@ -453,11 +454,8 @@ def test_a_wrong_command_is_one_message_with_a_remedy(
     before = tree(unfinished) | tree(reviews)
     monkeypatch.chdir(reviews.parent)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SystemExit) as ended:
-        main(["predict", *(str(place / "run") if word == "RUN" else word for word in words)])
-    output = capsys.readouterr().err
-    assert ended.value.code == 2, output
-    assert message in output and remedy in output
+    done = command("predict", *(place / "run" if word == "RUN" else word for word in words))
+    assert done.returncode == 2 and message in done.stderr and remedy in done.stderr, done
     assert tree(unfinished) | tree(reviews) == before
     assert not list(reviews.parent.glob("*.parts"))
 
@@ -467,7 +465,7 @@ def test_a_full_disk_keeps_what_is_done(
 ) -> None:
     """A limit on file sizes, which merging is the first to meet."""
     out = tmp_path / "out.csv"
-    about = worker.plan(predicting.compose(run, [reviews], out, PredictRequest(chunk_rows=20)))
+    about = planned(run, reviews, out, chunk_rows=20)
     worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
     before = tree(Path(about["parts"]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -492,7 +490,7 @@ def rows_of_csv(path: Path) -> list[Any]:
 
 
 def test_submitted_shares_are_one_prediction(
-    run: Path, reviews: Path, tmp_path: Path, afina: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    run: Path, reviews: Path, tmp_path: Path, command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The script that sbatch was given is run as Slurm would run its tasks."""
     here(run, reviews, tmp_path / "whole.csv", chunk_rows=40)
@@ -502,7 +500,9 @@ def test_submitted_shares_are_one_prediction(
     monkeypatch.setenv("PATH", f"{bin_dir}:{os.environ['PATH']}")
     out = tmp_path / "out 100%.csv"
     options = ["-o", out, "--chunk-rows", "40"]
-    done = afina("predict", run, reviews, *options, "--submit", "--array", "2", "--time", "90", "--gpus-per-node", "0")
+    done = command(
+        "predict", run, reviews, *options, "--submit", "--array", "2", "--time", "90", "--gpus-per-node", "0"
+    )
     assert done.returncode == 0, done.stderr
     assert "submitted job 4711, 2 tasks: 203 rows in 6 chunks" in done.stdout
     argv = (tmp_path / "argv").read_text().split("\0")[:-1]
@@ -512,7 +512,7 @@ def test_submitted_shares_are_one_prediction(
     assert f"--output={str(out).replace('%', '%%')}.slurm-%A_%a.out" in argv
     assert not any(word.startswith("--gpus") for word in argv)
     (tmp_path / "queue").write_text("4711_1|4711|PENDING|1:00|N/A||Resources\n4711_0|4712|COMPLETED|0:00|1|n1|None\n")
-    refused = afina("predict", run, reviews, *options)
+    refused = command("predict", run, reviews, *options)
     assert refused.returncode == 2 and "job 4711 is still working on this" in refused.stderr
     (tmp_path / "queue").write_text("")
     assert not worker.run(str(parts), 1, 2, and_merge=True, progress="log")["merged"]
@@ -522,13 +522,8 @@ def test_submitted_shares_are_one_prediction(
     assert "share 0 of 2 ended with 0" in ran.stdout
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
     script = shutil.copy(ROOT / "slurm/predict.sbatch", tmp_path / "spooled")
-    late = subprocess.run(
-        ["bash", script, str(parts), "2"],
-        env={**os.environ, "SLURM_JOB_ID": "9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env["SLURM_JOB_ID"] = "9"
+    late = subprocess.run(["bash", script, parts, "2"], env=env, capture_output=True, text=True, check=False)
     assert late.returncode == 0 and "the prediction is whole" in late.stdout
 
 
@@ -536,7 +531,7 @@ def test_submitted_shares_are_one_prediction(
 def test_a_job_near_its_limit_goes_back_into_the_queue_if_it_made_a_part(
     made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch script with a worker that only waits: it gets USR1 as Slurm sends it."""
+    """The batch script with a worker that only waits, and USR1 as Slurm sends it."""
     program(tmp_path / "bin", "scontrol", f'echo "$@" >>{json.dumps(str(tmp_path))}/asked\nexit 1\n')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     parts = tmp_path / "out.csv.parts"
@@ -560,15 +555,11 @@ def test_a_job_near_its_limit_goes_back_into_the_queue_if_it_made_a_part(
         assert "no part was made within the time limit" in output and job.returncode not in (0, 75)
 
 
-def test_a_dry_run_shows_what_would_be_done(
-    run: Path, reviews: Path, tmp_path: Path, afina: Callable[..., Ran]
-) -> None:
+def test_a_dry_run_is_what_is_done(run: Path, reviews: Path, tmp_path: Path, command: Callable[..., Ran]) -> None:
     before = tree(tmp_path)
-    done = afina("predict", run, reviews, "-o", tmp_path / "o.csv", "--dry-run", "--submit", "--array", "2")
+    done = command("predict", run, reviews, "-o", tmp_path / "o.csv", "--dry-run", "--submit", "--array", "2")
     assert done.returncode == 0, done.stderr
-    shown, _, command = done.stdout.partition("# would run\n")
+    shown, _, submission = done.stdout.partition("# would run\n")
     assert Prediction.model_validate_json(shown).out == tmp_path / "o.csv"
-    assert command.startswith("sbatch ") and "--array=0-1" in command
-    with contextlib.suppress(KeyError):
-        before.pop(str(tmp_path / "scratch"))
+    assert submission.startswith("sbatch ") and "--array=0-1" in submission
     assert tree(tmp_path) == before

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
-from tests.unit.conftest import Ran, private_mounts, recipe_dict, tree
+from tests.unit.conftest import Ran, private_mounts, tree
 
 from afina.recipe.load import load_recipe
-from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.plan import make_plan
 from afina.site.settings import Site
@@ -59,103 +59,98 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_train(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, case: str) -> None:
+def test_train(command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, case: str) -> None:
     changes, options, env, code, parts = CASES[case]
     path = recipe_file(**changes)
     before = tree(tmp_path)
-    only_message(afina("train", path, *options, env=env), code, *parts)
+    only_message(command("train", path, *options, env=env), code, *parts)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("case", ["wrong recipe key", "scratch missing", "no such data file", "an unreadable image"])
-@pytest.mark.parametrize("command", [["prefetch"], ["submit", "--dry-run"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("words", [["prefetch"], ["submit", "--dry-run"]], ids=lambda c: c[0])
 def test_the_other_commands_say_the_same(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, case: str, command: list[str]
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, case: str, words: list[str]
 ) -> None:
     changes, options, env, code, parts = CASES[case]
     path = recipe_file(**changes)
     before = tree(tmp_path)
-    only_message(afina(*command, path, *options, env=env), code, *parts)
+    only_message(command(*words, path, *options, env=env), code, *parts)
     assert tree(tmp_path) == before
 
 
-def test_no_such_recipe(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_such_recipe(command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe_file()
-    only_message(afina("train", path.with_name("recipee.yaml")), 2, "no such file", f"did you mean `{path}`?")
-    only_message(afina("train", path.parent), 2, "is a folder")
-    only_message(afina("train", str(path) + "x" * 300), 2, "File name too long")
+    only_message(command("train", path.with_name("recipee.yaml")), 2, "no such file", f"did you mean `{path}`?")
+    only_message(command("train", path.parent), 2, "is a folder")
+    only_message(command("train", str(path) + "x" * 300), 2, "File name too long")
 
 
 def test_a_model_folder_without_weights(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, model_folder: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, model_folder: Path
 ) -> None:
     (model_folder / "model.safetensors").unlink()
     path = recipe_file(model=str(model_folder))
     before = tree(tmp_path)
-    only_message(afina("train", path), 2, f"model: {model_folder} has no weights", "download the model again")
+    only_message(command("train", path), 2, f"model: {model_folder} has no weights", "download the model again")
     assert tree(tmp_path) == before
 
 
 def test_a_batch_that_does_not_divide(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = recipe_file(train__batch_size=9)
     before = tree(tmp_path)
     words = ("train.batch_size: 9 is the global batch and does not divide over 8 processes", "to 8 or 16")
-    only_message(afina("submit", path, "--dry-run", "--nodes", "2", "--gpus-per-node", "4"), 2, *words)
+    only_message(command("submit", path, "--dry-run", "--nodes", "2", "--gpus-per-node", "4"), 2, *words)
     if len(os.sched_getaffinity(0)) > 1:
-        only_message(afina("train", path, "--num-processes", "2"), 2, "does not divide over 2 processes", "to 8 or 10")
+        only_message(
+            command("train", path, "--num-processes", "2"), 2, "does not divide over 2 processes", "to 8 or 10"
+        )
     assert tree(tmp_path) == before
 
 
-def test_more_processes_than_cores(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_more_processes_than_cores(
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
     cores, path = len(os.sched_getaffinity(0)), recipe_file()
     before = tree(tmp_path)
-    done = afina("train", path, "--num-processes", str(cores + 1))
+    done = command("train", path, "--num-processes", str(cores + 1))
     only_message(done, 2, f"{cores + 1} processes on {cores} cores", f"use --num-processes {cores} or fewer")
     assert tree(tmp_path) == before
 
 
-def test_a_claimed_run_directory(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], site: Site, tmp_path: Path
+def test_a_run_directory_that_is_in_use(
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], site: Site, tmp_path: Path
 ) -> None:
     path = recipe_file()
     run = RunDir.claim(make_plan(load_recipe(path), site, recipe_file=path), {}, ["x"], "", tmp_path / "my run")
     before = tree(tmp_path)
+    remedy = f"continue it with `afina resume '{run.path}'`"
     only_message(
-        afina("train", path, "--run", run.path),
+        command("train", path, "--run", run.path),
         2,
         f"error: {run.path}: this run directory is already claimed",
-        f"continue it with `afina resume '{run.path}'`",
+        remedy,
     )
+    for other in (path.parent, path):
+        only_message(command("train", path, "--run", other), 2, "exists, and is not an empty folder")
     assert tree(tmp_path) == before
 
 
-def test_a_run_directory_that_holds_something_else(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("mount", "message", "remedy"),
+    [
+        ("size=1m", "is full: ", "remove old runs and caches"),
+        ("ro", "is not writable by you", "choose a folder of your own"),
+    ],
+)
+def test_a_scratch_that_cannot_be_used(
+    recipe_file: Callable[..., Path], scratch: Path, mount: str, message: str, remedy: str
 ) -> None:
-    path = recipe_file()
-    before = tree(tmp_path)
-    only_message(afina("train", path, "--run", path.parent), 2, "exists, and is not an empty folder")
-    only_message(afina("train", path, "--run", path), 2, "exists, and is not an empty folder")
-    assert tree(tmp_path) == before
-
-
-TRAIN = 'export AFINA_SCRATCH="$1"; exec "$2" -W error -m afina.cli train "$3"'
-
-
-def test_scratch_that_is_full(recipe_file: Callable[..., Path], scratch: Path) -> None:
-    import sys
-
-    done = private_mounts(f'mount -t tmpfs -o size=1m tmpfs "$1"; {TRAIN}', scratch, sys.executable, recipe_file())
-    only_message(done, 3, f"AFINA_SCRATCH={scratch} is full: ", "remove old runs and caches")
-
-
-def test_scratch_that_is_not_writable(recipe_file: Callable[..., Path], scratch: Path) -> None:
-    import sys
-
-    done = private_mounts(f'mount -t tmpfs -o ro tmpfs "$1"; {TRAIN}', scratch, sys.executable, recipe_file())
-    only_message(done, 3, f"AFINA_SCRATCH={scratch} is not writable by you", "choose a folder of your own")
+    train = 'export AFINA_SCRATCH="$1"; exec "$2" -W error -m afina.cli train "$3"'
+    done = private_mounts(f'mount -t tmpfs -o {mount} tmpfs "$1"; {train}', scratch, sys.executable, recipe_file())
+    only_message(done, 3, f"AFINA_SCRATCH={scratch} {message}", remedy)
 
 
 # -- what only the prepare stage can see -------------------------------------------------------------------------------
@@ -215,7 +210,3 @@ def test_an_argument_that_transformers_does_not_know(
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
     assert "wieght_decay" in done.stderr and "weight_decay" in done.stderr.replace("wieght_decay", "")
     assert not (tmp_path / "never made").exists()
-
-
-def test_the_recipe_of_these_tests_is_sound() -> None:
-    Recipe.model_validate(recipe_dict())

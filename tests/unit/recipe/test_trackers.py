@@ -34,12 +34,8 @@ def test_one_or_several_are_named_and_do_not_change_what_is_trained(
     recipe: Callable[..., Recipe], site: Site, recipe_file: Callable[..., Path]
 ) -> None:
     plain = make_plan(recipe(), site, recipe_file=recipe_file())
-    for given, read in [
-        ("wandb", ("wandb",)),
-        (["mlflow", "wandb", "mlflow"], ("mlflow", "wandb")),
-        (None, ()),
-        ([], ()),
-    ]:
+    several = (["mlflow", "wandb", "mlflow"], ("mlflow", "wandb"))
+    for given, read in [("wandb", ("wandb",)), several, (None, ()), ([], ())]:
         loaded = recipe(trackers=given)
         assert loaded.trackers == read
         assert make_plan(loaded, site, recipe_file=recipe_file()).digest == plain.digest
@@ -48,16 +44,13 @@ def test_one_or_several_are_named_and_do_not_change_what_is_trained(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            ["tensorboard", "wandbb"],
-            "`wandbb` is not a tracker; did you mean `wandb`? known: tensorboard, wandb, mlflow",
-        ),
+        (["mlflow", "wandbb"], "`wandbb` is not a tracker; did you mean `wandb`? known: tensorboard, wandb, mlflow"),
         ([{"wandb": 1}], "trackers.0"),
         (7, "must be text, or a list of texts"),
         ("hf_" + "a" * 34, "holds a token or a password"),
     ],
 )
-def test_what_is_no_tracker(recipe: Callable[..., Recipe], given: Any, message: str) -> None:
+def test_not_a_tracker(recipe: Callable[..., Recipe], given: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(trackers=given)
     assert message in str(caught.value)
@@ -107,12 +100,10 @@ def test_commands_name_only_what_is_there_and_quote_it(tmp_path: Path) -> None:
         (run / "tracking" / name).mkdir(parents=True)
     (run / "tracking/wandb/offline-run-1").mkdir()
     tensorboard, wandb = trackers.sync_commands(run, trackers.TRACKERS)
-    shown = subprocess.run(
-        ["bash", "-c", f"set -- {tensorboard}; printf '%s\\n' \"$@\""], capture_output=True, text=True
-    )
-    assert shown.stdout.splitlines() == ["tensorboard", "--logdir", str(run / "tracking/tensorboard")]
-    shown = subprocess.run(["bash", "-c", f"set -- {wandb}; printf '%s\\n' \"$@\""], capture_output=True, text=True)
-    assert shown.stdout.splitlines() == ["wandb", "sync", str(run / "tracking/wandb/offline-run-1")]
+    script = f"printf '%s\\n' {tensorboard}; printf '%s\\n' {wandb}"
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.splitlines()
+    assert shown[:3] == ["tensorboard", "--logdir", str(run / "tracking/tensorboard")]
+    assert shown[3:] == ["wandb", "sync", str(run / "tracking/wandb/offline-run-1")]
     assert len(trackers.sync_commands(run, ["wandb"])) == 1
 
 
@@ -120,10 +111,10 @@ def test_commands_name_only_what_is_there_and_quote_it(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """In place of a library's callback: what it was told."""
+    """In place of a library's callback: what it received."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[int, dict[str, float]]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         pass
@@ -131,19 +122,15 @@ class Recorder:
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if logs.get("loss") == 13:
             raise RuntimeError("the service died\nat length")
-        self.told.append((state.global_step, logs))
+        self.logged.append((state.global_step, logs))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     (tmp_path / "run/tracking").mkdir(parents=True)
     run = RunDir(tmp_path / "run")
-    lines = [
-        {"step": 1, "loss": 0.9},
-        {"step": 2, "loss": 0.8},
-        {"step": 2, "eval_loss": 0.7, "eval_x": [1]},
-        {"step": 3, "loss": 0.6},
-    ]
+    losses = [{"step": step, "loss": loss} for step, loss in ((1, 0.9), (2, 0.8), (3, 0.6))]
+    lines = [*losses[:2], {"step": 2, "eval_loss": 0.7, "eval_x": [1]}, losses[2]]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
@@ -159,12 +146,8 @@ def test_an_attempt_records_what_was_logged_up_to_its_checkpoint(run: RunDir, mo
     tracked.on_train_begin(None, state, None)
     state.global_step = 3
     tracked.on_log(None, state, None, {"loss": 0.61, "names": ["a"]})
-    assert [(step, sorted(logs)) for step, logs in inner.told] == [
-        (1, ["loss"]),
-        (2, ["loss"]),
-        (2, ["eval_loss"]),
-        (3, ["loss"]),
-    ]
+    names = [(step, *logs) for step, logs in inner.logged]
+    assert names == [(1, "loss"), (2, "loss"), (2, "eval_loss"), (3, "loss")]
     old, uploaded = (run.path / "tracking/wandb" / name for name in ("offline-run-1-x", "offline-run-2-x"))
     old.mkdir(parents=True)
     assert not _set_aside(old.parent) and [p.name for p in old.parent.iterdir()] == ["replaced-offline-run-1-x"]
@@ -186,11 +169,9 @@ def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(
     for loss in (12, 13, 14):
         tracked.on_log(None, state, None, {"loss": loss})
     tracked.on_train_end(None, state, None)
-    assert [logs["loss"] for _, logs in inner.told] == [12]
-    said = capfd.readouterr()
-    assert (
-        said.err == "afina: WARNING: tensorboard is switched off: RuntimeError: the service died\n" and said.out == ""
-    )
+    assert [logs["loss"] for _, logs in inner.logged] == [12]
+    warning = "afina: WARNING: tensorboard is switched off: RuntimeError: the service died\n"
+    assert capfd.readouterr() == ("", warning)
 
 
 @pytest.mark.slow

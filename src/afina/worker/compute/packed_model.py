@@ -199,6 +199,8 @@ def configure(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple
     if fast:
         use_fast_dropout(model)
     unproven = "not proven under torch_compile" if compiled else why_not_packed(model)
+    if arguments.neftune_noise_alpha:
+        unproven = "NEFTune scales its noise by the width of a batch"
     batching: Batching = requested
     if requested in ("auto", "packed"):
         batching = "packed" if unproven is None else "grouped"

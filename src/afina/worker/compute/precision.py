@@ -47,6 +47,9 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 #: TrainingArguments that set the precision instead of `train.precision`.
 _ARGUMENTS = ("bf16", "fp16", "tf32")
 
+#: Each of them makes Trainer compile the model.
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
 #: Part of the names of the GPUs that afina was measured on.
 _MEASURED = "H100"
 
@@ -115,7 +118,7 @@ def choose(
         EnvironmentProblem: the device does not support it, or a compiler is missing.
     """
     env = os.environ if env is None else env
-    compiled = train.compile or bool(train.arguments.get("torch_compile"))
+    compiled = train.compile or any(train.arguments.get(name) for name in _COMPILE)
     if compiled and not (
         env.get("CC") or env.get("CXX") or any(shutil.which(c, path=env.get("PATH")) for c in _COMPILERS)
     ):

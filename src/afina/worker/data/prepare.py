@@ -155,7 +155,7 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
     data_pin = hub.pin(site, "dataset", recipe.data.hub, recipe.data.revision, say) if recipe.data.hub else None
     model_pin = hub.pin(site, "model", recipe.model, recipe.revision, say) if plan.model_folder is None else None
     if data_pin or model_pin:
-        check_arguments(recipe.train.arguments, site.scratch / "pins")
+        check_arguments(recipe.train, site.scratch / "pins")
     if model_pin is None:
         assert plan.model_folder is not None
         folder = plan.model_folder
@@ -191,7 +191,7 @@ def _check_model(plan: Plan, folder: Path) -> list[str]:
     from afina.worker.model.pretrained import check_model
 
     pins = plan.site.scratch / "pins"
-    return [*check_model(folder, plan.recipe, pins), *check_arguments(plan.recipe.train.arguments, pins)]
+    return [*check_model(folder, plan.recipe, pins), *check_arguments(plan.recipe.train, pins)]
 
 
 def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:

@@ -32,6 +32,7 @@ from afina.errors import EnvironmentProblem, InputError
 from afina.files import difference, name_aside, sha256, sync_file, sync_folder, write_atomic
 from afina.prediction.request import OUTPUTS, STDIN, Prediction, folder_of
 from afina.publish import rename_new
+from afina.recipe.schema import AS_RECORDED
 from afina.worker.inference.inputs import Inputs
 
 __all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
@@ -57,7 +58,7 @@ class Parts:
                     f"{self.folder}: made by {'an older' if manifest['format'] == 1 else 'another'} afina",
                     "remove that folder to begin anew, or finish with the afina that began it",
                 )
-            self.job = Prediction.model_validate_json((self.folder / "job.json").read_bytes())
+            self.job = Prediction.model_validate_json((self.folder / "job.json").read_bytes(), context=AS_RECORDED)
         except FileNotFoundError as error:
             raise InputError(
                 f"{error.filename}: is missing, so {self.folder} is not an unfinished prediction",

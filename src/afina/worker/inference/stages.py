@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
 from afina.prediction.request import STDIN, Prediction, folder_of
+from afina.recipe.schema import AS_RECORDED
 from afina.run.allocation import Allocation
 from afina.worker.progress import Progress
 from afina.worker.reply import read_question, report
@@ -56,7 +57,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
             stage.add_argument("--progress", choices=("json", "log"), default="log")
     options = parser.parse_args(arguments)
     if options.stage == "plan":
-        return plan(Prediction.model_validate(read_question("a prediction")))
+        return plan(Prediction.model_validate(read_question("a prediction"), context=AS_RECORDED))
     if options.stage == "merge":
         return merge(options.parts)
     number, _, of = options.share.partition("/")

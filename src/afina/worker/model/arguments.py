@@ -1,5 +1,6 @@
-"""Check of the recipe's `train.arguments` against the installed TrainingArguments: names, types, and their combination.
+"""Check of the recipe's `train.arguments` in the environment that trains: TrainingArguments, optimizer and schedule are built once.
 
+Names and values that no environment takes are refused when the recipe is read (`afina.recipe.arguments`).
 Not covered: arguments that need a GPU (`bf16`, `tf32`, `torch_compile`); only their type is checked.
 """
 
@@ -13,49 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import RecipeError, nearest
+from afina.recipe.arguments import EFFECTIVE
+from afina.recipe.schema import Train
 from afina.worker.model.check_cache import checked_once
 from afina.worker.startup import gc_paused
 
 __all__ = ["check_arguments"]
 
-#: Former and mistaken names of TrainingArguments, and their replacements.
-_REPLACED = {
-    "warmup_ratio": "use `warmup_steps`: a value below 1 is a share of all steps",
-    "group_by_length": "set `tokens.batching: grouped`",
-    "overwrite_output_dir": "leave it out: nothing that exists is overwritten; give `--run DIR`",
-    "logging_dir": "leave it out: metrics are in `metrics.jsonl`",
-    "save_safetensors": "leave it out: models are always saved as safetensors",
-    "evaluation_strategy": "set `train.evaluate`",
-    "no_cuda": "leave it out: the device follows from the allocation",
-    "tokenizer": "leave it out: the tokenizer comes with the model",
-    "split_batches": "leave it out: afina shards the batches itself",
-    "dispatch_batches": "leave it out: afina shards the batches itself",
-    "per_gpu_train_batch_size": "set `train.batch_size`, the global batch",
-    "per_gpu_eval_batch_size": "set `train.eval_batch_size`",
-    "adafactor": "use `optim: adafactor`",
-    "fp16_opt_level": "leave it out: `fp16: true` is enough",
-    "fp16_backend": "leave it out: `fp16: true` is enough",
-    "half_precision_backend": "leave it out: `fp16: true` or `bf16: true` is enough",
-    "use_mps_device": "leave it out: the device follows from the allocation",
-    "batch_size": "set `train.batch_size`, the global batch",
-    "epochs": "set `train.epochs`",
-    "dropout": "it belongs to the model's config, not to the training arguments",
-}
 #: The compute node decides whether these work, not the node that prepares; only their type is checked.
-_HARDWARE = {"bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile", "torch_compile_backend",
-             "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"}  # fmt: skip
+_HARDWARE = {"bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"}
+#: Settings of the optimizer and of the schedule, which some of them do not use.
+_OF_OPTIMIZER = ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+_OF_SCHEDULE = ("lr_scheduler_kwargs", "warmup_steps")
+_STEPS = 50
 
 
-def check_arguments(arguments: Mapping[str, Any], pins: Path) -> list[str]:
-    """Build the installed TrainingArguments with `train.arguments`; returns warnings.
+def check_arguments(train: Train, pins: Path) -> list[str]:
+    """Build TrainingArguments, optimizer and schedule of a recipe; returns warnings.
 
     Raises:
-        RecipeError: an unknown name (with its replacement), a value of the wrong type, a refused value.
+        RecipeError: an unknown name, a value of the wrong type, values that do not work together, a package that is missing, a
+            setting that the optimizer or the schedule does not use.
     """
-    return checked_once(pins, ["arguments", dict(arguments)], lambda: _try_arguments(arguments))
+    arguments, rate = dict(train.arguments), train.learning_rate
+    return checked_once(pins, ["arguments", 2, arguments, rate], lambda: _try_arguments(arguments, rate))
 
 
-def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
+def _try_arguments(arguments: Mapping[str, Any], learning_rate: float) -> list[str]:
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
@@ -68,12 +53,8 @@ def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in arguments.items():
         if name not in known:
-            raise RecipeError(
-                f"train.arguments.{name}: TrainingArguments of {installed} has no such argument",
-                _REPLACED.get(name)
-                or nearest(name, known)
-                or "see the documentation of transformers.TrainingArguments",
-            )
+            near = nearest(name, EFFECTIVE) or "docs/arguments.md lists them"
+            raise RecipeError(f"train.arguments.{name}: TrainingArguments of {installed} has no such argument", near)
         if not _fits(value, hints[name]):
             wanted = " or ".join(t.__name__ for t in _plain_types(hints[name]))
             raise RecipeError(
@@ -81,20 +62,125 @@ def _try_arguments(arguments: Mapping[str, Any]) -> list[str]:
                 "correct the value",
             )
     checked = {name: value for name, value in arguments.items() if name not in _HARDWARE}
+    checked["learning_rate"] = learning_rate
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            # `output_dir` is not created before training begins.
-            TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **checked)
-        except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            named = next((n for n in checked if n in reason), None) or next(
-                (n for n, v in checked.items() if isinstance(v, str) and v in reason), None
-            )
-            raise RecipeError(
-                f"train.arguments{f'.{named}' if named else ''}: {installed} refuses: {reason}", "correct the value"
-            ) from None
+        given = _built(checked, installed)
+        if {"optim", "lr_scheduler_type", *_OF_OPTIMIZER, *_OF_SCHEDULE} & checked.keys():
+            _check_schedule(given, checked, _check_optimizer(given, checked, installed), installed)
     return [f"train.arguments: {w.message}" for w in caught if issubclass(w.category, FutureWarning)]
+
+
+def _built(arguments: Mapping[str, Any], installed: str) -> Any:
+    """The TrainingArguments, on the CPU. Their `output_dir` is not created before training begins."""
+    from transformers import TrainingArguments
+
+    try:
+        return TrainingArguments(output_dir="unused", use_cpu=True, report_to=[], **arguments)
+    except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        named = next((n for n in arguments if n in reason), None) or next(
+            (n for n, v in arguments.items() if isinstance(v, str) and v in reason), None
+        )
+        raise RecipeError(
+            f"train.arguments{f'.{named}' if named else ''}: {installed} refuses: {reason}", "correct the value"
+        ) from None
+
+
+def _check_optimizer(given: Any, arguments: Mapping[str, Any], installed: str) -> Any:
+    """Build the optimizer on a small layer; returns it, or one in its place where it needs the modules of the real model."""
+    import torch
+
+    name = getattr(given.optim, "value", given.optim)
+    try:
+        built = _optimizer(given)
+    except ImportError as error:
+        raise RecipeError(
+            f"train.arguments.optim: {name} needs a package that is not installed here: {_line(error)}",
+            "build an image that has it (container/lock.sh), or use `adamw_torch`, `adafactor` or `sgd`",
+        ) from None
+    except Exception as error:  # any: constructors of other people's optimizers
+        if "target modules" in str(error):  # of the real model
+            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        remedy = "correct the value, or use `adamw_torch`, `adafactor` or `sgd`"
+        raise RecipeError(f"train.arguments.optim: {name} cannot be built: {_line(error)}", remedy) from None
+    for key in _OF_OPTIMIZER:
+        if key in arguments and arguments[key] != (default := _default(key)):
+            other = _built({**arguments, key: default}, installed)
+            if _settings(_optimizer(other)) == _settings(built):
+                raise RecipeError(
+                    f"train.arguments.{key}: the optimizer {name} does not use it",
+                    "leave it out, or set another `optim`",
+                )
+    return built
+
+
+def _optimizer(given: Any) -> Any:
+    """As `Trainer.create_optimizer`, for one layer."""
+    import torch
+    from transformers import Trainer
+
+    layer = torch.nn.Linear(2, 2)
+    kind, named = Trainer.get_optimizer_cls_and_kwargs(given, layer)
+    return kind([{"params": list(layer.parameters()), "weight_decay": given.weight_decay}], **named)
+
+
+def _settings(optimizer: Any) -> str:
+    """The settings of its first group, without the parameters; weight decay only where the optimizer itself knows it."""
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    if "weight_decay" not in optimizer.defaults:
+        group.pop("weight_decay", None)
+    return repr(sorted(group.items(), key=lambda item: item[0]))
+
+
+def _check_schedule(given: Any, arguments: Mapping[str, Any], optimizer: Any, installed: str) -> None:
+    name = getattr(given.lr_scheduler_type, "value", given.lr_scheduler_type)
+    try:
+        rates = _rates(given, optimizer)
+    except Exception as error:  # any: missing or unknown settings come as TypeError, ValueError, …
+        raise RecipeError(
+            f"train.arguments.lr_scheduler_type: {name} cannot be built: {_line(error)}",
+            "set what it needs in `lr_scheduler_kwargs`, or use `linear` or `cosine`",
+        ) from None
+    for key in _OF_SCHEDULE:
+        if arguments.get(key) and arguments[key] != _default(key):
+            try:
+                other = _rates(_built({**arguments, key: _default(key)}, installed), optimizer)
+            except Exception:  # it cannot do without
+                continue
+            if other == rates:
+                with_warmup = (
+                    "use `constant_with_warmup`" if (name, key) == ("constant", "warmup_steps") else "leave it out"
+                )
+                raise RecipeError(f"train.arguments.{key}: the schedule {name} does not use it", with_warmup)
+
+
+def _rates(given: Any, optimizer: Any) -> list[float]:
+    """The learning rates of a short run."""
+    from transformers import get_scheduler
+
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)
+        group["lr"] = given.learning_rate
+    steps = max(_STEPS, 2 * int(given.warmup_steps) if given.warmup_steps < 10_000 else _STEPS)
+    schedule = get_scheduler(
+        given.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=given.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=given.lr_scheduler_kwargs,
+    )
+    return [float(each) for step in range(steps) for each in [schedule.lr_lambdas[0](step)]]
+
+
+def _default(name: str) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments.__dataclass_fields__[name].default
+
+
+def _line(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())
 
 
 def _a(name: str) -> str:

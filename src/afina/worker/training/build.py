@@ -58,7 +58,6 @@ def build_arguments(
             # Defaults that the recipe's `train.arguments` may override.
             "lr_scheduler_type": "linear",
             "dataloader_pin_memory": not on_cpu,
-            "logging_first_step": False,
             **precision.training_arguments(choice),
             **train.arguments,
             # Set by the recipe's own keys, or by afina.

@@ -75,7 +75,7 @@ class StepControl(TrainerCallback):  # type: ignore[misc]
         if broken:
             raise _broken_loss(attempt, step, self.learning_rate)
         last = step >= state.max_steps
-        control.should_log = step % train.log_every == 0 or last
+        control.should_log = step % train.log_every == 0 or last or (step == 1 and args.logging_first_step)
         if cause and not last:
             attempt.stop.agreed = CAUSES[cause]
             control.should_save = control.should_training_stop = True
