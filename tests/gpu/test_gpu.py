@@ -26,12 +26,21 @@ from tests.unit.training import test_train as runs
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
 from afina.worker.compute.batches import Collator, PackedCollator
 from afina.worker.compute.packing import pack
-from afina.worker.model.tasks import TASKS
+from afina.worker.model.losses import Loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HALF = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 ROWS = list(range(len(encoders.LENGTHS)))
+
+
+def _on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch on the GPU: tensors, the packing, and the pair of labels and weights."""
+    device = torch.device("cuda")
+    return {
+        key: tuple(part.to(device) for part in value) if isinstance(value, tuple) else value.to(device)
+        for key, value in batch.items()
+    }
 
 
 def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +53,7 @@ def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Te
         about = packed_model.PROVEN[model.config.model_type]
         packed_model.enable_packing(model, attention.PLAIN)
         collate = PackedCollator(split, encoders.PAD, heads=4, offset=about.offset, device="cuda")
-    batch = {key: value.to(torch.device("cuda")) for key, value in collate(ROWS).items()}
+    batch = _on_gpu(collate(ROWS))
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         logits, _, gradients = encoders.step(model, batch)
     return logits.double().cpu(), torch.cat([gradients[key].double().flatten().cpu() for key in sorted(gradients)])
@@ -111,14 +120,14 @@ def _trained(
 
     def batch_of(rows: list[int]) -> dict[str, Any]:
         batch = collate(sorted(rows, key=lambda row: -lengths[row]))
-        return {key: value.to(torch.device("cuda")) for key, value in batch.items()}
+        return _on_gpu(batch)
 
     def step(batch: dict[str, Any], items: torch.Tensor, half: bool = True) -> torch.Tensor:
         batch = dict(batch)
-        labels = batch.pop("labels")
+        labels, weights = batch.pop("labels")
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
             logits = model(**batch)["logits"]
-        loss = TASKS["single-label"].loss(logits, labels).sum() / items
+        loss = (Loss("single-label")(logits, labels) * weights).sum() / items
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from afina.worker.data.prepared import Split
+from afina.worker.model.losses import Loss
 
 VOCABULARY, PAD = 200, 1
 LENGTHS = (37, 36, 36, 20, 20, 7, 3, 2, 1)
@@ -64,9 +65,9 @@ def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor,
     """Logits, loss and the gradients of all parameters."""
     model.zero_grad(set_to_none=True)
     batch = dict(batch)
-    labels = batch.pop("labels")
+    labels, weights = batch.pop("labels")
     logits = model(**batch)["logits"]
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum()
+    loss = (Loss("single-label")(logits, labels) * weights).sum()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), loss.detach(), {name: g.clone() for name, g in gradients.items()}

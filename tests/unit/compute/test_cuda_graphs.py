@@ -21,7 +21,7 @@ from tests.unit.compute.encoders import (
 )
 
 from afina.worker.compute import attention, cuda_graphs, packed_model
-from afina.worker.compute.batches import IGNORED, PackedCollator
+from afina.worker.compute.batches import PackedCollator
 from afina.worker.compute.packing import Group, Packing
 
 ROWS = list(range(len(LENGTHS)))
@@ -51,7 +51,11 @@ def test_padding_a_batch_does_not_change_its_gradients(name: str) -> None:
     bounds = slot.packing.bounds.tolist()
     alone = tuple(Group(1, b - a, b - a) for a, b in itertools.pairwise(bounds))
     filled = slot.batch()
-    assert filled["labels"][-1] == IGNORED and filled["input_ids"].shape == (1, 256) and bounds[-1] == 256
+    assert (
+        filled["labels"][1].tolist() == [1.0] * len(rows) + [0.0]
+        and filled["input_ids"].shape == (1, 256)
+        and bounds[-1] == 256
+    )
     filled["packing"] = Packing(tuple(group.width for group in alone), slot.packing.starts, slot.packing.bounds, alone)
     (_, expected_loss, expected), (_, loss, found) = step(model, narrow), step(model, filled)
     assert found.keys() == expected.keys()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.unit.training.patched import run_with
 
+from afina.worker.model.losses import Loss
 from afina.worker.model.scoring import compute_metrics
 from afina.worker.model.tasks import TASKS, decisions
 from afina.worker.training import evaluation
@@ -31,7 +32,8 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
     from afina.recipe.metrics import METRICS
 
     names = list(METRICS[task])
-    whole = evaluation.scores(task, names, logits, labels)
+    loss = Loss(task)
+    whole = evaluation.scores(loss, names, logits, labels)
     wide = np.float64 if task == "regression" else np.int64
     reference = compute_metrics(task, names, decisions(task, logits).astype(wide), labels, width)
     assert {k: v for k, v in whole.items() if k != "loss"} == reference
@@ -44,7 +46,7 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
         if size == 1 and task == "multi-label":
             continue
         monkeypatch.setattr(evaluation, "blocks", lambda count, size=size: blocks(count, size))
-        assert evaluation.scores(task, names, mapped, labels) == whole
+        assert evaluation.scores(loss, names, mapped, labels) == whole
 
 
 def test_lists_of_labels_hold_the_chosen_names() -> None:

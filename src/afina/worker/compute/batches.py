@@ -33,6 +33,7 @@ __all__ = [
     "Collator",
     "EvalBatches",
     "PackedCollator",
+    "Targets",
     "Rows",
     "StepBatches",
     "costs",
@@ -48,8 +49,9 @@ _WINDOW = 50
 #: Token budget of a packed evaluation batch for each row of `eval_batch_size`.
 TOKENS_PER_ROW = 128
 
-#: Label of a row that only keeps a rank in step with the others; it adds no loss.
-IGNORED = -100
+#: Labels (B,) or (B, K), and the weight of each row in the loss, float32 (B,): 0 for a row that only keeps a rank in step with the
+#: others. A plain tuple, which `Trainer` moves to the device.
+Targets = tuple[torch.Tensor, torch.Tensor]
 
 
 def epoch_steps(
@@ -105,9 +107,9 @@ def balance(costs: np.ndarray[Any, Any], parts: int, most: int) -> list[list[int
 
 
 class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one rank. A row `~i` (negative) is row i without its label.
+    """The micro-batches of one rank. A row `~i` (negative) is row i with weight 0 in the loss.
 
-    The last step of an epoch may be short. Its rows are shared evenly, and a rank without a row gets one without a label, so that
+    The last step of an epoch may be short. Its rows are shared evenly, and a rank without a row gets one with weight 0, so that
     every rank takes part in every collective.
     """
 
@@ -214,7 +216,8 @@ class Rows(Dataset[list[int]]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Collates rows to padded tensors: `input_ids`, `attention_mask` (and `token_type_ids`) int64 (B, L), `labels` (B,) or (B, K).
+    """Collates rows to padded tensors: `input_ids`, `attention_mask` (and `token_type_ids`) int64 (B, L), `labels`
+    `Targets`.
 
     Attributes:
         pad_to: L, or None for the longest of the batch.
@@ -224,7 +227,7 @@ class Collator:
     pad_token_id: int
     pad_to: int | None = None
 
-    def __call__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
         real = [row if row >= 0 else ~row for row in rows]
         bounds = [(int(self.split.offsets[row]), int(self.split.offsets[row + 1])) for row in real]
         width = self.pad_to or max(end - start for start, end in bounds)
@@ -237,10 +240,13 @@ class Collator:
             if types is not None:
                 assert self.split.types is not None
                 types[i, : end - start] = self.split.types[start:end]
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": _labels(self.split, rows)}
+        batch = {"input_ids": ids, "attention_mask": mask}
         if types is not None:
             batch["token_type_ids"] = types
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {
+            **{name: torch.from_numpy(array) for name, array in batch.items()},
+            "labels": _targets(self.split, rows),
+        }
 
 
 @dataclass(frozen=True)
@@ -269,14 +275,16 @@ class PackedCollator:
         firsts = np.concatenate([[0], np.cumsum(lengths[:-1])]).astype(np.int64)
         positions -= np.repeat(positions[firsts] - counted[firsts], lengths)
         positions = positions * counted + self.pad_token_id if self.offset else positions - 1
-        batch = {"input_ids": ids[None], "position_ids": positions[None], "labels": _labels(self.split, rows)}
+        batch = {"input_ids": ids[None], "position_ids": positions[None]}
         if self.split.types is not None:
             batch["token_type_ids"] = np.concatenate([self.split.types[a:b] for a, b in bounds]).astype(np.int64)[None]
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return {**tensors, "packing": pack(lengths, self.heads, self.device)}
+        packing = pack(lengths, self.heads, self.device)
+        return {**tensors, "labels": _targets(self.split, rows), "packing": packing}
 
 
-def _labels(split: Split, rows: Sequence[int]) -> np.ndarray[Any, Any]:
-    labels = np.array(split.labels[[row if row >= 0 else ~row for row in rows]])
-    labels[[i for i, row in enumerate(rows) if row < 0]] = IGNORED
-    return labels
+def _targets(split: Split, rows: Sequence[int]) -> Targets:
+    real = [row if row >= 0 else ~row for row in rows]
+    weights = np.ones(len(rows), np.float32) if split.weights is None else np.array(split.weights[real])
+    weights[[i for i, row in enumerate(rows) if row < 0]] = 0
+    return torch.from_numpy(np.array(split.labels[real])), torch.from_numpy(weights)

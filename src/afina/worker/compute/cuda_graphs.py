@@ -1,7 +1,7 @@
 """Training steps as CUDA graphs: recorded once for each width of a packed batch, then replayed.
 
 A fast GPU computes a step of a few short texts in less time than Python takes to launch its thousand kernels; a recorded step is
-one launch. A graph has fixed shapes, so a batch is padded to one of a few widths by one more sequence, whose label adds no loss.
+one launch. A graph has fixed shapes, so a batch is padded to one of a few widths by one more sequence, which has weight 0 in the loss.
 Forward and backward are recorded, with gradients at fixed addresses; clipping and the optimizer stay as they are. Dropout draws new
 masks at each replay: a graph reads torch's generator and advances it.
 
@@ -24,7 +24,7 @@ import torch
 
 from afina.errors import TrainingError
 from afina.worker.compute import flash
-from afina.worker.compute.batches import IGNORED
+from afina.worker.compute.batches import Targets
 from afina.worker.compute.packing import Packing
 
 __all__ = ["GraphedStep", "why_not_graphed", "padded_width"]
@@ -194,8 +194,11 @@ class _StaticBatch:
             for name, value in batch.items()
             if name not in ("packing", "labels")
         }
-        labels = batch["labels"]
-        self.labels = torch.full((rows + 1, *labels.shape[1:]), IGNORED, dtype=labels.dtype, device=device)
+        labels, weights = batch["labels"]
+        self.targets: Targets = (
+            torch.zeros(rows + 1, *labels.shape[1:], dtype=labels.dtype, device=device),
+            torch.zeros(rows + 1, dtype=weights.dtype, device=device),
+        )
         self.items = torch.empty_like(items)
         starts, bounds = (
             torch.full((rows + n,), width, dtype=x.dtype, device=device)
@@ -213,7 +216,8 @@ class _StaticBatch:
         for name, value in self.tokens.items():
             value[:, :end].copy_(batch[name])
             value[:, end:].zero_()
-        self.labels[:rows].copy_(batch["labels"])
+        for kept, value in zip(self.targets, batch["labels"], strict=True):
+            kept[:rows].copy_(value)
         self.items.copy_(items)
         self.packing.starts[:rows].copy_(packing.starts)
         self.packing.starts[rows:].fill_(end)
@@ -221,4 +225,4 @@ class _StaticBatch:
 
     def batch(self) -> dict[str, Any]:
         """The batch as a collator returns it; a new dictionary each time, because a step pops its labels."""
-        return {**self.tokens, "labels": self.labels, "packing": self.packing}
+        return {**self.tokens, "labels": self.targets, "packing": self.packing}

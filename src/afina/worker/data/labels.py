@@ -18,7 +18,7 @@ from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.schema import Data
 from afina.worker.data.tables import DataTable, as_text
 
-__all__ = ["LabelColumns", "Labels", "as_number", "find_labels", "label_array", "listed"]
+__all__ = ["LabelColumns", "Labels", "as_number", "as_numbers", "find_labels", "label_array", "listed"]
 
 Array = np.ndarray[Any, Any]
 
@@ -49,19 +49,11 @@ class LabelColumns:
 
     def text(self) -> pa.Array:
         """Single labels: trimmed text, null where the label is missing."""
-        texts = as_text(self.columns[0])
-        return pc.if_else(pc.equal(texts, ""), None, texts)
+        return _filled(self.columns[0])
 
     def numbers(self) -> Array:
         """float64 (N,): NaN where there is no number."""
-        column = self.columns[0]
-        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            texts = self.text()
-            try:
-                column = texts.cast(pa.float64())
-            except pa.ArrowInvalid:
-                column = pa.array([as_number(text) for text in texts.to_pylist()], pa.float64())
-        return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
+        return as_numbers(self.columns[0])
 
     def present(self) -> Array:
         """Where a label is not missing (an empty text or list is a multi-label row without labels), bool (N,)."""
@@ -104,6 +96,23 @@ class LabelColumns:
                     "several label columns mean one 0/1 column per label; for one label name one column",
                 )
         return values
+
+
+def _filled(column: pa.Array) -> pa.Array:
+    """Trimmed text, null where it is empty."""
+    texts = as_text(column)
+    return pc.if_else(pc.equal(texts, ""), None, texts)
+
+
+def as_numbers(column: pa.Array) -> Array:
+    """A column as float64 (N,): NaN where there is no number."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        texts = _filled(column)
+        try:
+            column = texts.cast(pa.float64())
+        except pa.ArrowInvalid:
+            column = pa.array([as_number(text) for text in texts.to_pylist()], pa.float64())
+    return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
 
 
 def as_number(text: str | None) -> float | None:

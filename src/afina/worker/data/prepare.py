@@ -72,6 +72,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
+    from afina.worker.data.loss_weights import check_loss
     from afina.worker.data.shards import discard
     from afina.worker.data.tokenise import shards_folder
 
@@ -92,6 +93,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
             if manifest is None:
                 manifest, late = _make(plan, inputs, states, final, content, say)
     discard(shards_folder(plan), final.name)
+    check_loss(recipe, final, manifest["task"], manifest["labels"])
     if late is None:
         late = _check_model(plan, inputs.model_folder)
     splits = manifest["splits"]
@@ -310,7 +312,7 @@ def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> A
     }
     if data is not None:
         states = {key: source.state() for key, source in sources.items()}
-    columns = [*spec.label, *([spec.id] if spec.id else [])]
+    columns = [*spec.label, *filter(None, (spec.id, spec.weight))]
     with Progress("reading", "read", "rows", None, say) as progress:
         tables = {key: source.read(columns, spec.text, progress.advance) for key, source in sources.items()}
     labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)

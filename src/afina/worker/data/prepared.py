@@ -5,6 +5,7 @@
         <split>.tokens.npy        token ids, uint16 or uint32, shape (T,): the rows one after the other
         <split>.offsets.npy       int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
         <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
+        <split>.weights.npy       weight of each row in the loss, float32 (N,); only where the recipe names a column of them
         <split>.types.npy         token types, uint8 (T,); only where the tokenizer gives any that are not 0
         <split>.rows.parquet      where each row came from; for eval and test its text too
         tokenizer/                as `save_pretrained` writes it
@@ -57,12 +58,14 @@ class Split:
         offsets: (N + 1,) int64.
         labels: (N,) int64, (N, L) float32 or (N,) float32, by task.
         types: (T,) uint8, or None where all token types are 0.
+        weights: (N,) float32, or None where all rows count the same.
     """
 
     tokens: Array
     offsets: Array
     labels: Array
     types: Array | None = None
+    weights: Array | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -81,9 +84,9 @@ def open_split(folder: str | Path, split: str) -> Split:
     """
     folder = Path(folder)
     arrays: dict[str, Array | None] = {}
-    for name in ("tokens", "offsets", "labels", "types"):
+    for name in ("tokens", "offsets", "labels", "types", "weights"):
         path = folder / f"{split}.{name}.npy"
-        if name == "types" and not path.exists():
+        if name in ("types", "weights") and not path.exists():
             arrays[name] = None
             continue
         try:
@@ -92,11 +95,11 @@ def open_split(folder: str | Path, split: str) -> Split:
             raise SiteError(f"prepared data {path}: is missing", _REMEDY) from None
         except (OSError, ValueError) as error:
             raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
-    tokens, offsets, labels, types = (arrays[n] for n in ("tokens", "offsets", "labels", "types"))
+    tokens, offsets, labels = (arrays[n] for n in ("tokens", "offsets", "labels"))
     assert tokens is not None and offsets is not None and labels is not None
     if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
         raise SiteError(f"prepared data {folder}: the arrays of `{split}` do not fit together", _REMEDY)
-    return Split(tokens, offsets, labels, types)
+    return Split(tokens, offsets, labels, arrays["types"], arrays["weights"])
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.schema import Data, Part
 from afina.worker.data.label_checks import check_duplicates, check_found_labels, check_labels
 from afina.worker.data.labels import LabelColumns, Labels, find_labels, label_array
+from afina.worker.data.loss_weights import row_weights
 from afina.worker.data.tables import DataTable, Examples, list_places
 
 __all__ = ["SPLITS", "build_splits", "choose_sources", "sample_rows", "stratified_split"]
@@ -205,6 +206,7 @@ def build_splits(
             sizes=np.sum([table.texts[name].sizes[chosen] for name in data.text], axis=0),
             labels=label_array(column, labels, chosen),
             ids=ids,
+            weights=row_weights(split, table, data.weight, chosen) if data.weight else None,
         )
         keys[split] = np.hstack([table.texts[name].keys[chosen] for name in data.text])
     check_labels(labels, splits, warnings)

@@ -128,6 +128,7 @@ class Examples:
         sizes: bytes of each row's text, or of both texts of a pair, int64 (N,).
         labels: int64 (N,) single-label, float32 (N, L) multi-label, float32 (N,) regression.
         ids: large_string (N,), or None where the recipe names no id column.
+        weights: float32 (N,), or None where the recipe names no column of weights.
     """
 
     source: str
@@ -136,6 +137,7 @@ class Examples:
     sizes: Array
     labels: Array
     ids: pa.Array | None
+    weights: Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

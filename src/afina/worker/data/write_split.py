@@ -144,6 +144,8 @@ def write_split(
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
     np.save(aside / f"{split}.offsets.npy", offsets)
     np.save(aside / f"{split}.labels.npy", np.ascontiguousarray(examples.labels))
+    if examples.weights is not None:
+        np.save(aside / f"{split}.weights.npy", examples.weights)
     return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
 
 

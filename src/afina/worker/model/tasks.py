@@ -1,4 +1,4 @@
-"""Tasks as a table: the head, the loss and the decision of each. Metrics: `afina.worker.model.scoring`."""
+"""Tasks as a table: the head and the decision of each. Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
 
-__all__ = ["TASKS", "Task", "decisions", "per_example_loss"]
+__all__ = ["TASKS", "Task", "decisions"]
 
 Array = np.ndarray[Any, Any]
-
-
-def _single_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
-
-
-def _multi_label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    known = labels != -100
-    loss = functional.binary_cross_entropy_with_logits(logits.float(), labels.float().clamp(min=0), reduction="none")
-    return (loss * known).mean(-1)
-
-
-def _regression_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    known = labels != -100
-    return functional.mse_loss(logits.float().squeeze(-1), labels.float(), reduction="none") * known
 
 
 @dataclass(frozen=True)
@@ -36,26 +19,18 @@ class Task:
 
     Attributes:
         problem_type: of the model's config in Transformers.
-        loss: logits (B, K), labels (B,) or (B, K) -> loss per example (B,); 0 where the label is -100.
         decide: logits (N, K) -> predictions: class ids (N,), 0/1 (N, K) or values (N,).
     """
 
     problem_type: str
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     decide: Callable[[Array], Array]
 
 
 TASKS: dict[str, Task] = {
-    "single-label": Task("single_label_classification", _single_label_loss, lambda logits: logits.argmax(-1)),
-    "multi-label": Task("multi_label_classification", _multi_label_loss, lambda logits: (logits > 0).astype(np.int64)),
-    "regression": Task("regression", _regression_loss, lambda logits: logits[:, 0]),
+    "single-label": Task("single_label_classification", lambda logits: logits.argmax(-1)),
+    "multi-label": Task("multi_label_classification", lambda logits: (logits > 0).astype(np.int64)),
+    "regression": Task("regression", lambda logits: logits[:, 0]),
 }
-
-
-def per_example_loss(task: str, logits: Array, labels: Array) -> Array:
-    """Loss of each example, float64 (N,), from logits (N, K) and labels."""
-    loss = TASKS[task].loss(torch.from_numpy(logits), torch.from_numpy(np.array(labels)))
-    return np.asarray(loss.double().numpy())
 
 
 def decisions(task: str, logits: Array) -> Array:

@@ -24,7 +24,9 @@ from afina.schedule import Schedule
 from afina.worker.compute.batches import Batching
 from afina.worker.compute.precision import PrecisionChoice
 from afina.worker.data import prepared as store
+from afina.worker.data.loss_weights import label_weights
 from afina.worker.data.prepared import Split
+from afina.worker.model.losses import Loss
 from afina.worker.model.pretrained import verify_model
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
@@ -44,6 +46,7 @@ class TrainingData:
         model_folder: of the pretrained model.
         labels: their names, None for regression.
         num_labels: outputs of the model.
+        loss: of training and evaluation, on the CPU.
         metric_names: what an evaluation computes, `best_metric` included.
         best_metric: chooses the best checkpoint.
     """
@@ -53,6 +56,7 @@ class TrainingData:
     task: str
     labels: list[str] | None
     num_labels: int
+    loss: Loss
     pad_token_id: int
     splits: Mapping[str, Split]
     metric_names: list[str]
@@ -83,14 +87,17 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
             raise TrainingError(
                 f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
             )
+    splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
+    weights = label_weights(plan.recipe.train, task, manifest["labels"], splits["train"].labels)
     return TrainingData(
         folder=folder,
         model_folder=prepared["model_folder"],
         task=task,
         labels=manifest["labels"],
         num_labels=manifest["num_labels"],
+        loss=Loss.of(plan.recipe.train, task, weights),
         pad_token_id=manifest["pad_token_id"],
-        splits={part: store.open_split(folder, part) for part in manifest["splits"]},
+        splits=splits,
         metric_names=names,
         best_metric=best,
     )
@@ -136,9 +143,10 @@ class Attempt:
 
     @cached_property
     def work(self) -> Work:
-        """Examples, tokens and operations of any step, over all processes."""
-        lengths, seed = self.data.splits["train"].lengths, self.plan.recipe.train.seed
-        return Work(lengths, self.forward_flops, self.schedule, seed, self.batching)
+        """Examples, tokens, operations and the loss's divisor of any step, over all processes."""
+        train, seed = self.data.splits["train"], self.plan.recipe.train.seed
+        divisors = self.data.loss.divisors(np.asarray(train.labels), train.weights)
+        return Work(train.lengths, self.forward_flops, self.schedule, seed, self.batching, divisors)
 
     @cached_property
     def meter(self) -> Meter:

@@ -20,7 +20,8 @@ import torch
 
 from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
-from afina.worker.model.tasks import decisions, per_example_loss
+from afina.worker.model.losses import Loss
+from afina.worker.model.tasks import decisions
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training.attempt import Attempt
@@ -91,18 +92,22 @@ def _allocate(shape: tuple[int, int], folder: Path) -> Array:
     return mapped
 
 
-def scores(task: str, names: list[str], logits: Array, labels: Array) -> dict[str, Any]:
-    """The loss, a mean in float64 over rows, and the named metrics."""
-    count = len(logits)
-    loss, predictions = np.empty(count, np.float64), []
+def scores(loss: Loss, names: list[str], logits: Array, labels: Array, weights: Array | None = None) -> dict[str, Any]:
+    """The loss, a mean in float64 over rows, and the named metrics.
+
+    Args:
+        weights: of the rows in the loss, (N,); None: 1 each. Metrics are not weighted.
+    """
+    count, task = len(logits), loss.task
+    each, predictions = np.empty(count, np.float64), []
     for block in blocks(count):
-        loss[block] = per_example_loss(task, logits[block], labels[block])
+        each[block] = loss.of_rows(logits[block], labels[block])
         predictions.append(decisions(task, logits[block]))
     with gc_paused():  # the first call imports large libraries
         from afina.worker.model.scoring import compute_metrics
 
         metrics = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])
-    return {"loss": float(loss.mean()), **metrics}
+    return {"loss": loss.mean(each, labels, weights), **metrics}
 
 
 def blocks(count: int, size: int = 65_536) -> Iterator[slice]:

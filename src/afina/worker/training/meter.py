@@ -166,7 +166,7 @@ def _digits(value: float) -> float:
 
 
 class Work:
-    """Rows of any step; its examples, tokens and floating-point operations of the forward pass, over all processes."""
+    """Rows of any step; its examples, tokens and floating-point operations of the forward pass, and the divisor of its loss, over all processes."""
 
     def __init__(
         self,
@@ -175,13 +175,16 @@ class Work:
         schedule: Schedule,
         seed: int,
         batching: Batching,
+        divisors: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """Args:
         lengths, flops: of each row, (N,).
+        divisors: of each row, (N,): see `Loss.divisors`; None: 1 each.
         """
+        self.divisors = divisors
         self.lengths, self.flops, self.schedule, self.seed, self.batching = lengths, flops, schedule, seed, batching
         self._epoch = -1
-        self._tokens = self._flops = np.empty(0)
+        self._tokens = self._flops = self._divisors = np.empty(0)
 
     def rows(self, step: int) -> np.ndarray[Any, Any]:
         """Row numbers of a step."""
@@ -193,14 +196,28 @@ class Work:
 
     def __call__(self, step: int) -> tuple[int, int, float]:
         """Examples, tokens and operations of a step."""
+        number = self._enter(step)
+        return self.schedule.examples_of(step), int(self._tokens[number]), float(self._flops[number])
+
+    def divisor(self, step: int) -> float:
+        """What the sum of a step's losses is divided by; 1 where all its rows have weight 0."""
+        if self.divisors is None:
+            return self.schedule.examples_of(step)
+        number = self._enter(step)
+        return float(self._divisors[number]) or 1.0
+
+    def _enter(self, step: int) -> int:
+        """The number of a step in its epoch, whose sums are ready then."""
         epoch, number = self.schedule.position(step)
         if epoch != self._epoch:
             rows = np.concatenate(self._steps(epoch))
             starts = np.arange(0, len(rows), self.schedule.global_batch)
             self._tokens = np.add.reduceat(self.lengths[rows], starts)
             self._flops = np.add.reduceat(self.flops[rows], starts)
+            if self.divisors is not None:
+                self._divisors = np.add.reduceat(self.divisors[rows], starts)
             self._epoch = epoch
-        return self.schedule.examples_of(step), int(self._tokens[number]), float(self._flops[number])
+        return number
 
 
 def seconds_since_launch(attempt: Path) -> float:

@@ -241,6 +241,7 @@ def _longest_rows(split: Split, size: int) -> Split:
         np.concatenate([[0], np.cumsum([span.stop - span.start for span in spans])]).astype(np.int64),
         np.asarray(split.labels)[rows],
         None if split.types is None else np.concatenate([split.types[span] for span in spans]),
+        None if split.weights is None else np.asarray(split.weights)[rows],
     )
 
 

@@ -52,8 +52,9 @@ def export_results(trainer: RunTrainer) -> Results:
         if trainer.evaluated_step != model_step:
             trainer.evaluation_loop(trainer.get_eval_dataloader(), "Prediction")
         if attempt.rank == 0:
-            labels = np.asarray(data.splits["eval"].labels)
-            values = scores(data.task, data.metric_names, trainer.logits, labels)
+            split = data.splits["eval"]
+            labels = np.asarray(split.labels)
+            values = scores(data.loss, data.metric_names, trainer.logits, labels, split.weights)
             metrics |= {f"eval_{name}": value for name, value in values.items()}
             _write_predictions(data, "eval", trainer.logits, run.predictions)
     if "test" in data.splits:

@@ -34,9 +34,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from afina.errors import EnvironmentProblem
 from afina.version import __version__
 from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, ranks
-from afina.worker.compute.batches import Rows
+from afina.worker.compute.batches import Rows, Targets
 from afina.worker.data.prepared import Split
-from afina.worker.model.tasks import TASKS
 from afina.worker.survival import checkpoint as checkpoints
 from afina.worker.survival.snapshot import (
     PROGRESS,
@@ -71,6 +70,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self, attempt: Attempt, model: Any, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
     ) -> None:
         self.attempt = attempt
+        self._loss = attempt.data.loss.to(arguments.device)
         self.logits = np.empty((0, 0), np.float32)
         self.evaluated_step: int | None = None
         self._abandoned_evaluation = False
@@ -83,7 +83,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             train_dataset=Rows(splits["train"]),
             eval_dataset=Rows(splits["eval"]) if "eval" in splits else None,
             data_collator=lambda rows: rows,
-            compute_loss_func=self._loss,
+            compute_loss_func=self._step_loss,
             compute_metrics=lambda _: {},
         )
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
@@ -110,11 +110,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         return self.attempt.geometry.global_batch
 
-    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Sum over this rank's examples / examples of the global step (Trainer multiplies by the ranks that DDP averages over)."""
-        each = TASKS[self.attempt.data.task].loss(outputs["logits"], labels)
-        loss: torch.Tensor = each.mean() if num_items_in_batch is None else each.sum() / num_items_in_batch
-        return loss
+    def _step_loss(self, outputs: Any, targets: Targets, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """Sum over this rank's rows / divisor of the global step (Trainer multiplies by the ranks that DDP averages over)."""
+        labels, weights = targets
+        return (self._loss(outputs["logits"], labels) * weights).sum() / num_items_in_batch
 
     # Steps
 
@@ -126,8 +125,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return samples
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """Examples of the step over all ranks: the schedule has them, Trainer would gather them."""
-        return torch.tensor(self.attempt.schedule.examples_of(self.state.global_step + 1), device=device)
+        """The divisor of the step's loss over all ranks: the plan of the epoch has it, Trainer would gather it."""
+        return torch.tensor(self.attempt.work.divisor(self.state.global_step + 1), device=device)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack: contextlib.ExitStack = super().compute_loss_context_manager()
@@ -208,7 +207,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         with attempt.meter.within("evaluation"):
             self.model.eval()
             logits = logits_of(attempt, dataloader, self._forward, may_stop=self.is_in_train)
-            metrics = scores(data.task, data.metric_names, logits, labels) if attempt.rank == 0 else {}
+            metrics = {}
+            if attempt.rank == 0:
+                metrics = scores(data.loss, data.metric_names, logits, labels, split.weights)
             metrics = ranks.from_rank_zero(metrics)
         attempt.meter.evaluations += 1
         self.logits, self.evaluated_step = logits, self.state.global_step
