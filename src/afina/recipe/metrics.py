@@ -1,18 +1,83 @@
-"""The metrics of each task, and in which direction each is better. They are computed in `afina.worker.model.scoring`."""
+"""The metrics of each task, in which direction each is better, and metrics of one's own: `module:function`.
+
+The built-in ones are computed in `afina.statistics.metrics`, in training and in every report alike.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["METRICS", "default_metrics", "lower_is_better", "selection_metric"]
+__all__ = [
+    "METRICS",
+    "NEED_SCORES",
+    "SCALARS",
+    "OwnMetric",
+    "default_metrics",
+    "lower_is_better",
+    "metric_name",
+    "metric_texts",
+    "own_metric",
+    "selection_metric",
+]
 
+_AVERAGED = ("precision_micro", "recall_micro", "f1_weighted", "precision_weighted", "recall_weighted")
+#: Computed from probabilities, not from decisions.
+NEED_SCORES = ("auroc", "average_precision", "log_loss", "brier")
 #: The metrics that each task knows; the first is the one by which the best checkpoint is chosen.
 METRICS: dict[str, tuple[str, ...]] = {
-    "single-label": ("accuracy", "f1", "precision", "recall", "mcc", "confusion_matrix"),
-    "multi-label": ("f1", "f1_micro", "subset_accuracy", "precision", "recall"),
-    "regression": ("mse", "mae", "pearson", "spearman"),
+    "single-label": (
+        *("accuracy", "f1", "precision", "recall", "balanced_accuracy", "mcc", "kappa", "kappa_quadratic"),
+        *("f1_micro", *_AVERAGED, *NEED_SCORES, "confusion_matrix"),
+    ),
+    "multi-label": ("f1", "f1_micro", "subset_accuracy", "precision", "recall", *_AVERAGED, *NEED_SCORES),
+    "regression": ("mse", "mae", "pearson", "spearman", "rmse", "r2"),
 }
-_LOWER_IS_BETTER = ("loss", "mse", "mae")
+#: All metrics that are one number.
+SCALARS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names if name != "confusion_matrix"))
+_LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "log_loss", "brier")
+_OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)(?::(?P<better>\w+))?")
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A metric of one's own: a function of a module, which is a file beside the recipe or importable where it trains."""
+
+    module: str
+    function: str
+    lower: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in every record: that of the function."""
+        return self.function
+
+
+def own_metric(text: str) -> OwnMetric | None:
+    """`module:function`, with `:lower` or `:higher` behind it; None for a name without a colon.
+
+    Raises:
+        ValueError: a colon, but not of that form.
+    """
+    if ":" not in text:
+        return None
+    found = _OWN.fullmatch(text)
+    if found is None or found["better"] not in (None, "lower", "higher"):
+        raise ValueError(f"`{text}` must be `module:function`, or `module:function:lower` where less is better")
+    return OwnMetric(found["module"], found["function"], found["better"] == "lower")
+
+
+def metric_name(text: str) -> str:
+    """The name that a metric has in the records."""
+    own = own_metric(text)
+    return own.name if own else text
+
+
+def metric_texts(metrics: Sequence[str] | None, best: str | None) -> tuple[str, ...]:
+    """All metrics as a recipe writes them, `best_metric` included, which may name one of the user's own by its function."""
+    own = {metric_name(text) for text in metrics or () if own_metric(text)}
+    return tuple(dict.fromkeys([*(metrics or ()), *([best] if best and best not in own else [])]))
 
 
 def default_metrics(task: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -20,11 +85,17 @@ def default_metrics(task: str, given: Sequence[str] | None = None) -> tuple[str,
     return tuple(given or METRICS[task][:2])
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is minimised; its name may have the prefix of a split: `mse`, `eval_mse`, `test_mse`."""
-    return metric.removeprefix("eval_").removeprefix("test_") in _LOWER_IS_BETTER
+def lower_is_better(metric: str, given: Sequence[str] = ()) -> bool:
+    """Whether a metric is minimised; its name may have the prefix of a split: `mse`, `eval_mse`, `test_mse`.
+
+    Args:
+        given: the metrics of the recipe, `best_metric` included; they say it of the user's own.
+    """
+    name = metric.removeprefix("eval_").removeprefix("test_")
+    own = [found for text in given if (found := own_metric(text)) and found.name == metric_name(name)]
+    return own[0].lower if own else name in _LOWER_IS_BETTER
 
 
 def selection_metric(task: str, given: str | None = None) -> str:
     """The metric that chooses the best checkpoint: the recipe's `train.best_metric`, or the task's first."""
-    return given or METRICS[task][0]
+    return metric_name(given) if given else METRICS[task][0]

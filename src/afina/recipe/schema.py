@@ -32,7 +32,7 @@ from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
 from afina.recipe.explain import KeyedError, KeyedErrors, explain, shown
 from afina.recipe.losses import misfit, parse_label_weights
-from afina.recipe.metrics import METRICS
+from afina.recipe.metrics import METRICS, SCALARS, metric_name, metric_texts, own_metric
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
 from afina.redact import looks_secret
@@ -450,14 +450,39 @@ class Recipe(_Explained):
     @model_validator(mode="after")
     def _metrics_are_known(self) -> Recipe:
         known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
-        named = [(metric, ("metrics", str(i))) for i, metric in enumerate(self.metrics or ())]
-        if self.train.best_metric is not None:
-            named.append((self.train.best_metric, ("train", "best_metric")))
-        for metric, keys in named:
-            if metric not in known:
-                of = "" if self.task == "auto" else f" of a {self.task} task"
-                raise KeyedError(_unknown(metric, f"a metric{of}", known), *keys)
+        best, own = self.train.best_metric, {}
+        for i, metric in enumerate(self.metrics or ()):
+            keys = ("metrics", str(i))
+            self._check_metric(metric, known, keys)
+            if own_metric(metric):
+                name = metric_name(metric)
+                if name in SCALARS or name in own:
+                    raise KeyedError(f"`{name}` is the name of another metric here; rename the function", *keys)
+                own[name] = metric
+        if best is not None and best not in own:
+            keys = ("train", "best_metric")
+            if best == "confusion_matrix":
+                raise KeyedError(
+                    "`confusion_matrix` is a table: it has no best one; choose a metric that is a number", *keys
+                )
+            self._check_metric(best, known, keys)
+            if own_metric(best) and own.get(metric_name(best), best) != best:
+                raise KeyedError(f"`metrics` has it as `{own[metric_name(best)]}`: write both alike", *keys)
         return self
+
+    def _check_metric(self, metric: str, known: list[str], keys: tuple[str, ...]) -> None:
+        try:
+            if own_metric(metric) or metric in known:
+                return
+        except ValueError as error:
+            raise KeyedError(str(error), *keys) from None
+        of = "" if self.task == "auto" else f" of a {self.task} task"
+        raise KeyedError(_unknown(metric, f"a metric{of}", known) + "; one of your own: `module:function`", *keys)
+
+    @property
+    def metric_texts(self) -> tuple[str, ...]:
+        """All metrics as the recipe writes them, `best_metric` included."""
+        return metric_texts(self.metrics, self.train.best_metric)
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Recipe:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from afina.errors import InputError, RecipeError
+from afina.errors import InputError, RecipeError, first_line
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
 from afina.recipe.load import parse_recipe
 from afina.recipe.local_model import find_model_folder
+from afina.recipe.metrics import own_metric
 from afina.recipe.schema import AS_RECORDED, Recipe, Resources
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
@@ -55,13 +56,16 @@ class Plan(FrozenModel):
     recipe_file: Path | None = None
     files: dict[str, tuple[Path, ...]] = Field(default_factory=dict)
     model_folder: Path | None = None
+    #: Modules of the user's own metrics, name -> text: a job reads no file beside the recipe.
+    metric_code: dict[str, str] = Field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what is trained: the recipe and its files, not the site, the geometry or where records go."""
         what = self.recipe.digested(exclude=("resources", "name", "trackers"))
         files = {part: [str(p) for p in paths] for part, paths in self.files.items()}
-        return hashlib.sha256(json.dumps([what, files], sort_keys=True).encode()).hexdigest()
+        code = [self.metric_code] if self.metric_code else []
+        return hashlib.sha256(json.dumps([what, files, *code], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -105,6 +109,7 @@ def make_plan(
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
         files=find_files(recipe.data.files or {}, base, bind),
         model_folder=find_model_folder(recipe.model, base),
+        metric_code=_metric_code(recipe, base),
     )
 
 
@@ -124,6 +129,21 @@ def _check_precision(recipe: Recipe, gpus_per_node: int) -> None:
                 f"{key}: {precision} needs a GPU, and the run has none (gpus_per_node is 0)",
                 "set train.precision: auto, or ask for GPUs: resources.gpus_per_node, --gpus-per-node",
             )
+
+
+def _metric_code(recipe: Recipe, base: Path) -> dict[str, str]:
+    """The text of the modules of the user's own metrics that lie beside the recipe."""
+    code: dict[str, str] = {}
+    for own in filter(None, map(own_metric, recipe.metric_texts)):
+        file = base / f"{own.module}.py"
+        if file.is_file():
+            try:
+                code[own.module] = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(
+                    f"metrics: {file}: {first_line(error)}", "the file must be readable, in UTF-8"
+                ) from None
+    return code
 
 
 def bare_plan(site: Site, *, nodes: int = 1, gpus_per_node: int = 0) -> Plan:

@@ -1,6 +1,6 @@
-"""Means over a few seeds: a confidence interval and a paired t-test.
+"""Intervals of a share, and of a mean over a few seeds with its paired t-test.
 
-Both assume that the results of the seeds are independent and roughly normal, which 3 to 10 seeds cannot show. Not covered: the
+Those over seeds assume that the results of the seeds are independent and roughly normal, which 3 to 10 seeds cannot show. Not covered: the
 spread that another sample of the data would bring, and the bias of choosing the best setting by these very numbers. Student's t
 comes from scipy.special, which imports in 0.3 s beside NumPy (scipy.stats: 1.1 s).
 """
@@ -12,7 +12,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MeanInterval", "PairedTest", "mean_interval", "paired_t_test"]
+__all__ = ["MeanInterval", "PairedTest", "mean_interval", "paired_t_test", "wilson"]
+
+_Z2 = 1.959963984540054**2
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,18 @@ def paired_t_test(first: Sequence[float], second: Sequence[float], level: float 
         return PairedTest(interval, None, None)
     t = interval.mean / (interval.deviation / math.sqrt(interval.count))
     return PairedTest(interval, t, 2 * float(stdtr(interval.count - 1, -abs(t))))
+
+
+def wilson(hits: float, rows: float) -> tuple[float, float]:
+    """95 % interval of a share with continuity correction (Newcombe 1998, method 4; SciPy's `wilsoncc`).
+
+    Without the correction its coverage is 0.91 at 25 rows and a share of 0.98; with it at least 0.95 from 20 rows on.
+    """
+    share = hits / rows
+
+    def lower(of: float) -> float:
+        root = max(0.0, _Z2 - 2 - 1 / rows + 4 * of * (rows * (1 - of) + 1))
+        return (2 * rows * of + _Z2 - 1 - math.sqrt(_Z2 * root)) / (2 * (rows + _Z2))
+
+    low = 0.0 if hits <= 0 else max(0.0, lower(share))
+    return low, 1.0 if hits >= rows else min(1.0, 1 - lower(1 - share))

@@ -1,19 +1,23 @@
 """Paired tests: is one model better than another on the same rows?
 
 Accuracy of classifiers: McNemar's exact test (1947), a binomial test on the rows that only one model gets right. Mean absolute error:
-Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which resamples rows and takes both models' predictions for them.
+Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which weighs rows anew and takes both models' predictions for them;
+as in `afina.statistics.scores` its limits know of one more row of each class, that only the first or only the second model gets right.
 Runs that were evaluated on different rows are refused with the reason. Not covered: randomness in training; two seeds of one recipe may
 differ as much. NumPy and SciPy are imported inside the functions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import DataError
+from afina.recipe.metrics import NEED_SCORES
+from afina.statistics.metrics import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import DRAWS, contributions, limits, resample, sums_of
+from afina.statistics.scores import DRAWS, distinct, pseudo_rows, resample, score_limits
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
 
@@ -99,8 +103,11 @@ def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
     return keys
 
 
-def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS) -> Paired:
+def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, extra: Sequence[str] = ()) -> Paired:
     """Paired tests of `second` against `first`.
+
+    Args:
+        extra: metrics of probabilities and ranks that are tested too: `auroc`, `average_precision`, `log_loss`, `brier`, `spearman`.
 
     Raises:
         DataError: see `align`.
@@ -108,30 +115,131 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS) 
     import numpy as np
 
     rows = align(first, second)
-    task, width, size = first.task, len(first.labels), len(first)
+    task, width = first.task, len(first.labels)
     one, two = first.predicted, _in_labels_of(first, second)[rows]
-    kinds, counts = _joint_kinds(task, width, first.truth, one, two)
-    depth = kinds.shape[1] // 2
+    kinds, counts = distinct(task, width, first.truth, one, two)
+    whole = np.split(counts @ kinds, 2)
     drawn = resample(kinds, counts, draws)
-    sums = (counts @ kinds)[None, :]
-    points = [sums_of(task, width, part, size) for part in (sums[:, :depth], sums[:, depth:])]
-    spread = [sums_of(task, width, part, size) for part in (drawn[:, :depth], drawn[:, depth:])]
+    values = [from_sums(task, sums[None, :]) for sums in whole]
+    lower, upper = (_differences(task, part, whole) for part in _shifted(task, drawn, whole))
     right = [_right(task, first.truth, predicted) for predicted in (one, two)] if task != "regression" else None
     differences = []
-    for name, value in points[0].items():
-        if value.ndim > 1:
-            continue
-        a, b = float(value[0]), float(points[1][name][0])
-        resampled = spread[1][name] - spread[0][name]
-        low, high = (float(v) for v in limits(resampled))
-        p, test = _bootstrap_p(resampled), "paired bootstrap"
+    for name in values[0]:
+        a, b = (float(of[name][0]) for of in values)
+        low, high = _percentile(lower[name], 2.5), _percentile(upper[name], 97.5)
+        p, test = _bootstrap_p(lower[name], upper[name]), "paired bootstrap"
         if name in ("accuracy", "subset_accuracy") and right is not None:
             p, test = _mcnemar(*right), "McNemar exact"
-        elif name == "mae":
-            p, test = _wilcoxon(np.abs(two - first.truth) - np.abs(one - first.truth)), "Wilcoxon"
+        elif name in ("mse", "mae"):
+            losses = [np.abs(v - first.truth) ** (2 if name == "mse" else 1) for v in (one, two)]
+            low, high = _mean_limits(losses[1] - losses[0])
+            p, test = (_wilcoxon(losses[1] - losses[0]), "Wilcoxon") if name == "mae" else (p, test)
         differences.append(Difference(name, a, b, low, high, p, test))
+    if first.scores is not None and second.scores is not None and set(extra) & set(NEED_SCORES):
+        order = [second.labels.index(name) for name in first.labels]
+        both = (first.scores, second.scores[rows][:, order])
+        differences += _of_scores(task, first.truth, both, [name for name in extra if name in NEED_SCORES], draws)
+    if task == "regression" and "spearman" in extra:
+        differences.append(_spearman(first.truth, one, two, draws))
     only = [int((a & ~b).sum()) for a, b in (right, right[::-1])] if right is not None else [None, None]
-    return Paired(size, only[0], only[1], tuple(differences))
+    return Paired(len(first), only[0], only[1], tuple(differences))
+
+
+def _shifted(task: str, drawn: Array, whole: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
+    """Resamples of both models with one more row of each class that only the first gets right, and that only the second does."""
+    import numpy as np
+
+    one, two = np.split(drawn, 2, axis=1)
+    if task == "regression":
+        yield from ((one, two), (one, two))
+        return
+    wrong, right = pseudo_rows(task, whole[0] + whole[1], len(drawn))
+    yield one + right, two + wrong
+    yield one + wrong, two + right
+
+
+def _differences(task: str, sums: tuple[Array, Array], whole: Sequence[Array]) -> dict[str, Array]:
+    one, two = (from_sums(task, part, of) for part, of in zip(sums, whole, strict=True))
+    return {name: two[name] - one[name] for name in one}
+
+
+def _percentile(drawn: Array, at: float) -> float:
+    import numpy as np
+
+    return float(np.nanpercentile(drawn, at)) if np.isfinite(drawn).any() else float("nan")
+
+
+def _mean_limits(differences: Array) -> tuple[float, float]:
+    """95 % limits of a mean, Student's t."""
+    from scipy.special import stdtrit
+
+    size = len(differences)
+    if size < 2:
+        return float("nan"), float("nan")
+    half = float(stdtrit(size - 1, 0.975)) * float(differences.std(ddof=1)) / size**0.5
+    return float(differences.mean()) - half, float(differences.mean()) + half
+
+
+def _of_scores(
+    task: str, truth: Array, scores: tuple[Array, Array], names: Sequence[str], draws: int
+) -> list[Difference]:
+    """Metrics of probabilities; the limits of areas come from those of both models, which is cautious (Zou and Donner 2008)."""
+    import numpy as np
+
+    found = []
+    losses = [row_losses(task, truth, part) for part in scores]
+    areas = {"auroc": auroc, "average_precision": average_precision}
+    singles = [score_limits(task, truth, part, draws) for part in scores]
+    for name in names:
+        if name in losses[0]:
+            by = losses[1][name] - losses[0][name]
+            spread = resample(np.stack([by, np.ones(len(by))], axis=1), np.ones(len(by)), draws)
+            drawn = spread[:, 0] / spread[:, 1]
+            a, b, (low, high) = float(losses[0][name].mean()), float(losses[1][name].mean()), _mean_limits(by)
+        else:
+            a, b = (_mean_area(areas[name], task, truth, part, None) for part in scores)
+            drawn = _area_differences(areas[name], task, truth, scores, draws)
+            limits = [single.get(name, (float("nan"), float("nan"))) for single in singles]
+            low = b - a - ((b - limits[1][0]) ** 2 + (limits[0][1] - a) ** 2) ** 0.5
+            high = b - a + ((limits[1][1] - b) ** 2 + (a - limits[0][0]) ** 2) ** 0.5
+        found.append(Difference(name, a, b, low, high, _bootstrap_p(drawn, drawn), "paired bootstrap"))
+    return found
+
+
+def _mean_area(area: Any, task: str, truth: Array, scores: Array, weights: Array | None) -> Any:
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        each = [area(flags, column, weights) for flags, column in one_vs_rest(task, truth, scores) if flags.any()]
+    return np.nanmean(each, axis=0) if each else np.nan
+
+
+def _area_differences(area: Any, task: str, truth: Array, scores: tuple[Array, Array], draws: int) -> Array:
+    import numpy as np
+
+    rng, size = np.random.default_rng(8), len(truth)
+    block = max(1, 2_000_000 // size)
+    draws = min(draws, max(200, 200_000_000 // (size * scores[0].shape[1])))
+    parts = []
+    for start in range(0, draws, block):
+        weights = rng.standard_exponential((min(block, draws - start), size))
+        one, two = (_mean_area(area, task, truth, part, weights) for part in scores)
+        parts.append(two - one)
+    return np.concatenate(parts)
+
+
+def _spearman(truth: Array, one: Array, two: Array, draws: int) -> Difference:
+    """The resamples keep the ranks of all rows."""
+    import numpy as np
+
+    actual = ranks(truth)
+    columns = [contributions("regression", 0, actual, ranks(values)) for values in (one, two)]
+    a, b = (float(from_sums("regression", part.sum(axis=0)[None, :])["pearson"][0]) for part in columns)
+    drawn = resample(np.concatenate(columns, axis=1), np.ones(len(truth)), draws)
+    parts = [from_sums("regression", part)["pearson"] for part in np.split(drawn, 2, axis=1)]
+    by = parts[1] - parts[0]
+    low, high = _percentile(by, 2.5), _percentile(by, 97.5)
+    return Difference("spearman", a, b, low, high, _bootstrap_p(by, by), "paired bootstrap")
 
 
 def _in_labels_of(first: Predictions, second: Predictions) -> Array:
@@ -143,21 +251,6 @@ def _in_labels_of(first: Predictions, second: Predictions) -> Array:
     if second.task == "single-label":
         return np.array([first.labels.index(name) for name in second.labels])[second.predicted]
     return second.predicted[:, [second.labels.index(name) for name in first.labels]]
-
-
-def _joint_kinds(task: str, width: int, truth: Array, one: Array, two: Array) -> tuple[Array, Array]:
-    """Distinct rows by truth and both predictions: their contributions to both models' sums, (U, 2 D), and counts (U,)."""
-    import numpy as np
-
-    counts = np.ones(len(truth), np.int64)
-    if task != "regression":
-        parts = [part[:, None] if part.ndim == 1 else part for part in (truth, one, two)]
-        unique, counts = np.unique(np.concatenate(parts, axis=1), axis=0, return_counts=True)
-        step = unique.shape[1] // 3
-        cut = [unique[:, k * step : (k + 1) * step] for k in range(3)]
-        truth, one, two = (c[:, 0] for c in cut) if task == "single-label" else cut
-    both = [contributions(task, width, truth, predicted) for predicted in (one, two)]
-    return np.concatenate(both, axis=1), counts
 
 
 def _right(task: str, truth: Array, predicted: Array) -> Array:
@@ -177,15 +270,15 @@ def _wilcoxon(differences: Array) -> float:
     return float(wilcoxon(differences).pvalue) if (differences != 0).any() else 1.0
 
 
-def _bootstrap_p(differences: Array) -> float:
+def _bootstrap_p(lower: Array, upper: Array) -> float:
     """Twice the share of resamples on the wrong side of 0; never 0, which a finite number of resamples cannot show."""
     import numpy as np
 
-    known = differences[np.isfinite(differences)]
-    if not len(known):
+    lower, upper = lower[np.isfinite(lower)], upper[np.isfinite(upper)]
+    if not len(lower) or not len(upper):
         return float("nan")
-    side = min((known <= 0).sum(), (known >= 0).sum())
-    return float(min(1.0, 2 * (side + 1) / (len(known) + 1)))
+    side = min((lower <= 0).sum(), (upper >= 0).sum())
+    return float(min(1.0, 2 * (side + 1) / (len(lower) + 1)))
 
 
 def holm(values: list[float]) -> list[float]:

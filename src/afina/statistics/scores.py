@@ -1,16 +1,37 @@
-"""Scores of predictions with bootstrap intervals, their calibration, and the worst mistakes.
+"""Scores of predictions with 95 % intervals, their calibration, and the worst mistakes.
 
-Every score here is a function of sums over examples (correct examples of each class, squared errors, …). A resample therefore needs only
-the count of each kind of example, and for a classifier its cost does not grow with the number of examples. The scores agree with
-scikit-learn (tested); a class that is never predicted has precision 0, as there. Not covered: Spearman's correlation, which is no such
-function. NumPy is imported inside the functions.
+The intervals cover the sampling of rows. None collapses where every row is right or wrong:
+
+- shares (accuracy, precision and recall of a class): Wilson's with continuity correction (Newcombe 1998). F1 of a class is a function
+  of such a share, of the rows where label or prediction is the class.
+- averages over classes, MCC, kappa: Bayesian bootstrap of the rows, with one more row of each class: wrong for the lower limit, right for
+  the upper (Walley's imprecise Dirichlet model, 1996; for a single share that is Clopper and Pearson's interval).
+- AUROC: Newcombe's method 5 (2006); average precision: Wilson's over the rows with the class (after Boyd 2013). The limits of
+  an average over classes are the averages of the limits, which is cautious.
+- losses and errors: studentised bootstrap of the logarithm. Correlations: Fisher's z.
+
+Coverage by simulation: tests/unit/statistics/test_coverage.py. Not covered: randomness in training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from afina.recipe.metrics import METRICS
+from afina.statistics.intervals import wilson
+from afina.statistics.metrics import (
+    auroc,
+    average_precision,
+    compute,
+    contributions,
+    from_sums,
+    one_vs_rest,
+    parts,
+    ranks,
+    row_losses,
+)
 from afina.statistics.predictions import Predictions
 
 __all__ = [
@@ -20,27 +41,32 @@ __all__ = [
     "Interval",
     "Scores",
     "calibrate",
-    "contributions",
-    "limits",
+    "distinct",
     "mistakes",
+    "pseudo_rows",
     "resample",
     "score",
-    "sums_of",
+    "score_limits",
 ]
 
-#: Resamples of a bootstrap; fewer for very many kinds of examples (see `resample`).
+#: Resamples of a bootstrap; fewer for very many kinds of rows (see `resample`).
 DRAWS = 2000
 BINS = 15
 _SEED = 20170706
 #: Cells (8 bytes each) of one block of resamples, and of all blocks together.
 _BLOCK, _WORK = 4_000_000, 400_000_000
+#: More rows than this, and the bootstrap of a mean is the normal distribution.
+_MANY = 2000
+_Z = 1.959963984540054
 
 Array = Any
+Limits = tuple[float, float]
+_NONE: Limits = (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and the interval that holds 95 % of its resamples."""
+    """A score and its 95 % interval; NaN where there is none."""
 
     value: float
     low: float
@@ -53,15 +79,23 @@ class Scores:
 
     Attributes:
         overall: metric -> interval.
-        per_class: metric -> one interval per label; None where the label has no example and was not predicted.
-        support: examples of each label.
+        per_class: metric -> one interval per label; None where it is not defined: precision of a label that is never predicted.
+        support: rows of each label.
         draws: number of resamples.
+        absent: labels that occur neither in the labels nor in the predictions; averages leave them out.
+        undefined: metric -> why it has no value.
+        majority: accuracy of always predicting the most frequent label; None but for single-label.
+        constant: the one label that is predicted for every row, or None.
     """
 
     overall: dict[str, Interval]
     per_class: dict[str, list[Interval | None]]
     support: list[int]
     draws: int
+    absent: list[str] = field(default_factory=list)
+    undefined: dict[str, str] = field(default_factory=dict)
+    majority: float | None = None
+    constant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +105,7 @@ class Calibration:
     Attributes:
         bins: (low, high, count, mean confidence, share correct, low and high of its 95 % Wilson interval).
         error: expected calibration error (Guo et al. 2017): the mean over examples of |share correct - confidence| of their bin.
-        brier: mean squared difference between the probabilities and the truth (Brier 1950), summed over labels.
+        brier: see `afina.statistics.metrics.row_losses`.
         what: which probability the confidence is.
     """
 
@@ -81,122 +115,287 @@ class Calibration:
     what: str
 
 
-def score(predictions: Predictions, draws: int = DRAWS) -> Scores:
-    """Scores with intervals. With one version of NumPy, the same predictions give the same intervals on every machine."""
-    kinds, counts = _kinds(predictions.task, len(predictions.labels), predictions.truth, predictions.predicted)
-    drawn = resample(kinds, counts, draws)
-    sums = (counts @ kinds)[None, :]
-    width, size = len(predictions.labels), len(predictions)
-    values, resampled = (sums_of(predictions.task, width, s, size) for s in (sums, drawn))
-    overall: dict[str, Interval] = {}
-    per_class: dict[str, list[Interval | None]] = {}
-    support = _support(sums, width)[0].astype(int).tolist() if width else []
-    seen = (sums[0, :width] + sums[0, width : 2 * width] + support) > 0 if width else []
-    for name, value in values.items():
-        low, high = limits(resampled[name])
-        if value.ndim == 1:
-            overall[name] = Interval(float(value[0]), float(low), float(high))
-        else:
-            per_class[name.removesuffix("_per_class")] = [
-                Interval(float(value[0, k]), float(low[k]), float(high[k])) if seen[k] else None for k in range(width)
-            ]
-    return Scores(overall, per_class, support, len(drawn))
+def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | None = None) -> Scores:
+    """Scores with intervals. With one version of NumPy, the same predictions give the same intervals on every machine.
+
+    Args:
+        names: metrics; by default all of the task that are one number.
+    """
+    task, labels, truth, predicted = predictions.task, predictions.labels, predictions.truth, predictions.predicted
+    width = len(labels)
+    names = [name for name in names or METRICS[task] if name in METRICS[task] and name != "confusion_matrix"]
+    values, undefined = compute(task, names, truth, predicted, predictions.scores, width)
+    if task == "regression":
+        found = _regression(truth, predicted, draws)
+        overall = {name: _around(values[name], found[name]) for name in names if name in values}
+        return Scores(overall, {}, [], draws, undefined=undefined)
+    kinds, counts = distinct(task, width, truth, predicted)
+    whole = counts @ kinds
+    found, draws = _bootstrap(task, kinds, counts, draws)
+    for name in {"accuracy", "subset_accuracy"} & found.keys():
+        found[name] = wilson(float(whole[-3]), float(whole[-1]))
+    if task == "single-label":
+        found |= {name: found["accuracy"] for name in found if name.endswith("_micro")}
+    found |= score_limits(task, truth, predictions.scores, draws) if predictions.scores is not None else {}
+    overall = {name: _around(values[name], found.get(name, _NONE)) for name in names if name in values}
+    correct, chosen, actual = parts(whole)
+    seen = chosen + actual > 0
+    return Scores(
+        overall,
+        _each(correct, chosen, actual),
+        actual.astype(int).tolist(),
+        draws,
+        absent=[name for name, there in zip(labels, seen, strict=True) if not there],
+        undefined=undefined,
+        majority=float(actual.max() / whole[-1]) if task == "single-label" and len(truth) else None,
+        constant=_constant(predictions),
+    )
+
+
+def _around(value: float | None, limits: Limits) -> Interval:
+    """The limits never exclude the value itself: a bootstrap of few rows of many classes is biased."""
+    if value is None:
+        return Interval(float("nan"), *_NONE)
+    return (
+        Interval(value, min(limits[0], value), max(limits[1], value))
+        if limits[0] == limits[0]
+        else Interval(value, *_NONE)
+    )
+
+
+def _constant(predictions: Predictions) -> str | None:
+    first = predictions.predicted[:1]
+    if len(predictions) < 2 or (predictions.predicted != first).any():
+        return None
+    if predictions.task == "single-label":
+        return predictions.labels[int(first[0])]
+    return ", ".join(name for name, flag in zip(predictions.labels, first[0], strict=True) if flag) or "no label"
+
+
+def _each(correct: Array, chosen: Array, actual: Array) -> dict[str, list[Interval | None]]:
+    """Precision, recall and F1 of each label with Wilson intervals."""
+
+    def of(hits: float, rows: float) -> Interval | None:
+        return Interval(hits / rows, *wilson(hits, rows)) if rows else None
+
+    def f1(share: Interval | None) -> Interval | None:
+        return share and Interval(*(2 * v / (1 + v) for v in (share.value, share.low, share.high)))
+
+    rows = [tuple(map(float, row)) for row in zip(correct, chosen, actual, strict=True)]
+    return {
+        "precision": [of(hits, chosen) for hits, chosen, _ in rows],
+        "recall": [of(hits, actual) for hits, _, actual in rows],
+        "f1": [f1(of(hits, chosen + actual - hits)) for hits, chosen, actual in rows],
+    }
+
+
+# -- averages over classes ---------------------------------------------------------------------------------------------
+
+
+def distinct(task: str, width: int, truth: Array, *predicted: Array) -> tuple[Array, Array]:
+    """Distinct rows by truth and predictions: their contributions for each of `predicted`, side by side (U, P D), and counts (U,)."""
+    import numpy as np
+
+    columns = [part[:, None] if part.ndim == 1 else part for part in (truth, *predicted)]
+    counts = np.ones(len(truth), np.int64)
+    if task != "regression":
+        unique, counts = np.unique(np.concatenate(columns, axis=1), axis=0, return_counts=True)
+        columns = np.split(unique, len(columns), axis=1)
+    first, *others = columns if task == "multi-label" else [column[:, 0] for column in columns]
+    return np.concatenate([contributions(task, width, first, other) for other in others], axis=1), counts
 
 
 def resample(kinds: Array, counts: Array, draws: int = DRAWS, seed: int = _SEED) -> Array:
-    """Sums over bootstrap samples, float64 (B, D).
+    """Sums over Bayesian bootstrap samples (Rubin 1981), float64 (B, D): each row weighs as much as an exponential variate.
 
     Args:
-        kinds: (U, D) contribution of one example of each kind.
-        counts: (U,) number of examples of each kind.
+        kinds: (U, D) contribution of one row of each kind.
+        counts: (U,) number of rows of each kind.
         draws: the largest B. At least 200 samples are drawn; in between, as many as `_WORK` cells allow.
     """
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    share, size = counts / counts.sum(), int(counts.sum())
     draws = min(draws, max(200, _WORK // len(counts)))
     block = max(1, _BLOCK // len(counts))
-    parts = [rng.multinomial(size, share, size=min(block, draws - start)) @ kinds for start in range(0, draws, block)]
+    shape = counts.astype(float)
+    parts = [
+        rng.standard_gamma(shape, size=(min(block, draws - start), len(shape))) @ kinds
+        for start in range(0, draws, block)
+    ]
     return np.concatenate(parts)
 
 
-def limits(drawn: Array) -> Array:
-    """Limits of the middle 95 % of resamples (B, …), as (2, …); NaN if no resample has a value."""
+def pseudo_rows(task: str, whole: Array, draws: int, seed: int = _SEED + 1) -> tuple[Array, Array]:
+    """Sums (B, D) of one more row of each class that occurs, with an exponential weight: all wrong, and all right."""
     import numpy as np
 
-    if not np.isfinite(drawn).any():
-        return np.full((2, *drawn.shape[1:]), np.nan)
-    return np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    _, chosen, actual = parts(whole)
+    there = chosen + actual > 0
+    weight = np.random.default_rng(seed).standard_exponential((draws, len(there))) * there
+    total, many = weight.sum(axis=1, keepdims=True), int(there.sum())
+    zero, none = np.zeros_like(weight), np.zeros_like(total)
+    right = np.concatenate([weight, weight, weight, total, none, total], axis=1)
+    if task == "multi-label":
+        return np.concatenate([zero, weight / 2, weight / 2, none, none, none], axis=1), right
+    elsewhere = (total - weight) * there / max(1, many - 1)
+    places = np.arange(len(there), dtype=float)
+    # The mean squared distance of each class from the others.
+    far = [((places[there] - place) ** 2).sum() / max(1, many - 1) for place in places]
+    cost = (weight @ np.array(far))[:, None]
+    return np.concatenate([zero, elsewhere, weight, none, cost, total], axis=1), right
 
 
-def _kinds(task: str, width: int, truth: Array, predicted: Array) -> tuple[Array, Array]:
-    """Distinct examples by truth and prediction: their contributions, float64 (U, D), and counts, int64 (U,)."""
+def _bootstrap(task: str, kinds: Array, counts: Array, draws: int) -> tuple[dict[str, Limits], int]:
+    """Limits of every metric that is a function of the sums, and the number of resamples."""
     import numpy as np
 
-    if task == "regression":
-        return contributions(task, width, truth, predicted), np.ones(len(truth), np.int64)
-    both = np.stack([truth, predicted], axis=1) if truth.ndim == 1 else np.concatenate([truth, predicted], axis=1)
-    unique, counts = np.unique(both, axis=0, return_counts=True)
-    half = unique.shape[1] // 2
-    left, right = (unique[:, 0], unique[:, 1]) if truth.ndim == 1 else (unique[:, :half], unique[:, half:])
-    return contributions(task, width, left, right), counts
+    whole = counts @ kinds
+    drawn = resample(kinds, counts, draws)
+    wrong, right = pseudo_rows(task, whole, len(drawn))
+    lower, upper = (from_sums(task, drawn + more, whole) for more in (wrong, right))
+    return {
+        name: (float(np.nanpercentile(lower[name], 2.5)), float(np.nanpercentile(upper[name], 97.5)))
+        for name in lower
+        if np.isfinite(lower[name]).any() and np.isfinite(upper[name]).any()
+    }, len(drawn)
 
 
-def contributions(task: str, width: int, truth: Array, predicted: Array) -> Array:
-    """Contribution of each example to the sums, float64 (N, D).
+# -- scores, losses and errors -----------------------------------------------------------------------------------------
 
-    D is 3 L + 1 for classifiers (correct, predicted and true of each label, all labels correct) and 7 for regression.
+
+def score_limits(task: str, truth: Array, scores: Array, draws: int) -> dict[str, Limits]:
+    """Limits of the metrics of probabilities."""
+    import numpy as np
+
+    areas, precisions = [], []
+    for flags, column in one_vs_rest(task, truth, scores):
+        positive = int(flags.sum())
+        if 0 < positive < len(flags):
+            areas.append(_newcombe(auroc(flags, column), positive, len(flags) - positive))
+        if positive:
+            precisions.append(wilson(average_precision(flags, column) * positive, positive))
+    found = {
+        name: (float(np.mean([low for low, _ in each])), float(np.mean([high for _, high in each])))
+        for name, each in (("auroc", areas), ("average_precision", precisions))
+        if each
+    }
+    return found | {name: _log_mean(values, draws) for name, values in row_losses(task, truth, scores).items()}
+
+
+def _newcombe(area: float, positive: int, negative: int) -> Limits:
+    """Interval of an AUROC: where it is z standard errors of that value away from the one that was found."""
+    from scipy.optimize import brentq
+
+    middle = (positive + negative) / 2 - 1
+
+    def off(theta: float) -> float:
+        shape = 1 + middle * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return (area - theta) ** 2 - _Z**2 * theta * (1 - theta) * shape / (positive * negative)
+
+    low = float(brentq(off, 0, area)) if area > 0 and off(0) * off(area) < 0 else 0.0
+    high = float(brentq(off, area, 1)) if area < 1 and off(1) * off(area) < 0 else 1.0
+    return low, high
+
+
+def _log_mean(values: Array, draws: int) -> Limits:
+    """Limits of the mean of values that are not negative."""
+    import numpy as np
+
+    if len(values) < 3 or not values.mean() > 0 or not values.std() > 0:
+        return _NONE
+    mean, spread = values.mean(), values.std(ddof=1)
+    return _studentised(
+        len(values),
+        float(np.log(mean)),
+        float(spread / mean),
+        draws,
+        lambda w: (
+            (w @ values) / len(values),
+            np.sqrt(np.maximum((w @ values**2) / len(values) - ((w @ values) / len(values)) ** 2, 0)),
+        ),
+    )
+
+
+def _studentised(size: int, log: float, spread: float, draws: int, again: Any) -> Limits:
+    """Limits exp(log - t · se): t from a bootstrap of few rows, normal for many.
+
+    Args:
+        spread: standard deviation of the influence of a row on the logarithm.
+        again: weights (B, N) -> the statistic and the standard deviation of a row's influence on it, (B,) each.
     """
     import numpy as np
 
-    if task == "regression":
-        error = predicted - truth
-        columns = [error**2, np.abs(error), truth, predicted, truth**2, predicted**2, truth * predicted]
-        return np.stack(columns, axis=1)
-    if task == "single-label":
-        eye = np.eye(width)
-        actual, chosen = eye[truth], eye[predicted]
-        exact = truth == predicted
-    else:
-        actual, chosen = truth.astype(float), predicted.astype(float)
-        exact = (truth == predicted).all(axis=1)
-    return np.concatenate([actual * chosen, chosen, actual, exact[:, None].astype(float)], axis=1)
-
-
-def _support(sums: Array, width: int) -> Array:
-    return sums[:, 2 * width : 3 * width]
-
-
-def sums_of(task: str, width: int, sums: Array, size: int) -> dict[str, Array]:
-    """Scores from sums (B, D) over `size` examples: (B,) each, `*_per_class` (B, L). 0 / 0 is 0, in a correlation NaN."""
-    import numpy as np
-
-    if task == "regression":
-        squared, absolute, x, y, xx, yy, xy = sums.T / size
-        spread = np.sqrt(np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0))
+    error = spread / size**0.5
+    low, high = -_Z, _Z
+    if size <= _MANY:
+        draws = min(draws, max(200, _BLOCK // size))
+        weights = np.random.default_rng(_SEED).multinomial(size, np.full(size, 1 / size), size=draws).astype(float)
+        mean, deviation = again(weights)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return {"mse": squared, "mae": absolute, "pearson": np.where(spread > 1e-12, (xy - x * y) / spread, np.nan)}
-    correct, chosen, actual = sums[:, :width], sums[:, width : 2 * width], _support(sums, width)
-    precision, recall = _ratio(correct, chosen), _ratio(correct, actual)
-    f1 = _ratio(2 * correct, chosen + actual)
-    each = {"precision": precision, "recall": recall, "f1": f1}
-    scores = {name: values.mean(axis=1) for name, values in each.items()}
-    scores |= {f"{name}_per_class": values for name, values in each.items()}
-    if task == "multi-label":
-        micro = _ratio(2 * correct.sum(axis=1), (chosen + actual).sum(axis=1))
-        return {"f1_micro": micro, "subset_accuracy": sums[:, -1] / size, **scores}
-    # Matthews' coefficient for K classes (Gorodkin 2004), from the counts.
-    hits = correct.sum(axis=1)
-    spread = np.sqrt((size**2 - (chosen**2).sum(axis=1)) * (size**2 - (actual**2).sum(axis=1)))
-    mcc = _ratio(hits * size - (chosen * actual).sum(axis=1), spread)
-    return {"accuracy": sums[:, -1] / size, "mcc": mcc, **scores}
+            t = (np.log(mean) - log) / (deviation / mean / size**0.5)
+        t = t[np.isfinite(t)]
+        if len(t) < draws / 2:
+            return _NONE
+        low, high = np.percentile(t, [2.5, 97.5])
+    return float(np.exp(log - max(high, _Z) * error)), float(np.exp(log - min(low, -_Z) * error))
 
 
-def _ratio(above: Array, below: Array) -> Array:
+def _regression(truth: Array, predicted: Array, draws: int) -> dict[str, Limits]:
     import numpy as np
 
-    return np.divide(above, below, out=np.zeros_like(above, dtype=float), where=below > 0)
+    error = predicted - truth
+    mse = _log_mean(error**2, draws)
+    found = {"mse": mse, "rmse": (mse[0] ** 0.5, mse[1] ** 0.5), "mae": _log_mean(np.abs(error), draws)}
+    found["r2"] = _r2(truth, error, draws)
+    for name, columns in (("pearson", (truth, predicted)), ("spearman", (ranks(truth), ranks(predicted)))):
+        found[name] = _fisher(*columns, spearman=name == "spearman")
+    return found
+
+
+def _r2(truth: Array, error: Array, draws: int) -> Limits:
+    """R² is 1 less a ratio of two means: limits from the logarithm of that ratio."""
+    import numpy as np
+
+    squares, away = error**2, (truth - truth.mean()) ** 2
+    if len(truth) < 3 or not squares.mean() > 0 or not away.mean() > 0:
+        return _NONE
+    size = len(truth)
+    spread = (squares / squares.mean() - away / away.mean()).std(ddof=1)
+
+    def again(weights: Array) -> tuple[Array, Array]:
+        share = weights / size
+        middle, top = share @ truth, share @ squares
+        below = share @ truth**2 - middle**2
+        # Of influence²: E[(a/A - b/B)²], with b about the resample's own mean.
+        shifted = (truth[None, :] - middle[:, None]) ** 2
+        influence = squares[None, :] / top[:, None] - shifted / below[:, None]
+        return top / below, np.sqrt((share * influence**2).sum(axis=1)) * (top / below)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        low, high = _studentised(
+            size, float(np.log(squares.mean() / away.mean())), float(spread), min(draws, 1000), again
+        )
+    return 1 - high, 1 - low
+
+
+def _fisher(first: Array, second: Array, *, spearman: bool) -> Limits:
+    """Limits of a correlation on Fisher's scale; the standard error is Bonett and Wright's (2000), or a row's influence if larger."""
+    import numpy as np
+
+    size = len(first)
+    if size < 4 or not first.std() > 0 or not second.std() > 0:
+        return _NONE
+    left, right = ((v - v.mean()) / v.std() for v in (first, second))
+    r = float((left * right).mean())
+    if abs(r) > 1 - 1e-12:
+        return _NONE
+    influence = (left * right - r * (left**2 + right**2) / 2).std(ddof=1) / (1 - r * r)
+    error = max(influence, (1 + r * r / 2) ** 0.5 if spearman else 1.0) / (size - 3) ** 0.5
+    return float(np.tanh(np.arctanh(r) - _Z * error)), float(np.tanh(np.arctanh(r) + _Z * error))
+
+
+# -- calibration and mistakes ------------------------------------------------------------------------------------------
 
 
 def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
@@ -212,37 +411,21 @@ def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
         return None
     if predictions.task == "single-label":
         confidence, correct = scores.max(axis=1), predictions.predicted == predictions.truth
-        actual = np.eye(len(predictions.labels))[predictions.truth]
         what = "probability of the predicted label"
     else:
         confidence, correct = scores.ravel(), predictions.truth.ravel()
-        actual = predictions.truth.astype(float)
         what = "probability of a label, for every label of every example"
     number = np.minimum((confidence * bins).astype(int), bins - 1)
     weights = (np.ones(len(correct)), confidence, correct)
     count, total, hits = (np.bincount(number, weights=w, minlength=bins) for w in weights)
     rows = [
-        (
-            b / bins,
-            (b + 1) / bins,
-            int(count[b]),
-            float(total[b] / count[b]),
-            float(hits[b] / count[b]),
-            *_wilson(hits[b], count[b]),
-        )
-        for b in range(bins)
-        if count[b]
+        (b / bins, (b + 1) / bins, int(n), float(total[b] / n), float(hits[b] / n), *wilson(float(hits[b]), float(n)))
+        for b, n in enumerate(count)
+        if n
     ]
     error = sum(row[2] * abs(row[4] - row[3]) for row in rows) / len(correct)
-    return Calibration(tuple(rows), error, float(((scores - actual) ** 2).sum(axis=1).mean()), what)
-
-
-def _wilson(hits: float, count: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    z2 = 1.959963984540054**2
-    middle = (hits + z2 / 2) / (count + z2)
-    half = (z2 * (hits * (count - hits) / count + z2 / 4)) ** 0.5 / (count + z2)
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+    brier = float(row_losses(predictions.task, predictions.truth, scores)["brier"].mean())
+    return Calibration(tuple(rows), error, brier, what)
 
 
 def mistakes(predictions: Predictions, most: int) -> list[tuple[int, float]]:

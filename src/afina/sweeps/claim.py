@@ -68,9 +68,11 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
 def _share(plan: Plan) -> str:
     """Equal for plans with the same preparation and the same checks in it."""
     recipe = plan.recipe
-    what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data"})
+    what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data", "metrics"})
     files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
-    return json.dumps([what, files, recipe.tokens.max_length, recipe.train.arguments], sort_keys=True)
+    return json.dumps(
+        [what, files, recipe.tokens.max_length, recipe.train.arguments, recipe.train.best_metric], sort_keys=True
+    )
 
 
 def make_home(home: SweepDir, undo: contextlib.ExitStack) -> None:

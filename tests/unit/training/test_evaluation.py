@@ -11,6 +11,7 @@ import pytest
 from tests.unit.training.patched import run_with
 
 from afina.worker.model.losses import Loss
+from afina.worker.model.outputs import probabilities
 from afina.worker.model.scoring import compute_metrics
 from afina.worker.model.tasks import TASKS, decisions
 from afina.worker.training import evaluation
@@ -35,7 +36,8 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
     loss = Loss(task)
     whole = evaluation.scores(loss, names, logits, labels)
     wide = np.float64 if task == "regression" else np.int64
-    reference = compute_metrics(task, names, decisions(task, logits).astype(wide), labels, width)
+    known = probabilities(task, logits) if task != "regression" else logits[:, 0]
+    reference = compute_metrics(task, names, decisions(task, logits).astype(wide), labels, width, known)
     assert {k: v for k, v in whole.items() if k != "loss"} == reference
     blocks = evaluation.blocks
     monkeypatch.setattr(evaluation, "_IN_MEMORY", 0)

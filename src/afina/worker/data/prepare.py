@@ -75,6 +75,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     from afina.worker.data.loss_weights import check_loss
     from afina.worker.data.shards import discard
     from afina.worker.data.tokenise import shards_folder
+    from afina.worker.model.own_metrics import check_metrics
 
     recipe = plan.recipe
     _sweep(plan)
@@ -96,6 +97,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     check_loss(recipe, final, manifest["task"], manifest["labels"])
     if late is None:
         late = _check_model(plan, inputs.model_folder)
+    check_metrics(manifest["task"], recipe.metrics, recipe.train.best_metric, manifest["num_labels"], plan.metric_code)
     splits = manifest["splits"]
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(

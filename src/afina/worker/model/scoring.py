@@ -1,41 +1,42 @@
-"""The metrics of a recipe: `evaluate.Metric` classes of our own, computed by scikit-learn and SciPy.
+"""The metrics of an evaluation, as an `evaluate.Metric`: the built-in ones (`afina.statistics.metrics`) and the user's own.
 
-`evaluate.load` would fetch a script from the Hub and fail on a node without internet. Importing these libraries takes one to two
-seconds, so a run imports this module at its first evaluation, not at its start.
+`evaluate.load` would fetch a script from the Hub and fail on a node without internet. Importing `evaluate` and SciPy takes one to two
+seconds, so a run imports this module at its first evaluation, not at its start. A metric that is not defined, or one of the user's
+own that raises, is None with a reason under `undefined`, and stops nothing.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
-from afina.recipe.metrics import METRICS
+from afina.errors import first_line
+from afina.recipe.metrics import METRICS, own_metric
+from afina.statistics.metrics import compute
+from afina.worker.model.own_metrics import call, load
 
 __all__ = ["compute_metrics"]
 
 Array = np.ndarray[Any, Any]
-Value = float | list[float] | list[list[int]]
-Score = Callable[[Array, Array, int], Value | dict[str, Value]]
 
 
-class _NamedMetric(evaluate.Metric):  # type: ignore[misc]
-    """One metric of `_SCORES` for a task."""
+class _Metrics(evaluate.Metric):  # type: ignore[misc]
+    """The metrics of a recipe for its task."""
 
-    def __init__(self, name: str, task: str, num_labels: int) -> None:
-        self._name, self._task, self._num_labels = name, task, num_labels
+    def __init__(self, task: str, names: Sequence[str], num_labels: int, code: Mapping[str, str]) -> None:
+        self._task, self._names, self._num_labels, self._code = task, names, num_labels, code
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> Any:
         value = datasets.Value("float64" if self._task == "regression" else "int64")
         feature = datasets.Sequence(value) if self._task == "multi-label" else value
         return evaluate.MetricInfo(
-            description=f"{self._name} ({self._task})",
+            description=f"{', '.join(self._names)} ({self._task})",
             citation="",
             features=datasets.Features({"predictions": feature, "references": feature}),
         )
@@ -44,101 +45,49 @@ class _NamedMetric(evaluate.Metric):  # type: ignore[misc]
         """No folder: evaluate makes one in its cache, which may be read-only, and with `keep_in_memory` never uses it."""
         return str(self._data_dir_root)
 
-    def _compute(self, predictions: Any, references: Any) -> dict[str, Value]:
-        with warnings.catch_warnings():
-            # scikit-learn and SciPy warn of classes without examples and of constant input; the value shows it (0 or NaN).
-            warnings.simplefilter("ignore")
-            score = _SCORES[self._name](np.asarray(references), np.asarray(predictions), self._num_labels)
-        return score if isinstance(score, dict) else {self._name: score}
-
-
-def _class_score(name: str) -> Score:
-    """Precision, recall or F1: the mean over all classes, and the value of each."""
-
-    def score(labels: Array, predictions: Array, num_labels: int) -> dict[str, Value]:
-        from sklearn.metrics import precision_recall_fscore_support
-
-        classes = list(range(num_labels))
-        scores = precision_recall_fscore_support(labels, predictions, labels=classes, average=None, zero_division=0)
-        each = scores[("precision", "recall", "f1").index(name)]
-        return {name: float(np.mean(each)), f"{name}_per_class": [float(v) for v in each]}
-
-    return score
-
-
-def _accuracy(labels: Array, predictions: Array, num_labels: int) -> Value:
-    return float(np.mean(labels == predictions))
-
-
-def _mcc(labels: Array, predictions: Array, num_labels: int) -> Value:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def _confusion_matrix(labels: Array, predictions: Array, num_labels: int) -> Value:
-    from sklearn.metrics import confusion_matrix
-
-    matrix: list[list[int]] = confusion_matrix(labels, predictions, labels=list(range(num_labels))).tolist()
-    return matrix
-
-
-def _f1_micro(labels: Array, predictions: Array, num_labels: int) -> Value:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(labels, predictions, average="micro", zero_division=0))
-
-
-def _subset_accuracy(labels: Array, predictions: Array, num_labels: int) -> Value:
-    return float(np.mean(np.all(labels == predictions, axis=-1)))
-
-
-def _mse(labels: Array, predictions: Array, num_labels: int) -> Value:
-    return float(np.mean((labels - predictions) ** 2))
-
-
-def _mae(labels: Array, predictions: Array, num_labels: int) -> Value:
-    return float(np.mean(np.abs(labels - predictions)))
-
-
-def _pearson(labels: Array, predictions: Array, num_labels: int) -> Value:
-    from scipy.stats import pearsonr
-
-    return math.nan if len(labels) < 2 else float(pearsonr(labels, predictions)[0])
-
-
-def _spearman(labels: Array, predictions: Array, num_labels: int) -> Value:
-    from scipy.stats import spearmanr
-
-    return math.nan if len(labels) < 2 else float(spearmanr(labels, predictions)[0])
-
-
-#: (labels, predictions, number of classes) -> a value, or several by name. A new metric takes a line here and one in
-#: `afina.recipe.metrics`.
-_SCORES: dict[str, Score] = {
-    "accuracy": _accuracy,
-    "precision": _class_score("precision"),
-    "recall": _class_score("recall"),
-    "f1": _class_score("f1"),
-    "mcc": _mcc,
-    "confusion_matrix": _confusion_matrix,
-    "f1_micro": _f1_micro,
-    "subset_accuracy": _subset_accuracy,
-    "mse": _mse,
-    "mae": _mae,
-    "pearson": _pearson,
-    "spearman": _spearman,
-}
+    def _compute(self, predictions: Any, references: Any, scores: Array | None = None) -> dict[str, Any]:
+        labels, predicted = np.asarray(references), np.asarray(predictions)
+        built_in = [name for name in self._names if name in METRICS[self._task]]
+        values, undefined = compute(self._task, built_in, labels, predicted, scores, self._num_labels)
+        for text in self._names:
+            if (own := own_metric(text)) is None:
+                continue
+            try:
+                value = call(load(own, self._code), labels, predicted, scores)
+            except Exception as error:
+                value, undefined[own.name] = (
+                    None,
+                    f"{own.module}.{own.function} raised {type(error).__name__}: {first_line(error)}",
+                )
+            if value is not None and not math.isfinite(value):
+                value, undefined[own.name] = None, f"{own.module}.{own.function} returned {value}"
+            elif value is None:
+                undefined.setdefault(own.name, f"{own.module}.{own.function} returned None")
+            values[own.name] = value
+        return {**values, **({"undefined": undefined} if undefined else {})}
 
 
 def compute_metrics(
-    task: str, names: Sequence[str], predictions: Array, labels: Array, num_labels: int
-) -> dict[str, Value | None]:
-    """The named metrics of `task` (`afina.recipe.metrics.METRICS`) for `tasks.decisions` against labels; NaN becomes None."""
+    task: str,
+    names: Sequence[str],
+    predictions: Array,
+    labels: Array,
+    num_labels: int,
+    scores: Array | None = None,
+    code: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The named metrics of `task`, for `tasks.decisions` against labels.
+
+    Args:
+        names: of `afina.recipe.metrics.METRICS`, or `module:function`.
+        scores: (N, K) probabilities, or (N,) values of a regression; metrics that need them are left out without.
+        code: the text of the modules beside the recipe, by name.
+
+    Returns: name -> number, list or None; `undefined`: why those that are None have no value, if there are any.
+    """
     kind = np.float64 if task == "regression" else np.int64
-    references, predictions = labels.astype(kind), predictions.astype(kind)
-    values: dict[str, Any] = {}
-    for name in names:
-        assert name in METRICS[task], name
-        values |= _NamedMetric(name, task, num_labels).compute(predictions=predictions, references=references)
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+    metric = _Metrics(task, names, num_labels, code or {})
+    found: dict[str, Any] = metric.compute(
+        predictions=predictions.astype(kind), references=labels.astype(kind), scores=scores
+    )
+    return found

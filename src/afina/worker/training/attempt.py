@@ -6,7 +6,7 @@ the objects that accompany it: schedule, meter, saver, watchdog.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from afina.errors import TrainingError
-from afina.recipe.metrics import METRICS, default_metrics, selection_metric
+from afina.recipe.metrics import METRICS, default_metrics, metric_texts, own_metric, selection_metric
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
@@ -47,8 +47,9 @@ class TrainingData:
         labels: their names, None for regression.
         num_labels: outputs of the model.
         loss: of training and evaluation, on the CPU.
-        metric_names: what an evaluation computes, `best_metric` included.
-        best_metric: chooses the best checkpoint.
+        metric_texts: what an evaluation computes, `best_metric` included, as the recipe writes it.
+        metric_code: the modules of the user's own metrics, by name.
+        best_metric: the name of the one that chooses the best checkpoint.
     """
 
     folder: Path
@@ -59,7 +60,8 @@ class TrainingData:
     loss: Loss
     pad_token_id: int
     splits: Mapping[str, Split]
-    metric_names: list[str]
+    metric_texts: Sequence[str]
+    metric_code: Mapping[str, str]
     best_metric: str
 
 
@@ -80,10 +82,10 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         store.verify(folder)
         verify_model(prepared)
     task = manifest["task"]
-    best = selection_metric(task, plan.recipe.train.best_metric)
-    names = list(dict.fromkeys([*default_metrics(task, plan.recipe.metrics), best]))
-    for name in names:
-        if name not in METRICS[task]:
+    best = plan.recipe.train.best_metric
+    texts = metric_texts(default_metrics(task, plan.recipe.metrics), best or selection_metric(task))
+    for name in texts:
+        if name not in METRICS[task] and own_metric(name) is None:
             raise TrainingError(
                 f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
             )
@@ -98,8 +100,9 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         loss=Loss.of(plan.recipe.train, task, weights),
         pad_token_id=manifest["pad_token_id"],
         splits=splits,
-        metric_names=names,
-        best_metric=best,
+        metric_texts=texts,
+        metric_code=plan.metric_code,
+        best_metric=selection_metric(task, best),
     )
 
 

@@ -76,7 +76,7 @@ def build_arguments(
             "logging_steps": train.log_every,
             "logging_nan_inf_filter": False,
             "metric_for_best_model": best,
-            "greater_is_better": not lower_is_better(best),
+            "greater_is_better": not lower_is_better(best, data.metric_texts),
             "load_best_model_at_end": False,
             "report_to": "none",
             "disable_tqdm": True,

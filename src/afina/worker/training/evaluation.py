@@ -11,16 +11,18 @@ predictions are computed in blocks of rows; only one number per row and label is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from afina.recipe.metrics import NEED_SCORES, own_metric
 from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
 from afina.worker.model.losses import Loss
+from afina.worker.model.outputs import probabilities
 from afina.worker.model.tasks import decisions
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
@@ -92,11 +94,19 @@ def _allocate(shape: tuple[int, int], folder: Path) -> Array:
     return mapped
 
 
-def scores(loss: Loss, names: list[str], logits: Array, labels: Array, weights: Array | None = None) -> dict[str, Any]:
-    """The loss, a mean in float64 over rows, and the named metrics.
+def scores(
+    loss: Loss,
+    texts: Sequence[str],
+    logits: Array,
+    labels: Array,
+    weights: Array | None = None,
+    code: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The loss, a mean in float64 over rows, and the metrics of the recipe (`afina.worker.model.scoring.compute_metrics`).
 
     Args:
         weights: of the rows in the loss, (N,); None: 1 each. Metrics are not weighted.
+        code: the modules of the user's own metrics, by name.
     """
     count, task = len(logits), loss.task
     each, predictions = np.empty(count, np.float64), []
@@ -106,7 +116,12 @@ def scores(loss: Loss, names: list[str], logits: Array, labels: Array, weights: 
     with gc_paused():  # the first call imports large libraries
         from afina.worker.model.scoring import compute_metrics
 
-        metrics = compute_metrics(task, names, np.concatenate(predictions), labels, logits.shape[1])
+        of_scores = any(text in NEED_SCORES or own_metric(text) for text in texts)
+        known = probabilities(task, logits) if of_scores else None
+        if known is not None and task == "regression":
+            known = known[:, 0]
+        decided, width = np.concatenate(predictions), logits.shape[1]
+        metrics = compute_metrics(task, texts, decided, labels, width, known, code)
     return {"loss": loss.mean(each, labels, weights), **metrics}
 
 

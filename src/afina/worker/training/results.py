@@ -54,7 +54,7 @@ def export_results(trainer: RunTrainer) -> Results:
         if attempt.rank == 0:
             split = data.splits["eval"]
             labels = np.asarray(split.labels)
-            values = scores(data.loss, data.metric_names, trainer.logits, labels, split.weights)
+            values = scores(data.loss, data.metric_texts, trainer.logits, labels, split.weights, data.metric_code)
             metrics |= {f"eval_{name}": value for name, value in values.items()}
             _write_predictions(data, "eval", trainer.logits, run.predictions)
     if "test" in data.splits:

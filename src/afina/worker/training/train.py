@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
@@ -247,5 +248,5 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         )
         return
     attempt.event("finished", step=step)
-    print(metrics_table(run, attempt.data.metric_names), flush=True)
+    print(metrics_table(run, [metric_name(text) for text in attempt.data.metric_texts]), flush=True)
     say(*usage_lines(outcome), f"finished: {step} steps, model in {run.model}")

@@ -209,8 +209,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             logits = logits_of(attempt, dataloader, self._forward, may_stop=self.is_in_train)
             metrics = {}
             if attempt.rank == 0:
-                metrics = scores(data.loss, data.metric_names, logits, labels, split.weights)
+                metrics = scores(data.loss, data.metric_texts, logits, labels, split.weights, data.metric_code)
             metrics = ranks.from_rank_zero(metrics)
+        for name, why in metrics.get("undefined", {}).items() if attempt.rank == 0 else ():
+            if name != data.best_metric:
+                say(f"{metric_key_prefix}_{name} is not defined: {why}")
         attempt.meter.evaluations += 1
         self.logits, self.evaluated_step = logits, self.state.global_step
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
@@ -220,7 +223,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         logits: torch.Tensor = self.model(**self._prepare_inputs(inputs))["logits"]
         return logits
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        name = f"eval_{self.attempt.data.best_metric}"
+        if metrics.get(name) is None:
+            why = metrics.get("eval_undefined", {}).get(self.attempt.data.best_metric, "it has no value")
+            say(
+                f"WARNING: {name} is not defined ({why}): the evaluation of step {self.state.global_step} cannot be the best"
+            )
+            return False
         better = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
         if better and self.attempt.keeps_best:
             self.control.should_save = True  # the step of an evaluation need not be one that is saved anyway
