@@ -315,8 +315,9 @@ def test_predictions_give_intervals_calibration_and_mistakes(make_run: MakeRun) 
     page = Page(write_report(run.path))
     assert next(row for row in page.rows if row[:1] == ["1"] and "(" in row[-1])[:2] == ["1", "30"]
     first, second, third = (next(r for r in page.rows if r[0] == k and "(" in r[-1]) for k in "123")
-    assert first[3] == "1.000 (1.000–1.000)" and re.fullmatch(r"0\.500 \(0\.3\d\d–0\.6\d\d\)", second[3]), second
-    assert third[2:] == ["0.000 (0.000–0.000)"] * 3, "never predicted: precision 0, as scikit-learn says"
+    assert first[3] == "1.000 (0.859–1.000)" and re.fullmatch(r"0\.500 \(0\.3\d\d–0\.6\d\d\)", second[3]), second
+    assert third[2] == "–", "never predicted: precision is not defined"
+    assert all(re.fullmatch(r"0\.000 \(0\.000–0\.[12]\d\d\)", cell) for cell in third[3:]), third
     assert ["2", "15", "15", "0"] in page.rows, "the confusion matrix, from the predictions"
     assert "expected calibration error on eval" in page.text and "of 15 equal bins" in page.text
     mistakes = [row for row in page.rows if len(row) == 6 and row[1].startswith("r")]
