@@ -18,6 +18,7 @@ __all__ = [
     "contributions",
     "from_sums",
     "one_vs_rest",
+    "parts",
     "per_class",
     "ranks",
     "row_losses",
