@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import request_options
+from afina.cli.options import reading_options, request_options
 from afina.errors import InputError
 from afina.run.job_request import JobRequest
 
@@ -28,8 +28,9 @@ __all__ = ["COMMANDS"]
     help="A .parquet, .csv, .tsv or .jsonl file; by default <input>.predictions.parquet here, standard output for `-`.",
 )
 @click.option(
-    "--text", metavar="COLUMN[,COLUMN]", help="The column with the texts, two for pairs; by default as in training."
+    "--text", metavar="COLUMN[,COLUMN]", help="The column with the texts, or several; by default as in training."
 )
+@reading_options
 @click.option(
     "--keep",
     type=click.Choice(["all", "id"]),

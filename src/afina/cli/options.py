@@ -14,7 +14,7 @@ import click
 from afina.errors import AfinaError, InputError
 from afina.run.job_request import JobRequest
 
-__all__ = ["another_command", "finish", "minutes", "request_options", "watch_hint"]
+__all__ = ["another_command", "finish", "minutes", "reading_options", "request_options", "watch_hint"]
 
 
 def minutes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
@@ -99,6 +99,42 @@ def request_options(*names: str, **changes: str | dict[str, Any]) -> Callable[[C
         return decorated
 
     return decorate
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command: how files are read becomes options, and the command gets the `reading` that they make."""
+
+    @functools.wraps(command)
+    def call(*args: Any, no_header: bool, **given: Any) -> Any:
+        from pydantic import ValidationError
+
+        from afina.formats.reading import Reading
+
+        values = {key: given.pop(key) for key in ("encoding", "delimiter", "quoting", "field")}
+        header = given.pop("header")
+        values["header"] = False if no_header else header.split(",") if header else None
+        try:
+            reading = Reading.model_validate({key: value for key, value in values.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(
+                f"--{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}", "see --help"
+            ) from None
+        return command(*args, reading=reading, **given)
+
+    decorated: Callable[..., Any] = call
+    for option in (
+        click.option("--field", metavar="KEY", help="JSON: the key under which the records are."),
+        click.option("--quoting", type=click.Choice(["standard", "none"]), help="CSV: `none` takes quotes as text."),
+        click.option("--no-header", is_flag=True, help="CSV: the first line is a row; columns are column1, column2, …"),
+        click.option(
+            "--header", metavar="NAME,NAME", help="CSV: the first line is a row; these are the columns' names."
+        ),
+        click.option("--delimiter", metavar="CHAR", help="CSV: between cells: `;`, `|`, `tab`."),
+        click.option("--encoding", metavar="NAME", help="Of text files, for example cp1252; UTF-8 by default."),
+    ):
+        decorated = option(decorated)
+    return decorated
 
 
 def finish(run: Any, as_json: bool) -> None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from afina.cli.options import another_command, request_options
+from afina.cli.options import another_command, reading_options, request_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
 from afina.run.job_request import JobRequest
 
 if TYPE_CHECKING:
+    from afina.formats.reading import Reading
     from afina.site.settings import Site
     from afina.slurm.cluster import Cluster
     from afina.start.examine import Column, Examined
@@ -29,10 +30,13 @@ __all__ = ["COMMANDS"]
 @click.command()
 @click.argument("folder", default=".", metavar="[FOLDER]")
 @click.option(
-    "--data", metavar="FILE|FOLDER|HUB_ID", help="Labelled texts: CSV, TSV, JSON Lines, Parquet, or on the Hub."
+    "--data", metavar="FILE|FOLDER|HUB_ID", help="Labelled texts: CSV, TSV, JSON, Parquet, Arrow, or on the Hub."
 )
+@reading_options
 @click.option("--config", metavar="NAME", help="The Hub data set's configuration.")
-@click.option("--text", "texts", multiple=True, metavar="COL", help="The text column; twice for pairs of texts.")
+@click.option(
+    "--text", "texts", multiple=True, metavar="COL", help="The text column; several times for pairs and more."
+)
 @click.option(
     "--label", "labels", multiple=True, metavar="COL", help="The label column; several 0/1 columns for multi-label."
 )
@@ -101,6 +105,7 @@ class _Given:
     site_only: bool
     yes: bool
     as_json: bool
+    reading: Reading
 
 
 def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Path, Site | None, bool]:
@@ -132,7 +137,9 @@ def _recipe(
 
     here = data_files_here(base) or data_files_here(Path())
     question = "Data: a file, a folder, or the id of a Hub data set"
-    data = find_data(given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config)
+    data = find_data(
+        given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config, given.reading
+    )
     texts, labels, row_id = _columns(given, data, ask)
     examined = _with_bar(
         lambda tick: examine_all(data, texts, labels, tick),
@@ -148,17 +155,21 @@ def _recipe(
 
 def _columns(given: _Given, data: LabelledData, ask: _Asker) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
     """The columns of text, label and id."""
-    from afina.start.examine import check_named, columns_of, guess_columns
+    from afina.formats.reading import format_of
+    from afina.start.examine import check_header, check_named, columns_of, guess_columns
 
     columns = columns_of(data.main)
+    delimited = any(format_of(path) in ("csv", "tsv") for paths in data.files.values() for path in paths)
+    if delimited and given.reading.header is None and not (given.texts and given.labels):
+        check_header(columns, data.origin)
     ask.show(_table(columns))
     text, label, row_id = guess_columns(columns)
     texts = given.texts or (ask("Text column", text, "--text"),)
     check_named(columns, texts, "--text", data.origin)
     labels = given.labels or (ask("Label column", None if label in texts else label, "--label"),)
     check_named(columns, labels, "--label", data.origin)
-    if len(texts) > 2 or set(texts) & set(labels):
-        raise InputError("--text: one column, or two for pairs, and none of them a label", "name each column once")
+    if set(texts) & set(labels):
+        raise InputError("--text: none of the columns may be a label", "name each column once")
     return texts, labels, row_id if row_id not in (*texts, *labels) else None
 
 

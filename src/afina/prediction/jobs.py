@@ -31,6 +31,7 @@ from afina.prediction.request import (
     find_model,
     folder_of,
     plan_of,
+    reading_for,
     result_name,
 )
 from afina.run.commands import array_argv, host_environment, job_scripts, predict_argv, worker_argv
@@ -72,7 +73,12 @@ def compose(
         raise DataError(f"{', '.join(map(str, inputs))}: no data file but the output itself", "name another output: -o")
     job = request.job
     plan = plan_of(directory, model, kept, site_for(directory, job.site), gpus=job.gpus_per_node, time_min=job.time_min)
-    fixed = {"plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target}
+    reading = reading_for(directory, [Path("-.txt") if path == STDIN else path for path in kept], request.reading)
+    if reading is not None and not request.reading.given():
+        _say(f"reading as in training: {', '.join(f'{key} {value!r}' for key, value in reading.given().items())}")
+    fixed = {
+        "plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target, "reading": reading
+    }  # fmt: skip
     return Prediction.model_validate({**fixed, **request.options()})
 
 
@@ -89,7 +95,7 @@ def predict(
 
     Args:
         run: a run directory, or a model folder.
-        inputs: CSV, TSV, JSON Lines, Parquet files, folders, patterns; `-` is `stdin`, a text a line.
+        inputs: CSV, TSV, JSON, Parquet, Arrow files, folders, patterns; `-` is `stdin`, a text a line.
         out: `.parquet`, `.csv`, `.tsv` or `.jsonl`; by default `<input>.predictions.parquet` in the working directory.
         options: of `PredictRequest`, and of `JobRequest`: site, and num_processes (by default one per GPU, or one).
 

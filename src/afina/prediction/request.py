@@ -15,8 +15,9 @@ from typing import Literal, TypedDict
 from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, nearest
+from afina.formats.reading import PLAIN, Reading
 from afina.frozen import FrozenModel
-from afina.recipe.data_files import check_format, data_files
+from afina.recipe.data_files import check_format, data_files, file_stem
 from afina.recipe.schema import Data, Recipe, Resources
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest
@@ -36,6 +37,7 @@ __all__ = [
     "find_model",
     "folder_of",
     "plan_of",
+    "reading_for",
     "result_name",
 ]
 
@@ -54,7 +56,8 @@ class PredictRequest:
     """What a caller asks for besides model, inputs and output. None means the default of the worker or the run.
 
     Attributes:
-        text: the column with the texts, or two for pairs; by default those of the training.
+        text: the column with the texts, or several; by default those of the training.
+        reading: how the files are read, option by option; by default as in training where the files are of such a format.
         keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
         batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
         max_tokens: tokens of a packed batch.
@@ -69,6 +72,7 @@ class PredictRequest:
     max_tokens: int | None = None
     dtype: str = "float32"
     chunk_rows: int | None = None
+    reading: Reading = PLAIN
     job: JobRequest = JobRequest()
 
     def options(self) -> dict[str, object]:
@@ -82,6 +86,7 @@ class PredictOptions(TypedDict, total=False):
     """Keywords of `afina.predict`; see `PredictRequest` and `JobRequest`."""
 
     text: str | Sequence[str]
+    reading: Reading
     keep: Keep
     batch_size: int | None
     max_tokens: int | None
@@ -101,6 +106,7 @@ class Prediction(FrozenModel):
         inputs: files; `-` is standard input, of which `spool` is a copy.
         out: the output; its suffix is its format.
         text: columns of texts; empty: those of training, else `text`.
+        reading: how the files are read; None: nothing differs from the formats' standard.
         keep: all columns of the input, or file, row (and id).
         batch_size, max_tokens: rows of a padded batch, tokens of a packed one; None: the classifier's own.
         dtype: of weights and computations.
@@ -114,6 +120,7 @@ class Prediction(FrozenModel):
     spool: Path | None = None
     out: Path
     text: tuple[str, ...] = ()
+    reading: Reading | None = None
     keep: Keep = "all"
     batch_size: int | None = None
     max_tokens: int | None = None
@@ -197,6 +204,19 @@ def _files(name: str) -> list[Path]:
     return found
 
 
+def reading_for(run: RunDir | None, files: Sequence[Path], asked: Reading) -> Reading | None:
+    """The options of reading: those that are asked for, else those of the training that these files can use.
+
+    Raises:
+        InputError: an option is asked for that no file can use.
+    """
+    asked.check_used(files, "--{}".format)
+    trained = run.plan().recipe.data.reading.given() if run else {}
+    usable = {key: value for key, value in trained.items() if Reading(**{key: value}).is_used_by(files)}
+    given = {**usable, **asked.given()}
+    return Reading.model_validate(given) if given else None
+
+
 def folder_of(out: Path) -> Path:
     """The folder of parts beside an unfinished output."""
     return out.with_name(out.name + ".parts")
@@ -205,7 +225,7 @@ def folder_of(out: Path) -> Path:
 def result_name(inputs: Sequence[Path]) -> Path:
     """The default output: `<input>.predictions.parquet` in the working directory."""
     first = inputs[0]
-    stem = first.stem if len(inputs) == 1 else first.parent.name or "inputs"
+    stem = file_stem(first) if len(inputs) == 1 else first.parent.name or "inputs"
     return Path(f"{stem}.predictions.parquet").absolute()
 
 

@@ -1,40 +1,36 @@
-"""The data files of a recipe: paths, patterns and folders become absolute files by split; and the formats that afina reads.
+"""The data files of a recipe: paths, patterns and folders become absolute files by split.
 
-Examines names and permissions, never contents. Not covered: data on the Hub, and URLs.
+A folder is a folder of files, of files or folders that are named after splits, of partitions (`label=good/`), or what
+`datasets.save_to_disk` wrote. Examines names and permissions, never rows. Not covered: data on the Hub, and URLs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from afina.errors import DataError, InputError, nearest
+from afina.formats.reading import COMPRESSIONS, DATA_SUFFIXES, format_of, suffix_of
 
 __all__ = [
-    "DATA_SUFFIXES",
     "NamedSplit",
     "check_format",
     "check_utf8",
     "data_files",
+    "file_stem",
     "find_files",
     "find_paths",
     "split_of",
+    "splits_of_folder",
 ]
 
 #: A key of the recipe's `data.files`.
 NamedSplit = Literal["all", "train", "eval", "test"]
-DATA_SUFFIXES: dict[str, str] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -46,15 +42,9 @@ _SPLIT_NAMES = {
 }
 #: How files of other formats become files of a known one.
 _CONVERSIONS = {
-    ".gz": "unpack it: gunzip -k FILE; ",
-    ".bz2": "unpack it: bunzip2 -k FILE; ",
-    ".xz": "unpack it: unxz -k FILE; ",
-    ".zst": "unpack it: unzstd FILE; ",
     ".zip": "unpack it: unzip FILE; ",
     ".xlsx": "save the sheet as `CSV UTF-8`; ",
     ".xls": "save the sheet as `CSV UTF-8`; ",
-    ".arrow": "write Parquet: datasets.Dataset.from_file(FILE).to_parquet(NEW); ",
-    ".feather": "write Parquet: pandas.read_feather(FILE).to_parquet(NEW); ",
     ".pkl": "write Parquet: pandas.read_pickle(FILE).to_parquet(NEW); ",
 }
 
@@ -80,7 +70,10 @@ def find_files(named: Mapping[NamedSplit, Sequence[str]], base: Path, hint: str 
     for path in (p for paths in files.values() for p in paths):
         check_utf8(path)
     if set(files) == {"all"} and len(places["all"]) == 1 and places["all"][0].is_dir():
-        return _splits_of_folder(files["all"])
+        return splits_of_folder(places["all"][0], files["all"])
+    for split, paths in places.items():
+        for path in paths:
+            _check_one_split(path, f"data.files.{split}: {path}")
     return files
 
 
@@ -104,16 +97,59 @@ def find_paths(path: str, base: Path) -> list[Path]:
 
 
 def data_files(folder: Path, where: str) -> list[Path]:
-    """The data files in a folder, sorted by name, without hidden ones.
+    """The data files in a folder, sorted by name, without hidden ones; else those of its splits or partitions.
 
     Raises:
         DataError: there is none; `where` begins the message.
     """
-    known = (p for p in folder.iterdir() if p.suffix.lower() in DATA_SUFFIXES and not p.name.startswith("."))
-    found = sorted(p for p in known if p.is_file())
+    if (saved := _saved_files(folder, where)) is not None:
+        return saved
+    found = sorted(p for p in folder.iterdir() if _is_data(p) and p.is_file())
     if not found:
-        raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}")
+        below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        named = [p for p in below if "=" in p.name[1:]] or [p for p in below if p.name.casefold() in _SPLIT_NAMES]
+        found = [file for p in named for file in data_files(p, where)]
+    if not found:
+        folders = f"; it has the folders {', '.join(p.name for p in below[:10])}" if below else ""
+        raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}{folders}")
     return found
+
+
+def _is_data(path: Path) -> bool:
+    return format_of(path) not in (None, "txt") and not path.name.startswith(".")
+
+
+def _saved_files(folder: Path, where: str) -> list[Path] | None:
+    """The files of a folder that `datasets.save_to_disk` wrote; None of any other folder.
+
+    Raises:
+        DataError: a file is missing, or the folder's record cannot be read.
+    """
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return [file for split in splits for file in _saved_files(folder / split, where) or []]
+        if not (folder / "state.json").is_file():
+            return None
+        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        paths = [folder / file["filename"] for file in files]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{where}: what save_to_disk wrote cannot be read: {error}", "save the data set again"
+        ) from None
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{where}: {path.name} is missing", "copy the whole folder, or save the data set again")
+    return paths
+
+
+def _check_one_split(path: Path, where: str) -> None:
+    """Refuse a folder that holds several splits as one of them."""
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        names = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise DataError(
+            f"{where}: holds several splits: {names}", f"name the folder of one: {path / names.split(', ')[0]}"
+        )
 
 
 def check_format(path: Path, where: str, also: Sequence[str] = ()) -> None:
@@ -122,17 +158,26 @@ def check_format(path: Path, where: str, also: Sequence[str] = ()) -> None:
     Raises:
         DataError: with how to convert it, if that is known; `where` begins the message.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (*DATA_SUFFIXES, *also):
+    kind, suffix = format_of(path), path.suffix.lower()
+    if kind is None or (kind == "txt" and ".txt" not in also):
+        packed = f"unpack it, {suffix_of(path)} is not read; " if suffix in COMPRESSIONS else ""
         raise DataError(
             f"{where}: format {path.suffix or '(no suffix)'} is not known",
-            f"{_CONVERSIONS.get(suffix, '')}known formats: {', '.join((*DATA_SUFFIXES, *also))}",
+            f"{packed or _CONVERSIONS.get(suffix, '')}known formats: {', '.join((*DATA_SUFFIXES, *also))}, "
+            f"those of text also with {', '.join(COMPRESSIONS)}",
         )
 
 
+def file_stem(path: Path) -> str:
+    """The name without the suffix of its format and compression."""
+    return path.name[: len(path.name) - len(suffix_of(path))] if suffix_of(path) else path.name
+
+
 def split_of(path: Path) -> str | None:
-    """The split that a data file is named after (`train.csv`, `validation-00000-of-00002.parquet`, …), or None."""
-    return _SPLIT_NAMES.get(path.stem.replace("_", "-").split("-")[0].casefold())
+    """The split that a data file, or its folder, is named after (`train.csv`, `validation-00000-of-00002.parquet`, `test/0.csv`);
+    or None."""
+    stem = file_stem(path).replace("_", "-").split("-")[0].casefold()
+    return _SPLIT_NAMES.get(stem)
 
 
 def check_utf8(path: str | Path | None) -> None:
@@ -147,11 +192,6 @@ def check_utf8(path: str | Path | None) -> None:
 
 def _expand(path: Path, where: str, hint: str) -> list[Path]:
     if path.is_dir():
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            raise DataError(
-                f"{where}: a folder of `datasets.save_to_disk`, which afina does not read",
-                "write Parquet instead: datasets.load_from_disk(FOLDER)[SPLIT].to_parquet('train.parquet')",
-            )
         return data_files(path, where)
     if path.is_file():
         check_format(path, where)
@@ -166,21 +206,23 @@ def _expand(path: Path, where: str, hint: str) -> list[Path]:
     )
 
 
-def _splits_of_folder(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    """train.csv, test-00000-of-00002.parquet, … in one folder are its splits; files with other names are one whole.
+def splits_of_folder(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """The files of a folder by split, after their names (train.csv, test-00000-of-00002.parquet, …) or those of their folders;
+    files with other names are one whole.
 
     Raises:
         DataError: some are named after splits and some are not: as one whole, test rows would be trained on.
     """
     splits: dict[str, tuple[Path, ...]] = {}
     for path in paths:
-        split = split_of(path) or "all"
-        splits[split] = (*splits.get(split, ()), path)
+        below = path.relative_to(folder).parts[0] if path.is_relative_to(folder) else path.name
+        split = split_of(path) if below == path.name else _SPLIT_NAMES.get(below.casefold())
+        splits[split or "all"] = (*splits.get(split or "all", ()), path)
     if "all" in splits and len(splits) > 1:
         split, other = next(s for s in splits if s != "all"), splits["all"][0]
         raise DataError(
-            f"data.files.all: {other.parent} holds {splits[split][0].name}, which is {split}, "
-            f"and {other.name}, which is not named after a split",
+            f"data.files.all: {folder} holds {splits[split][0].relative_to(folder)}, which is {split}, "
+            f"and {other.relative_to(folder)}, which is not named after a split",
             "name the files of each split: `files: {train: …, eval: …, test: …}`",
         )
     return splits

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from afina.errors import nearest
+from afina.formats.reading import Delimiter, Encoding, Header, Quoting, Reading
 from afina.frozen import FrozenModel
 from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
@@ -83,11 +84,15 @@ class _Section(FrozenModel):
     @classmethod
     def _no_stray_boolean_and_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields.get(info.field_name or "")
-        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+        if isinstance(value, bool) and field is not None and not _takes_boolean(field.annotation):
             raise ValueError(f"{str(value).lower()} makes no sense here")
         if not isinstance(value, dict) and looks_secret(value):
             raise KeyedError(_SECRET[0], remedy=_SECRET[1])
         return value
+
+
+def _takes_boolean(annotation: Any) -> bool:
+    return annotation is bool or any(map(_takes_boolean, get_args(annotation)))
 
 
 def _slurm_time(value: Any) -> Any:
@@ -143,7 +148,7 @@ class Part(_Section):
 class Data(_Section):
     """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
-    added_later = ("weight",)
+    added_later = ("weight", *Reading.model_fields)
 
     hub: Text | None = None
     config: str | None = None
@@ -156,9 +161,19 @@ class Data(_Section):
     label_separator: Text | None = None
     id: str | None = None
     weight: Text | None = None
+    encoding: Encoding | None = None
+    delimiter: Delimiter | None = None
+    header: Header | None = None
+    quoting: Quoting | None = None
+    field: Text | None = None
     train: Part = Part()
     eval: Part = Part()
     test: Part | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How the files are read."""
+        return Reading(**{key: getattr(self, key) for key in Reading.model_fields})
 
     @field_validator("files", mode="before")
     @classmethod
@@ -185,11 +200,12 @@ class Data(_Section):
 
     @field_validator("text")
     @classmethod
-    def _one_or_two(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not 1 <= len(value) <= 2:
-            raise ValueError(f"one column, or two for pairs; found {len(value)}")
-        if len(set(value)) < len(value):
-            raise ValueError(f"names column `{value[0]}` twice; a pair is two columns")
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one text column")
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"names column `{name}` twice")
         return value
 
     @field_validator("label")
@@ -221,6 +237,9 @@ class Data(_Section):
             for key in ("config", "splits", "revision"):
                 if getattr(self, key) is not None:
                     raise KeyedError("belongs to a Hub data set; with `files` leave it out", key)
+        for key in self.reading.given() if self.hub is not None else ():
+            raise KeyedError("is for local files; with `hub` leave it out", key)
+        if self.files is not None:
             if not self.files:
                 raise KeyedError("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
             for part, paths in self.files.items():

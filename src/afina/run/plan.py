@@ -101,13 +101,15 @@ def make_plan(
     base = Path(recipe_file).absolute().parent if recipe_file else Path.cwd()
     for path in (site.scratch, site.image, recipe_file):
         check_utf8(path)
+    files = find_files(recipe.data.files or {}, base, bind)
+    recipe.data.reading.check_used((path for paths in files.values() for path in paths), "data.{}".format)
     return Plan(
         afina_version=__version__,
         recipe=recipe,
         site=site,
         geometry=geometry,
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
-        files=find_files(recipe.data.files or {}, base, bind),
+        files=files,
         model_folder=find_model_folder(recipe.model, base),
         metric_code=_metric_code(recipe, base),
     )

@@ -2,8 +2,6 @@
 
 It accepts all that `afina prefetch` accepts, and reports what that would refuse. At most `MOST_ROWS` rows of a split are read;
 of a larger one the number of rows is estimated.
-
-Not covered: compressed files, other separators than comma and tab, other encodings than UTF-8.
 """
 
 from __future__ import annotations
@@ -15,16 +13,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from afina.errors import DataError, InputError, nearest
+from afina.formats.notes import Notes
+from afina.formats.reading import option
+from afina.formats.text_files import note_damaged
 
 __all__ = [
     "MOST_ROWS",
     "Column",
     "Examined",
     "Source",
+    "check_header",
     "check_named",
     "columns_of",
     "count_words",
@@ -51,11 +53,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one split: `rows()` yields them from the beginning each time. `total_rows`: known or estimated, or None."""
+    """The rows of one split: `rows()` yields them from the beginning each time. `total_rows`: known or estimated, or None.
+    `notes`: what was odd in the rows that were read."""
 
     name: str
     rows: Callable[[], Iterator[Row]]
     total_rows: int | None = None
+    notes: Notes = field(default_factory=Notes)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Column:
         words: mean number of words.
         numeric, listed: every value is a number, or a list.
         example: the first value, shortened.
+        is_value: its name occurs among the values.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Column:
     numeric: bool
     listed: bool
     example: str
+    is_value: bool
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Examined:
         non_ascii: share of letters beyond ASCII.
         digests: of the texts, to find the same ones in another split.
         sample: some texts.
+        odd: what was odd in the rows.
     """
 
     rows: int
@@ -115,6 +122,7 @@ class Examined:
     non_ascii: float
     digests: frozenset[bytes]
     sample: tuple[str, ...]
+    odd: tuple[str, ...] = ()
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -146,6 +154,7 @@ def _column(name: str, values: list[Any]) -> Column:
         numeric=bool(given) and all(_number(v) is not None for v in given),
         listed=bool(given) and all(isinstance(v, list) for v in given),
         example=first if len(first) <= 60 else first[:59] + "…",
+        is_value=name in texts,
     )
 
 
@@ -165,6 +174,23 @@ def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, st
     label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
     ids = [c for c in rest if c.name != label and c.distinct == c.rows and c.rows > 1 and c.words <= 1]
     return text, label, named(_ID_NAMES, ids)
+
+
+def check_header(columns: Sequence[Column], source: str) -> None:
+    """Refuse a CSV or TSV whose header looks like a row: it names no usual column, and holds a value, a number or a sentence.
+
+    Raises:
+        InputError: with the option for a file without a header.
+    """
+    usual = {*_LABEL_NAMES, *_TEXT_NAMES, *_ID_NAMES}
+    if any(c.name.casefold() in usual for c in columns):
+        return
+    if any(c.is_value or (c.numeric and _number(c.name) is not None) or len(c.name.split()) > 5 for c in columns):
+        shown = ", ".join(_short(c.name) for c in columns[:5]) + (", …" if len(columns) > 5 else "")
+        raise InputError(
+            f"{source}: the first line looks like a row, not like the names of columns: {shown}",
+            f"{option('header', 'false')}, or --header NAME,NAME; if it is the header, name the columns with --text and --label",
+        )
 
 
 def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, source: str) -> None:
@@ -192,11 +218,14 @@ def examine(
         label: one column, or several of 0 and 1.
         tick: called with the number of rows now and then.
     """
+    source.notes.clear()
     texts, labels = _Texts(), _Labels(label)
     number = 0
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
-        texts.add(number, [_text(row.get(name)) for name in text])
+        parts = [_text(row.get(name)) for name in text]
+        texts.add(number, parts)
+        note_damaged(source.notes, parts, [number] * len(parts))
         labels.add(number, [row.get(name) for name in label])
         if tick is not None and number % 5000 == 0:
             tick(number)
@@ -221,6 +250,7 @@ def examine(
         non_ascii=texts.non_ascii / texts.letters if texts.letters else 0.0,
         digests=frozenset(texts.digests),
         sample=tuple(texts.sample),
+        odd=tuple(source.notes.warnings(source.name, "row")),
     )
 
 
@@ -249,7 +279,8 @@ class _Texts:
 
     def add(self, number: int, parts: list[str]) -> None:
         joined = "\n".join(parts)
-        if not all(part.strip() for part in parts):
+        # Of more than two, which are joined, some may be empty.
+        if not (any if len(parts) > 2 else all)(part.strip() for part in parts):
             self.empty.add(number)
         self.words.append(sum(map(count_words, parts)))
         self.characters += len(joined)
@@ -279,9 +310,11 @@ class _Labels:
             self.missing.add(number)
         elif len(values) > 1:
             self._add_list(name for name, v in zip(self.columns, values, strict=True) if _number(v))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and len(value) != 1:
             self._add_list(map(_label, value))
         else:
+            # Where all lists have one label they are single labels.
+            value = value[0] if isinstance(value, list) else value
             as_number = _number(value)
             self.numeric = self.numeric and as_number is not None
             self.whole = self.whole and (as_number is None or as_number == int(as_number))
@@ -306,6 +339,10 @@ def _separator(labels: Mapping[str, int]) -> str | None:
 def count_words(text: str) -> int:
     """Words and punctuation marks: a tokenizer makes at least one token of each."""
     return len(_WORDS.findall(text))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 24 else text[:23] + "…")
 
 
 def quantile(ascending: Sequence[int], q: float) -> int:

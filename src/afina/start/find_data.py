@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, EnvironmentProblem, InputError, nearest
-from afina.recipe.data_files import DATA_SUFFIXES, check_format, data_files, split_of
-from afina.recipe.formats import read_rows, readable_parquet
+from afina.formats.columnar import count_rows
+from afina.formats.notes import Notes
+from afina.formats.reading import PLAIN, Reading, compression_of, format_of
+from afina.formats.rows import read_rows
+from afina.recipe.data_files import check_format, data_files, file_stem, split_of, splits_of_folder
 from afina.run.commands import container_argv
 from afina.run.plan import bare_plan
 from afina.run.workers import ask_worker
@@ -35,6 +38,7 @@ class LabelledData:
         sources: rows by split: `all`, or train, eval, test.
         files: local files by split; empty for a Hub data set.
         splits: split -> the Hub's split or the file key it is read from; None where there is one source.
+        reading: how the files are read.
     """
 
     origin: str
@@ -43,6 +47,7 @@ class LabelledData:
     hub: str | None = None
     config: str | None = None
     splits: Mapping[str, str] | None = None
+    reading: Reading = PLAIN
 
     @property
     def main(self) -> Source:
@@ -55,22 +60,23 @@ def data_files_here(folder: Path) -> list[Path]:
     files = [
         path
         for path in (*folder.glob("*"), *folder.glob("data/*"))
-        if path.suffix.lower() in DATA_SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if format_of(path) not in (None, "txt") and path.is_file() and not path.name.startswith(".")
     ]
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
-def find_data(data: str, site: Site | None, config: str | None = None) -> LabelledData:
+def find_data(data: str, site: Site | None, config: str | None = None, reading: Reading = PLAIN) -> LabelledData:
     """A file, a folder or a Hub id. A file called train brings the files of the other splits beside it.
 
     Raises:
-        DataError, InputError: there is no such data; with the nearest name.
+        DataError, InputError: there is no such data; with the nearest name. Or an option of reading that it cannot use.
         EnvironmentProblem: a Hub data set, and nothing here that can fetch it.
     """
     path = Path(os.path.expandvars(data)).expanduser()
     if not path.exists():
-        local = data.startswith((".", "/", "~", "$")) or path.suffix.lower() in DATA_SUFFIXES or data.count("/") > 1
+        local = data.startswith((".", "/", "~", "$")) or format_of(path) is not None or data.count("/") > 1
         if not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+            reading.check_used([], "--{}".format)
             return _find_on_hub(data, config, site)
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
@@ -80,61 +86,55 @@ def find_data(data: str, site: Site | None, config: str | None = None) -> Labell
     if config is not None:
         raise InputError(f"--config {config}: belongs to a Hub data set", "leave it out")
     path = path.absolute()
-    by_split = _by_split(path, _files_of(path))
-    sources = {split: _source(paths) for split, paths in by_split.items()}
-    return LabelledData(
-        str(path), sources, by_split, splits=None if "all" in by_split else {split: split for split in by_split}
-    )
+    by_split = _by_split(path)
+    reading.check_used((file for files in by_split.values() for file in files), "--{}".format)
+    sources = {split: _source(paths, reading=reading) for split, paths in by_split.items()}
+    splits = None if "all" in by_split else {split: split for split in by_split}
+    return LabelledData(str(path), sources, by_split, splits=splits, reading=reading)
 
 
 def default_name(data: LabelledData) -> str:
     """A name for the run: the data's, without characters that a folder's name cannot hold."""
     origin = Path(data.origin)
-    stem = data.hub.rpartition("/")[2] if data.hub else origin.stem
+    stem = data.hub.rpartition("/")[2] if data.hub else file_stem(origin)
     if not data.hub and split_of(origin):
         stem = origin.absolute().parent.name
     return re.sub(r"[\x00-\x1f\x7f/]+", "-", stem).strip(".- ")[:60] or "run"
 
 
-def _files_of(path: Path) -> list[Path]:
+def _by_split(path: Path) -> dict[str, tuple[Path, ...]]:
+    """The files of a folder or a file by split; a file called train stands for those of the other splits beside it."""
     if path.is_dir():
-        return list(data_files(path, str(path)))
-    check_format(path, str(path))
-    if split_of(path) != "train":
-        return [path]
-    return [p for p in sorted(path.parent.iterdir()) if p.suffix.lower() == path.suffix.lower() and split_of(p)]
-
-
-def _by_split(path: Path, files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    by_split: dict[str, tuple[Path, ...]] = {}
-    for file in files:
-        split = split_of(file) or "all"
-        by_split[split] = (*by_split.get(split, ()), file)
-    if "all" in by_split and len(by_split) > 1:
-        split = next(s for s in by_split if s != "all")
-        raise DataError(
-            f"{path} holds {by_split[split][0].name}, the {split} split, and {by_split['all'][0].name}, which names no split",
-            "put the files of the splits into a folder of their own, or give one file",
-        )
+        by_split = splits_of_folder(path, data_files(path, str(path)))
+    else:
+        check_format(path, str(path))
+        if split_of(path) != "train":
+            return {"all": (path,)}
+        beside = [p for p in sorted(path.parent.iterdir()) if format_of(p) == format_of(path) and split_of(p)]
+        by_split = splits_of_folder(path.parent, beside)
     if "train" not in by_split and "all" not in by_split:
         return {"all": tuple(file for paths in by_split.values() for file in paths)}
     return by_split
 
 
-def _source(paths: Sequence[Path], name: str | None = None) -> Source:
-    counted = sum(p.stat().st_size for p in paths) > _LARGE or all(p.suffix.lower() == ".parquet" for p in paths)
-    total = sum(map(_count_rows, paths)) if counted else None
+def _source(paths: Sequence[Path], name: str | None = None, reading: Reading = PLAIN) -> Source:
+    counts = [_count_rows(path) if _is_counted(paths, path) else None for path in paths]
+    total = sum(count for count in counts if count is not None) if None not in counts else None
+    notes = Notes()
     name = name or ", ".join(p.name for p in paths)
-    return Source(name, lambda: (row for path in paths for row in read_rows(path)), total)
+    return Source(name, lambda: (row for path in paths for row in read_rows(path, reading, notes)), total, notes)
 
 
-def _count_rows(path: Path) -> int:
+def _is_counted(paths: Sequence[Path], path: Path) -> bool:
+    if format_of(path) == "parquet":
+        return True
+    return compression_of(path) is None and format_of(path) != "arrow" and sum(p.stat().st_size for p in paths) > _LARGE
+
+
+def _count_rows(path: Path) -> int | None:
     """Rows of a Parquet file; of others the line breaks, an estimate: those inside a quoted cell count too."""
-    if path.suffix.lower() == ".parquet":
-        import pyarrow.parquet as pq
-
-        with readable_parquet(path):
-            return int(pq.read_metadata(path).num_rows)
+    if format_of(path) == "parquet":
+        return count_rows(path)
     with path.open("rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
 

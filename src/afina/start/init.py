@@ -88,6 +88,7 @@ def propose(
         config=data.config,
         splits=data.splits,
         id=choices.id,
+        reading=data.reading,
         shared=shared,
         gpus=gpus,
         cpus=max(1, min(8, cores // max(1, node.gpus if node is not None else 1))),

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from afina.formats.reading import PLAIN, Reading
 from afina.recipe.metrics import selection_metric
 from afina.start.examine import Examined, quantile
 from afina.start.find_model import ModelFacts
@@ -59,6 +60,7 @@ class Proposal:
     config: str | None = None
     splits: Mapping[str, str] | None = None
     id: str | None = None
+    reading: Reading = PLAIN
     shared: int = 0
     gpus: int = 0
     cpus: int = 4
@@ -115,7 +117,7 @@ def recipe_text(p: Proposal) -> str:
 def data_warnings(p: Proposal) -> list[str]:
     """Problems of the data to solve before anything is run; the recipe has them as comments."""
     x = p.examined
-    warnings = []
+    warnings = list(x.odd)
     if x.num_empty:
         have = "row has" if x.num_empty == 1 else "rows have"
         warnings.append(
@@ -153,6 +155,7 @@ def _data(p: Proposal) -> list[str]:
     else:
         files = ", ".join(f"{split}: {_flow(paths)}" for split, paths in p.files.items())
         lines.append(f"  files: {{{files}}}")
+        lines += [f"  {key}: {_option(value)}" for key, value in p.reading.given().items()]
     lines += [f"  text: {_flow(p.text)}", *_comments(_about_labels(p), "  "), f"  label: {_flow(p.label)}"]
     lines += [f"  label_separator: {_yaml(x.separator)}"] if x.separator is not None else []
     lines += [f"  id: {_yaml(p.id)}            # copied into the predictions"] if p.id else []
@@ -286,6 +289,10 @@ def _row_numbers(rows: Sequence[int]) -> str:
 def _short(name: str) -> str:
     shown = " ".join(name.split())
     return repr(shown if len(shown) <= 24 else shown[:23] + "…")
+
+
+def _option(value: str | bool | list[str]) -> str:
+    return json.dumps(value) if isinstance(value, bool) else _flow(value) if isinstance(value, list) else _yaml(value)
 
 
 def _flow(values: Sequence[str]) -> str:

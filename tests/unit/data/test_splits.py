@@ -29,7 +29,9 @@ def build(
     warnings: list[str] = []
     sources = choose_sources(spec, list(paths), warnings)
     tables: dict[str, DataTable] = {
-        source: read_files([paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text)
+        source: read_files(
+            [paths[source]], [*spec.label, *([spec.id] if spec.id else [])], spec.text, ids=[spec.id] if spec.id else []
+        )
         for source in set(sources.values())
     }
     labels, parts = build_splits(task, spec, tables, sources, warnings)
@@ -242,7 +244,7 @@ def test_several_columns_of_0_and_1(tmp_path: Path) -> None:
     rows[4]["x"] = "2"
     assert "train.csv, row 5: column `x` holds '2'" in refused(tmp_path, both(rows), label=["x", "y, z"]).message
     rows[4]["x"] = ""
-    assert "1 rows have no label (`x`, `y, z`)" in refused(tmp_path, both(rows), label=["x", "y, z"]).message
+    assert "2 rows have no label (`x`, `y, z`)" in refused(tmp_path, both(rows), label=["x", "y, z"]).message
 
 
 def test_labels_in_one_cell(tmp_path: Path) -> None:
@@ -262,8 +264,11 @@ def test_a_task_that_the_data_cannot_be(tmp_path: Path) -> None:
     assert "row 3: label 'inf'" in refused(tmp_path, both(rows), "regression").message
     assert "holds single values" in refused(tmp_path, both(rows), "multi-label").message
     rows = [{**row, "more": "x"} for row in rows]
-    lists = [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y"]}]
-    assert "holds lists" in refused(tmp_path, both(lists), "single-label", kind="jsonl").message
+    lists = [{"text": "a", "label": ["x"]}, {"text": "b", "label": ["y", "z"]}]
+    assert (
+        "line 2: column `label` holds a list of 2 labels"
+        in refused(tmp_path, both(lists), "single-label", kind="jsonl").message
+    )
     assert "task single-label has one" in refused(tmp_path, both(rows), "single-label", label=["label", "more"]).message
 
 
@@ -389,7 +394,7 @@ def test_a_separator_that_separates_nothing(tmp_path: Path) -> None:
 
 def test_an_id_is_one_value(tmp_path: Path) -> None:
     rows = [{**row, "n": [1]} for row in reviews(6)]
-    assert "column `n` holds lists, an id is one value" in refused(tmp_path, both(rows), kind="jsonl", id="n").message
+    assert "column `n` holds a list, a text is expected" in refused(tmp_path, both(rows), kind="jsonl", id="n").message
 
 
 def test_doubts_are_warnings(tmp_path: Path) -> None:

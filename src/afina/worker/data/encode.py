@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["EncodedBatch", "Encoder"]
+__all__ = ["EncodedBatch", "Encoder", "join_columns"]
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -116,6 +118,16 @@ class Encoder:
             for i in np.flatnonzero(cut):
                 cut[i] = bool(encodings[i].overflowing)
         return EncodedBatch(flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut)
+
+
+def join_columns(columns: Sequence[pa.Array], tokenizer: Any) -> list[pa.Array]:
+    """More than two columns of texts as one, joined by the tokenizer's separator (a line break where it has none); one column
+    and pairs as they are."""
+    if len(columns) <= 2:
+        return list(columns)
+    between = f" {tokenizer.sep_token} " if tokenizer.sep_token else "\n"
+    joint = pa.scalar(between, pa.large_string())
+    return [pc.binary_join_element_wise(*columns, joint, null_handling="replace", null_replacement="")]
 
 
 def _is_plain(tokenizer: Any) -> bool:

@@ -43,6 +43,19 @@ class LabelColumns:
         self.table, self.columns = table, [table.columns[name] for name in data.label]
         self.names, self.separator = data.label, data.label_separator
 
+    def unwrap(self) -> None:
+        """Take lists of one label each as single labels."""
+        column = self.columns[0]
+        indices = np.full(len(column), -1)
+        indices[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)] = np.arange(len(pc.list_flatten(column)))
+        self.columns[0] = pc.list_flatten(column).take(pa.array(indices, mask=indices < 0))
+
+    @property
+    def has_one_each(self) -> bool:
+        """Whether every label that is there is a list of one."""
+        lengths = pc.list_value_length(self.columns[0]) if self.is_list else pa.array([], pa.int32())
+        return bool(pc.all(pc.fill_null(pc.equal(lengths, 1), True), min_count=0).as_py())
+
     @property
     def is_list(self) -> bool:
         return any(pa.types.is_list(column.type) for column in self.columns)
@@ -112,7 +125,9 @@ def as_numbers(column: pa.Array) -> Array:
             column = texts.cast(pa.float64())
         except pa.ArrowInvalid:
             column = pa.array([as_number(text) for text in texts.to_pylist()], pa.float64())
-    return np.asarray(pc.fill_null(column.cast(pa.float64()), float("nan")).to_numpy(zero_copy_only=False))
+    # Whole numbers beyond 2^53 become the nearest double: this decides the task, and a regression's labels are float32.
+    numbers = column.cast(pa.float64(), safe=False)
+    return np.asarray(pc.fill_null(numbers, float("nan")).to_numpy(zero_copy_only=False))
 
 
 def as_number(text: str | None) -> float | None:
@@ -123,14 +138,34 @@ def as_number(text: str | None) -> float | None:
         return None
 
 
-def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns]) -> Labels:
+def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns], warnings: list[str] | None = None) -> Labels:
+    """The task and the label names.
+
+    Args:
+        asked: the recipe's task.
+        warnings: a remark is appended where lists of one label are taken as single labels.
+    """
+    lists = [c for c in columns if c.is_list]
+    if len(data.label) == 1 and lists and asked != "multi-label" and all(c.has_one_each for c in columns):
+        for column in lists:
+            column.unwrap()
+        if warnings is not None:
+            warnings.append(
+                f"column `{data.label[0]}` holds lists of one label each: taken as single labels; "
+                "for several per row set `task: multi-label`"
+            )
     task = _find_task(data, columns) if asked == "auto" else asked
     several = len(data.label) > 1
     if several and task != "multi-label":
         raise RecipeError(f"data.label: {len(data.label)} columns, task {task} has one", "name one column")
     if task == "single-label" and any(c.is_list for c in columns):
+        column = next(c for c in columns if not c.has_one_each)
+        lengths = pc.fill_null(pc.list_value_length(column.columns[0]), 1).to_numpy(zero_copy_only=False)
+        row = int(np.flatnonzero(lengths != 1)[0])
         raise DataError(
-            f"column `{data.label[0]}` holds lists: task single-label has one label per row", "set task: multi-label"
+            f"{column.table.where(row)}: column `{data.label[0]}` holds a list of {lengths[row]} labels, and task "
+            "single-label has one per row",
+            "set task: multi-label, or correct the row",
         )
     if task == "regression":
         if data.labels is not None:

@@ -309,13 +309,15 @@ def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> A
     sources = {
         key: DataSource((data.file(key),), f"{data.id}/{key}")
         if data is not None
-        else DataSource(tuple(plan.files[key]))
+        else DataSource(tuple(plan.files[key]), reading=spec.reading)
         for key in keys
     }
     if data is not None:
         states = {key: source.state() for key, source in sources.items()}
     columns = [*spec.label, *filter(None, (spec.id, spec.weight))]
     with Progress("reading", "read", "rows", None, say) as progress:
-        tables = {key: source.read(columns, spec.text, progress.advance) for key, source in sources.items()}
+        ids = [spec.id] if spec.id and spec.id not in spec.label else []
+        tables = {key: source.read(columns, spec.text, progress.advance, ids=ids) for key, source in sources.items()}
+    warnings += [line for table in tables.values() for line in table.warnings]
     labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)
     return CheckedData(labels, splits, warnings, sources, states)

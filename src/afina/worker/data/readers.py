@@ -1,7 +1,7 @@
-"""Readers of data files, one batch of rows at a time: CSV and TSV, JSON Lines, Parquet, plain text. Errors name file and row.
+"""Readers of data files, one batch of rows at a time, in columns: CSV and TSV, JSON, Parquet and Arrow, plain text.
 
-The prepare stage and prediction read through these. How CSV, TSV and JSON Lines are parsed: see `afina.recipe.formats`. Memory is
-that of one batch, whatever the file's size, except for a `.json` file that holds one array, which is parsed whole.
+The prepare stage and prediction read through these; `afina.formats` parses. Memory is that of one batch, whatever the file's size,
+except for JSON that is not JSON Lines, which is parsed whole.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError
-from afina.recipe.data_files import DATA_SUFFIXES
-from afina.recipe.formats import (
-    check_characters,
-    json_kind,
-    json_unit,
-    not_a_text,
-    number_text,
-    read_delimited,
-    read_json,
-    undecodable,
-)
-from afina.worker.data.parquet import ParquetReader
+from afina.formats.columns import distinct, flatten, value_at
+from afina.formats.delimited import read_delimited
+from afina.formats.json_rows import check_characters, json_kind, json_unit, number_text, read_json, records_below
+from afina.formats.notes import Notes
+from afina.formats.reading import PLAIN, Reading, format_of
+from afina.formats.rows import not_a_text
+from afina.formats.text_files import open_text
+from afina.worker.data.columnar_reader import ColumnarReader
 from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, FileReader, RowBatch, choose_columns
 
 __all__ = ["open_reader"]
@@ -36,8 +32,8 @@ __all__ = ["open_reader"]
 Array = np.ndarray[Any, Any]
 
 
-def open_reader(path: Path) -> FileReader:
-    return _READERS[path.suffix.lower()](path)
+def open_reader(path: Path, reading: Reading = PLAIN) -> FileReader:
+    return _READERS[format_of(path) or ""](path, reading)
 
 
 # -- CSV and TSV, text ------------------------------------------------------------------------------------------------
@@ -46,17 +42,19 @@ def open_reader(path: Path) -> FileReader:
 class _Delimited:
     unit = "row"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path, self.reading, self.notes = path, reading, Notes()
+        self.wide: set[str] = set()
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {}
 
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
-        rows = read_delimited(self.path)
+        rows = read_delimited(self.path, self.reading, self.notes)
         _, header = next(rows)
         names = choose_columns(self.path, header, wanted, others)
-        places = [header.index(name) for name in names]
+        columns = distinct(header)
+        places = [columns.index(name) for name in names]
         return _text_batches(names, ([cells[place] for place in places] for _, cells in rows))
 
     def values(self, name: str, batch: RowBatch) -> pa.Array:
@@ -81,18 +79,15 @@ class _Lines(_Delimited):
         return _text_batches(wanted, self._rows(len(wanted)))
 
     def _rows(self, width: int) -> Iterator[list[str]]:
-        try:
-            with self.path.open(encoding="utf-8", newline="\n") as file:
-                for number, line in enumerate(file, 1):
-                    texts = line.removesuffix("\n").removesuffix("\r").split("\t", width - 1)
-                    if len(texts) < width:
-                        raise DataError(
-                            f"{self.path}, line {number}: one text, this model reads two",
-                            "write both on one line with a tab between",
-                        )
-                    yield texts
-        except UnicodeDecodeError:
-            raise undecodable(self.path) from None
+        with open_text(self.path, self.reading, newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                texts = line.removesuffix("\n").removesuffix("\r").split("\t", width - 1)
+                if len(texts) < width:
+                    raise DataError(
+                        f"{self.path}, line {number}: {len(texts)} of {width} texts",
+                        "write all texts of a row on one line with a tab between",
+                    )
+                yield texts
 
 
 def _text_batches(names: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[RowBatch]:
@@ -114,42 +109,64 @@ def _text_batch(names: Sequence[str], rows: Sequence[Sequence[str]], last: int) 
     return RowBatch(values, np.arange(last - len(rows) + 1, last + 1))
 
 
-# -- JSON Lines -------------------------------------------------------------------------------------------------------
+# -- JSON -------------------------------------------------------------------------------------------------------------
 
 
 class _Json:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unit = json_unit(path)
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path, self.reading, self.notes = path, reading, Notes()
+        self.wide: set[str] = set()
+        self.unit = json_unit(path, reading)
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {}
 
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
         found: dict[str, None] = {}
-        columns: dict[str, list[Any]] = {} if others is None else {name: [] for name in (*wanted, *others)}
+        nested = {name for name in (*wanted, *(others or ())) if "." in name}
+        columns: dict[str, list[Any]] = {name: [] for name in (nested if others is None else (*wanted, *others))}
         rows: list[int] = []
-        number = size = 0
-        for number, record in read_json(self.path):
+        first: dict[str, Any] = {}
+        number = size = count = 0
+        for number, record in read_json(self.path, self.reading):
+            first = first or record
+            count += 1
             found.update(dict.fromkeys(record))
             if others is None:
                 for name in record.keys() - columns.keys():
                     columns[name] = [None] * len(rows)
             rows.append(number)
             for name, column in columns.items():
-                value = record.get(name)
+                value = record.get(name) if name not in nested else value_at(record, name)
                 if isinstance(value, str):
                     size += len(value)
                     if len(value) < 64:  # most likely a label: thousands of rows share one
                         value = sys.intern(value)
+                if value is not None and name in nested:
+                    found[name] = None
                 column.append(value)
             if len(rows) == BATCH_ROWS or size > BATCH_BYTES:
                 yield self._batch(columns, found, wanted, rows)
                 columns, rows, size = {name: [] for name in columns}, [], 0
         if number:
-            choose_columns(self.path, list(found), wanted, others)
+            self._check(found, first, count, wanted, others)
         if rows:
             yield self._batch(columns, found, wanted, rows)
+
+    def _check(
+        self,
+        found: Mapping[str, None],
+        first: Mapping[str, Any],
+        count: int,
+        wanted: Sequence[str],
+        others: Sequence[str] | None,
+    ) -> None:
+        below = records_below(self.path, first) if count == 1 else None
+        if below is not None and not found.keys() >= set(wanted):
+            raise below
+        # With nested names, for the hint.
+        names = list(found) if found.keys() >= set(wanted) else list(dict.fromkeys([*found, *flatten(first)]))
+        choose_columns(self.path, names, wanted, others)
 
     def _batch(
         self, columns: dict[str, list[Any]], found: Mapping[str, None], wanted: Sequence[str], rows: list[int]
@@ -178,6 +195,8 @@ class _Json:
 
     def typed(self, name: str, batch: RowBatch, dtype: pa.DataType | None = None) -> pa.Array:
         values = batch.values[name]
+        if any(type(value) is int and abs(value) > 2**53 for value in values):
+            self.wide.add(name)
         dtype = dtype or _json_type(values)
         if pa.types.is_string(dtype):
             values = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
@@ -203,8 +222,9 @@ def _json_type(values: Sequence[Any]) -> pa.DataType:
         return pa.null()
     if kinds == {bool}:
         return pa.bool_()
-    # A whole number beyond 64 bits is kept as text.
-    if kinds <= {int, float} and all(abs(value) < 2**63 for value in values if type(value) is int):
+    # A whole number beyond 64 bits is kept as text; so is one beside fractions that a double cannot hold.
+    most = 2**63 - 1 if kinds == {int} else 2**53
+    if kinds <= {int, float} and all(abs(value) <= most for value in values if type(value) is int):
         return pa.int64() if kinds == {int} else pa.float64()
     return pa.string()
 
@@ -231,11 +251,8 @@ def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: st
         )
     if kinds == {bool}:
         return pa.array(values, pa.bool_())
-    if kinds <= {int, float}:
-        try:
-            return pa.array(values, pa.int64() if kinds == {int} else pa.float64())
-        except (OverflowError, pa.ArrowInvalid):
-            pass
+    if kinds <= {int, float} and pa.types.is_primitive(kind := _json_type(values)):
+        return pa.array([v if v is None or kinds == {int} else float(v) for v in values], kind)
     return pa.array([None if value is None else _scalar_text(value) for value in values], pa.large_string())
 
 
@@ -243,10 +260,11 @@ def _scalar_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-_FORMATS: Mapping[str, type[_Delimited] | type[_Json] | type[ParquetReader]] = {
+_READERS: Mapping[str, type[_Delimited] | type[_Json] | type[ColumnarReader]] = {
     "csv": _Delimited,
     "tsv": _Delimited,
+    "txt": _Lines,
     "jsonl": _Json,
-    "parquet": ParquetReader,
+    "parquet": ColumnarReader,
+    "arrow": ColumnarReader,
 }
-_READERS = {".txt": _Lines, **{suffix: _FORMATS[name] for suffix, name in DATA_SUFFIXES.items()}}

@@ -11,11 +11,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afina.recipe.formats import check_columns
+from afina.formats.columns import check_columns, distinct
+from afina.formats.notes import Notes
+from afina.formats.text_files import note_damaged
 
-__all__ = ["BATCH_BYTES", "BATCH_ROWS", "FileReader", "RowBatch", "as_text", "choose_columns", "is_blank"]
+__all__ = [
+    "BATCH_BYTES",
+    "BATCH_ROWS",
+    "FileReader",
+    "RowBatch",
+    "as_text",
+    "choose_columns",
+    "is_blank",
+    "note_texts",
+]
 
 Array = np.ndarray[Any, Any]
+
+#: A word of letters and digits, as ids are.
+_ID = r"^[A-Za-z_.:/-]*[0-9][\w.:/-]*$"
 
 #: A batch ends at so many rows or bytes (characters of text), whichever comes first. Arrow's builders double their buffers: a
 #: little more than a power of two costs twice the memory.
@@ -44,10 +58,16 @@ class FileReader(Protocol):
     """One file of one format.
 
     Attributes:
+        path: of the file.
         unit: the word for its rows in messages: row, line, record.
+        notes: what was odd in the rows that have been read.
+        wide: columns with whole numbers that a double cannot hold.
     """
 
+    path: Path
     unit: str
+    notes: Notes
+    wide: set[str]
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Label names, in their order, of the columns that declare them (`ClassLabel`)."""
@@ -60,8 +80,8 @@ class FileReader(Protocol):
             others: columns that may be missing; None: all that the file has.
 
         Raises:
-            DataError: a column is missing or there twice, a row is ragged, bytes are not UTF-8, JSON is broken; with file
-                and row.
+            DataError: a column is missing or there twice, a row is ragged, bytes are not in the encoding, JSON is broken;
+                with file and row.
         """
 
     def values(self, name: str, batch: RowBatch) -> Any:
@@ -97,13 +117,22 @@ def is_blank(texts: pa.Array) -> Array:
 
 
 def choose_columns(path: Path, found: Sequence[str], wanted: Sequence[str], others: Sequence[str] | None) -> list[str]:
-    """The columns to read, in the file's order."""
-    chosen = [name for name in found if others is None or name in wanted or name in others]
+    """The columns to read, in the file's order; of columns that nobody names a second `a` is `a.1`."""
+    named = [*wanted, *(name for name in others or () if name in found)]
     check_columns(
-        path,
-        wanted,
-        found,
-        chosen,
-        "name another column: `data.text`, `data.label`, `data.id` in a recipe, else --text",
+        path, named, found, "name another column: `data.text`, `data.label`, `data.id` in a recipe, else --text"
     )
-    return chosen
+    return [name for name in distinct(found) if others is None or name in named]
+
+
+def note_texts(notes: Notes, texts: pa.Array, rows: Array, name: str) -> None:
+    """Note texts that a wrong conversion has damaged, and columns that look like ids.
+
+    Args:
+        rows: number of each text's row.
+    """
+    note_damaged(notes, texts, rows)
+    if len(texts) > 1 and rows[0] == 1:
+        like_ids = pc.fill_null(pc.match_substring_regex(texts, _ID), False)
+        if pc.all(like_ids).as_py() and len(pc.unique(texts)) == len(texts):
+            notes.add(f"column `{name}` looks like ids: is it the one with the texts?")

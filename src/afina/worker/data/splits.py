@@ -189,15 +189,15 @@ def build_splits(
     for source, column in columns.items():
         if not len(column.table):
             raise DataError(f"{' and '.join(column.table.sources)}: no rows (`{source}`)", "give a file that has rows")
-    labels = find_labels(task, data, list(columns.values()))
+    labels = find_labels(task, data, list(columns.values()), warnings)
     check_found_labels(labels, data, list(columns.values()), warnings)
     rows = _choose_rows(data, columns, labels, sources, warnings)
+    _check_rows(columns, data, sources, rows)
     splits: dict[str, Examples] = {}
     keys: dict[str, Array] = {}
     for split, chosen in rows.items():
         column = columns[sources[split]]
         table = column.table
-        _check_rows(split, column, data, chosen)
         ids = _ids(table, data.id, chosen) if data.id else None
         splits[split] = Examples(
             source=sources[split],
@@ -215,12 +215,7 @@ def build_splits(
 
 
 def _ids(table: DataTable, name: str, rows: Array) -> pa.Array:
-    ids = table.columns[name]
-    if pa.types.is_list(ids.type):
-        raise DataError(
-            f"{table.sources[0]}: column `{name}` holds lists, an id is one value", "name another `data.id`"
-        )
-    return pc.fill_null(ids.take(pa.array(rows)).cast(pa.large_string()), "")
+    return pc.fill_null(table.columns[name].take(pa.array(rows)).cast(pa.large_string()), "")
 
 
 def _choose_rows(
@@ -279,18 +274,35 @@ def _strata(column: LabelColumns, labels: Labels) -> Array | None:
     return np.asarray(pc.fill_null(ids, -1).cast(pa.int64()).to_numpy(zero_copy_only=False))
 
 
-def _check_rows(split: str, column: LabelColumns, data: Data, rows: Array) -> None:
-    table = column.table
-    absent = rows[~column.present()[rows]]
-    if len(absent):
-        raise DataError(
-            f"{split}: {len(absent):,} rows have no label (`{'`, `'.join(data.label)}`): {list_places(table, np.sort(absent))}",
-            "label these rows or remove them",
-        )
-    for name in data.text:
-        empty = rows[table.texts[name].blank[rows]]
-        if len(empty):
-            raise DataError(
-                f"{split}: {len(empty):,} rows have an empty text (`{name}`): {list_places(table, np.sort(empty))}",
-                "remove these rows",
-            )
+def _check_rows(
+    columns: Mapping[str, LabelColumns], data: Data, sources: Mapping[str, str], rows: Mapping[str, Array]
+) -> None:
+    """Refuse rows without a label or a text; of several texts, which are joined, one is enough."""
+    absent = {source: ~column.present() for source, column in columns.items()}
+    _refuse(
+        columns, sources, rows, absent, f"no label (`{'`, `'.join(data.label)}`)", "label these rows or remove them"
+    )
+    for names in [data.text] if len(data.text) > 2 else [(name,) for name in data.text]:
+        empty = {s: np.all([c.table.texts[name].blank for name in names], axis=0) for s, c in columns.items()}
+        _refuse(columns, sources, rows, empty, f"an empty text (`{'`, `'.join(names)}`)", "remove these rows")
+
+
+def _refuse(
+    columns: Mapping[str, LabelColumns],
+    sources: Mapping[str, str],
+    rows: Mapping[str, Array],
+    wrong: Mapping[str, Array],
+    what: str,
+    remedy: str,
+) -> None:
+    """Refuse the rows that are `wrong`, of all splits together."""
+    of = {split: chosen[wrong[sources[split]][chosen]] for split, chosen in rows.items()}
+    splits = [split for split, chosen in of.items() if len(chosen)]
+    if splits:
+        no_rows = np.empty(0, np.int64)
+        by_source = {
+            s: np.unique(np.concatenate([no_rows, *(of[k] for k in splits if sources[k] == s)])) for s in columns
+        }
+        count = sum(map(len, by_source.values()))
+        places = "; ".join(list_places(columns[s].table, found) for s, found in by_source.items() if len(found))
+        raise DataError(f"{' and '.join(splits)}: {count:,} rows have {what}: {places}", remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
+from afina.formats.reading import PLAIN, Reading
 from afina.worker.data.readers import open_reader
-from afina.worker.data.row_batches import as_text, is_blank
+from afina.worker.data.row_batches import FileReader, as_text, is_blank, note_texts
 
 __all__ = ["DataSource", "DataTable", "Examples", "TextDigests", "as_text", "list_places", "read_files"]
 
@@ -76,6 +77,7 @@ class DataTable:
         source: index into `sources`, int32 (N,).
         row: number of the row in its source, counted from 1, int64 (N,).
         texts: digests of the text columns.
+        warnings: what was odd in the files.
     """
 
     columns: Mapping[str, pa.Array]
@@ -85,6 +87,7 @@ class DataTable:
     row: Array
     unit: str = "row"
     texts: Mapping[str, TextDigests] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.row)
@@ -149,25 +152,35 @@ class DataSource:
 
     Attributes:
         paths: local files.
+        reading: how they are read.
         name: used in messages instead of the path of its one file: `dataset/split`.
     """
 
     paths: tuple[Path, ...]
     name: str | None = None
+    reading: Reading = PLAIN
 
-    def read(self, columns: Sequence[str], texts: Sequence[str], advance: Advance = lambda rows: None) -> DataTable:
+    def read(
+        self,
+        columns: Sequence[str],
+        texts: Sequence[str],
+        advance: Advance = lambda rows: None,
+        *,
+        ids: Sequence[str] = (),
+    ) -> DataTable:
         """See `read_files`."""
         with self._renamed():
-            table = read_files(self.paths, columns, texts, advance)
+            table = read_files(self.paths, columns, texts, advance, reading=self.reading, ids=ids)
         if self.name is None:
             return table
-        return DataTable(table.columns, table.classes, (self.name,), table.source, table.row, texts=table.texts)
+        warnings = tuple(line.replace(str(self.paths[0]), self.name) for line in table.warnings)
+        return replace(table, sources=(self.name,), unit="row", warnings=warnings)
 
     def stream(self, names: Sequence[str]) -> Iterator[list[pa.Array]]:
         """Text columns batch by batch, in the order of `read`: large_string (n,) each."""
         with self._renamed():
             for path in self.paths:
-                reader = open_reader(path)
+                reader = open_reader(path, self.reading)
                 for batch in reader.batches(list(dict.fromkeys(names))):
                     yield [reader.texts(name, batch) for name in names]
 
@@ -186,7 +199,13 @@ class DataSource:
 
 
 def read_files(
-    paths: Sequence[Path], columns: Sequence[str], texts: Sequence[str] = (), advance: Advance = lambda rows: None
+    paths: Sequence[Path],
+    columns: Sequence[str],
+    texts: Sequence[str] = (),
+    advance: Advance = lambda rows: None,
+    *,
+    reading: Reading = PLAIN,
+    ids: Sequence[str] = (),
 ) -> DataTable:
     """Read all files, one after the other.
 
@@ -194,36 +213,47 @@ def read_files(
         columns: kept in full.
         texts: only digests are kept of these.
         advance: called with the number of rows of each batch.
+        ids: those of `columns` that are kept as texts, each digit of a number with them.
 
     Raises:
-        DataError: a column is missing or there twice, a row is ragged, bytes are not UTF-8, JSON is broken; with file and row.
+        DataError: a column is missing or there twice, a row is ragged, bytes are not in the encoding, JSON is broken; with
+            file and row.
     """
-    tables = [_read(path, list(dict.fromkeys(columns)), list(dict.fromkeys(texts)), advance) for path in paths]
+    columns, texts = list(dict.fromkeys(columns)), list(dict.fromkeys(texts))
+    tables = [_read(open_reader(path, reading), columns, texts, ids, advance) for path in paths]
     return tables[0] if len(tables) == 1 else _concatenate(tables)
 
 
-def _read(path: Path, columns: list[str], texts: list[str], advance: Advance) -> DataTable:
-    reader = open_reader(path)
+def _read(
+    reader: FileReader, columns: Sequence[str], texts: Sequence[str], ids: Sequence[str], advance: Advance
+) -> DataTable:
     wanted = list(dict.fromkeys([*texts, *columns]))
     kept: dict[str, list[Any]] = {name: [] for name in columns}
     digested: dict[str, list[TextDigests]] = {name: [] for name in texts}
     rows = [np.empty(0, np.int64)]
     for batch in reader.batches(wanted):
         for name, values in kept.items():
-            values.append(reader.values(name, batch))
+            values.append(reader.texts(name, batch) if name in ids else reader.values(name, batch))
         for name, digests in digested.items():
-            digests.append(TextDigests.of(reader.texts(name, batch)))
+            found = reader.texts(name, batch)
+            note_texts(reader.notes, found, batch.row, name)
+            digests.append(TextDigests.of(found))
         rows.append(batch.row)
         advance(len(batch))
     row = np.concatenate(rows)
+    empty = pa.array([], pa.large_string())
     return DataTable(
-        {name: reader.column(name, values, row) for name, values in kept.items()},
+        {
+            name: pa.concat_arrays([empty, *values]) if name in ids else reader.column(name, values, row)
+            for name, values in kept.items()
+        },
         reader.classes(columns),
-        (str(path),),
+        (str(reader.path),),
         np.zeros(len(row), np.int32),
         row,
         reader.unit,
         {name: TextDigests.joined(digests) for name, digests in digested.items()},
+        tuple(reader.notes.warnings(reader.path, reader.unit)),
     )
 
 
@@ -241,6 +271,8 @@ def _concatenate(tables: Sequence[DataTable]) -> DataTable:
                     "give all files of a split the same columns",
                 )
             numbers = all(pa.types.is_integer(p.type) or pa.types.is_floating(p.type) for p in parts)
+            whole = [p for p in parts if pa.types.is_integer(p.type)]
+            numbers = numbers and all(not len(p) or _fits_a_double(p) for p in whole)
             parts = [p.cast(pa.float64()) if numbers else as_text(p) for p in parts]
         columns[name] = pa.concat_arrays(parts)
         names = {table.classes.get(name) for table in tables}
@@ -256,4 +288,10 @@ def _concatenate(tables: Sequence[DataTable]) -> DataTable:
         np.concatenate([table.row for table in tables]),
         units.pop() if len(units) == 1 else "row",
         {name: TextDigests.joined([table.texts[name] for table in tables]) for name in tables[0].texts},
+        tuple(line for table in tables for line in table.warnings),
     )
+
+
+def _fits_a_double(numbers: pa.Array) -> bool:
+    bounds = pc.min_max(numbers).as_py()
+    return all(value is None or abs(value) <= 2**53 for value in bounds.values())

@@ -24,7 +24,7 @@ from afina.publish import publish, staging
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
-from afina.worker.data.encode import EncodedBatch, Encoder
+from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.labels import Labels
 from afina.worker.data.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
 from afina.worker.data.tables import DataSource, Examples
@@ -196,7 +196,8 @@ class Tokenising:
         """Batches of texts of the missing shards: the shard, its text columns, whether it is its last batch; the texts."""
         for key, source in self.checked.sources.items():
             wanted = [shard for shard in missing if shard.source == key]
-            for shard, columns in _gather(source, self.names, wanted):
+            for shard, each in _gather(source, self.names, wanted):
+                columns = join_columns(each, self.encoder.tokenizer)
                 ends = np.cumsum(shard.sizes)
                 start = 0
                 while start < len(shard):
@@ -226,10 +227,11 @@ class Tokenising:
 
 
 def _check_max_length(tokenizer: Any, max_length: int, texts: int) -> None:
-    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2) + (texts - 1 if texts > 2 else 0)
     if max_length < special + texts:
+        what = "text" if texts == 1 else "two texts" if texts == 2 else f"{texts} texts"
         raise RecipeError(
-            f"tokens.max_length: {max_length} leaves no room for {'two texts' if texts == 2 else 'text'} beside the {special} "
+            f"tokens.max_length: {max_length} leaves no room for {what} beside the {special} "
             "special tokens of the model",
             f"set it to {special + texts} or more; 128 to 512 is usual",
         )

@@ -24,7 +24,7 @@ from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
-from afina.worker.data.encode import EncodedBatch, Encoder
+from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.prepared import Split
 from afina.worker.data.row_batches import is_blank
 from afina.worker.inference.export_info import export_info
@@ -71,7 +71,7 @@ class Classifier:
         model, tokenizer: of Transformers, in evaluation mode on `device`.
         task: single-label, multi-label or regression.
         labels: names in the order of the logits; None for regression.
-        text_columns: what a table's texts were called in training, if that is known; two for pairs.
+        text_columns: what a table's texts were called in training, if that is known; several for pairs and joined texts.
         max_length: tokens of a text at most; longer ones are cut, as in training.
         batching: packed or grouped.
     """
@@ -127,7 +127,7 @@ class Classifier:
         """A dictionary for each text, in their order: `prediction`, and `scores`, a probability by label name.
 
         Args:
-            texts: texts, or pairs of texts for a model that was trained on pairs. None and blank texts are allowed.
+            texts: texts, or pairs (or more) of texts for a model that was trained on such. None and blank texts are allowed.
 
         Returns: `prediction` is a label's name, a list of names (multi-label) or a number (regression, without `scores`);
             None for a blank text.
@@ -151,18 +151,18 @@ class Classifier:
 
     def logits(
         self,
-        texts: Sequence[str | None],
-        pairs: Sequence[str | None] | None = None,
+        *texts: Sequence[str | None],
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Array:
         """Logits, float32 (N, K), in the order of the texts; NaN for a blank text or pair.
 
         Args:
+            texts: one column of texts, or several of equal length.
             advance: called with the number of rows of each batch.
         """
-        columns = [_text_array(texts)] if pairs is None else [_text_array(texts), _text_array(pairs)]
-        found = np.full((len(texts), int(self.model.config.num_labels)), np.nan, np.float32)
-        for start in range(0, len(texts), CHUNK_ROWS):
+        columns = [_text_array(column) for column in texts]
+        found = np.full((len(columns[0]), int(self.model.config.num_labels)), np.nan, np.float32)
+        for start in range(0, len(columns[0]), CHUNK_ROWS):
             encoded = self.encode([column.slice(start, CHUNK_ROWS) for column in columns])
             found[start + encoded.rows] = self.run(encoded, advance)
         return found
@@ -171,9 +171,12 @@ class Classifier:
         """Tokens of the texts that are not blank.
 
         Args:
-            columns: large_string (N,), one, or two for pairs.
+            columns: large_string (N,), one, two for pairs, or more, which are joined.
         """
-        given = np.flatnonzero(~np.any([is_blank(column) for column in columns], axis=0))
+        blank = np.stack([is_blank(column) for column in columns])
+        # Of several texts that are joined some may be blank.
+        given = np.flatnonzero(~(blank.all(axis=0) if len(columns) > 2 else blank.any(axis=0)))
+        columns = join_columns(columns, self.tokenizer)
         starts = range(0, len(given), _TOKENIZED)
         taken = ([c.take(pa.array(given[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
         # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
@@ -270,13 +273,13 @@ def _text_array(texts: Sequence[str | None]) -> pa.Array:
         raise InputError(f"{wrong!r} is not a text", "give texts, or None where there is none") from None
 
 
-def _parted(texts: Sequence[Any]) -> tuple[list[str | None], list[str | None] | None]:
-    """Texts, or pairs of texts, as one or two lists."""
+def _parted(texts: Sequence[Any]) -> list[list[str | None]]:
+    """Texts, or several texts a row, as one list for each column."""
     if isinstance(texts, str):
         raise InputError("one text was given, a list of texts is expected", "put it into a list: predict([text])")
     rows = list(texts)
     if not any(isinstance(row, (tuple, list)) for row in rows):
-        return rows, None
-    if any(not isinstance(row, (tuple, list)) or len(row) != 2 for row in rows):
+        return [rows]
+    if any(not isinstance(row, (tuple, list)) or len(row) != len(rows[0]) for row in rows):
         raise InputError("single texts and pairs of texts are mixed", 'give pairs only: [("a", "b"), …]')
-    return [row[0] for row in rows], [row[1] for row in rows]
+    return [list(column) for column in zip(*rows, strict=True)]

@@ -5,7 +5,7 @@ number of rows and may span files; the n-th chunk is found by reading from the b
 Columns are copied to the output in these types: CSV and TSV text; JSON Lines text, whole numbers, numbers, true/false, and JSON
 text for what is mixed or nested; Parquet as it is.
 
-Not covered: compressed files; a `.json` file that holds one array is read whole.
+Not covered: JSON that is not JSON Lines is read whole.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from afina.errors import DataError
+from afina.errors import DataError, InputError
+from afina.formats.reading import PLAIN, Reading
 from afina.worker.data.readers import open_reader
-from afina.worker.data.row_batches import FileReader, RowBatch
+from afina.worker.data.row_batches import FileReader, RowBatch, note_texts
 
-__all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "examine", "read_chunks"]
+__all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "check_columns", "examine", "read_chunks"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,10 +38,12 @@ class Inputs:
 
     Attributes:
         files: in order.
-        text: the columns of texts, one or two.
+        text: the columns of texts.
         others: further columns that are copied to the output, where a file has them; None: all.
         schema: of the columns that are copied to the output, of all files together.
         chunks: rows of each chunk.
+        reading: how the files are read.
+        warnings: what was odd in them.
     """
 
     files: tuple[Path, ...]
@@ -48,6 +51,8 @@ class Inputs:
     others: tuple[str, ...] | None
     schema: pa.Schema
     chunks: tuple[int, ...]
+    reading: Reading = PLAIN
+    warnings: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -60,6 +65,8 @@ class Inputs:
             "others": self.others,
             "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
             "chunks": self.chunks,
+            "reading": self.reading.given(),
+            "warnings": self.warnings,
         }
 
     @classmethod
@@ -70,6 +77,8 @@ class Inputs:
             tuple(record["others"]) if record["others"] is not None else None,
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
             tuple(record["chunks"]),
+            Reading.model_validate(record.get("reading", {})),
+            tuple(record.get("warnings", ())),
         )
 
 
@@ -79,7 +88,7 @@ class Chunk:
 
     Attributes:
         number: of the chunk.
-        texts: of one or two columns, large_string (N,) each.
+        texts: of each column of texts, large_string (N,).
         table: the columns that are copied to the output.
         file: number of each row's file, int64 (N,).
         row: number of each row in its file, as its reader counts, int64 (N,).
@@ -102,7 +111,33 @@ class Chunk:
         return f"{files[file]}, {self.units[file]} {self.row[index]}"
 
 
-def examine(files: Sequence[Path], text: Sequence[str], others: Sequence[str] | None, chunk_rows: int) -> Inputs:
+def check_columns(files: Sequence[Path], text: Sequence[str], taken: Collection[str], reading: Reading = PLAIN) -> None:
+    """Examine the first rows of each file, before anything reads all of them.
+
+    Args:
+        taken: names of columns that the predictions need.
+
+    Raises:
+        DataError, InputError: a column of texts is missing, or a column has the name of one that the predictions need.
+    """
+    for path in files:
+        reader = open_reader(path, reading)
+        first = next(iter(reader.batches(text, None)), None)
+        for name in first.values if first is not None else ():
+            if name in taken:
+                raise InputError(
+                    f"{path}: has a column `{name}`, which the predictions need",
+                    "rename it, or leave the input's columns out: --keep id",
+                )
+
+
+def examine(
+    files: Sequence[Path],
+    text: Sequence[str],
+    others: Sequence[str] | None,
+    chunk_rows: int,
+    reading: Reading = PLAIN,
+) -> Inputs:
     """Check all files from end to end, and divide their rows into chunks of at most `chunk_rows`.
 
     Raises:
@@ -110,24 +145,34 @@ def examine(files: Sequence[Path], text: Sequence[str], others: Sequence[str] | 
     """
     divider = _Divider(chunk_rows)
     schemas: list[pa.Schema] = []
+    warnings: list[str] = []
     for path in files:
         fields: dict[str, pa.DataType] = {}
-        reader = _open(path)
-        for batch in _batches(reader, path, text, others):
+        reader = open_reader(path, reading)
+        for batch in reader.batches(text, others):
             texts = [reader.texts(name, batch) for name in text]
+            for name, column in zip(text, texts, strict=True):
+                note_texts(reader.notes, column, batch.row, name)
             copied = [name for name in batch.values if others is None or name in others]
             columns = {name: reader.typed(name, batch) for name in copied}
             for name, column in columns.items():
                 fields[name] = _merged(fields.get(name), column.type)
             held = list(columns.values()) if others is None else [*texts, *columns.values()]
             divider.add(len(batch), sum(column.nbytes for column in held))
-        schemas.append(pa.schema([(name, _known(reader, kind)) for name, kind in fields.items()]))
+        schemas.append(pa.schema([(name, _known(reader, name, kind)) for name, kind in fields.items()]))
+        warnings += reader.notes.warnings(path, reader.unit)
     chunks = divider.chunks()
     if not chunks:
         named = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
         raise DataError(f"{named}: no rows", "give a file that has rows")
     return Inputs(
-        tuple(files), tuple(text), tuple(others) if others is not None else None, _united(files, schemas), chunks
+        tuple(files),
+        tuple(text),
+        tuple(others) if others is not None else None,
+        _united(files, schemas),
+        chunks,
+        reading,
+        tuple(warnings),
     )
 
 
@@ -145,9 +190,9 @@ def read_chunks(inputs: Inputs, files: Sequence[Path], wanted: Collection[int]) 
     parts: list[Chunk] = []
     units: dict[int, str] = {}
     for file, path in enumerate(files):
-        reader = _open(path)
+        reader = open_reader(path, inputs.reading)
         units[file] = reader.unit
-        for batch in _batches(reader, path, inputs.text, inputs.others):
+        for batch in reader.batches(inputs.text, inputs.others):
             at = 0
             while at < len(batch):
                 stop = min(len(batch), at + int(ends[number]) - start)
@@ -189,24 +234,6 @@ class _Divider:
         return (*self._chunks, self._rows) if self._rows else tuple(self._chunks)
 
 
-def _open(path: Path) -> FileReader:
-    try:
-        return open_reader(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _batches(reader: FileReader, path: Path, text: Sequence[str], others: Sequence[str] | None) -> Iterator[RowBatch]:
-    try:
-        yield from reader.batches(text, others)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: {error.strerror or error}", "check the path and its permissions")
-
-
 def _part(inputs: Inputs, reader: FileReader, batch: RowBatch, rows: range, file: int, number: int) -> Chunk:
     """Some rows of a batch as a part of chunk `number`."""
     count = len(rows)
@@ -241,8 +268,11 @@ def _merged(before: pa.DataType | None, now: pa.DataType) -> pa.DataType:
     return pa.float64() if {before, now} == numbers else pa.string()
 
 
-def _known(reader: FileReader, kind: pa.DataType) -> pa.DataType:
-    """JSON without any value is text; a Parquet column of nulls stays one."""
+def _known(reader: FileReader, name: str, kind: pa.DataType) -> pa.DataType:
+    """JSON without any value is text, and so are whole numbers beside fractions if a double cannot hold them; a Parquet column
+    of nulls stays one."""
+    if pa.types.is_floating(kind) and name in reader.wide:
+        return pa.string()
     return pa.string() if pa.types.is_null(kind) and reader.unit != "row" else kind
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
+from afina.formats.reading import PLAIN
 from afina.prediction.request import STDIN, Prediction, folder_of
 from afina.recipe.schema import AS_RECORDED
 from afina.run.allocation import Allocation
@@ -34,7 +35,7 @@ from afina.worker.startup import gc_paused
 
 if TYPE_CHECKING:
     from afina.worker.inference.classifier import Classifier, EncodedTexts
-    from afina.worker.inference.inputs import Chunk, Inputs
+    from afina.worker.inference.inputs import Chunk
     from afina.worker.inference.parts import Parts
 
 __all__ = ["answer", "merge", "plan", "run"]
@@ -73,7 +74,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     Raises:
         InputError: what cannot be predicted, or an output that belongs to something else.
     """
-    from afina.worker.inference.inputs import examine
+    from afina.worker.inference.inputs import check_columns, examine
     from afina.worker.inference.parts import Parts, compare
     from afina.worker.model.pretrained import check_files
 
@@ -81,6 +82,8 @@ def plan(job: Prediction) -> dict[str, Any]:
     _check_head(job.model, config)
     job = job.model_copy(update={"text": _text_columns(job)})
     files = [job.spool if path == STDIN and job.spool else path for path in job.inputs]
+    reading = job.reading or PLAIN
+    check_columns(files, job.text, _output_columns(config) if job.keep == "all" else (), reading)
     identity = _identity(job, files)
     folder = folder_of(job.out)
     if folder.exists():
@@ -97,8 +100,9 @@ def plan(job: Prediction) -> dict[str, Any]:
     if job.out.exists():
         return _check_complete(job.out, identity)
     id_column = [job.id_column] if job.id_column else []
-    inputs = examine(files, job.text, None if job.keep == "all" else id_column, job.chunk_rows)
-    _check_names(job, inputs, config)
+    inputs = examine(files, job.text, None if job.keep == "all" else id_column, job.chunk_rows, reading)
+    for warning in inputs.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     times = {str(path): path.stat().st_mtime_ns for path in files}
     return _report(Parts.begin(job, identity, times, replace(inputs, files=job.inputs)), "begun", set())
 
@@ -114,9 +118,10 @@ def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
     return {
         "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
         "model": digest_of({**model_files, "settings": {"max_length": job.max_length}}),
-        "options": job.model_dump(
-            mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}
-        ),
+        "options": {
+            **job.model_dump(mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}),
+            **(job.reading.given() if job.reading else {}),
+        },
     }
 
 
@@ -167,29 +172,19 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
     trained = job.trained_columns or tuple(export_info(job.model).get("text_columns") or ())
     asked = job.text
     if STDIN in job.inputs:
-        return ("text", "text_pair") if len(asked or trained) == 2 else ("text",)
+        return ("text", "text_pair", *(f"text_{n}" for n in range(3, 100)))[: max(1, len(asked or trained))]
     if trained and asked and len(asked) != len(trained):
-        needs = "two texts" if len(trained) == 2 else "one text"
+        needs = "one text" if len(trained) == 1 else "two texts" if len(trained) == 2 else f"{len(trained)} texts"
         raise InputError(
             f"--text {','.join(asked)}: the model reads {needs} a row (in training: {', '.join(trained)})",
-            "--text FIRST,SECOND" if len(trained) == 2 else "--text COLUMN",
+            "--text COLUMN" if len(trained) == 1 else f"name {len(trained)} columns: --text FIRST,SECOND",
         )
-    if len(asked) > 2:
-        raise InputError(f"--text {','.join(asked)}: one column, or two for pairs", "--text FIRST,SECOND")
     return asked or trained or ("text",)
 
 
-def _check_names(job: Prediction, inputs: Inputs, config: dict[str, Any]) -> None:
-    """Refuse input columns that have the name of an output column."""
-    if job.keep != "all":
-        return
-    taken = {"prediction", *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
-    for name in inputs.schema.names:
-        if name in taken:
-            raise InputError(
-                f"{inputs.files[0]}: has a column `{name}`, which the predictions need",
-                "rename it, or leave the input's columns out: --keep id",
-            )
+def _output_columns(config: Mapping[str, Any]) -> set[str]:
+    """Names of the columns that a prediction adds."""
+    return {"prediction", *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
 
 
 # -- run --------------------------------------------------------------------------------------------------------------

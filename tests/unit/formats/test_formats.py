@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 
 import pytest
 
 from afina.errors import DataError
-from afina.recipe.formats import number_text, read_delimited, read_json, read_rows
+from afina.formats.delimited import read_delimited
+from afina.formats.json_rows import number_text, read_json
+from afina.formats.rows import read_rows
 from afina.worker.data.tables import read_files
 from afina.worker.inference.inputs import examine
 
@@ -21,23 +24,35 @@ BROKEN: dict[str, tuple[str, bytes, str, str]] = {
     "latin": ("a.csv", b'text,n\n"a\nb",1\ncaf\xe9,2\n', r", row 2 \(line 4\): byte 0xe9 at offset 18 is not UTF-8", "save the file as UTF-8"),
     "latin header": ("a.csv", b"t\xe9xt,n\na,1\n", r", the header: byte 0xe9 at offset 1 is not UTF-8", "UTF-8"),
     "latin lines": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r", line 2: byte 0xe9 at offset 24 is not UTF-8", "UTF-8"),
-    "UTF-16": ("a.csv", "text\na\n".encode("utf-16"), ": the file is UTF-16", "-f utf-16"),
-    "UTF-16 lines": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ": the file is UTF-16", "-f utf-16"),
+    "UTF-16": ("a.csv", "text\na\n".encode("utf-16"), ": the file is UTF-16", "`data.encoding: utf-16` in a recipe, --encoding utf-16"),
+    "UTF-16 lines": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ": the file is UTF-16", "`data.encoding: utf-16` in a recipe, --encoding utf-16"),
     "empty": ("a.csv", b"\n\n", ": the file is empty", "names the columns"),
     "broken JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', ", line 3: not valid JSON: ", "one complete object on each line"),
-    "JSON over lines": ("a.json", b'{\n "text": "a"\n}\n', ", line 1: not valid JSON: ", "one complete object on each line"),
+    "JSON over lines": ("a.json", b'{\n "text": "a",\n}\n', ", line 3: not valid JSON: ", "one object per line"),
+    "NUL": ("a.csv", b"text,n\na\0,1\n", ", line 2: holds a NUL byte", "remove it"),
+    "UTF-16 without a mark": ("a.csv", "text\na\n".encode("utf-16-le"), ", line 1: holds a NUL byte", "--encoding utf-16-le"),
+    "cp1252": ("a.csv", b"text\nit\x92s\n", r", row 1 \(line 2\): byte 0x92 at offset 7", "`data.encoding: cp1252` in a recipe, --encoding cp1252"),
+    "not cp1252": ("a.csv", "text\nопЅ\n".encode("cp1251") + b"\x90", r", row 1 \(line 2\): byte 0x..", "--encoding ITS_ENCODING"),
+    "UTF-8 with a wrong byte": ("a.csv", "text\nüäö\n\xe9".encode() + b"\xe9\n", r", row 2 \(line 3\): byte 0xe9", "other letters in it are UTF-8"),
+    "Excel's line": ("a.csv", b"sep=;\ntext;n\n", ": the first line, `sep=;`, is one that only Excel knows", "--delimiter ';'"),
+    "records under a key": ("a.json", b'{"v": 1, "data": [{"text": "a"}, {"text": "b"}]}', ": one object, with records under `data`", "--field data"),
+    "rows of lists": ("a.json", b'[["a", 1], ["b", 2]]', ", record 1: a JSON object is expected, found a list", "orient='records'"),
+    "truncated gzip": ("a.csv.gz", gzip.compress(b"text\n" + bytes(range(97, 123)) * 99)[:-20], ": cannot be unpacked as gzip", "again"),
+    "no gzip": ("a.csv.gz", b"text\na\n", ": cannot be unpacked as gzip: Not a gzipped file", "again"),
+    "no zstd": ("a.jsonl.zst", b'{"text": "a"}\n', ": cannot be unpacked as zstd: ", "again"),
+    "no xz": ("a.tsv.xz", b"text\na\n", ": cannot be unpacked as xz: ", "again"),
     "no object": ("a.jsonl", b'{"text": "a"}\n[1]\n', ", line 2: a JSON object is expected, found a list", "one object per line"),
     "no object in an array": ("a.json", b'[{"text": "a"}, 3]', ", record 2: a JSON object is expected, found a number", "one object"),
     "deep": ("a.jsonl", b'{"text": 1}\n{"text": ' + b"[" * 99999, ", line 2: lists or objects are nested too deeply", "correct that line"),
     "deep array": ("a.json", b"[" * 99999, ": lists or objects are nested too deeply", "one object per line"),
     "long number": ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}", ", line 1: cannot be read: ", "correct that line"),
-    "semicolons": ("a.csv", b"text;n\na;1\n", "", "save .csv with commas"),
-    "tabs": ("a.csv", b"text\tn\na\t1\n", "", "save .csv with commas"),
+    "semicolons": ("a.csv", b"text;n\na;1\n", "", "--delimiter ';'"),
+    "tabs": ("a.csv", b"text\tn\na\t1\n", "", "--delimiter tab"),
     **{
         f"{what} as {suffix}": (f"a{suffix}", start, f": is .*{what}.*, its name says {suffix}", remedy)
         for suffix in (".csv", ".jsonl")
         for start, what, remedy in [
-            (b"\x1f\x8b\x08\x00\xff", "compressed with gzip", "gunzip"),
+            (b"\x1f\x8b\x08\x00\xff", "compressed with gzip", ".gz"),
             (b"PK\x03\x04\xff", "spreadsheet", "CSV UTF-8"),
             (b"PAR1\x15\x8e", "Parquet", "name it .parquet"),
         ]

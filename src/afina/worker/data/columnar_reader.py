@@ -1,4 +1,4 @@
-"""The reader of Parquet files; see `afina.worker.data.readers`."""
+"""The reader of Parquet and Arrow files; see `afina.worker.data.readers`."""
 
 from __future__ import annotations
 
@@ -9,52 +9,45 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from afina.errors import DataError
-from afina.recipe.formats import class_names, not_a_text, number_text, readable_parquet
+from afina.formats.columnar import open_columnar
+from afina.formats.columns import check_columns
+from afina.formats.json_rows import number_text
+from afina.formats.notes import Notes
+from afina.formats.reading import Reading
+from afina.formats.rows import not_a_text
 from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, RowBatch, as_text, choose_columns
 
-__all__ = ["ParquetReader"]
+__all__ = ["ColumnarReader"]
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK_BYTES = 1 << 20
 
-
-class ParquetReader:
+class ColumnarReader:
     unit = "row"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with readable_parquet(path):
-            self._classes = class_names(pq.read_schema(path).metadata or {})
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path, self.notes = path, Notes()
+        self.wide: set[str] = set()
+        with open_columnar(path) as file:
+            self._classes = file.classes
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         return {name: tuple(self._classes[name]) for name in names if name in self._classes}
 
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
         done = 0
-        # Not memory-mapped, one column chunk after the other: pages that were read do not stay in this process's memory.
-        with readable_parquet(self.path), pq.ParquetFile(self.path, buffer_size=_BLOCK_BYTES, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            names = choose_columns(self.path, schema.names, wanted, others)
-            size = _batch_size(file.metadata, names)
-            for batch in file.iter_batches(size, columns=names, use_threads=False):
-                yield self._batch(names, batch, done)
-                done += len(batch)
-            if not done:
-                yield self._batch(names, schema.empty_table().combine_chunks(), 0)
-
-    def _batch(self, names: Sequence[str], batch: Any, done: int) -> RowBatch:
-        values = {}
-        for name in names:
-            column = batch.column(name)
-            if isinstance(column, pa.ChunkedArray):
-                column = column.combine_chunks()
-            _check_utf8(self.path, name, column, done)
-            values[name] = column
-        return RowBatch(values, np.arange(done + 1, done + len(batch) + 1))
+        with open_columnar(self.path) as file:
+            names = [n for n in choose_columns(self.path, file.names, wanted, others) if n in file.top or n in wanted]
+            twice = [name for name in (*wanted, *(others or ())) if name in file.repeated]
+            check_columns(self.path, twice, file.schema.names, "")
+            for columns in file.batches(names, BATCH_ROWS, BATCH_BYTES):
+                for name, column in columns.items():
+                    _check_utf8(self.path, name, column, done)
+                count = len(next(iter(columns.values())))
+                yield RowBatch(columns, np.arange(done + 1, done + count + 1))
+                done += count
 
     def values(self, name: str, batch: RowBatch) -> pa.Array:
         return _plain(self.path, name, batch.values[name], self._classes.get(name))
@@ -74,17 +67,6 @@ class ParquetReader:
     def typed(self, name: str, batch: RowBatch, dtype: pa.DataType | None = None) -> pa.Array:
         column = batch.values[name]
         return column if dtype is None or column.type == dtype else column.cast(dtype)
-
-
-def _batch_size(metadata: Any, names: Sequence[str]) -> int:
-    """Rows of a batch, by their mean size in the row group with the largest rows."""
-    most = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
-        most = max(most, size // max(1, group.num_rows))
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // most))
 
 
 def _check_utf8(path: Path, name: str, column: pa.Array, done: int) -> None:
@@ -111,9 +93,13 @@ def _undecodable_value(column: pa.Array) -> int:
 
 def _plain(path: Path, name: str, column: pa.Array, classes: list[str] | None) -> pa.Array:
     """A column in one of the types that `FileReader.column` names."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = _plain(path, name, pc.list_flatten(column), classes)
+        if pa.types.is_list(inner.type):
+            raise _unreadable(path, name, kind)
         lengths = pc.list_value_length(column)
         offsets = np.concatenate([[0], np.cumsum(pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False))])
         marks = pa.array(offsets, pa.int32(), mask=np.append(pc.is_null(column).to_numpy(zero_copy_only=False), False))
@@ -130,10 +116,27 @@ def _plain(path: Path, name: str, column: pa.Array, classes: list[str] | None) -
         return column.cast(pa.large_string())
     if pa.types.is_integer(kind):
         return column.cast(pa.int64())
+    if pa.types.is_decimal(kind) and kind.scale <= 0:
+        return column.cast(pa.large_string())
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return column.cast(pa.float64())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):  # how Impala and old Spark write texts
+        try:
+            return column.cast(pa.large_string())
+        except pa.ArrowInvalid:
+            raise DataError(
+                f"{path}, row {_undecodable_value(column) + 1}: column `{name}` holds bytes that are not UTF-8",
+                "write the column as text",
+            ) from None
+    if pa.types.is_temporal(kind):
+        return column.cast(pa.large_string())
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind) or kind == pa.string_view():
         return column.cast(pa.large_string())
-    raise DataError(
-        f"{path}: column `{name}` is of type {kind}", "text, number, true/false or a list of texts can be read"
-    )
+    raise _unreadable(path, name, kind)
+
+
+def _unreadable(path: Path, name: str, kind: pa.DataType) -> DataError:
+    remedy = "text, number, true/false or a list of texts can be read"
+    if pa.types.is_struct(kind) and kind.num_fields:
+        remedy += f"; of an object name one value: `{name}.{kind.field(0).name}`"
+    return DataError(f"{path}: column `{name}` is of type {kind}", remedy)

@@ -1,0 +1,113 @@
+"""Names of columns: what is there, what is missing, nested columns (`a.b`) and the columns of partitioned folders (`label=good`)."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from afina.errors import DataError, nearest
+from afina.formats.reading import format_of, option
+
+__all__ = ["check_columns", "distinct", "flatten", "other_separator", "partitions", "value_at"]
+
+_SHOWN_COLUMNS = 30
+#: How Hive names a missing value.
+_MISSING = "__HIVE_DEFAULT_PARTITION__"
+
+
+def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], remedy: str) -> None:
+    """Refuse a file that lacks a column, or has it twice.
+
+    Args:
+        remedy: used where no column has a similar name.
+
+    Raises:
+        DataError: with the nearest name, or the option that would help.
+    """
+    for name in wanted:
+        if found.count(name) > 1:
+            raise DataError(f"{path}: column `{name}` occurs twice", "rename one of them")
+        if name not in found:
+            listed = ", ".join(f"`{f}`" for f in found[:_SHOWN_COLUMNS]) or "none"
+            more = ", …" if len(found) > _SHOWN_COLUMNS else ""
+            hint = _separator_remedy(path, found) or nearest(name, found) or _other_hint(path, name, found) or remedy
+            raise DataError(f"{path}: there is no column `{name}`; columns: {listed}{more}", hint)
+
+
+def _other_hint(path: Path, name: str, found: Sequence[str]) -> str:
+    below = [f for f in found if f.rpartition(".")[2] == name]
+    if below:
+        return f"did you mean `{below[0]}`?"
+    if format_of(path) in ("csv", "tsv") and any(
+        len(cell) > 60 or cell.replace(".", "", 1).isdigit() for cell in found
+    ):
+        return f"is the first line a row, not a header? {option('header', 'false')}"
+    return ""
+
+
+def _separator_remedy(path: Path, header: Sequence[str]) -> str:
+    other = other_separator(path, header)
+    return other and f"the file seems to be separated by {other}"
+
+
+def other_separator(path: Path, header: Sequence[str], delimiter: str | None = None) -> str:
+    """The separator that the one column of a CSV or TSV seems to hold, with the option for it; or an empty string."""
+    if len(header) != 1 or format_of(path) not in ("csv", "tsv"):
+        return ""
+    used = delimiter or ("\t" if format_of(path) == "tsv" else ",")
+    mark = next((mark for mark in ";\t|," if mark in header[0] and mark != used), "")
+    if not mark:
+        return ""
+    word = "tab" if mark == "\t" else mark
+    return f"{'tab' if mark == chr(9) else f'`{mark}`'}: {option('delimiter', word if word == 'tab' else repr(word))}"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, a second `a` as `a.1`."""
+    taken: dict[str, int] = {}
+    for name in names:
+        number, new = 0, name
+        while new in taken or (number and new in names):
+            number += 1
+            new = f"{name}.{number}"
+        taken[new] = number
+    return list(taken)
+
+
+def partitions(path: Path) -> dict[str, str | None]:
+    """Columns and their value in the names of the folders around a file, as Hive and Spark write them: `label=good/part-0.parquet`."""
+    found: dict[str, str | None] = {}
+    for folder in path.parents:
+        key, equals, value = folder.name.partition("=")
+        if not (key and equals):
+            break
+        found[urllib.parse.unquote(key)] = None if value == _MISSING else urllib.parse.unquote(value)
+    return dict(reversed(found.items()))
+
+
+def value_at(record: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or of a nested one: `a.b` in objects, `a.0` in lists; None where there is none."""
+    if name in record:
+        return record[name]
+    value: Any = record
+    for key in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
+
+
+def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A record with its nested objects as columns `a.b`."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,148 @@
+"""CSV and TSV, read strictly by Python's parser; errors name file, row and line.
+
+Every cell is text: nothing is guessed, an empty cell is an empty text, `NA` is the two letters. Other parsers read on to the end of
+the file after a quote that is never closed, and drop misplaced quotes, both without a message. Memory is that of one row.
+
+Not covered: separators of several characters, comment lines, escapes with a backslash.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from afina.errors import DataError
+from afina.formats.columns import partitions
+from afina.formats.notes import Notes
+from afina.formats.reading import PLAIN, Reading, format_of, option
+from afina.formats.text_files import open_text
+
+__all__ = ["read_delimited"]
+
+_SPANS = "spans lines, because of a quote; if quotes belong to the texts: " + option("quoting", "none")
+_SWALLOWS = "holds a quote that swallows the rows up to the next one; if quotes belong to the texts: " + option(
+    "quoting", "none"
+)
+_HEADER_AGAIN = "repeats the header: were files joined that have one each?"
+_LABEL_HEADER = "the header's cells occur as values: does the file lack a header? " + option("header", "false")
+#: Rows in which cells of the header are looked up.
+_FIRST_ROWS = 1000
+
+
+def read_delimited(path: Path, reading: Reading = PLAIN, notes: Notes | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of each row of a `.csv` or `.tsv`; every row has as many cells as the header.
+
+    The header comes first, as number 0. Rows are counted from 1 without it; blank lines are skipped and not counted. Columns of a
+    partitioned folder (`label=good/`) come last.
+
+    Raises:
+        DataError: the file is empty, a row has too few or too many cells, a quote is not closed or misplaced, bytes are not
+            in the encoding.
+    """
+    csv.field_size_limit(2**31 - 1)
+    number, delimiter = 0, reading.delimiter_for(path)
+    notes = notes or Notes()
+    with open_text(path, reading) as file:
+        rows = csv.reader(
+            _without_nul(path, file, reading),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_NONE if reading.quoting == "none" else csv.QUOTE_MINIMAL,
+        )
+        try:
+            first = next((cells for cells in rows if cells), None)
+            if first is None:
+                raise DataError(f"{path}: the file is empty", "the first line names the columns")
+            header, waiting = _header(path, first, reading)
+            added = {key: value or "" for key, value in partitions(path).items() if key not in header}
+            more = list(added.values())
+            yield 0, [*header, *added]
+            width, line = len(header), rows.line_num
+            for cells in waiting:
+                number += 1
+                yield number, cells + more
+            seen = [False] * width
+            for cells in rows:
+                if not cells:
+                    line = rows.line_num
+                    continue
+                number += 1
+                if len(cells) != width:
+                    raise _ragged(path, number, rows.line_num, cells, width, reading)
+                if rows.line_num - line > 1:
+                    if delimiter == "\t":
+                        notes.add(_SPANS, number)
+                    elif any(_swallows(cell, place, width, delimiter) for place, cell in enumerate(cells)):
+                        notes.add(_SWALLOWS, number)
+                line = rows.line_num
+                if number <= _FIRST_ROWS and not waiting:
+                    seen = [was or (cell == name != "") for was, cell, name in zip(seen, cells, header, strict=True)]
+                if cells == header:
+                    notes.add(_HEADER_AGAIN, number)
+                yield number, cells + more
+            if any(seen) and not all(seen) and reading.header is None:
+                notes.add(_LABEL_HEADER)
+        except csv.Error as error:
+            raise _misquoted(path, number + 1, rows.line_num, str(error)) from None
+
+
+def _header(path: Path, first: list[str], reading: Reading) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, and the rows that were read for them."""
+    if len(first) <= 2 and first[0].startswith("sep=") and format_of(path) == "csv":
+        raise DataError(
+            f"{path}: the first line, `{first[0]}`, is one that only Excel knows", "remove it, and set the separator: "
+            + option("delimiter", "';'"),
+        )  # fmt: skip
+    if reading.header is False:
+        return [f"column{number}" for number in range(1, len(first) + 1)], [first]
+    if isinstance(reading.header, tuple):
+        if len(reading.header) != len(first):
+            raise DataError(
+                f"{path}, row 1: {len(first)} cells, the option `header` names {len(reading.header)} columns",
+                "name as many columns as the file has",
+            )
+        return list(reading.header), [first]
+    return first, []
+
+
+def _without_nul(path: Path, lines: Iterable[str], reading: Reading) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if "\0" in line:
+            utf_16 = number == 1 and reading.encoding is None
+            what = "is the file UTF-16? " + option("encoding", "utf-16-le") if utf_16 else "remove it: tr -d '\\000'"
+            raise DataError(f"{path}, line {number}: holds a NUL byte, which no text has", what)
+        yield line
+
+
+def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int, reading: Reading) -> DataError:
+    if isinstance(reading.header, tuple):
+        what = f"the option `header` names {width}"
+    else:
+        what = f"the {'first row' if reading.header is False else 'header'} has {width}"
+    remedy = 'quote the cell that holds the separator: "like, this"; or correct the row'
+    if any('"' in cell for cell in cells) and reading.quoting is None:
+        remedy += f". If quotes belong to the texts: {option('quoting', 'none')}"
+    return DataError(f"{path}, row {number} (line {line}): {len(cells)} cells, {what}", remedy)
+
+
+def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:
+    belongs = f"if quotes belong to the texts: {option('quoting', 'none')}"
+    if "end of data" in reason:
+        return DataError(
+            f'{path}, row {number}: a quote (") is opened and never closed',
+            f'close it, or double each quote that belongs to the text: ""like this""; {belongs}',
+        )
+    return DataError(
+        f'{path}, row {number} (line {line}): text follows a closing quote (")',
+        f'double each quote that belongs to the text: "He said ""no""."; {belongs}',
+    )
+
+
+def _swallows(cell: str, place: int, width: int, delimiter: str) -> bool:
+    """Whether a cell holds the ends and beginnings of other rows: each of its lines has the separators of a row, and none of prose."""
+    lines = cell.split("\n")
+    if len(lines) < 2 or width < 2 or f"{delimiter} " in cell:
+        return False
+    counts = [line.count(delimiter) for line in lines]
+    return counts == [width - 1 - place, *[width - 1] * (len(lines) - 2), place]

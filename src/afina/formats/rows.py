@@ -1,0 +1,84 @@
+"""The rows of a file of any format as dictionaries, for `afina init`. The stages that train and predict read columns instead:
+`afina.worker.data.readers`, from the same parsers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from afina.errors import DataError
+from afina.formats.columnar import open_columnar
+from afina.formats.columns import distinct, flatten, other_separator
+from afina.formats.delimited import read_delimited
+from afina.formats.json_rows import read_json, records_below
+from afina.formats.notes import Notes
+from afina.formats.reading import PLAIN, Reading, format_of
+
+__all__ = ["not_a_text", "read_rows"]
+
+_BATCH_ROWS, _BATCH_BYTES = 1024, 4_000_000
+
+
+def read_rows(path: Path, reading: Reading = PLAIN, notes: Notes | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any format by column, nested ones as `a.b`; of Parquet and Arrow with the names of class labels.
+
+    Raises:
+        DataError: as the reader of the format; the one column of a CSV or TSV looks like several.
+    """
+    kind = format_of(path)
+    if kind in ("parquet", "arrow"):
+        yield from _columnar_rows(path)
+    elif kind in ("csv", "tsv"):
+        rows = read_delimited(path, reading, notes)
+        _, header = next(rows)
+        if other := other_separator(path, header, reading.delimiter):
+            raise DataError(
+                f"{path}: the file seems to be separated by {other.partition(':')[0]}", other.partition(": ")[2]
+            )
+        names = distinct(header)
+        for _, cells in rows:
+            yield dict(zip(names, cells, strict=True))
+    else:
+        first: dict[str, Any] | None = None
+        for number, (_, record) in enumerate(read_json(path, reading)):
+            if number == 0:
+                first = record
+                continue
+            if number == 1 and first is not None:
+                yield flatten(first)
+            yield flatten(record)
+            first = None
+        if first is not None:
+            if error := records_below(path, first):
+                raise error
+            yield flatten(first)
+
+
+def _columnar_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open_columnar(path) as file:
+        for columns in file.batches(file.top, _BATCH_ROWS, _BATCH_BYTES):
+            values = {name: column.to_pylist() for name, column in columns.items()}
+            for name, classes in file.classes.items():
+                if name in values:
+                    values[name] = [_class_name(value, classes) for value in values[name]]
+            for row in zip(*values.values(), strict=True):
+                # Dates, bytes and decimals become text.
+                yield flatten(json.loads(json.dumps(dict(zip(values, row, strict=True)), default=str)))
+
+
+def _class_name(value: Any, classes: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_name(v, classes) if isinstance(v, int) and 0 <= v < len(classes) else v for v in value]
+    if not isinstance(value, int):
+        return value
+    return classes[value] if 0 <= value < len(classes) else None
+
+
+def not_a_text(path: Path, unit: str, number: int, name: str, found: str) -> DataError:
+    """The error for a row that holds `found` (a list, an object) where a text is expected."""
+    return DataError(
+        f"{path}, {unit} {number}: column `{name}` holds {found}, a text is expected",
+        "name a column of texts (`data.text`, --text) or of single values (`data.id`); `a.b` is `b` in the object `a`",
+    )

@@ -1,0 +1,183 @@
+"""Text files: opened with their compression and encoding; what a wrong byte means, and which option would help."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from afina.errors import DataError
+from afina.formats.notes import Notes
+from afina.formats.reading import PLAIN, Reading, compression_of, format_of, option
+
+__all__ = ["note_damaged", "open_binary", "open_text", "readable", "undecodable"]
+
+#: First bytes of files that are not text: what the file is, and the remedy.
+_MAGIC = {
+    b"\x1f\x8b": ("compressed with gzip", "end its name with .gz"),
+    b"PK\x03\x04": ("a ZIP archive or a spreadsheet (.xlsx)", "unpack it, or save the sheet as `CSV UTF-8`"),
+    b"PAR1": ("Parquet", "name it .parquet"),
+    b"ARROW1": ("Arrow", "name it .arrow"),
+    b"BZh": ("compressed with bzip2", "end its name with .bz2"),
+    b"\xfd7zX": ("compressed with xz", "end its name with .xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", "end its name with .zst"),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet (.xls)", "save the sheet as `CSV UTF-8`"),
+}
+#: Bytes that no text in Windows-1252 has.
+_NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
+_MOST_LINES = 1000
+_SHOWN = 24
+#: C1 control characters, which no text has: Windows-1252 that was read as Latin-1. And the mark of a byte that was lost.
+_DAMAGED = {
+    "holds control characters (U+0080 to U+009F) where Windows has quotes, dashes and €: was it read as Latin-1? "
+    "From the original file, " + option("encoding", "cp1252"): "[\u0080-\u009f]",
+    "holds U+FFFD, the mark of a character that an earlier conversion lost: convert the original file again": "\ufffd",
+    "holds letters such as Ã© or â€™, UTF-8 that was read as Windows-1252: convert the original file again, or "
+    + option("encoding", "utf-8"): "[ÃÂâ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]",
+}
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked."""
+    compression = compression_of(path)
+    if compression == "gzip":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if compression == "xz":
+        return lzma.open(path, "rb")
+    if compression == "bzip2":
+        return bz2.open(path, "rb")
+    if compression == "zstd":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(os.fspath(path)), "zstd"), 1 << 20)
+    return path.open("rb")
+
+
+@contextlib.contextmanager
+def open_text(path: Path, reading: Reading = PLAIN, newline: str = "") -> Iterator[IO[str]]:
+    """The file's text.
+
+    Raises:
+        DataError: bytes are not in the encoding, the file is not of its format, damaged, or cannot be opened.
+    """
+    with (
+        readable(path, reading),
+        open_binary(path) as raw,
+        io.TextIOWrapper(raw, reading.codec, newline=newline) as text,
+    ):
+        yield text
+
+
+@contextlib.contextmanager
+def readable(path: Path, reading: Reading = PLAIN) -> Iterator[None]:
+    """Around code that reads a text file; raises as `open_text`."""
+    try:
+        yield
+    except UnicodeError:
+        raise undecodable(path, reading) from None
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise _not_unpacked(path, error) from None
+    except OSError as error:
+        if error.errno is None:
+            raise _not_unpacked(path, error) from None
+        raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
+
+
+def _not_unpacked(path: Path, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"{path}: cannot be unpacked as {compression_of(path)}: {reason}", "copy or write the file again")
+
+
+def undecodable(path: Path, reading: Reading = PLAIN) -> DataError:
+    """The error for a file that is not in its encoding: its real format, or row, line and offset of the first wrong byte."""
+    with open_binary(path) as file:
+        start = file.read(8)
+    for magic, (what, how) in _MAGIC.items():
+        if start.startswith(magic):
+            return DataError(f"{path}: is {what}, its name says {path.suffix}", how)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return DataError(f"{path}: the file is UTF-16", option("encoding", "utf-16"))
+    name = (reading.encoding or "utf-8").upper()
+    if re.match("UTF-(16|32)", name):
+        return DataError(f"{path}: the file is not {name}", f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none")
+    at = 0
+    with open_binary(path) as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                raw.decode(reading.codec)
+            except UnicodeDecodeError as error:
+                at, byte, place = at + error.start, raw[error.start], f"line {line}"
+                if format_of(path) in ("csv", "tsv"):
+                    cells = csv.reader(_lines_before(path, at), delimiter=reading.delimiter_for(path))
+                    rows = sum(1 for row in cells if row) - (reading.header in (None, True))
+                    place = f"row {rows} ({place})" if rows > 0 else "the header"
+                message = f"{path}, {place}: byte 0x{byte:02x} at offset {at} is not {name}"
+                return DataError(message, _encoding_remedy(path, raw, error.start, reading))
+            at += len(raw)
+    return DataError(f"{path}: changed while it was read", "wait until it is complete")
+
+
+def _encoding_remedy(path: Path, line: bytes, at: int, reading: Reading) -> str:
+    """The option that would help; by the bytes of the first lines that are not UTF-8."""
+    if reading.encoding not in (None, "utf-8"):
+        return f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none"
+    good = bad = 0
+    bytes_: set[int] = set()
+    with open_binary(path) as file:
+        lines = (raw for raw in file if not raw.isascii())
+        for raw in (next(lines, b"") for _ in range(_MOST_LINES)):
+            text = raw.decode("utf-8", "surrogateescape")
+            wrong = [ord(c) - 0xDC00 for c in text if "\udc80" <= c <= "\udcff"]
+            bytes_.update(wrong)
+            bad += len(wrong)
+            good += sum(c > "\x7f" for c in text) - len(wrong)
+    if good > bad:
+        return "other letters in it are UTF-8: correct this place (a text cut within a character, or taken from another file)"
+    if bytes_ & _NOT_CP1252:
+        return f"{option('encoding', 'ITS_ENCODING')} (cp1251, mac-roman, shift_jis, gb18030, …); or save the file as UTF-8"
+    shown = line[max(0, at - _SHOWN // 2) : at + _SHOWN // 2].decode("cp1252").strip()
+    windows = ", which has quotes and dashes there" if bytes_ & set(range(0x80, 0xA0)) else ""
+    return f"{option('encoding', 'cp1252')} (Windows{windows}: “{shown}”); or save the file as UTF-8"
+
+
+def _lines_before(path: Path, end: int) -> Iterator[str]:
+    """Lines up to byte `end`, one character for each byte, and a character in place of the next one."""
+    with open_binary(path) as raw, io.TextIOWrapper(raw, "latin-1", newline="") as file:
+        for line in file:
+            if len(line) > end:
+                yield line[:end] + "?"
+                return
+            end -= len(line)
+            yield line
+
+
+def note_damaged(notes: Notes, texts: Any, rows: Any) -> None:
+    """Note texts that show a wrong conversion of the file.
+
+    Args:
+        texts: an Arrow array of strings, or a list of texts.
+        rows: the number of each.
+    """
+    for message, pattern in _DAMAGED.items():
+        found = _found(pattern, texts)
+        if len(found):
+            notes.add(message, rows[found[0]], len(found))
+
+
+def _found(pattern: str, texts: Any) -> Any:
+    if isinstance(texts, list):
+        return [i for i, text in enumerate(texts) if not text.isascii() and re.search(pattern, text)]
+    import numpy as np
+    import pyarrow.compute as pc
+
+    return np.flatnonzero(pc.fill_null(pc.match_substring_regex(texts, pattern), False).to_numpy(zero_copy_only=False))
