@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The work of a batch job around srun; finetune.sbatch and submitit's script source it from the run directory.
 # Needs $run (the run directory), inside a job. Uses bash, coreutils and Slurm's commands; no container, no Python.
-# shellcheck disable=SC2154,SC2034 # the caller sets run and reads code
+# shellcheck disable=SC2154,SC2034 # the caller sets run and worker, and reads code
 
 # Both numbers for an array's task: one task of an array has the array's own job id.
 afina_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
@@ -9,6 +9,27 @@ afina_job=${afina_job:-$SLURM_JOB_ID}
 export AFINA_ATTEMPT="$afina_job.${SLURM_RESTART_COUNT:-0}"
 
 afina_say() { printf 'afina: %s\n' "$*"; }
+
+# A JSON string, with its quotes.
+afina_json() {
+  local text=${1//\\/\\\\}
+  text=${text//\"/\\\"}
+  text=${text//$'\n'/\\n}
+  printf '"%s"' "${text//[[:cntrl:]]/ }"
+}
+
+# Cores of the job's task on each node: what the job asked for, else the allocation's, on the node that has the fewest.
+afina_cpus() {
+  local item least=''
+  for item in ${SLURM_JOB_CPUS_PER_NODE:+${SLURM_JOB_CPUS_PER_NODE//,/ }}; do # 4(x2),2
+    item=${item%%(*}
+    if [ -z "$least" ] || ((item < least)); then least=$item; fi
+  done
+  if [[ ${SLURM_CPUS_PER_TASK:-} =~ ^[0-9]+$ ]] && { [ -z "$least" ] || ((SLURM_CPUS_PER_TASK <= least)); }; then
+    least=$SLURM_CPUS_PER_TASK
+  fi
+  echo "${least:-${SLURM_CPUS_ON_NODE:-1}}"
+}
 
 # [D-]H:M:S or M:S, as squeue prints times -> seconds; empty for UNLIMITED, INVALID, NOT_SET
 afina_seconds() {
@@ -116,10 +137,13 @@ afina_watch_lease() {
 # a trapped signal ends `wait` early with a code above 128; only an uninterrupted `wait` returns srun's code.
 afina_step() {
   local step watcher interrupted
-  rm -f "$run/stop" "$run/attempts/$AFINA_ATTEMPT/exit" "$run/attempts/$AFINA_ATTEMPT/next"
+  rm -f "$run/attempts/$AFINA_ATTEMPT/exit" "$run/attempts/$AFINA_ATTEMPT/next"
+  # A stop file left over from an earlier attempt; not one for an attempt that lives: its lease was renewed within a minute.
+  [ -n "$(find "$run/lease.json" -newermt '-60 seconds' 2>/dev/null)" ] || rm -f "$run/stop"
   trap 'interrupted=1; afina_request_stop limit' USR1
   trap 'interrupted=1; afina_request_stop signal' TERM
-  command srun "$@" &
+  # --export: with SBATCH_EXPORT=NONE, or where a site submits so, a step would get no variables.
+  command srun --export=ALL "$@" &
   step=$!
   afina_watch_lease "$step" &
   watcher=$!
@@ -134,10 +158,59 @@ afina_step() {
   [ "$code" != 120 ] || code=3
 }
 
-# Follow `attempts/<id>/next`: requeue the job, or submit a new one where that is impossible.
+# Decide without the container what follows an attempt: it does not start on this node, so the worker's `finish` cannot run.
+# Writes what `afina.run.requeue` writes: the outcome, the event, and `next`.
+afina_decide() { # ANSWER: what the worker's `finish` printed
+  local folder=$run/attempts/$AFINA_ATTEMPT here=${SLURMD_NODENAME:-$HOSTNAME} image='' runtime='' cause=node bad='' excluded='' number=0
+  local name why message remedy action=requeue pause=0 failures=0
+  if [[ ${worker[0]-} == bash && ${worker[1]-} == */node.sh ]]; then image=${worker[2]} runtime=${worker[3]}; fi
+  if [ -n "$image" ] && [ ! -r "$image" ] && [ -d "${image%/*}" ]; then
+    cause=image message="$image is no longer there, or $here cannot read it (purged?)"
+    remedy="put the image back (container/build.sh), then: afina submit $(printf %q "$run")"
+  else
+    for name in ${AFINA_NODES:-}; do
+      if [ ! -e "$folder/node$number.json" ]; then bad=$bad${bad:+,}$name; fi
+      number=$((number + 1))
+    done
+    : "${bad:=$here}"
+    message="the worker does not start on $bad"
+    if [ -n "$image" ] && [ ! -r "$image" ]; then message="$message: ${image%/*} is not mounted there"; fi
+    if [ -n "$runtime" ] && ! command -v "$runtime" >/dev/null; then message="$message: $runtime is not on PATH"; fi
+    if [ -n "$1" ]; then message="$message: ${1##*$'\n'}"; fi
+    remedy="see $folder/node0.log and the job's log; \`afina doctor --job\` checks the nodes"
+  fi
+  # Nodes that failed before, and how many attempts in a row ended so (`afina.run.requeue` counts the same).
+  while IFS= read -r name; do
+    case $name in *'"cause": "node"'*) failures=$((failures + 1)) ;; *) failures=0 ;; esac
+    if [[ $name =~ \"excluded\":\ \"([^\"]+)\" ]]; then excluded=${BASH_REMATCH[1]}; fi
+  done < <(grep -s '"event": "attempt_ended"' "$run/events.jsonl")
+  case $cause,$failures in
+    image,*) action=end why="$message" ;;
+    *,[0-4])
+      excluded=$(tr ',' '\n' <<<"$excluded,$bad" | sed '/^$/d' | sort -u | tr '\n' ',')
+      excluded=${excluded%,}
+      pause=$((failures == 0 ? 0 : 60 * 5 ** (failures - 1)))
+      why="$bad cannot run this job: submitted again without $excluded"
+      ;;
+    *) action=end why="$((failures + 1)) attempts in a row could not start on their nodes ($excluded,$bad): it is not the nodes" ;;
+  esac
+  code=3
+  if ! grep -q -e '"outcome": *"finished"' -e "\"attempt\": *\"$AFINA_ATTEMPT\"" "$run/outcome.json" 2>/dev/null; then
+    printf '{"outcome": "failed", "exit_code": 3, "attempt": "%s", "failure": {"kind": "EnvironmentProblem", "message": %s, "remedy": %s, "cause": "%s", "nodes": [%s]}}\n' \
+      "$AFINA_ATTEMPT" "$(afina_json "$message")" "$(afina_json "$remedy")" "$cause" "${bad:+\"${bad//,/\", \"}\"}" >"$run/.outcome.$$" &&
+      mv -f "$run/.outcome.$$" "$run/outcome.json"
+  fi
+  printf '{"time": %s, "event": "attempt_ended", "attempt": "%s", "outcome": "failed", "cause": "%s", "failure": %s, "committed": 0, "next": "%s", "why": %s, "excluded": "%s"}\n' \
+    "$(date +%s)" "$AFINA_ATTEMPT" "$cause" "$(afina_json "$cause: $message")" "$action" "$(afina_json "$why")" "$excluded" >>"$run/events.jsonl"
+  printf '%s\n%s\n%s\n%s\n' "$action" "$excluded" "${why//$'\n'/ }" "$pause" >"$folder/next"
+  echo "$code" >"$folder/exit"
+  printf 'error: %s\n  remedy: %s\n' "$message" "$remedy" >&2
+}
+
+# Follow `attempts/<id>/next`: requeue the job, or submit a new one where that is impossible or nodes are to be left out.
 afina_after() {
-  local action='' exclude='' why='' state reason job gres word i
-  { read -r action; read -r exclude; read -r why; } <"$run/attempts/$AFINA_ATTEMPT/next" || return 0
+  local action='' exclude='' why='' pause='' state reason=''
+  { read -r action; read -r exclude; read -r why; read -r pause; } <"$run/attempts/$AFINA_ATTEMPT/next" || [ -n "$why" ] || return 0
   afina_say "$why"
   [ "$action" = requeue ] || return 0
   state=$(squeue --noheader --jobs "$afina_job" --states all --format %T 2>/dev/null)
@@ -153,12 +226,45 @@ afina_after() {
     sleep 120 # until Slurm ends this shell
     return 0
   fi
-  [ -z "${reason:-}" ] || afina_say "no requeue ($reason): submitting a new job"
+  [ -z "$reason" ] || afina_say "no requeue ($reason): submitting a new job"
+  afina_submit "$exclude" "${pause:-0}"
+}
+
+# A field of `scontrol show job` ($about); nothing where it is not set.
+afina_field() { # NAME
+  local end='[^[:space:]]*'
+  [ "$1" != Comment ] || end=$'[^\n]*'
+  [[ $'\n'$about =~ [[:space:]]$1=($end) ]] || return 0
+  case ${BASH_REMATCH[1]} in '(null)' | 0 | 'N/A') ;; *) printf %s "${BASH_REMATCH[1]}" ;; esac
+}
+
+# sbatch without this job's variables: it would pass them on, and srun in the new job would obey them.
+afina_sbatch() (
+  for name in "${!SLURM_@}" "${!SLURMD_@}"; do
+    case $name in SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT) ;; *) unset "$name" ;; esac
+  done
+  unset SBATCH_ARRAY_INX SBATCH_EXPORT SBATCH_GET_USER_ENV SBATCH_NO_REQUEUE SBATCH_OPEN_MODE SBATCH_REQUEUE SBATCH_SIGNAL SBATCH_WAIT
+  exec sbatch "$@"
+)
+
+# Submit a new job that continues this run, with the options of this one.
+afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
+  local exclude=$1 about comment token job='' gres value word i cluster=''
+  about=$(scontrol show job "$afina_job" 2>/dev/null)
   local -a ask=(--job-name="${SLURM_JOB_NAME:-afina}" --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --chdir="$PWD")
+    --cpus-per-task="$(afina_cpus)" --chdir="$PWD" --export=ALL)
   ask+=(${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
-  ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"} ${exclude:+--exclude="$exclude"})
+  ask+=(${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${SLURM_MEM_PER_NODE:+--mem="${SLURM_MEM_PER_NODE}M"})
+  ask+=(${SLURM_MEM_PER_CPU:+--mem-per-cpu="${SLURM_MEM_PER_CPU}M"})
   ask+=(${SBATCH_MAIL_TYPE:+--mail-type="$SBATCH_MAIL_TYPE"} ${SBATCH_MAIL_USER:+--mail-user="$SBATCH_MAIL_USER"})
+  # What the job's owner gave to sbatch, as Slurm knows it.
+  for word in Features:constraint Nice:nice Reservation:reservation Licenses:licenses ReqNodeList:nodelist MinTmpDiskNode:tmp Network:network; do
+    value=$(afina_field "${word%:*}")
+    if [ -n "$value" ]; then ask+=(--"${word#*:}=$value"); fi
+  done
+  [ "$(afina_field OverSubscribe)" != NO ] || ask+=(--exclusive)
+  [ "$(afina_field Contiguous)" != 1 ] || ask+=(--contiguous)
+  exclude=$exclude,$(afina_field ExcNodeList)
   # GPUs in the spelling that the job had: gres:gpu:a100:2 in Slurm 22.05, gres/gpu:a100:2 since.
   gres=$(squeue --noheader --jobs "$afina_job" --states all --format %b 2>/dev/null)
   if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then
@@ -166,26 +272,61 @@ afina_after() {
   elif [[ $gres == gres[:/]* ]]; then
     ask+=(--gres="${gres//gres[:\/]/}")
   fi
-  reason=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
-  if [ -z "$reason" ] && [ -n "${SLURM_JOB_END_TIME:-}" ] && [ -n "${SLURM_JOB_START_TIME:-}" ]; then
-    reason=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 59) / 60))
+  value=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
+  if [ -z "$value" ] && [ -n "${SLURM_JOB_END_TIME:-}" ] && [ -n "${SLURM_JOB_START_TIME:-}" ]; then
+    value=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 59) / 60))
   fi
-  ask+=(${reason:+--time="$reason"} --output="${run//%/%%}/slurm-%j.out")
+  ask+=(${value:+--time="$value"} --output="${run//%/%%}/slurm-%j.out")
+  comment=$(afina_field Comment)
   # The site's further options, and those that it omits.
   while IFS= read -r word; do
     word=${word#"${word%%[![:space:]]*}"}
-    case $word in --gres=* | '') ;; --*) ask+=("${word%"${word##*[![:space:]]}"}") ;; esac
+    word=${word%"${word##*[![:space:]]}"}
+    case $word in
+      --gres=* | '') ;;
+      --exclude=*) exclude=$exclude,${word#*=} ;;
+      --comment=*) comment=${word#*=} ;;
+      --*) ask+=("$word") ;;
+    esac
   done <<<"${AFINA_SBATCH_EXTRA:-}"
   word=${AFINA_SBATCH_OMIT:-}
   for word in ${word//,/ }; do
     for i in "${!ask[@]}"; do case ${ask[i]} in "--${word#--}"=*) unset 'ask[i]' ;; esac done
   done
-  # sbatch would pass these variables to the new job, which is not a task of the array (22.05.8).
-  unset "${!SLURM_ARRAY_@}"
-  if job=$(sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run"); then
-    printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "${job%%;*}" >>"$run/submissions.jsonl"
-    afina_say "job ${job%%;*} continues this run"
+  exclude=$(sed -e 's/^,*//; s/,*$//; s/,,*/,/g' <<<"$exclude")
+  ask+=(${exclude:+--exclude="$exclude"})
+  if (($2 > 0)); then ask+=(--begin="now+$2"); fi
+  # The token finds the job again if sbatch is not heard; `afina.slurm.submit` does the same.
+  token=$AFINA_ATTEMPT-$RANDOM
+  comment=${comment%%afina:*}
+  comment=${comment%"${comment##*[![:space:]]}"}
+  ask+=(--comment="$comment${comment:+ }afina:$token")
+  if grep -qs '"job_id": "[^"]*;' "$run/submissions.jsonl"; then cluster=";${SLURM_CLUSTER_NAME:-}"; fi
+  printf '{"time": %s, "token": "%s", "clusters": "", "record": {}}\n' "$(date +%s)" "$token" >"$run/intent.json"
+  if ! value=$(afina_sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run" 2>&1); then
+    afina_say "$value"
+    case $value in
+      *'imed out'* | *'nable to contact'* | *'onnection'* | *'ommunication'* | *'nexpected message'*)
+        for i in 2 10 30; do
+          sleep "$i"
+          job=$(squeue --me --noheader --states all --format '%i|%k' 2>/dev/null | grep -F "afina:$token" | cut -d '|' -f 1)
+          [ -z "$job" ] || break
+        done
+        ;;
+      *) rm -f "$run/intent.json" ;;
+    esac
   else
-    afina_say "continue with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"
+    job=${value##*$'\n'} job=${job%%;*}
   fi
+  if [[ $job =~ ^[0-9]+$ ]]; then
+    printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "$job$cluster" >>"$run/submissions.jsonl"
+    rm -f "$run/intent.json"
+    afina_say "job $job continues this run"
+    return
+  fi
+  case $value in
+    *'node configuration'*) [ -z "$1" ] || afina_say "no node is left that has not failed: what fails on every node is not the node" ;;
+  esac
+  printf '{"time": %s, "event": "submission_failed", "attempt": "%s", "why": %s}\n' "$(date +%s)" "$AFINA_ATTEMPT" "$(afina_json "${value##*$'\n'}")" >>"$run/events.jsonl"
+  afina_say "continue with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"
 }

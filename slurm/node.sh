@@ -107,6 +107,8 @@ forward() { # SIGNAL
 main() { # IMAGE COMMAND…
   local image=$1 word code why='' mount='' folder='' child='' interrupted='' watching pending=() command=()
   shift
+  # A site's or a profile's settings that would keep variables or folders out of the container (`site/settings.py` has the same list).
+  for word in CLEANENV CONTAIN CONTAINALL COMPAT NO_MOUNT HOME PWD CWD WORKDIR SCRATCH PID NET; do unset "APPTAINER_$word" "SINGULARITY_$word"; done
   command -v -- "$1" >/dev/null || {
     printf 'error: %s is not on PATH of %s\n  remedy: load its module in site.env, or have it installed on the nodes\n' "$1" "${HOSTNAME:-this node}" >&2
     exit 3

@@ -26,9 +26,9 @@ from afina.run.supervise import ensure_outcome, run_node
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.image import check_image
 from afina.site.settings import environment, load_site
-from afina.slurm.client import need_slurm, version
+from afina.slurm.client import AMBIGUOUS, need_slurm, version
 from afina.slurm.limits import check_possible
-from afina.slurm.submit import submit_sbatch
+from afina.slurm.submit import check_not_queued, submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, run_named
 
@@ -142,6 +142,7 @@ def submit_to_slurm(recipe: str | Path | Recipe, request: JobRequest) -> Run:
         directory = handle.dir
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
             raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
+        check_not_queued(directory)
         directory.check_place()
         check_image(plan.site)
         check_possible(plan)
@@ -151,8 +152,8 @@ def submit_to_slurm(recipe: str | Path | Recipe, request: JobRequest) -> Run:
         write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
     try:
         (submit_sbatch if request.via == "sbatch" else submit_submitit)(plan, directory)
-    except AfinaError:
-        if handle is None:  # claimed a moment ago, for this submission
+    except AfinaError as error:
+        if handle is None and error.cause != AMBIGUOUS:  # claimed a moment ago, for this submission
             shutil.rmtree(directory.path)
         raise
     return Run(directory.path)

@@ -28,6 +28,7 @@ from afina.errors import AfinaError
 from afina.run.commands import worker_argv, worker_environment
 from afina.run.workers import follow_worker
 from afina.site.finding import Finding
+from afina.site.settings import without_isolation
 
 __all__ = ["CHECKS", "examine", "inside"]
 
@@ -74,7 +75,7 @@ def inside(target: Target) -> Iterator[Finding]:
     Raises:
         EnvironmentProblem: it cannot be started, or ends without an answer.
     """
-    env = dict(target.env)
+    env = without_isolation(target.env)
     if target.where is None:
         argv = [sys.executable, "-m", "afina.worker", "doctor"]
     else:

@@ -15,7 +15,7 @@ from afina.processes import run_captured
 from afina.run.commands import container_argv
 from afina.site.finding import Finding
 from afina.site.image import check_image
-from afina.site.settings import in_container
+from afina.site.settings import in_container, without_isolation
 from afina.version import __version__
 
 __all__ = ["check_binds", "check_image_file", "check_runtime"]
@@ -45,7 +45,9 @@ def check_image_file(target: Target) -> Iterator[Finding]:
         check_image(site)
         yield Finding("image key", "ok", f"signed by {site.image_key}")
     try:
-        done = run_captured(container_argv(target.where, ["afina", "--version"]), target.env, ANSWER_S)
+        done = run_captured(
+            container_argv(target.where, ["afina", "--version"]), without_isolation(target.env), ANSWER_S
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         yield Finding("container", "failed", f"cannot be started: {error}", "load its module in site.env")
         return

@@ -21,7 +21,7 @@ from afina.run.plan import Plan
 from afina.site.finding import Finding, Level
 from afina.slurm.query import Job, cancel, query
 from afina.slurm.reasons import explain
-from afina.slurm.submit import submit_script
+from afina.slurm.submit import submitted
 
 __all__ = ["try_job"]
 
@@ -45,7 +45,8 @@ def try_job(target: Target, *, wait_s: float, progress: Callable[[str], None]) -
     try:
         argv = _prepare(plan, folder)
         try:
-            job = submit_script(plan, argv)
+            with submitted(plan, argv, folder) as job:
+                pass
         except SlurmError as error:
             yield Finding("sbatch", "failed", error.message, error.remedy)
             return

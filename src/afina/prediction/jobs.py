@@ -7,7 +7,6 @@ be killed and repeated: the same call continues with the missing chunks.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -35,15 +34,15 @@ from afina.prediction.request import (
     result_name,
 )
 from afina.run.commands import array_argv, host_environment, job_scripts, predict_argv, worker_argv
-from afina.run.directory import RunDir
+from afina.run.directory import RunDir, task_of
 from afina.run.job_request import JobRequest, accepts
 from afina.run.plan import Plan, check_cores
 from afina.run.workers import ask_worker, ask_workers
 from afina.site.image import check_image
 from afina.site.settings import Site, find_site_file, load_site
-from afina.slurm.client import need_slurm
+from afina.slurm.client import AMBIGUOUS, need_slurm, of_cluster
 from afina.slurm.query import query
-from afina.slurm.submit import submit_script
+from afina.slurm.submit import forget, recover, submitted
 from afina.watch.find import resolve_folder
 
 if TYPE_CHECKING:
@@ -177,13 +176,12 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
         words = predict_argv(job.plan, parts, _binds(job))
         write_atomic(parts / "worker.argv", encode_words(words))
         argv = submission(job, tasks)
-        job_id = submit_script(job.plan, argv)
-    except AfinaError:
-        if about["state"] == "begun":  # a moment ago, for this submission
+        with submitted(job.plan, argv, parts, {"tasks": tasks}) as job_id:
+            RunDir(parts).append("submissions.jsonl", {"job_id": job_id, "tasks": tasks, "argv": argv})
+    except AfinaError as error:
+        if about["state"] == "begun" and error.cause != AMBIGUOUS:  # a moment ago, for this submission
             shutil.rmtree(parts)
         raise
-    with (parts / "submissions.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), "job_id": job_id, "tasks": tasks, "argv": argv}) + "\n")
     return {"job_id": job_id, "tasks": tasks, **about}
 
 
@@ -264,17 +262,18 @@ def _binds(job: Prediction) -> list[Path]:
 
 def _check_queue(parts: Path) -> None:
     """Refuse a prediction that a job in the queue is working on."""
-    try:
-        lines = (parts / "submissions.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return
-    for submission in map(json.loads, lines):
+    if (recovered := recover(parts)) is not None:
+        RunDir(parts).append("submissions.jsonl", {"job_id": recovered[0], "tasks": 1, **recovered[1]})
+        forget(parts)
+    for submission in RunDir(parts).lines("submissions.jsonl"):
         job_id, tasks = str(submission["job_id"]), int(submission["tasks"])
-        ids = [job_id] if tasks == 1 else [f"{job_id}_{task}" for task in range(tasks)]
-        if any(job.state in ("PENDING", "RUNNING") for job in query(ids, account=()).values()):
+        ids = [job_id] if tasks == 1 else [task_of(job_id, task) for task in range(tasks)]
+        jobs = query(ids, account=()).values()
+        number = " ".join([*of_cluster(job_id)[1], of_cluster(job_id)[0]])
+        if any(job.state in ("PENDING", "RUNNING") for job in jobs):
             raise InputError(
                 f"{parts}: job {job_id} is still working on this",
-                f"wait for it (`squeue --job {job_id}`), or cancel it (`scancel {job_id}`) and run the same command again",
+                f"wait for it (`squeue --me`), or cancel it (`scancel {number}`) and run the same command again",
             )
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from afina.errors import AfinaError
 from afina.files import read_json
-from afina.run.directory import RunDir
+from afina.run.directory import RunDir, job_ids_of
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.run.record import read_record
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
-from afina.watch.reading import job_ids_of
 from afina.watch.timeline import AttemptTimes, timeline
 
 __all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts"]

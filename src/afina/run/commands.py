@@ -18,7 +18,7 @@ from pathlib import Path
 
 from afina.errors import EnvironmentProblem
 from afina.run.plan import Geometry, Plan
-from afina.site.settings import cache_environment, environment, hub_token, in_container
+from afina.site.settings import cache_environment, environment, hub_token, in_container, without_isolation
 
 __all__ = [
     "accelerate_argv",
@@ -130,7 +130,7 @@ def host_environment(plan: Plan, *, offline: bool) -> dict[str, str]:
     Args:
         offline: without network; otherwise with the Hub's token.
     """
-    here = {**os.environ, **environment(plan.site)}
+    here = without_isolation({**os.environ, **environment(plan.site)})
     token = {} if offline else hub_token(here)
     return {**here, **worker_environment(plan, offline=offline, env=here), **token}
 
@@ -181,6 +181,8 @@ def slurm_options(plan: Plan) -> dict[str, str | int]:
         "ntasks-per-node": 1,
         "cpus-per-task": resources.cpus_per_gpu * geometry.processes_per_node,
         "time": resources.time,
+        # Over SBATCH_EXPORT, and over what a site sets: the job needs the variables of its submission.
+        "export": "ALL",
     }
     if geometry.gpus_per_node:
         options |= _gpu_options(site.gpu_request, geometry.gpus_per_node)

@@ -6,6 +6,7 @@
     worker.argv                             the command of a node's worker, NUL-separated, for bash to read as it is
     finetune.sbatch  job.sh  node.sh        the scripts of a job on the host; copies, so that later edits do not reach it
     submissions.jsonl  events.jsonl         submissions and events, with times
+    intent.json                             exists: a submission is under way, or its answer was lost
     attempts/<id>/                          env.json  node<k>.log  exit
     metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
     checkpoints/step-<n>/
@@ -24,8 +25,9 @@ import json
 import os
 import re
 import shlex
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ from afina.files import encode_words, read_words, write_atomic
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
-__all__ = ["RunDir", "is_run_dir"]
+__all__ = ["RunDir", "is_run_dir", "job_ids_of", "task_of"]
+
+#: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
+_ATTEMPT_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 
 
 def is_run_dir(path: str | Path) -> bool:
@@ -153,7 +158,7 @@ class RunDir:
                     f"{run.path}: another process has just claimed it", "choose another --run DIR"
                 ) from None
             made.append(run.attempts)
-            run.path.chmod(0o700)
+            run.path.chmod(0o700 | (run.path.stat().st_mode & stat.S_ISGID))  # a group's folder passes its group on
         except OSError as error:
             _unmake(made)
             where = run.path if run else plan.site.runs
@@ -237,6 +242,10 @@ class RunDir:
         names = sorted(p.name for p in self.attempts.iterdir() if p.is_dir())
         return sorted(names, key=lambda name: order.get(name, len(order)))
 
+    def job_ids(self) -> tuple[str, ...]:
+        """Slurm's jobs of the run, see `job_ids_of`."""
+        return job_ids_of(list(self.lines("submissions.jsonl")), self.attempt_names())
+
     def begin_attempt(self, name: str | None = None) -> Path:
         """Make the folder of an attempt; without a name the next `local-<n>`.
 
@@ -299,9 +308,9 @@ class RunDir:
             write_atomic(folder / "exit", f"{outcome.exit_code}\n")
 
     def record_failure(self, attempt: str, failure: Failure, **fields: Any) -> Outcome:
-        """Record that `attempt` failed, unless the attempt itself recorded how it ended."""
+        """Record that `attempt` failed, unless it recorded how it ended, or the run has finished."""
         known = self.outcome()
-        if known is not None and known.attempt == attempt:
+        if known is not None and (known.attempt == attempt or known.outcome == "finished"):
             return known
         outcome = Outcome(
             outcome="failed",
@@ -334,6 +343,21 @@ class RunDir:
                 outcome = Outcome(outcome="failed", attempt=attempt, **json.loads(path.read_bytes()))
                 failures += [outcome.failure] if outcome.failure else []
         return failures
+
+
+def job_ids_of(submissions: Iterable[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
+    """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
+    submitted = [str(s["job_id"]) for s in submissions if s.get("job_id")]
+    if not submitted:
+        named = (match[1] for name in attempts if (match := _ATTEMPT_OF_A_JOB.fullmatch(name)))
+        submitted = sorted(named, key=lambda job: [int(number) for number in job.split("_")])
+    return tuple(dict.fromkeys(submitted))
+
+
+def task_of(job_id: str, task: int) -> str:
+    """A task of an array: `18_3`, or `18_3;gpu` on another cluster."""
+    number, semicolon, cluster = job_id.partition(";")
+    return f"{number}_{task}{semicolon}{cluster}"
 
 
 def _without(script: bytes, options: Sequence[str]) -> bytes:

@@ -31,9 +31,30 @@ __all__ = [
     "load_site",
     "scratch_of",
     "site_image",
+    "without_isolation",
 ]
 
 Runtime = Literal["apptainer", "singularity", "none"]
+
+#: Settings of the container's runtime that isolate it.
+_ISOLATION = tuple(
+    f"{runtime}_{name}"
+    for runtime in ("APPTAINER", "SINGULARITY")
+    for name in [
+        "CLEANENV",
+        "CONTAIN",
+        "CONTAINALL",
+        "COMPAT",
+        "NO_MOUNT",
+        "HOME",
+        "PWD",
+        "CWD",
+        "WORKDIR",
+        "SCRATCH",
+        "PID",
+        "NET",
+    ]
+)
 
 #: Variables that bash sets for itself.
 _OF_BASH = ("_", "SHLVL", "PWD", "OLDPWD", "BASHOPTS", "SHELLOPTS")
@@ -124,7 +145,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
         sbatch_extra=variables.sbatch_extra(value("SBATCH_EXTRA")),
         sbatch_omit=variables.sbatch_omit(value("SBATCH_OMIT")),
         stage=variables.stage_folder(value("STAGE")),
-        sbatch={name: text for name, text in sorted(found.items()) if name.startswith("SBATCH_")},
+        sbatch=variables.sbatch_variables(found, env),
         setup=tuple(sorted(n for n in _changes(found, env) if not n.startswith(("AFINA_", "SBATCH_", "BASH")))),
         file=file,
     )
@@ -169,6 +190,15 @@ def cache_environment(site: Site, env: Mapping[str, str] | None = None) -> dict[
     """Variables that move every cache under scratch; those that the user has set keep their values."""
     env = os.environ if env is None else env
     return {name: env.get(name) or str(site.cache / sub) for name, sub in CACHE_VARIABLES.items()}
+
+
+def without_isolation(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without settings that would keep variables or folders out of the container (`slurm/node.sh` has the same list).
+
+    A site's or a user's profile may set `APPTAINER_CLEANENV`, `SINGULARITY_CONTAIN`, …: for other programs, not for a worker that
+    lives on the job's variables and on bound folders.
+    """
+    return {name: value for name, value in env.items() if name not in _ISOLATION}
 
 
 def hub_token(env: Mapping[str, str]) -> dict[str, str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from afina.errors import SiteError, nearest
 
 __all__ = [
     "KNOWN",
+    "UNWANTED_SBATCH",
     "declared_size",
     "existing_scratch",
     "gpu_request",
@@ -19,6 +21,7 @@ __all__ = [
     "path_test",
     "sbatch_extra",
     "sbatch_omit",
+    "sbatch_variables",
     "stage_folder",
     "usable_scratch",
 ]
@@ -43,6 +46,18 @@ _LEAST_FREE = 16_000_000
 
 #: Options of afina that AFINA_SBATCH_OMIT may leave out, because some clusters refuse them.
 _OMITTABLE = ("job-name", "ntasks-per-node", "cpus-per-task", "time", "mem", "requeue", "open-mode", "signal")
+
+#: Slurm's variables that would change what a submission is: an array, one that waits, without the signal or the environment.
+UNWANTED_SBATCH = (
+    "SBATCH_ARRAY_INX",
+    "SBATCH_EXPORT",
+    "SBATCH_GET_USER_ENV",
+    "SBATCH_NO_REQUEUE",
+    "SBATCH_OPEN_MODE",
+    "SBATCH_REQUEUE",
+    "SBATCH_SIGNAL",
+    "SBATCH_WAIT",
+)
 
 #: Options of sbatch that AFINA_SBATCH_EXTRA may not hold, and what to do instead.
 _RESERVED = {
@@ -94,7 +109,7 @@ def existing_scratch(value: str, file: Path | None) -> Path:
     if not path_test(path.is_dir):
         exists = path_test(path.exists)
         why = "is not a folder" if exists else "does not exist, or a folder above it is closed to you"
-        remedy = f"mkdir -p '{value}' (afina never creates it: the path may be mistyped), or {where}"
+        remedy = f"{shlex.join(['mkdir', '-p', value])} (afina never creates it: the path may be mistyped), or {where}"
         raise SiteError(f"AFINA_SCRATCH={value} {why}", remedy)
     return path
 
@@ -122,7 +137,7 @@ def image_file(value: str, file: Path | None) -> Path | None:
         remedy = "build it with container/build.sh, or correct AFINA_IMAGE" + (f" in {file}" if file else "")
         raise SiteError(f"AFINA_IMAGE={value}: no such image, or a folder above it is closed to you", remedy)
     if not os.access(path, os.R_OK):
-        remedy = f"chmod a+r '{value}', or copy it where you can read it"
+        remedy = f"{shlex.join(['chmod', 'a+r', value])}, or copy it where you can read it"
         raise SiteError(f"AFINA_IMAGE={value} cannot be read by you", remedy)
     if path.is_file():
         declared, size = declared_size(path), path.stat().st_size
@@ -194,6 +209,23 @@ def sbatch_extra(value: str) -> tuple[str, ...]:
         if name in _RESERVED:
             raise SiteError(f"AFINA_SBATCH_EXTRA: --{name} cannot be set by the site", _RESERVED[name])
     return lines
+
+
+def sbatch_variables(found: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
+    """The `SBATCH_*` for a submission. Those that would change what it is are refused in a site file, and not inherited."""
+    for name in UNWANTED_SBATCH:
+        if name in found and found[name] != inherited.get(name):
+            raise SiteError(
+                f"{name} cannot be set by the site",
+                "leave it out: afina sets this itself; AFINA_SBATCH_OMIT=requeue where requeueing is forbidden",
+            )
+    kept = {n: text for n, text in sorted(found.items()) if n.startswith("SBATCH_") and n not in UNWANTED_SBATCH}
+    for name, text in kept.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SiteError(f"{name} holds bytes that are not UTF-8", "write it in UTF-8, or unset it") from None
+    return kept
 
 
 def sbatch_omit(value: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from afina.recipe.time_limit import parse_seconds
-from afina.slurm.client import try_command
+from afina.slurm.client import of_cluster, try_command
 
 __all__ = ["JobUsage", "accounting_works", "job_usage", "parse_usage"]
 
@@ -59,7 +59,8 @@ def job_usage(job_ids: Sequence[str]) -> list[JobUsage] | None:
     """The use of these jobs, one value per start of a job; None without accounting."""
     if not job_ids:
         return None
-    what = [f"--format={','.join(_FIELDS)}", f"--jobs={','.join(job_ids)}"]
+    numbers = [of_cluster(job_id) for job_id in job_ids]
+    what = [f"--format={','.join(_FIELDS)}", f"--jobs={','.join(number for number, _ in numbers)}", *numbers[-1][1]]
     answer = try_command(["sacct", "--duplicates", "--noheader", "--parsable2", *what], timeout_s=120.0)
     if answer is None:
         return None

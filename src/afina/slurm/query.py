@@ -8,12 +8,12 @@ Not covered: jobs of other users.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from afina.errors import SlurmError
 from afina.recipe.time_limit import parse_seconds
-from afina.slurm.client import run_command, try_command
+from afina.slurm.client import of_cluster, run_command, try_command
 
 __all__ = ["Job", "JobState", "cancel", "query", "queue_answers"]
 
@@ -65,7 +65,7 @@ class Job:
         job_id: as in the query: `123`, or `123_4` for a task of an array.
         state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
         slurm_state: Slurm's own name of the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
-        reason: why it waits, in Slurm's word; `afina.slurm.reasons` explains it.
+        reason: why it waits, in Slurm's word; `afina.slurm.reasons` explains it. Of UNKNOWN: what squeue answered.
         time_left_s: seconds to its time limit.
         start: when it started, or when Slurm expects it to start, in seconds since the epoch.
         nodes: the nodes that it runs on, as Slurm abbreviates them.
@@ -84,22 +84,28 @@ def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -
     """The state of each job in Slurm.
 
     Args:
-        job_ids: `123`, or `123_4` for a task of an array. A task that runs can also be named by its own SLURM_JOB_ID.
+        job_ids: `123`, `123_4` for a task of an array, `123;gpu` on another cluster. A task that runs can also be named by its own
+            SLURM_JOB_ID.
         account: ask sacct how these ended; by default all. Without accounting their `slurm_state` stays empty.
     """
     if not job_ids:
         return {}
     # Times as seconds since the epoch: no time zone, no hour that comes twice.
     argv = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%L|%S|%N|%r"]
-    try:
-        answer = run_command(argv, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=_TIMEOUT_S)
-    except SlurmError:
-        return {job_id: Job(job_id, "UNKNOWN") for job_id in job_ids}
-    queued = _queued(answer)
-    missing = [job_id for job_id in job_ids if job_id not in queued]
-    ended = _final_states([j for j in missing if account is None or j in account])
-    gone = {job_id: Job(job_id, "GONE", ended.get(job_id, "")) for job_id in missing}
-    return {job_id: gone[job_id] if job_id in gone else queued[job_id] for job_id in job_ids}
+    jobs: dict[str, Job] = {}
+    for where, numbers in _by_cluster(job_ids).items():
+        try:
+            answer = run_command([*argv, *where], env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=_TIMEOUT_S)
+        except SlurmError as error:
+            jobs |= {job_id: Job(job_id, "UNKNOWN", reason=error.message) for job_id in numbers.values()}
+            continue
+        queued = _queued(answer)
+        missing = [number for number in numbers if number not in queued]
+        ended = _final_states([n for n in missing if account is None or numbers[n] in account], where)
+        for number, job_id in numbers.items():
+            known = queued.get(number) or Job(number, "GONE", ended.get(number, ""))
+            jobs[job_id] = replace(known, job_id=job_id if ";" in job_id else known.job_id)
+    return {job_id: jobs[job_id] for job_id in job_ids}
 
 
 def queue_answers() -> bool:
@@ -113,8 +119,17 @@ def cancel(*job_ids: str) -> None:
     Raises:
         SlurmError: Slurm refused.
     """
-    if job_ids:
-        run_command(["scancel", *job_ids])
+    for where, numbers in _by_cluster(job_ids).items():
+        run_command(["scancel", *where, *numbers])
+
+
+def _by_cluster(job_ids: Collection[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """Slurm's option for each cluster -> its jobs, by their numbers there."""
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    for job_id in job_ids:
+        number, where = of_cluster(job_id)
+        groups.setdefault(tuple(where), {})[number] = job_id
+    return groups
 
 
 def _queued(answer: str) -> dict[str, Job]:
@@ -140,10 +155,10 @@ def _queued(answer: str) -> dict[str, Job]:
     return jobs
 
 
-def _final_states(job_ids: Sequence[str]) -> dict[str, str]:
+def _final_states(job_ids: Sequence[str], where: Sequence[str] = ()) -> dict[str, str]:
     """How jobs ended according to sacct: COMPLETED, TIMEOUT, CANCELLED, …; empty without accounting."""
     ended: dict[str, str] = {}
-    argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State"]
+    argv = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,JobIDRaw,State", *where]
     for first in range(0, len(job_ids), _MAX_IDS):
         answer = try_command([*argv, f"--jobs={','.join(job_ids[first : first + _MAX_IDS])}"], timeout_s=_TIMEOUT_S)
         if answer is None:

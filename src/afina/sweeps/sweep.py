@@ -14,26 +14,24 @@ at least one), and pruning of bad trials.
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import api
-from afina.errors import ClaimedError, InputError
+from afina.errors import ClaimedError, InputError, SlurmError
 from afina.files import read_words
 from afina.recipe.schema import Recipe
-from afina.run.commands import host_environment
-from afina.run.directory import RunDir, is_run_dir
+from afina.run.commands import host_environment, sweep_argv
+from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.plan import Plan
 from afina.run.workers import ask_worker
-from afina.slurm.client import need_slurm
+from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
 from afina.slurm.limits import check_possible
-from afina.slurm.submit import submit_script
+from afina.slurm.submit import forget, recover, submitted
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
@@ -226,41 +224,52 @@ def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
 
 
 def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: Say) -> list[str]:
+    home = draft.home
+    if (recovered := recover(home.path)) is not None:
+        _record_array(home, record, recovered[0], **recovered[1])
+        forget(home.path)
     missing, counts = todo(replace(draft, record=record))
     busy = sum(counts.get(state, 0) for state in BUSY)
-    submitted: list[str] = []
-    for argv, first, tasks in arrays(draft, missing, busy):
+    arrays_of: list[str] = []
+    portions = list(arrays(draft, missing, busy))
+    while portions:
+        argv, first, tasks = portions.pop(0)
         plan = draft.plans[first + tasks[0]] if draft.plans else record.plan
-        with _uninterrupted():
-            job = submit_script(plan, argv)
-            undo.pop_all()
-            draft.home.append(job, first, tasks)
-            for task in tasks:
-                run = draft.home.run(record.cells[first + task].name)
-                if is_run_dir(run.path):
-                    run.append("submissions.jsonl", {"job_id": f"{job}_{task}", "via": "sbatch"})
-        submitted.append(job)
+        try:
+            with submitted(plan, argv, home.path, {"first": first, "tasks": tasks}) as job:
+                undo.pop_all()
+                _record_array(home, record, job, first, tasks)
+        except SlurmError as error:
+            if error.cause == AMBIGUOUS:
+                undo.pop_all()
+            if error.cause != SUBMIT_LIMIT or (len(tasks) == 1 and not arrays_of):
+                raise
+            if len(tasks) == 1:
+                left = 1 + sum(len(tasks) for _, _, tasks in portions)
+                say(f"{error.message}: {left} runs are left; repeat the command when some of your jobs have ended")
+                missing = missing[: len(missing) - left]
+                break
+            # As many as the limit lets in: the first half, then the rest.
+            at_once = next(word for word in argv if word.startswith("--array=")).partition("%")[2]
+            for part in (tasks[len(tasks) // 2 :], tasks[: len(tasks) // 2]):
+                again = sweep_argv(plan, home.path, part, first=first, at_once=int(at_once) if at_once else None)
+                portions.insert(0, (again, first, part))
+            continue
+        arrays_of.append(job)
     undo.pop_all()
     kept = f"{counts.get('FINISHED', 0)} finished, {busy} queued or running, " if draft.before else ""
-    which = f" as job array {', '.join(submitted)}" if submitted else ""
+    which = f" as job array {', '.join(arrays_of)}" if arrays_of else ""
     say(f"sweep {draft.home.path}: {len(draft.wanted)} runs: {kept}{len(missing)} submitted{which}")
-    return submitted
+    return arrays_of
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until a submission is recorded; only in the main thread, which alone gets signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if signals:
-        raise KeyboardInterrupt
+def _record_array(home: SweepDir, record: SweepRecord, job: str, first: int, tasks: list[int]) -> None:
+    """Record that array `job` was submitted, in the sweep and in its runs: its task n is cell `first + n`."""
+    home.append(job, first, tasks)
+    for task in tasks:
+        run = home.run(record.cells[first + task].name)
+        if is_run_dir(run.path):
+            run.append("submissions.jsonl", {"job_id": task_of(job, task), "via": "sbatch"})
 
 
 # -- running here ------------------------------------------------------------------------------------------------------

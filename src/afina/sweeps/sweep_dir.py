@@ -30,7 +30,7 @@ from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.files import encode_words, write_atomic
 from afina.frozen import FrozenModel
 from afina.recipe.schema import AS_RECORDED
-from afina.run.directory import RunDir, is_run_dir
+from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.sweeps.space import Space
@@ -50,7 +50,7 @@ __all__ = [
 #: What the jobs of a sweep run; every run directory gets a copy.
 SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
 #: What an interrupted `afina sweep` may leave in a sweep directory.
-_OURS = {".lock", "cells", "logs", "runs", "trial.argv", *SCRIPTS}
+_OURS = {".lock", "cells", "intent.json", "logs", "runs", "trial.argv", *SCRIPTS}
 
 
 class CellRecord(FrozenModel):
@@ -167,7 +167,7 @@ class SweepDir:
         jobs: dict[int, list[str]] = {}
         for line in RunDir(self.path).lines("submissions.jsonl"):
             for task in line.get("tasks", ()):
-                jobs.setdefault(line["first"] + task, []).append(f"{line['job_id']}_{task}")
+                jobs.setdefault(line["first"] + task, []).append(task_of(line["job_id"], task))
         return jobs
 
     @contextlib.contextmanager

@@ -52,9 +52,10 @@ def cancel_runs(paths: Sequence[Path]) -> list[Cancelled]:
     asked = {reading.path: _ask_to_stop(reading) for reading in readings}
     ids = {reading.path: reading.job_ids for reading in readings if not reading.result.finished}
     jobs = query(list(dict.fromkeys(job for job_ids in ids.values() for job in job_ids)), account=())
-    if any(job.state == "UNKNOWN" for job in jobs.values()):
+    if unknown := [job for job in jobs.values() if job.state == "UNKNOWN"]:
         raise SlurmError(
-            "Slurm does not answer: nothing was cancelled", "try again, or use scancel with the job's number"
+            f"Slurm does not answer: nothing was cancelled; {unknown[0].reason}",
+            "try again, or use scancel with the job's number",
         )
     live = {
         path: tuple(job for job in job_ids if jobs[job].state in ("PENDING", "RUNNING"))

@@ -175,7 +175,7 @@ def _state(reading: Reading, job: Job | None) -> tuple[State, str | None, str | 
     if job is not None and job.state == "UNKNOWN":
         if reading.liveness == "fresh":
             return "RUNNING", "Slurm does not answer; the run renewed its lease within the last minute", None
-        return "UNKNOWN", "Slurm does not answer", "try again later; the run itself is not affected"
+        return "UNKNOWN", f"Slurm does not answer: {job.reason}", "try again later; the run itself is not affected"
     return _state_when_gone(reading, job)
 
 
@@ -205,6 +205,8 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
         return "UNKNOWN", "its attempt is starting, or died before it began to train", logs
     if outcome:
         return ended, _first_line(outcome), again if ended == "STOPPED" else None
+    if (reading.path / "intent.json").exists():
+        return "UNKNOWN", "sbatch gave no answer when it was submitted", f"afina submit {path} looks for its job first"
     return "PLANNED", None, f"afina submit {path}"
 
 

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,15 @@ from typing import Any, Literal
 from afina.files import read_json
 from afina.processes import boot_id, start_time
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
+from afina.run.directory import job_ids_of
 from afina.schedule import Schedule
 
-__all__ = ["Liveness", "Reading", "RunResult", "job_ids_of", "read_result", "read_run"]
+__all__ = ["Liveness", "Reading", "RunResult", "read_result", "read_run"]
 
 #: Bytes read from the end of a log: some four hours of its once-a-minute lines.
 _TAIL = 65536
 #: A lease is renewed every ten seconds; a shared file system may show it a little later.
 _FRESH_S = 60.0
-#: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
-_ATTEMPT_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 
 Liveness = Literal["alive", "fresh", "dead", "silent"]
 
@@ -168,15 +167,6 @@ def read_run(path: Path) -> Reading:
         first_step=events.first_step,
         checkpoint=events.checkpoint,
     )
-
-
-def job_ids_of(submissions: Sequence[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
-    """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
-    submitted = [str(s["job_id"]) for s in submissions if s.get("job_id")]
-    if not submitted:
-        named = (match[1] for name in attempts if (match := _ATTEMPT_OF_A_JOB.fullmatch(name)))
-        submitted = sorted(named, key=lambda job: [int(number) for number in job.split("_")])
-    return tuple(dict.fromkeys(submitted))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,7 @@ def test_site_variables_are_not_repeated_as_options() -> None:
         "ntasks-per-node",
         "cpus-per-task",
         "time",
+        "export",
         "gpus-per-node",
     }
 

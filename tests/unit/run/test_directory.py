@@ -382,6 +382,8 @@ def test_a_failure_does_not_overwrite_what_the_attempt_said(plan: Plan, tmp_path
     run.begin_attempt("local-1")
     run.record(outcome(global_step=7))
     assert run.record_failure("local-1", Failure("TrainingError", "killed")).outcome == "finished"
+    assert run.record_failure("local-2", Failure("TrainingError", "a later attempt")).outcome == "finished"
+    run.record(outcome(outcome="stopped", exit_code=75))
     failed = run.record_failure("local-2", Failure("TrainingError", "it broke", "mend it"))
     assert (failed.outcome, failed.exit_code, failed.error) == ("failed", 4, "it broke\n  remedy: mend it")
     assert run.outcome() == failed

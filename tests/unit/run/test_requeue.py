@@ -88,8 +88,8 @@ def test_the_same_failure_twice_without_a_step_is_the_end(run: RunDir) -> None:
         attempt(run, name, began, committed)
         run.report_failure(name, "rank0", TrainingError(error, cause="RuntimeError").failure)
         finish_attempt(run, name, 4)
-        action, _, why = (run.attempts / name / "next").read_text().splitlines()
-        assert why
+        action, _, why, pause = (run.attempts / name / "next").read_text().splitlines()
+        assert why and pause == "0"
         return action
 
     assert fails("1.0", 0, 0, "RuntimeError: at address 0x12") == "requeue"

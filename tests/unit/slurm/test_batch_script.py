@@ -125,7 +125,9 @@ def test_a_run_directory_passes_through_unharmed(slurm_commands: Path, run: RunD
     assert argv[-2:] == run.worker_argv() == ["echo", str(run.path)]
     log = str(attempt / "node").replace("%", "%%") + "%n.log"
     assert argv[:-2] == [
+        "--export=ALL",
         "--nodes=2",
+        "--ntasks=2",
         "--ntasks-per-node=1",
         "--cpus-per-task=3",
         "--kill-on-bad-exit=1",

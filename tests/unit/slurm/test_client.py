@@ -41,8 +41,10 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
         file=tmp_path / "si te.env",
     )
     plan = run.plan().model_copy(update={"site": site})
-    assert submit_sbatch(plan, run) == "4711"
-    assert argv_file.read_bytes().split(b"\0")[:-1] == [os.fsencode(w) for w in sbatch_argv(plan, run.path)[1:]]
+    assert submit_sbatch(plan, run) == "4711;cluster one"
+    words = [os.fsdecode(word) for word in argv_file.read_bytes().split(b"\0")[:-1]]
+    comment = words.pop(1)
+    assert comment.startswith("--comment=two\nlines afina:") and words == sbatch_argv(plan, run.path)[1:]
     given = dict(e.split(b"=", 1) for e in env_file.read_bytes().split(b"\0") if b"=" in e)
     assert given[b"SBATCH_ACCOUNT"] == b"a b" and given[b"SBATCH_COMMENT"] == b"two\nlines"
     assert given[b"AFINA_SCRATCH"] == os.fsencode(site.scratch) and given[b"AFINA_IMAGE"] == os.fsencode(
@@ -50,7 +52,12 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
     )
     assert given[b"AFINA_SITE"] == os.fsencode(site.file or "")
     (record,) = run.lines("submissions.jsonl")
-    assert (record["job_id"], record["via"], record["argv"]) == ("4711", "sbatch", sbatch_argv(plan, run.path))
+    assert (record["job_id"], record["via"], record["argv"]) == (
+        "4711;cluster one",
+        "sbatch",
+        sbatch_argv(plan, run.path),
+    )
+    assert not (run.path / "intent.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,7 @@ def test_a_refused_submission_gives_slurms_words_and_a_remedy(
     with pytest.raises(SlurmError) as caught:
         submit_sbatch(run.plan(), run)
     assert refusal in caught.value.message and remedy in caught.value.remedy and caught.value.exit_code == 3
-    assert list(run.lines("submissions.jsonl")) == []
+    assert list(run.lines("submissions.jsonl")) == [] and not (run.path / "intent.json").exists()
 
 
 @pytest.mark.parametrize("body", ["exit 0\n", "echo\n", "echo 'Submitted nothing'\n"])
@@ -206,7 +213,7 @@ def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
 
 def test_no_squeue_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", no_slurm(tmp_path))
-    assert query(["1"]) == {"1": Job("1", "UNKNOWN")}
+    assert query(["1"]) == {"1": Job("1", "UNKNOWN", reason="squeue is not on PATH: no Slurm here")}
     with pytest.raises(SlurmError, match="sbatch is not on PATH: no Slurm here"):
         need_slurm()
 
