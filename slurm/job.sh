@@ -162,7 +162,8 @@ afina_step() {
 # Writes what `afina.run.requeue` writes: the outcome, the event, and `next`.
 afina_decide() { # ANSWER: what the worker's `finish` printed
   local folder=$run/attempts/$AFINA_ATTEMPT here=${SLURMD_NODENAME:-$HOSTNAME} image='' runtime='' cause=node bad='' excluded='' number=0
-  local name why message remedy action=requeue pause=0 failures=0
+  local name why message remedy action=requeue failures=0
+  local -a pauses=(0 60 300 900 1800)
   if [[ ${worker[0]-} == bash && ${worker[1]-} == */node.sh ]]; then image=${worker[2]} runtime=${worker[3]}; fi
   if [ -n "$image" ] && [ ! -r "$image" ] && [ -d "${image%/*}" ]; then
     cause=image message="$image is no longer there, or $here cannot read it (purged?)"
@@ -189,7 +190,6 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
     *,[0-4])
       excluded=$(tr ',' '\n' <<<"$excluded,$bad" | sed '/^$/d' | sort -u | tr '\n' ',')
       excluded=${excluded%,}
-      pause=$((failures == 0 ? 0 : 60 * 5 ** (failures - 1)))
       why="$bad cannot run this job: submitted again without $excluded"
       ;;
     *) action=end why="$((failures + 1)) attempts in a row could not start on their nodes ($excluded,$bad): it is not the nodes" ;;
@@ -202,7 +202,7 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
   fi
   printf '{"time": %s, "event": "attempt_ended", "attempt": "%s", "outcome": "failed", "cause": "%s", "failure": %s, "committed": 0, "next": "%s", "why": %s, "excluded": "%s"}\n' \
     "$(date +%s)" "$AFINA_ATTEMPT" "$cause" "$(afina_json "$cause: $message")" "$action" "$(afina_json "$why")" "$excluded" >>"$run/events.jsonl"
-  printf '%s\n%s\n%s\n%s\n' "$action" "$excluded" "${why//$'\n'/ }" "$pause" >"$folder/next"
+  printf '%s\n%s\n%s\n%s\n' "$action" "$excluded" "${why//$'\n'/ }" "${pauses[failures]}" >"$folder/next"
   echo "$code" >"$folder/exit"
   printf 'error: %s\n  remedy: %s\n' "$message" "$remedy" >&2
 }

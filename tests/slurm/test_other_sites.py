@@ -1,0 +1,350 @@
+"""Sites that differ from ours: bad nodes, hostile variables, lost answers, containers that do not start. Real jobs, no training.
+
+The worker is a script: a run takes seconds. What follows an attempt is decided by the host's afina, or by bash alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from projects import give_to_user
+from tests.unit.conftest import program
+
+from afina.errors import InputError, SlurmError
+from afina.recipe.schema import Recipe
+from afina.run.commands import job_scripts, sbatch_argv
+from afina.run.directory import RunDir
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
+from afina.slurm.client import AMBIGUOUS
+from afina.slurm.submit import check_not_queued, submit_sbatch
+
+#: `bash worker.sh COMMAND RUN …`. A node with a file `bad.NODE` in the run reports that it is broken; the others finish.
+WORKER = """
+folder="$2/attempts/$AFINA_ATTEMPT"
+case $1 in
+  launch)
+    env -0 >"$2/env.$AFINA_ATTEMPT.$SLURM_NODEID"
+    echo {} >"$folder/node$SLURM_NODEID.json"
+    if [ -e "$2/bad.$SLURMD_NODENAME" ]; then
+      printf '{"exit_code": 3, "failure": {"kind": "EnvironmentProblem", "message": "%s: no driver", "cause": "node", "nodes": ["%s"]}}' \
+        "$SLURMD_NODENAME" "$SLURMD_NODENAME" >"$folder/failed.node$SLURM_NODEID.json"
+      exit 3
+    fi
+    eval "${BODY:-:}"
+    echo '{"outcome": "finished", "exit_code": 0, "attempt": "'"$AFINA_ATTEMPT"'"}' >"$2/outcome.json"
+    echo 0 >"$folder/exit"
+    ;;
+  finish) exec "$PYTHON" -m afina.worker finish "$2" "$3" "$4" ;;
+esac
+"""
+
+
+class Project:
+    """A claimed run of the ordinary user, whose worker is `WORKER`."""
+
+    def __init__(self, cluster: Cluster, folder: Path, python: Path, site: dict[str, Any]) -> None:
+        self.cluster, self.folder = cluster, folder
+        (folder / "scratch/runs").mkdir(parents=True)
+        (folder / "worker.sh").write_text(WORKER)
+        (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
+        part = {"fraction": 0.5, "seed": 1}
+        data = {
+            "files": {"all": str(folder / "reviews.csv")},
+            "text": "text",
+            "label": "stars",
+            "train": part,
+            "eval": part,
+        }
+        resources = {"cpus_per_gpu": 1, "time": 5, "gpus_per_node": 0}
+        recipe = Recipe.model_validate({"name": "other", "model": "owner/model", "data": data, "resources": resources})
+        self.plan: Plan = make_plan(recipe, Site(scratch=folder / "scratch", **site))
+        self.env = {"AFINA_SCRATCH": str(folder / "scratch"), "AFINA_RUNTIME": "none", "PYTHON": str(python)}
+        self.claim(["bash", str(folder / "worker.sh"), "launch", "{run}"])
+
+    def claim(self, argv: list[str]) -> None:
+        shutil.rmtree(self.folder / "scratch/runs/it's 1", ignore_errors=True)
+        self.run = RunDir.claim(self.plan, {}, argv, "", self.folder / "scratch/runs/it's 1", scripts=job_scripts())
+        give_to_user(self.folder, self.cluster)
+
+    def submit(self, *options: str, **env: str) -> int:
+        argv = sbatch_argv(self.plan, self.run.path)
+        argv = [*argv[:2], *options, *argv[2:]]
+        given = {**self.env, **env}
+        return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
+
+    def jobs(self) -> list[int]:
+        return [int(line["job_id"]) for line in self.run.lines("submissions.jsonl")]
+
+    def next_job(self, known: int) -> int:
+        for _ in range(300):
+            if len(jobs := self.jobs()) > known:
+                return jobs[known]
+            time.sleep(0.1)
+        raise AssertionError(self.logs())
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob("slurm-*.out")))
+
+    def environment(self, job: int) -> dict[str, str]:
+        text = (self.run.path / f"env.{job}.0.0").read_text(errors="replace")
+        return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
+
+
+@pytest.fixture
+def project(cluster: Cluster, folder: Path, host: Path) -> Iterator[Callable[..., Project]]:
+    yield lambda **site: Project(cluster, folder, host / "python", site)
+    cluster.cancel_all()
+
+
+@pytest.fixture(scope="module")
+def three_nodes(cluster: Cluster) -> Iterator[None]:
+    cluster.restart(nodes=3)
+    yield
+    cluster.restart(nodes=2)
+
+
+@pytest.mark.timeout(180)
+def test_all_bad_nodes_are_left_out_after_a_growing_pause(
+    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+) -> None:
+    made = project()
+    for name in ("bad.n1", "bad.n2"):
+        (made.run.path / name).touch()
+    first = made.submit()
+    second = made.next_job(0)
+    assert cluster.wait(first) == "FAILED" and cluster.job(second)["ExcNodeList"] == "n1"
+    third = made.next_job(1)
+    about = cluster.job(third)
+    assert about["ExcNodeList"] == "n[1-2]" and about["JobState"] == "PENDING", about
+    assert about["Reason"] == "BeginTime", "the second bad node in a row: a pause"
+    cluster.root(["scontrol", "update", f"JobId={third}", "StartTime=now"])
+    assert cluster.wait(third) == "COMPLETED", made.logs()
+    assert len(made.jobs()) == 2 and made.run.outcome().outcome == "finished"  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(180)
+def test_what_fails_on_every_node_ends_and_the_sites_exclusion_stays(
+    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+) -> None:
+    extra = ("--exclude=n3",)
+    made = project(sbatch_extra=extra)
+    for name in ("bad.n1", "bad.n2"):
+        (made.run.path / name).touch()
+    first = made.submit(AFINA_SBATCH_EXTRA=extra[0])
+    second = made.next_job(0)
+    assert cluster.job(second)["ExcNodeList"] == "n[1,3]"
+    assert {cluster.wait(job) for job in (first, second)} == {"FAILED"}
+    assert "what fails on every node is not the node" in made.logs() and made.jobs() == [second]
+    assert "continue with: sbatch " in made.logs()
+
+
+@pytest.mark.timeout(180)
+def test_bash_decides_where_the_container_does_not_start(
+    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+) -> None:
+    made = project()
+    runtime, image = made.folder / "runtime", made.folder / "an image.sif"
+    image.write_text("no image")
+    program(
+        made.folder,
+        "runtime",
+        f'[ "$SLURMD_NODENAME" != n1 ] || {{ echo "FATAL: no \\"user\\" namespaces" >&2; exit 255; }}\nexec bash {made.folder}/worker.sh "$@"\n',
+    )
+    made.claim(["bash", "{run}/node.sh", str(image), str(runtime), "launch", "{run}"])
+    first = made.submit()
+    second = made.next_job(0)
+    assert cluster.wait(first) == "FAILED" and cluster.wait(second) == "COMPLETED", made.logs()
+    assert cluster.job(second)["ExcNodeList"] == "n1"
+    (ended,) = [e for e in made.run.lines("events.jsonl") if e["event"] == "attempt_ended"]
+    assert (ended["cause"], ended["next"], ended["excluded"]) == ("node", "requeue", "n1")
+    assert 'n1: FATAL: no "user" namespaces' in ended["failure"] and made.run.outcome().outcome == "finished"  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(120)
+def test_a_purged_image_is_named_and_not_tried_again(cluster: Cluster, project: Callable[..., Project]) -> None:
+    made = project()
+    image = made.folder / "an image.sif"
+    program(made.folder, "runtime", f'[ -r "{image}" ] || exit 255\nexec bash {made.folder}/worker.sh "$@"\n')
+    made.claim(["bash", "{run}/node.sh", str(image), str(made.folder / "runtime"), "launch", "{run}"])
+    job = made.submit()
+    assert cluster.wait(job) == "FAILED" and str(cluster.job(job)["ExitCode"]) == "3:0"
+    outcome = made.run.outcome()
+    assert outcome is not None and outcome.cause == "image" and made.jobs() == []
+    assert f"{image} is no longer there" in (outcome.error or "") and "afina submit" in (outcome.error or "")
+
+
+HOSTILE = {
+    "SBATCH_EXPORT": "NONE",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_CPU_BIND_TYPE": "mask_cpu:",
+    "SLURM_NTASKS": "7",
+    "SLURM_TIMELIMIT": "1",
+    "SLURM_STEP_NUM_NODES": "9",
+    "SLURM_EXACT": "1",
+    "SLURM_TASK_PROLOG": "/no/such/prolog",
+    "SLURM_STDOUTMODE": "/dev/null",
+    "SQUEUE_PARTITION": "urgent",
+    "SQUEUE_FORMAT": "%i",
+}
+
+
+@pytest.mark.timeout(120)
+def test_variables_of_a_surrounding_job_or_profile_do_not_reach_the_step(
+    cluster: Cluster, project: Callable[..., Project]
+) -> None:
+    made = project()
+    job = made.submit(**HOSTILE)
+    assert cluster.wait(job) == "COMPLETED", made.logs()
+    seen = made.environment(job)
+    assert {
+        name: value for name, value in HOSTILE.items() if name.startswith("SLURM") and seen.get(name) == value
+    } == {}
+    assert seen["SLURM_NTASKS"] == "1" and seen["AFINA_DEADLINE"], "squeue answered about this job"
+    assert seen["PYTHON"] == made.env["PYTHON"], "--export=ALL"
+
+
+@pytest.mark.timeout(120)
+def test_a_site_without_exports_and_a_step_without_variables(cluster: Cluster, project: Callable[..., Project]) -> None:
+    """As where a plugin of the site makes every job `--export=NONE`: the job's srun would pass nothing on."""
+    made = project()
+    site = made.folder / "scratch/site.env"
+    site.write_text("".join(f"{name}='{value}'\n" for name, value in made.env.items()))
+    argv = [*sbatch_argv(made.plan, made.run.path)]
+    argv[argv.index("--export=ALL")] = f"--export=AFINA_SITE={site}"
+    job = int(cluster.run_as_user(argv, cwd=made.folder, check=True).stdout)
+    assert cluster.wait(job) == "COMPLETED", made.logs()
+
+
+@pytest.mark.timeout(120)
+def test_the_step_has_the_allocations_cores(cluster: Cluster, project: Callable[..., Project]) -> None:
+    made = project(sbatch_omit=("cpus-per-task",), sbatch_extra=("--exclusive",))
+    job = made.submit()
+    assert cluster.wait(job) == "COMPLETED", made.logs()
+    assert made.environment(job)["SLURM_CPUS_PER_TASK"] == str(cluster.cpus)
+
+
+@pytest.mark.timeout(120)
+def test_a_site_file_may_read_variables_that_are_not_set(cluster: Cluster, project: Callable[..., Project]) -> None:
+    """As /etc/bashrc and Lmod do."""
+    made = project()
+    site = made.folder / "site.env"
+    site.write_text('[ -n "$BASHRCSOURCED" ] || NCCL_DEBUG=WARN$LMOD_VERSION\n')
+    job = made.submit(AFINA_SITE=str(site))
+    assert cluster.wait(job) == "COMPLETED" and made.environment(job)["NCCL_DEBUG"] == "WARN", made.logs()
+
+
+@pytest.mark.timeout(120)
+def test_a_new_job_keeps_what_its_owner_gave_to_sbatch(cluster: Cluster, project: Callable[..., Project]) -> None:
+    """Without a site file that says it again: a requeue is forbidden, and Slurm knows the options."""
+    cluster.restart(job_requeue=0)
+    try:
+        made = project(sbatch_omit=("requeue",))
+        once = f'[ -e "{made.folder}/once" ] || {{ touch "{made.folder}/once"; exit 137; }}'
+        first = made.submit("--nice=9", "--comment=two words, 'quoted'", "--exclude=n1", BODY=once)
+        second = made.next_job(0)
+        assert cluster.wait(second) == "COMPLETED", made.logs()
+        one, two = cluster.job(first), cluster.job(second)
+        assert two["Nice"] == "9" and one["ExcNodeList"] == two["ExcNodeList"] == "n1"
+        assert two["Comment"].startswith("two words, 'quoted' afina:"), two
+    finally:
+        cluster.restart(job_requeue=1)
+
+
+# -- submissions whose answer is lost ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(cluster: Cluster, project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A run that this process submits, with programs on PATH in front of Slurm's."""
+    made = project()
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    monkeypatch.setenv("PATH", f"{made.folder}/bin:/usr/bin:/bin")
+    monkeypatch.chdir(made.folder)
+    monkeypatch.setattr("afina.slurm.submit._PAUSES_S", (0.5,))
+    return made
+
+
+LOST = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
+
+
+@pytest.mark.timeout(120)
+def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: Project) -> None:
+    program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
+    job = submit_sbatch(here.plan, here.run)
+    queued = cluster.root(["squeue", "--noheader", "--name=other", "--format=%i"]).stdout.split()
+    assert [job] == queued == [str(j) for j in here.jobs()] and not (here.run.path / "intent.json").exists()
+
+
+@pytest.mark.timeout(120)
+def test_an_ambiguous_answer_keeps_the_run_and_no_second_job_is_queued(cluster: Cluster, here: Project) -> None:
+    program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
+    program(
+        here.folder / "bin", "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+    )
+    with pytest.raises(SlurmError, match="may be in the queue all the same") as caught:
+        submit_sbatch(here.plan, here.run)
+    assert caught.value.cause == AMBIGUOUS and "afina submit" in caught.value.remedy and here.jobs() == []
+    with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
+        check_not_queued(here.run)
+    (here.folder / "bin/squeue").unlink()
+    with pytest.raises(InputError, match="of this run is PENDING"):
+        check_not_queued(here.run)
+    assert len(here.jobs()) == 1 and not (here.run.path / "intent.json").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_lost_answer_without_a_job_is_settled_after_a_while(here: Project) -> None:
+    program(here.folder / "bin", "sbatch", LOST)
+    with pytest.raises(SlurmError):
+        submit_sbatch(here.plan, here.run)
+    with pytest.raises(SlurmError, match="its job may still come"):
+        check_not_queued(here.run)
+    intent = json.loads((here.run.path / "intent.json").read_text())
+    (here.run.path / "intent.json").write_text(json.dumps(intent | {"time": intent["time"] - 300}))
+    check_not_queued(here.run)
+    assert not (here.run.path / "intent.json").exists()
+
+
+# -- a prediction's array ----------------------------------------------------------------------------------------------
+
+PREDICT = """
+trap 'touch "$parts/part-00000$task.parquet"; exit 75' TERM
+task=${2%/*} parts=$(dirname "$0")
+echo "$task ${SLURM_RESTART_COUNT:-0}" >>"$parts/starts"
+[ -z "${SLURM_RESTART_COUNT:-}" ] || exit 0
+for ((i = 0; i < 600; i++)); do [ ! -e "$parts/go" ] || exit 0; sleep 0.1; done
+"""
+
+
+@pytest.mark.timeout(180)
+def test_one_task_of_a_prediction_is_requeued_alone(cluster: Cluster, folder: Path) -> None:
+    """The last task to begin has the array's own number: a requeue of that number would be all tasks."""
+    parts = folder / "parts"
+    parts.mkdir()
+    (parts / "worker.sh").write_text(PREDICT)
+    (parts / "worker.argv").write_bytes(b"".join(word.encode() + b"\0" for word in ("bash", str(parts / "worker.sh"))))
+    for name, path in job_scripts(("predict.sbatch", "job.sh", "node.sh")).items():
+        shutil.copy(path, parts / name)
+    give_to_user(folder, cluster)
+    array = cluster.sbatch(
+        "--array=0-1", "--time=5", "--output=log-%a", parts / "predict.sbatch", str(parts), "2", cwd=folder
+    )
+    starts = parts / "starts"
+    for _ in range(300):
+        if starts.exists() and len(starts.read_text().splitlines()) == 2:
+            break
+        time.sleep(0.1)
+    cluster.run_as_user(["scancel", "--batch", "--signal=USR1", f"{array}_1"], check=True)
+    assert cluster.wait(f"{array}_1", restarts=1) == "COMPLETED"
+    assert cluster.job(f"{array}_0")["JobState"] == "RUNNING", "its sibling works on"
+    (parts / "go").touch()
+    assert cluster.wait(f"{array}_0") == "COMPLETED"
+    assert sorted(starts.read_text().splitlines()) == ["0 0", "1 0", "1 1"]
