@@ -16,7 +16,7 @@ __all__ = ["ANSWERS", "PROCESSES", "main"]
 #: Commands that answer their caller, and the module whose `answer(arguments)` makes the answer; imported when it is needed.
 ANSWERS = {
     "prepare": "afina.worker.data.prepare",
-    "peek": "afina.worker.hub.peek",
+    "peek": "afina.worker.hub.datasets",
     "trial": "afina.worker.node.trial",
     "rehearse": "afina.worker.training.rehearse",
     "predict": "afina.worker.inference.stages",

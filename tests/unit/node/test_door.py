@@ -73,12 +73,12 @@ def wait_until(what: Any) -> None:
 
 
 def test_an_answer_and_what_is_reported_before_it() -> None:
-    heard: list[tuple[int, Any]] = []
+    received: list[tuple[int, Any]] = []
     questions = {"do": "it", "reports": 3}
-    answers = ask_workers([ARGV] * 2, [os.environ] * 2, questions, name="", on_progress=lambda *one: heard.append(one))
+    answers = ask_workers([ARGV] * 2, [os.environ] * 2, questions, name="", on_progress=lambda *one: received.append(one))
     assert answers == [{"done": "it"}] * 2
-    assert sorted((number, said["number"]) for number, said in heard) == [(k, n) for k in range(2) for n in range(3)]
-    assert [said["number"] for said in follow_worker(ARGV, os.environ, questions, name="")] == [0, 1, 2]
+    assert sorted((number, answer["number"]) for number, answer in received) == [(k, n) for k in range(2) for n in range(3)]
+    assert [answer["number"] for answer in follow_worker(ARGV, os.environ, questions, name="")] == [0, 1, 2]
 
 
 def test_a_failure_arrives_with_all_its_parts_and_without_secrets() -> None:
@@ -117,9 +117,9 @@ def test_the_others_are_ended_where_one_fails(tmp_path: Path) -> None:
 
 
 def test_a_worker_is_ended_where_its_caller_stops_listening(tmp_path: Path) -> None:
-    heard = follow_worker(ARGV, os.environ, {"do": "wait", "reports": 1, "pid": str(tmp_path / "pid")}, name="")
-    next(heard)
-    heard.close()
+    received = follow_worker(ARGV, os.environ, {"do": "wait", "reports": 1, "pid": str(tmp_path / "pid")}, name="")
+    next(received)
+    received.close()
     assert start_time(pid_in(tmp_path / "pid")) is None
 
 

@@ -4,7 +4,7 @@
         splits.json             which file is which split; size and SHA-256 of each
         <n>-<split>.parquet
 
-Published by rename. `datasets` is needed for the first fetch only, so its cache, whose names differ offline, does not matter.
+`python -m afina.worker peek` fetches one for `afina init`. Published by rename. `datasets` is needed for the first fetch only, so its cache, whose names differ offline, does not matter.
 
 Not covered: data sets that need a Python script (datasets 4 dropped them), images and sound.
 """
@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from afina.errors import HubError, InputError, RecipeError, nearest
 from afina.files import describe, difference, sync_file, write_atomic
@@ -25,9 +27,10 @@ from afina.publish import publish, staging
 from afina.recipe.schema import Data
 from afina.site.settings import Site
 from afina.worker.hub.errors_explained import hub_errors, refuse_long_waits, retry_resets
-from afina.worker.hub.pins import Pin, slug
+from afina.worker.hub.pins import Pin, pin, slug
+from afina.worker.reply import read_question
 
-__all__ = ["HubData", "fetch_data"]
+__all__ = ["HubData", "answer", "fetch_data"]
 
 Say = Callable[[str], None]
 
@@ -53,6 +56,22 @@ class HubData:
 
     def file(self, split: str) -> Path:
         return self.folder / self.splits[split]
+
+
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """The files of a data set, fetched whole to where `afina prefetch` finds them: {"files": {split: path}}.
+
+    The question is {"site": a site, "hub": id, "config": name or null, "revision": …}.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    question = read_question("a question about data")
+    site, hub = Site.model_validate(question["site"]), question["hub"]
+    data = Data(hub=hub, config=question.get("config"), text=("text",), label=("label",))
+    fetched = fetch_data(site, data, pin(site, "dataset", hub, question.get("revision"), say), say)
+    return {"files": {split: str(fetched.file(split)) for split in fetched.splits}}
 
 
 def fetch_data(site: Site, data: Data, pin: Pin, say: Say, *, digests: bool = False) -> HubData:

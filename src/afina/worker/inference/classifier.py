@@ -27,7 +27,7 @@ from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, 
 from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.prepared import Split
 from afina.worker.data.row_batches import is_blank
-from afina.worker.inference.export_info import export_info
+from afina.worker.inference.model_folder import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.pretrained import check_files, max_positions
 from afina.worker.startup import gc_paused

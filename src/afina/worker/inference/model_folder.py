@@ -2,7 +2,7 @@
 
     DIR/  config.json, model.safetensors     as the run's model/
           tokenizer …                        as the run's model/; its longest input is that of the training
-          afina.json                         text columns and longest input (`afina.worker.inference.export_info`)
+          afina.json                         text columns and longest input, for predictions with this folder
           README.md                          the model card (`afina.worker.inference.model_card`)
           onnx/model.onnx                    if asked for, and equal to PyTorch (`afina.worker.inference.onnx_export`)
 
@@ -23,7 +23,9 @@ from afina.run.directory import RunDir
 from afina.version import __version__
 from afina.worker.reply import read_question
 
-__all__ = ["answer", "export"]
+__all__ = ["answer", "export", "export_info"]
+
+_INFO = "afina.json"
 
 #: Files of a run's model folder that are not exported.
 _LEFT_OUT = ("README.md", "training_args.bin")
@@ -45,7 +47,6 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
     from dataclasses import replace
 
     from afina.files import sync_folder
-    from afina.worker.inference.export_info import FILE_NAME
     from afina.worker.inference.model_card import facts_of, model_card
     from afina.worker.model.pretrained import check_files
 
@@ -74,7 +75,7 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
             "text_columns": list(recipe.data.text),
             "max_length": recipe.tokens.max_length,
         }
-        (aside / FILE_NAME).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / _INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         difference = None
         if onnx:
@@ -86,6 +87,21 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
     sync_folder(final.parent)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     return {"out": str(final), "bytes": size, "parameters": facts.parameters, "onnx_difference": difference}
+
+
+def export_info(folder: Path) -> dict[str, Any]:
+    """`text_columns`, `max_length`, `task` of an exported folder; empty where it has no `afina.json`.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        info = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: {folder / _INFO} cannot be read: {error}", "export the model again") from None
+    return info if isinstance(info, dict) else {}
 
 
 def _limit_tokenizer(folder: Path, max_length: int) -> None:

@@ -167,7 +167,7 @@ def _check_head(folder: Path, config: dict[str, Any]) -> None:
 
 def _text_columns(job: Prediction) -> tuple[str, ...]:
     """The columns of texts: as asked for, else as in training, else `text`; as many as the model reads."""
-    from afina.worker.inference.export_info import export_info
+    from afina.worker.inference.model_folder import export_info
 
     trained = job.trained_columns or tuple(export_info(job.model).get("text_columns") or ())
     asked = job.text
