@@ -15,7 +15,7 @@ __all__ = ["ANSWERS", "PROCESSES", "main"]
 
 #: Commands that answer their caller, and the module whose `answer(arguments)` makes the answer; imported when it is needed.
 ANSWERS = {
-    "prepare": "afina.worker.data.prepare",
+    "prepare": "afina.worker.checks.model_check",
     "peek": "afina.worker.hub.datasets",
     "trial": "afina.worker.node.trial",
     "rehearse": "afina.worker.training.rehearse",

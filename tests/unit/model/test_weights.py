@@ -6,8 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import transformers
@@ -16,8 +14,8 @@ from tests.tiny import tiny_model
 
 from afina.errors import InputError
 from afina.recipe.load import parse_recipe
+from afina.worker.model.head import build_model
 from afina.worker.model.weights import check_weights, headers_digest
-from afina.worker.training.build import build_model
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,6 @@ def test_a_weight_that_is_nan_is_named(model: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(
         f"name: x\nmodel: '{folder}'\ndata: {{files: {{all: a.csv}}, text: text, label: stars}}\ntokens: {{max_length: 32}}\n"
     )
-    plan: Any = SimpleNamespace(recipe=recipe)
-    build_model(plan, str(model), "single-label", None, 3)
+    build_model(recipe, model, "single-label", None, 3)
     with pytest.raises(InputError, match=rf"{name} of .*broken holds NaN"):
-        build_model(plan, str(folder), "single-label", None, 3)
+        build_model(recipe, folder, "single-label", None, 3)

@@ -75,9 +75,13 @@ def wait_until(what: Any) -> None:
 def test_an_answer_and_what_is_reported_before_it() -> None:
     received: list[tuple[int, Any]] = []
     questions = {"do": "it", "reports": 3}
-    answers = ask_workers([ARGV] * 2, [os.environ] * 2, questions, name="", on_progress=lambda *one: received.append(one))
+    answers = ask_workers(
+        [ARGV] * 2, [os.environ] * 2, questions, name="", on_progress=lambda *one: received.append(one)
+    )
     assert answers == [{"done": "it"}] * 2
-    assert sorted((number, answer["number"]) for number, answer in received) == [(k, n) for k in range(2) for n in range(3)]
+    assert sorted((number, answer["number"]) for number, answer in received) == [
+        (k, n) for k in range(2) for n in range(3)
+    ]
     assert [answer["number"] for answer in follow_worker(ARGV, os.environ, questions, name="")] == [0, 1, 2]
 
 

@@ -221,11 +221,13 @@ class Collator:
 
     Attributes:
         pad_to: L, or None for the longest of the batch.
+        side: of the padding, see `afina.worker.model.padding`.
     """
 
     split: Split
     pad_token_id: int
     pad_to: int | None = None
+    side: Literal["left", "right"] = "right"
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
         real = [row if row >= 0 else ~row for row in rows]
@@ -235,11 +237,12 @@ class Collator:
         mask = np.zeros((len(rows), width), np.int64)
         types = np.zeros((len(rows), width), np.int64) if self.split.types is not None else None
         for i, (start, end) in enumerate(bounds):
-            ids[i, : end - start] = self.split.tokens[start:end]
-            mask[i, : end - start] = 1
+            place = slice(0, end - start) if self.side == "right" else slice(width - (end - start), width)
+            ids[i, place] = self.split.tokens[start:end]
+            mask[i, place] = 1
             if types is not None:
                 assert self.split.types is not None
-                types[i, : end - start] = self.split.types[start:end]
+                types[i, place] = self.split.types[start:end]
         batch = {"input_ids": ids, "attention_mask": mask}
         if types is not None:
             batch["token_type_ids"] = types

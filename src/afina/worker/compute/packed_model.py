@@ -23,15 +23,18 @@ from transformers import AutoConfig, TrainingArguments
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.worker.compute import attention
-from afina.worker.compute.batches import Batching
+from afina.worker.compute.batches import Batching, Collator, PackedCollator
 from afina.worker.compute.dropout import use_fast_dropout
 from afina.worker.compute.packing import Packing
+from afina.worker.data.prepared import Split
+from afina.worker.model.padding import padding_side, separate_rows
 
 __all__ = [
     "PROVEN",
     "Architecture",
     "enable_packing",
     "attention_dropout",
+    "collator",
     "checkpoints_activations",
     "configure",
     "why_not_packed",
@@ -166,6 +169,31 @@ def _give_mpnet_attention(encoder: Any, attend: Callable[..., Any], current: lis
         module.forward = partial(forward, module, module.forward)
 
 
+def collator(
+    model: Any,
+    split: Split,
+    batching: Batching,
+    pad_token_id: int,
+    *,
+    tokenizer_side: str = "right",
+    max_length: int | None = None,
+    device: str = "cpu",
+) -> Collator | PackedCollator:
+    """Makes batches of `split` for `model`, by `batching`.
+
+    Args:
+        pad_token_id, tokenizer_side: the tokenizer's padding.
+        max_length: the width of `padded` batches.
+        device: kind of device, for packed batches.
+    """
+    if batching != "packed":
+        pad_to = max_length if batching == "padded" else None
+        return Collator(split, pad_token_id, pad_to, padding_side(model, tokenizer_side))
+    offset = PROVEN[model.config.model_type].offset
+    first = model.base_model.embeddings.padding_idx if offset else pad_token_id
+    return PackedCollator(split, first, model.config.num_attention_heads, offset, device)
+
+
 def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
     """Changes to the configuration of the model in `folder` by `train.attention_dropout`.
 
@@ -208,6 +236,8 @@ def configure(model: Any, recipe: Recipe, arguments: TrainingArguments) -> tuple
             notes.append(f"batches are grouped by length, not packed: {unproven}")
     if unproven is None and (fast or batching == "packed"):
         enable_packing(model, attention.FAST if fast else attention.PLAIN)
+    if (apart := separate_rows(model)) is not None:
+        notes.append(apart)
     if batching != "padded":
         attention.disable_cudnn_sdpa(arguments.device)
     if recipe.train.attention_dropout is not None:

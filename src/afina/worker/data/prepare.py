@@ -43,10 +43,14 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
              "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")  # fmt: skip
 
 Say = Callable[[str], None]
+Check = Callable[[Plan, dict[str, Any], Say], list[str]]
 
 
-def answer(arguments: list[str]) -> dict[str, Any]:
+def answer(arguments: list[str], check: Check = lambda plan, result, say: []) -> dict[str, Any]:
     """Prepare the plan on standard input; returns what `prepare` returns.
+
+    Args:
+        check: called with what has been prepared; returns warnings.
 
     Raises:
         InputError, EnvironmentProblem: as `prepare`.
@@ -58,6 +62,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     try:
         with disk_errors(plan.site.scratch):
             result = prepare(plan)
+            result["warnings"] += check(plan, result, lambda line: print(line, file=sys.stderr))
     except (KeyboardInterrupt, Terminated):
         print("stopped: nothing unfinished is left; finished token shards are kept for the next time", file=sys.stderr)
         raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from afina.worker.data.labels import Labels
 from afina.worker.data.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
 from afina.worker.data.tables import DataSource, Examples
 from afina.worker.data.write_split import TEXTS, TokenStats, write_split
-from afina.worker.model.pretrained import load_tokenizer
+from afina.worker.model.pretrained import check_pad_token, load_tokenizer, vocabulary_size
 from afina.worker.progress import Progress
 
 __all__ = ["CheckedData", "Tokenising", "build", "shards_folder"]
@@ -87,8 +86,8 @@ def build(
     recipe = plan.recipe
     tokenizer = load_tokenizer(folder, recipe)
     _check_max_length(tokenizer, recipe.tokens.max_length, len(recipe.data.text))
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    size = size if isinstance(size, int) else None
+    size = vocabulary_size(folder)
+    check_pad_token(tokenizer, size)
     dtype = np.uint16 if max(len(tokenizer), size or 0) <= 1 << 16 else np.uint32
     tokenising = Tokenising(checked, recipe.data.text, Encoder(tokenizer, recipe.tokens.max_length), size, dtype)
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
@@ -134,6 +133,7 @@ def _about(plan: Plan, labels: Labels, tokenizer: Any, content: Mapping[str, Any
         "source": content["source"],
         "max_length": recipe.tokens.max_length,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        "padding_side": tokenizer.padding_side,
     }
 
 

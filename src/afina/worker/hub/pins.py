@@ -30,7 +30,7 @@ from afina.worker.hub.errors_explained import (
     retry_after,
     retry_resets,
 )
-from afina.worker.model.pretrained import training_files
+from afina.worker.model.pretrained import check_no_adapter, training_files
 
 __all__ = ["HubModel", "Pin", "fetch_model", "pin", "slug"]
 
@@ -100,6 +100,7 @@ def fetch_model(site: Site, recipe: Recipe, pin: Pin, say: Say) -> HubModel:
         HubError: no access, the transfer broke off, or no connection to the Hub.
         InputError: the repository has no weights.
     """
+    check_no_adapter(f"the repository {recipe.model}", pin.files)
     wanted = training_files(pin.files, recipe)
     if not wanted:
         raise InputError(

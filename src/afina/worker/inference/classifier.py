@@ -23,13 +23,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.worker.compute import attention, packed_model
-from afina.worker.compute.batches import TOKENS_PER_ROW, Collator, EvalBatches, PackedCollator
+from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches
 from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.prepared import Split
 from afina.worker.data.row_batches import is_blank
 from afina.worker.inference.model_folder import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
-from afina.worker.model.pretrained import check_files, max_positions
+from afina.worker.model.padding import separate_rows, set_pad_token
+from afina.worker.model.pretrained import check_files, give_pad_token, max_positions
 from afina.worker.startup import gc_paused
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
@@ -115,6 +116,7 @@ class Classifier:
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
         attention.disable_cudnn_sdpa(self.device)
+        separate_rows(self.model)
         if packed_model.why_not_packed(self.model) is None:
             packed_model.enable_packing(self.model, attention.PLAIN)
             self.batching = "packed"
@@ -207,14 +209,12 @@ class Classifier:
     def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
         if not len(split):  # a chunk of blank texts
             return
-        config, whole = self.model.config, self.batching == "packed"
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        collate: Collator | PackedCollator = Collator(split, pad)
-        if whole:
-            offset = packed_model.PROVEN[config.model_type].offset
-            first = self.model.base_model.embeddings.padding_idx if offset else pad
-            collate = PackedCollator(split, first, config.num_attention_heads, offset, self.device.type)
-        for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, self.max_tokens if whole else None):
+        side, max_tokens = self.tokenizer.padding_side, self.max_tokens if self.batching == "packed" else None
+        collate = packed_model.collator(
+            self.model, split, self.batching, pad, tokenizer_side=side, device=self.device.type
+        )
+        for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, max_tokens):
             inputs = collate(rows)
             inputs.pop("labels")
             yield (
@@ -250,10 +250,8 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             f"model: {folder} has no weights for {', '.join(missing[:3])}: it was not trained to classify",
             "train it first (`afina train RECIPE`), and give the run directory",
         )
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    give_pad_token(tokenizer)
+    set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     return tokenizer, model.to(device).eval()
 
 

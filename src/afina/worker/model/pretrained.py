@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,37 @@ from afina.files import FileRecord, describe, difference, read_json, sha256
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.check_cache import checked_once
-from afina.worker.model.weights import check_weights, headers_digest
+from afina.worker.model.weights import check_weights, headers_digest, tensor_types
 from afina.worker.startup import gc_paused, hide_packages
 
 __all__ = [
     "check_files",
     "check_model",
+    "check_no_adapter",
+    "check_pad_token",
+    "give_pad_token",
     "load_tokenizer",
     "max_positions",
     "record_model",
     "tokenizer_identity",
     "verify_model",
     "training_files",
+    "vocabulary_size",
 ]
 
-#: Tokenizer files; a folder needs at least one.
+#: Tokenizer files; a folder needs at least one, unless its tokenizer works without.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
     "vocab.json",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
     "tokenizer.model",
     "spm.model",
 )
+#: Tokenizers of bytes and characters have no files; AutoTokenizer finds them by these model types, or by their names.
+_WITHOUT_FILES = {"canine", "perceiver", "CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer"}
 #: Other files that change a tokenizer's output.
 _TOKENIZER_SETTINGS = (
     "tokenizer_config.json",
@@ -53,6 +61,9 @@ _TOKENIZER_SETTINGS = (
 )
 
 _SAVE_AGAIN = "download the model again, or save it with `save_pretrained`"
+_READ_CODE = (
+    "read that code, then set `trust_remote_code: true`, and for a model from the Hub `revision:` to its full commit"
+)
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 _SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
@@ -65,7 +76,8 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
         InputError: with the name of the bad file.
     """
     config = _read_config(folder, remedy)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    check_no_adapter(str(folder), {path.name for path in folder.iterdir()})
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not _works_without_files(folder, config):
         raise InputError(
             f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …)",
             "save the tokenizer into the same folder: tokenizer.save_pretrained(FOLDER)",
@@ -73,6 +85,27 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     for path in _weights(folder, remedy):
         _check_weight_file(path, remedy)
     return config
+
+
+def check_no_adapter(model: str, names: Collection[str]) -> None:
+    """Refuse a LoRA or another PEFT adapter among the files `names` of a model: it would be left out without a word.
+
+    Raises:
+        InputError: with the way to merge it.
+    """
+    if not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}.isdisjoint(names):
+        raise InputError(
+            f"model: {model} holds an adapter (adapter_config.json), whose weights would not be read",
+            "merge it into its base with peft, and give the new folder: "
+            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and save the tokenizer there "
+            "too; or take the adapter's files out of the folder to train the base alone",
+        )
+
+
+def _works_without_files(folder: Path, config: Mapping[str, Any]) -> bool:
+    settings = read_json(folder / "tokenizer_config.json")
+    kinds = {config.get("model_type"), config.get("tokenizer_class"), settings.get("tokenizer_class")}
+    return bool(kinds & _WITHOUT_FILES) or "auto_map" in settings
 
 
 def _read_config(folder: Path, remedy: str) -> dict[str, Any]:
@@ -109,8 +142,7 @@ def _weights(folder: Path, remedy: str) -> list[Path]:
 
 def _check_weight_file(path: Path, remedy: str) -> None:
     if path.suffix != ".safetensors":
-        if not path.stat().st_size:
-            raise InputError(f"model: {path} is empty", remedy)
+        _check_pickle(path, remedy)
         return
     from safetensors import SafetensorError, safe_open
 
@@ -122,6 +154,23 @@ def _check_weight_file(path: Path, remedy: str) -> None:
         raise InputError(
             f"model: {path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {error}", remedy
         ) from None
+
+
+def _check_pickle(path: Path, remedy: str) -> None:
+    """Refuse a file that torch.save has not written, or only a part of it: a zip archive (its directory is at the end), or a
+    pickle of torch before 1.6, whose end nothing tells.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not size:
+        raise InputError(f"model: {path} is empty", remedy)
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"model: {path} is a pointer of Git LFS, not the weights", "git lfs pull, in its repository")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise InputError(f"model: {path} ({size:,} bytes) is not a whole PyTorch file: its end is missing", remedy)
+    if not head.startswith((b"PK", b"\x80")):
+        raise InputError(f"model: {path} ({size:,} bytes) is not a file of PyTorch weights", remedy)
 
 
 def training_files(files: Iterable[str], recipe: Recipe) -> list[str]:
@@ -223,13 +272,14 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
 
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own_code = raw.get("auto_map") or {}
+    _check_not_quantized(folder, raw)
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
         if own_code and not recipe.trust_remote_code:
             raise InputError(
                 f"model: {recipe.model} needs Python code from its own repository",
-                "read that code, then set `trust_remote_code: true` and `revision:` to its full commit",
+                _READ_CODE,
             ) from None
         raise InputError(
             f"model: transformers {transformers.__version__} refuses {folder / 'config.json'}: {first_line(error)}",
@@ -246,7 +296,25 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
-    return check_weights(folder, config) if not own_code and any(folder.glob("*.safetensors")) else []
+    if own_code and recipe.trust_remote_code:
+        return []
+    unused = (
+        [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
+    )
+    return [*unused, *check_weights(folder, config)]
+
+
+def _check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    kinds = {tensor_type for path in folder.glob("*.safetensors") for tensor_type in tensor_types(path)}
+    method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else None
+    if method is None and any(kind.startswith(("F8", "F4", "F6")) for kind in kinds):
+        method = "8 bits or fewer"
+    if method is not None:
+        raise InputError(
+            f"model: {folder} is quantized ({method}): all of its weights are to be trained, in float32",
+            "take the model that it was made from; its page names it as the base model",
+        )
 
 
 def max_positions(config: Any) -> int | None:
@@ -271,10 +339,42 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
                 str(folder), trust_remote_code=recipe.trust_remote_code
             )
     except Exception as error:  # a broken file or third-party code may raise anything
+        if not recipe.trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
+            raise InputError(
+                f"model: the tokenizer of {recipe.model} needs Python code from its own repository", _READ_CODE
+            ) from None
         raise InputError(
             f"model: the tokenizer in {folder} cannot be loaded: {first_line(error)}",
             "save it again with tokenizer.save_pretrained(FOLDER)",
         ) from None
+    give_pad_token(tokenizer)
+    return tokenizer
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The rows of the model's embeddings by its configuration; None where that has no vocabulary (CANINE)."""
+    config = read_json(folder / "config.json")
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
+
+
+def check_pad_token(tokenizer: Any, size: int | None) -> None:
+    """Refuse a padding token beyond the embeddings: no text holds it, so only a batch in the job would meet it.
+
+    Raises:
+        InputError: with the way to resize.
+    """
+    pad = tokenizer.pad_token_id
+    if size is not None and pad is not None and pad >= size:
+        raise InputError(
+            f"model: the padding token {tokenizer.pad_token} is number {pad}, its config has vocab_size {size}: the tokenizer got "
+            "tokens that the model did not",
+            "model.resize_token_embeddings(len(tokenizer)) and save both again, or set tokenizer.pad_token to a token that "
+            "the model has, such as tokenizer.eos_token",
+        )
+
+
+def give_pad_token(tokenizer: Any) -> None:
+    """Pad with the end-of-text token where the tokenizer has no padding token."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer

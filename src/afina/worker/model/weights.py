@@ -1,17 +1,18 @@
 """Check that the names and shapes of stored weights fit the architecture: Transformers silently fills gaps with random numbers.
 
-Only the headers of safetensors files are read. Not covered: pickled weights, models with their own code.
+Only the headers of safetensors files are read, and the whole of pickled ones. Not covered: models with their own code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["check_weights", "headers_digest"]
+__all__ = ["check_weights", "headers_digest", "tensor_types"]
 
 _LARGEST_HEADER = 100_000_000
 _SHARE = 0.5
@@ -26,6 +27,13 @@ def headers_digest(folder: Path) -> str:
             size = int.from_bytes(file.read(8), "little")
             digest.update(f"{path.name}\0{size}\0".encode() + file.read(min(size, _LARGEST_HEADER)))
     return digest.hexdigest()
+
+
+def tensor_types(path: Path) -> set[str]:
+    """The data types in a safetensors file, as it names them: F32, BF16, F8_E4M3, …"""
+    with path.open("rb") as file:
+        header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEADER)))
+    return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def check_weights(folder: Path, config: Any) -> list[str]:

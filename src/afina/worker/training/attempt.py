@@ -47,6 +47,7 @@ class TrainingData:
         labels: their names, None for regression.
         num_labels: outputs of the model.
         loss: of training and evaluation, on the CPU.
+        pad_token_id, padding_side: of the tokenizer.
         metric_texts: what an evaluation computes, `best_metric` included, as the recipe writes it.
         metric_code: the modules of the user's own metrics, by name.
         best_metric: the name of the one that chooses the best checkpoint.
@@ -59,6 +60,7 @@ class TrainingData:
     num_labels: int
     loss: Loss
     pad_token_id: int
+    padding_side: str
     splits: Mapping[str, Split]
     metric_texts: Sequence[str]
     metric_code: Mapping[str, str]
@@ -99,6 +101,7 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         num_labels=manifest["num_labels"],
         loss=Loss.of(plan.recipe.train, task, weights),
         pad_token_id=manifest["pad_token_id"],
+        padding_side=manifest.get("padding_side", "right"),
         splits=splits,
         metric_texts=texts,
         metric_code=plan.metric_code,

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import TrainingArguments
 
-from afina.errors import InputError
 from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
@@ -27,7 +26,8 @@ from afina.worker.compute.batches import (
 )
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
-from afina.worker.model.tasks import TASKS
+from afina.worker.model.head import build_model
+from afina.worker.model.padding import set_pad_token
 from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.preflight import state_bytes
@@ -38,7 +38,6 @@ from afina.worker.training.log import say
 __all__ = [
     "build_arguments",
     "build_attempt",
-    "build_model",
     "collator",
     "eval_batch_size",
     "eval_batches",
@@ -93,33 +92,6 @@ def eval_batch_size(plan: Plan, geometry: Geometry) -> int:
     return plan.recipe.train.eval_batch_size or max(32, geometry.batch_per_device)
 
 
-def build_model(plan: Plan, folder: str, task: str, labels: list[str] | None, num_labels: int) -> Any:
-    """The pretrained model with a head for the task, in float32, with the label names in its config.
-
-    Raises:
-        InputError: a stored weight is not finite.
-    """
-    names = labels or [f"LABEL_{i}" for i in range(num_labels)]
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder,
-        num_labels=num_labels,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        problem_type=TASKS[task].problem_type,
-        dtype=torch.float32,  # the default takes the checkpoint's dtype: a bf16 one would train in pure bf16
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced
-        trust_remote_code=plan.recipe.trust_remote_code,
-        **packed_model.attention_dropout(plan.recipe, folder),
-    )
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.detach().sum()):
-            raise InputError(
-                f"model: {name} of {plan.recipe.model} holds NaN or infinity: its first loss would not be finite either",
-                "take the model from before it broke, or download it again",
-            )
-    return model
-
-
 def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: int) -> tuple[Batching, list[str]]:
     """Adapt model and process to the recipe's batching and dropout; returns the batching that the model can take, and notes for the log."""
     dropout.seed(plan.recipe.train.seed, arguments.process_index)
@@ -127,8 +99,7 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
     if arguments.device.type == "cpu":
         cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token_id
+    set_pad_token(model, pad_token_id)
     return batching, notes
 
 
@@ -147,11 +118,12 @@ def build_attempt(
     arguments = build_arguments(plan, geometry, run, data, choice)
     transformers.set_seed(plan.recipe.train.seed)
     with gc_paused():
-        model = build_model(plan, data.model_folder, data.task, data.labels, data.num_labels)
+        changes = packed_model.attention_dropout(plan.recipe, data.model_folder)
+        model, head = build_model(plan.recipe, data.model_folder, data.task, data.labels, data.num_labels, changes)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:
-        say(*notes)
+        say(head, *notes)
     parameters = model.num_parameters(exclude_embeddings=True)
     attempt = Attempt(
         run=run,
@@ -173,14 +145,15 @@ def build_attempt(
 
 def collator(attempt: Attempt, model: Any, split: Split) -> Collator | PackedCollator:
     """Makes batches of `split` for `model`."""
-    pad = attempt.data.pad_token_id
-    if attempt.batching == "packed":
-        config = model.config
-        offset = packed_model.PROVEN[config.model_type].offset
-        if offset:
-            pad = model.base_model.embeddings.padding_idx
-        return PackedCollator(split, pad, config.num_attention_heads, offset, attempt.device.type)
-    return Collator(split, pad, attempt.plan.recipe.tokens.max_length if attempt.batching == "padded" else None)
+    return packed_model.collator(
+        model,
+        split,
+        attempt.batching,
+        attempt.data.pad_token_id,
+        tokenizer_side=attempt.data.padding_side,
+        max_length=attempt.plan.recipe.tokens.max_length,
+        device=attempt.device.type,
+    )
 
 
 def train_loader(

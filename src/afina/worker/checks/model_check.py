@@ -1,0 +1,256 @@
+"""The prepare stage with a check of the model: `python -m afina.worker prepare`, see `afina.worker.data.prepare`.
+
+A few rows of the user's data go through the model twice, in float32 and without dropout: each alone through plain Transformers,
+and together as a run batches them (packed, grouped or padded). The logits must agree, and those of a classifier whose labels are
+the recipe's must be what it gives for the same label. What differs here would train on, or predict, something else without a
+word. One line says the result; it is kept under `<scratch>/pins/` and holds for the same model, batching and kind of rows.
+
+Not covered: GPUs, half precision, and models whose float32 weights take more than half of the free memory (the line says so).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from afina.errors import AfinaError, InputError, first_line
+from afina.recipe.schema import Recipe
+from afina.run.plan import Plan
+from afina.text import size_in_words
+from afina.worker.data import prepare
+from afina.worker.data.prepared import Split, digest_of, load_manifest, open_split
+from afina.worker.model.check_cache import checked_once
+from afina.worker.startup import gc_paused, hide_packages
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["answer", "check_model_on_rows"]
+
+#: Largest difference of a logit, as a share of the largest logit; and what float32 may differ by where all are tiny.
+_TOLERANCE = 1e-4
+_LEAST = 1e-6
+_ROWS = 8
+#: A larger model is checked on fewer rows: those of at most so many tokens times parameters together.
+_WORK = 1e12
+_REMEDY = "do not train it with this afina: its scores would not be those of the model; please report its architecture"
+
+Array = np.ndarray[Any, Any]
+
+
+def answer(arguments: list[str]) -> dict[str, Any]:
+    """As `afina.worker.data.prepare.answer`; raises InputError for a model that does not agree too."""
+    return prepare.answer(arguments, check_model_on_rows)
+
+
+def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[str], None]) -> list[str]:
+    """Print the line of the check, made now or before.
+
+    Raises:
+        InputError: the logits differ, or the model refuses the rows; with rows and reason.
+    """
+    folder = Path(result["prepared"])
+    manifest = load_manifest(folder)
+    split = open_split(folder, "train")
+    special = _special_tokens(folder)
+    about = [
+        digest_of(result["model_files"]),
+        plan.recipe.tokens.batching,
+        plan.recipe.train.compile,
+        plan.recipe.trust_remote_code,
+        [manifest[key] for key in ("task", "labels", "num_labels", "pad_token_id")],
+        _kind_of_rows(split, special),
+    ]
+
+    def compare() -> list[str]:
+        with hide_packages("datasets", "scipy"), gc_paused():
+            return [_compare(plan, result, manifest, split, special)]
+
+    for line in checked_once(plan.site.scratch / "pins", ["rows", *about], compare):
+        say(line)
+    return []
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _special_tokens(folder: Path) -> list[int]:
+    """Numbers of the tokenizer's special tokens, which texts may hold too."""
+    from transformers import AutoTokenizer
+
+    with hide_packages("datasets", "scipy"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+        except Exception:  # one with code of its own
+            return []
+    return sorted(set(tokenizer.all_special_ids))
+
+
+def _counts(split: Split, special: list[int]) -> Array:
+    """How often each special token occurs in each row, int64 (N, S)."""
+    found = [np.add.reduceat(np.asarray(split.tokens) == token, split.offsets[:-1]) for token in special]
+    return np.stack(found, -1).astype(np.int64) if found else np.zeros((len(split), 0), np.int64)
+
+
+def _kind_of_rows(split: Split, special: list[int]) -> list[Any]:
+    """What of the rows may matter to a model: the power of two above the longest, special tokens in texts, token types."""
+    counts = _counts(split, special)
+    varying = [token for token, column in zip(special, counts.T, strict=True) if column.min() < column.max()]
+    return [1 << int(split.lengths.max() - 1).bit_length(), varying, split.types is not None]
+
+
+def _choose(split: Split, special: list[int], parameters: int) -> list[int]:
+    """At most eight rows, longest first: rows with unusual special tokens, the longest and shortest, and some between."""
+    lengths, counts = split.lengths, _counts(split, special)
+    order = np.argsort(-lengths, kind="stable")
+    spread = [int(order[i * (len(order) - 1) // (_ROWS - 1)]) for i in range(_ROWS)]
+    odd = [int(column.argmax()) for column in counts.T if column.min() < column.max()]
+    rows = list(dict.fromkeys([*odd[:3], spread[0], spread[-1], *spread]))[:_ROWS]
+    while len(rows) > 2 and float(lengths[rows].sum()) * parameters > _WORK:
+        rows.pop()
+    return sorted(rows, key=lambda row: -int(lengths[row]))
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def _compare(
+    plan: Plan, result: Mapping[str, Any], manifest: Mapping[str, Any], split: Split, special: list[int]
+) -> str:
+    """The line; see `check_model_on_rows`."""
+    import torch
+    import transformers
+
+    from afina.worker.model.head import build_model
+
+    began = time.monotonic()
+    needed = 2 * sum(
+        record["size"] for name, record in result["model_files"].items() if name.endswith((".safetensors", ".bin"))
+    )
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        return (
+            f"model check: left out: it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here"
+        )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    recipe, folder = plan.recipe, result["model_folder"]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(recipe.train.seed)
+            model, head = build_model(recipe, folder, manifest["task"], manifest["labels"], manifest["num_labels"])
+            model.eval()
+            rows = _choose(split, special, model.num_parameters())
+            _check_embeddings(model, recipe.model, split, rows, manifest["pad_token_id"])
+            alone = _alone(model, split, rows)
+            by_name = _of_the_base(recipe, folder, manifest["labels"], head, split, rows[-1:])
+            way, together = _as_in_a_run(model, plan, manifest, split, rows)
+    except AfinaError:
+        raise
+    except Exception as error:  # whatever a model's code raises
+        raise InputError(
+            f"model: {recipe.model} refuses a batch of rows of train: {type(error).__name__}: {first_line(error)}",
+            "check that config.json, weights and tokenizer are those of one model, and that the tokenizer adds the special "
+            "tokens that it needs",
+        ) from error
+    largest = float(np.abs(together - alone).max())
+    _require(largest, alone, f"{len(rows)} rows of train, {way}, have other logits than each alone in transformers")
+    if by_name is not None:
+        _require(float(np.abs(by_name - alone[-1:]).max()), alone, "the head's rows are not those of the labels' names")
+    seconds = time.monotonic() - began
+    return (
+        f"model check: {len(rows)} rows {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
+        f"({seconds:.1f} s); {head}"
+    )
+
+
+def _require(difference: float, logits: Array, what: str) -> None:
+    allowed = max(_LEAST, _TOLERANCE * float(np.abs(logits).max()))
+    if not difference <= allowed:
+        raise InputError(f"model: {what}: they differ by {difference:.1e}, {allowed:.1e} is rounding", _REMEDY)
+
+
+def _check_embeddings(model: Any, name: str, split: Split, rows: list[int], pad: int) -> None:
+    embeddings = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None)
+    largest = max(pad, int(np.asarray(split.tokens).max()))
+    if size is not None and largest >= size:
+        raise InputError(
+            f"model: the tokenizer of {name} gives token {largest}, its embeddings have {size} rows",
+            "tokenizer and weights do not belong together: take both from one model, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and save both again",
+        )
+
+
+def _alone(model: Any, split: Split, rows: list[int]) -> Array:
+    """Logits of each row by itself, without padding, as the class of Transformers computes them."""
+    import torch
+
+    found = []
+    for row in rows:
+        place = slice(int(split.offsets[row]), int(split.offsets[row + 1]))
+        ids = torch.from_numpy(np.array(split.tokens[place], np.int64))[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if split.types is not None:
+            inputs["token_type_ids"] = torch.from_numpy(np.array(split.types[place], np.int64))[None]
+        found.append(_logits(model, inputs))
+    return np.concatenate(found)
+
+
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> Array:
+    logits: Array = model(**inputs)["logits"].float().numpy()
+    return logits
+
+
+def _as_in_a_run(
+    model: Any, plan: Plan, manifest: Mapping[str, Any], split: Split, rows: list[int]
+) -> tuple[str, Array]:
+    """The logits of the rows in one batch, as `afina.worker.training.build` makes it on a CPU; and how it was made."""
+    import torch
+
+    from afina.worker.compute import packed_model
+    from afina.worker.model.padding import set_pad_token
+
+    arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=plan.recipe.train.compile)
+    batching, notes = packed_model.configure(model, plan.recipe, arguments)
+    set_pad_token(model, manifest["pad_token_id"])
+    collate = packed_model.collator(
+        model,
+        split,
+        batching,
+        manifest["pad_token_id"],
+        tokenizer_side=manifest.get("padding_side", "right"),
+        max_length=plan.recipe.tokens.max_length,
+    )
+    inputs = collate(rows)
+    inputs.pop("labels")
+    way = {"packed": "packed", "padded": "padded"}.get(batching, "padded to the longest")
+    if any("run apart" in note for note in notes):
+        way = "of equal length together"
+    return way, _logits(model, inputs)
+
+
+def _of_the_base(
+    recipe: Recipe, folder: str, labels: list[str] | None, head: str, split: Split, rows: list[int]
+) -> Array | None:
+    """What the base itself says of `rows`, in the recipe's order of labels; None where it says nothing of these labels."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from afina.worker.model.head import base_labels, placeholders
+
+    had = base_labels(AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
+    if labels is None or head.startswith("head: new") or had == placeholders(len(had)):
+        return None
+    if set(had) != set(labels):
+        raise InputError(f"model: its head is for the labels {', '.join(had)}, not for the recipe's", _REMEDY)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
+    )
+    return _alone(base.eval(), split, rows)[:, [had.index(name) for name in labels]]
