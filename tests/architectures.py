@@ -20,7 +20,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bert": {},
     "big_bird": {"attention_type": "original_full"},
     "camembert": {},
-    "canine": {"num_hash_buckets": 64, "local_transformer_stride": 16, "max_position_embeddings": 1024},
+    "canine": {"num_hash_buckets": 256, "local_transformer_stride": 16, "max_position_embeddings": 1024},
     "convbert": {},
     "data2vec-text": {},
     "deberta": {"pooler_hidden_size": 32},
@@ -39,7 +39,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": 16},
     "modernbert": {},
     "mpnet": {},
-    "mra": {},
     "nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "roberta": {},
@@ -97,7 +96,9 @@ _SIZES = {
 }
 
 
-def architecture_folder(folder: Path, kind: str, num_labels: int | None = 3, side: str = "right", **changes: Any) -> Path:
+def architecture_folder(
+    folder: Path, kind: str, num_labels: int | None = 3, side: str = "right", **changes: Any
+) -> Path:
     """Write a classifier of `kind` and its tokenizer into `folder`; without `num_labels`, the body alone.
 
     Args:

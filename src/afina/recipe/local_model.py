@@ -6,14 +6,18 @@ Not covered: what these files hold; the worker examines that.
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from afina.errors import InputError, nearest
 from afina.recipe.data_files import check_utf8, find_paths
 
-__all__ = ["find_model_folder", "num_parameters"]
+__all__ = ["check_no_adapter", "find_model_folder", "num_parameters"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 def find_model_folder(model: str, base: Path) -> Path | None:
@@ -38,6 +42,7 @@ def find_model_folder(model: str, base: Path) -> Path | None:
                 nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
             )
         return None
+    check_no_adapter(str(path), os.listdir(path))
     if not (path / "config.json").is_file():
         raise InputError(
             f"model: {path} has no config.json: it is not a Transformers model folder",
@@ -49,6 +54,21 @@ def find_model_folder(model: str, base: Path) -> Path | None:
             "download the model again, or save it with `save_pretrained`",
         )
     return path
+
+
+def check_no_adapter(model: str, names: Iterable[str]) -> None:
+    """Refuse a LoRA or another PEFT adapter among the files `names` of a model: it would be left out without a word.
+
+    Raises:
+        InputError: with the way to merge it.
+    """
+    if any(name in _ADAPTER for name in names):
+        raise InputError(
+            f"model: {model} holds an adapter (adapter_config.json), whose weights would not be read",
+            "merge it into its base with peft, and give the new folder: "
+            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and save the tokenizer there "
+            "too; or take the adapter's files out of the folder to train the base alone",
+        )
 
 
 def num_parameters(model: Path) -> int | None:

@@ -20,6 +20,7 @@ from typing import Any
 from afina.errors import HubError, InputError
 from afina.files import FileRecord, describe, write_atomic
 from afina.processes import advisory_lock
+from afina.recipe.local_model import check_no_adapter
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
 from afina.worker.hub.errors_explained import (
@@ -30,7 +31,7 @@ from afina.worker.hub.errors_explained import (
     retry_after,
     retry_resets,
 )
-from afina.worker.model.pretrained import check_no_adapter, training_files
+from afina.worker.model.pretrained import training_files
 
 __all__ = ["HubModel", "Pin", "fetch_model", "pin", "slug"]
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError, RecipeError, SiteError, first_line
 from afina.files import FileRecord, describe, difference, read_json, sha256
+from afina.recipe.local_model import check_no_adapter
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.check_cache import checked_once
@@ -26,7 +28,6 @@ from afina.worker.startup import gc_paused, hide_packages
 __all__ = [
     "check_files",
     "check_model",
-    "check_no_adapter",
     "check_pad_token",
     "give_pad_token",
     "load_tokenizer",
@@ -75,8 +76,8 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     Raises:
         InputError: with the name of the bad file.
     """
+    check_no_adapter(str(folder), os.listdir(folder) if folder.is_dir() else [])
     config = _read_config(folder, remedy)
-    check_no_adapter(str(folder), {path.name for path in folder.iterdir()})
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not _works_without_files(folder, config):
         raise InputError(
             f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …)",
@@ -85,21 +86,6 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     for path in _weights(folder, remedy):
         _check_weight_file(path, remedy)
     return config
-
-
-def check_no_adapter(model: str, names: Collection[str]) -> None:
-    """Refuse a LoRA or another PEFT adapter among the files `names` of a model: it would be left out without a word.
-
-    Raises:
-        InputError: with the way to merge it.
-    """
-    if not {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}.isdisjoint(names):
-        raise InputError(
-            f"model: {model} holds an adapter (adapter_config.json), whose weights would not be read",
-            "merge it into its base with peft, and give the new folder: "
-            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and save the tokenizer there "
-            "too; or take the adapter's files out of the folder to train the base alone",
-        )
 
 
 def _works_without_files(folder: Path, config: Mapping[str, Any]) -> bool:

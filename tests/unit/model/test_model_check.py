@@ -1,0 +1,210 @@
+"""Foreign models in prefetch: what is accepted, what is refused and how, and what the model check finds by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tests import tiny
+from tests.architectures import architecture_folder
+
+from afina.errors import AfinaError
+from afina.recipe.schema import Recipe
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+from afina.worker.checks.model_check import check_model_on_rows
+from afina.worker.compute import packed_model
+from afina.worker.data import prepare as stage
+from afina.worker.model import head, padding
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Prefetch = Callable[..., list[str]]
+
+
+@pytest.fixture
+def prefetch(tmp_path: Path, site: Site) -> Prefetch:
+    """Prepare reviews (two hold an end-of-text token) for a model folder, in this process; returns the lines that it prints."""
+    rows = tiny.tiny_reviews(50, 4, stars=3)
+    for number in (3, 7):
+        rows[number]["text"] += " </s> good food"
+    tiny.write_csv(tmp_path / "d.csv", rows)
+
+    def run(model: Path, **recipe: Any) -> list[str]:
+        data = {"files": {"all": str(tmp_path / "d.csv")}, "text": "text", "label": "stars"}
+        spec = {"name": "t", "model": str(model), "data": data, "tokens": {"max_length": 64}, **recipe}
+        plan, lines = make_plan(Recipe.model_validate(spec), site), []
+        result = stage.prepare(plan, lines.append)
+        return [*lines, *result["warnings"], *check_model_on_rows(plan, result, lines.append), *lines]
+
+    return run
+
+
+def named(folder: Path, *names: str) -> Path:
+    """Give the outputs of the classifier in `folder` these names."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_line_is_printed_each_time_and_the_model_is_run_once(
+    prefetch: Prefetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = architecture_folder(tmp_path / "model", "bert", None)
+    line = next(line for line in prefetch(model) if line.startswith("model check: 8 rows packed"))
+    assert "largest difference of a logit" in line and line.endswith("head: new (the model comes without one)")
+    monkeypatch.setattr(head, "build_model", None)
+    assert line in prefetch(model)
+
+
+APART = "of equal length together"
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("xlnet", "padded to the longest"), ("bart", "padded to the longest"), ("fnet", APART), ("canine", APART), ("convbert", APART)],
+)  # fmt: skip
+def test_models_whose_rows_depend_on_their_batch_elsewhere(
+    prefetch: Prefetch, tmp_path: Path, kind: str, way: str
+) -> None:
+    assert any(f"rows {way} and each alone" in line for line in prefetch(architecture_folder(tmp_path / kind, kind)))
+
+
+def _own_head(*_: Any) -> str:
+    return "head: the model's own"
+
+
+BROKEN: dict[str, tuple[str, dict[str, Any], Any, str, Any, str]] = {
+    "left": ("xlnet", {}, packed_model, "padding_side", lambda *_: "right", "have other logits than each alone"),
+    "learned positions": ("gpt2", {}, packed_model, "padding_side", lambda *_: "left", "have other logits than each alone"),
+    "no mask": ("fnet", {}, packed_model, "separate_rows", lambda _: None, "have other logits than each alone"),
+    "convolution": ("convbert", {}, packed_model, "separate_rows", lambda _: None, "have other logits than each alone"),
+    "end in a text": ("bart", {}, packed_model, "separate_rows", lambda _: None, "must have the same number of <eos> tokens"),
+    "padding token": ("llama", {"pad_token_id": 5}, padding, "set_pad_token", lambda *_: None, "have other logits than each alone"),
+    "order": ("bert", {"names": ("3", "1", "2")}, head, "_fit_head", _own_head, "not those of the labels' names"),
+    "names": ("bert", {"names": ("a", "b", "c")}, head, "_fit_head", _own_head, "its head is for the labels a, b, c"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_check_finds_what_the_mends_prevent(
+    name: str, prefetch: Prefetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, changes, module, function, broken, message = BROKEN[name]
+    names = changes.pop("names", None) if (changes := dict(changes)) else None
+    folder = architecture_folder(tmp_path / "model", kind, **changes)
+    if names:
+        named(folder, *names)
+    monkeypatch.setattr(module, function, broken)
+    with pytest.raises(AfinaError, match=message):
+        prefetch(folder)
+    monkeypatch.undo()
+    assert any(line.startswith("model check: 8 rows") for line in prefetch(folder))
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "bart", "gpt2", "xlnet"])
+def test_rows_of_the_head_follow_their_labels(kind: str, tmp_path: Path) -> None:
+    folder = named(architecture_folder(tmp_path / "model", kind, 2), "bad", "good")
+    recipe = Recipe.model_validate(
+        {"name": "t", "model": str(folder), "data": {"files": {"all": "a.csv"}, "text": "t", "label": "l"}}
+    )
+    inputs = torch.tensor([[2, 9, 12, 30, 3]])
+
+    def logits(labels: list[str]) -> tuple[torch.Tensor, str]:
+        model, note = head.build_model(recipe, folder, "single-label", labels, len(labels))
+        assert [model.config.id2label[i] for i in range(len(labels))] == labels
+        with torch.inference_mode():
+            return model.eval()(input_ids=inputs).logits, note
+
+    same, note = logits(["bad", "good"])
+    assert note == "head: the model's own"
+    turned, note = logits(["good", "bad"])
+    assert torch.allclose(turned, same[:, [1, 0]], atol=1e-6) and "rows in the recipe's order" in note
+    other, note = logits(["good", "poor"])
+    assert not torch.allclose(other, same) and note.startswith("head: new; the model's own is not used: its labels are")
+    _, note = logits(["bad", "good", "fair"])
+    assert note == "head: new, for 3 labels (the model's was for 2)"
+    named(folder, "LABEL_0", "LABEL_1")
+    unnamed, note = logits(["bad", "good"])
+    assert not torch.allclose(unnamed, same) and "its labels have no names" in note
+    numbers, note = logits(["0", "1"])
+    assert torch.allclose(numbers, same) and note == "head: the model's own"
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _pickled(folder: Path, keep: float, **options: Any) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", **options)
+    (folder / "model.safetensors").unlink()
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: int(keep * len(whole))])
+
+
+def _adapter_only(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
+def _pointer(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+def _larger_tokenizer(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+
+
+def _own_tokenizer(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization.Mine", None]}, "tokenizer_class": "Mine"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name in ("tokenizer.json",):
+        (folder / name).unlink()
+
+
+REFUSED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
+    "adapter beside": ("bert", lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter", "merge_and_unload"),
+    "adapter only": ("bert", _adapter_only, "holds an adapter", "merge_and_unload"),
+    "4 bits": ("bert", lambda f: _config(f, quantization_config={"quant_method": "bitsandbytes"}), "is quantized .bitsandbytes.", "made from"),
+    "GPTQ": ("llama", lambda f: _config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized .gptq.", "made from"),
+    "cut": ("bert", lambda f: _pickled(f, 0.8), "is not a whole PyTorch file", "save_pretrained"),
+    "cut, old format": ("bert", lambda f: _pickled(f, 0.8, _use_new_zipfile_serialization=False), "cannot load", "download"),
+    "pointer": ("bert", _pointer, "pointer of Git LFS", "git lfs pull"),
+    "padding beyond": ("gpt2", _larger_tokenizer, r"padding token \[PAD\] is number 99", "resize_token_embeddings"),
+    "positions": ("bert", lambda f: _config(f, max_position_embeddings=16), "more than the 16 positions", "16 or less"),
+    "tokenizer's code": ("bert", _own_tokenizer, "tokenizer of .* needs Python code", "trust_remote_code: true"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch, tmp_path: Path) -> None:
+    kind, change, message, remedy = REFUSED[name]
+    folder = architecture_folder(tmp_path / "model", kind, None)
+    change(folder)
+    with pytest.raises(AfinaError, match=message) as refused:
+        prefetch(folder)
+    assert remedy in refused.value.remedy and refused.value.exit_code == 2
+
+
+def test_pickled_weights_are_as_good_and_needless_trust_is_a_warning(prefetch: Prefetch, tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path / "model", "bert", None)
+    _pickled(folder, 1)
+    lines = prefetch(folder, trust_remote_code=True)
+    assert any("trust_remote_code: " in line and "has no code of its own" in line for line in lines)
