@@ -6,7 +6,6 @@ Not covered: what these files hold; the worker examines that.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def find_model_folder(model: str, base: Path) -> Path | None:
                 nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
             )
         return None
-    check_no_adapter(str(path), os.listdir(path))
+    check_no_adapter(str(path), [entry.name for entry in path.iterdir()])
     if not (path / "config.json").is_file():
         raise InputError(
             f"model: {path} has no config.json: it is not a Transformers model folder",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -76,7 +75,7 @@ def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     Raises:
         InputError: with the name of the bad file.
     """
-    check_no_adapter(str(folder), os.listdir(folder) if folder.is_dir() else [])
+    check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
     config = _read_config(folder, remedy)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not _works_without_files(folder, config):
         raise InputError(
