@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,13 +65,12 @@ def train_a_step(folder: Path, out: Path) -> None:
     offsets = np.concatenate([[0], np.cumsum(encoded.lengths)])
     split = Split(encoded.tokens, offsets, np.arange(len(encoded.lengths)) % 3, encoded.types)
     model, _ = build_model(recipe, folder, "single-label", ["a", "b", "c"], 3)
-    arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=False)
-    batching, _ = packed_model.configure(model, recipe, arguments)
+    batching, _ = packed_model.configure(model, recipe, transformers.TrainingArguments(str(out), use_cpu=True))
     set_pad_token(model, tokenizer.pad_token_id)
     batch = packed_model.collator(
         model, split, batching, tokenizer.pad_token_id, tokenizer_side=tokenizer.padding_side
     )(np.argsort(-encoded.lengths, kind="stable").tolist())
-    labels = batch.pop("labels")
+    labels, _ = batch.pop("labels")
     model.train()
     torch.nn.functional.cross_entropy(model(**batch)["logits"], labels).backward()
     torch.optim.SGD(model.parameters(), lr=0.01).step()

@@ -10,6 +10,7 @@ Not covered: GPUs, half precision, and models whose float32 weights take more th
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
         digest_of(result["model_files"]),
         plan.recipe.tokens.batching,
         plan.recipe.train.compile,
+        [plan.recipe.train.arguments.get(name) for name in ("torch_compile", "neftune_noise_alpha")],
         plan.recipe.trust_remote_code,
         [manifest[key] for key in ("task", "labels", "num_labels", "pad_token_id")],
         _kind_of_rows(split, special),
@@ -224,11 +226,16 @@ def _as_in_a_run(
 ) -> tuple[str, Array]:
     """The logits of the rows in one batch, as `afina.worker.training.build` makes it on a CPU; and how it was made."""
     import torch
+    from transformers import TrainingArguments
 
     from afina.worker.compute import packed_model
     from afina.worker.model.padding import set_pad_token
 
-    arguments: Any = SimpleNamespace(device=torch.device("cpu"), torch_compile=plan.recipe.train.compile)
+    train = plan.recipe.train
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    given = {"torch_compile": train.compile, **train.arguments, "device": torch.device("cpu")}
+    # Not the class itself: it would set up accelerate's state in this process.
+    arguments: Any = SimpleNamespace(**{**defaults, **given})
     batching, notes = packed_model.configure(model, plan.recipe, arguments)
     set_pad_token(model, manifest["pad_token_id"])
     collate = packed_model.collator(
