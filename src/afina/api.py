@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,13 +102,20 @@ def on_this_machine(request: JobRequest) -> JobRequest:
 
 
 def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
-    """Continue a run here from its newest checkpoint. A finished one is returned as it is."""
+    """Continue a run here from its newest checkpoint. A finished one is returned as it is.
+
+    Raises:
+        InputError: it was moved, its checkpoints are gone, or its plan is for several nodes.
+    """
     run = Run(path)
     outcome = run.outcome
     if outcome is not None and outcome.outcome == "finished":
+        steps = f" its {outcome.global_step} steps" if outcome.global_step else ""
+        print(f"afina: nothing to do: this run has finished{steps}; {run.dir.how_to_train_on()}", file=sys.stderr)
         return run
     plan = run.dir.plan()
     run.dir.check_place()
+    run.dir.check_progress()
     check_image(plan.site)
     if num_processes is not None:
         check_cores(num_processes)
@@ -141,9 +149,11 @@ def submit_to_slurm(recipe: str | Path | Recipe, request: JobRequest) -> Run:
     if handle is not None:
         directory = handle.dir
         if handle.state in ("PENDING", "RUNNING", "FINISHED"):
-            raise InputError(f"{recipe}: this run is {handle.state}", "nothing to submit")
+            remedy = directory.how_to_train_on() if handle.state == "FINISHED" else "nothing to submit"
+            raise InputError(f"{recipe}: this run is {handle.state}", remedy)
         check_not_queued(directory)
         directory.check_place()
+        directory.check_progress()
         check_image(plan.site)
         check_possible(plan)
     else:

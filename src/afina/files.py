@@ -19,15 +19,18 @@ from afina.errors import EnvironmentProblem
 
 __all__ = [
     "FileRecord",
+    "append_line",
     "describe",
     "difference",
     "encode_words",
     "name_aside",
     "read_json",
     "read_words",
+    "seal_of",
     "sha256",
     "sync_file",
     "sync_folder",
+    "sync_tree",
     "write_atomic",
 ]
 
@@ -49,7 +52,7 @@ def name_aside(path: Path) -> Path:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write aside, fsync, replace: a reader sees the old file or the new one, never a part.
+    """Write aside, fsync, replace: a reader sees the old file or the new one, never a part, also after a power cut.
 
     Raises:
         EnvironmentProblem: no space, no quota, no permission; what was there is untouched.
@@ -62,12 +65,38 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise EnvironmentProblem(
             f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
         ) from error
+
+
+def append_line(path: Path, line: str) -> int:
+    """Append a line as a whole, for the only writer of a file; a torn last line is removed first. Returns the bytes of it.
+
+    Raises:
+        OSError: the line cannot be written; nothing of it stays.
+    """
+    raw = (line + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        size = end = os.fstat(descriptor).st_size
+        while end and os.pread(descriptor, 1, end - 1) != b"\n":
+            end -= 1
+        os.ftruncate(descriptor, end)
+        done = 0
+        try:
+            while done < len(raw):  # a disk that is full for a moment takes a part of the line
+                done += os.pwrite(descriptor, raw[done:], end + done)
+        except OSError:
+            os.ftruncate(descriptor, end)
+            raise
+    finally:
+        os.close(descriptor)
+    return size - end
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,6 +167,12 @@ def difference(folder: Path, files: Mapping[str, FileRecord], *, digests: bool =
     return None
 
 
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over a manifest itself, without its entry `sealed`, which holds it: an altered manifest counts as damage too."""
+    content = {key: value for key, value in manifest.items() if key != "sealed"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sync_file(path: Path) -> None:
     """Return when the file's content and size are on the disk (`fsync`); its name is the folder's.
 
@@ -154,6 +189,20 @@ def sync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Return when everything in a folder is on the disk: the content of all files, and their names.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            sync_file(path)
+    sync_folder(folder)
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from afina.files import sync_folder
+from afina.files import sync_folder, sync_tree
 from afina.processes import Heartbeat, Process
 
 __all__ = ["DAMAGED_S", "LITTER_S", "publish", "rename_new", "staging", "sweep"]
@@ -81,17 +81,19 @@ def publish(staging: Path, final: Path, is_whole: Callable[[Path], bool]) -> boo
 
 
 def rename_new(aside: Path, final: Path) -> bool:
-    """Rename folder `aside` to `final`; False if something is there already, and `aside` stays.
+    """Rename folder `aside` to `final`, and return when all of it is on the disk; False if something is there already, and `aside` stays.
 
     Raises:
-        OSError: the rename failed for another reason.
+        OSError: the rename failed for another reason, or the disk is full or broken.
     """
+    sync_tree(aside)
     try:
         aside.rename(final)
     except OSError:
         if not final.exists():
             raise
         return False
+    sync_folder(final.parent)
     return True
 
 

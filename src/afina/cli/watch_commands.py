@@ -1,4 +1,4 @@
-"""Commands that watch runs: status, list, logs; and cancel, which ends them."""
+"""Commands that watch runs: status, list, logs; cancel, which ends them; and prune, which makes finished ones smaller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -251,6 +251,49 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
         print(f"{name}: {one.message}")
 
 
+@click.command()
+@click.argument("runs", metavar="RUN|SWEEP|FOLDER...", nargs=-1, required=True)
+@click.option(
+    "--keep", type=click.Choice(["best", "none"]), default="best", show_default=True, help="The checkpoint that stays."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would go and what would stay; remove nothing.")
+def prune(runs: tuple[str, ...], keep: Literal["best", "none"], dry_run: bool) -> None:
+    """Remove the checkpoints of finished runs; `model/`, predictions and all records stay.
+
+    With --keep best, the checkpoint whose weights are in `model/` stays. Runs that have not finished are left alone:
+    they resume from their checkpoints.
+
+    \b
+    Examples:
+      afina prune yelp-1a2b3c4d-1 --dry-run
+      afina prune /scratch/me/sweeps/yelp --keep none
+    """
+    from afina.errors import InputError
+    from afina.run.directory import RunDir
+    from afina.run.prune import prune as prune_run
+    from afina.text import size_in_words
+    from afina.watch.find import find_runs, short_names
+
+    paths, freed, refused = find_runs(runs), 0, []
+    for path, name in zip(paths, short_names(paths), strict=True):
+        try:
+            done = prune_run(RunDir(path), keep, dry_run=dry_run)
+        except InputError as error:
+            refused.append(error)
+            print(f"{name}: left alone: {error.message.removeprefix(f'{path}: ')}")
+            continue
+        freed += sum(done.removed.values())
+        verb = "would remove" if dry_run else "removed"
+        gone = ", ".join(done.removed) or "nothing"
+        print(
+            f"{name}: {verb} {gone} ({size_in_words(sum(done.removed.values()))}); stays: {', '.join(['model/', *done.kept])}"
+        )
+    if len(refused) == len(paths):
+        raise refused[0]
+    if len(paths) > 1:
+        print(f"{size_in_words(freed)} in all")
+
+
 def _one(word: str) -> Path:
     """The one run of that name.
 
@@ -269,4 +312,4 @@ def _one(word: str) -> Path:
     return found[0]
 
 
-COMMANDS = (status, list_, logs, cancel)
+COMMANDS = (status, list_, logs, cancel, prune)

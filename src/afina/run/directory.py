@@ -80,6 +80,11 @@ class RunDir:
         here = Path(path)
         names = {p.name for p in here.iterdir()} if here.is_dir() else {here.name}
         if "attempts" in names and here.is_dir():
+            outcome = cls(here).outcome()
+            if outcome is not None and outcome.outcome == "finished":
+                raise ClaimedError(
+                    f"{here}: this run has finished", f"{cls(here).how_to_train_on()}, or choose another --run DIR"
+                )
             raise ClaimedError(
                 f"{here}: this run directory is already claimed",
                 f"continue it with `afina resume {shlex.quote(str(here))}`, or choose another --run DIR",
@@ -212,6 +217,35 @@ class RunDir:
             f"{self.path}: was begun as {begun}, and has been moved",
             f"move it back, or leave a link there: ln -s {shlex.quote(str(self.path))} {shlex.quote(str(begun))}",
         )
+
+    def how_to_train_on(self) -> str:
+        """How to train a finished run further: its plan and its schedule are over."""
+        model = shlex.quote(f"model={self.model}")
+        return f"to train further, start another run from its model: `afina train RECIPE --set {model}`"
+
+    def check_progress(self) -> None:
+        """A run never starts over by itself: refuse one that has made checkpoints and has none left.
+
+        Raises:
+            InputError: events, outcome or metrics record progress, and `checkpoints/` is empty.
+        """
+        if any(re.fullmatch(r"step-\d+", path.name) for path in self.checkpoints.glob("step-*")):
+            return
+        events = list(self.lines("events.jsonl"))
+        saved = [int(e["step"]) for e in events if e.get("event") == "checkpoint" and "step" in e]
+        outcome = self.outcome()
+        if outcome is not None and outcome.outcome != "failed" and outcome.global_step:
+            saved.append(outcome.global_step)
+        if not any(
+            e.get("event") == "training" for e in events
+        ):  # else an attempt that was killed before its first save
+            saved += [int(line["step"]) for line in self.metrics() if "step" in line]
+        if saved:
+            raise InputError(
+                f"{self.path}: has made {max(saved)} steps, and there is no checkpoint of them in {self.checkpoints}",
+                "restore its checkpoints from a backup, or start over on purpose, in another run: "
+                f"`afina rerun {shlex.quote(str(self.path))}`",
+            )
 
     def worker_argv(self) -> list[str]:
         return read_words(self.path / "worker.argv")

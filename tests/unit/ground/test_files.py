@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from afina.files import encode_words, name_aside, read_json, read_words
+from afina.files import append_line, encode_words, name_aside, read_json, read_words
 from afina.text import aligned, minutes_in_words, plural, seconds_in_words
 
 
@@ -36,3 +38,26 @@ def test_numbers_and_tables_in_words() -> None:
     assert minutes_in_words(4331) == "3 days 11 min"
     assert [plural(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
     assert aligned([["a", "bc", ""], ["def", "g", "h"]], right=[1]) == ["a    bc", "def   g  h"]
+
+
+def test_a_line_is_appended_as_a_whole_and_a_torn_one_is_removed(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    assert append_line(file, "one") == append_line(file, "two") == 0
+    with file.open("a") as torn:
+        torn.write('{"step": 3, "lo')
+    assert append_line(file, "four") == 15
+    assert file.read_text() == "one\ntwo\nfour\n"
+    file.write_text("torn")
+    assert append_line(file, "é") == 4 and file.read_text() == "é\n"
+
+
+def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path) -> None:
+    """A limit on the size of files cuts a write short, as a full disk does."""
+    code = (
+        "import resource, sys; from pathlib import Path; from afina.files import append_line\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); file = Path(sys.argv[1])\n"
+        "append_line(file, 'x' * 60); append_line(file, 'y' * 60)\n"
+    )
+    file = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    assert "File too large" in done.stderr and file.read_text() == "x" * 60 + "\n"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from afina.worker.survival.snapshot import copy_to_host, random_state, set_random_state
+from afina.errors import EnvironmentProblem
+from afina.worker.survival.snapshot import _explained, copy_to_host, random_state, set_random_state
 
 
 def test_a_copy_does_not_change_and_shares_memory_as_the_original_does() -> None:
@@ -38,3 +41,18 @@ def test_random_states_are_restored_from_a_file(tmp_path: Path) -> None:
             np.random.standard_normal(3).tolist(),
             torch.rand(3).tolist(),
         ) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"), "unexpected pos"),
+        (RuntimeError("Disk quota exceeded (os error 122)"), "quota exceeded"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_a_problem_of_the_disk(error: Exception, words: str) -> None:
+    found = _explained(error, Path("x"))
+    assert isinstance(found, EnvironmentProblem) and found.cause == "disk" and words in str(found)
+    assert _explained(ValueError("x"), Path("x")).args == ("x",)

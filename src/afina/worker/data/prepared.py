@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from afina.errors import SiteError
-from afina.files import describe, difference, sync_file, sync_folder
+from afina.files import describe, difference, seal_of, sync_tree
 
 __all__ = [
     "FORMAT",
@@ -118,7 +117,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else None
         raise SiteError(f"prepared data {path}: format {found}, this afina reads {FORMAT}", _REMEDY)
-    if value.get("sealed") != _seal_of(value):
+    if value.get("sealed") != seal_of(value):
         raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
     return value
 
@@ -148,22 +147,12 @@ def digest_of(content: Mapping[str, Any]) -> str:
 def seal(staging: Path, about: Mapping[str, Any]) -> None:
     """Flush every file in `staging` to disk and write the manifest: `about`, the format, and all files."""
     paths = sorted(p for p in staging.rglob("*") if p.is_file())
-    for path in paths:
-        sync_file(path)
     files = describe(staging, [path.relative_to(staging).as_posix() for path in paths])
     body = {"format": FORMAT, **about, "files": files}
     with (staging / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**body, "sealed": _seal_of(body)}, file, indent=1, ensure_ascii=False)
+        json.dump({**body, "sealed": seal_of(body)}, file, indent=1, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in {path.parent for path in paths} | {staging}:
-        sync_folder(folder)
-
-
-def _seal_of(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over the manifest itself: an altered manifest counts as damage too."""
-    return digest_of({key: value for key, value in manifest.items() if key != "sealed"})
+    sync_tree(staging)
 
 
 def is_whole(folder: Path) -> bool:

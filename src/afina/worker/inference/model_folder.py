@@ -46,7 +46,6 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
     """
     from dataclasses import replace
 
-    from afina.files import sync_folder
     from afina.worker.inference.model_card import facts_of, model_card
     from afina.worker.model.pretrained import check_files
 
@@ -84,7 +83,6 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
             raise InputError(f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    sync_folder(final.parent)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     return {"out": str(final), "bytes": size, "parameters": facts.parameters, "onnx_difference": difference}
 

@@ -93,7 +93,6 @@ class Parts:
                 )
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        sync_folder(final.parent)
         return cls(final)
 
     @property

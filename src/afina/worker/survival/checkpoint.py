@@ -1,8 +1,9 @@
 """A checkpoint exists when its manifest does.
 
-Everything is written into a staging folder; the manifest with the size and SHA-256 of every file comes last; all is
-flushed to the disk and the folder is renamed to `step-<n>`. A reader trusts nothing else: the newest folder whose files
-agree with their manifest wins, a damaged one is set aside under a name that says so.
+Everything is written into a staging folder; the manifest with the size and SHA-256 of every file, and its own, comes last; all is
+flushed to the disk and the folder is renamed to `step-<n>`. A reader trusts nothing else: the newest folder whose files agree with
+their manifest, and whose name, manifest and trainer state agree about the step, wins. A damaged one is set aside under a name that
+says so.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from afina.errors import EnvironmentProblem
 
 __all__ = ["commit", "complete_steps", "damage", "manifest", "newest", "rotate", "stage"]
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _STATE = "manifest.json", "trainer_state.json"
 _STEP = re.compile(r"step-(\d+)")
+
+#: Format 1, of afina before 0.2, has no seal.
+_FORMAT, _UNSEALED = 2, 1
+
+#: Files that every checkpoint has, besides the weights.
+_NEEDED = (_STATE, "progress.json", "ranks.pt", "optimizer.pt", "scheduler.pt")
 
 
 def stage(folder: Path, step: int) -> Path:
@@ -37,13 +44,11 @@ def commit(staging: Path, step: int, about: Mapping[str, Any]) -> Path:
     Args:
         about: world size, geometry, versions, …; kept in the manifest.
     """
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-        disk.sync_file(path)
-        files[str(path.relative_to(staging))] = {"size": path.stat().st_size, "sha256": disk.sha256(path)}
-    (staging / _MANIFEST).write_text(
-        json.dumps({"format": 1, "step": step, **about, "files": files}, indent=1), encoding="utf-8"
-    )
+    names = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
+    disk.sync_tree(staging)
+    content = {"format": _FORMAT, "step": step, **about, "files": disk.describe(staging, names)}
+    text = json.dumps({**content, "sealed": disk.seal_of(content)}, indent=1)
+    (staging / _MANIFEST).write_text(text, encoding="utf-8")
     disk.sync_file(staging / _MANIFEST)
     disk.sync_folder(staging)
     final = staging.parent / f"step-{step}"
@@ -58,20 +63,43 @@ def commit(staging: Path, step: int, about: Mapping[str, Any]) -> Path:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    value = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-    assert isinstance(value, dict)
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another step than the folder's name.
+    """
+    try:
+        value = json.loads((checkpoint / _MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError("no manifest") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"manifest cannot be read: {error}") from None
+    if not isinstance(value, dict) or value.get("format") not in (_FORMAT, _UNSEALED):
+        raise ValueError("manifest is not one of a checkpoint")
+    if value["format"] != _UNSEALED and value.get("sealed") != disk.seal_of(value):
+        raise ValueError("manifest differs from what was written")
+    files = value.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(r, dict) and {"size", "sha256"} <= set(r) for r in files.values()
+    ):
+        raise ValueError("manifest lists no files")
+    if missing := [name for name in _NEEDED if name not in files]:
+        raise ValueError(f"manifest lists no {missing[0]}")
+    if checkpoint.name != f"step-{value.get('step')}":
+        raise ValueError(f"manifest is of step {value.get('step')}")
     return value
 
 
 def damage(checkpoint: Path) -> str | None:
-    """The damage of a checkpoint in words, or None if every file agrees with the manifest."""
+    """The damage of a checkpoint in words, or None if manifest, files, folder name and trainer state agree."""
     try:
-        files = manifest(checkpoint)["files"]
-    except FileNotFoundError:
-        return "no manifest"
-    except (OSError, ValueError, KeyError, AssertionError) as error:
-        return f"manifest cannot be read: {error}"
-    return disk.difference(checkpoint, files)
+        record = manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
+    if wrong := disk.difference(checkpoint, record["files"]):
+        return wrong
+    step = disk.read_json(checkpoint / _STATE).get("global_step")
+    return None if step == record["step"] else f"{_STATE} is of step {step}"
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -15,6 +15,7 @@ optimizer. Not measured: GPUs.
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from afina import files
-from afina.errors import EnvironmentProblem
+from afina.errors import EnvironmentProblem, first_line
 from afina.worker.compute import dropout
 from afina.worker.survival import checkpoint as checkpoints
 
@@ -47,6 +48,16 @@ __all__ = [
 
 PROGRESS = "progress.json"
 RANKS = "ranks.pt"
+
+#: Errors of the system when a file is written.
+_DISK_ERRORS = {
+    errno.ENOSPC: "No space left",
+    errno.EDQUOT: "quota exceeded",
+    errno.EIO: "Input/output error",
+    errno.EFBIG: "File too large",
+}
+#: torch's words for a write that came to nothing; it does not keep the system's error (torch 2.13).
+_TORCH_CANNOT_WRITE = ("unexpected pos", "pytorchstreamwriter failed")
 
 
 @dataclass(frozen=True)
@@ -146,13 +157,15 @@ class Saver:
 def _explained(error: BaseException, folder: Path) -> BaseException:
     # torch and safetensors wrap the system's error in one of their own.
     text = str(error).lower()
-    for number, words in ((28, "No space left"), (122, "quota exceeded"), (5, "Input/output error")):
+    room = "free space or quota there (`df`, `quota`), then `afina resume`: the previous checkpoint is untouched"
+    for number, words in _DISK_ERRORS.items():
         if getattr(error, "errno", None) == number or words.lower() in text:
-            return EnvironmentProblem(
-                f"{folder}: a checkpoint cannot be written: {words}",
-                "free space or quota there (`df`, `quota`), then `afina resume`: the previous checkpoint is untouched",
-                cause="disk",
-            )
+            remedy = room
+            if number == errno.EFBIG:
+                remedy = "raise the limit on the size of files (`ulimit -f unlimited`), then `afina resume`"
+            return EnvironmentProblem(f"{folder}: a checkpoint cannot be written: {words}", remedy, cause="disk")
+    if any(words in text for words in _TORCH_CANNOT_WRITE):
+        return EnvironmentProblem(f"{folder}: a checkpoint cannot be written: {first_line(error)}", room, cause="disk")
     return error
 
 

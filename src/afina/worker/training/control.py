@@ -18,9 +18,11 @@ import torch
 from transformers import TrainerCallback
 
 from afina.errors import ClaimedError, TrainingError
+from afina.files import append_line
 from afina.worker.compute import ranks
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training.attempt import Attempt
+from afina.worker.training.log import say
 
 __all__ = ["StepControl", "truncate"]
 
@@ -28,12 +30,19 @@ __all__ = ["StepControl", "truncate"]
 class StepControl(TrainerCallback):  # type: ignore[misc]
     """Decides when to log, evaluate, save and stop. Replaces Trainer's DefaultFlowCallback."""
 
-    def __init__(self, attempt: Attempt, resume: Callable[[Path], None], loss: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        attempt: Attempt,
+        resume: Callable[[Path], None],
+        loss: Callable[[], torch.Tensor],
+        count_loss: Callable[[int], None],
+    ) -> None:
         """Args:
         resume: restores from a checkpoint what Trainer does not.
         loss: the sum of this rank's losses since the last log line.
+        count_loss: counts the loss of the step that has just ended.
         """
-        self.attempt, self.resume, self.loss = attempt, resume, loss
+        self.attempt, self.resume, self.loss, self.count_loss = attempt, resume, loss, count_loss
         self.train = attempt.plan.recipe.train
         self.first_step = 1
         self.learning_rate = 0.0
@@ -74,6 +83,7 @@ class StepControl(TrainerCallback):  # type: ignore[misc]
         attempt.meter.enter("other")  # on a GPU only now: `isfinite` has waited for the step
         if broken:
             raise _broken_loss(attempt, step, self.learning_rate)
+        self.count_loss(step)
         last = step >= state.max_steps
         control.should_log = step % train.log_every == 0 or last or (step == 1 and args.logging_first_step)
         if cause and not last:
@@ -109,9 +119,9 @@ class StepControl(TrainerCallback):  # type: ignore[misc]
             return
         kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second", "_preparation_time"))}
         kept.pop("epoch", None)
-        line = json.dumps({"step": state.global_step, "epoch": round(state.epoch, 6), **kept}) + "\n"
-        with self.attempt.run.metrics_file.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        log = self.attempt.run.metrics_file
+        if torn := append_line(log, json.dumps({"step": state.global_step, "epoch": round(state.epoch, 6), **kept})):
+            say(f"WARNING: {log}: its last line was torn ({torn} bytes), and has been removed")
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The end of the step has decided everything.

@@ -44,7 +44,7 @@ def introduction(plan: Plan, geometry: Geometry, task: str, rows: dict[str, int]
 
 
 def metrics_table(run: RunDir, metric_names: list[str]) -> str:
-    """The table of the Transformers tutorial: one line per evaluation, with the last training loss logged before it."""
+    """The table of the Transformers tutorial: one line per evaluation, with the mean training loss since the one before."""
     logged = list(run.metrics())
     scalar = [m for m in metric_names if any(isinstance(line.get(f"eval_{m}"), float) for line in logged)]
     head = ["epoch", "training loss", "validation loss", *scalar]
@@ -54,7 +54,11 @@ def metrics_table(run: RunDir, metric_names: list[str]) -> str:
         loss = line.get("loss", loss)
         if "eval_loss" in line:
             values = [line.get(f"eval_{name}") for name in scalar]
-            cells = [loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
+            cells = [
+                line.get("training_loss", loss),
+                line["eval_loss"],
+                *(v if isinstance(v, float) else None for v in values),
+            ]
             rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
     lines = aligned([head, *rows], right=range(len(head)))
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])

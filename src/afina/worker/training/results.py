@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from afina.files import sync_file, sync_folder, sync_tree
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.model.outputs import label_lists, prediction_columns
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
+from afina.worker.training.quality_checks import check_loss_curve, check_predictions
 from afina.worker.training.trainer import RunTrainer
 
 __all__ = ["Results", "export_results"]
@@ -27,10 +29,17 @@ _ROWS = 65_536
 
 @dataclass(frozen=True)
 class Results:
-    """The step whose weights are in `model/` (0: none), and the metrics of that model, which only rank 0 has."""
+    """The results of a run; metrics and warnings are on rank 0 only.
+
+    Attributes:
+        model_step: whose weights are in `model/`; 0: there is no model.
+        metrics: of that model.
+        warnings: see `afina.worker.training.quality_checks`.
+    """
 
     model_step: int
     metrics: dict[str, Any]
+    warnings: list[str]
 
 
 def export_results(trainer: RunTrainer) -> Results:
@@ -48,6 +57,9 @@ def export_results(trainer: RunTrainer) -> Results:
     if model_step != step:
         trainer.load_weights(run.checkpoints / f"step-{model_step}")
     metrics: dict[str, Any] = {}
+    warnings: list[str] = []
+    if attempt.rank == 0:
+        warnings += check_loss_curve(data.loss, data.splits["train"], run.metrics())
     if "eval" in data.splits:
         if trainer.evaluated_step != model_step:
             trainer.evaluation_loop(trainer.get_eval_dataloader(), "Prediction")
@@ -56,6 +68,9 @@ def export_results(trainer: RunTrainer) -> Results:
             labels = np.asarray(split.labels)
             values = scores(data.loss, data.metric_texts, trainer.logits, labels, split.weights, data.metric_code)
             metrics |= {f"eval_{name}": value for name, value in values.items()}
+            warnings += check_predictions(data.loss, data.labels, data.best_metric, trainer.logits, labels, values)
+            if attempt.keeps_best and best is None:
+                warnings.append(f"eval_{data.best_metric} was never defined: `model/` has the weights of the last step")
             _write_predictions(data, "eval", trainer.logits, run.predictions)
     if "test" in data.splits:
         rows = trainer.get_eval_dataloader(Rows(data.splits["test"]))
@@ -67,7 +82,7 @@ def export_results(trainer: RunTrainer) -> Results:
         _export_model(trainer)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
-    return Results(model_step, metrics)
+    return Results(model_step, metrics, warnings)
 
 
 def _export_model(trainer: RunTrainer) -> None:
@@ -77,9 +92,11 @@ def _export_model(trainer: RunTrainer) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     trainer.model.save_pretrained(staging)
     trainer.processing_class.save_pretrained(staging)
+    sync_tree(staging)
     if run.model.exists():
         run.model.rename(old)
     staging.rename(run.model)
+    sync_folder(run.path)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -108,6 +125,7 @@ def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path)
     finally:
         if writer is not None:
             writer.close()
+    sync_file(aside)
     os.replace(aside, path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.files import sync_file
 from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan, geometry_for
+from afina.run.prune import prune
 from afina.worker.data import stage_in
 from afina.worker.startup import gc_paused, hide_packages
 from afina.worker.survival.lease import Lease
@@ -44,7 +47,13 @@ def main(argv: list[str]) -> int:
     try:
         if rank == 0:
             lease.take()
-        code = _train(run, allocation, stop, lease)
+        if finished := _finished(run):
+            if rank == 0:  # a job that is requeued after its end
+                say("nothing to do: this run has finished")
+                run.record(finished.model_copy(update={"attempt": allocation.attempt}))
+            code = EXIT_FINISHED
+        else:
+            code = _train(run, allocation, stop, lease)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             stage_in.remove(os.environ)
         if rank == 0:
@@ -54,13 +63,20 @@ def main(argv: list[str]) -> int:
         _fail(run, allocation.attempt, rank, error)
 
 
+def _finished(run: RunDir) -> Outcome | None:
+    """The outcome of a run that has finished, and whose model is there: its checkpoints may have been removed."""
+    outcome = run.outcome()
+    done = outcome is not None and outcome.outcome == "finished" and any(run.model.glob("*.safetensors"))
+    return outcome if done else None
+
+
 def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
     """Print and record the failure of this rank, and exit without waiting for the others: they may hang in a collective.
 
     Every rank may fail; the supervisor makes the outcome from the first record. On a full disk nothing can be recorded: then
     only the exit code tells.
     """
-    known = _explain(error)
+    known = _explain(error, run, attempt)
     if not isinstance(error, (AfinaError, OSError)):
         traceback.print_exc()
     print(f"error: rank {rank}: {known}", file=sys.stderr, flush=True)
@@ -74,18 +90,43 @@ def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
         os._exit(known.exit_code)
 
 
-def _explain(error: Exception) -> AfinaError:
+#: Errors of a program or its input: another attempt meets them again.
+_REPEATING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+#: Words of errors between processes and devices, which may not come again.
+_PASSING = ("nccl", "gloo", "connection", "socket", "timed out", "timeout", "cuda error", "ecc")
+
+
+def _explain(error: Exception, run: RunDir, attempt: str) -> AfinaError:
     """The error with a remedy; an unforeseen one keeps its name."""
     if isinstance(error, AfinaError):
         return error
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG):
         remedy = "free space or quota on the run directory's file system, then `afina resume`"
+        if error.errno == errno.EFBIG:
+            remedy = "raise the limit on the size of files (`ulimit -f unlimited`), then `afina resume`"
         return EnvironmentProblem(message, remedy, cause="disk")
     if isinstance(error, MemoryError) or "out of memory" in message.lower():
         remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
         return TrainingError(message, remedy, cause="memory")
-    remedy = "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
+    stepped = any(e.get("event") == "first_step" and e.get("attempt") == attempt for e in run.lines("events.jsonl"))
+    passing = isinstance(error, OSError) or any(word in message.lower() for word in _PASSING)
+    if isinstance(error, _REPEATING) or not (stepped or passing):
+        remedy = "it would come again: correct the recipe (`train.arguments`, `model`) by the lines above, and start another run"
+    elif any(run.checkpoints.glob("step-*")):
+        remedy = "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
+    else:
+        remedy = "see the lines above; there is no checkpoint yet: `afina resume` begins at the first step"
     return TrainingError(message, remedy, cause=type(error).__name__)
 
 
@@ -110,7 +151,7 @@ def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
     # Again: other load at the start makes it too low (one run in fourteen, by half).
     attempt.meter.measure_peak(attempt.device, trainer.matmul_dtype)
 
-    results = Results(0, {}) if stop.agreed else export_results(trainer)
+    results = Results(0, {}, []) if stop.agreed else export_results(trainer)
     attempt.meter.measure_memory(attempt.device)
     if attempt.rank == 0:
         _record(trainer, results)
@@ -139,13 +180,15 @@ def _newest_checkpoint(attempt: Attempt) -> Path | None:
     """The checkpoint to resume from, on every rank.
 
     Raises:
-        InputError: it was made by another plan.
+        InputError: it was made by another plan, or all checkpoints are gone.
+        EnvironmentProblem: none is usable.
     """
     from afina.worker.compute import ranks
     from afina.worker.survival import checkpoint as checkpoints
 
     resume: Path | None = None
     if attempt.rank == 0:
+        attempt.run.check_progress()
         resume, notes = checkpoints.newest(attempt.run.checkpoints)
         for note in notes:
             attempt.event("checkpoint_damaged", note=note)
@@ -227,6 +270,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         global_step=step,
         metrics=results.metrics,
         cause=cause or None,
+        warnings=results.warnings,
         samples_per_second=round(meter.examples / meter.training_s, 3) if meter.training_s else None,
         utilisation=meter.summary(step),
         seconds=_seconds(run, attempt.name),
@@ -240,13 +284,17 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         global_batch=attempt.geometry.global_batch,
         device=attempt.device.type,
     )
+    if run.metrics_file.exists():
+        sync_file(run.metrics_file)
     run.record(outcome)
     if cause:
         say(
             f"stopped at step {step} of {state.max_steps} ({cause}); a checkpoint is committed",
-            f"continue with: afina resume '{run.path}'",
+            f"continue with: afina resume {shlex.quote(str(run.path))}",
         )
         return
     attempt.event("finished", step=step)
+    prune(run, attempt.plan.recipe.train.keep_after)
     print(metrics_table(run, [metric_name(text) for text in attempt.data.metric_texts]), flush=True)
+    say(*(f"WARNING: {warning}" for warning in results.warnings))
     say(*usage_lines(outcome), f"finished: {step} steps, model in {run.model}")

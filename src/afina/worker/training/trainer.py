@@ -74,6 +74,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self.logits = np.empty((0, 0), np.float32)
         self.evaluated_step: int | None = None
         self._abandoned_evaluation = False
+        # Of this rank since the last evaluation: the losses of its steps times their divisors, and those divisors.
+        self._summed = self._divided = 0.0
+        self._of_step: torch.Tensor | None = None
         splits = attempt.data.splits
         super().__init__(
             model=model,
@@ -88,7 +91,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(StepControl(attempt, self.resume, lambda: self._tr_loss))
+        self.add_callback(StepControl(attempt, self.resume, lambda: self._tr_loss, self._count_loss))
         if attempt.rank == 0:
             self.add_callback(LiveProgress(attempt))
         self._recorded = self._record_steps()
@@ -137,12 +140,23 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         meter = self.attempt.meter
         meter.enter("forward_backward")
+        loss: torch.Tensor
         if self._recorded is not None:
-            return self._replay(self._recorded, *arguments, **named)
-        loss: torch.Tensor = super().training_step(*arguments, **named)
-        if self.args.device.type == "cpu":
-            meter.enter("optimizer")
+            loss = self._replay(self._recorded, *arguments, **named)
+        else:
+            loss = super().training_step(*arguments, **named)
+            if self.args.device.type == "cpu":
+                meter.enter("optimizer")
+        self._of_step = loss if self._of_step is None else self._of_step + loss
         return loss
+
+    def _count_loss(self, step: int) -> None:
+        """Count the loss of a step that has just ended."""
+        if self._of_step is not None:
+            divisor = self.attempt.work.divisor(step)
+            self._summed += float(self._of_step) * divisor
+            self._divided += divisor
+            self._of_step = None
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # Trainer's estimate walks through all parameters, for a number that is not used; see `compute.flops`
@@ -200,7 +214,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Logits of every row on rank 0, in input order; the loss and the recipe's metrics on every rank."""
+        """Logits of every row on rank 0, in input order; the loss and the recipe's metrics on every rank.
+
+        Where steps have been made since the last evaluation, also their `training_loss`: the mean over their examples.
+        """
         attempt, data = self.attempt, self.attempt.data
         split: Split = dataloader.dataset.split  # type: ignore[attr-defined]
         labels = np.asarray(split.labels)
@@ -217,6 +234,10 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         attempt.meter.evaluations += 1
         self.logits, self.evaluated_step = logits, self.state.global_step
         prefixed = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        if self._divided:
+            mean = ranks.total(attempt.device, self._summed) / ranks.count() / self._divided
+            prefixed["training_loss"] = mean
+            self._summed = self._divided = 0.0
         return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=prefixed, num_samples=len(split))
 
     def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -227,9 +248,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         name = f"eval_{self.attempt.data.best_metric}"
         if metrics.get(name) is None:
             why = metrics.get("eval_undefined", {}).get(self.attempt.data.best_metric, "it has no value")
-            say(
-                f"WARNING: {name} is not defined ({why}): the evaluation of step {self.state.global_step} cannot be the best"
-            )
+            if self.attempt.rank == 0:
+                say(
+                    f"WARNING: {name} is not defined ({why}): "
+                    f"the evaluation of step {self.state.global_step} cannot be the best"
+                )
             return False
         better = bool(super()._determine_best_metric(metrics=metrics, trial=trial))
         if better and self.attempt.keeps_best:
@@ -260,6 +283,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     # This rank's part of the loss that the next log line will show.
                     "loss": float(self._tr_loss),
                     "logged": self._globalstep_last_logged,
+                    "since_evaluation": (self._summed, self._divided),
                 }
             )
             if attempt.rank == 0:
@@ -335,6 +359,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         loss = of_ranks[attempt.rank]["loss"] if same else sum(r["loss"] for r in of_ranks) / len(of_ranks)
         self._tr_loss = torch.tensor(loss, device=self.args.device)
         self._globalstep_last_logged = of_ranks[0]["logged"]
+        # Checkpoints of afina before 0.2 do not have it.
+        sums = [r.get("since_evaluation", (0.0, 0.0)) for r in of_ranks]
+        self._summed, self._divided = sums[attempt.rank] if same else (sum(s for s, _ in sums) / len(sums), sums[0][1])
         if attempt.rank == 0:
             log, expected = attempt.run.metrics_file, progress["metrics_bytes"]
             if (size := log.stat().st_size if log.exists() else 0) < expected:

@@ -1,0 +1,95 @@
+"""Warnings about models that learnt nothing, and none about others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.unit.compute.encoders import split_of
+
+from afina.worker.data.prepared import Split
+from afina.worker.model.losses import Loss
+from afina.worker.training.quality_checks import check_loss_curve, check_predictions
+
+DRAW = np.random.default_rng(3)
+NAMES = ["bad", "good", "so-so"]
+SKEWED = np.array([0] * 30 + [1] * 2)
+
+
+def _one_hot(labels: Any, width: int = 3) -> np.ndarray[Any, Any]:
+    return np.eye(width, dtype=np.float32)[labels] * 4
+
+
+def _warnings(task: str, logits: Any, labels: Any, best: str, **metrics: Any) -> list[str]:
+    names = None if task == "regression" else NAMES[: logits.shape[1]]
+    return check_predictions(Loss(task), names, best, np.asarray(logits, np.float32), np.asarray(labels), metrics)
+
+
+def test_constant_predictions_and_the_majority_class() -> None:
+    constant, worse = _warnings("single-label", _one_hot([0] * 32, 2), SKEWED, "accuracy", accuracy=30 / 32)
+    assert constant == "the model predicts 'bad' for all 32 rows of eval"
+    assert (
+        worse
+        == "the model is not better than always predicting the majority class 'bad': accuracy 0.9375 against 0.9375"
+    )
+    noisy = SKEWED.copy()
+    noisy[:4] = 1
+    (worse,) = _warnings("single-label", _one_hot(noisy, 2), SKEWED, "accuracy", accuracy=28 / 32)
+    assert "accuracy 0.875 against 0.9375" in worse
+    # By the recipe's own measure it is better: a model that weighs the classes.
+    assert _warnings("single-label", _one_hot(noisy, 2), SKEWED, "f1", accuracy=28 / 32, f1=0.7) == []
+    assert _warnings("single-label", _one_hot(SKEWED, 2), SKEWED, "accuracy", accuracy=1.0) == []
+
+
+def test_multi_label_and_regression() -> None:
+    flags = (DRAW.random((40, 3)) > 0.7).astype(np.float32)
+    constant, worse = _warnings("multi-label", np.full((40, 3), -5.0), flags, "f1", f1=0.0)
+    assert (
+        constant == "the model predicts no label for all 40 rows of eval"
+        and "each label's more frequent value" in worse
+    )
+    assert _warnings("multi-label", flags * 8 - 4, flags, "f1", f1=1.0) == []
+    values = DRAW.normal(size=40).astype(np.float32)
+    constant, worse = _warnings("regression", np.full((40, 1), 2.0), values, "mse", mse=5.0)
+    assert (
+        constant == "the model predicts about 2 for all 40 rows of eval"
+        and "predicting the mean of eval: mse 5 against" in worse
+    )
+    assert _warnings("regression", values[:, None], values, "mse", mse=0.0) == []
+    assert _warnings("regression", values[:, None], values, "pearson", mse=0.0, pearson=1.0) == []
+
+
+def test_metrics_that_are_undefined_are_named() -> None:
+    undefined = {"pearson": "all labels are equal"}
+    zeros, ones = np.zeros((5, 1)), np.ones(5, np.float32)
+    found = _warnings("regression", zeros, ones, "pearson", pearson=None, mse=1.0, undefined=undefined)
+    assert found[0] == "eval_pearson is not defined: all labels are equal"
+    assert found[1].startswith("all rows of eval have the same label")
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([1.6, 1.2, 0.9, 0.5, 0.3, 0.2], False),
+        ([1.6] * 30, False),
+        ([1.65, 1.6, 1.7, 1.6], False),
+        ([9.0, 8.0, 5.0, 4.0, 4.5], True),
+        ([1.6, 1.0, 0.3, 0.2, 1.6, 1.7, 1.6], True),
+        ([1.6, 2.5, 40.0], True),
+        ([4.0], False),
+        ([], False),
+    ],
+)
+def test_a_loss_that_diverged(losses: list[float], diverged: bool) -> None:
+    split = split_of([3] * 100, 1)
+    logged = [{"step": i, "loss": value} for i, value in enumerate(losses)]
+    found = check_loss_curve(Loss("single-label"), split, [*logged, {"step": 9, "eval_loss": 1.0}])
+    assert bool(found) == diverged and all("lower train.learning_rate" in line for line in found)
+
+
+def test_a_regression_far_from_0_that_still_falls_did_not_diverge() -> None:
+    split = split_of([3] * 50, 1)
+    split = Split(split.tokens, split.offsets, (100 + DRAW.normal(size=50)).astype(np.float32))
+    assert check_loss_curve(Loss("regression"), split, [{"loss": v} for v in (10_000.0, 9_000.0, 8_000.0)]) == []
+    assert check_loss_curve(Loss("regression"), split, [{"loss": v} for v in (10_000.0, 1.0, 90_000.0)]) != []
