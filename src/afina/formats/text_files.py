@@ -46,6 +46,9 @@ _DAMAGED = {
     + option("encoding", "utf-8"): "[ÃÂâ][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]",
 }
 
+#: One of them is in every text that `_DAMAGED` finds.
+_DAMAGED_BYTES = (b"\xc2", b"\xc3\x82", b"\xc3\x83", b"\xc3\xa2", b"\xef\xbf\xbd")
+
 
 def open_binary(path: Path) -> IO[bytes]:
     """The file's bytes, unpacked."""
@@ -168,6 +171,12 @@ def note_damaged(notes: Notes, texts: Any, rows: Any) -> None:
         texts: an Arrow array of strings, or a list of texts.
         rows: the number of each.
     """
+    if not isinstance(texts, list):
+        data = texts.buffers()[2]
+        raw = data.to_pybytes() if data is not None else b""
+        # Bytes are searched at a tenth of the cost of a regular expression over each text.
+        if not any(mark in raw for mark in _DAMAGED_BYTES):
+            return
     for message, pattern in _DAMAGED.items():
         found = _found(pattern, texts)
         if len(found):

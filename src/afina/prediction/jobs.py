@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError
 from afina.files import encode_words, write_atomic
+from afina.formats.reading import Reading
 from afina.prediction.request import (
     OUTPUTS,
     STDIN,
@@ -72,8 +73,10 @@ def compose(
         raise DataError(f"{', '.join(map(str, inputs))}: no data file but the output itself", "name another output: -o")
     job = request.job
     plan = plan_of(directory, model, kept, site_for(directory, job.site), gpus=job.gpus_per_node, time_min=job.time_min)
-    reading = reading_for(directory, [Path("-.txt") if path == STDIN else path for path in kept], request.reading)
-    if reading is not None and not request.reading.given():
+    reading = reading_for(
+        directory, [Path("-.txt") if path == STDIN else path for path in kept], Reading.model_validate(request.reading)
+    )
+    if reading is not None and reading != request.reading:
         _say(f"reading as in training: {', '.join(f'{key} {value!r}' for key, value in reading.given().items())}")
     fixed = {
         "plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target, "reading": reading

@@ -7,10 +7,10 @@ Composing it only reads the disk: which files a folder or a pattern names, wheth
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pydantic import ValidationError
 
@@ -57,7 +57,7 @@ class PredictRequest:
 
     Attributes:
         text: the column with the texts, or several; by default those of the training.
-        reading: how the files are read, option by option; by default as in training where the files are of such a format.
+        reading: how the files are read, a `Reading` or a dictionary: `{"encoding": "cp1252"}`; by default as in training where the files are of such a format.
         keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
         batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
         max_tokens: tokens of a packed batch.
@@ -72,7 +72,7 @@ class PredictRequest:
     max_tokens: int | None = None
     dtype: str = "float32"
     chunk_rows: int | None = None
-    reading: Reading = PLAIN
+    reading: Reading | Mapping[str, Any] = PLAIN
     job: JobRequest = JobRequest()
 
     def options(self) -> dict[str, object]:
@@ -86,7 +86,7 @@ class PredictOptions(TypedDict, total=False):
     """Keywords of `afina.predict`; see `PredictRequest` and `JobRequest`."""
 
     text: str | Sequence[str]
-    reading: Reading
+    reading: Reading | Mapping[str, Any]
     keep: Keep
     batch_size: int | None
     max_tokens: int | None

@@ -306,7 +306,7 @@ class _Labels:
 
     def add(self, number: int, values: list[Any]) -> None:
         value = values[0]
-        if None in values or (len(values) == 1 and isinstance(value, str) and not value.strip()):
+        if any(map(_is_missing, values)):
             self.missing.add(number)
         elif len(values) > 1:
             self._add_list(name for name, v in zip(self.columns, values, strict=True) if _number(v))
@@ -348,6 +348,11 @@ def _short(text: str) -> str:
 def quantile(ascending: Sequence[int], q: float) -> int:
     """The smallest value that at least a share `q` of the values does not exceed."""
     return ascending[min(len(ascending) - 1, max(0, math.ceil(q * len(ascending)) - 1))] if ascending else 0
+
+
+def _is_missing(value: Any) -> bool:
+    """As the prepare stage sees a missing label: null, blank, NaN."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _label(value: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,18 +59,24 @@ def check_new(folder: Path) -> Path:
 
 def examine_all(
     data: LabelledData, text: Sequence[str], label: Sequence[str], tick: Callable[[int], None] | None = None
-) -> tuple[Examined, int]:
-    """The training split examined, and how many texts of the other splits are in it too."""
+) -> tuple[Examined, dict[str, Examined]]:
+    """The training split examined, and the other splits."""
     main = examine(data.main, text, label, tick)
-    others = (examine(source, text, label, tick) for source in data.sources.values() if source is not data.main)
-    return main, sum(len(main.digests & other.digests) for other in others)
+    others = {
+        split: examine(source, text, label, tick) for split, source in data.sources.items() if source is not data.main
+    }
+    return main, others
 
 
 def propose(
-    data: LabelledData, choices: Choices, examined: tuple[Examined, int], cluster: Cluster, folder: Path
+    data: LabelledData,
+    choices: Choices,
+    examined: tuple[Examined, Mapping[str, Examined]],
+    cluster: Cluster,
+    folder: Path,
 ) -> Proposal:
     """The proposal. Paths below the recipe's folder are written relative to it."""
-    main, shared = examined
+    main, others = examined
     partition = usable_partition(cluster)
     node = max(partition.nodes, key=lambda kind: (kind.gpus, kind.mem_mb or 0), default=None) if partition else None
     gpus = 1 if node is not None and node.gpus else 0
@@ -89,7 +95,7 @@ def propose(
         splits=data.splits,
         id=choices.id,
         reading=data.reading,
-        shared=shared,
+        others=others,
         gpus=gpus,
         cpus=max(1, min(8, cores // max(1, node.gpus if node is not None else 1))),
         node_mem_gb=node.mem_mb // 1024 if node is not None and node.mem_mb else None,

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from afina.formats.reading import PLAIN, Reading
 from afina.recipe.metrics import selection_metric
@@ -46,7 +46,7 @@ class Proposal:
         files: split -> paths as the recipe writes them; empty for a Hub data set.
         splits: split -> the Hub's split or the file key it is read from; empty for one source.
         examined: the training split, or the one source.
-        shared: texts of another split that are in train too.
+        others: the other splits.
         node_mem_gb, limit_min: of the partition, where it has such limits.
     """
 
@@ -61,7 +61,7 @@ class Proposal:
     splits: Mapping[str, str] | None = None
     id: str | None = None
     reading: Reading = PLAIN
-    shared: int = 0
+    others: Mapping[str, Examined] = field(default_factory=dict)
     gpus: int = 0
     cpus: int = 4
     node_mem_gb: int | None = None
@@ -116,21 +116,22 @@ def recipe_text(p: Proposal) -> str:
 
 def data_warnings(p: Proposal) -> list[str]:
     """Problems of the data to solve before anything is run; the recipe has them as comments."""
-    x = p.examined
-    warnings = list(x.odd)
-    if x.num_empty:
-        have = "row has" if x.num_empty == 1 else "rows have"
-        warnings.append(
-            f"{x.num_empty:,} {have} an empty text ({_row_numbers(x.empty)}): afina prefetch refuses that; remove them"
-        )
-    if x.num_missing:
-        have = "row has" if x.num_missing == 1 else "rows have"
-        warnings.append(
-            f"{x.num_missing:,} {have} no label ({_row_numbers(x.missing)}): afina prefetch refuses that; remove them"
-        )
-    if p.shared:
-        are = "text of the other splits is" if p.shared == 1 else "texts of the other splits are"
-        warnings.append(f"{p.shared:,} {are} in train too: the scores will be too good")
+    warnings = []
+    for split, x in {"": p.examined, **p.others}.items():
+        where = f"{split}: " if split else ""
+        warnings += [f"{where}{line}" for line in x.odd]
+        for count, rows, what in (
+            (x.num_empty, x.empty, "an empty text"),
+            (x.num_missing, x.missing, "no label"),
+        ):
+            if count:
+                have = "row has" if count == 1 else "rows have"
+                warnings.append(
+                    f"{where}{count:,} {have} {what} ({_row_numbers(rows)}): afina prefetch refuses that; remove them"
+                )
+    if shared := sum(len(p.examined.digests & other.digests) for other in p.others.values()):
+        are = "text of the other splits is" if shared == 1 else "texts of the other splits are"
+        warnings.append(f"{shared:,} {are} in train too: the scores will be too good")
     return warnings
 
 

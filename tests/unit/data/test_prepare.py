@@ -118,6 +118,27 @@ def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: P
     assert {"text", "text_pair"} <= set(pq.read_schema(Path(ran["prepared"]) / "eval.rows.parquet").names)
 
 
+def test_more_than_two_texts_are_joined_by_the_tokenizers_separator(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    rows = [
+        {"a": r["text"], "b": f"title {n}", "c": "" if n % 3 else "more", "label": n % 2}
+        for n, r in enumerate(tiny_reviews(20))
+    ]
+    data = {"files": {"all": str(write_csv(tmp_path / "a.csv", rows))}, "text": ["a", "b", "c"], "label": "label"}
+    ran = prepare_here(plan(data=data))
+    table = pq.read_table(Path(ran["prepared"]) / "eval.rows.parquet").to_pydict()
+    split = prepared.open_split(ran["prepared"], "eval")
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(Path(ran["prepared"]) / "tokenizer"))
+    for i, number in enumerate(table["row"]):
+        row = rows[number - 1]
+        assert table["text"][i] == f"{row['a']} [SEP] {row['b']} [SEP] {row['c']}"
+        tokens = split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist()
+        assert tokens == tokenizer(table["text"][i])["input_ids"] and tokens.count(tokenizer.sep_token_id) == 3
+    write_csv(tmp_path / "a.csv", [*rows, {"a": " ", "b": "", "c": "", "label": 1}])
+    assert "1 rows have an empty text (`a`, `b`, `c`)" in refused_here(plan(data=data))
+
+
 def test_warnings_of_long_texts_and_small_splits(plan: Callable[..., Plan]) -> None:
     ran = prepare(plan(tokens={"max_length": 12}, train={"batch_size": 128}))
     warnings = result(ran)["warnings"]

@@ -392,6 +392,38 @@ def test_a_separator_that_separates_nothing(tmp_path: Path) -> None:
     assert any("no label contains data.label_separator '|'" in warning for warning in warnings)
 
 
+def test_lists_of_one_label_are_single_labels(tmp_path: Path) -> None:
+    lists = [{"text": f"t{n}", "label": [["a"], ["b"], None][n % 3]} for n in range(6)]
+    kept = [row for row in lists if row["label"]]
+    for task in ("auto", "single-label"):
+        labels, parts, warnings = build(tmp_path, both(kept), task, kind="jsonl")
+        assert labels == Labels("single-label", ("a", "b")) and parts["train"].labels.tolist() == [0, 1] * 2
+        assert any("`label` holds lists of one label each" in warning for warning in warnings)
+    assert build(tmp_path, both(kept), "multi-label", kind="jsonl")[0].task == "multi-label"
+    assert "4 rows have no label" in refused(tmp_path, both(lists), kind="jsonl").message
+    numbers = [{"text": f"t{n}", "label": [n / 2]} for n in range(6)]
+    labels, parts, _ = build(tmp_path, both(numbers), kind="jsonl")
+    assert labels.task == "regression" and parts["train"].labels.tolist() == [n / 2 for n in range(6)]
+
+
+def test_rows_without_a_label_are_counted_over_all_splits(tmp_path: Path) -> None:
+    rows = [{**row, "label": "" if row["n"] % 5 == 0 else row["label"]} for row in reviews(120)]
+    shares = {"train": {"fraction": 0.8}, "eval": {"fraction": 0.2}}
+    message = refused(tmp_path, {"all": rows}, **shares).message
+    assert (
+        message.startswith("train and eval: 24 rows have no label (`label`): ")
+        and "rows 1, 6, 11, 16, 21 (and 19 more)" in message
+    )
+
+
+def test_labels_beyond_what_a_double_holds(tmp_path: Path) -> None:
+    ids = (2**60 + 1, 2**60 + 3)
+    rows = [{"text": f"t{n}", "label": ids[n % 2]} for n in range(6)]
+    for kind in ("csv", "jsonl"):
+        labels, _, warnings = build(tmp_path, both(rows), kind=kind)
+        assert labels == Labels("single-label", tuple(map(str, ids))) and not any("look alike" in w for w in warnings)
+
+
 def test_an_id_is_one_value(tmp_path: Path) -> None:
     rows = [{**row, "n": [1]} for row in reviews(6)]
     assert "column `n` holds a list, a text is expected" in refused(tmp_path, both(rows), kind="jsonl", id="n").message

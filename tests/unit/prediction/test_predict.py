@@ -25,6 +25,7 @@ from tests import tiny
 from tests.common import ROOT, program
 from tests.unit.conftest import Ran, tree
 
+import afina
 from afina.cli import main
 from afina.errors import AfinaError, InputError
 from afina.prediction import jobs as predicting
@@ -166,6 +167,41 @@ def test_every_format_gives_and_takes_the_same(run: Path, place: Path, tmp_path:
         return [row["text"], row["prediction"], *(np.float32(row[f"score: {label}"]) for label in LABELS)]
 
     assert [*map(content, wanted)] == [*map(content, table.to_pylist())] == [*map(content, lines)]
+
+
+def test_options_of_reading_are_those_of_the_command_else_of_the_training(
+    run: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["It’s a phone; what “a” phone", "no £5; never"]
+    odd = tmp_path / "odd.csv"
+    odd.write_bytes("".join(f"{text}|{n}\n" for n, text in enumerate(texts)).encode("cp1252"))
+    plain = tiny.write_csv(tmp_path / "plain.csv", [{"text": text} for text in texts])
+    here(run, plain, tmp_path / "plain.parquet")
+    options = {"encoding": "cp1252", "delimiter": "|", "header": ["text", "n"]}
+    here(run, odd, tmp_path / "odd.parquet", reading=options)
+    wanted = rows_of(tmp_path / "plain.parquet")
+    assert [{k: v for k, v in row.items() if k != "n"} for row in rows_of(tmp_path / "odd.parquet")] == wanted
+
+    trained = tmp_path / "trained"
+    shutil.copytree(run, trained)
+    plan = json.loads((trained / "plan.json").read_text())
+    plan["recipe"]["data"] |= options
+    (trained / "plan.json").write_text(json.dumps(plan))
+    capsys.readouterr()
+    here(trained, odd, tmp_path / "again.parquet")
+    assert "reading as in training: encoding 'cp1252', delimiter '|', header ['text', 'n']" in capsys.readouterr().err
+    assert [row["prediction"] for row in rows_of(tmp_path / "again.parquet")] == [row["prediction"] for row in wanted]
+    lines = tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    here(trained, lines, tmp_path / "lines.parquet", reading={"encoding": "utf-8"})
+    assert rows_of(tmp_path / "lines.parquet") == wanted
+
+
+def test_several_texts_are_joined_by_the_tokenizers_separator(run: Path) -> None:
+    model = afina.load(run)
+    rows = [("a phone", "what", "a day"), ("good", "", "bad"), ("", " ", None)]
+    joined = model.predict(["a phone [SEP] what [SEP] a day", "good [SEP]  [SEP] bad", None])
+    assert model.predict(rows) == joined and joined[2]["prediction"] is None and joined[0]["prediction"] is not None
+    assert model.predict(["a phone"]) != model.predict(["a phone [SEP] what"])
 
 
 def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: Path) -> None:
@@ -390,6 +426,9 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "not UTF-8": ("a.csv", _latin, {}, r"a.csv, row 3 \(line 4\): byte 0xe9 at offset 23", "UTF-8"),
     "twice": ("a.csv", lambda p: p.write_text("text,n,text\na,1,2\n"), {}, "column `text` occurs twice", "rename"),
     "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: column `text` holds .ud83d", "cut in the middle"),
+    "a column of the output": ("a.csv", lambda p: p.write_text("text,prediction\n" + "a,1\n" * 3000 + "ragged\n"), {}, "has a column `prediction`", "--keep id"),
+    "semicolons": ("a.csv", lambda p: p.write_text("text;n\na;1\n"), {}, "no column `text`; columns: `text;n`", "--delimiter ';'"),
+    "an option of no use": ("a.jsonl", lambda p: p.write_text('{"text": "a"}'), {"reading": {"header": False}}, "--header: is for CSV and TSV files", "leave it out"),
     "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n{"text": ["b", "c"]}\n'), {}, "line 1: column `text` holds a list, a text is expected", "--text"),
     "no Parquet": ("a.parquet", lambda p: p.write_bytes(b"PAR1 nonsense"), {}, "not a readable Parquet file", "write the file again"),
     "empty": ("a.csv", lambda p: p.write_text(""), {}, "the file is empty", "names the columns"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import random
@@ -176,6 +177,32 @@ def test_what_prefetch_would_refuse_is_said_with_its_rows(init: Init, tmp_path: 
     assert "1 text occurs more than once" in answer["text"]
 
 
+def test_options_of_reading_are_written_into_the_recipe(init: Init, tmp_path: Path, model: Path) -> None:
+    rows = [f"a text {n}|{n % 5}" for n in range(40)]
+    data = tmp_path / "r.csv.gz"
+    data.write_bytes(gzip.compress("\r\n".join(["It’s a row|5", *rows]).encode("cp1252")))
+    options = ("--delimiter", "|", "--encoding", "cp1252", "--header", "text,stars")
+    answer = init(tmp_path / "p", "--data", data, *options, "--model", model)
+    data = answer["recipe"].data
+    assert (data.delimiter, data.encoding, data.header) == ("|", "cp1252", ("text", "stars"))
+    assert answer["rows"] == 41 and answer["warnings"] == [] and answer["recipe"].name == "r"
+    (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
+    assert sum(done["rows"].values()) == 41
+
+
+def test_problems_of_all_splits_are_shown(init: Init, tmp_path: Path, model: Path) -> None:
+    data = tmp_path / "d"
+    data.mkdir()
+    rows = reviews(40)
+    tiny.write_csv(data / "train.csv", rows)
+    tiny.write_csv(data / "test.csv", [{**row, "text": f"new {row['text']}", "stars": ""} for row in rows[:7]])
+    lines = ["text\tstars", '"It was good\t4', 'so "it" was\t5', 'bad"\t1', *(f"new one {n}\t1" for n in range(9))]
+    (data / "eval.tsv").write_text("\n".join(lines[:2] + lines[3:]))
+    answer = init(tmp_path / "p", "--data", data, "--label", "stars", "--model", model)
+    assert "test: 7 rows have no label (rows 1, 2, 3, 4, 5, …)" in " ".join(answer["warnings"])
+    assert "eval.tsv, row 1: spans lines, because of a quote" in " ".join(answer["warnings"])
+
+
 def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_path: Path) -> None:
     rng = random.Random(1)
     rows = [
@@ -257,7 +284,19 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
         (["--data", "head.csv"], "no rows", "each further one is an example"),
         (["--data", "semi.csv"], "seems to be separated by `;`", "--delimiter ';'"),
-        (["--data", "latin.csv"], "not UTF-8", "save the file as UTF-8"),
+        (["--data", "latin.csv"], "not UTF-8", "--encoding cp1252"),
+        (
+            ["--data", "no head.csv"],
+            "the first line looks like a row",
+            "--no-header on a command line, or --header NAME,NAME",
+        ),
+        (["--data", "below.json"], "records under `data`", "--field data"),
+        (["--data", "reviews.csv", "--field", "a"], "--field: is for JSON files", "leave it out"),
+        (
+            ["--data", "reviews.csv", "--encoding", "cp12522"],
+            "--encoding: no encoding `cp12522`; did you mean `cp1252`?",
+            "--help",
+        ),
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON", "correct that line"),
         (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),
         (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
@@ -277,6 +316,8 @@ def test_bad_input_is_refused_and_leaves_no_recipe(
         tiny.write_csv(here / "numbers.csv", [{"a": n, "b": n % 2} for n in range(20)])
         for name, raw in {
             "reviews.xlsx": b"PK", "empty.csv": b"", "head.csv": b"text,label\n", "semi.csv": b"text;label\ngood;1\n",
+            "no head.csv": b'"2","Awful","it was broken"\n"1","Nice","it was best"\n' * 9,
+            "below.json": b'{"v": 1, "data": [{"text": "a", "label": 1}]}',
             "latin.csv": b"text,label\ncaf\xe9 au lait,1\n", "broken.jsonl": b'{"text": "a", "label": 1}\n{"text": \n',
         }.items():  # fmt: skip
             (here / name).write_bytes(raw)

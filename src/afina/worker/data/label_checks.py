@@ -191,7 +191,8 @@ def check_duplicates(
 def _meaning(name: str) -> str:
     number = as_number(name)
     if number is not None and number == number:
-        return f"{number:.17g}"
+        # Whole numbers exactly: two ids may be one double.
+        return str(int(name)) if re.fullmatch(r"[+-]?\d{1,300}", name) else f"{number:.17g}"
     visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join(visible.casefold().split())
 
