@@ -15,24 +15,33 @@ from afina.version import __version__
 
 if TYPE_CHECKING:
     from afina.api import resume, submit, train
+    from afina.errors import AfinaError, Cancelled, Failed, Stopped, WaitTimeout
     from afina.prediction.export import export
     from afina.prediction.jobs import predict
     from afina.prediction.load import load
     from afina.recipe.load import load_recipe
     from afina.recipe.schema import Recipe
     from afina.run.outcome import Outcome
+    from afina.run.plan import Plan
     from afina.sweeps.sweep import Sweep, sweep
-    from afina.watch.handle import Run, Runs, runs
+    from afina.watch.handle import Run, Runs, as_completed, runs, wait
     from afina.watch.overview import RunSummary
 
 __all__ = [
+    "AfinaError",
+    "Cancelled",
+    "Failed",
     "Outcome",
+    "Plan",
     "Recipe",
     "Run",
     "RunSummary",
     "Runs",
+    "Stopped",
     "Sweep",
+    "WaitTimeout",
     "__version__",
+    "as_completed",
     "export",
     "load",
     "load_recipe",
@@ -42,24 +51,22 @@ __all__ = [
     "submit",
     "sweep",
     "train",
+    "wait",
 ]
 
 _HOMES = {
+    **dict.fromkeys(("AfinaError", "Cancelled", "Failed", "Stopped", "WaitTimeout"), "afina.errors"),
+    **dict.fromkeys(("Run", "Runs", "as_completed", "runs", "wait"), "afina.watch.handle"),
+    **dict.fromkeys(("resume", "submit", "train"), "afina.api"),
+    **dict.fromkeys(("Sweep", "sweep"), "afina.sweeps.sweep"),
     "Outcome": "afina.run.outcome",
+    "Plan": "afina.run.plan",
     "Recipe": "afina.recipe.schema",
-    "Run": "afina.watch.handle",
     "RunSummary": "afina.watch.overview",
-    "Runs": "afina.watch.handle",
-    "Sweep": "afina.sweeps.sweep",
     "export": "afina.prediction.export",
     "load": "afina.prediction.load",
     "load_recipe": "afina.recipe.load",
     "predict": "afina.prediction.jobs",
-    "resume": "afina.api",
-    "runs": "afina.watch.handle",
-    "submit": "afina.api",
-    "sweep": "afina.sweeps.sweep",
-    "train": "afina.api",
 }
 
 
@@ -69,3 +76,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,15 +6,17 @@ afina.train("recipe.yaml", overrides=["train.epochs=1"])
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from afina.errors import AfinaError, InputError
+from afina.errors import AfinaError, InputError, SiteError
 from afina.forecast.forecast import write_forecast
 from afina.recipe.load import any_recipe
 from afina.recipe.schema import Recipe
@@ -27,14 +29,18 @@ from afina.run.supervise import ensure_outcome, run_node
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.image import check_image
 from afina.site.settings import environment, load_site
+from afina.site.variables import sbatch_extra
 from afina.slurm.client import AMBIGUOUS, need_slurm, version
 from afina.slurm.limits import check_possible
-from afina.slurm.submit import check_not_queued, submit_sbatch
+from afina.slurm.submit import submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, run_named
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+#: A recipe's file, a mapping of its keys, or one that was made before; `submit` also takes a run.
+AnyRecipe = str | Path | Mapping[str, Any] | Recipe
 
 __all__ = [
     "claim",
@@ -43,6 +49,7 @@ __all__ = [
     "plan_for",
     "plan_to_submit",
     "resume",
+    "resume_here",
     "submit",
     "submit_to_slurm",
     "train",
@@ -51,7 +58,7 @@ __all__ = [
 ]
 
 
-def plan_for(recipe: str | Path | Recipe, request: JobRequest = JobRequest()) -> Plan:
+def plan_for(recipe: AnyRecipe, request: JobRequest = JobRequest()) -> Plan:
     """Load recipe and site as the request says, and compose the plan."""
     loaded = any_recipe(recipe, request.overrides)
     return make_plan(loaded, load_site(request.site, job=request.in_job), request)
@@ -63,30 +70,50 @@ def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None
 
 
 def train(
-    recipe: str | Path | Recipe,
+    recipe: AnyRecipe,
     *,
     overrides: Sequence[str] = (),
     run: str | Path | None = None,
     site: str | Path | None = None,
     num_processes: int | None = None,
+    check: bool = True,
 ) -> Run:
-    """Train here, in the site's container or without one; returns when the attempt has ended.
+    """Train here, in the site's container or without one; returns when the training has finished.
 
     Args:
         run: the run directory; by default one under `$AFINA_SCRATCH/runs/`.
         num_processes: processes on this machine; by default one per visible GPU, or one.
+        check: raise unless it finished; without, the run is returned however it ended.
+
+    Raises:
+        Failed, Stopped, Cancelled: as `Run.result` raises them.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, when the checkpoint is on the disk.
     """
+    received: list[int] = []
     request = JobRequest(overrides=overrides, run=run, site=site, num_processes=num_processes)
-    return train_here(recipe, request)
+    return _checked(train_here(recipe, request, received), received, check)
 
 
-def train_here(recipe: str | Path | Recipe, request: JobRequest) -> Run:
-    """`train` for a request."""
+def train_here(recipe: AnyRecipe, request: JobRequest, received: list[int] | None = None) -> Run:
+    """`train` for a request; returns however the attempt ended. `received` gets the signals that arrived meanwhile."""
     plan = plan_for(recipe, on_this_machine(request))
     directory = claim(plan, request.run)
-    print(f"afina: run {directory.path}", flush=True)
-    _attempt(directory, {})
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # standard output may be gone
+        print(f"afina: run {directory.path}", flush=True)
+    _attempt(directory, {}, received)
     return Run(directory.path)
+
+
+def _checked(run: Run, received: Sequence[int], check: bool) -> Run:
+    """Pass a signal on to the program that called, now that the checkpoint is there; then raise unless the run finished."""
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    for number in received:
+        if number in (signal.SIGTERM, signal.SIGHUP):
+            raise SystemExit(128 + number)
+    if check:
+        run.result()
+    return run
 
 
 def on_this_machine(request: JobRequest) -> JobRequest:
@@ -101,12 +128,19 @@ def on_this_machine(request: JobRequest) -> JobRequest:
     return replace(request, num_processes=processes, gpus_per_node=gpus, nodes=None)
 
 
-def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
+def resume(path: str | Path, *, num_processes: int | None = None, check: bool = True) -> Run:
     """Continue a run here from its newest checkpoint. A finished one is returned as it is.
 
     Raises:
         InputError: it was moved, its checkpoints are gone, or its plan is for several nodes.
+        Failed, Stopped, Cancelled, KeyboardInterrupt, SystemExit: as `train`.
     """
+    received: list[int] = []
+    return _checked(resume_here(path, num_processes=num_processes, received=received), received, check)
+
+
+def resume_here(path: str | Path, *, num_processes: int | None = None, received: list[int] | None = None) -> Run:
+    """`resume`; returns however the attempt ended."""
     run = Run(path)
     outcome = run.outcome
     if outcome is not None and outcome.outcome == "finished":
@@ -125,51 +159,80 @@ def resume(path: str | Path, *, num_processes: int | None = None) -> Run:
             f"{path}: was planned for {plan.geometry.nodes} nodes",
             "continue it on the cluster with `afina submit DIR`, or here with --num-processes N",
         )
-    _attempt(run.dir, {"AFINA_PROCESSES": str(num_processes)} if num_processes else {})
+    _attempt(run.dir, {"AFINA_PROCESSES": str(num_processes)} if num_processes else {}, received)
     return run
 
 
+@overload
+def submit(recipe: AnyRecipe | Run, *, dry_run: Literal[True], **options: Unpack[SubmitOptions]) -> Plan: ...
+@overload
+def submit(recipe: AnyRecipe | Run, *, dry_run: Literal[False] = False, **options: Unpack[SubmitOptions]) -> Run: ...
 @accepts(SubmitOptions, JobRequest)
-def submit(recipe: str | Path | Recipe, **options: Unpack[SubmitOptions]) -> Run:
+def submit(recipe: AnyRecipe | Run, *, dry_run: bool = False, **options: Unpack[SubmitOptions]) -> Run | Plan:
     """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run: it is submitted again.
 
     Args:
+        dry_run: change nothing, and return the plan.
         options: of `JobRequest`; for a run only `time_min` (the job's time limit in minutes) and `via`.
 
     Raises:
         AfinaError: what would have failed in the queue is refused here.
     """
-    return submit_to_slurm(recipe, JobRequest(**options))
+    request = JobRequest(**options)
+    return plan_to_submit(recipe, request)[0] if dry_run else submit_to_slurm(recipe, request)
 
 
-def submit_to_slurm(recipe: str | Path | Recipe, request: JobRequest) -> Run:
+def submit_to_slurm(recipe: AnyRecipe | Run, request: JobRequest) -> Run:
     """`submit` for a request."""
     need_slurm()
     plan, handle = plan_to_submit(recipe, request)
     if handle is not None:
-        directory = handle.dir
-        if handle.state in ("PENDING", "RUNNING", "FINISHED"):
-            remedy = directory.how_to_train_on() if handle.state == "FINISHED" else "nothing to submit"
-            raise InputError(f"{recipe}: this run is {handle.state}", remedy)
-        check_not_queued(directory)
-        directory.check_place()
-        directory.check_progress()
-        check_image(plan.site)
-        check_possible(plan)
-    else:
-        cluster = check_possible(plan)
-        directory = claim(plan, request.run)
-        write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
+        return handle.submit(time_min=request.time_min, via=request.via)
+    asked = _with_options(plan, request)
+    cluster = check_possible(asked)
+    directory = claim(plan, request.run)
+    write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
     try:
-        (submit_sbatch if request.via == "sbatch" else submit_submitit)(plan, directory)
+        (submit_sbatch if request.via == "sbatch" else submit_submitit)(asked, directory)
     except AfinaError as error:
-        if handle is None and error.cause != AMBIGUOUS:  # claimed a moment ago, for this submission
+        if error.cause != AMBIGUOUS:  # claimed a moment ago, for this submission
             shutil.rmtree(directory.path)
         raise
     return Run(directory.path)
 
 
-def plan_to_submit(recipe: str | Path | Recipe, request: JobRequest) -> tuple[Plan, Run | None]:
+def _with_options(plan: Plan, request: JobRequest) -> Plan:
+    """The plan with sbatch's options for this submission alone; the plan that the run keeps does not have them.
+
+    Raises:
+        InputError: an option that afina sets itself, or a run in `after` without a job.
+    """
+    options = {str(name).replace("_", "-"): value for name, value in request.slurm.items()}
+    if jobs := [job for one in request.after if (job := _job_of(one)) is not None]:
+        options["dependency"] = ",".join(filter(None, [options.get("dependency"), f"afterok:{':'.join(jobs)}"]))
+    try:
+        extra = sbatch_extra("\n".join(f"--{name}" + ("" if v is True else f"={v}") for name, v in options.items()))
+    except SiteError as error:
+        raise InputError(error.message.replace("AFINA_SBATCH_EXTRA", "slurm"), error.remedy) from None
+    site = plan.site.model_copy(update={"sbatch_extra": (*plan.site.sbatch_extra, *extra)})
+    return plan.model_copy(update={"site": site})
+
+
+def _job_of(one: object) -> str | None:
+    """The job to wait for: of a run its newest; None where it has finished."""
+    run = run_named(one)
+    if run is None:
+        if str(one).replace("_", "").isdigit():
+            return str(one)
+        raise InputError(f"after: {one} is neither a run nor a job's number", "give runs, or numbers of jobs")
+    if run.state == "FINISHED":
+        return None
+    if run.job_id is None:
+        raise InputError(f"after: {run.path} has no job to wait for: it is {run.state}", "submit it first")
+    return run.job_id.partition(";")[0]
+
+
+def plan_to_submit(recipe: AnyRecipe | Run, request: JobRequest) -> tuple[Plan, Run | None]:
     """What `submit` submits: a new plan, or a run and its own plan, of which only the time limit can change.
 
     Raises:
@@ -177,6 +240,7 @@ def plan_to_submit(recipe: str | Path | Recipe, request: JobRequest) -> tuple[Pl
     """
     handle = run_named(recipe)
     if handle is None:
+        assert not isinstance(recipe, Run)
         return plan_for(recipe, request), None
     given = {
         "--set": request.overrides or None,
@@ -185,6 +249,8 @@ def plan_to_submit(recipe: str | Path | Recipe, request: JobRequest) -> tuple[Pl
         "--nodes": request.nodes,
         "--gpus-per-node": request.gpus_per_node,
         "--rehearse": request.rehearse or None,
+        "slurm": request.slurm or None,
+        "after": request.after or None,
     }
     if named := [option for option, value in given.items() if value is not None]:
         raise InputError(
@@ -198,10 +264,10 @@ def plan_to_submit(recipe: str | Path | Recipe, request: JobRequest) -> tuple[Pl
     return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})}), handle
 
 
-def _attempt(directory: RunDir, env: dict[str, str]) -> None:
+def _attempt(directory: RunDir, env: dict[str, str], received: list[int] | None) -> None:
     folder = directory.begin_attempt()
     site = environment(directory.plan().site)
-    code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env})
+    code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env}, received=received)
     outcome = ensure_outcome(directory, folder.name, code)
     recorded = directory.outcome()
     if recorded is None or recorded.attempt != folder.name:

@@ -9,7 +9,11 @@
     │   ├── SiteError              scratch, image, binds, `site.env`
     │   ├── HubError               the Hub refused, or cannot be reached
     │   └── SlurmError             a Slurm command that is missing or refused
-    └── TrainingError         4    the training itself failed
+    ├── TrainingError         4    the training itself failed
+    │   ├── Failed                 a run that was waited for has failed; its exit code is the outcome's
+    │   ├── Stopped          75    … was stopped, and can be resumed
+    │   └── Cancelled        75    … was cancelled, and can be resumed
+    └── WaitTimeout          75    a run is still queued or running; also a TimeoutError
 
 Exit code 0 is a finished run, 75 (`EX_TEMPFAIL`) a stopped one that can be resumed. Errors that are not in this tree
 are defects of afina: they keep their traceback.
@@ -29,16 +33,20 @@ __all__ = [
     "EXIT_INPUT",
     "EXIT_STOPPED",
     "AfinaError",
+    "Cancelled",
     "ClaimedError",
     "DataError",
     "EnvironmentProblem",
+    "Failed",
     "Failure",
     "HubError",
     "InputError",
     "RecipeError",
     "SiteError",
     "SlurmError",
+    "Stopped",
     "TrainingError",
+    "WaitTimeout",
     "first_line",
     "nearest",
 ]
@@ -173,9 +181,26 @@ class TrainingError(AfinaError):
     exit_code = EXIT_FAILED
 
 
+class Failed(TrainingError):
+    pass
+
+
+class Stopped(TrainingError):
+    exit_code = EXIT_STOPPED
+
+
+class Cancelled(TrainingError):
+    exit_code = EXIT_STOPPED
+
+
+class WaitTimeout(AfinaError, TimeoutError):
+    exit_code = EXIT_STOPPED
+
+
 _KINDS: dict[str, type[AfinaError]] = {
     kind.__name__: kind
-    for kind in (InputError, RecipeError, DataError, ClaimedError, EnvironmentProblem, SiteError, HubError, SlurmError, TrainingError)
+    for kind in (InputError, RecipeError, DataError, ClaimedError, EnvironmentProblem, SiteError, HubError, SlurmError, TrainingError,
+                 Failed, Stopped, Cancelled, WaitTimeout)
 }  # fmt: skip
 
 

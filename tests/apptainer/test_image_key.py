@@ -20,7 +20,6 @@ from tests.common import ROOT, program
 
 from afina.errors import SiteError
 from afina.recipe.load import load_recipe
-from afina.run.commands import node_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
 from afina.site.image import check_image
@@ -167,24 +166,7 @@ def test_a_pgp_fingerprint(signed: Path, run: RunDir, fingerprint: str) -> None:
         assert why in caught.value.message and why in done.stderr and done.returncode == 3, (name, key)
 
 
-def test_submitits_job_refuses_and_records_it(signed: Path, plan: Plan, tmp_path: Path) -> None:
-    for name, code in (("signed.sif", 0), ("altered.sif", 3)):
-        there = site(signed, name, str(signed / "pem.pub")).model_copy(update={"scratch": tmp_path})
-        asked = plan.model_copy(update={"site": there})
-        run = RunDir.claim(asked, {}, node_argv(asked), "", tmp_path / name)
-        argv = [sys.executable, "-m", "afina.run.image_check", str(run.path)]
-        env = {**os.environ, "SLURM_JOB_ID": "7"}
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        outcome = run.outcome()
-        if code == 0:
-            assert outcome is None and done.stderr == ""
-        else:
-            assert outcome is not None and (outcome.outcome, outcome.exit_code, outcome.attempt) == ("failed", 3, "7.0")
-            assert "data object integrity compromised" in str(outcome.error) and "Traceback" not in done.stderr
-
-
-def test_submitits_script_checks_before_it_starts(
+def test_submitits_script_begins_with_the_one_that_checks(
     signed: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("sbatch", "srun"):
@@ -192,10 +174,13 @@ def test_submitits_script_checks_before_it_starts(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     run = RunDir(tmp_path / "it's a run")
     asked = plan.model_copy(update={"site": site(signed, "signed.sif", str(signed / "pem.pub"))})
-    line = f'{shlex.quote(sys.executable)} -m afina.run.image_check "$run" || exit 3'
     lines = submitit_script(asked, run).splitlines()
-    assert lines.index(line) < next(i for i, text in enumerate(lines) if text.startswith("srun ")), lines
-    assert line not in submitit_script(plan, run).splitlines()
+    line = f". {shlex.quote(str(run.path / 'finetune.sbatch'))} {shlex.quote(str(run.path))}"
+    assert lines.index(line) < next(
+        i
+        for i, text in enumerate(lines)
+        if "submitit.core._submit" in text and "afina_result" not in text and "PYTHONSAFEPATH" not in text
+    )
 
 
 @pytest.mark.parametrize("command", [["train"], ["submit"], ["submit", "--via", "sbatch"]])

@@ -49,7 +49,7 @@ def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
     """
     from afina import api
 
-    finish(api.resume(run_dir, num_processes=num_processes), as_json)
+    finish(api.resume_here(run_dir, num_processes=num_processes), as_json)
 
 
 @click.command()

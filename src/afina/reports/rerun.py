@@ -155,7 +155,7 @@ def rerun(
         say("no recorded difference from the first run")
     say(f"run {made.path}")
     try:
-        return api.submit(made.path, via=request.via) if submit else api.resume(made.path)
+        return api.submit(made.path, via=request.via) if submit else api.resume_here(made.path)
     except AfinaError:
         if submit:
             shutil.rmtree(made.path)

@@ -12,6 +12,7 @@ array_argv        sbatch … --array=… SCRIPT …            any other script,
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,14 +28,20 @@ __all__ = [
     "host_environment",
     "job_scripts",
     "node_argv",
+    "plain_path",
     "predict_argv",
     "sbatch_argv",
     "sbatch_options",
     "slurm_options",
     "sweep_argv",
     "worker_argv",
+    "without_launcher",
     "worker_environment",
 ]
+
+_LAUNCHER = re.compile(
+    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET|ACCELERATE|FSDP|PMI|PMIX|OMPI|MV2)_.*"
+)
 
 
 def worker_argv(plan: Plan, command: str, *arguments: str, binds: Iterable[Path] = ()) -> list[str]:
@@ -107,6 +114,8 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
         **cache_environment(plan.site, env),
         **spins,
         "PYTHONNOUSERSITE": "1",
+        "PYTHONSAFEPATH": "1",
+        "PYTHONIOENCODING": "utf-8",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -122,6 +131,12 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
             else {}
         ),
     }
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables of a launcher (torchrun, accelerate, MPI): a process that has them waits for others
+    that do not exist. afina's own launcher sets them anew."""
+    return {name: value for name, value in env.items() if not _LAUNCHER.fullmatch(name)}
 
 
 def host_environment(plan: Plan, *, offline: bool) -> dict[str, str]:
@@ -218,7 +233,7 @@ def sbatch_options(plan: Plan, changes: Mapping[str, str | int] | None = None) -
 
 def sbatch_argv(plan: Plan, run: Path) -> list[str]:
     """The submission of a claimed run, with the batch script that was copied into it."""
-    log = f"{_plain(run)}/slurm-%j.out"
+    log = f"{plain_path(run)}/slurm-%j.out"
     return ["sbatch", "--parsable", *sbatch_options(plan), f"--output={log}", str(run / "finetune.sbatch"), str(run)]
 
 
@@ -235,7 +250,7 @@ def array_argv(plan: Plan, script: Path, arguments: Sequence[str], tasks: int, l
         "--parsable",
         *sbatch_options(plan),
         *array,
-        f"--output={_plain(log)}.slurm-{number}.out",
+        f"--output={plain_path(log)}.slurm-{number}.out",
         str(script),
         *arguments,
     ]
@@ -251,12 +266,12 @@ def sweep_argv(
         at_once: how many of them may run at the same time; None is as many as Slurm lets.
     """
     array = _ranges(tasks) + (f"%{at_once}" if at_once else "")
-    log = _plain(sweep) + "/logs/%A_%a.out"
+    log = plain_path(sweep) + "/logs/%A_%a.out"
     script = [str(sweep / "finetune.sbatch"), str(sweep), *([str(first)] if first else [])]
     return ["sbatch", "--parsable", *sbatch_options(plan), f"--array={array}", f"--output={log}", *script]
 
 
-def _plain(path: Path) -> str:
+def plain_path(path: Path) -> str:
     """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one."""
     return str(path).replace("%", "%%")
 
@@ -292,8 +307,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _python(plan: Plan, command: str, *arguments: str) -> list[str]:
-    python = sys.executable if plan.site.runtime == "none" else "python"
-    return [python, "-m", "afina.worker", command, *arguments]
+    here = plan.site.runtime == "none"
+    # -P: files beside the recipe (datasets.py, evaluate.py) are not imported in place of libraries. The image's Python is 3.12.
+    safe = ["-P"] if not here or sys.version_info >= (3, 11) else []
+    return [sys.executable if here else "python", *safe, "-m", "afina.worker", command, *arguments]
 
 
 def _data_folders(plan: Plan) -> list[Path]:

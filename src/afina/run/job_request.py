@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
@@ -39,6 +39,8 @@ class JobRequest:
         num_processes: train on this machine alone, with so many processes.
         via: how a job is submitted.
         rehearse: first make a few steps and a save here; submit only if they succeed.
+        slurm: options of sbatch for this submission, e.g. `{"partition": "gpu"}`.
+        after: runs, or numbers of jobs, that must finish first.
         in_job: inside the allocation: the site is the environment's.
     """
 
@@ -51,6 +53,8 @@ class JobRequest:
     num_processes: int | None = None
     via: Via = "submitit"
     rehearse: bool = False
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+    after: Sequence[Any] = ()
     in_job: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +64,12 @@ class JobRequest:
                 f"overrides: must be a list of texts, found {given!r}", 'for example overrides=["train.epochs=1"]'
             )
         object.__setattr__(self, "overrides", tuple(given))
+        if not isinstance(self.slurm, Mapping):
+            raise InputError(
+                f"slurm: must be a mapping, found {self.slurm!r}", 'for example slurm={"partition": "gpu"}'
+            )
+        if not isinstance(self.after, list | tuple):
+            raise InputError(f"after: must be a list of runs, found {self.after!r}", "for example after=[run]")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -100,6 +110,8 @@ class SubmitOptions(JobOptions, total=False):
     run: str | Path | None
     via: Via
     rehearse: bool
+    slurm: Mapping[str, Any]
+    after: Sequence[Any]
 
 
 def accepts(options: type, *values: type) -> Callable[[F], F]:
@@ -109,7 +121,7 @@ def accepts(options: type, *values: type) -> Callable[[F], F]:
         options: the TypedDict of its keywords.
         values: the dataclasses that the keywords are fields of; they have the defaults.
     """
-    defaults = {field.name: field.default for value in values for field in fields(value)}
+    defaults = {f.name: {} if f.default is MISSING else f.default for value in values for f in fields(value)}
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
-from afina.errors import Failure
+from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT, Failure
 
 __all__ = ["Outcome"]
 
@@ -58,6 +58,13 @@ class Outcome(BaseModel):
     device: str | None = None
     world_size: int | None = None
     global_batch: int | None = None
+
+    @property
+    def fails_again(self) -> bool:
+        """True of a failure that another attempt would meet again, as long as nothing is changed."""
+        causes, codes = ("loss", "disk", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
+        lasting = self.cause in causes or self.exit_code in codes
+        return self.outcome == "failed" and self.cause != "node" and lasting
 
     @computed_field  # type: ignore[prop-decorator]
     @property

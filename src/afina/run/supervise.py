@@ -1,11 +1,12 @@
 """The host's side of one attempt on one node: start the worker, keep its log, turn signals into a request to stop.
 
-Used by `afina train` and by submitit's task; `slurm/job.sh` does the same in bash. A signal makes the run's stop file:
+Used by `afina train`; `slurm/job.sh` does the same in bash. A signal makes the run's stop file:
 the ranks then agree on a step, commit a checkpoint and leave. An attempt that could not record its outcome gets one here.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import signal
@@ -29,38 +30,41 @@ from afina.run.workers import cannot_start
 __all__ = ["LeaseMonitor", "SignalForwarder", "ensure_outcome", "run_node"]
 
 
-def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], node: int = 0, show: bool = True) -> int:
-    """Run the worker of one node to its end; returns its exit code as the worker wrote it.
+def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: list[int] | None = None) -> int:
+    """Run the worker of this machine to its end; returns its exit code as the worker wrote it.
+
+    Its output goes to `node0.log` of the attempt, and on to standard output as long as somebody reads that.
 
     Args:
-        attempt: its folder is made if need be; the log goes to `node<k>.log` in it.
+        attempt: its folder is made if need be.
         env: added to the environment of the worker.
-        show: also pass the worker's output on to standard output.
+        received: gets the signals that arrived meanwhile.
 
-    The first SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop, a second SIGINT terminates the worker.
+    The first SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop; a second SIGINT, or a SIGTERM ten seconds after the first signal,
+    ends the worker at once.
     """
     folder = run.begin_attempt(attempt)
     argv = run.worker_argv()
-    if node == 0:
-        # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
-        for stale in (run.stop_file, folder / "exit"):
-            stale.unlink(missing_ok=True)
+    # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
+    for stale in (run.stop_file, folder / "exit"):
+        stale.unlink(missing_ok=True)
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         worker = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if not (show and sys.stderr.isatty()) else None,
+            stderr=None if on_terminal else subprocess.STDOUT,
             env={**os.environ, **env, "AFINA_ATTEMPT": attempt},
             start_new_session=True,  # the terminal's Ctrl-C is for the supervisor: the ranks stop together, at a step
         )
     except OSError as error:
         raise cannot_start(argv[0], error) from None
     assert worker.stdout is not None
-    with (folder / f"node{node}.log").open("ab", buffering=0) as log, SignalForwarder(run, worker):
-        copy = threading.Thread(target=_tee, args=(worker.stdout, log, show), daemon=True)
+    with (folder / "node0.log").open("ab", buffering=0) as log, SignalForwarder(run, worker, received):
+        copy = threading.Thread(target=_tee, args=(worker.stdout, log), daemon=True)
         copy.start()
-        code = _wait(worker, copy, LeaseMonitor(run, attempt) if node == 0 else None)
+        code = _wait(worker, copy, LeaseMonitor(run, attempt))
         copy.join(timeout=10)
     if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
         worker.stdout.close()
@@ -162,8 +166,12 @@ class SignalForwarder:
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
-    def __init__(self, run: RunDir, worker: subprocess.Popen[bytes]) -> None:
-        self.run, self.worker, self.interrupts = run, worker, 0
+    _PATIENCE_S = 10.0
+
+    def __init__(self, run: RunDir, worker: subprocess.Popen[bytes], received: list[int] | None = None) -> None:
+        self.run, self.worker = run, worker
+        self.received = received if received is not None else []
+        self._first = 0.0
 
     def __enter__(self) -> None:
         # Outside the main thread (a notebook's, a test's) signals belong to the surrounding program.
@@ -182,22 +190,38 @@ class SignalForwarder:
             descriptor = os.open(self.run.stop_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             os.write(descriptor, b"asked\n" if number == signal.SIGINT else b"signal\n")
             os.close(descriptor)
-        if number == signal.SIGINT:
-            self.interrupts += 1
-            if self.interrupts == 1:
-                os.write(2, b"\nafina: stopping at the next step, with a checkpoint; Ctrl-C again to leave at once\n")
-            else:
+        now = time.monotonic()
+        again = number == signal.SIGINT and signal.SIGINT in self.received
+        late = number == signal.SIGTERM and self.received and now - self._first > self._PATIENCE_S
+        self._first = self._first if self.received else now
+        self.received.append(number)
+        if again or late:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.worker.pid, signal.SIGKILL)
+        elif number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nafina: stopping at the next step, with a checkpoint; Ctrl-C again to leave at once\n")
 
 
-def _tee(source: BinaryIO, log: BinaryIO, show: bool) -> None:
-    """Copy until the end. The log may be lost to a full disk; the worker must not block on a pipe that nobody reads."""
+def _tee(source: BinaryIO, log: BinaryIO) -> None:
+    """Copy until the end, the log first. The log may be lost to a full disk and standard output to a reader that went away:
+    the worker must not block on a pipe that nobody reads."""
+    shown, decoder = True, codecs.getincrementaldecoder("utf-8")("replace")
     while block := source.read1(65536) if hasattr(source, "read1") else source.read(65536):
         with contextlib.suppress(OSError):
             log.write(block)
-        if show:
-            sys.stdout.write(block.decode(errors="replace"))
-            sys.stdout.flush()
+        shown = shown and _show(decoder.decode(block))
+
+
+def _show(text: str) -> bool:
+    """Write to standard output, in its own encoding; False if that is gone."""
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):  # no reader, closed, None (pythonw, a daemon)
+        return False
+    return True
 
 
 def _recorded_code(folder: Path, code: int) -> int:

@@ -2,8 +2,7 @@
 
 `AFINA_IMAGE_KEY` names the key that must have signed the image; without it any image is accepted. `apptainer verify` checks it:
 it hashes the whole file (0.4 s for 550 MB in the page cache) and refuses an object that no signature covers as well as one
-that was altered. Images are checked before anything is queued, and again in the job: by submitit's batch script
-(`python -m afina.run.image_check RUN`), and by `slurm/job.sh` in bash.
+that was altered. Images are checked before anything is queued, and again in the job, by `slurm/job.sh` in bash.
 
 Labels and signatures are read by `apptainer inspect` and `apptainer sif list`, which start nothing. Not covered: an image that
 is replaced after the check, and, with a PGP key, a keyring that somebody else can write to.

@@ -291,7 +291,7 @@ def _run_here(draft: Draft, record: SweepRecord, say: Say) -> None:
         if record.search is not None and not is_run_dir(run.path):
             _make_trial(home, record.plan, run)
         say(f"run {count} of {len(wanted)}: {cell.name}")
-        outcome = api.resume(run.path, num_processes=draft.request.job.num_processes).outcome
+        outcome = api.resume_here(run.path, num_processes=draft.request.job.num_processes).outcome
         if outcome is not None and outcome.outcome == "stopped":
             say("stopped; the same command continues from here")
             return

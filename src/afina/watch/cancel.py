@@ -18,11 +18,11 @@ from afina.run.directory import RunDir
 from afina.slurm.query import cancel, query
 from afina.watch.reading import Reading, read_run
 
-__all__ = ["Cancelled", "cancel_runs"]
+__all__ = ["Cancellation", "cancel_runs"]
 
 
 @dataclass(frozen=True)
-class Cancelled:
+class Cancellation:
     """The result for one run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cancelled:
         return {"run": str(self.run), "did": self.did, "job_ids": list(self.job_ids), "message": self.message}
 
 
-def cancel_runs(paths: Sequence[Path]) -> list[Cancelled]:
+def cancel_runs(paths: Sequence[Path]) -> list[Cancellation]:
     """Cancel the jobs of these runs, and ask those that train outside of Slurm to stop.
 
     Raises:
@@ -86,12 +86,12 @@ def _ask_to_stop(reading: Reading) -> bool:
     return True
 
 
-def _result(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancelled:
+def _result(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancellation:
     if job_ids:
-        return Cancelled(reading.path, "cancelled", job_ids, f"cancelled job {', '.join(job_ids)}")
+        return Cancellation(reading.path, "cancelled", job_ids, f"cancelled job {', '.join(job_ids)}")
     if asked:
         host, pid = reading.lease.get("host"), reading.lease.get("pid")
         message = f"asked attempt {reading.lease.get('attempt')} (process {pid} on {host}) to stop at its next step, with a checkpoint"
-        return Cancelled(reading.path, "asked", (), message)
+        return Cancellation(reading.path, "asked", (), message)
     why = "it has finished" if reading.result.finished else "none of its jobs is queued or running"
-    return Cancelled(reading.path, "nothing", (), f"nothing to cancel: {why}")
+    return Cancellation(reading.path, "nothing", (), f"nothing to cancel: {why}")

@@ -10,25 +10,31 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import EnvironmentProblem, InputError, TrainingError
+from afina.errors import AfinaError, Cancelled, EnvironmentProblem, Failed, InputError, Stopped
 from afina.files import read_json
-from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
+from afina.run.job_request import JobRequest, Via
 from afina.run.outcome import Outcome
-from afina.watch.cancel import Cancelled, cancel_runs
+from afina.site.image import check_image
+from afina.slurm.client import need_slurm
+from afina.slurm.limits import check_possible
+from afina.slurm.submit import check_not_queued, submit_sbatch
+from afina.slurm.submitit_job import submit_submitit
+from afina.watch.cancel import Cancellation, cancel_runs
 from afina.watch.find import find_runs, known_runs, resolve_folder
 from afina.watch.logs import LogSelection, log_lines
 from afina.watch.overview import RunSummary, State, summarise, summary_of
+from afina.watch.wait import OPEN, wait_for
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Run", "Runs", "run_named", "runs"]
+__all__ = ["Run", "Runs", "as_completed", "run_named", "runs", "wait"]
 
 
 class Run:
@@ -69,48 +75,104 @@ class Run:
         """State, step, loss, best metric, speed, time left and why it waits; queries Slurm if necessary."""
         return summary_of(self.path)
 
-    def wait(self, timeout_s: float | None = None) -> State:
+    def done(self) -> bool:
+        """True where it is neither queued nor running."""
+        return self.state not in OPEN
+
+    def wait(self, timeout: float | None = None, *, timeout_s: float | None = None) -> State:
         """Block until the run is neither queued nor running; returns its state.
 
         Works without accounting: it reads the run directory, and asks squeue whether the job still exists.
 
-        Raises:
-            TimeoutError: after `timeout_s` seconds.
-        """
-        began, pause = time.monotonic(), 0.5
-        while True:
-            state = self.state
-            if state not in ("PENDING", "RUNNING", "UNKNOWN"):
-                if state != "FAILED" or self.outcome is not None:
-                    return state
-                # Gone from the queue without an outcome: a shared file system may show the file a little later.
-                time.sleep(5)
-                return self.state
-            if timeout_s is not None and time.monotonic() - began > timeout_s:
-                raise TimeoutError(f"{self.path}: still {state} after {timeout_s:g} s")
-            time.sleep(pause)
-            pause = min(15.0, pause * 1.3)
+        Args:
+            timeout: seconds; `timeout_s` is its former name.
 
-    def result(self, timeout_s: float | None = None) -> Outcome:
+        Raises:
+            WaitTimeout: after that time; it is a TimeoutError too.
+        """
+        return wait_for([self.path], timeout if timeout is not None else timeout_s)[self.path].state
+
+    def result(self, timeout: float | None = None, *, timeout_s: float | None = None) -> Outcome:
         """Wait, and return the outcome of a finished run.
 
         Raises:
-            TrainingError: the run stopped or failed; with the recorded cause.
+            Failed, Stopped, Cancelled: it did not finish; with the recorded cause and what to do.
+            InputError: it was never submitted.
+            WaitTimeout: as `wait`.
         """
-        state = self.wait(timeout_s)
+        state = self.wait(timeout if timeout is not None else timeout_s)
         outcome = self.outcome
         if state == "FINISHED" and outcome is not None:
             return outcome
-        if state == "PLANNED":
-            raise InputError(f"{self.path}: was never submitted", f"afina submit '{self.path}'")
+        raise self._error(self.summary, outcome)
+
+    def exception(self, timeout: float | None = None) -> AfinaError | None:
+        """Wait, and return what `result` would raise; None of a finished run.
+
+        Raises:
+            WaitTimeout: as `wait`.
+        """
+        self.wait(timeout)
+        try:
+            self.result()
+        except AfinaError as error:
+            return error
+        return None
+
+    def __await__(self) -> Generator[Any, None, Outcome]:
+        """`await run` is `run.result()`, in a thread."""
+        import asyncio
+
+        return asyncio.to_thread(self.result).__await__()
+
+    def _error(self, summary: RunSummary, outcome: Outcome | None) -> AfinaError:
+        """The exception of a run that has not finished."""
+        path = shlex.quote(str(self.path))
+        if summary.state == "PLANNED":
+            return InputError(f"{self.path}: was never submitted", f"run.submit(), or: afina submit {path}")
+        again = f"run.submit(), or `afina {'submit' if self.job_id else 'resume'} {path}`, continues from the newest checkpoint"
         failure = outcome.failure if outcome else None
-        why = failure.message if failure else "its job left the queue without an outcome"
-        resume = f"`afina resume '{self.path}'` continues from the newest checkpoint"
-        raise TrainingError(
-            f"{self.path}: {state}: {why}",
-            f"{failure.remedy}; {resume}" if failure and failure.remedy else resume,
-            cause=failure.cause if failure else "",
+        message = (
+            f"{self.path}: {summary.state}: {failure.message if failure else summary.why or 'no outcome was recorded'}"
         )
+        if summary.state == "STOPPED":
+            cancelled = (outcome is not None and outcome.cause == "asked") or "cancelled" in (summary.why or "")
+            return (Cancelled if cancelled else Stopped)(
+                message, again, cause=(outcome.cause if outcome else None) or ""
+            )
+        given = failure.remedy if failure else ""
+        repeats = outcome is not None and outcome.fails_again
+        again = f"then {again}" if repeats or given else again
+        error = Failed(message, "; ".join(filter(None, [given, again])), cause=failure.cause if failure else "")
+        error.exit_code = outcome.exit_code if outcome else error.exit_code
+        return error
+
+    def submit(self, *, time_min: int | None = None, via: Via = "submitit") -> Run:
+        """Submit it again: the job continues from the newest checkpoint.
+
+        Args:
+            time_min: another time limit for this job, in minutes.
+
+        Raises:
+            InputError: it has finished, or a job of it is queued or running.
+            SlurmError: Slurm refused, or does not answer.
+        """
+        request = JobRequest(time_min=time_min, via=via)
+        need_slurm()
+        if (state := self.state) in ("PENDING", "RUNNING", "FINISHED"):
+            remedy = self.dir.how_to_train_on() if state == "FINISHED" else "nothing to submit"
+            raise InputError(f"{self.path}: this run is {state}", remedy)
+        plan = self.dir.plan()
+        if request.time_min is not None:
+            resources = plan.recipe.resources.model_copy(update={"time": request.time_min})
+            plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})})
+        check_not_queued(self.dir)
+        self.dir.check_place()
+        self.dir.check_progress()
+        check_image(plan.site)
+        check_possible(plan)
+        (submit_sbatch if request.via == "sbatch" else submit_submitit)(plan, self.dir)
+        return self
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`: `step`, `epoch` and either `loss` and `learning_rate`, or `eval_*`."""
@@ -140,7 +202,7 @@ class Run:
         """
         return "".join(log_lines(self.dir, LogSelection(attempt, node, rank), last))
 
-    def cancel(self) -> Cancelled:
+    def cancel(self) -> Cancellation:
         """Cancel its jobs, or ask it to stop where it trains outside of Slurm; returns what was done.
 
         Raises:
@@ -159,6 +221,23 @@ class Run:
 
 class Runs(list[Run]):
     """Several runs; a notebook shows them as a table."""
+
+    def wait(self, timeout: float | None = None) -> list[State]:
+        """Wait for all of them, with one query of Slurm at a time; returns their states.
+
+        Raises:
+            WaitTimeout: after `timeout` seconds.
+        """
+        found = wait_for([run.path for run in self], timeout)
+        return [found[run.path].state for run in self]
+
+    def cancel(self) -> list[Cancellation]:
+        """Cancel the jobs of all, with one query of Slurm and one scancel.
+
+        Raises:
+            SlurmError: Slurm does not answer, or refused.
+        """
+        return cancel_runs([run.path for run in self])
 
     def summaries(self) -> list[RunSummary]:
         """The summary of each, with one query of Slurm for all."""
@@ -187,9 +266,35 @@ def runs(path: str | Path | None = None) -> Runs:
     return Runs(Run(found) for found in (known_runs() if path is None else find_runs([path])))
 
 
-def run_named(recipe: str | Path | Recipe) -> Run | None:
+def wait(runs: Iterable[Run], timeout: float | None = None) -> Runs:
+    """Wait until none of the runs is queued or running; returns them. However many there are, Slurm is asked once at a time.
+
+    Raises:
+        WaitTimeout: after `timeout` seconds.
+    """
+    given = Runs(runs)
+    given.wait(timeout)
+    return given
+
+
+def as_completed(runs: Iterable[Run], timeout: float | None = None) -> Iterator[Run]:
+    """The runs, each when it is neither queued nor running any more; `result()` then returns or raises at once.
+
+    Raises:
+        WaitTimeout: after `timeout` seconds.
+    """
+    left = {run.path: run for run in runs}
+    end = None if timeout is None else time.monotonic() + timeout
+    while left:
+        for path in wait_for(list(left), None if end is None else max(0.0, end - time.monotonic()), first=True):
+            yield left.pop(path)
+
+
+def run_named(recipe: object) -> Run | None:
     """The run with this directory or short name; None for a recipe, and where there is no such run."""
-    if isinstance(recipe, Recipe) or (Path(recipe).exists() and not is_run_dir(recipe)):
+    if isinstance(recipe, Run):
+        return recipe
+    if not isinstance(recipe, str | Path) or (Path(recipe).exists() and not is_run_dir(recipe)):
         return None
     with contextlib.suppress(InputError):
         return Run(recipe)

@@ -5,6 +5,7 @@ With `--json` a failure is the last line of standard output (see `afina.worker.r
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 
@@ -39,6 +40,9 @@ def main(argv: list[str]) -> int:
     if command not in ANSWERS and command not in PROCESSES:
         print(f"usage: python -m afina.worker {'|'.join([*ANSWERS, *PROCESSES])} …", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale: messages have signs that ASCII lacks
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if command not in ("launch", "train"):  # these two write the log of a node, each in its own way
         # Also what libraries log, and the traceback of a defect.
         sys.stderr = RedactedStream.over(sys.stderr)
@@ -50,4 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # `-m` puts the working directory first, where a file named like a library may lie. From Python 3.11 on `-P` leaves it out.
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path.pop(0)
     sys.exit(main(sys.argv[1:]))

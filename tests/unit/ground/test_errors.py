@@ -21,6 +21,10 @@ CODES = {
     "HubError": 3,
     "SlurmError": 3,
     "TrainingError": 4,
+    "Failed": 4,
+    "Stopped": 75,
+    "Cancelled": 75,
+    "WaitTimeout": 75,
 }
 
 

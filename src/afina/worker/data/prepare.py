@@ -28,6 +28,7 @@ from afina.processes import advisory_lock
 from afina.publish import sweep
 from afina.recipe.trackers import check_trackers
 from afina.run.allocation import Allocation
+from afina.run.commands import without_launcher
 from afina.run.plan import Plan
 from afina.site.settings import cache_environment
 from afina.worker.data.prepared import digest_of, verify
@@ -38,10 +39,6 @@ __all__ = ["answer", "prepare"]
 
 #: To be raised when the same inputs would give other prepared data.
 _RECIPE_FORMAT = 1
-#: With a launcher's variables TrainingArguments would wait for a process group that does not exist.
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE", "PMI_RANK",
-             "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK")  # fmt: skip
-
 Say = Callable[[str], None]
 Check = Callable[[Plan, dict[str, Any], Say], list[str]]
 
@@ -212,8 +209,9 @@ def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:
         # The token that `hf auth login` left stays valid where HF_HOME moves to scratch.
         env["HF_TOKEN_PATH"] = str(token)
     env.update(cache_environment(plan.site, env))
-    for name in _LAUNCHER:
-        env.pop(name, None)
+    # With a launcher's variables TrainingArguments would wait for a process group that does not exist.
+    for name in set(env) - set(without_launcher(env)):
+        env.pop(name)
     env["TOKENIZERS_PARALLELISM"] = "true"
     cores = Allocation.from_env(env).cores()
     if cores < len(os.sched_getaffinity(0)):

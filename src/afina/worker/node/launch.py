@@ -19,7 +19,7 @@ from pathlib import Path
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.files import write_atomic
 from afina.run.allocation import Allocation
-from afina.run.commands import accelerate_argv, worker_environment
+from afina.run.commands import accelerate_argv, without_launcher, worker_environment
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan, check_cores, geometry_for
 from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     """Replace this process by the node's training processes; returns only on an error."""
     run, allocation = RunDir(argv[0]), Allocation.from_env()
     attempt, node = allocation.attempt, _node(allocation)
-    env = dict(os.environ)
+    env = without_launcher(os.environ)
     try:
         plan = run.plan()
         geometry = _geometry(plan, allocation)

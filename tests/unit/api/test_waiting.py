@@ -1,0 +1,313 @@
+"""Handles: what a run that did not finish raises, waiting together, wrong arguments, and what leaks into this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.common import ROOT, program
+from tests.unit.conftest import recipe_dict
+
+import afina
+from afina.api import plan_for
+from afina.errors import AfinaError, Failure, InputError, RecipeError
+from afina.recipe.schema import Recipe
+from afina.run.directory import RunDir
+from afina.run.job_request import JobRequest
+from afina.run.outcome import Outcome
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+
+
+@pytest.fixture
+def claim(
+    recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path
+) -> Callable[..., RunDir]:
+    """Claims a run; with `outcome` its attempt has ended so, with `job` it has a job."""
+
+    def make(name: str = "run", outcome: str = "", job: str = "", worker: str = "false", **more: Any) -> RunDir:
+        plan = make_plan(recipe(), site, recipe_file=recipe_file())
+        run = RunDir.claim(plan, {}, ["bash", "-c", worker, "worker", "{run}"], "", tmp_path / name)
+        if job:
+            run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
+        if outcome:
+            attempt = f"{job}.0" if job else "local-1"
+            code = {"finished": 0, "stopped": 75}.get(outcome, 4)
+            run.begin_attempt(attempt)
+            run.record(Outcome(**{"outcome": outcome, "exit_code": code, "attempt": attempt, **more}))  # type: ignore[arg-type]
+            (run.attempts / attempt / "next").write_text("end\n\n\n")
+        return run
+
+    return make
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm whose queue is the file `queue`; each question is a line of `questions`."""
+    folder = tmp_path / "bin"
+    where = shlex.quote(str(tmp_path))
+    program(folder, "squeue", f"echo squeue >>{where}/questions; cat {where}/queue 2>/dev/null || true\n")
+    program(folder, "scancel", f"echo scancel >>{where}/questions\n")
+    for name in ("sbatch", "srun", "sacct"):
+        program(folder, name, "exit 1\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return tmp_path / "queue"
+
+
+def failure(kind: str, cause: str) -> Failure:
+    return Failure(kind, "what went wrong", "mend it", cause)
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "code", "remedy"),
+    [
+        ({"outcome": "stopped", "cause": "limit"}, afina.Stopped, 75, "run.submit(), or `afina submit"),
+        ({"outcome": "stopped", "cause": "asked"}, afina.Cancelled, 75, "run.submit(), or `afina submit"),
+        ({"outcome": "failed", "failure": failure("TrainingError", "loss")}, afina.Failed, 4, "mend it; then run.submit()"),
+        ({"outcome": "failed", "exit_code": 2, "failure": failure("DataError", "")}, afina.Failed, 2, "mend it; then run"),
+        ({"outcome": "failed", "failure": Failure("TrainingError", "killed")}, afina.Failed, 4, "run.submit(), or `afina"),
+    ],
+)  # fmt: skip
+def test_a_run_that_did_not_finish_raises_what_it_is(
+    claim: Callable[..., RunDir], squeue: Path, more: dict[str, Any], kind: type[AfinaError], code: int, remedy: str
+) -> None:
+    run = afina.Run(claim(job="7", **more).path)
+    assert run.done()
+    with pytest.raises(kind) as caught:
+        run.result()
+    assert (caught.value.exit_code, isinstance(caught.value, AfinaError)) == (code, True)
+    assert caught.value.remedy.startswith(remedy), caught.value.remedy
+    assert type(run.exception()) is kind
+
+
+def test_a_run_that_finished_and_one_that_was_never_submitted(claim: Callable[..., RunDir], squeue: Path) -> None:
+    run = afina.Run(claim("a", outcome="finished", metrics={"eval_x": 1.0}).path)
+    assert run.result().metrics == {"eval_x": 1.0} and run.exception() is None
+
+    async def awaited() -> Outcome:
+        return await run
+
+    assert asyncio.run(awaited()) == run.outcome
+    with pytest.raises(InputError, match="was never submitted"):
+        afina.Run(claim("b").path).result()
+
+
+def test_waiting_has_a_limit_of_its_own_kind(claim: Callable[..., RunDir], squeue: Path) -> None:
+    run = afina.Run(claim(job="7").path)
+    squeue.write_text("7|7|PENDING|1:00|N/A||Resources\n")
+    for error in (TimeoutError, AfinaError, afina.WaitTimeout):
+        with pytest.raises(error, match="still queued or running"):
+            run.result(timeout=0.2)
+    with pytest.raises(afina.WaitTimeout):
+        run.wait(timeout_s=0.2)
+    assert not run.done()
+
+
+def test_many_waiting_handles_ask_slurm_as_often_as_one(claim: Callable[..., RunDir], squeue: Path) -> None:
+    runs = afina.Runs(afina.Run(claim(f"run {n}", job=str(n)).path) for n in range(1, 21))
+    squeue.write_text("".join(f"{n}|{n}|RUNNING|1:00|N/A|n1|\n" for n in range(1, 21)))
+    threads = [threading.Thread(target=run.wait) for run in runs]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    time.sleep(2.5)
+    for n, run in enumerate(runs, start=1):
+        run.dir.begin_attempt(f"{n}.0")
+        run.dir.record(Outcome(outcome="finished", exit_code=0, attempt=f"{n}.0"))
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    asked = (squeue.parent / "questions").read_text().split()
+    assert len(asked) <= 4 + (time.monotonic() - began) / 0.5, asked
+    (squeue.parent / "questions").unlink()
+    assert [run.path for run in afina.wait(runs)] == [run.path for run in runs]
+    assert not (squeue.parent / "questions").exists(), "finished runs need no question"
+
+
+def test_runs_are_cancelled_with_one_command(claim: Callable[..., RunDir], squeue: Path) -> None:
+    runs = afina.Runs(afina.Run(claim(f"run {n}", job=str(n)).path) for n in range(1, 6))
+    squeue.write_text("".join(f"{n}|{n}|PENDING|1:00|N/A||Resources\n" for n in range(1, 6)))
+    assert [one.did for one in runs.cancel()] == ["cancelled"] * 5
+    assert (squeue.parent / "questions").read_text().split() == ["squeue", "scancel"]
+    squeue.write_text("")
+    for run in runs:
+        assert isinstance(run.exception(timeout=10), afina.Cancelled)
+
+
+def test_as_completed_gives_each_when_it_has_ended(claim: Callable[..., RunDir], squeue: Path) -> None:
+    first, second = (afina.Run(claim(name, job=job).path) for name, job in (("a", "1"), ("b", "2")))
+    squeue.write_text("1|1|RUNNING|1:00|N/A|n1|\n2|2|RUNNING|1:00|N/A|n1|\n")
+
+    def end(run: afina.Run) -> None:
+        run.dir.record(Outcome(outcome="finished", exit_code=0, attempt=f"{run.job_id}.0"))
+
+    threading.Timer(0.3, end, [second]).start()
+    threading.Timer(1.2, end, [first]).start()
+    assert [run.path for run in afina.as_completed([first, second], timeout=30)] == [second.path, first.path]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"overrides": None}, "overrides"),
+        ({"overrides": "train.epochs=1"}, "overrides"),
+        ({"overrides": [("train.epochs", 1)]}, "overrides"),
+        ({"nodes": 0}, "nodes"),
+        ({"nodes": "2"}, "nodes"),
+        ({"gpus_per_node": -1}, "gpus_per_node"),
+        ({"time_min": 1.5}, "time_min"),
+        ({"run": 3}, "run"),
+        ({"site": ["a"]}, "site"),
+        ({"via": "slurm"}, "via"),
+        ({"via": "sbtach"}, "via"),
+        ({"slurm": "partition=gpu"}, "slurm"),
+        ({"after": "7"}, "after"),
+    ],
+)
+def test_a_wrong_argument_is_named(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        afina.submit("recipe.yaml", **options)
+    assert caught.value.message.startswith(f"{name}: must be ") and caught.value.remedy
+    if options.get("via") == "sbtach":
+        assert caught.value.remedy == "did you mean `sbatch`?"
+
+
+def test_wrong_recipes(recipe_file: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
+    with pytest.raises(RecipeError, match="unknown key `modle`"):
+        Recipe(**{**recipe_dict(), "modle": "x"})
+    for wrong in (3, None, b"recipe.yaml"):
+        with pytest.raises(InputError, match="recipe: must be a path, a mapping or a Recipe"):
+            plan_for(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="num_processes: must be a whole number, 1 or more"):
+        afina.train(recipe_file(), num_processes=-1)
+
+
+def test_a_recipe_knows_its_folder_and_takes_overrides(
+    recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same name in the working directory is not taken."""
+    monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
+    path = recipe_file()
+    (Path.cwd() / "reviews.csv").write_text("text,stars\nwrong,1\n")
+    loaded = afina.load_recipe(path)
+    for given in (path, str(path), loaded, loaded.model_copy(update={"name": "other"})):
+        plan = plan_for(given, JobRequest(overrides=["train.epochs=2"]))
+        assert plan.files == {"all": (path.parent / "reviews.csv",)} and plan.recipe_file == path
+        assert plan.recipe.train.epochs == 2
+    plan = plan_for(recipe_dict(name="mapped"), JobRequest(overrides=["train.epochs=2"]))
+    assert (plan.recipe.name, plan.recipe.train.epochs, plan.files["all"]) == (
+        "mapped",
+        2,
+        (Path.cwd() / "reviews.csv",),
+    )
+    assert afina.submit(loaded, dry_run=True).files == {"all": (path.parent / "reviews.csv",)}
+
+
+def test_options_of_one_submission_are_checked(
+    recipe: Callable[..., Recipe], site: Site, claim: Callable[..., RunDir], squeue: Path
+) -> None:
+    from afina.api import _with_options
+    from afina.run.commands import sbatch_argv
+
+    plan = make_plan(recipe(), site)
+    done, waiting = claim("a", outcome="finished"), claim("b", job="12")
+    squeue.write_text("12|12|PENDING|1:00|N/A||Resources\n")
+    asked = JobRequest(
+        slurm={"partition": "gpu", "mail_type": "END"}, after=[afina.Run(done.path), afina.Run(waiting.path), "99_1"]
+    )
+    argv = sbatch_argv(_with_options(plan, asked), Path("/run"))
+    assert {"--partition=gpu", "--mail-type=END", "--dependency=afterok:12:99_1"} <= set(argv)
+    for slurm, message in (
+        ({"nodes": 2}, "slurm: --nodes cannot be set"),
+        ({"output": "x"}, "slurm: --output cannot be set"),
+    ):
+        with pytest.raises(InputError, match=message):
+            _with_options(plan, JobRequest(slurm=slurm))
+    with pytest.raises(InputError, match="has no job to wait for"):
+        _with_options(plan, JobRequest(after=[claim("c").path]))
+    with pytest.raises(InputError, match="neither a run nor a job"):
+        _with_options(plan, JobRequest(after=["nonsense"]))
+
+
+def test_the_package_is_typed_and_lists_its_names() -> None:
+    assert {"submit", "wait", "as_completed", "Stopped"} <= set(dir(afina))
+    assert (ROOT / "src/afina/py.typed").exists()
+    for name in afina.__all__:
+        assert getattr(afina, name) is not None
+
+
+# -- trainings here ----------------------------------------------------------------------------------------------------
+
+LOOP = """
+import sys, afina
+from afina import api
+seen = []
+for path in sys.argv[1:]:
+    try:
+        afina.resume(path)
+    except KeyboardInterrupt:
+        print("interrupted"); break
+    except SystemExit as ended:
+        print("exit", ended.code); break
+    except afina.AfinaError as error:
+        print(type(error).__name__)
+"""
+#: A worker that stops when it is asked to, as a training does, and records that it did.
+STOPS = """
+echo up; for i in {1..400}; do [ ! -e "$1/stop" ] || break; sleep 0.05; done
+printf '{"outcome": "stopped", "exit_code": 75, "attempt": "local-1", "cause": "asked"}' >"$1/outcome.json"; exit 75
+"""
+
+
+@pytest.mark.parametrize(("number", "answer"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "exit 143\n")])
+def test_a_signal_ends_the_loop_that_trains_and_not_one_training(
+    claim: Callable[..., RunDir], scratch: Path, number: signal.Signals, answer: str
+) -> None:
+    runs = [claim(name, worker=STOPS).path for name in ("a", "b")]
+    argv = [sys.executable, "-c", LOOP, *map(str, runs)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert output == answer and "Traceback" not in errors
+    assert not RunDir(runs[1]).attempt_names(), "the next training began"
+
+
+def test_a_training_that_fails_raises_unless_told_otherwise(claim: Callable[..., RunDir]) -> None:
+    with pytest.raises(afina.Failed, match="exit code 4"):
+        afina.resume(claim("a", worker="exit 4").path)
+    assert afina.resume(claim("b", worker="exit 4").path, check=False).state == "FAILED"
+
+
+def test_a_reader_that_goes_away_does_not_stop_a_training(claim: Callable[..., RunDir]) -> None:
+    """More than a pipe holds, and a sign that ASCII lacks; the log has it all."""
+    worker = 'for i in {1..3000}; do echo "line $i of a long log: 3 × 4, and more of it"; done; exit 4'
+    for name, ending in (("a", "| head -n 1"), ("b", ">&-"), ("c", "")):
+        run = claim(name, worker=worker)
+        code = f"import afina; afina.resume({str(run.path)!r}, check=False)"
+        env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {ending}"
+        done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        log = (run.attempts / "local-1/node0.log").read_text("utf-8")
+        assert len(log.splitlines()) == 3000 and "3 × 4" in log
+        assert run.outcome() is not None
+
+
+def test_a_launchers_variables_do_not_reach_the_worker() -> None:
+    from afina.run.commands import without_launcher
+
+    names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID PET_NNODES ACCELERATE_USE_FSDP OMPI_COMM_WORLD_SIZE"
+    kept = {"OMP_NUM_THREADS": "1", "PATH": "/bin", "SLURM_JOB_ID": "7"}
+    assert without_launcher({**dict.fromkeys(names.split(), "3"), **kept}) == kept
