@@ -78,7 +78,8 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         difference = None
         if onnx:
-            difference = export_onnx(aside, aside / "onnx/model.onnx", _texts(directory), recipe.tokens.max_length)
+            target, longest = aside / "onnx/model.onnx", recipe.tokens.max_length
+            difference = export_onnx(aside, target, _texts(directory), longest, recipe.trust_remote_code)
         if not rename_new(aside, final):
             raise InputError(f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o")
     finally:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from afina.errors import EnvironmentProblem, TrainingError, first_line
+from afina.worker.model.padding import padding_side, set_pad_token
+from afina.worker.model.pretrained import give_pad_token
 
 __all__ = ["TOLERANCE", "check_installed", "export_onnx"]
 
@@ -41,7 +43,9 @@ def check_installed() -> None:
         )
 
 
-def export_onnx(folder: Path, target: Path, texts: Sequence[Any], max_length: int) -> float:
+def export_onnx(
+    folder: Path, target: Path, texts: Sequence[Any], max_length: int, trust_remote_code: bool = False
+) -> float:
     """Write `target` from the model in `folder`, and compare the two on `texts`; returns the largest difference of a logit.
 
     Args:
@@ -56,11 +60,13 @@ def export_onnx(folder: Path, target: Path, texts: Sequence[Any], max_length: in
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     transformers.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=torch.float32).eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).eval()
+    give_pad_token(tokenizer)
+    tokenizer.padding_side = padding_side(model, tokenizer.padding_side)
+    set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
     def batch(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         pairs = [row[1] for row in rows] if isinstance(rows[0], (tuple, list)) else None

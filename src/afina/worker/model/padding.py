@@ -78,7 +78,9 @@ def separate_rows(model: Any) -> str | None:
         for key in sorted(set(keys.tolist())):
             rows = (keys == key).nonzero()[:, 0]
             width = key if by_length else input_ids.shape[1]
-            part = {name: value[rows, :width] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+            # Trainer adds numbers, such as that of the labels in the batch.
+            wide = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor) and v.shape == input_ids.shape}
+            part = {name: value[rows, :width] for name, value in wide.items()}
             for module in sparse[:1]:  # the outermost one sets those below it
                 module.set_attention_type("block_sparse")
             logits.append(usual(**{**tensors, **part})["logits"])

@@ -14,6 +14,7 @@ from afina.files import sync_file, sync_folder, sync_tree
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.model.outputs import label_lists, prediction_columns
+from afina.worker.model.padding import padding_side
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.quality_checks import check_loss_curve, check_predictions
@@ -91,7 +92,10 @@ def _export_model(trainer: RunTrainer) -> None:
     for folder in (staging, old):
         shutil.rmtree(folder, ignore_errors=True)
     trainer.model.save_pretrained(staging)
-    trainer.processing_class.save_pretrained(staging)
+    tokenizer = trainer.processing_class
+    # Others who pad batches with it get the scores of single texts too.
+    tokenizer.padding_side = padding_side(trainer.model, tokenizer.padding_side)
+    tokenizer.save_pretrained(staging)
     sync_tree(staging)
     if run.model.exists():
         run.model.rename(old)
