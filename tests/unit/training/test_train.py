@@ -121,6 +121,9 @@ def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
     assert len(table["text"]) == 41
     right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
     assert right / 41 == pytest.approx(outcome["metrics"]["eval_accuracy"])
+    kept = [path.name for path in (whole / "checkpoints").iterdir()]
+    assert kept == [f"step-{outcome['model_step']}"], "train.keep_after: best"
+    assert isinstance(outcome["warnings"], list)
     config = json.loads((whole / "model/config.json").read_text())
     assert config["problem_type"] == "single_label_classification"
     log = (whole / "attempts/local-1/node0.log").read_text()
@@ -171,6 +174,7 @@ def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path
     assert _outcome(run)["attempts"] == 4
     code, output = _resume(place, run)
     assert code == 0, "a finished run stays as it is"
+    assert "nothing to do: this run has finished" in output and "to train further" in output
 
 
 def _assert_close(run: Path, reference: Path, steps: int) -> None:
@@ -178,7 +182,7 @@ def _assert_close(run: Path, reference: Path, steps: int) -> None:
     lines, expected = ([line for line in _lines(one) if line["step"] <= steps] for one in (run, reference))
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for a, b in zip(expected, lines, strict=True):
-        for key in ("loss", "eval_loss", "eval_accuracy", "grad_norm"):
+        for key in ("loss", "training_loss", "eval_loss", "eval_accuracy", "grad_norm"):
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), (a["step"], key)
 
@@ -203,6 +207,52 @@ def test_two_processes_or_accumulation_are_the_same_packed_training(place: Path,
     parts = _train(place, "parts-packed", recipe)
     for run in (two, parts):
         _assert_close(run, packed, 42)
+
+
+def test_the_training_loss_of_an_epoch_is_the_mean_over_its_examples(packed: Path) -> None:
+    lines = _lines(packed)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    means = [line["training_loss"] for line in lines if "training_loss" in line]
+    assert len(losses) == 21 * 8 and len(means) == 8
+    for epoch, mean in enumerate(means):
+        of_epoch = losses[21 * epoch : 21 * (epoch + 1)]
+        assert mean == pytest.approx((8 * sum(of_epoch[:20]) + 2 * of_epoch[20]) / 162, rel=1e-5)
+    assert f"{means[0]:.6f}" in (packed / "attempts/local-1/node0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_weighted_loss_is_the_same_on_two_processes_that_accumulate_and_pytorchs_own(place: Path) -> None:
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    rows = [{**row, "weight": (0, 0.5, 1, 4)[n % 4]} for n, row in enumerate(tiny.tiny_reviews(203, 7))]
+    tiny.write_csv(place / "weighted.csv", rows)
+    recipe = _recipe(
+        model="still",
+        data={"files": {"all": "weighted.csv"}, "weight": "weight"},
+        train={"precision": "fp32", "epochs": 1, "class_weights": {"1": 3, "5": 0.5}, "label_smoothing": 0.1},
+    )
+    one = _train(place, "weighted", recipe)
+    recipe["train"]["max_batch_per_device"] = 2
+    recipe["tokens"]["batching"] = "padded"
+    two = _train(place, "weighted-two", recipe, "--num-processes", "2")
+    _assert_close(two, one, 21)
+    assert _lines(two)[0]["loss"] == pytest.approx(_lines(one)[0]["loss"], rel=2e-6)
+    table = pq.read_table(one / "predictions.parquet").to_pydict()
+    names = _outcome(one)["labels"]
+    prepared = Path(json.loads((one / "prepared.json").read_text())["prepared"])
+    weights = torch.from_numpy(np.load(prepared / "eval.weights.npy")).double()
+    assert weights.tolist() == [{row["text"]: row["weight"] for row in rows}[text] for text in table["text"]]
+    logits = torch.tensor([table[f"score: {name}"] for name in names]).T.double().log()
+    labels, of_classes = (
+        torch.tensor([names.index(label) for label in table["label"]]),
+        torch.tensor([3, 1, 1, 1, 0.5]).double(),
+    )
+    each = torch.nn.functional.cross_entropy(logits, labels, of_classes, reduction="none", label_smoothing=0.1)
+    expected = (weights * each).sum() / (weights * of_classes[labels]).sum()
+    assert _outcome(one)["metrics"]["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -248,13 +298,13 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(pla
 
 @pytest.mark.timeout(300)
 def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_age_of_the_newest(place: Path) -> None:
-    """The stop begins 15 seconds, two saves and three steps before the deadline: 28 seconds leave some for the training."""
+    """The stop begins 15 seconds, two saves and three steps before the deadline: 40 seconds leave some for the training."""
     train = {"epochs": 4000, "save_every": 50000, "save_minutes": 0.005, "evaluate": 50000, "log_every": 100}
     recipe = _recipe(train=train)
     run = place / "limited"
     file = run.with_suffix(".yaml")
     file.write_text(json.dumps(recipe))
-    deadline = time.time() + 28
+    deadline = time.time() + 40
     done = subprocess.run(
         [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)],
         env={**_environment(place), "AFINA_DEADLINE": str(deadline)},
@@ -322,12 +372,12 @@ def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Pa
     process = _start(place, whole, WHOLE)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "afina resume" in output and "Traceback" not in output
+    assert "this run has finished" in output and "model=" in output and "Traceback" not in output
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
 def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
-    """One stopped run: every checkpoint damaged, then restored but for the newest one's optimizer state."""
+    """One stopped run: every checkpoint damaged, then deleted, then restored but for the newest one's optimizer state."""
     run = place / "damaged"
     process = _start(place, run, _recipe(train={"save_every": 2, "epochs": 8}))
     _wait_for_lines(run, 9)
@@ -345,6 +395,8 @@ def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     assert code == 3
     assert "no checkpoint is usable" in output
     shutil.rmtree(checkpoints)
+    code, output = _resume(place, run)
+    assert code == 2 and "there is no checkpoint of them" in output and "afina rerun" in output
     kept.rename(checkpoints)
     newest, older = sorted(checkpoints.glob("step-*"), key=lambda p: -int(p.name.split("-")[1]))[:2]
     (newest / "optimizer.pt").unlink()
