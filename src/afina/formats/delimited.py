@@ -76,12 +76,12 @@ def read_delimited(path: Path, reading: Reading = PLAIN, notes: Notes | None = N
                     elif any(_swallows(cell, place, width, delimiter) for place, cell in enumerate(cells)):
                         notes.add(_SWALLOWS, number)
                 line = rows.line_num
-                if number <= _FIRST_ROWS and not waiting:
-                    seen = [was or (cell == name != "") for was, cell, name in zip(seen, cells, header, strict=True)]
                 if cells == header:
                     notes.add(_HEADER_AGAIN, number)
+                elif number <= _FIRST_ROWS and not waiting:
+                    seen = [was or (cell == name != "") for was, cell, name in zip(seen, cells, header, strict=True)]
                 yield number, cells + more
-            if any(seen) and not all(seen) and reading.header is None:
+            if any(seen) and reading.header is None:
                 notes.add(_LABEL_HEADER)
         except csv.Error as error:
             raise _misquoted(path, number + 1, rows.line_num, str(error)) from None
@@ -110,9 +110,11 @@ def _without_nul(path: Path, lines: Iterable[str], reading: Reading) -> Iterator
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             utf_16 = number == 1 and reading.encoding is None
-            what = "is the file UTF-16? " + option("encoding", "utf-16-le") if utf_16 else "remove it: tr -d '\\000'"
+            encoding = "utf-16-be" if line.startswith("\0") else "utf-16-le"
+            what = "is the file UTF-16? " + option("encoding", encoding) if utf_16 else "remove it: tr -d '\\000'"
             raise DataError(f"{path}, line {number}: holds a NUL byte, which no text has", what)
-        yield line
+        # A second byte order mark, or that of a file that was joined to another.
+        yield line.lstrip("\ufeff") if line[0] == "\ufeff" else line
 
 
 def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int, reading: Reading) -> DataError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from afina.errors import DataError
-from afina.formats.columns import partitions
+from afina.formats.columns import partitions, value_at
 from afina.formats.reading import PLAIN, Reading, option
 from afina.formats.text_files import open_text
 
@@ -50,7 +50,8 @@ def records_below(path: Path, record: Mapping[str, Any]) -> DataError | None:
     deeper = [f"{key}.{b}" for key, v in record.items() if isinstance(v, dict) for b in _lists_of_objects(v)]
     if found := _lists_of_objects(record) or deeper:
         listed = " and ".join(f"`{name}`" for name in found)
-        return DataError(f"{path}: one object, with records under {listed}", option("field", found[0]))
+        longest = max(found, key=lambda name: len(value_at(record, name)))
+        return DataError(f"{path}: one object, with records under {listed}", option("field", longest))
     return None
 
 
@@ -143,10 +144,12 @@ def _table(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if kinds == {list} and len({len(v) for v in value.values()}) == 1 and not _lists_of_objects(value):
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if kinds == {dict} and all(value.values()):
-        if all(map(_is_number, value)):  # orient="index"
+        keys = [list(each) for each in value.values()]
+        alike = all(k == keys[0] for k in keys)
+        # orient="index": of rows there are more than of columns.
+        if all(map(_is_number, value)) or (alike and len(keys) > len(keys[0])):
             return list(value.values())
-        keys = [list(column) for column in value.values()]
-        if all(map(_is_number, keys[0])) and all(k == keys[0] for k in keys):
+        if alike and (all(map(_is_number, keys[0])) or len(keys[0]) > len(keys)):
             return [{name: column[key] for name, column in value.items()} for key in keys[0]]
     return None
 
@@ -172,10 +175,10 @@ def _not_json(path: Path, error: Exception, line: int | None = None, text: str =
     place = f", line {line}" if line is not None else ""
     remedy = "correct that line" if place else "correct it, or write one object per line"
     if isinstance(error, json.JSONDecodeError):
-        if "\0" in (text or error.doc)[:4096]:
-            return DataError(
-                f"{path}{place}: holds a NUL byte", f"is the file UTF-16? {option('encoding', 'utf-16-le')}"
-            )
+        start = (text or error.doc)[:4096]
+        if "\0" in start:
+            encoding = "utf-16-be" if start.startswith("\0") else "utf-16-le"
+            return DataError(f"{path}{place}: holds a NUL byte", f"is the file UTF-16? {option('encoding', encoding)}")
         if line is None:
             return DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}", remedy)
         return DataError(

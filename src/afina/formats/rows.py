@@ -51,7 +51,7 @@ def read_rows(path: Path, reading: Reading = PLAIN, notes: Notes | None = None) 
             yield flatten(record)
             first = None
         if first is not None:
-            if error := records_below(path, first):
+            if reading.field is None and (error := records_below(path, first)):
                 raise error
             yield flatten(first)
 

@@ -97,6 +97,11 @@ def readable(path: Path, reading: Reading = PLAIN) -> Iterator[None]:
 
 
 def _not_unpacked(path: Path, error: Exception) -> DataError:
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = compression_of(path)
+    if not any(start.startswith(magic) for magic, (what, _) in _MAGIC.items() if what == f"compressed with {kind}"):
+        return DataError(f"{path}: is not {kind}, its name says {path.suffix}", f"name it without {path.suffix}")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(f"{path}: cannot be unpacked as {compression_of(path)}: {reason}", "copy or write the file again")
 
@@ -108,6 +113,8 @@ def undecodable(path: Path, reading: Reading = PLAIN) -> DataError:
     for magic, (what, how) in _MAGIC.items():
         if start.startswith(magic):
             return DataError(f"{path}: is {what}, its name says {path.suffix}", how)
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return DataError(f"{path}: the file is UTF-32", option("encoding", "utf-32"))
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return DataError(f"{path}: the file is UTF-16", option("encoding", "utf-16"))
     name = (reading.encoding or "utf-8").upper()
@@ -134,7 +141,7 @@ def _encoding_remedy(path: Path, line: bytes, at: int, reading: Reading) -> str:
     """The option that would help; by the bytes of the first lines that are not UTF-8."""
     if reading.encoding not in (None, "utf-8"):
         return f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none"
-    good = bad = 0
+    good = bad = letters = 0
     bytes_: set[int] = set()
     with open_binary(path) as file:
         lines = (raw for raw in file if not raw.isascii())
@@ -144,10 +151,12 @@ def _encoding_remedy(path: Path, line: bytes, at: int, reading: Reading) -> str:
             bytes_.update(wrong)
             bad += len(wrong)
             good += sum(c > "\x7f" for c in text) - len(wrong)
+            letters += sum(map(str.isalpha, text))
     if good > bad:
         return "other letters in it are UTF-8: correct this place (a text cut within a character, or taken from another file)"
-    if bytes_ & _NOT_CP1252:
-        return f"{option('encoding', 'ITS_ENCODING')} (cp1251, mac-roman, shift_jis, gb18030, …); or save the file as UTF-8"
+    # In the languages of Western Europe most letters are ASCII.
+    if bytes_ & _NOT_CP1252 or bad > letters:
+        return f"{option('encoding', 'ITS_ENCODING')} (cp1251, koi8-r, mac-roman, shift_jis, gb18030, …); or save the file as UTF-8"
     shown = line[max(0, at - _SHOWN // 2) : at + _SHOWN // 2].decode("cp1252").strip()
     windows = ", which has quotes and dashes there" if bytes_ & set(range(0x80, 0xA0)) else ""
     return f"{option('encoding', 'cp1252')} (Windows{windows}: “{shown}”); or save the file as UTF-8"

@@ -162,7 +162,7 @@ def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, st
     """The columns that look like text, label and id; None where none does."""
 
     def named(names: Sequence[str], among: Sequence[Column]) -> str | None:
-        folded = {c.name.casefold(): c.name for c in among}
+        folded = {c.name.strip().casefold(): c.name for c in among}
         return next((folded[n] for n in names if n in folded), None)
 
     texts = [c for c in columns if not c.numeric and not c.listed and c.words >= 1.5]

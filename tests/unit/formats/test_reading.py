@@ -87,6 +87,8 @@ def csv_text(delimiter: str = ",", header: bool = True, quote: str = '"') -> str
         ("a.json", json.dumps({key: [r[key] for r in RECORDS] for key in RECORDS[0]}).encode(), {}),
         ("a.json", json.dumps({key: {str(i): r[key] for i, r in enumerate(RECORDS)} for key in RECORDS[0]}).encode(), {}),
         ("a.json", json.dumps({str(i): r for i, r in enumerate(RECORDS)}).encode(), {}),
+        ("a.json", json.dumps({f"r{i}": r for i, r in enumerate(RECORDS)}).encode(), {}),
+        ("a.csv", b"\xef\xbb\xbf" + csv_text().encode("utf-8-sig"), {}),
         ("a.json", json.dumps({"columns": ["text", "label"], "index": [0, 1, 2], "data": ROWS}).encode(), {}),
         ("a.json", json.dumps({"schema": {}, "data": RECORDS}).encode(), {"field": "data"}),
     ],
@@ -161,6 +163,7 @@ def test_quotes_that_swallow_rows_are_noted_with_their_row(tmp_path: Path) -> No
         ("caf\ufffd", "row 2: holds U+FFFD"),
         ("cafÃ© itâ€™s", "row 2: holds letters such as Ã© or â€™"),
         ("text", "row 2: repeats the header"),
+        ("\ufefftext", "row 2: repeats the header"),
         ("âge, Ânesse, NÃO, Ã propos", ""),
     ],
 )
