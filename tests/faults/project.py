@@ -29,7 +29,7 @@ _RESOURCES = {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 30}
 def write_project(folder: Path) -> Path:
     """Write model, reviews, recipe and an empty scratch into `folder`; existing files stay."""
     if not (folder / "recipe.yaml").is_file():
-        tiny.write_project(folder, 304, 1, name="faults", train=_TRAIN, metrics=["accuracy"], resources=_RESOURCES)
+        tiny.write_project(folder, 301, 1, name="faults", train=_TRAIN, metrics=["accuracy"], resources=_RESOURCES)
     return folder
 
 

@@ -24,6 +24,7 @@ from tests.common import ROOT
 
 RECIPE = tiny.recipe(
     name="tiny 'stars' $(touch never)",
+    data={"split_by": "order"},  # exact shares
     train={"batch_size": 16, "epochs": 3, "learning_rate": 0.005, "seed": 1, "keep": "last", "log_every": None},
     metrics=["accuracy", "f1"],
     resources={"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 10},

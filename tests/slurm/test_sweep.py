@@ -17,6 +17,7 @@ from tests import tiny
 
 RECIPE = tiny.recipe(
     name="sweep it's $(touch never)",
+    data={"split_by": "order"},  # exact shares
     tokens={"max_length": 32},
     train={"batch_size": 16, "epochs": 40, "seed": 1, "evaluate": 800, "save_every": 50, "log_every": None},
     metrics=["accuracy"],

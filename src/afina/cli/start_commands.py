@@ -140,23 +140,25 @@ def _recipe(
     data = find_data(
         given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config, given.reading
     )
-    texts, labels, row_id = _columns(given, data, ask)
+    texts, labels, row_id, split_column = _columns(given, data, ask)
     examined = _with_bar(
-        lambda tick: examine_all(data, texts, labels, tick),
+        lambda tick: examine_all(data, texts, labels, tick, split_column),
         sum((s.total_rows or 0) for s in data.sources.values()),
     )
     default = MULTILINGUAL_MODEL if examined[0].non_ascii > 0.3 else DEFAULT_MODEL
     model = find_model(given.model or ask("Model: a Hub id or a folder", default, "--model"), list(examined[0].sample))
     name = given.name or ask("Name of the run", default_name(data), "--name")
-    proposal = propose(data, Choices(name, texts, labels, row_id, model), examined, cluster, base)
+    proposal = propose(data, Choices(name, texts, labels, row_id, model, split_column), examined, cluster, base)
     write_recipe(path, proposal, site, data)
     return examined[0], data_warnings(proposal)
 
 
-def _columns(given: _Given, data: LabelledData, ask: _Asker) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
-    """The columns of text, label and id."""
+def _columns(
+    given: _Given, data: LabelledData, ask: _Asker
+) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str | None]:
+    """The columns of text, label, id and split."""
     from afina.formats.reading import format_of
-    from afina.start.examine import check_header, check_named, columns_of, guess_columns
+    from afina.start.examine import check_header, check_named, columns_of, guess_columns, guess_split_column
 
     columns = columns_of(data.main)
     delimited = any(format_of(path) in ("csv", "tsv") for paths in data.files.values() for path in paths)
@@ -170,7 +172,8 @@ def _columns(given: _Given, data: LabelledData, ask: _Asker) -> tuple[tuple[str,
     check_named(columns, labels, "--label", data.origin)
     if set(texts) & set(labels):
         raise InputError("--text: none of the columns may be a label", "name each column once")
-    return texts, labels, row_id if row_id not in (*texts, *labels) else None
+    split_column = guess_split_column(columns, (*texts, *labels)) if len(data.sources) == 1 else None
+    return texts, labels, row_id if row_id not in (*texts, *labels) else None, split_column
 
 
 class _Asker:

@@ -25,6 +25,7 @@ __all__ = [
     "file_stem",
     "find_files",
     "find_paths",
+    "split_named",
     "split_of",
     "splits_of_folder",
 ]
@@ -37,8 +38,10 @@ _SPLIT_NAMES = {
     "eval": "eval",
     "validation": "eval",
     "valid": "eval",
+    "val": "eval",
     "dev": "eval",
     "test": "test",
+    "testing": "test",
 }
 #: How files of other formats become files of a known one.
 _CONVERSIONS = {
@@ -176,8 +179,12 @@ def file_stem(path: Path) -> str:
 def split_of(path: Path) -> str | None:
     """The split that a data file, or its folder, is named after (`train.csv`, `validation-00000-of-00002.parquet`, `test/0.csv`);
     or None."""
-    stem = file_stem(path).replace("_", "-").split("-")[0].casefold()
-    return _SPLIT_NAMES.get(stem)
+    return split_named(file_stem(path).replace("_", "-").split("-")[0])
+
+
+def split_named(name: str) -> str | None:
+    """The split that a name means (`Validation`: eval), or None."""
+    return _SPLIT_NAMES.get(name.strip().casefold())
 
 
 def check_utf8(path: str | Path | None) -> None:

@@ -40,7 +40,10 @@ def any_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Seque
     if isinstance(recipe, Recipe):
         if not overrides:
             return recipe
-        return _validated(recipe.model_dump(mode="json"), overrides, None, "recipe").read_from(recipe.file)
+        values = recipe.model_dump(mode="json")
+        if not recipe.data.divides:  # an override may make it divide rows
+            del values["data"]["split_by"]
+        return _validated(values, overrides, None, "recipe").read_from(recipe.file)
     if isinstance(recipe, Mapping):
         return _validated(recipe, overrides, None, "recipe")
     if not isinstance(recipe, str | Path):
@@ -93,8 +96,16 @@ def _validated(tree: Mapping[Any, Any], overrides: Sequence[str], node: Node | N
         apply_override(changed, override)
     overridden = [o.partition("=")[0].strip() for o in overrides]
     try:
-        return Recipe.model_validate(changed)
+        return _divided_by_text(Recipe.model_validate(changed))
     except ValidationError as error:
         raise explain(error, Recipe, node, source, overridden) from None
     except RecursionError:
         raise RecipeError(f"{source}: a YAML alias (*) contains itself", "write the value out") from None
+
+
+def _divided_by_text(recipe: Recipe) -> Recipe:
+    """The default of `data.split_by` for recipes; plans that were made before the key existed keep theirs."""
+    data = recipe.data
+    if "split_by" in data.model_fields_set or not data.divides:
+        return recipe
+    return recipe.model_copy(update={"data": data.model_copy(update={"split_by": "text"})})

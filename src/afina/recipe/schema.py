@@ -125,6 +125,12 @@ def _epoch_or_steps(value: Any) -> Any:
 
 Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+
+
+def _by_order_is_none(value: Any) -> Any:
+    return None if value == "order" else value
+
+
 EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
 #: At most Slurm's own limit of about a year.
 Minutes = Annotated[int, BeforeValidator(_slurm_time), Field(ge=1, le=600_000)]
@@ -134,8 +140,8 @@ LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator
 class Part(_Section):
     """One of train, eval, test: the source and number of its rows.
 
-    `split` names a split of a Hub data set or a key of `data.files`; without it the source of the same name is used, else
-    `all`, else `train`. A `fraction` cuts the split (stratified, disjoint from its sisters, with the seed of `train`).
+    `split` names a split of a Hub data set, a key of `data.files` or a value of `data.split_column`; without it the source
+    of the same name is used, else `all`, else `train`. A `fraction` divides the source, with the seed of `train`.
     `sample` then takes `shuffle(seed).select(range(sample))`, exactly as datasets does.
     """
 
@@ -148,7 +154,7 @@ class Part(_Section):
 class Data(_Section):
     """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
-    added_later = ("weight", *Reading.model_fields)
+    added_later = ("weight", "split_by", "split_column", "group", *Reading.model_fields)
 
     hub: Text | None = None
     config: str | None = None
@@ -166,6 +172,10 @@ class Data(_Section):
     header: Header | None = None
     quoting: Quoting | None = None
     field: Text | None = None
+    #: None: by the order of the rows, as afina 0.1 did. `afina.recipe.load` sets `text` for a recipe that leaves it out.
+    split_by: Annotated[Literal["text"] | None, BeforeValidator(_by_order_is_none)] = None
+    split_column: Text | None = None
+    group: Text | None = None
     train: Part = Part()
     eval: Part = Part()
     test: Part | None = None
@@ -227,6 +237,9 @@ class Data(_Section):
                 )
         if self.weight in (*self.text, *self.label):
             raise KeyedError(f"column `{self.weight}` is the text or the label too", "weight")
+        for key in ("split_column", "group"):
+            if getattr(self, key) in (*self.text, *self.label):
+                raise KeyedError(f"column `{getattr(self, key)}` is the text or the label too", key)
         return self
 
     @model_validator(mode="after")
@@ -245,18 +258,38 @@ class Data(_Section):
             for part, paths in self.files.items():
                 if not paths:
                     raise KeyedError("names no file", "files", part)
+            if self.split_column is not None and len(self.files) > 1:
+                raise KeyedError(
+                    f"divides the rows of one source, and `files` has {len(self.files)}",
+                    "split_column",
+                    remedy="give `files` as one path or one list, or leave `split_column` out",
+                )
         return self._enough_to_give()
+
+    def _source(self, name: str) -> str:
+        """The source of a split, as far as it can be known without the data."""
+        part: Part = getattr(self, name)
+        files = self.files or {}
+        own = name if self.files is None or name in files else "all" if "all" in files else "train"
+        return part.split or own
+
+    @property
+    def divides(self) -> bool:
+        """Whether rows of one source are divided among splits, as far as it can be known without the data."""
+        fractions = any(part is not None and part.fraction is not None for part in (self.train, self.eval, self.test))
+        shared = self.files is not None and self.split_column is None and self._source("train") == self._source("eval")
+        return fractions or shared
 
     def _enough_to_give(self) -> Data:
         """Fractions of one source add up to 1 at most, as far as that can be known without the data."""
+        if self.split_column is not None:
+            return self  # the sources are its values
         cut: dict[str, list[str]] = {}
         for name in ("train", "eval", "test"):
             part: Part | None = getattr(self, name)
             if part is None or part.fraction is None:
                 continue
-            files = self.files or {}
-            own = name if self.files is None or name in files else "all" if "all" in files else "train"
-            cut.setdefault(part.split or own, []).append(name)
+            cut.setdefault(self._source(name), []).append(name)
         for source, names in cut.items():
             total = sum(getattr(self, name).fraction for name in names)
             if total > 1 + 1e-9:

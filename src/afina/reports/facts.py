@@ -13,7 +13,7 @@ from typing import Any
 from afina.errors import AfinaError
 from afina.files import read_json
 from afina.run.directory import RunDir, job_ids_of
-from afina.run.outcome import Outcome
+from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.record import read_record
 from afina.slurm.accounting import JobUsage, job_usage
@@ -82,6 +82,11 @@ class RunFacts:
     lengths: Mapping[str, Lengths | str]
     jobs: Sequence[JobUsage] | None
     utilisation: Mapping[str, Any]
+
+    @property
+    def spoiled(self) -> dict[str, list[str]]:
+        """Warnings about the data that spoil the numbers of a split, by split."""
+        return data_warnings(self.prepared)
 
     @property
     def labels(self) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "seconds",
     "table",
     "tiles",
+    "warnings",
 ]
 
 _LIGHT = """--text: #1c2024; --soft: #56606a; --page: #fff; --rule: #d5dade; --card: #f4f6f8; --cell: 26, 93, 171;
@@ -60,7 +61,7 @@ dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 
 .tiles small {{ display: block; font-size: .8rem; color: var(--soft); }}
 figure {{ margin: 1.2rem 0; }} figcaption {{ color: var(--soft); }} svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
 svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }} svg .axis, svg .mark {{ fill: var(--soft); }}
-.soft {{ color: var(--soft); }}
+.soft {{ color: var(--soft); }} .warning {{ border-left: 4px solid var(--line-2); padding-left: .7rem; }}
 @media (max-width: 40rem) {{ .pairs th {{ min-width: 0; }} }}
 @media print {{ svg {{ min-width: 0; }} body {{ max-width: none; margin: 0; font-size: 11pt; }} nav {{ display: none; }} pre {{ max-height: none; white-space: pre-wrap; }}
   .scroll {{ overflow: visible; }} h2, h3 {{ break-after: avoid; }} svg, .tiles div {{ break-inside: avoid; }} tr {{ break-inside: avoid; }}
@@ -164,6 +165,11 @@ def pre(text: str, name: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="soft">{escape(text)}</p>'
+
+
+def warnings(lines: Sequence[str]) -> str:
+    """Warnings that stand beside the numbers they spoil."""
+    return "".join(f'<p class="warning"><strong>Warning:</strong> {escape(line)}</p>' for line in lines)
 
 
 def cell(value: Any) -> str:

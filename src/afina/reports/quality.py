@@ -8,7 +8,7 @@ from typing import Any
 
 from afina.reports.charts import Chart
 from afina.reports.facts import RunFacts
-from afina.reports.page import note, number, pairs, scroll, table
+from afina.reports.page import note, number, pairs, scroll, table, warnings
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import Interval, Scores, calibrate, mistakes
 
@@ -28,6 +28,7 @@ def overall(facts: RunFacts) -> str:
     for split, scores in facts.scores.items():
         rows = [[name, _digits(i.value), _digits(i.low), _digits(i.high)] for name, i in scores.overall.items()]
         parts.append(table(["score", "value", "95 % from", "to"], rows, f"On {split}, the model in model/"))
+        parts.append(warnings(facts.spoiled.get(split, [])))
     return _why_not(facts) + "".join(parts) + (_about_intervals(facts) if parts else "")
 
 
@@ -47,12 +48,14 @@ def _why_not(facts: RunFacts) -> str:
 
 def classes(facts: RunFacts) -> str:
     metrics = facts.outcome.metrics if facts.outcome else {}
-    return "".join(
-        _classes_scored(facts.scores[split], facts.predictions[split], split)
-        if split in facts.scores and facts.scores[split].per_class
-        else _classes_logged(metrics, split, facts.labels)
-        for split in ("eval", "test")
-    )
+    html = ""
+    for split in ("eval", "test"):
+        if split in facts.scores and facts.scores[split].per_class:
+            scored = _classes_scored(facts.scores[split], facts.predictions[split], split)
+        else:
+            scored = _classes_logged(metrics, split, facts.labels)
+        html += scored + (warnings(facts.spoiled.get(split, [])) if scored else "")
+    return html
 
 
 def _classes_scored(scores: Scores, predictions: Predictions | str, split: str) -> str:

@@ -90,9 +90,11 @@ def _recipe_text(old: RunDir, before: Plan) -> tuple[str, list[str], list[str]]:
         return whole, [], ["recipe.yaml is missing: the recipe is taken from plan.json"]
     overrides = (read_record(old.path).get("recipe") or {}).get("overrides")
     lines = [str(line) for line in overrides] if isinstance(overrides, list) else []
-    with contextlib.suppress(RecipeError):
-        if parse_recipe(text, lines) == before.recipe:
-            return text, lines, []
+    # A recipe of afina 0.1 divided its rows by their order, and so does its rerun.
+    for more in ([], ["data.split_by=order"]):
+        with contextlib.suppress(RecipeError):
+            if parse_recipe(text, [*lines, *more]) == before.recipe:
+                return text, [*lines, *more], []
     return whole, [], ["recipe.yaml and record.json do not give the recipe that was run: it is taken from plan.json"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart, Point
 from afina.reports.facts import RunFacts
-from afina.reports.page import note, pairs, pre, seconds, table, tiles
+from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
 from afina.text import plural
 
 __all__ = [
@@ -49,7 +49,8 @@ def summary(facts: RunFacts) -> str:
     rows["wall time"] = (seconds(wall_time(facts)) or "–", plural(end.attempts, "attempt"))
     if end.samples_per_second:
         rows["speed"] = (f"{end.samples_per_second:.4g}", "training examples per second")
-    return tiles(rows)
+    lines = [line for split in facts.scores for line in facts.spoiled.get(split, [])]
+    return tiles(rows) + warnings(list(dict.fromkeys([*end.warnings, *lines])))
 
 
 def wall_time(facts: RunFacts) -> float | None:
@@ -136,7 +137,7 @@ def data(facts: RunFacts) -> str:
         return ""
     tokens = prepared.get("tokens") or {}
     rows = [[split, count, tokens.get(split)] for split, count in (prepared.get("rows") or {}).items()]
-    warnings = [str(w) for w in prepared.get("warnings") or []]
+    lines = [str(w) for w in prepared.get("warnings") or []]
     return (
         table(["split", "rows", "tokens"], rows, "")
         + pairs(
@@ -147,7 +148,7 @@ def data(facts: RunFacts) -> str:
                 "prepared": prepared.get("prepared"),
             }
         )
-        + ("<h3>Warnings</h3><ul>" + "".join(f"<li>{escape(w)}</li>" for w in warnings) + "</ul>" if warnings else "")
+        + ("<h3>Warnings</h3><ul>" + "".join(f"<li>{escape(w)}</li>" for w in lines) + "</ul>" if lines else "")
     )
 
 

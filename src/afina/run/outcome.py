@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT, Failure
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "data_warnings"]
+
+#: How an afina before 0.2 worded the one data warning that spoils a number.
+_SHARED = re.compile(r"rows of (eval|test) are in train too")
 
 
 class Outcome(BaseModel):
@@ -31,7 +36,7 @@ class Outcome(BaseModel):
         cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
             exception's name.
         warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
-            better than the majority class, a metric that is undefined.
+            better than the majority class, a metric that is undefined; and what the data say against its numbers.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
     """
@@ -85,3 +90,15 @@ class Outcome(BaseModel):
             cause = failure.cause if isinstance(failure, Failure) else failure.get("cause")
             return {**values, "cause": cause or None}
         return values
+
+
+def data_warnings(prepared: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Warnings about the data that spoil the numbers of a split, by split: from the answer of the prepare stage."""
+    spoiled = prepared.get("spoiled")
+    if isinstance(spoiled, Mapping):
+        return {str(split): [str(line) for line in lines] for split, lines in spoiled.items() if lines}
+    found: dict[str, list[str]] = {}
+    for line in map(str, prepared.get("warnings") or []):
+        if match := _SHARED.search(line):
+            found.setdefault(match[1], []).append(line)
+    return found

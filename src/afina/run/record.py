@@ -76,6 +76,7 @@ def make_record(
             "files": {part: [str(path) for path in paths] for part, paths in plan.files.items()},
             "commit": prepared.get("data_commit"),
             "prepared": prepared.get("digest"),
+            "read": prepared.get("files"),
         },
         "claimed_on": {
             "python": platform.python_version(),
@@ -113,7 +114,26 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changed = [name for name in old if name in new and old[name] != new[name]]
     if changed:
         found.append(f"model files: {', '.join(changed)}")
-    return found
+    old, new = (_at(record, ("data", "read")) or {} for record in (then, now))
+    found += [_file_difference(name, old.get(name), new.get(name)) for name in {**old, **new} if old and new]
+    return [line for line in found if line]
+
+
+def _file_difference(name: str, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
+    """What changed in a data file; empty if nothing did."""
+    if then is None or now is None:
+        return f"data file {name}: {'not used then' if then is None else 'not used now'}"
+    if then.get("sha256") == now.get("sha256"):
+        return ""
+    before, after = (each.get("rows") for each in (then, now))
+    if before is None or after is None:
+        return f"data file {name}: changed"
+    same = before == after
+    return (
+        f"data file {name}: changed, {before:,} rows as before"
+        if same
+        else f"data file {name}: {before:,} rows then, {after:,} now"
+    )
 
 
 def _at(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from afina.errors import DataError, InputError, nearest
 from afina.formats.notes import Notes
 from afina.formats.reading import option
 from afina.formats.text_files import note_damaged
+from afina.recipe.data_files import split_named
 
 __all__ = [
     "MOST_ROWS",
@@ -32,6 +33,7 @@ __all__ = [
     "count_words",
     "examine",
     "guess_columns",
+    "guess_split_column",
     "quantile",
 ]
 
@@ -72,6 +74,7 @@ class Column:
         numeric, listed: every value is a number, or a list.
         example: the first value, shortened.
         is_value: its name occurs among the values.
+        names_splits: every value is the name of a split, and train is one of them.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Column:
     listed: bool
     example: str
     is_value: bool
+    names_splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Examined:
         multiple: several labels per row, as a list or as 0/1 columns.
         separator: splits one label into several, if it looks like that.
         non_ascii: share of letters beyond ASCII.
+        split_rows: rows by split, where a column names them; `None` counts rows that it names no split for.
         digests: of the texts, to find the same ones in another split.
         sample: some texts.
         odd: what was odd in the rows.
@@ -120,6 +125,7 @@ class Examined:
     multiple: bool
     separator: str | None
     non_ascii: float
+    split_rows: Mapping[str | None, int]
     digests: frozenset[bytes]
     sample: tuple[str, ...]
     odd: tuple[str, ...] = ()
@@ -155,6 +161,7 @@ def _column(name: str, values: list[Any]) -> Column:
         listed=bool(given) and all(isinstance(v, list) for v in given),
         example=first if len(first) <= 60 else first[:59] + "…",
         is_value=name in texts,
+        names_splits="train" in (splits := {split_named(t) for t in texts}) and None not in splits,
     )
 
 
@@ -193,6 +200,12 @@ def check_header(columns: Sequence[Column], source: str) -> None:
         )
 
 
+def guess_split_column(columns: Sequence[Column], taken: Collection[str]) -> str | None:
+    """The column whose values name the split of each row, or None."""
+    found = [c for c in columns if c.names_splits and c.name not in taken and c.filled == 1]
+    return found[0].name if len(found) == 1 else None
+
+
 def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, source: str) -> None:
     """Raises InputError: there is no such column; with the nearest."""
     known = [c.name for c in columns]
@@ -209,7 +222,11 @@ def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, s
 
 
 def examine(
-    source: Source, text: Sequence[str], label: Sequence[str], tick: Callable[[int], None] | None = None
+    source: Source,
+    text: Sequence[str],
+    label: Sequence[str],
+    tick: Callable[[int], None] | None = None,
+    split_column: str | None = None,
 ) -> Examined:
     """Read a split.
 
@@ -220,6 +237,7 @@ def examine(
     """
     source.notes.clear()
     texts, labels = _Texts(), _Labels(label)
+    splits: Counter[str | None] = Counter()
     number = 0
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
@@ -227,6 +245,8 @@ def examine(
         texts.add(number, parts)
         note_damaged(source.notes, parts, [number] * len(parts))
         labels.add(number, [row.get(name) for name in label])
+        if split_column is not None:
+            splits[split_named(_text(row.get(split_column)))] += 1
         if tick is not None and number % 5000 == 0:
             tick(number)
     more = number == MOST_ROWS and next(rows, None) is not None
@@ -248,6 +268,7 @@ def examine(
         multiple=labels.listed or len(label) > 1,
         separator=_separator(labels.counts) if separated else None,
         non_ascii=texts.non_ascii / texts.letters if texts.letters else 0.0,
+        split_rows=splits,
         digests=frozenset(texts.digests),
         sample=tuple(texts.sample),
         odd=tuple(source.notes.warnings(source.name, "row")),

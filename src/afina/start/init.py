@@ -39,6 +39,7 @@ class Choices:
     label: tuple[str, ...]
     id: str | None
     model: ModelFacts
+    split_column: str | None = None
 
 
 def check_new(folder: Path) -> Path:
@@ -58,10 +59,14 @@ def check_new(folder: Path) -> Path:
 
 
 def examine_all(
-    data: LabelledData, text: Sequence[str], label: Sequence[str], tick: Callable[[int], None] | None = None
+    data: LabelledData,
+    text: Sequence[str],
+    label: Sequence[str],
+    tick: Callable[[int], None] | None = None,
+    split_column: str | None = None,
 ) -> tuple[Examined, dict[str, Examined]]:
     """The training split examined, and the other splits."""
-    main = examine(data.main, text, label, tick)
+    main = examine(data.main, text, label, tick, split_column)
     others = {
         split: examine(source, text, label, tick) for split, source in data.sources.items() if source is not data.main
     }
@@ -96,6 +101,7 @@ def propose(
         id=choices.id,
         reading=data.reading,
         others=others,
+        split_column=choices.split_column if main.split_rows and None not in main.split_rows else None,
         gpus=gpus,
         cpus=max(1, min(8, cores // max(1, node.gpus if node is not None else 1))),
         node_mem_gb=node.mem_mb // 1024 if node is not None and node.mem_mb else None,

@@ -36,6 +36,7 @@ _CPU_RATE, _GPU_RATE = 25e9, 15e12
 _START_MIN = 10
 _EVAL_SHARE = 0.1
 _SEED = 42
+_SPLITS = ("train", "eval", "test")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Proposal:
         splits: split -> the Hub's split or the file key it is read from; empty for one source.
         examined: the training split, or the one source.
         others: the other splits.
+        split_column: names the split of each row.
         node_mem_gb, limit_min: of the partition, where it has such limits.
     """
 
@@ -62,6 +64,7 @@ class Proposal:
     id: str | None = None
     reading: Reading = PLAIN
     others: Mapping[str, Examined] = field(default_factory=dict)
+    split_column: str | None = None
     gpus: int = 0
     cpus: int = 4
     node_mem_gb: int | None = None
@@ -73,9 +76,15 @@ class Proposal:
 
     @property
     def train_rows(self) -> int:
-        splits = self.splits or {}
+        splits = self.split_rows if self.split_column else self.splits or {}
         share = 1.0 if "eval" in splits else 1 - _EVAL_SHARE if "test" in splits else 0.8
-        return math.floor(self.examined.rows * share)
+        rows = self.split_rows.get("train", 0) if self.split_column else self.examined.rows
+        return math.floor(rows * share)
+
+    @property
+    def split_rows(self) -> dict[str, int]:
+        """Rows by split, as `split_column` names them."""
+        return {split: rows for split, rows in self.examined.split_rows.items() if split is not None}
 
     @property
     def epochs(self) -> int:
@@ -159,6 +168,7 @@ def _data(p: Proposal) -> list[str]:
         lines += [f"  {key}: {_option(value)}" for key, value in p.reading.given().items()]
     lines += [f"  text: {_flow(p.text)}", *_comments(_about_labels(p), "  "), f"  label: {_flow(p.label)}"]
     lines += [f"  label_separator: {_yaml(x.separator)}"] if x.separator is not None else []
+    lines += [f"  split_column: {_yaml(p.split_column)}"] if p.split_column else []
     lines += [f"  id: {_yaml(p.id)}            # copied into the predictions"] if p.id else []
     return [*lines, *_splits(p)]
 
@@ -183,8 +193,12 @@ def _about_labels(p: Proposal) -> list[str]:
 
 def _splits(p: Proposal) -> list[str]:
     """Where each split comes from, and why."""
-    splits = dict(p.splits or {})
-    if "eval" in splits:
+    splits = dict.fromkeys(p.split_rows, "train") if p.split_column else dict(p.splits or {})
+    if p.split_column and "eval" in splits:
+        shown = ", ".join(f"{split} {p.split_rows[split]:,}" for split in _SPLITS if split in splits)
+        why = f"the column `{p.split_column}` names the split of each row: {shown}"
+        specs = {split: "{}" for split in _SPLITS if split in splits}
+    elif "eval" in splits:
         why = f"the data come in splits: {', '.join(splits)}"
         specs = {split: _split(split, source) for split, source in splits.items()}
     elif "test" in splits:
@@ -192,9 +206,9 @@ def _splits(p: Proposal) -> list[str]:
         source = _yaml(splits["train"])
         shares = {"train": 1 - _EVAL_SHARE, "eval": _EVAL_SHARE}
         specs = {split: f"{{split: {source}, fraction: {share}, seed: {_SEED}}}" for split, share in shares.items()}
-        specs["test"] = _split("test", splits["test"])
+        specs["test"] = "{}" if p.split_column else _split("test", splits["test"])
     else:
-        why = "one source: stratified by label, disjoint, the same for the same seed"
+        why = "one source: a row's split follows from its text and the seed, and stays when rows are added"
         large = p.examined.rows >= 5000
         shares = {"train": 0.8, "eval": 0.1, "test": 0.1} if large else {"train": 0.8, "eval": 0.2}
         specs = {split: f"{{fraction: {share}, seed: {_SEED}}}" for split, share in shares.items()}

@@ -87,7 +87,7 @@ def test_splits_from_shards_equal_one_call_of_the_tokenizer(
     store = ShardFolder(tmp_path, "digest", {})
     tokenising.make(store, print)
     assert len(list(store.folder.iterdir())) > 8
-    entries, warnings = tokenising.write_splits(store, tmp_path)
+    entries, warnings, _ = tokenising.write_splits(store, tmp_path)
     tokenizer = load_tokenizer(models(arch), recipe_of(models(arch), path))
     for split, examples in tokenising.checked.splits.items():
         assert entries[split]["rows"] == len(examples) == {"train": 150, "eval": 80, "test": 31}[split]

@@ -63,7 +63,7 @@ def test_a_rehearsal_makes_steps_a_save_and_an_evaluation(rehearsed: dict[str, A
     assert rehearsed["basis"] == "rehearsal" and measured["device"] == "cpu"
     assert len(measured["seconds"]) == len(measured["costs"]) >= 2
     assert measured["checkpoint_bytes"] > 12 * measured["parameters"] and measured["eval_seconds_per_cost"] > 0
-    assert rehearsed["total_steps"] == 2 * 13
+    assert rehearsed["total_steps"] == 2 * 14
     # The longest batch of the epoch has more tokens than sixteen mean rows.
     assert measured["longest_tokens"] > 16 * prepared["tokens"]["train"] / prepared["rows"]["train"]
     assert measured["base_bytes"] < measured["peak_bytes"] < 3e9
@@ -107,7 +107,7 @@ def test_rows_and_parameters_are_read_without_torch(
     work = workload_of(plan, prepared)
     with safe_open(place / "model/model.safetensors", framework="np") as file:
         assert work.parameters == sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    assert (work.train_rows, work.eval_rows, work.test_rows) == (208, 52, 0)
+    assert (work.train_rows, work.eval_rows, work.test_rows) == (212, 48, 0)
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_a_run_is_the_evidence_of_the_next_forecast(
     (run,) = earlier_runs(plan_for(place / "recipe.yaml"))
     outcome = json.loads(next((place / "scra tch/runs").glob("*/outcome.json")).read_text())
     assert run.examples_per_second == outcome["samples_per_second"] and run.device == "cpu"
-    assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 52
+    assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 48
     for change in ("tokens.max_length=48", "train.precision=bf16"):
         assert earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=[change]))) == [], change
 

@@ -106,7 +106,7 @@ def test_predictions_are_those_of_the_run(run: Path, reviews: Path, tmp_path: Pa
     own = {row["id"]: row for row in rows_of(run / "predictions.parquet")}
     mine = {row["id"]: row for row in rows_of(out)}
     assert list(mine) == [f"r{number}" for number in range(203)], "not in input order"
-    assert len(own) == 41
+    assert len(own) == 46
     for name, row in own.items():
         assert mine[name]["prediction"] == row["prediction"]
         assert [mine[name][f"score: {label}"] for label in LABELS] == pytest.approx(

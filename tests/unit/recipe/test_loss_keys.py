@@ -55,7 +55,7 @@ def test_labels_of_weights_are_text() -> None:
 
 def test_unset_later_keys_stay_out_of_digests() -> None:
     """Run directories and prepared data of older versions keep their digests."""
-    plain: Any = parse_recipe(TEXT).digested()
+    plain: Any = parse_recipe(TEXT, ["data.split_by=order"]).digested()
     for name, section in (("data", Data), ("train", Train), ("tokens", Tokens)):
         assert set(section.added_later) <= set(section.model_fields)
         assert set(plain[name]) == set(section.model_fields) - set(section.added_later)

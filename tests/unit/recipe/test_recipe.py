@@ -54,9 +54,50 @@ metrics: [accuracy, f1]
 """
 
 
+def test_rows_are_divided_by_their_text_unless_the_recipe_or_an_older_plan_says_otherwise() -> None:
+    assert parse_recipe(INTERFACE).data.split_by == "text"
+    old = Recipe.model_validate(recipe_dict())  # as plan.json of an older afina has it
+    for override in ("order", "null"):
+        assert parse_recipe(INTERFACE, ["model=owner/model", f"data.split_by={override}"]) == old
+    assert "split_by" not in old.digested()["data"]
+    assert parse_recipe(INTERFACE).digested()["data"]["split_by"] == "text"
+    with pytest.raises(RecipeError, match="split_by"):
+        parse_recipe(INTERFACE, ["data.split_by=label"])
+
+
+@pytest.mark.parametrize(
+    ("data", "divides"),
+    [
+        ("{files: a.csv, text: t, label: l}", True),
+        ("{files: {train: a.csv}, text: t, label: l}", True),
+        ("{files: {train: a.csv, eval: b.csv}, text: t, label: l}", False),
+        ("{files: {train: a.csv, test: b.csv}, text: t, label: l, eval: {split: test}}", False),
+        ("{files: a.csv, text: t, label: l, split_column: s}", False),
+        ("{files: a.csv, text: t, label: l, split_column: s, train: {fraction: 0.9}}", True),
+        ("{hub: me/x, text: t, label: l}", False),
+        ("{hub: me/x, text: t, label: l, train: {fraction: 0.9}}", True),
+    ],
+)
+def test_a_recipe_that_divides_no_rows_keeps_its_digest(data: str, divides: bool) -> None:
+    assert parse_recipe(f"{{name: x, model: m, data: {data}}}").data.split_by == ("text" if divides else None)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("{files: {train: a.csv, eval: b.csv}, text: t, label: l, split_column: s}", "divides the rows of one source"),
+        ("{files: a.csv, text: t, label: l, split_column: t}", "column `t` is the text or the label too"),
+        ("{files: a.csv, text: t, label: l, group: l}", "column `l` is the text or the label too"),
+    ],
+)
+def test_columns_of_splits_and_groups_that_cannot_be(data: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(f"{{name: x, model: m, data: {data}}}")
+
+
 def test_the_interface_example() -> None:
     r = parse_recipe(INTERFACE)
-    assert r == Recipe.model_validate({**recipe_dict(), "model": "path-or-hub-id"})
+    assert r == Recipe.model_validate(recipe_dict(model="path-or-hub-id", data__split_by="text"))
     assert (r.data.files, r.data.text, r.data.label) == ({"all": ("reviews.csv",)}, ("text",), ("stars",))
     assert r.data.eval.model_dump() == {"split": None, "fraction": 0.2, "sample": 300, "seed": 42}
     assert (r.task, r.train.num_epochs, r.train.learning_rate, r.metrics) == ("auto", 1.0, 5e-5, ("accuracy", "f1"))

@@ -46,7 +46,7 @@ def test_overrides_give_back_the_recipe_that_was_run(recipe_file: RecipeFile, se
     lines = overrides_of(file.read_text(), wanted)
     assert lines is not None and parse_recipe(file.read_text(), lines) == wanted
     assert bool(lines) == bool(sets), "nothing is set that need not be"
-    assert len(lines) <= 6
+    assert len(lines) <= 7
 
 
 def test_overrides_of_a_text_that_is_no_recipe_without_them(recipe_file: RecipeFile) -> None:

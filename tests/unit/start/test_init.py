@@ -91,7 +91,7 @@ def test_a_csv_becomes_a_recipe_that_is_prepared(init: Init, tmp_path: Path, mod
     assert answer["rows"] == 150 and sum(answer["labels"].values()) == 150 and answer["warnings"] == []
     assert recipe.metrics is not None and recipe.train.best_metric == recipe.metrics[0] == "accuracy"
     (done,) = prepared(plan_for(tmp_path / "pro ject/recipe.yaml"))
-    assert (done["rows"], done["task"], len(done["labels"])) == ({"train": 120, "eval": 30}, "single-label", 5)
+    assert (done["rows"], done["task"], len(done["labels"])) == ({"train": 122, "eval": 28}, "single-label", 5)
     # The length was counted with the tokenizer: about one text in a hundred is cut, and the share is answer.
     assert not [w for w in done["warnings"] if "were cut" in w]
     assert f"{recipe.tokens.max_length}}}" in answer["text"] and "by the model's tokenizer" in answer["text"]
@@ -141,7 +141,7 @@ def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, t
 
     found = prepared(*plans)
     assert found[0]["rows"] == {"train": 120, "eval": 40, "test": 40}
-    assert found[1]["rows"] == {"train": 108, "eval": 12, "test": 40}
+    assert found[1]["rows"] == {"train": 109, "eval": 11, "test": 40}
     assert [f["task"] for f in found] == ["single-label", "single-label", "multi-label", "multi-label", "regression", "single-label"]  # fmt: skip
     assert found[3]["labels"] == ["good", "neither", "strong"] and found[5]["labels"] == names
 

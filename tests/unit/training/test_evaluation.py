@@ -73,7 +73,7 @@ def test_padding_is_counted_and_ranks_hand_over_their_logits(tmp_path: Path) -> 
         assert 0.5 < outcome["utilisation"]["real_token_share"] < 1
     assert "the sum of 2 processes" in outcomes[1]["utilisation"]["peak_source"]
     tables = [pq.read_table(run / "predictions.parquet") for run in (one, two)]
-    assert tables[0].schema == tables[1].schema and len(tables[0]) == len(tables[1]) == 41
+    assert tables[0].schema == tables[1].schema and len(tables[0]) == len(tables[1]) == 47
     assert tables[0]["text"] == tables[1]["text"] and tables[0]["label"] == tables[1]["label"]
     for run, table, outcome in zip((one, two), tables, outcomes, strict=True):
         right = np.mean(np.array(table["label"].to_pylist()) == np.array(table["prediction"].to_pylist()))

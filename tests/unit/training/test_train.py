@@ -112,15 +112,15 @@ def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
     import pyarrow.parquet as pq
 
     outcome = _outcome(whole)
-    steps = -(-162 // 8) * 4
+    steps = -(-156 // 8) * 4
     assert [outcome[key] for key in ("outcome", "exit_code", "attempts", "global_step")] == ["finished", 0, 1, steps]
     assert {"eval_confusion_matrix", "eval_mcc", "eval_recall_per_class"} <= set(outcome["metrics"])
     assert outcome["samples_per_second"] > 0
     assert outcome["seconds"] > 0
     table = pq.read_table(whole / "predictions.parquet").to_pydict()
-    assert len(table["text"]) == 41
+    assert len(table["text"]) == 47
     right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
-    assert right / 41 == pytest.approx(outcome["metrics"]["eval_accuracy"])
+    assert right / 47 == pytest.approx(outcome["metrics"]["eval_accuracy"])
     kept = [path.name for path in (whole / "checkpoints").iterdir()]
     assert kept == [f"step-{outcome['model_step']}"], "train.keep_after: best"
     assert isinstance(outcome["warnings"], list)

@@ -1,4 +1,4 @@
-"""Checks of labels and splits: suspicious label names, labels that a split lacks, duplicates across splits.
+"""Checks of labels: suspicious label names, labels that a split lacks, a label that a single token or the length tells.
 
 Label names that the recipe or a `ClassLabel` gives are not checked.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,26 @@ import pyarrow.compute as pc
 from afina.errors import DataError, nearest
 from afina.recipe.schema import Data
 from afina.worker.data.labels import LabelColumns, Labels, as_number, listed
-from afina.worker.data.tables import DataTable, Examples, list_places
+from afina.worker.data.prepared import Split
+from afina.worker.data.tables import Examples, list_places
 
-__all__ = ["check_duplicates", "check_found_labels", "check_labels", "nearest_label"]
+__all__ = ["check_found_labels", "check_one_feature", "check_labels", "nearest_label"]
 
 Array = np.ndarray[Any, Any]
 
 _SHOWN = 5
 #: How programs write a missing value.
 _MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nat"}
+#: Near-misses: at most so many labels are compared, and the other one must have so many times the rows.
+_MOST_COMPARED = 1000
+_TIMES_AS_FREQUENT = 10
+#: One feature: rows examined, labels, rows of a label, and the shares from which it tells the label.
+_EXAMINED = 5_000
+_MOST_LABELS = 200
+_FEW = 10
+_TOLD = 0.98
+_TOLD_BY_LENGTH = 0.95
+_MOST_TOLD_BY_CHANCE = 0.8
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
@@ -56,9 +68,12 @@ def check_found_labels(labels: Labels, data: Data, columns: Sequence[LabelColumn
     groups: dict[str, list[str]] = {}
     for name in labels.names:
         groups.setdefault(_meaning(name), []).append(name)
+    counts = _counts(labels, columns)
+    warnings += _near_misses(counts, labels, columns)
+    warnings += _mixed_kinds(counts, labels, columns)
     alike = [group for group in groups.values() if len(group) > 1]
     for group in alike[:_SHOWN]:
-        shown = ", ".join(f"{name!r} ({_place(columns, labels, name)})" for name in group)
+        shown = ", ".join(f"{name!r} ({_place(columns, labels, name)}; {counts[name]:,} in all)" for name in group)
         warnings.append(f"labels that look alike are separate classes: {shown}")
     if len(alike) > _SHOWN:
         warnings.append(f"{len(alike) - _SHOWN} more groups of labels look alike")
@@ -74,6 +89,128 @@ def check_found_labels(labels: Labels, data: Data, columns: Sequence[LabelColumn
             f"label {commas[0]!r} ({_place(columns, labels, commas[0])}) looks like a number with a decimal comma, but is one "
             "class: for a regression write 1.5"
         )
+
+
+def _counts(labels: Labels, columns: Sequence[LabelColumns]) -> dict[str, int]:
+    """Rows of each label, in all sources."""
+    found: Counter[str] = Counter()
+    for column in columns:
+        texts = column.text() if labels.task == "single-label" else column.lists()[0]
+        for each in pc.value_counts(texts).to_pylist():
+            if each["values"] is not None:
+                found[each["values"]] += each["counts"]
+    return found
+
+
+def _near_misses(counts: Mapping[str, int], labels: Labels, columns: Sequence[LabelColumns]) -> Iterator[str]:
+    """Rare labels that are one or two letters away from a frequent one."""
+    if len(counts) > _MOST_COMPARED:
+        return
+    found = 0
+    for rare, rows in counts.items():
+        common = [name for name, more in counts.items() if more >= _TIMES_AS_FREQUENT * rows and _is_typo(rare, name)]
+        if not common:
+            continue
+        found += 1
+        if found <= _SHOWN:
+            name = max(common, key=counts.__getitem__)
+            yield (
+                f"label {rare!r} ({rows:,} rows: {_places(columns, labels, {rare})}) is nearly {name!r} ({counts[name]:,} rows), "
+                "and a class of its own: correct these rows, or name all classes in `data.labels`, which refuses others"
+            )
+    if found > _SHOWN:
+        yield f"{found - _SHOWN} more rare labels are nearly a frequent one"
+
+
+def _is_typo(rare: str, name: str) -> bool:
+    """One edit in four letters or more, two in eight or more; digits that differ make another label."""
+    length = min(len(rare), len(name))
+    most = 2 if length >= 8 else 1 if length >= 4 else 0
+    if not most or abs(len(rare) - len(name)) > most or re.sub(r"\D", "", rare) != re.sub(r"\D", "", name):
+        return False
+    return _meaning(rare) != _meaning(name) and _edits(_meaning(rare), _meaning(name)) <= most
+
+
+def _edits(a: str, b: str) -> int:
+    """Optimal string alignment: insertions, deletions, substitutions and swaps of neighbours."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        before, last, row = row, before, [i]
+        for j, right in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (left != right)))
+            if i > 1 and j > 1 and left == b[j - 2] and right == a[i - 2]:
+                row[j] = min(row[j], last[j - 2] + 1)
+    return row[-1]
+
+
+def _mixed_kinds(counts: Mapping[str, int], labels: Labels, columns: Sequence[LabelColumns]) -> Iterator[str]:
+    """Numbers in some rows, words in others."""
+    names = [name for name in counts if name.casefold() not in _MISSING]
+    numbers = {name for name in names if as_number(name) is not None}
+    words = set(names) - numbers
+    if numbers and words:
+        shown = (
+            f"{listed(sorted(kind)[:_SHOWN])}{', …' if len(kind) > _SHOWN else ''} in {sum(counts[name] for name in kind):,} rows "
+            f"({_places(columns, labels, kind)})"
+            for kind in (numbers, words)
+        )
+        yield (
+            f"labels are numbers in some rows and words in others: {' and '.join(shown)}; each is a class of its own: is one "
+            "label written in two ways? `data.labels` names all classes and refuses others"
+        )
+
+
+def check_one_feature(labels: Labels, train: Split, word: Callable[[int], str]) -> list[str]:
+    """Warn where one token, or the number of tokens, tells the label of nearly every row of train.
+
+    At most 5,000 rows are examined. Not covered: multi-label and regression, and more than 200 labels.
+
+    Args:
+        word: the text of a token.
+    """
+    rows = np.unique(np.linspace(0, len(train) - 1, min(len(train), _EXAMINED)).astype(np.int64))
+    if labels.names is None or labels.task != "single-label" or len(labels.names) > _MOST_LABELS or len(rows) < 40:
+        return []
+    classes, lengths = np.asarray(train.labels)[rows], train.lengths[rows]
+    counts = np.bincount(classes, minlength=len(labels.names))
+    tokens = np.concatenate([train.tokens[train.offsets[row] : train.offsets[row + 1]] for row in rows]).astype(
+        np.int64
+    )
+    pairs = np.unique(np.repeat(np.arange(len(rows)), lengths) << 32 | tokens)  # a token counts once in a row
+    ids, code = np.unique(pairs & 0xFFFFFFFF, return_inverse=True)
+    shape = (len(ids), len(counts))
+    table = np.bincount(code * shape[1] + classes[pairs >> 32], minlength=shape[0] * shape[1]).reshape(shape)
+    having = table.sum(1, keepdims=True)
+    precision, recall = table / having, table / np.maximum(counts, 1)
+    told = np.where((precision >= _TOLD) & (counts >= _FEW), recall, 0)
+    warnings = []
+    by_token = [(label, int(told[:, label].argmax())) for label in np.flatnonzero(told.max(0, initial=0) >= _TOLD)]
+    if by_token:
+        shown = "; ".join(
+            f"{word(int(ids[token]))!r} is in {table[token, label]:,} of {counts[label]:,} rows with "
+            f"{labels.names[label]!r} and in {int(having[token, 0]) - table[token, label]:,} others"
+            for label, token in by_token[:_SHOWN]
+        )
+        warnings.append(
+            f"one token tells the label in train: {shown}: does the text contain the label, or an id made of it?"
+        )
+    share = counts.max() / len(rows)
+    by_length = _told_by_length(classes, lengths)
+    if by_length >= _TOLD_BY_LENGTH and share <= _MOST_TOLD_BY_CHANCE:
+        warnings.append(
+            f"the number of tokens tells the label of {by_length:.1%} of the rows of train: is the label made from the text's "
+            "length, or is the text shaped by it?"
+        )
+    return warnings
+
+
+def _told_by_length(classes: Array, lengths: Array) -> float:
+    """The share of every second row whose label is the most frequent one of the other rows of that length."""
+    table = np.zeros((int(lengths.max()) + 1, int(classes.max()) + 1), np.int64)
+    np.add.at(table, (lengths[::2], classes[::2]), 1)
+    known = table.sum(1)[lengths[1::2]] > 0
+    return float((known & (table.argmax(1)[lengths[1::2]] == classes[1::2])).mean())
 
 
 def check_labels(labels: Labels, splits: Mapping[str, Examples], warnings: list[str]) -> None:
@@ -132,62 +269,6 @@ def check_labels(labels: Labels, splits: Mapping[str, Examples], warnings: list[
         warnings.append(f"{more} more labels occur once in train")
 
 
-def _first_alike(keys: Array) -> Array:
-    """For each row the first one with the same key, int64 (N,).
-
-    Args:
-        keys: uint64 (N, K).
-    """
-    order = np.lexsort(keys.T)  # stable: rows that are alike stay in their order
-    new = np.ones(len(keys), bool)
-    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    first = np.empty(len(keys), np.int64)
-    first[order] = order[new][np.cumsum(new) - 1]
-    return first
-
-
-def _pair(table: DataTable, index: int, train: DataTable, twin: int) -> str:
-    there = train.where(twin)
-    if table.sources[table.source[index]] == train.sources[train.source[twin]]:
-        there = f"{train.unit} {train.row[twin]}"
-    return f"{table.where(index)} = {there}"
-
-
-def check_duplicates(
-    labels: Labels, splits: Mapping[str, Examples], keys: Mapping[str, Array], warnings: list[str]
-) -> None:
-    """Warn of texts of train that another split has too, and of equal texts with different labels.
-
-    Args:
-        keys: digests of the texts of each split, uint64 (N, K).
-    """
-    train = splits["train"].table
-    for split, examples in splits.items():
-        if split == "train":
-            continue
-        twins = _first_alike(np.concatenate([keys["train"], keys[split]]))[len(train) :]
-        both = np.flatnonzero(twins < len(train))
-        if len(both):
-            shown = "; ".join(_pair(examples.table, int(i), train, int(twins[i])) for i in both[:_SHOWN])
-            warnings.append(
-                f"{len(both):,} of {len(examples):,} rows of {split} are in train too, word for word: {shown}"
-            )
-    if labels.task == "regression":
-        return
-    codes = _first_alike(keys["train"])
-    values = splits["train"].labels
-    if values.ndim == 2:
-        values = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
-    pairs = np.unique(codes * (int(values.max()) + 1) + values)
-    texts, times = np.unique(pairs // (int(values.max()) + 1), return_counts=True)
-    conflicting = texts[times > 1]
-    if len(conflicting):
-        groups = [list_places(train, np.flatnonzero(codes == code)) for code in conflicting[:_SHOWN]]
-        warnings.append(
-            f"{len(conflicting):,} texts of train occur more than once with different labels: " + " | ".join(groups)
-        )
-
-
 def _meaning(name: str) -> str:
     number = as_number(name)
     if number is not None and number == number:
@@ -234,6 +315,21 @@ def _refuse_flags(name: str, columns: Sequence[LabelColumns]) -> None:
             "expected",
             "write the names of the labels that are 1, or give one 0/1 column per label: `label: [a, b]`",
         )
+
+
+def _places(columns: Sequence[LabelColumns], labels: Labels, names: Collection[str]) -> str:
+    """Where the first rows with one of `names` came from, in each source."""
+    wanted = pa.array(sorted(names), pa.large_string())
+    found = []
+    for column in columns:
+        if labels.task == "single-label":
+            texts, rows = column.text(), np.arange(len(column.table))
+        else:
+            texts, rows = column.lists()
+        mine = rows[pc.fill_null(pc.is_in(texts, wanted), False).to_numpy(zero_copy_only=False)]
+        if len(mine):
+            found.append(list_places(column.table, mine))
+    return "; ".join(found)
 
 
 def _place(columns: Sequence[LabelColumns], labels: Labels, name: str) -> str:

@@ -26,6 +26,8 @@ from afina.errors import DataError, InputError, SiteError
 from afina.files import sha256
 from afina.processes import advisory_lock
 from afina.publish import sweep
+from afina.recipe.metrics import selection_metric
+from afina.recipe.schema import Recipe
 from afina.recipe.trackers import check_trackers
 from afina.run.allocation import Allocation
 from afina.run.commands import without_launcher
@@ -39,6 +41,8 @@ __all__ = ["answer", "prepare"]
 
 #: To be raised when the same inputs would give other prepared data.
 _RECIPE_FORMAT = 1
+#: The share of one class in eval from which accuracy says little.
+_ONE_SIDED = 0.8
 Say = Callable[[str], None]
 Check = Callable[[Plan, dict[str, Any], Say], list[str]]
 
@@ -74,6 +78,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
+    from afina.worker.data.duplicates import check_trained_before
     from afina.worker.data.loss_weights import check_loss
     from afina.worker.data.shards import discard
     from afina.worker.data.tokenise import shards_folder
@@ -101,6 +106,13 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         late = _check_model(plan, inputs.model_folder)
     check_metrics(manifest["task"], recipe.metrics, recipe.train.best_metric, manifest["num_labels"], plan.metric_code)
     splits = manifest["splits"]
+    before = check_trained_before(final, inputs.model_folder, splits)
+    late += [*(warning for each in before.values() for warning in each), *_check_metric(recipe, manifest)]
+    spoiled = {
+        split: [*manifest.get("spoiled", {}).get(split, []), *before.get(split, [])]
+        for split in splits
+        if split != "train"
+    }
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(
             f"train has {splits['train']['rows']} rows, fewer than train.batch_size {recipe.train.batch_size}: "
@@ -118,6 +130,8 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "rows": {split: about["rows"] for split, about in splits.items()},
         "tokens": {split: about["tokens"] for split, about in splits.items()},
         "warnings": [*manifest["warnings"], *late],
+        "spoiled": {split: warnings for split, warnings in spoiled.items() if warnings},
+        "files": _files_of(manifest),
         "reused": reused,
     }
 
@@ -173,6 +187,33 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
         pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
     data = datasets.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
     return _Inputs(folder, model_files, model_pin.commit if model_pin else None, data, data_pin)
+
+
+def _check_metric(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
+    """A remark where the best checkpoint is chosen by accuracy and one class is most of eval."""
+    about = manifest["splits"].get("eval", {})
+    metric = selection_metric(manifest["task"], recipe.train.best_metric)
+    if metric != "accuracy" or recipe.train.keep != "best" or "largest_class" not in about:
+        return []
+    name, rows = about["largest_class"]
+    share = rows / about["rows"]
+    if share < _ONE_SIDED:
+        return []
+    return [
+        f"{share:.1%} of eval is {name!r}: a model that always answers it has accuracy {share:.3f}, and the best checkpoint is "
+        "chosen by accuracy; `train.best_metric: f1` counts each class alike"
+    ]
+
+
+def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """SHA-256 and rows of each data file, by name."""
+    read = manifest.get("read") or {}
+    found: dict[str, dict[str, Any]] = {}
+    for files in (manifest["source"].get("files") or {}).values():
+        for each in files:
+            rows = [count for path, count in read.items() if Path(path).name == each["name"]]
+            found[each["name"]] = {"sha256": each["sha256"], "rows": rows[0] if len(rows) == 1 else None}
+    return found
 
 
 def _make(
@@ -301,6 +342,8 @@ def _find(final: Path, say: Say = lambda line: None) -> dict[str, Any] | None:
 
 def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
     """Read the data once and check it; returns `CheckedData`."""
+    import numpy as np
+
     from afina.worker.data.splits import build_splits, choose_sources
     from afina.worker.data.tokenise import CheckedData
     from afina.worker.progress import Progress
@@ -317,10 +360,13 @@ def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> A
     }
     if data is not None:
         states = {key: source.state() for key, source in sources.items()}
-    columns = [*spec.label, *filter(None, (spec.id, spec.weight))]
+    columns = [*spec.label, *filter(None, (spec.id, spec.weight, spec.split_column, spec.group))]
     with Progress("reading", "read", "rows", None, say) as progress:
         ids = [spec.id] if spec.id and spec.id not in spec.label else []
         tables = {key: source.read(columns, spec.text, progress.advance, ids=ids) for key, source in sources.items()}
     warnings += [line for table in tables.values() for line in table.warnings]
     labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)
-    return CheckedData(labels, splits, warnings, sources, states)
+    read: dict[str, int] = {}
+    for table in tables.values():
+        read |= dict(zip(table.sources, np.bincount(table.source, minlength=len(table.sources)).tolist(), strict=True))
+    return CheckedData(labels, splits, warnings, sources, states, read)

@@ -35,7 +35,7 @@ class TextDigests:
     """Digests of a text column, 25 bytes a row: all that the checks need.
 
     Attributes:
-        keys: BLAKE2b of the trimmed text, uint64 (N, 2): equal where the texts are equal, word for word.
+        keys: BLAKE2b of the text, uint64 (N, 2): equal where texts are equal but for case and white space.
         blank: see `is_blank`; bool (N,).
         sizes: bytes in UTF-8, int64 (N,).
     """
@@ -46,10 +46,10 @@ class TextDigests:
 
     @classmethod
     def of(cls, texts: pa.Array) -> TextDigests:
-        trimmed = pc.utf8_trim_whitespace(texts)
+        plain = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
         hashed = [
             hashlib.blake2b(text or b"", digest_size=_KEY_BYTES).digest()
-            for text in trimmed.cast(pa.large_binary()).to_pylist()
+            for text in plain.cast(pa.large_binary()).to_pylist()
         ]
         return cls(
             np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2),

@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from afina.publish import publish, staging
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
+from afina.worker.data.duplicates import check_conflicts, check_duplicates
 from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
+from afina.worker.data.label_checks import check_one_feature
 from afina.worker.data.labels import Labels
 from afina.worker.data.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
 from afina.worker.data.tables import DataSource, Examples
@@ -55,6 +57,7 @@ class CheckedData:
         warnings: of the checks.
         sources: where the rows of each source can be read again.
         states: of the files of each source, from before they were read.
+        read: rows of each file.
     """
 
     labels: Labels
@@ -62,6 +65,7 @@ class CheckedData:
     warnings: list[str]
     sources: Mapping[str, DataSource]
     states: Mapping[str, Any]
+    read: Mapping[str, int] = field(default_factory=dict)
 
 
 def shards_folder(plan: Plan) -> Path:
@@ -97,13 +101,15 @@ def build(
         for _ in range(_TRIES):
             tokenising.make(store, say)
             with staging(final) as aside, contextlib.suppress(ShardMissing):
-                splits, warnings = tokenising.write_splits(store, aside)
+                splits, warnings, spoiled = tokenising.write_splits(store, aside)
                 tokenizer.save_pretrained(aside / "tokenizer")
                 about = {
                     "digest": final.name,
                     **_about(plan, checked.labels, tokenizer, content),
                     "splits": splits,
                     "warnings": [*checked.warnings, *warnings],
+                    "spoiled": spoiled,
+                    "read": dict(checked.read),
                     "made_with": versions,
                     "content": content,
                 }
@@ -174,21 +180,42 @@ class Tokenising:
                     store.save(shard, _arrays(shard, columns, encoded, self.dtype))
                     encoded = []
 
-    def write_splits(self, store: ShardFolder, aside: Path) -> tuple[dict[str, dict[str, int]], list[str]]:
-        """Write all splits into `aside`; returns their entries in the manifest, and warnings.
+    def write_splits(
+        self, store: ShardFolder, aside: Path
+    ) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, list[str]]]:
+        """Write all splits into `aside`.
+
+        Returns:
+            Their entries in the manifest; warnings; those of the warnings that spoil the numbers of a split, by split.
 
         Raises:
             ShardMissing: a shard has disappeared.
         """
-        entries: dict[str, dict[str, int]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         warnings: list[str] = []
+        keys: dict[str, Array] = {}
         tokenizer = self.encoder.tokenizer
         for split, examples in self.checked.splits.items():
             stats = TokenStats.for_tokenizer(tokenizer)
             shards = self.shards[examples.source]
-            entries[split] = write_split(aside, split, examples, shards, store, self.dtype, stats)
+            entries[split], keys[split] = write_split(aside, split, examples, shards, store, self.dtype, stats)
             warnings += stats.warnings(split, examples, tokenizer, self.encoder.max_length)
-        return entries, warnings
+        splits = self.checked.splits
+        spoiled = check_duplicates(splits, keys)
+        warnings += [warning for each in spoiled.values() for warning in each]
+        labels, train = self.checked.labels, splits["train"]
+        told = check_one_feature(
+            labels, prepared.open_split(aside, "train"), lambda token: str(tokenizer.convert_ids_to_tokens(token))
+        )
+        for split in splits:
+            if split != "train" and told:
+                spoiled.setdefault(split, []).extend(told)
+        warnings += [*told, *check_conflicts(labels, train, keys["train"])]
+        if labels.task == "single-label" and labels.names is not None:
+            for split, examples in splits.items():
+                counts = np.bincount(examples.labels, minlength=len(labels.names))
+                entries[split]["largest_class"] = [labels.names[int(counts.argmax())], int(counts.max())]
+        return entries, warnings, spoiled
 
     def _batches(
         self, missing: Sequence[Shard]

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afina.worker.data.duplicates import row_keys
 from afina.worker.data.prepared import ArrayWriter
 from afina.worker.data.shards import Shard, ShardFolder
 from afina.worker.data.tables import Examples, list_places
@@ -101,7 +102,7 @@ def write_split(
     store: ShardFolder,
     dtype: Any,
     stats: TokenStats,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], Array]:
     """Write the files of a split; for eval and test with their texts.
 
     Args:
@@ -110,7 +111,7 @@ def write_split(
         stats: counts all rows.
 
     Returns:
-        The split's entry in the manifest.
+        The split's entry in the manifest; keys of its rows, see `row_keys`.
 
     Raises:
         ShardMissing: a shard must be made first.
@@ -124,6 +125,7 @@ def write_split(
     if not ascending:
         blocks = _reordered(blocks, np.argsort(np.argsort(examples.rows)), aside)
     lengths, any_type = [np.empty(0, np.int64)], False
+    keys = [np.empty((0, 2), np.uint64)]
     types_file = aside / f"{split}.types.npy"
     with (
         ArrayWriter(aside / f"{split}.tokens.npy", dtype) as tokens,
@@ -133,6 +135,7 @@ def write_split(
         for block in blocks:
             tokens.append(block["tokens"][0])
             lengths.append(block["tokens"][1])
+            keys.append(row_keys(*block["tokens"]))
             stats.add(block)
             if has_types:
                 types.append(block["types"][0])
@@ -146,7 +149,8 @@ def write_split(
     np.save(aside / f"{split}.labels.npy", np.ascontiguousarray(examples.labels))
     if examples.weights is not None:
         np.save(aside / f"{split}.weights.npy", examples.weights)
-    return {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
+    entry = {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
+    return entry, np.concatenate(keys)
 
 
 def _in_order_of_source(

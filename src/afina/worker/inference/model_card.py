@@ -16,7 +16,7 @@ from typing import Any
 from afina.files import read_json
 from afina.redact import redact
 from afina.run.directory import RunDir
-from afina.run.outcome import Outcome
+from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 
 __all__ = ["CardFacts", "facts_of", "model_card"]
@@ -126,6 +126,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "labels": labels,
         "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
         "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
+        "warnings": _warnings(facts, splits),
         "means": bool(labels) and bool({"f1", "precision", "recall"} & set(names)),
         "best": recipe.train.keep == "best",
         "per_class": [
@@ -136,6 +137,15 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "weak": ", ".join(f"`{name}`" for name in weak[:_LISTED]),
         "few": ", ".join(f"`{name}`" for name in few[:_LISTED]),
     }
+
+
+def _warnings(facts: CardFacts, splits: Sequence[str]) -> list[str]:
+    """What stands against these numbers, without paths of this machine."""
+    spoiled = data_warnings(facts.prepared)
+    lines = [*facts.outcome.warnings, *(line for split in splits for line in spoiled.get(split, []))]
+    for path in {str(path) for paths in facts.plan.files.values() for path in paths}:
+        lines = [line.replace(path, Path(path).name) for line in lines]
+    return list(dict.fromkeys(lines))
 
 
 def _number(value: float | None) -> str:

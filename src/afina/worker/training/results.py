@@ -13,6 +13,7 @@ import numpy as np
 from afina.files import sync_file, sync_folder, sync_tree
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
+from afina.worker.data.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.model.outputs import label_lists, prediction_columns
 from afina.worker.model.padding import padding_side
 from afina.worker.training.attempt import TrainingData
@@ -81,6 +82,7 @@ def export_results(trainer: RunTrainer) -> Results:
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
     if attempt.rank == 0:
         _export_model(trainer)
+        _write_trained_rows(data, run.path / TRAINED_ROWS)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
     return Results(model_step, metrics, warnings)
@@ -102,6 +104,14 @@ def _export_model(trainer: RunTrainer) -> None:
     staging.rename(run.model)
     sync_folder(run.path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_trained_rows(data: TrainingData, path: Path) -> None:
+    """Keys of all rows that the model has been trained on: training on from it checks its eval and test rows against them."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        np.save(file, trained_rows(data.folder, Path(data.model_folder)))
+    os.replace(aside, path)
 
 
 def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path) -> None:

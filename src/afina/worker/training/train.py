@@ -20,7 +20,7 @@ from afina.files import sync_file
 from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
-from afina.run.outcome import Outcome
+from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Geometry, Plan, geometry_for
 from afina.run.prune import prune
 from afina.worker.data import stage_in
@@ -263,6 +263,8 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     """Write the outcome, and print how the attempt ended."""
     attempt, state, meter = trainer.attempt, trainer.state, trainer.attempt.meter
     run, cause, step = attempt.run, attempt.stop.agreed, trainer.state.global_step
+    spoiled = (line for lines in data_warnings(run.prepared()).values() for line in lines)
+    warnings = list(dict.fromkeys([*results.warnings, *spoiled]))
     outcome = Outcome(
         outcome="stopped" if cause else "finished",
         exit_code=EXIT_STOPPED if cause else EXIT_FINISHED,
@@ -270,7 +272,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         global_step=step,
         metrics=results.metrics,
         cause=cause or None,
-        warnings=results.warnings,
+        warnings=warnings,
         samples_per_second=round(meter.examples / meter.training_s, 3) if meter.training_s else None,
         utilisation=meter.summary(step),
         seconds=_seconds(run, attempt.name),
@@ -296,5 +298,5 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     attempt.event("finished", step=step)
     prune(run, attempt.plan.recipe.train.keep_after)
     print(metrics_table(run, [metric_name(text) for text in attempt.data.metric_texts]), flush=True)
-    say(*(f"WARNING: {warning}" for warning in results.warnings))
+    say(*(f"WARNING: {warning}" for warning in warnings))
     say(*usage_lines(outcome), f"finished: {step} steps, model in {run.model}")
