@@ -123,7 +123,10 @@ def test_sparse_attention_of_big_bird_does_not_depend_on_what_came_before(tmp_pa
 def test_a_run_of_each_architecture(kind: str, tmp_path: Path) -> None:
     """By the command line: prefetch with its model check, train, predict, export; transformers reads what was exported."""
     architecture_folder(tmp_path / "model", kind, num_labels=None, side="left" if kind in LEFT else "right")
-    tiny.write_csv(tmp_path / "d.csv", tiny.tiny_reviews(40, 3, stars=3))
+    rows = tiny.tiny_reviews(40, 3, stars=3)
+    for row in rows[::9]:
+        row["text"] += " </s> and more"
+    tiny.write_csv(tmp_path / "d.csv", rows)
     tiny.write_csv(tmp_path / "new.csv", [{"text": text} for text in texts()])
     recipe = {
         "name": kind,

@@ -5,7 +5,7 @@ and together as a run batches them (packed, grouped or padded). The logits must 
 the recipe's must be what it gives for the same label. What differs here would train on, or predict, something else without a
 word. One line says the result; it is kept under `<scratch>/pins/` and holds for the same model, batching and kind of rows.
 
-Not covered: GPUs, half precision, and models whose float32 weights take more than half of the free memory (the line says so).
+Not covered: GPUs, half precision, and models whose float32 weights do not fit into the free memory (the line says so).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from afina.errors import AfinaError, InputError, first_line
+from afina.files import read_json
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.text import size_in_words
@@ -40,6 +41,8 @@ _LEAST = 1e-6
 _ROWS = 8
 #: A larger model is checked on fewer rows: those of at most so many tokens times parameters together.
 _WORK = 1e12
+#: Tokens among which rows with unusual special tokens are searched.
+_COUNTED = 20_000_000
 _REMEDY = "do not train it with this afina: its scores would not be those of the model; please report its architecture"
 
 Array = np.ndarray[Any, Any]
@@ -83,21 +86,19 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
 
 
 def _special_tokens(folder: Path) -> list[int]:
-    """Numbers of the tokenizer's special tokens, which texts may hold too."""
-    from transformers import AutoTokenizer
-
-    with hide_packages("datasets", "scipy"):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
-        except Exception:  # one with code of its own
-            return []
-    return sorted(set(tokenizer.all_special_ids))
+    """Numbers of the tokenizer's special tokens, which texts may hold too; from its files, because importing it takes seconds."""
+    added = read_json(folder / "tokenizer/tokenizer.json").get("added_tokens") or []
+    decoder = read_json(folder / "tokenizer/tokenizer_config.json").get("added_tokens_decoder") or {}
+    listed = [*added, *({"id": int(number), **token} for number, token in decoder.items())]
+    return sorted({token["id"] for token in listed if token.get("special")})
 
 
 def _counts(split: Split, special: list[int]) -> Array:
-    """How often each special token occurs in each row, int64 (N, S)."""
-    found = [np.add.reduceat(np.asarray(split.tokens) == token, split.offsets[:-1]) for token in special]
-    return np.stack(found, -1).astype(np.int64) if found else np.zeros((len(split), 0), np.int64)
+    """How often each special token occurs in each of the first rows, int64 (N, S)."""
+    rows = max(1, int(np.searchsorted(split.offsets, _COUNTED, side="right")) - 1)
+    tokens, starts = np.asarray(split.tokens[: split.offsets[rows]]), split.offsets[:rows]
+    found = [np.add.reduceat((tokens == token).astype(np.int32), starts) for token in special]
+    return np.stack(found, -1) if found else np.zeros((rows, 0), np.int32)
 
 
 def _kind_of_rows(split: Split, special: list[int]) -> list[Any]:
@@ -135,7 +136,7 @@ def _compare(
     needed = 2 * sum(
         record["size"] for name, record in result["model_files"].items() if name.endswith((".safetensors", ".bin"))
     )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _free_memory()
     if needed > free:
         return (
             f"model check: left out: it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here"
@@ -179,6 +180,14 @@ def _compare(
         f"model check: {len(rows)} rows {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
         f"({seconds:.1f} s); {head}"
     )
+
+
+def _free_memory() -> int:
+    """Bytes that processes can still take, the page cache included."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _require(difference: float, logits: Array, what: str) -> None:

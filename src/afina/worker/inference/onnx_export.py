@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from afina.errors import EnvironmentProblem, TrainingError, first_line
-from afina.worker.model.padding import padding_side, set_pad_token
+from afina.worker.model.padding import needs_equal_lengths, padding_side, set_pad_token
 from afina.worker.model.pretrained import give_pad_token
 
 __all__ = ["TOLERANCE", "check_installed", "export_onnx"]
@@ -64,6 +64,8 @@ def export_onnx(
     model = AutoModelForSequenceClassification.from_pretrained(
         str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
+    if (why := needs_equal_lengths(model)) is not None:
+        raise TrainingError(f"--onnx: {why}, so a padded batch would have other scores", "export without --onnx")
     give_pad_token(tokenizer)
     tokenizer.padding_side = padding_side(model, tokenizer.padding_side)
     set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)

@@ -60,7 +60,9 @@ def build_model(
                 f"model: {name} of {recipe.model} holds NaN or infinity: its first loss would not be finite either",
                 "take the model from before it broke, or download it again",
             )
-    return model, _fit_head(model, report, base_labels(base), names, recipe.trust_remote_code)
+    # The output of a regression has no name.
+    had = base_labels(base) if labels else placeholders(base.num_labels)
+    return model, _fit_head(model, report, had, names, recipe.trust_remote_code)
 
 
 def base_labels(config: Any) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-__all__ = ["padding_side", "separate_rows", "set_pad_token"]
+__all__ = ["needs_equal_lengths", "padding_side", "separate_rows", "set_pad_token"]
 
 _LEFT = frozenset({"xlnet"})
 _UNPADDED = frozenset({"canine", "convbert", "fnet", "funnel", "nystromformer", "yoso"})
@@ -52,20 +52,27 @@ def set_pad_token(model: Any, pad_token_id: int) -> None:
             config.pad_token_id = pad_token_id
 
 
+def needs_equal_lengths(model: Any) -> str | None:
+    """The reason why the rows of a batch must have equal lengths; None where padding is fine."""
+    kind = model.config.model_type
+    if "attention_mask" not in inspect.signature(type(model).forward).parameters:
+        return f"{kind}: it has no attention mask"
+    return f"{kind}: padding changes its scores" if kind in _UNPADDED or _sparse(model) else None
+
+
 def separate_rows(model: Any) -> str | None:
-    """Let `model` split a batch into parts of rows that it can process together; returns a note for the log if it needs to.
+    """Let `model` split a batch into parts of rows that it can process together; returns a note for the log if padding is why.
 
     Only the forward pass changes, so training, evaluation and prediction all do it. Rows that go together are one call, as before.
     """
-    kind, eos = model.config.model_type, getattr(model.config, "eos_token_id", None)
-    parameters = inspect.signature(type(model).forward).parameters
-    masked = "attention_mask" in parameters
-    sparse = [module for module in model.modules() if getattr(module, "attention_type", "") == "block_sparse"]
-    by_length = not masked or kind in _UNPADDED or bool(sparse)
-    if not by_length and (eos is None or "eos_token_id" not in _names(model)):
+    why, eos, sparse = needs_equal_lengths(model), getattr(model.config, "eos_token_id", None), _sparse(model)
+    if why is None and (eos is None or "eos_token_id" not in _names(model)):
         return None
-    usual = model.forward
-    takes_mask = masked or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    usual, parameters = model.forward, inspect.signature(type(model).forward).parameters
+    takes_mask = "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    config = model.config  # up to so many tokens BigBird's attention is full
+    short = (5 + 2 * config.num_random_blocks) * config.block_size if sparse else 0
 
     @functools.wraps(usual)
     def forward(
@@ -73,25 +80,28 @@ def separate_rows(model: Any) -> str | None:
     ) -> SequenceClassifierOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         tensors = {"input_ids": input_ids, **({"attention_mask": mask} if takes_mask else {}), **named}
-        keys = mask.sum(-1) if by_length else torch.eq(input_ids, int(eos or 0)).sum(-1)
+        # Trainer adds numbers, such as that of the labels in the batch.
+        wide = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor) and v.shape == input_ids.shape}
+        if sparse and input_ids.shape[1] <= short:
+            return SequenceClassifierOutput(logits=usual(**tensors)["logits"])
+        keys = mask.sum(-1) if why else torch.eq(input_ids, int(eos or 0)).sum(-1)
         logits, order = [], []
         for key in sorted(set(keys.tolist())):
             rows = (keys == key).nonzero()[:, 0]
-            width = key if by_length else input_ids.shape[1]
-            # Trainer adds numbers, such as that of the labels in the batch.
-            wide = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor) and v.shape == input_ids.shape}
-            part = {name: value[rows, :width] for name, value in wide.items()}
+            width = key if why else input_ids.shape[1]
             for module in sparse[:1]:  # the outermost one sets those below it
                 module.set_attention_type("block_sparse")
-            logits.append(usual(**{**tensors, **part})["logits"])
+            logits.append(usual(**{**tensors, **{name: value[rows, :width] for name, value in wide.items()}})["logits"])
             order.append(rows)
         return SequenceClassifierOutput(logits=torch.cat(logits)[torch.cat(order).argsort()])
 
     model.forward = forward
-    if not by_length:
-        return None
-    why = "padding changes its scores" if masked else "it has no attention mask"
-    return f"rows of unequal length run apart, without padding: {kind}: {why}"
+    return f"rows of unequal length run apart, without padding: {why}" if why else None
+
+
+def _sparse(model: Any) -> list[Any]:
+    """Modules of BigBird with sparse attention, the outermost first."""
+    return [module for module in model.modules() if getattr(module, "attention_type", "") == "block_sparse"]
 
 
 def _names(model: Any) -> tuple[str, ...]:
