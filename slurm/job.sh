@@ -133,6 +133,14 @@ afina_watch_lease() {
   done
 }
 
+# Print the proof, if the kernel killed a process of this job for its memory: the job's cgroup counts it, accounting records it.
+afina_memory() {
+  local cgroup
+  cgroup=$(sed -n 's/^0:://p' /proc/self/cgroup)
+  case $cgroup in */job_*) sed -n 's/^oom_kill [1-9].*/cgroup: &/p' "/sys/fs/cgroup${cgroup%%/step_*}/memory.events" ;; esac
+  timeout 20 sacct --noheader --parsable2 --jobs "$afina_job" --format=JobID,State | grep OUT_OF_ME
+}
+
 # Run srun to its end and turn signals into stop requests; sets $code. Bash runs a trap only between commands or in `wait`, and
 # a trapped signal ends `wait` early with a code above 128; only an uninterrupted `wait` returns srun's code.
 afina_step() {
@@ -154,6 +162,7 @@ afina_step() {
     [ -n "$interrupted" ] || break
   done
   kill "$watcher" 2>/dev/null
+  if [ "$code" != 0 ] && [ "$code" != 75 ]; then afina_memory >>"$run/attempts/$AFINA_ATTEMPT/srun.log" 2>/dev/null; fi
   # Python ends with 120 when it cannot flush its output: the disk with the log is full.
   [ "$code" != 120 ] || code=3
 }

@@ -10,7 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import pwd
 import secrets
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,6 +26,7 @@ __all__ = [
     "difference",
     "encode_words",
     "name_aside",
+    "permission_remedy",
     "read_json",
     "read_words",
     "seal_of",
@@ -106,6 +109,33 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def permission_remedy(path: Path) -> str:
+    """What to do about a file or folder that this user may not use: names its owner where that is somebody else."""
+    there = next((folder for folder in (path, *path.parents) if _visible(folder)), path)
+    try:
+        owner = there.stat().st_uid
+    except OSError:
+        return "choose a folder that you may write to"
+    if owner == os.getuid():
+        return f"choose a folder that you may write to, or open it: {shlex.join(['chmod', 'u+rwX', str(there)])}"
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"user {owner}"
+    opened = shlex.join(["chmod", "-R", "g+rwX", str(there)])
+    return (
+        f"{there} belongs to {name}, whose umask keeps others out: ask for `{opened}` and for `umask 007` in the site file, or set "
+        "AFINA_SCRATCH to a folder of your own"
+    )
+
+
+def _visible(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def encode_words(words: Iterable[str]) -> bytes:

@@ -19,6 +19,7 @@ from afina.doctor.disk import (
     check_quota,
     check_recipe,
     check_scratch,
+    check_sharing,
     check_site,
     check_token,
 )
@@ -38,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     check_site,
     check_recipe,
     check_scratch,
+    check_sharing,
     check_quota,
     check_locks,
     check_caches,

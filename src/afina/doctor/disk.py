@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from afina.doctor.target import ANSWER_S, Target, answer_of
 from afina.errors import EnvironmentProblem
+from afina.files import permission_remedy
 from afina.site.finding import Finding, Level
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
 from afina.slurm.cluster import read_config
@@ -28,6 +31,7 @@ __all__ = [
     "check_quota",
     "check_recipe",
     "check_scratch",
+    "check_sharing",
     "check_site",
     "check_token",
 ]
@@ -105,6 +109,47 @@ def check_scratch(target: Target) -> Iterator[Finding]:
     if target.has_slurm and kind in _LOCAL and not target.with_job:
         message = f"{kind} is usually the disk of one machine: do all nodes see {scratch}?"
         yield Finding("scratch", "warning", message, "`afina doctor --job` checks it")
+
+
+def check_sharing(target: Target) -> Iterator[Finding]:
+    """Caches and prepared data that other users made, and whether this user's umask lets a group share them."""
+    assert target.site is not None
+    scratch = target.site.scratch
+    folders = [folder for name in ("cache", "prepared", "pins") for folder in _two_levels(scratch / name)]
+    for folder in folders:
+        if folder.lstat().st_uid != os.getuid() and not os.access(
+            folder, os.R_OK | (os.X_OK if folder.is_dir() else 0)
+        ):
+            yield Finding("sharing", "failed", f"{folder}: permission denied", permission_remedy(folder))
+            return
+    mode = scratch.stat().st_mode
+    if not mode & stat.S_IWGRP:
+        return
+    umask = int(
+        next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Umask:"))[6:], 8
+    )
+    if umask & 0o070:
+        message = (
+            f"{scratch} is shared by its group, and your umask {umask:03o} keeps the group out of caches that you make"
+        )
+        yield Finding("sharing", "warning", message, "umask 007 in the site file, or a scratch folder of your own")
+    elif not mode & stat.S_ISGID:
+        message = f"{scratch} is shared by its group, and what is made in it belongs to your own group: the wrong quota may be charged"
+        yield Finding("sharing", "warning", message, shlex.join(["chmod", "g+s", str(scratch)]))
+    else:
+        yield Finding("sharing", "ok", f"{scratch} is shared by its group")
+
+
+def _two_levels(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for pattern in (".", "*", "*/*"):
+        with contextlib.suppress(OSError):
+            found += (
+                [path for path in folder.glob(pattern) if os.path.lexists(path)]
+                if pattern != "."
+                else [folder] * folder.exists()
+            )
+    return found
 
 
 def _file_system(path: Path) -> str:

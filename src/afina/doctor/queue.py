@@ -10,7 +10,7 @@ from afina.doctor.target import Target
 from afina.site.finding import Finding
 from afina.slurm.accounting import accounting_works
 from afina.slurm.cluster import Partition
-from afina.slurm.limits import job_size, refusal
+from afina.slurm.limits import default_qos, job_size, refusal
 from afina.slurm.query import queue_answers
 from afina.text import minutes_in_words
 
@@ -92,8 +92,10 @@ def check_account(target: Target) -> Iterator[Finding]:
     if qos and allowed and qos not in allowed:
         message = f"SBATCH_QOS={qos} is not allowed for you"
         yield Finding("qos", "failed", message, f"allowed: {', '.join(allowed)}")
-    elif qos:
-        yield Finding("qos", "ok", qos)
+    elif used := qos or default_qos(target.cluster, account):
+        known_qos = next((q for q in target.cluster.qos if q.name == used), None)
+        limit = f", up to {minutes_in_words(known_qos.max_minutes)}" if known_qos and known_qos.max_minutes else ""
+        yield Finding("qos", "ok", f"{used}{'' if qos else ' (your default)'}{limit}")
 
 
 def check_after_the_end(target: Target) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def export(
     if target.exists():
         raise InputError(f"{target}: exists; nothing that exists is overwritten", "choose another folder with -o")
     if not target.parent.is_dir():
-        raise InputError(f"-o {target}: there is no folder {target.parent}", f"mkdir -p '{target.parent}'")
+        raise InputError(
+            f"-o {target}: there is no folder {target.parent}", shlex.join(["mkdir", "-p", str(target.parent)])
+        )
     plan = plan_of(directory, model, [], site_for(directory, site), gpus=0)
     argv = worker_argv(plan, "export", binds=[directory.path, target.parent])
     question = {"run": str(directory.path), "out": str(target), "onnx": onnx}

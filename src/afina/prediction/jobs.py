@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -254,7 +255,7 @@ def _check_out(out: Path, files: Sequence[Path], named: Sequence[Path]) -> None:
     if out in named or (len(files) == 1 and files[0] == out):
         raise InputError(f"-o {out}: is an input", "name another output; nothing that exists is overwritten")
     if not out.parent.is_dir():
-        raise InputError(f"-o {out}: there is no folder {out.parent}", f"mkdir -p '{out.parent}'")
+        raise InputError(f"-o {out}: there is no folder {out.parent}", shlex.join(["mkdir", "-p", str(out.parent)]))
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"-o {out}: you may not write into {out.parent}", "choose a folder of your own")
 

@@ -7,6 +7,7 @@ Composing it only reads the disk: which files a folder or a pattern names, wheth
 from __future__ import annotations
 
 import glob
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
             how = f"it is {outcome.outcome}" if outcome else "it has not finished"
             raise InputError(
                 f"{path}: this run has no model/ yet: {how}",
-                f"see `afina status {path}`; `afina resume` continues a run",
+                f"see `{shlex.join(['afina', 'status', str(path)])}`; `afina resume` continues a run",
             )
         return run, run.model
     if not given.is_dir():

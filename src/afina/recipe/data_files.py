@@ -10,6 +10,7 @@ import contextlib
 import glob
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -203,7 +204,7 @@ def _expand(path: Path, where: str, hint: str) -> list[Path]:
     if path.is_file():
         check_format(path, where)
         if not os.access(path, os.R_OK):
-            raise DataError(f"{where}: you have no permission to read it", f"chmod u+r '{path}'")
+            raise DataError(f"{where}: you have no permission to read it", shlex.join(["chmod", "u+r", str(path)]))
         return [path]
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     similar = nearest(path.name, siblings)

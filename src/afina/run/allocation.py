@@ -32,6 +32,7 @@ class Allocation:
         node_name: as Slurm knows this node.
         node_names: all nodes, in their order; empty without Slurm.
         gpus: on this node; None if Slurm does not say.
+        memory_gb: per node; None if Slurm does not say.
         cpus: cores of this task; None if Slurm does not say. Where Slurm binds no cores, affinity shows the whole node.
         num_processes: asked for on this machine by `afina resume --num-processes`.
         head, port: where the nodes meet.
@@ -52,6 +53,7 @@ class Allocation:
     node_name: str = ""
     node_names: tuple[str, ...] = ()
     gpus: int | None = None
+    memory_gb: float | None = None
     cpus: int | None = None
     num_processes: int | None = None
     head: str | None = None
@@ -79,6 +81,7 @@ class Allocation:
             node_name=env.get("SLURMD_NODENAME") or platform.node(),
             node_names=tuple(env.get("AFINA_NODES", "").split()),
             gpus=_number(env, "SLURM_GPUS_ON_NODE"),
+            memory_gb=_memory_gb(env),
             cpus=_number(env, "SLURM_CPUS_PER_TASK"),
             num_processes=_number(env, "AFINA_PROCESSES"),
             head=env.get("AFINA_HEAD") or None,
@@ -117,6 +120,14 @@ class Allocation:
         """The values for `env.json`, without those that are not known."""
         known = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, ()) and k != "slurm"}
         return {name: str(value) if isinstance(value, Path) else value for name, value in known.items()}
+
+
+def _memory_gb(env: Mapping[str, str]) -> float | None:
+    """From Slurm's MB: per node, or per core."""
+    node, core = _number(env, "SLURM_MEM_PER_NODE"), _number(env, "SLURM_MEM_PER_CPU")
+    cores = _number(env, "SLURM_CPUS_ON_NODE") or 0
+    size = node or (core or 0) * cores
+    return round(size / 1024, 2) if size else None
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import math
 import os
+import platform
+import re
+import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,16 +23,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
-from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EnvironmentProblem, Failure
+from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INPUT, AfinaError, EnvironmentProblem, Failure
 from afina.files import read_json, write_atomic
+from afina.processes import boot_id, start_time
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.workers import cannot_start
 
-__all__ = ["LeaseMonitor", "SignalForwarder", "ensure_outcome", "run_node"]
+__all__ = ["LeaseMonitor", "Liveness", "SignalForwarder", "ensure_outcome", "lease_of", "run_node"]
+
+#: alive: its process runs on this machine; dead: it did; fresh: renewed within the last minute elsewhere; silent: not renewed.
+Liveness = Literal["alive", "fresh", "dead", "silent"]
+#: A lease is renewed every ten seconds; a shared file system may show it a little later.
+_FRESH_S = 60.0
 
 
 def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: list[int] | None = None) -> int:
@@ -46,8 +57,9 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     folder = run.begin_attempt(attempt)
     argv = run.worker_argv()
     # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
-    for stale in (run.stop_file, folder / "exit"):
-        stale.unlink(missing_ok=True)
+    (folder / "exit").unlink(missing_ok=True)
+    if lease_of(run.path)[1] not in ("alive", "fresh"):  # else the stop is for the attempt that lives
+        run.stop_file.unlink(missing_ok=True)
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         worker = subprocess.Popen(
@@ -86,19 +98,72 @@ def ensure_outcome(run: RunDir, attempt: str, code: int) -> Outcome:
         return Outcome(outcome="failed", attempt=attempt, exit_code=code, failure=full)
     if reported and reported[0].cause == "claimed":  # the outcome belongs to the attempt that is running
         return Outcome(outcome="failed", attempt=attempt, exit_code=reported[0].exit_code, failure=reported[0])
-    return run.record_failure(attempt, reported[0] if reported else _without_outcome(folder, code))
+    return run.record_failure(attempt, reported[0] if reported else _without_outcome(run, folder, code))
 
 
-def _without_outcome(folder: Path, code: int) -> Failure:
-    """The failure of an attempt that recorded nothing: what its exit code, its nodes and its log show."""
-    how = f"killed by signal {-code if code < 0 else code - 128}" if code < 0 or code > 128 else f"exit code {code}"
+def _without_outcome(run: RunDir, folder: Path, code: int) -> Failure:
+    """The failure of an attempt that recorded nothing: what its exit code, its nodes and its logs show."""
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    how = f"killed by signal {number}{_signal_name(number)}" if number else f"exit code {code}"
     remedy = f"see {folder}/node*.log; `afina resume` continues from the newest checkpoint"
     last = _last_lines(folder)
     lines = f"; its last lines:\n{last}" if last else ""
+    if limit := _limit(number, last):
+        return Failure("EnvironmentProblem", f"{limit}{lines}", _LIMIT_REMEDY, "ulimit")
+    if _OUT_OF_MEMORY.search(last):
+        gb = _memory_gb(run)
+        more = f"raise resources.mem_gb to {math.ceil(gb * 1.5)} in the recipe" if gb else "set resources.mem_gb"
+        script = shlex.join([str(run.path / "finetune.sbatch"), str(run.path)])
+        again = f"; this run continues with: sbatch --mem={math.ceil((gb or 8) * 1.5)}G {script}"
+        had = f" ({gb:g} GB per node)" if gb else ""
+        return Failure(
+            "EnvironmentProblem", f"the job's memory{had} is used up: {how}{lines}", more + again, "host-memory"
+        )
     if absent := _absent_nodes(folder):
         message = f"{', '.join(absent)}: the worker never started there ({how}){lines}"
         return Failure("EnvironmentProblem", message, remedy, "node", tuple(absent))
-    return Failure.of_exit_code(code, f"the worker ended without an outcome ({how}){lines}", remedy, "killed")
+    started = any(folder.glob("node*.json"))
+    # Without a word from the worker, its code is srun's or the shell's: 2 is not the user's input.
+    known = code if started or code != EXIT_INPUT else EXIT_ENVIRONMENT
+    what = "the worker ended without an outcome" if started else "the worker never started"
+    return Failure.of_exit_code(known, f"{what} ({how}){lines}", remedy, "killed")
+
+
+#: Messages of the kernel, of slurmstepd and of srun about a job that used more memory than it has.
+_OUT_OF_MEMORY = re.compile(
+    r"oom[-_ ]?kill|Out Of Memory|OUT_OF_ME|(exceeded|over) .{0,20}memory limit|memory cgroup", re.I
+)
+_LIMIT_REMEDY = "raise the limit (ulimit) in the site file, or ask your administrators; then submit the run again"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:
+        return ""
+
+
+def _limit(number: int, last: str) -> str:
+    """Which limit of the shell ended the worker; empty for none."""
+    for signum, kind, what in (
+        (signal.SIGXCPU, resource.RLIMIT_CPU, "processor time of {} s (ulimit -t)"),
+        (signal.SIGXFSZ, resource.RLIMIT_FSIZE, "{} bytes in a file (ulimit -f)"),
+    ):
+        # The launcher of several processes reports the signal of the one that it killed.
+        if number == signum or re.search(rf"\bSignal {int(signum)} |{signum.name}|exitcode *: *-{int(signum)}\b", last):
+            limit = resource.getrlimit(kind)[0]
+            shown = "a limit" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+            return f"the worker was ended by a limit of its node or shell: {what.format(shown)}"
+    return ""
+
+
+def _memory_gb(run: RunDir) -> float | None:
+    """GB per node that the job has; None if that is not known."""
+    if (given := Allocation.from_env().memory_gb) is not None:
+        return given
+    with contextlib.suppress(AfinaError):
+        return run.plan().recipe.resources.mem_gb
+    return None
 
 
 def _full_disk(folder: Path) -> Failure | None:
@@ -232,7 +297,24 @@ def _recorded_code(folder: Path, code: int) -> int:
         return code if code != 0 else EXIT_FAILED
 
 
+def lease_of(run: Path) -> tuple[dict[str, Any], Liveness | None, float]:
+    """The lease of a run, whether its holder lives, and seconds since its renewal; an empty one where no attempt holds it."""
+    path = run / "lease.json"
+    lease = read_json(path)
+    if not lease:
+        return {}, None, 0.0
+    silent_s = max(0.0, time.time() - path.stat().st_mtime) if path.exists() else 0.0
+    if lease.get("boot") == boot_id():
+        # The process id alone is not enough: it may be another process's by now.
+        pid = lease.get("pid")
+        alive = isinstance(pid, int) and lease.get("started") == start_time(pid)
+        return lease, "alive" if alive else "dead", silent_s
+    if lease.get("host") == platform.node():
+        return lease, "dead", silent_s  # the machine has rebooted since
+    return lease, "fresh" if silent_s < _FRESH_S else "silent", silent_s
+
+
 def _last_lines(folder: Path, count: int = 15) -> str:
-    logs = sorted(folder.glob("node*.log"))
+    logs = [*sorted(folder.glob("node*.log")), *folder.glob("srun.log")]
     lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-count:]]
     return "\n".join(f"  | {line}" for line in lines[-count:])

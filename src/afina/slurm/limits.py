@@ -14,7 +14,7 @@ from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster, Nodes, Partition, Qos, read_cluster
 from afina.text import minutes_in_words
 
-__all__ = ["JobSize", "check_possible", "job_size", "limit_of", "refusal"]
+__all__ = ["JobSize", "check_possible", "default_qos", "job_size", "limit_of", "refusal"]
 
 _UNKNOWN = 10**9
 #: A problem and its remedy.
@@ -32,6 +32,7 @@ class JobSize:
     minutes: int
     partitions: tuple[str, ...] = ()
     qos: str = ""
+    account: str = ""
 
 
 def check_possible(plan: Plan) -> Cluster:
@@ -65,6 +66,7 @@ def job_size(plan: Plan, env: Mapping[str, str]) -> JobSize:
         minutes=resources.time,
         partitions=tuple(p for p in variables.get("SBATCH_PARTITION", "").split(",") if p),
         qos=variables.get("SBATCH_QOS", ""),
+        account=variables.get("SBATCH_ACCOUNT", ""),
     )
 
 
@@ -80,7 +82,8 @@ def refusal(size: JobSize, cluster: Cluster) -> Refusal | None:
             f"SBATCH_PARTITION={','.join(size.partitions)}: this cluster has no such partition",
             f"{hint + ' ' if hint else ''}known: {', '.join(p.name for p in known)}",
         )
-    qos = next((q for q in cluster.qos if q.name == size.qos), None)
+    named = size.qos or default_qos(cluster, size.account)
+    qos = next((q for q in cluster.qos if q.name == named), None)
     if qos is not None and qos.max_minutes is not None and size.minutes > qos.max_minutes:
         return (
             f"{minutes_in_words(size.minutes)} are more than the {minutes_in_words(qos.max_minutes)} that QOS {qos.name} allows",
@@ -92,6 +95,13 @@ def refusal(size: JobSize, cluster: Cluster) -> Refusal | None:
     others = [p.name for p in known if p not in requested and p.up and _refused_by(p, size, qos) is None]
     message, remedy = refusals[0]
     return message, remedy + (f", or SBATCH_PARTITION={others[0]}, which has it" if others else "")
+
+
+def default_qos(cluster: Cluster, account: str = "") -> str:
+    """The QOS of a job that names none: the default of this user's association; empty where that is not known or not one."""
+    own = [a for a in cluster.associations if not account or a.account.lower() == account.lower()]
+    defaults = {a.default_qos for a in own if not a.partition}
+    return defaults.pop() if len(defaults) == 1 else ""
 
 
 def limit_of(size: JobSize, cluster: Cluster) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from afina.errors import InputError, nearest
 from afina.run.directory import RunDir
 from afina.watch.overview import summary_of
+from afina.watch.reading import job_log
 
 __all__ = ["LogSelection", "follow", "log_lines"]
 
@@ -43,7 +44,7 @@ def log_lines(run: RunDir, choice: LogSelection, last: int | None = None) -> Ite
     """
     names = run.attempt_names()
     if not names and choice.attempt is None:
-        slurm_log = _job_log(run.path)
+        slurm_log = job_log(run.path)
         if slurm_log is None:
             summary = summary_of(run.path)
             raise InputError(
@@ -181,11 +182,6 @@ def _layout(run: RunDir, folder: Path) -> tuple[int, int]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return 1, 1
-
-
-def _job_log(run: Path) -> Path | None:
-    logs = [*run.glob("slurm-*.out"), *run.glob("submitit/*_log.out")]
-    return max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _grown(path: Path, position: int) -> tuple[bytes, int]:

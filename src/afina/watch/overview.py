@@ -17,7 +17,7 @@ from typing import Any, Literal
 from afina.recipe.trackers import sync_commands
 from afina.slurm.query import Job, query
 from afina.slurm.reasons import explain
-from afina.watch.reading import Reading, read_run
+from afina.watch.reading import Reading, decisive_lines, read_run
 
 __all__ = ["STATES", "RunSummary", "State", "summarise", "summary_of"]
 
@@ -185,13 +185,19 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
     ended: State = "STOPPED" if outcome.get("outcome") == "stopped" else "FAILED"
     again, logs = f"afina {'submit' if job else 'resume'} {path}", f"see `afina logs {path}`"
     if _end_is_recorded(reading):
-        return ended, _first_line(outcome), again if ended == "STOPPED" else None
+        return ended, _first_line(outcome), again if ended == "STOPPED" else _remedy(outcome, again)
     if job is not None:
         if job.slurm_state == "CANCELLED" or job.job_id in reading.cancelled:
             return "STOPPED", "its job was cancelled", again
         how = f" (Slurm: {job.slurm_state})" if job.slurm_state else ""
         what = f"attempt {reading.attempt}" if reading.attempt else f"job {job.job_id}"
-        return "FAILED", f"{what} left the queue without an outcome{how}", f"{logs}; {again}"
+        line, remedy = decisive_lines(reading.path)
+        remedy = _BY_STATE.get(job.slurm_state) or remedy or logs
+        return (
+            "FAILED",
+            f"{what} left the queue without an outcome{how}{line and ': ' + line}",
+            f"{remedy}; then: {again}",
+        )
     if reading.liveness == "dead":
         return "FAILED", f"attempt {reading.lease.get('attempt')} died without an outcome", again
     if reading.liveness == "silent":
@@ -204,10 +210,26 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
     if reading.attempts and not outcome:
         return "UNKNOWN", "its attempt is starting, or died before it began to train", logs
     if outcome:
-        return ended, _first_line(outcome), again if ended == "STOPPED" else None
+        return ended, _first_line(outcome), again if ended == "STOPPED" else _remedy(outcome, again)
     if (reading.path / "intent.json").exists():
         return "UNKNOWN", "sbatch gave no answer when it was submitted", f"afina submit {path} looks for its job first"
     return "PLANNED", None, f"afina submit {path}"
+
+
+#: How Slurm ended a job that recorded nothing -> what to do first.
+_BY_STATE = {
+    "OUT_OF_MEMORY": "raise resources.mem_gb (sbatch --mem=… RUN/finetune.sbatch RUN keeps this run)",
+    "TIMEOUT": "ask for more time: --time",
+    "DEADLINE": "ask for more time: --time",
+    "NODE_FAIL": "nothing: the node failed",
+    "BOOT_FAIL": "nothing: the node failed",
+}
+
+
+def _remedy(outcome: Mapping[str, Any], again: str) -> str:
+    failure = outcome.get("failure")
+    own = str(failure.get("remedy") or "") if isinstance(failure, dict) else ""
+    return f"{own}; then: {again}" if own else again
 
 
 def _first_line(outcome: Mapping[str, Any]) -> str | None:

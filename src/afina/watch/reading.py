@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from afina.files import read_json
-from afina.processes import boot_id, start_time
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.run.directory import job_ids_of
+from afina.run.supervise import Liveness, lease_of
 from afina.schedule import Schedule
 
-__all__ = ["Liveness", "Reading", "RunResult", "read_result", "read_run"]
+__all__ = ["Reading", "RunResult", "decisive_lines", "job_log", "read_result", "read_run"]
 
 #: Bytes read from the end of a log: some four hours of its once-a-minute lines.
 _TAIL = 65536
-#: A lease is renewed every ten seconds; a shared file system may show it a little later.
-_FRESH_S = 60.0
-
-Liveness = Literal["alive", "fresh", "dead", "silent"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ def read_run(path: Path) -> Reading:
     attempts = _folders(path / "attempts")
     events = _Events(path / "events.jsonl")
     submissions = [_record(line) for line in _tail_lines(path / "submissions.jsonl")[0]]
-    lease, liveness, silent_s = ({}, None, 0.0) if result.finished else _lease(path / "lease.json")
+    lease, liveness, silent_s = ({}, None, 0.0) if result.finished else lease_of(path)
     log, whole = _tail_lines(path / "metrics.jsonl")
     last = _last(log, b'"step"')
     newest = max(last, events.pace, key=lambda record: record.get("step") or 0)
@@ -167,6 +161,24 @@ def read_run(path: Path) -> Reading:
         first_step=events.first_step,
         checkpoint=events.checkpoint,
     )
+
+
+def job_log(path: Path) -> Path | None:
+    """Slurm's log of the run's newest job."""
+    logs = [*path.glob("slurm-*.out"), *path.glob("submitit/*_log.out")]
+    return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
+
+
+def decisive_lines(path: Path) -> tuple[str, str]:
+    """The line of the newest job's log that tells why it ended, and its remedy: the last error, else the last line."""
+    log = job_log(path)
+    lines = [line.decode(errors="replace") for line in _tail_lines(log)[0]] if log else []
+    for number in range(len(lines) - 1, -1, -1):
+        if lines[number].startswith(("error: ", "slurmstepd: error: ", "srun: error: ")):
+            following = lines[number + 1].strip() if number + 1 < len(lines) else ""
+            remedy = following.removeprefix("remedy: ") if following.startswith("remedy: ") else ""
+            return lines[number].removeprefix("error: ").strip(), remedy
+    return next((line.strip() for line in reversed(lines) if line.strip()), ""), ""
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -273,21 +285,6 @@ class _Events:
             self.first_step = (when, step)
         elif kind == "checkpoint" and isinstance(step, int) and self.checkpoint is None:
             self.checkpoint = (when, step)
-
-
-def _lease(path: Path) -> tuple[dict[str, Any], Liveness | None, float]:
-    lease, renewed = _json(path)
-    if not lease:
-        return {}, None, 0.0
-    silent_s = max(0.0, time.time() - renewed)
-    if lease.get("boot") == boot_id():
-        # The process id alone is not enough: it may be another process's by now.
-        pid = lease.get("pid")
-        alive = isinstance(pid, int) and lease.get("started") == start_time(pid)
-        return lease, "alive" if alive else "dead", silent_s
-    if lease.get("host") == platform.node():
-        return lease, "dead", silent_s  # the machine has rebooted since
-    return lease, "fresh" if silent_s < _FRESH_S else "silent", silent_s
 
 
 def _planned_steps(result: RunResult) -> int | None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError
+from afina.files import permission_remedy
 from afina.redact import redact
 from afina.text import size_in_words
 
@@ -124,7 +125,7 @@ def disk_errors(folder: Path | None = None) -> Iterator[None]:
         if folder is not None and str(error.filename or "").startswith(str(folder)):
             raise EnvironmentProblem(what, f"check {folder} and its permissions") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            raise EnvironmentProblem(what, "choose a folder that you may write to") from error
+            raise EnvironmentProblem(what, permission_remedy(Path(os.fsdecode(error.filename)))) from error
         raise
 
 

@@ -12,6 +12,7 @@ Written aside and published by rename: the folder appears complete, and nothing 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
     outcome = directory.outcome()
     if outcome is None or outcome.outcome != "finished":
         how = f"it is {outcome.outcome}" if outcome else "it has not finished"
-        raise InputError(f"{run}: nothing to export: {how}", f"`afina resume {run}` continues it")
+        raise InputError(
+            f"{run}: nothing to export: {how}", f"`{shlex.join(['afina', 'resume', str(run)])}` continues it"
+        )
     check_files(directory.model, "the run's model is damaged: copy the run directory again")
     if onnx:
         from afina.worker.inference.onnx_export import check_installed, export_onnx

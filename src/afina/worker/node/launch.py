@@ -12,8 +12,10 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem
@@ -26,6 +28,7 @@ from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
 from afina.version import __version__
 from afina.worker.compute.cpu import processor
 from afina.worker.data.stage_in import VARIABLE, stage
+from afina.worker.node.network import interface_to, is_loopback
 
 __all__ = ["main"]
 
@@ -153,6 +156,7 @@ def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: s
     # It kills its processes 30 seconds after the signal, which may be in the middle of a save.
     env.setdefault("PET_SHUTDOWN_TIMEOUT", "300")
     node = _node(allocation)
+    env |= _interface(allocation, env) if geometry.nodes > 1 else {}
     config = run.attempts / allocation.attempt / f"accelerate.node{node}.yaml"
     write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
     return accelerate_argv(
@@ -166,9 +170,23 @@ def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: s
     )
 
 
-def _free_port() -> int:
-    import socket
+def _interface(allocation: Allocation, env: Mapping[str, str]) -> dict[str, str]:
+    """The network interface to the other nodes, where this node's own name is its loopback address (127.0.1.1, as Debian writes).
 
+    gloo listens on the address of the host's name, which is then reachable from nowhere; NCCL gets the same interface. What the site
+    has set stays.
+    """
+    if env.get("GLOO_SOCKET_IFNAME") or not is_loopback(platform.node()):
+        return {}
+    others = [allocation.head, *(name for name in allocation.node_names if name != allocation.node_name)]
+    name = next((found for other in others if other and (found := interface_to(other))), None)
+    if name is None:
+        return {}
+    print(f"afina: {platform.node()} is a loopback address here: gloo and NCCL use {name}", flush=True)
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": env.get("NCCL_SOCKET_IFNAME") or name}
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -89,7 +89,7 @@ class StopRequest:
         if not self._from_file and time.monotonic() - self._checked > _CHECK_EVERY_S:
             self._checked = time.monotonic()
             try:
-                cause = self._file.read_text(encoding="utf-8").strip()
+                cause = self._file.read_text(encoding="utf-8", errors="replace").strip()
             except OSError:
                 return self.signalled()
             self._from_file = CAUSES.index(cause if cause in CAUSES[1:] else "asked")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import shlex
 import sys
 import time
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.files import sync_file
+from afina.files import permission_remedy, sync_file
 from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
@@ -111,10 +113,21 @@ def _explain(error: Exception, run: RunDir, attempt: str) -> AfinaError:
     if isinstance(error, AfinaError):
         return error
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG):
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return EnvironmentProblem(message, permission_remedy(Path(os.fsdecode(error.filename))))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
+    # torch and safetensors write in C++ and Rust, and say so in words of their own.
+    failed_write = re.search(
+        r"unexpected pos|file write failed|PytorchStreamWriter failed|os error (27|28|122)\b", message
+    )
+    if limit != resource.RLIM_INFINITY and (too_large or failed_write):
+        remedy = f"files may have {limit:,} bytes here (ulimit -f): raise the limit in the site file or ask for it, then `afina resume`"
+        return EnvironmentProblem(message, remedy, cause="disk")
+    if failed_write or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+    ):
         remedy = "free space or quota on the run directory's file system, then `afina resume`"
-        if error.errno == errno.EFBIG:
-            remedy = "raise the limit on the size of files (`ulimit -f unlimited`), then `afina resume`"
         return EnvironmentProblem(message, remedy, cause="disk")
     if isinstance(error, MemoryError) or "out of memory" in message.lower():
         remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
