@@ -92,7 +92,8 @@ class Allocation:
             slurm={
                 name: value
                 for name, value in env.items()
-                if name.startswith("SLURM_JOB") or name in ("SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT")
+                if (name.startswith("SLURM_JOB") and name != "SLURM_JOB_COMMENT")
+                or name in ("SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_RESTART_COUNT")
             },
         )
 

@@ -116,6 +116,7 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
         "PYTHONNOUSERSITE": "1",
         "PYTHONSAFEPATH": "1",
         "PYTHONIOENCODING": "utf-8",
+        "PYTHONUTF8": "1",  # names of files, whatever the locale
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

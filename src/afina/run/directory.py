@@ -35,6 +35,7 @@ from pydantic import ValidationError
 
 from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import encode_words, read_words, write_atomic
+from afina.redact import redact_settings
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
@@ -131,7 +132,7 @@ class RunDir:
             "worker.argv": encode_words(words),
             **{name: _without(script.read_bytes(), plan.site.sbatch_omit) for name, script in (scripts or {}).items()},
             **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
-            "plan.json": plan.to_json(),  # last: it makes the directory a run
+            "plan.json": _public(plan).to_json(),  # last: it makes the directory a run
         }
         try:
             for name, content in contents.items():
@@ -377,6 +378,16 @@ class RunDir:
                 outcome = Outcome(outcome="failed", attempt=attempt, **json.loads(path.read_bytes()))
                 failures += [outcome.failure] if outcome.failure else []
         return failures
+
+
+def _public(plan: Plan) -> Plan:
+    """The plan with secrets redacted in the site's variables and options, which are free text; the account stays: a job needs it."""
+    site = plan.site
+    sbatch = {name: redact_settings(value) for name, value in site.sbatch.items()}
+    extra = tuple(redact_settings(line) for line in site.sbatch_extra)
+    if (sbatch, extra) == (site.sbatch, site.sbatch_extra):
+        return plan
+    return plan.model_copy(update={"site": site.model_copy(update={"sbatch": sbatch, "sbatch_extra": extra})})
 
 
 def job_ids_of(submissions: Iterable[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:

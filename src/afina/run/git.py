@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from afina.redact import redact
+from afina.redact import redact_settings
 
 __all__ = ["MOST_BYTES", "repository_state"]
 
@@ -56,7 +56,7 @@ def repository_state(recipe: Path) -> dict[str, Any]:
         "recipe": "untracked" if not is_tracked else "unchanged" if same and same[0] == 0 else "changed",
         "changed": changed[:200],
         "untracked": sum(entry.startswith("??") for entry in entries),
-        "diff": redact(diff[:MOST_BYTES].decode(errors="replace")),
+        "diff": redact_settings(diff[:MOST_BYTES].decode(errors="replace")),
         "diff_cut": cut,
         "diff_sha256": None if cut else hashlib.sha256(diff).hexdigest(),
     }

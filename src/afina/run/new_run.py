@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from afina.redact import redact_comments
 from afina.run.commands import host_environment, job_scripts, node_argv, worker_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
@@ -59,6 +60,7 @@ def claim_run(
     if text is None:
         whole = json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
         text = plan.recipe_file.read_text(encoding="utf-8") if plan.recipe_file else whole
+    text = redact_comments(text)
     record = record or make_record(plan, prepared, text, slurm())
     return RunDir.claim(plan, prepared, argv, text, path, scripts=scripts or job_scripts(), record=record)
 

@@ -24,7 +24,7 @@ from afina.errors import AfinaError, RecipeError
 from afina.files import read_json, sha256, write_atomic
 from afina.recipe.load import parse_recipe
 from afina.recipe.schema import Recipe
-from afina.redact import redact
+from afina.redact import redact_settings
 from afina.run.git import repository_state
 from afina.run.plan import Plan
 from afina.site.settings import Site
@@ -218,4 +218,4 @@ def _without_account(text: str, site: Site) -> str:
     for name, value in site.sbatch.items():
         if name.endswith("ACCOUNT") and len(value) >= 3:
             text = text.replace(value, "***")
-    return redact(text)
+    return redact_settings(text)

@@ -131,7 +131,7 @@ def _without_outcome(run: RunDir, folder: Path, code: int) -> Failure:
 
 #: Messages of the kernel, of slurmstepd and of srun about a job that used more memory than it has.
 _OUT_OF_MEMORY = re.compile(
-    r"oom[-_ ]?kill|Out Of Memory|OUT_OF_ME|(exceeded|over) .{0,20}memory limit|memory cgroup", re.I
+    r"oom[-_ ]?kill|(?<!CUDA )Out Of Memory|OUT_OF_ME|(exceeded|over) .{0,20}memory limit|memory cgroup", re.I
 )
 _LIMIT_REMEDY = "raise the limit (ulimit) in the site file, or ask your administrators; then submit the run again"
 

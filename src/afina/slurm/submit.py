@@ -22,6 +22,7 @@ from typing import Any
 
 from afina.errors import InputError, SlurmError
 from afina.files import read_json, write_atomic
+from afina.redact import redact_settings
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
@@ -54,7 +55,7 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
     """
     argv = sbatch_argv(plan, run.path)
     with submitted(plan, argv, run.path) as job_id:
-        run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": argv})
+        run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": [redact_settings(w) for w in argv]})
     return job_id
 
 
@@ -181,7 +182,9 @@ def max_array_size() -> int:
 def site_variables(plan: Plan) -> dict[str, str]:
     """Variables that sbatch gets beside the caller's, so that the job uses the same site."""
     site = plan.site
-    variables = {"AFINA_SCRATCH": str(site.scratch), **site.sbatch}
+    # A value that was redacted in plan.json: the environment may have it still.
+    sbatch = {name: value for name, value in site.sbatch.items() if "***" not in value}
+    variables = {"AFINA_SCRATCH": str(site.scratch), **sbatch}
     if site.file:
         variables["AFINA_SITE"] = str(site.file)
     if site.image:

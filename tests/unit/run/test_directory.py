@@ -86,6 +86,23 @@ def test_mode_is_private_under_any_umask(plan: Plan, tmp_path: Path) -> None:
         assert (mode(run.path), mode(run.attempts)) == (0o700, 0o700)
 
 
+def test_a_groups_folder_passes_its_group_on(plan: Plan, tmp_path: Path) -> None:
+    """Setgid on scratch: the run is charged to the group's quota."""
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group").chmod(0o2775)
+    run = claimed(plan, tmp_path / "group/run")
+    assert mode(run.path) == 0o2700 and mode(run.attempts) == 0o2700
+
+
+def test_secrets_in_the_sites_words_stay_out_of_the_plan(plan: Plan, tmp_path: Path) -> None:
+    words = {"SBATCH_COMMENT": "token=abcdef123", "SBATCH_ACCOUNT": "mine"}
+    site = plan.site.model_copy(update={"sbatch": words, "sbatch_extra": ("--comment=ghp_" + "a1" * 15,)})
+    run = claimed(plan.model_copy(update={"site": site}), tmp_path / "r")
+    kept = run.plan().site
+    assert kept.sbatch == {"SBATCH_COMMENT": "token=***", "SBATCH_ACCOUNT": "mine"}
+    assert kept.sbatch_extra == ("--comment=***",)
+
+
 def test_the_path_is_absolute(plan: Plan) -> None:
     run = claimed(plan, Path("relative"))
     assert run.path == Path.cwd() / "relative" and run.worker_argv()[-1] == str(run.path)
@@ -391,7 +408,7 @@ def test_a_failure_does_not_overwrite_what_the_attempt_said(plan: Plan, tmp_path
 
 @pytest.mark.parametrize(
     ("code", "says", "recorded"),
-    [(-9, "signal 9", 4), (137, "signal 9", 4), (1, "exit code 1", 4), (3, "exit code 3", 3), (2, "exit code 2", 2)],
+    [(-9, "signal 9", 4), (137, "signal 9", 4), (1, "exit code 1", 4), (3, "exit code 3", 3), (2, "exit code 2", 3)],
 )
 def test_an_attempt_that_recorded_nothing_gets_an_outcome(
     plan: Plan, tmp_path: Path, code: int, says: str, recorded: int

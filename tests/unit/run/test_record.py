@@ -16,6 +16,7 @@ from tests.unit.conftest import recipe_dict, tree
 
 from afina.recipe.load import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe
+from afina.redact import redact_comments
 from afina.run import git, record
 from afina.run.directory import RunDir
 from afina.run.git import repository_state
@@ -114,11 +115,15 @@ def test_an_untracked_recipe_is_in_the_difference(repository: Path) -> None:
     assert repository_state(repository / "recipes/my recipe.yaml")["recipe"] == "changed"
 
 
-def test_secrets_are_blackened_and_a_large_difference_is_cut(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_redacted_and_a_large_difference_is_cut(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secretsecret")
     (repository / "code.py").write_text("key = '0123456789secretsecret'\nurl = 'https://me:password@host/x'\n")
     state = repository_state(repository / "recipes/my recipe.yaml")
     assert "secretsecret" not in state["diff"] and "me:password" not in state["diff"] and "***" in state["diff"]
+    others = f"API_KEY = 'abcdef987'\ngh = 'ghp_{'a1' * 15}'\n-----BEGIN RSA PRIVATE KEY-----\nMIIabc\n"
+    (repository / "code.py").write_text(others)
+    diff = repository_state(repository / "recipes/my recipe.yaml")["diff"]
+    assert not [secret for secret in ("abcdef987", "ghp_", "MIIabc") if secret in diff]
     (repository / "code.py").write_text("x\n" * 3_000_000)
     state = repository_state(repository / "recipes/my recipe.yaml")
     assert state["diff_cut"] and len(state["diff"]) <= git.MOST_BYTES and state["diff_sha256"] is None
@@ -201,6 +206,12 @@ def test_the_record_goes_into_the_run_directory(
     assert kept["recipe"]["overrides"] == ["train.epochs=2.0"] and kept["recipe"]["file"] == str(file)
     assert kept["git"]["recipe"] == "changed" and kept["model"]["commit"] == "c" * 40
     assert "my-project" not in (run.path / "record.json").read_text(), "the account stays at home"
+
+
+def test_the_recipes_comments_are_redacted_and_its_keys_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "reviews")
+    text = "name: reviews  # password: hunter22, reviews\nmodel: x # hf_" + "a" * 20 + "\n"
+    assert redact_comments(text) == "name: reviews  # password: ***, ***\nmodel: x # ***\n"
 
 
 def test_differences_between_records() -> None:

@@ -72,6 +72,80 @@ def test_a_broken_node_is_left_out(run: RunDir) -> None:
     assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2,n3"]
 
 
+def _bad_node(run: RunDir, number: int, node: str, message: str) -> list[str]:
+    name = f"{number}.0"
+    attempt(run, name, None, 0)
+    problem = EnvironmentProblem(message.replace("NODE", node), cause="node", nodes=(node,))
+    run.report_failure(name, "node0", problem.failure)
+    finish_attempt(run, name, 3)
+    return (run.attempts / name / "next").read_text().splitlines()
+
+
+def test_bad_nodes_are_collected_with_a_growing_pause(run: RunDir) -> None:
+    answers = [_bad_node(run, n, f"n{n}", "NODE: broken in its own way " + "abcdef"[n]) for n in range(1, 6)]
+    assert [(lines[0], lines[1], lines[3]) for lines in answers] == [
+        ("requeue", "n1", "0"),
+        ("requeue", "n1,n2", "60"),
+        ("requeue", "n1,n2,n3", "300"),
+        ("requeue", "n1,n2,n3,n4", "900"),
+        ("requeue", "n1,n2,n3,n4,n5", "1800"),
+    ]
+    assert _bad_node(run, 6, "n6", "NODE: again")[0] == "end", "a budget for node failures"
+
+
+def test_what_fails_in_the_same_way_on_every_node_is_not_the_node(run: RunDir) -> None:
+    answers = [_bad_node(run, n, f"rack-{name}", "NODE: no driver") for n, name in enumerate("abcd")]
+    assert [lines[0] for lines in answers] == ["requeue", "requeue", "requeue", "end"]
+    assert "it is not the nodes" in answers[-1][2] and "rack-a, rack-b, rack-c, rack-d" in answers[-1][2]
+
+
+def test_another_end_in_between_begins_the_count_anew_and_keeps_the_nodes_out(run: RunDir) -> None:
+    _bad_node(run, 1, "n1", "NODE: no driver")
+    attempt(run, "2.0", 0, 10)
+    run.record(ended("2.0", "stopped", cause="signal"))
+    finish_attempt(run, "2.0", 75)
+    assert _bad_node(run, 3, "n2", "NODE: no driver")[1:4:2] == ["n1,n2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "cause", "message", "remedy"),
+    [
+        (
+            137,
+            "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.",
+            "host-memory",
+            "memory (4 GB per node)",
+            "to 6",
+        ),
+        (1, "srun: error: n1: task 0: Out Of Memory", "host-memory", "memory (4 GB per node)", "sbatch --mem=6G "),
+        (1, "cgroup: oom_kill 2", "host-memory", "memory (4 GB per node)", "resources.mem_gb"),
+        (128 + 24, "", "ulimit", "processor time", "ulimit"),
+        (1, "  exitcode  : -24 (pid: 5)", "ulimit", "ulimit -t", "ulimit"),
+        (128 + 25, "", "ulimit", "ulimit -f", "ulimit"),
+        (137, "", "killed", "signal 9 (SIGKILL)", "afina resume"),
+    ],
+)
+def test_memory_and_limits_are_named_and_not_tried_again(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, code: int, log: str, cause: str, message: str, remedy: str
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")
+    attempt(run, "1.0", 0, 10)
+    (run.attempts / "1.0/node0.json").write_text("{}")
+    (run.attempts / "1.0/srun.log").write_text(f"{log}\n")
+    outcome = finish_attempt(run, "1.0", code)
+    assert outcome.cause == cause and outcome.failure is not None
+    assert message in outcome.failure.message and remedy in outcome.failure.remedy
+    assert (run.attempts / "1.0/next").read_text().startswith("requeue" if cause == "killed" else "end")
+    assert outcome.exit_code == (4 if cause == "killed" else 3)
+
+
+def test_a_step_that_started_nothing_is_not_the_users_input(run: RunDir) -> None:
+    """srun itself ends with 2 where the step has no PATH."""
+    attempt(run, "1.0", None, 0)
+    outcome = finish_attempt(run, "1.0", 2)
+    assert outcome.exit_code == 3 and "the worker never started" in (outcome.error or "")
+
+
 def test_a_node_on_which_nothing_began_is_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt(run, "1.0", None, 0)
     monkeypatch.setenv("AFINA_NODES", "n1 n2 ")

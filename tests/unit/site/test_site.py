@@ -12,7 +12,7 @@ from tests.common import NASTY, ROOT, program
 from tests.unit.conftest import private_mounts, sif_bytes
 
 from afina.errors import SiteError
-from afina.site.settings import CACHE_VARIABLES, Site, cache_environment, find_site_file, load_site
+from afina.site.settings import CACHE_VARIABLES, Site, cache_environment, find_site_file, load_site, without_isolation
 
 
 def written(folder: Path, text: str, name: str = "site.env") -> Path:
@@ -127,6 +127,28 @@ def test_unknown_variables_name_the_nearest(tmp_path: Path) -> None:
     assert "unknown variable AFINA_SCRACH" in error.message and "did you mean `AFINA_SCRATCH`?" in error.remedy
     error = refused(written(tmp_path, "AFINA_ZZZZ=1\n"))
     assert "known: AFINA_SCRATCH, AFINA_IMAGE" in error.remedy
+
+
+def test_variables_that_would_change_a_submission(tmp_path: Path, scratch: Path) -> None:
+    """Inherited they are left out; a site file is told."""
+    given = env(AFINA_SCRATCH=scratch, SBATCH_EXPORT="NONE", SBATCH_ARRAY_INX="1-9", SBATCH_QOS="q")
+    assert load_site(env=given).sbatch == {"SBATCH_QOS": "q"}
+    error = refused(written(tmp_path, "SBATCH_SIGNAL=B:USR1@9\n"), AFINA_SCRATCH=scratch)
+    assert error.message == "SBATCH_SIGNAL cannot be set by the site"
+    assert (
+        "SBATCH_COMMENT holds bytes that are not UTF-8"
+        in refused(AFINA_SCRATCH=scratch, SBATCH_COMMENT="\udce9").message
+    )
+
+
+def test_settings_that_isolate_a_container_are_left_out_everywhere() -> None:
+    """The lists of node.sh, of the batch script and of Python are one list."""
+    names = "CLEANENV CONTAIN CONTAINALL COMPAT NO_MOUNT HOME PWD CWD WORKDIR SCRATCH PID NET"
+    for script in ("node.sh", "finetune.sbatch"):
+        assert f" in {names}; do unset" in (ROOT / "slurm" / script).read_text(), script
+    given = {f"{runtime}_{name}": "1" for runtime in ("APPTAINER", "SINGULARITY") for name in names.split()}
+    kept = {"APPTAINER_BIND": "/a", "APPTAINERENV_X": "1", "PATH": "/bin"}
+    assert without_isolation(given | kept) == kept
 
 
 def test_the_example_loads(scratch: Path, sif: Path) -> None:

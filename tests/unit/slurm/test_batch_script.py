@@ -188,11 +188,11 @@ def test_a_worker_that_left_no_outcome_is_recorded_as_failed(
         scripts=job_scripts(),
     )
     log = run.attempts / "4242.0/node0.log"
-    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 'out of memory' >>{shlex.quote(str(log))}; exit 137"))
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 'last words' >>{shlex.quote(str(log))}; exit 137"))
     assert done.returncode == 4, done
     outcome = run.outcome()
     assert outcome is not None and (outcome.outcome, outcome.attempt) == ("failed", "4242.0")
-    assert "signal 9" in (outcome.error or "") and "out of memory" in (outcome.error or "")
+    assert "signal 9" in (outcome.error or "") and "last words" in (outcome.error or "")
 
 
 @pytest.fixture
@@ -345,6 +345,48 @@ def test_a_pointer_of_an_earlier_job_with_the_same_number_is_not_followed(
     again = in_job(scratch, AFINA_IMAGE="/i.sif", SLURM_RESTART_COUNT="1", FAKE_SRUN=f"echo 0 >{exit_file}")
     assert sbatch("r.yaml", env=again).returncode == 0
     assert recorded(slurm_commands)[0][-1] == str(run.path)
+
+
+def test_a_requeued_job_finds_its_run_without_the_pointer(
+    slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, tmp_path: Path
+) -> None:
+    """By the attempt in it, by its log, or it refuses; a job that began no run claims one."""
+    exit_file = shlex.quote(str(run.attempts / "4242.1/exit"))
+    again = in_job(scratch, AFINA_IMAGE="/i.sif", SLURM_RESTART_COUNT="1", FAKE_SRUN=f"echo 0 >{exit_file}")
+    program(bin, "apptainer", "echo 'claims anew' >&2; exit 2\n")
+    (scratch / "runs").mkdir()
+    (run.path / "attempts/4242.0").mkdir()
+    (scratch / "runs/it").symlink_to(run.path)
+    done = sbatch("r.yaml", env=again)
+    assert done.returncode == 0 and "4242 is gone: continuing " in done.stdout, done
+    (scratch / "runs/it").unlink()
+    log = tmp_path / "slurm log"
+    answer = (bin / "scontrol").read_text().replace("esac", f'"show job") echo "   StdOut={log}" ;;\nesac')
+    program(bin, "scontrol", answer.partition("\n")[2])
+    assert "neither" in sbatch("r.yaml", env=again).stderr, "its log cannot be read"
+    log.write_text(f"afina: run {run.path}, attempt 4242.0, nodes n[1-2]\n")
+    done = sbatch("r.yaml", env=again)
+    assert done.returncode == 0 and f"continuing {run.path}, which this job began" in done.stdout, done
+    log.write_text("slurmstepd: error: NODE FAILURE\n")
+    assert "claims anew" in sbatch("r.yaml", env=again).stderr
+
+
+def test_the_batch_scripts_clean_their_environment_in_the_same_way() -> None:
+    texts = [(ROOT / "slurm" / name).read_text() for name in ("finetune.sbatch", "predict.sbatch", "doctor.sbatch")]
+    blocks = {text.partition("# --- a clean environment")[2].partition("# --- end of")[0] for text in texts}
+    assert len(blocks) == 1 and "SQUEUE_" in blocks.pop()
+
+
+def test_a_stop_for_an_attempt_that_lives_is_left_alone(slurm_commands: Path, run: RunDir, scratch: Path) -> None:
+    run.stop_file.touch()
+    lease = run.path / "lease.json"
+    lease.write_text("{}")
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    assert sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 2 >{exit_file}")).returncode == 2
+    assert run.stop_file.exists(), "its lease was renewed a moment ago"
+    os.utime(lease, (1e9, 1e9))
+    assert sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 0 >{exit_file}")).returncode == 0
+    assert not run.stop_file.exists()
 
 
 def test_a_purged_run_directory_is_refused(slurm_commands: Path, scratch: Path) -> None:

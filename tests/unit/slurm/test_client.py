@@ -18,7 +18,7 @@ from tests.unit.slurm.conftest import no_slurm
 
 from afina.errors import SlurmError
 from afina.run.commands import sbatch_argv
-from afina.run.directory import RunDir
+from afina.run.directory import RunDir, task_of
 from afina.run.plan import Plan
 from afina.site.settings import Site
 from afina.slurm.client import need_slurm
@@ -78,6 +78,19 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
             "--gpus-per-node 0",
         ),
         ("sbatch: error: Invalid qos specification", "SBATCH_QOS"),
+        (
+            "sbatch: error: QOSMaxSubmitJobPerUserLimit\nJob violates accounting/QOS policy (job submit limit, …)",
+            "wait for some",
+        ),
+        (
+            "sbatch: error: QOSMaxWallDurationPerJobLimit\nJob violates accounting/QOS policy (job submit limit, …)",
+            "shorter --time",
+        ),
+        ("sbatch: error: QOSMaxGRESPerJob\nJob violates accounting/QOS policy (job submit limit, …)", "ask for less"),
+        (
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            "less time, fewer nodes",
+        ),
         ("sbatch: error: something else entirely", "site.env"),
     ],
 )
@@ -99,13 +112,39 @@ def test_an_answer_without_a_job_number_is_refused(bin: Path, run: RunDir, body:
     assert list(run.lines("submissions.jsonl")) == []
 
 
-def test_sbatch_does_not_inherit_the_array_that_calls_it(
+def test_foreign_variables_do_not_reach_slurms_commands(
     bin: Path, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    program(bin, "sbatch", f"env >{shlex.quote(str(tmp_path / 'env'))}; echo 1\n")
+    """Of a surrounding job or salloc, of a profile; what reaches Slurm at all stays, and what the user says to sbatch."""
+    foreign = "SLURM_ARRAY_TASK_ID SLURM_CPU_BIND SLURM_JOB_ID SQUEUE_PARTITION SINFO_FORMAT SACCT_FORMAT SCANCEL_STATE SBATCH_EXPORT SBATCH_WAIT"
+    for name in foreign.split():
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_RESERVATION", "mine")
+    for name in ("sbatch", "squeue"):
+        program(bin, name, f"env >{shlex.quote(str(tmp_path / name))}; echo 1\n")
     submit_sbatch(run.plan(), run)
-    assert "SLURM_ARRAY" not in (tmp_path / "env").read_text()
+    query(["1"], account=())
+    for name in ("sbatch", "squeue"):
+        seen = dict(line.split("=", 1) for line in (tmp_path / name).read_text().splitlines() if "=" in line)
+        assert not seen.keys() & set(foreign.split()) and seen["SLURM_CONF"] == "/etc/slurm.conf", name
+        assert seen["SBATCH_RESERVATION"] == "mine"
+
+
+def test_a_job_on_another_cluster_is_asked_and_cancelled_there(bin: Path, run: RunDir, tmp_path: Path) -> None:
+    program(bin, "sbatch", "echo '18;gpu'\n")
+    assert submit_sbatch(run.plan(), run) == "18;gpu" and run.job_ids() == ("18;gpu",)
+    answer = "case \"$*\" in *--clusters=gpu*) echo 'CLUSTER: gpu'; echo '18|18|PENDING|1:00|N/A||Priority';; esac"
+    program(bin, "squeue", answer + "\n")
+    program(bin, "sacct", "exit 1\n")
+    jobs = query(["18;gpu", "18", "19;gpu"])
+    assert {job_id: job.state for job_id, job in jobs.items()} == {"18;gpu": "PENDING", "18": "GONE", "19;gpu": "GONE"}
+    assert jobs["18;gpu"].job_id == "18;gpu"
+    record = tmp_path / "cancelled"
+    program(bin, "scancel", f'echo "$*" >>{shlex.quote(str(record))}\n')
+    cancel("18;gpu", "7")
+    assert record.read_text().splitlines() == ["--clusters=gpu 18", "7"]
+    assert task_of("18;gpu", 3) == "18_3;gpu"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,9 @@ def test_a_question_that_fails_is_unknown_never_failed(slurm: Slurm, runs: Path)
         "over": "FAILED",  # written down, and nobody put it back
         "alive": "RUNNING",  # its lease was renewed a moment ago
     }
-    assert found["begun"].why == "Slurm does not answer"
+    assert "Slurm does not answer: squeue refused: slurm_load_jobs error: Unable to contact" in (
+        found["begun"].why or ""
+    )
     assert [call[0] for call in slurm.calls()] == ["squeue"]
 
 
@@ -216,6 +218,30 @@ def test_a_run_that_was_claimed_inside_its_job_is_known_by_its_attempt(slurm: Sl
     begin(make(runs / "inside"), "77.0")
     slurm.answer("squeue", "77|77|RUNNING|9:00|N/A|n1|None")
     assert (summary_of(runs / "inside").state, summary_of(runs / "inside").job_id) == ("RUNNING", "77")
+
+
+@pytest.mark.parametrize(
+    ("log", "why", "remedy"),
+    [
+        ("error: AFINA_SITE=/home/me/s.env: no such file on n1\n  remedy: put it where every node sees it\nlast\n", "no such file on n1", "put it where every node sees it; then: afina submit "),
+        ("a\nslurmstepd: error: *** JOB 7 ON n1 CANCELLED DUE TO TIME LIMIT ***\n", "DUE TO TIME LIMIT", "see `afina logs "),
+        ("/home/me/.bashrc: line 3: X: unbound variable\n\n", "X: unbound variable", "afina logs"),
+    ],
+)  # fmt: skip
+def test_a_dead_run_shows_the_decisive_line_of_its_log(
+    slurm: Slurm, runs: Path, log: str, why: str, remedy: str
+) -> None:
+    make(runs / "dead", job="7")
+    (runs / "dead/slurm-7.out").write_text(log)
+    summary = summary_of(runs / "dead")
+    assert summary.state == "FAILED" and why in (summary.why or "") and remedy in (summary.remedy or "")
+
+
+def test_a_lost_answer_is_unknown(slurm: Slurm, runs: Path) -> None:
+    make(runs / "lost")
+    (runs / "lost/intent.json").write_text("{}")
+    summary = summary_of(runs / "lost")
+    assert summary.state == "UNKNOWN" and "looks for its job first" in (summary.remedy or "")
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
