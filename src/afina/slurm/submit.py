@@ -78,7 +78,7 @@ def submitted(plan: Plan, argv: Sequence[str], folder: Path, record: Mapping[str
     with uninterrupted():
         write_atomic(folder / INTENT, json.dumps(intent) + "\n")
         try:
-            answer = run_command(_with_token(argv, token, variables), env=variables).strip()
+            answer = run_command(_with_token(plan, argv, token, variables), env=variables).strip()
         except SlurmError as error:
             if error.cause != AMBIGUOUS:
                 (folder / INTENT).unlink()
@@ -192,9 +192,9 @@ def site_variables(plan: Plan) -> dict[str, str]:
     return variables
 
 
-def _with_token(argv: Sequence[str], token: str, variables: Mapping[str, str]) -> list[str]:
+def _with_token(plan: Plan, argv: Sequence[str], token: str, variables: Mapping[str, str]) -> list[str]:
     """The command with the token at the end of the job's comment, which keeps the site's words."""
-    given = [word.partition("=")[2] for word in argv if word.startswith("--comment=")]
+    given = [word.partition("=")[2] for word in (*plan.site.sbatch_extra, *argv) if word.startswith("--comment=")]
     words = [word for word in argv if not word.startswith("--comment=")]
     theirs = (given or [variables.get("SBATCH_COMMENT") or os.environ.get("SBATCH_COMMENT", "")])[-1]
     return [*words[:2], f"--comment={f'{theirs} afina:{token}'.lstrip()}", *words[2:]]
