@@ -112,7 +112,8 @@ def architecture_folder(
     config = _config(kind, len(tokenizer), {**ARCHITECTURES.get(kind, {}), **changes})
     if num_labels is not None:
         config.num_labels = num_labels
-    family = transformers.AutoModel if num_labels is None else transformers.AutoModelForSequenceClassification
+    bare = num_labels is None and kind != "funnel"  # AutoModel has two bodies for Funnel
+    family = transformers.AutoModel if bare else transformers.AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = family.from_config(config)

@@ -102,6 +102,7 @@ def test_a_run_continues_in_fp32_where_the_cpu_lacks_the_instructions(tmp_path: 
     for each in (choose(Train(), ZEN4), choice):
         announce(run, "local-1", each, "eager")
     assert choose_for_run(run, Train()).precision == choose(Train(), current_device(), "bf16").precision
+    assert choose_for_run(run, Train(), "deberta").precision == "fp32", "its code fails in half precision"
 
 
 def test_train_arguments_set_the_precision_and_are_not_repeated() -> None:

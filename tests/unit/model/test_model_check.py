@@ -203,6 +203,15 @@ def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch
     assert remedy in refused.value.remedy and refused.value.exit_code == 2
 
 
+def test_half_precision_that_the_model_cannot_compute_in_is_refused(prefetch: Prefetch, tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path / "model", "deberta", None)
+    assert any(line.startswith("model check: 8 rows") for line in prefetch(folder))
+    for train in ({"precision": "bf16"}, {"arguments": {"fp16": True}}):
+        with pytest.raises(AfinaError, match=r"fails in (bf16|fp16): value cannot be converted") as refused:
+            prefetch(folder, train=train)
+        assert "train.precision: fp32" in refused.value.remedy
+
+
 def test_pickled_weights_are_as_good_and_needless_trust_is_a_warning(prefetch: Prefetch, tmp_path: Path) -> None:
     folder = architecture_folder(tmp_path / "model", "bert", None)
     _pickled(folder, 1)

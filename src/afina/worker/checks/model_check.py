@@ -66,8 +66,8 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
     about = [
         digest_of(result["model_files"]),
         plan.recipe.tokens.batching,
-        plan.recipe.train.compile,
-        [plan.recipe.train.arguments.get(name) for name in ("torch_compile", "neftune_noise_alpha")],
+        [plan.recipe.train.compile, plan.recipe.train.precision],
+        [plan.recipe.train.arguments.get(name) for name in ("torch_compile", "neftune_noise_alpha", "bf16", "fp16")],
         plan.recipe.trust_remote_code,
         [manifest[key] for key in ("task", "labels", "num_labels", "pad_token_id")],
         _kind_of_rows(split, special),
@@ -163,6 +163,7 @@ def _compare(
             alone = _alone(model, split, rows)
             by_name = _of_the_base(recipe, folder, manifest["labels"], head, split, rows[-1:])
             way, together = _as_in_a_run(model, plan, manifest, split, rows)
+            _check_half_precision(model, recipe, split, rows[-1:])
     except AfinaError:
         raise
     except Exception as error:  # whatever a model's code raises
@@ -261,6 +262,28 @@ def _as_in_a_run(
     if any("run apart" in note for note in notes):
         way = "of equal length together"
     return way, _logits(model, inputs)
+
+
+def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[int]) -> None:
+    """Refuse half precision where the model's code fails in it: the job's device chooses it, which may be after hours in a queue."""
+    import torch
+
+    from afina.worker.compute.precision import FLOAT32_ONLY
+
+    train = recipe.train
+    given = {name for name in ("bf16", "fp16") if train.arguments.get(name) or train.precision == name}
+    by_device = train.precision == "auto" and model.config.model_type not in FLOAT32_ONLY
+    if not given and not by_device:
+        return
+    kind = torch.float16 if "fp16" in given else torch.bfloat16
+    try:
+        with torch.autocast("cpu", kind):
+            _alone(model, split, rows)
+    except Exception as error:  # whatever a model's code raises
+        raise InputError(
+            f"train.precision: {recipe.model} fails in {'fp16' if kind == torch.float16 else 'bf16'}: {first_line(error)}",
+            "set train.precision: fp32, and leave bf16 and fp16 out of train.arguments",
+        ) from None
 
 
 def _of_the_base(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from afina.errors import EnvironmentProblem
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 __all__ = [
+    "FLOAT32_ONLY",
     "PrecisionChoice",
     "Device",
     "announce",
@@ -52,6 +53,9 @@ _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 #: Part of the names of the GPUs that afina was measured on.
 _MEASURED = "H100"
+
+#: Model types whose code in Transformers raises under autocast (5.23: DeBERTa fills masked scores with float32's smallest number).
+FLOAT32_ONLY = frozenset({"deberta"})
 
 _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
@@ -186,8 +190,11 @@ def training_arguments(choice: PrecisionChoice) -> dict[str, Any]:
     return arguments
 
 
-def choose_for_run(run: RunDir, train: Train) -> PrecisionChoice:
+def choose_for_run(run: RunDir, train: Train, model_type: str = "") -> PrecisionChoice:
     """The choice for this process; it keeps the precision of the run's first attempt."""
+    if train.precision == "auto" and model_type in FLOAT32_ONLY and not any(train.arguments.get(n) for n in _ARGUMENTS):
+        plain = choose(train.model_copy(update={"precision": "fp32"}), current_device())
+        return replace(plain, why=f"{model_type} of Transformers fails in half precision")
     before = [event.get("precision") for event in run.lines("events.jsonl") if event.get("event") == "precision"]
     return choose(train, current_device(), before[0] if before else None)
 

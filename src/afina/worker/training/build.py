@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from afina.files import read_json
 from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
@@ -114,7 +116,8 @@ def build_attempt(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     plan = run.plan()
-    choice = precision.choose_for_run(run, plan.recipe.train)
+    model_type = read_json(Path(data.model_folder) / "config.json").get("model_type", "")
+    choice = precision.choose_for_run(run, plan.recipe.train, model_type)
     arguments = build_arguments(plan, geometry, run, data, choice)
     transformers.set_seed(plan.recipe.train.seed)
     with gc_paused():
