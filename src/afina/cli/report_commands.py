@@ -160,6 +160,9 @@ def _print(found: Any, tests: Any) -> None:
     if not found.recipe:
         console.print("The recipes are the same.")
     console.print(table)
+    for name, run in zip(found.names, found.runs, strict=True):
+        for warning in run.warnings:
+            console.print(f"warning: {name}: {warning}")
     if tests:
         console.print()
         console.print(_tests(tests))

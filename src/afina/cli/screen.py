@@ -119,6 +119,7 @@ def page(s: RunSummary) -> list[str]:
     ]
     lines += [f"  {text()}" for there, text in facts if there]
     lines += [f"  {name} {value:.6f}" for name, value in (s.metrics or {}).items() if isinstance(value, float)]
+    lines += [f"  warning: {warning}" for warning in s.warnings]
     if s.error and s.state == "FAILED":
         lines = [line for line in lines if line != f"  {s.why}"] + [f"  {s.error}"]
     elif s.remedy:

@@ -162,6 +162,7 @@ def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str
             "run": str(run.path.absolute()),
             "recipe": {key: values[i] for key, values in comparison.recipe.items()},
             "metrics": dict(run.metrics),
+            "warnings": list(run.warnings),
             "about": {key: values[i] for key, values in comparison.about.items()},
         }
         for i, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True))

@@ -49,8 +49,17 @@ def summary(facts: RunFacts) -> str:
     rows["wall time"] = (seconds(wall_time(facts)) or "–", plural(end.attempts, "attempt"))
     if end.samples_per_second:
         rows["speed"] = (f"{end.samples_per_second:.4g}", "training examples per second")
-    lines = [line for split in facts.scores for line in facts.spoiled.get(split, [])]
-    return tiles(rows) + warnings(list(dict.fromkeys([*end.warnings, *lines])))
+    return tiles(rows) + _stands_against(facts)
+
+
+def _stands_against(facts: RunFacts) -> str:
+    """Warnings about the run's numbers."""
+    end = facts.outcome
+    if end is None:
+        return ""
+    measured = {*facts.scores, *(name.partition("_")[0] for name in end.metrics)}
+    lines = [line for split, about in facts.spoiled.items() if split in measured for line in about]
+    return warnings(list(dict.fromkeys([*end.warnings, *lines])))
 
 
 def wall_time(facts: RunFacts) -> float | None:
@@ -78,7 +87,7 @@ def outcome(facts: RunFacts) -> str:
         **{k: v for k, v in end.metrics.items() if isinstance(v, int | float)},
     }
     error = f"<h3>What failed</h3>{pre(end.error, 'What failed')}" if end.error else ""
-    return pairs(rows) + error
+    return pairs(rows) + _stands_against(facts) + error
 
 
 def epochs(facts: RunFacts) -> str:
@@ -90,7 +99,7 @@ def epochs(facts: RunFacts) -> str:
         if "eval_loss" in line:
             rows.append([line.get("epoch"), line.get("step"), loss, line["eval_loss"], *(line.get(n) for n in names)])
     heads = ["epoch", "step", "training loss", "validation loss", *(n.removeprefix("eval_") for n in names)]
-    return table(heads, rows, "One row per evaluation")
+    return table(heads, rows, "One row per evaluation") + warnings(facts.spoiled.get("eval", []) if rows else [])
 
 
 def curves(facts: RunFacts) -> dict[str, list[Chart]]:

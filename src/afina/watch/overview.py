@@ -51,6 +51,7 @@ class RunSummary:
         nodes: where it runs.
         why: why it waits, failed or is unknown; remedy: what to do about it.
         metrics: of the model in `model/`, once there is one.
+        warnings: what stands against its metrics: of the outcome, and of the data.
         error: what failed.
         made, ended: when the run was claimed, and when its outcome was written, in seconds since the epoch.
         sync: commands that upload its records to a tracker's server, or show them.
@@ -77,6 +78,7 @@ class RunSummary:
     why: str | None = None
     remedy: str | None = None
     metrics: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
     error: str | None = None
     made: float = 0.0
     ended: float | None = None
@@ -84,7 +86,12 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
-        return asdict(self) | {"run": str(self.run), "metrics": self.metrics or {}, "sync": list(self.sync)}
+        return asdict(self) | {
+            "run": str(self.run),
+            "metrics": self.metrics or {},
+            "sync": list(self.sync),
+            "warnings": list(self.warnings),
+        }
 
 
 def summarise(paths: Sequence[str | Path]) -> list[RunSummary]:
@@ -154,6 +161,7 @@ def _summary(reading: Reading, job: Job | None, now: float) -> RunSummary:
         why=why,
         remedy=remedy,
         metrics=outcome.get("metrics") or {},
+        warnings=result.warnings if best[0] is not None or outcome.get("metrics") else (),
         error=outcome.get("error") if state != "FINISHED" else None,
         made=result.made,
         ended=result.recorded if state in ("FINISHED", "STOPPED", "FAILED") and result.recorded else None,

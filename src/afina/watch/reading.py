@@ -18,6 +18,7 @@ from typing import Any
 from afina.files import read_json
 from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
 from afina.run.directory import job_ids_of
+from afina.run.outcome import data_warnings
 from afina.run.supervise import Liveness, lease_of
 from afina.schedule import Schedule
 
@@ -55,6 +56,14 @@ class RunResult:
     def train(self) -> Mapping[str, Any]:
         section = self.recipe.get("train")
         return section if isinstance(section, dict) else {}
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What stands against the metrics: of the outcome, which has those about the data; where it has none, of `prepared.json`."""
+        if "warnings" in self.outcome:
+            return tuple(map(str, self.outcome["warnings"] or ()))
+        spoiled = data_warnings(read_json(self.path / "prepared.json"))
+        return tuple(dict.fromkeys(line for lines in spoiled.values() for line in lines))
 
     @cached_property
     def metrics(self) -> dict[str, float]:

@@ -125,6 +125,21 @@ def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> No
     assert str(place) not in text
 
 
+def test_the_card_warns_beside_its_numbers(place: Path, tmp_path: Path) -> None:
+    run = RunDir(shutil.copytree(place / "run", tmp_path / "run"))
+    shared = "3 of 60 rows of eval are in train too, as the model reads them: owner/reviews/test, row 1"
+    about = {**run.prepared(), "spoiled": {"eval": [shared], "test": ["of a split without numbers"]}}
+    (run.path / "prepared.json").write_text(json.dumps(about))
+    outcome = run.outcome()
+    assert outcome is not None
+    constant = "the model gives every text the label '1 star'"
+    text = model_card(facts_of(run, outcome.model_copy(update={"warnings": [constant, shared]})))
+    section = text[text.index("## How well it does") : text.index("## How it was trained")]
+    assert section.count(f"**Warning:** {shared}\n") == section.count(f"**Warning:** {constant}\n") == 1
+    assert "of a split without" not in text
+    assert "Warning" not in model_card(facts_of(RunDir(place / "run"), outcome))
+
+
 def test_an_unfinished_run_or_a_damaged_model_is_refused(place: Path, tmp_path: Path) -> None:
     run = shutil.copytree(place / "run", tmp_path / "run")
     out = tmp_path / "out"

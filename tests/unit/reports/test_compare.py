@@ -76,6 +76,21 @@ def test_differences_and_their_tests(make_run: MakeRun) -> None:
     assert json.loads(json.dumps(to_json(found, [better, alike]), allow_nan=False))["tests"][0]["paired"]["rows"] == 200
 
 
+def test_warnings_stand_below_the_table(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+    runs = [make_run("base"), make_run("other", train__seed=2)]
+    warned = {
+        **json.loads((runs[1] / "outcome.json").read_text()),
+        "warnings": ["3 of 200 rows of eval are in train too"],
+    }
+    (runs[1] / "outcome.json").write_text(json.dumps(warned))
+    shown = afina("compare", *runs, "--no-test")
+    assert (
+        "warning: other: 3 of 200 rows of eval are in train too" in shown.stdout and shown.stdout.count("warning") == 1
+    )
+    found = to_json(compare(runs), None)
+    assert [run["warnings"] for run in found["runs"]] == [[], ["3 of 200 rows of eval are in train too"]]
+
+
 def test_runs_that_cannot_be_tested_have_a_reason_and_the_others_are_tested(
     make_run: MakeRun, afina: Callable[..., Ran]
 ) -> None:

@@ -85,6 +85,24 @@ CURVE = (
 )
 
 
+SHARED = "12 of 200 rows of eval are in train too, as the model reads them: b.csv, row 1 = a.csv, row 5"
+
+
+def test_a_warning_about_the_data_stands_beside_the_numbers_that_it_spoils(make_run: MakeRun) -> None:
+    run = make_run()
+    finish(run, warnings=[SHARED, "the model gives every text the label '1'"])
+    log(run, *CURVE)
+    about = json.loads((run.path / "prepared.json").read_text())
+    (run.path / "prepared.json").write_text(json.dumps({**about, "spoiled": {"eval": [SHARED], "test": ["none here"]}}))
+    text = Page(write_report(run.path)).text
+    assert text.count(SHARED) == 4, "summary, outcome, epochs, classes"
+    assert text.count("the model gives every text") == 2 and "none here" not in text
+    # As an older afina recorded it.
+    old = "3 of 200 rows of eval are in train too, word for word: b.csv, row 1 = a.csv, row 5"
+    (run.path / "prepared.json").write_text(json.dumps({**about, "warnings": [old]}))
+    assert Page(write_report(run.path)).text.count(old) == 5
+
+
 class Page(HTMLParser):
     """The page as a tree walk: every element closed in order, its texts, its tables."""
 

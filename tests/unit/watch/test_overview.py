@@ -411,6 +411,23 @@ def test_status_of_one_is_an_object_and_of_many_a_list(slurm: Slurm, runs: Path,
     assert set(one) == set(RunSummary.__dataclass_fields__)
 
 
+def test_warnings_stand_below_the_metrics(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+    run = make(runs / "a")
+    begin(run, "local-1")
+    shared = "3 of 9 rows of eval are in train too"
+    metrics = {"eval_accuracy": 0.9}
+    run.record(Outcome(outcome="finished", exit_code=0, attempt="local-1", metrics=metrics, warnings=[shared]))
+    shown = afina("status", "a").stdout
+    assert shown.index("eval_accuracy 0.900000") < shown.index(f"warning: {shared}")
+    assert json.loads(afina("status", "a", "--json").stdout)["warnings"] == [shared]
+    # An older afina's outcome has none; its data warnings are in prepared.json.
+    outcome = json.loads(run.outcome_file.read_text())
+    del outcome["warnings"]
+    run.outcome_file.write_text(json.dumps(outcome))
+    (run.path / "prepared.json").write_text(json.dumps({"warnings": [f"{shared}, word for word: b.csv, row 1"]}))
+    assert f"warning: {shared}, word for word" in afina("status", "a").stdout
+
+
 def test_status_without_runs_says_how_to_make_one(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
     done = afina("status")
     assert done.returncode == 0 and done.stdout.startswith("no runs yet: `afina submit RECIPE`")
