@@ -133,7 +133,7 @@ def test_a_run_is_the_evidence_of_the_next_forecast(
     path = f"{folder}:{os.environ['PATH']}"
     done = afina(place, "submit", "recipe.yaml", "--run", "quick", PATH=path)
     assert done.returncode == 0, done.stderr
-    assert "forecast from earlier runs like it: 26 steps" in done.stdout and "submitted job 77" in done.stdout
+    assert "forecast from earlier runs like it: 28 steps" in done.stdout and "submitted job 77" in done.stdout
     forecast = json.loads((place / "quick/estimate.json").read_text())
     assert forecast["basis"] == "earlier runs" and forecast["limit_min"] == 30 and forecast["measured"] is None
 

@@ -213,10 +213,10 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_its_examples(packed: Pat
     lines = _lines(packed)
     losses = [line["loss"] for line in lines if "loss" in line]
     means = [line["training_loss"] for line in lines if "training_loss" in line]
-    assert len(losses) == 21 * 8 and len(means) == 8
+    assert len(losses) == 20 * 8 and len(means) == 8
     for epoch, mean in enumerate(means):
-        of_epoch = losses[21 * epoch : 21 * (epoch + 1)]
-        assert mean == pytest.approx((8 * sum(of_epoch[:20]) + 2 * of_epoch[20]) / 162, rel=1e-5)
+        of_epoch = losses[20 * epoch : 20 * (epoch + 1)]
+        assert mean == pytest.approx((8 * sum(of_epoch[:19]) + 4 * of_epoch[19]) / 156, rel=1e-5)
     assert f"{means[0]:.6f}" in (packed / "attempts/local-1/node0.log").read_text()
 
 
