@@ -117,7 +117,7 @@ def test_sparse_attention_of_big_bird_does_not_depend_on_what_came_before(tmp_pa
         close(model.logits([rows[i] for i in order]), wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.series
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_run_of_each_architecture(kind: str, tmp_path: Path) -> None:
