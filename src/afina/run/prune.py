@@ -44,7 +44,8 @@ def prune(run: RunDir, keep: KeepAfter, *, dry_run: bool = False) -> Pruned:
         raise InputError(
             f"{run.path}: `model/` has no weights: its checkpoints are the only ones", "restore `model/` first"
         )
-    best = f"step-{outcome.model_step}"
+    # Outcomes of older versions may lack the first.
+    best = f"step-{outcome.model_step or outcome.best_step or outcome.global_step}"
     removed: dict[str, int] = {}
     kept: dict[str, int] = {}
     for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []:

@@ -32,6 +32,20 @@ def test_the_watchdog_ends_a_process_that_does_not_move(run: RunDir) -> None:
     assert record["cause"] == "stall" and "after step 7" in record["error"] and "remedy" in record["error"]
 
 
+def test_the_watchdog_ends_a_process_whose_output_nobody_reads(run: RunDir) -> None:
+    """`afina train … | head -1`: the pipe is full, and every write to it waits."""
+    code = HANG.replace("where_it_hangs()\n", "sys.stderr.write('x' * 10**6)\n", 2).replace(
+        "dog.start()", "Watchdog.WORDS_S = 2; dog.start()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.path), "1", "0"], stderr=subprocess.PIPE)
+    try:
+        assert process.wait(timeout=40) == 4
+        assert json.loads((run.attempts / "1.0/failed.rank3.json").read_text())["cause"] == "stall"
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_process_that_was_halted_itself_lives_on(run: RunDir) -> None:
     """`scontrol suspend` stops the watchdog too: time that did not pass for the process does not count."""
     process = subprocess.Popen([sys.executable, "-c", HANG, str(run.path), "2", "100000"], stderr=subprocess.PIPE)

@@ -5,25 +5,29 @@ Not covered: a process that is itself halted (SIGSTOP, a dead node). The watchdo
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 
-from afina.errors import EXIT_FAILED, TrainingError
+from afina.errors import EXIT_FAILED, AfinaError, TrainingError
 from afina.run.directory import RunDir
 
 __all__ = ["Watchdog"]
 
 
 class Watchdog:
-    """Ends a process that has made no step for too long, and writes the stacks of all its threads to the log."""
+    """Ends a process that has made no step for too long, and writes the stacks of all its threads to the log if it can."""
 
     #: Before five steps are measured: start-up, the first batches, an evaluation on a slow disk.
     FIRST_S = 1800.0
     LEAST_S = 600.0
+    #: For the reason, before the process ends.
+    WORDS_S = 20.0
 
     def __init__(self, run: RunDir, attempt: str, rank: int, minutes: float | None, usual: Callable[[], float | None]):
         """Args:
@@ -62,15 +66,23 @@ class Watchdog:
             before = now
 
     def _end_process(self, silent_s: float) -> None:
+        """End the process, whatever hangs: the disk of the run and the reader of its output have a moment to take the reason."""
+        last_words = threading.Thread(target=self._explain, args=(silent_s,), daemon=True)
+        last_words.start()
+        last_words.join(self.WORDS_S)
+        os._exit(EXIT_FAILED)
+
+    def _explain(self, silent_s: float) -> None:
         message = (
             f"no progress for {silent_s:.0f} s after {self._last_event} on {os.uname().nodename} (rank {self.rank}); "
             "the stacks of its threads are in the log"
         )
         remedy = "check the other ranks: one that hangs or has died blocks all; train.stall_minutes sets the limit"
-        print(f"error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        try:
-            failure = TrainingError(message, remedy, cause="stall").failure
+        failure = TrainingError(message, remedy, cause="stall").failure
+        with contextlib.suppress(AfinaError, OSError):
             self.run.report_failure(self.attempt, f"rank{self.rank}", failure)
-        finally:
-            os._exit(EXIT_FAILED)
+        # Into a file first: faulthandler would wait for a full pipe while no other thread may run.
+        with tempfile.TemporaryFile("w+", errors="replace") as stacks:
+            faulthandler.dump_traceback(file=stacks, all_threads=True)
+            stacks.seek(0)
+            print(f"error: rank {self.rank}: {message}\n{stacks.read()}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ predictions are computed in blocks of rows; only one number per row and label is
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def scores(
     weights: Array | None = None,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The loss, a mean in float64 over rows, and the metrics of the recipe (`afina.worker.model.scoring.compute_metrics`).
+    """The loss, a mean in float64 over rows (None where all of them have weight 0), and the metrics of the recipe (`afina.worker.model.scoring.compute_metrics`).
 
     Args:
         weights: of the rows in the loss, (N,); None: 1 each. Metrics are not weighted.
@@ -122,7 +123,8 @@ def scores(
             known = known[:, 0]
         decided, width = np.concatenate(predictions), logits.shape[1]
         metrics = compute_metrics(task, texts, decided, labels, width, known, code)
-    return {"loss": loss.mean(each, labels, weights), **metrics}
+    mean = loss.mean(each, labels, weights)
+    return {"loss": None if math.isnan(mean) else mean, **metrics}
 
 
 def blocks(count: int, size: int = 65_536) -> Iterator[slice]:
