@@ -164,12 +164,12 @@ def test_quotes_that_swallow_rows_are_noted_with_their_row(tmp_path: Path) -> No
         ("cafÃ© itâ€™s", "row 2: holds letters such as Ã© or â€™"),
         ("text", "row 2: repeats the header"),
         ("\ufefftext", "row 2: repeats the header"),
-        ("âge, Ânesse, NÃO, Ã propos", ""),
+        ("âge Ânesse NÃO Ã propos", ""),
     ],
 )
 def test_damaged_texts_are_noted(tmp_path: Path, content: str, warning: str) -> None:
     path = tmp_path / "a.csv"
-    path.write_text(f'text\nfirst one\n"{content}"\nlast one\n', encoding="utf-8")
+    path.write_text(f"text\nfirst one\n{content}\nlast one\n", encoding="utf-8")
     found = warnings_of(path)
     assert len(found) == bool(warning) and all(warning in line for line in found), found
 
