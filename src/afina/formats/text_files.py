@@ -76,9 +76,18 @@ def open_text(path: Path, reading: Reading = PLAIN, newline: str = "") -> Iterat
     with (
         readable(path, reading),
         open_binary(path) as raw,
-        io.TextIOWrapper(raw, reading.codec, newline=newline) as text,
+        io.TextIOWrapper(raw, _codec(path, reading), newline=newline) as text,
     ):
         yield text
+
+
+def _codec(path: Path, reading: Reading) -> str:
+    """The codec for the file: that of its byte order mark where `utf-16-le` was meant without one."""
+    if not re.fullmatch("utf-(16|32)-[lb]e", reading.codec):
+        return reading.codec
+    with open_binary(path) as file:
+        start = file.read(2)
+    return reading.codec[:6] if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else reading.codec
 
 
 @contextlib.contextmanager

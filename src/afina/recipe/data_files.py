@@ -111,7 +111,11 @@ def data_files(folder: Path, where: str) -> list[Path]:
     found = sorted(p for p in folder.iterdir() if _is_data(p) and p.is_file())
     if not found:
         below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        named = [p for p in below if "=" in p.name[1:]] or [p for p in below if p.name.casefold() in _SPLIT_NAMES]
+        named = (
+            [p for p in below if "=" in p.name[1:]]
+            or [p for p in below if p.name.casefold() in _SPLIT_NAMES]
+            or [p for p in below if p.name == "data"]  # a clone of a data set on the Hub
+        )
         found = [file for p in named for file in data_files(p, where)]
     if not found:
         folders = f"; it has the folders {', '.join(p.name for p in below[:10])}" if below else ""
@@ -135,12 +139,17 @@ def _saved_files(folder: Path, where: str) -> list[Path] | None:
             return [file for split in splits for file in _saved_files(folder / split, where) or []]
         if not (folder / "state.json").is_file():
             return None
-        files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        paths = [folder / file["filename"] for file in files]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        paths = [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{where}: what save_to_disk wrote cannot be read: {error}", "save the data set again"
         ) from None
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"{where}: an old `datasets` saved a selection of rows, which is in another file",
+            "save it again: load_from_disk(FOLDER).flatten_indices().save_to_disk(NEW)",
+        )
     for path in paths:
         if not path.is_file():
             raise DataError(f"{where}: {path.name} is missing", "copy the whole folder, or save the data set again")
@@ -223,8 +232,9 @@ def splits_of_folder(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Pat
     """
     splits: dict[str, tuple[Path, ...]] = {}
     for path in paths:
-        below = path.relative_to(folder).parts[0] if path.is_relative_to(folder) else path.name
-        split = split_of(path) if below == path.name else _SPLIT_NAMES.get(below.casefold())
+        above = path.relative_to(folder).parts[:-1] if path.is_relative_to(folder) else ()
+        of_folder = (_SPLIT_NAMES[name.casefold()] for name in above if name.casefold() in _SPLIT_NAMES)
+        split = next(of_folder, None) or split_of(path)
         splits[split or "all"] = (*splits.get(split or "all", ()), path)
     if "all" in splits and len(splits) > 1:
         split, other = next(s for s in splits if s != "all"), splits["all"][0]

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def csv_text(delimiter: str = ",", header: bool = True, quote: str = '"') -> str
         ("a.csv", csv_text().encode("cp1252"), {"encoding": "cp1252"}),
         ("a.csv", csv_text().encode("utf-16"), {"encoding": "utf-16"}),
         ("a.tsv", csv_text("\t").encode("utf-16-le"), {"encoding": "UTF-16LE"}),
+        ("a.csv", csv_text().encode("utf-16"), {"encoding": "utf-16-le"}),
         ("a.csv", csv_text(";").encode(), {"delimiter": ";"}),
         ("a.csv", csv_text("\t").encode(), {"delimiter": "tab"}),
         ("a.tsv", csv_text("|").encode("cp1252"), {"delimiter": "|", "encoding": "windows-1252"}),
@@ -316,6 +318,10 @@ def test_folders_of_splits_and_of_save_to_disk(tmp_path: Path) -> None:
         (folder / split).mkdir(parents=True)
         (folder / split / "0.csv.gz").write_bytes(gzip.compress(csv_text().encode()))
     assert files_of(folder) == {"train": ["train/0.csv.gz"], "eval": ["validation/0.csv.gz"]}
+    (folder / "clone").mkdir()
+    shutil.copytree(folder / "train", folder / "clone" / "data")
+    (folder / "clone/data/0.csv.gz").rename(folder / "clone/data/train-00000-of-00001.csv.gz")
+    assert files_of(folder / "clone") == {"train": ["data/train-00000-of-00001.csv.gz"]}
     assert split_of(Path("train.csv.gz")) == "train" and format_of(Path("a.parquet.gz")) is None
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
@@ -331,6 +337,13 @@ def test_folders_of_splits_and_of_save_to_disk(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds several splits: test, train") as error:
         find_files({"train": (str(tmp_path / "both"),)}, tmp_path)
     assert "both/test" in error.value.remedy
+    state = json.loads((tmp_path / "one/state.json").read_text())
+    (tmp_path / "one/state.json").write_text(
+        json.dumps({**state, "_indices_data_files": [{"filename": "indices.arrow"}]})
+    )
+    with pytest.raises(DataError, match="saved a selection of rows"):
+        find_files({"train": (str(tmp_path / "one"),)}, tmp_path)
+    (tmp_path / "one/state.json").write_text(json.dumps(state))
     paths[1].unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00002\.arrow is missing"):
         find_files({"train": (str(tmp_path / "one"),)}, tmp_path)

@@ -121,6 +121,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "base": link if _on_hub(facts) else f"`{Path(recipe.model).name}`",
         "data": _data_name(facts),
         "pairs": len(recipe.data.text) == 2,
+        "joined": len(recipe.data.text) if len(recipe.data.text) > 2 else None,
         "max_length": recipe.tokens.max_length,
         "onnx": facts.onnx,
         "labels": labels,
