@@ -108,13 +108,13 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, no_header: bool, **given: Any) -> Any:
         from pydantic import ValidationError
 
-        from afina.formats.reading import Reading
+        from afina.formats.read_options import ReadOptions
 
         values = {key: given.pop(key) for key in ("encoding", "delimiter", "quoting", "field")}
         header = given.pop("header")
         values["header"] = False if no_header else header.split(",") if header else None
         try:
-            reading = Reading.model_validate({key: value for key, value in values.items() if value is not None})
+            reading = ReadOptions.model_validate({key: value for key, value in values.items() if value is not None})
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(

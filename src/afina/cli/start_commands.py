@@ -18,7 +18,7 @@ from afina.errors import EXIT_ENVIRONMENT, InputError
 from afina.run.job_request import JobRequest
 
 if TYPE_CHECKING:
-    from afina.formats.reading import Reading
+    from afina.formats.read_options import ReadOptions
     from afina.site.settings import Site
     from afina.slurm.cluster import Cluster
     from afina.start.examine import Column, Examined
@@ -105,7 +105,7 @@ class _Given:
     site_only: bool
     yes: bool
     as_json: bool
-    reading: Reading
+    reading: ReadOptions
 
 
 def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Path, Site | None, bool]:
@@ -157,7 +157,7 @@ def _columns(
     given: _Given, data: LabelledData, ask: _Asker
 ) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str | None]:
     """The columns of text, label, id and split."""
-    from afina.formats.reading import format_of
+    from afina.formats.read_options import format_of
     from afina.start.examine import check_header, check_named, columns_of, guess_columns, guess_split_column
 
     columns = columns_of(data.main)

@@ -11,7 +11,7 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.formats.columns import distinct, partitions
-from afina.formats.reading import format_of
+from afina.formats.read_options import format_of
 
 __all__ = ["Columnar", "class_names", "count_rows", "open_columnar", "readable_columnar"]
 

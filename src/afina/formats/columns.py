@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, nearest
-from afina.formats.reading import format_of, option
+from afina.formats.read_options import format_of, option
 
 __all__ = ["check_columns", "distinct", "flatten", "other_separator", "partitions", "value_at"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from afina.errors import DataError
 from afina.formats.columns import partitions
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, format_of, option
+from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
 from afina.formats.text_files import open_text
 
 __all__ = ["read_delimited"]
@@ -30,7 +30,9 @@ _LABEL_HEADER = "the header's cells occur as values: does the file lack a header
 _FIRST_ROWS = 1000
 
 
-def read_delimited(path: Path, reading: Reading = PLAIN, notes: Notes | None = None) -> Iterator[tuple[int, list[str]]]:
+def read_delimited(
+    path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = None
+) -> Iterator[tuple[int, list[str]]]:
     """Number and cells of each row of a `.csv` or `.tsv`; every row has as many cells as the header.
 
     The header comes first, as number 0. Rows are counted from 1 without it; blank lines are skipped and not counted. Columns of a
@@ -87,7 +89,7 @@ def read_delimited(path: Path, reading: Reading = PLAIN, notes: Notes | None = N
             raise _misquoted(path, number + 1, rows.line_num, str(error)) from None
 
 
-def _header(path: Path, first: list[str], reading: Reading) -> tuple[list[str], list[list[str]]]:
+def _header(path: Path, first: list[str], reading: ReadOptions) -> tuple[list[str], list[list[str]]]:
     """The names of the columns, and the rows that were read for them."""
     if len(first) <= 2 and first[0].startswith("sep=") and format_of(path) == "csv":
         raise DataError(
@@ -106,7 +108,7 @@ def _header(path: Path, first: list[str], reading: Reading) -> tuple[list[str], 
     return first, []
 
 
-def _without_nul(path: Path, lines: Iterable[str], reading: Reading) -> Iterator[str]:
+def _without_nul(path: Path, lines: Iterable[str], reading: ReadOptions) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             utf_16 = number == 1 and reading.encoding is None
@@ -117,7 +119,7 @@ def _without_nul(path: Path, lines: Iterable[str], reading: Reading) -> Iterator
         yield line.lstrip("\ufeff") if line[0] == "\ufeff" else line
 
 
-def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int, reading: Reading) -> DataError:
+def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int, reading: ReadOptions) -> DataError:
     if isinstance(reading.header, tuple):
         what = f"the option `header` names {width}"
     else:

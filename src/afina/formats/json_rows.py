@@ -19,21 +19,23 @@ from typing import IO, Any
 
 from afina.errors import DataError
 from afina.formats.columns import partitions, value_at
-from afina.formats.reading import PLAIN, Reading, option
+from afina.formats.read_options import PLAIN, ReadOptions, option
 from afina.formats.text_files import open_text
 
 __all__ = ["check_characters", "json_kind", "json_unit", "number_text", "read_json", "records_below"]
 
+#: Characters that are read to see how the file begins.
+_FIRST = 4096
 _RECORDS = "write records: DataFrame.to_json(NEW, orient='records', lines=True)"
 
 
-def json_unit(path: Path, reading: Reading = PLAIN) -> str:
+def json_unit(path: Path, reading: ReadOptions = PLAIN) -> str:
     """The word for a row of a JSON file: `line` of JSON Lines, else `record`."""
     with open_text(path, reading, newline="\n") as file:
         return "line" if _is_lines(file, reading) else "record"
 
 
-def read_json(path: Path, reading: Reading = PLAIN) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json(path: Path, reading: ReadOptions = PLAIN) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and object of each row of a `.jsonl` or `.json`: of JSON Lines the line, counted from 1, blank ones included; of
     other shapes the number of the object. Columns of a partitioned folder are added.
 
@@ -55,11 +57,12 @@ def records_below(path: Path, record: Mapping[str, Any]) -> DataError | None:
     return None
 
 
-def _is_lines(file: IO[str], reading: Reading) -> bool:
+def _is_lines(file: IO[str], reading: ReadOptions) -> bool:
     """Whether the first line that is not blank is a row of its own: a whole object, and not one of all rows."""
-    line = next((line for line in file if not line.isspace()), "")
+    line = next((part for part in iter(lambda: file.readline(_FIRST), "") if not part.isspace()), "")
     if line.lstrip().startswith("["):
         return False
+    line += "" if line.endswith("\n") else file.readline()
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -71,7 +74,7 @@ def _is_lines(file: IO[str], reading: Reading) -> bool:
     return not alone or (reading.field is None and _table(record) is None)
 
 
-def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(path: Path, reading: ReadOptions) -> Iterator[tuple[int, dict[str, Any]]]:
     number, line = 0, ""
     try:
         with open_text(path, reading, newline="\n") as file:
@@ -83,7 +86,7 @@ def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]
         raise _not_json(path, error, number, line) from None
 
 
-def _whole(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+def _whole(path: Path, reading: ReadOptions) -> Iterator[tuple[int, dict[str, Any]]]:
     with open_text(path, reading) as file:
         text = file.read()
     try:
@@ -116,7 +119,7 @@ def _values(text: str) -> Iterator[Any]:
         yield value
 
 
-def _under(path: Path, value: Any, reading: Reading, unit: str = "", number: int = 0) -> Any:
+def _under(path: Path, value: Any, reading: ReadOptions, unit: str = "", number: int = 0) -> Any:
     """What is under the option `field`."""
     for key in reading.field.split(".") if reading.field is not None else ():
         if not isinstance(value, dict) or key not in value:

@@ -14,14 +14,14 @@ from afina.formats.columns import distinct, flatten, other_separator
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import read_json, records_below
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, format_of
+from afina.formats.read_options import PLAIN, ReadOptions, format_of
 
 __all__ = ["not_a_text", "read_rows"]
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 4_000_000
 
 
-def read_rows(path: Path, reading: Reading = PLAIN, notes: Notes | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a file of any format by column, nested ones as `a.b`; of Parquet and Arrow with the names of class labels.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from afina.errors import DataError
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, compression_of, format_of, option
+from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of, option
 
 __all__ = ["note_damaged", "open_binary", "open_text", "readable", "undecodable"]
 
@@ -67,7 +67,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, reading: Reading = PLAIN, newline: str = "") -> Iterator[IO[str]]:
+def open_text(path: Path, reading: ReadOptions = PLAIN, newline: str = "") -> Iterator[IO[str]]:
     """The file's text.
 
     Raises:
@@ -81,7 +81,7 @@ def open_text(path: Path, reading: Reading = PLAIN, newline: str = "") -> Iterat
         yield text
 
 
-def _codec(path: Path, reading: Reading) -> str:
+def _codec(path: Path, reading: ReadOptions) -> str:
     """The codec for the file: that of its byte order mark where `utf-16-le` was meant without one."""
     if not re.fullmatch("utf-(16|32)-[lb]e", reading.codec):
         return reading.codec
@@ -91,7 +91,7 @@ def _codec(path: Path, reading: Reading) -> str:
 
 
 @contextlib.contextmanager
-def readable(path: Path, reading: Reading = PLAIN) -> Iterator[None]:
+def readable(path: Path, reading: ReadOptions = PLAIN) -> Iterator[None]:
     """Around code that reads a text file; raises as `open_text`."""
     try:
         yield
@@ -115,7 +115,7 @@ def _not_unpacked(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: cannot be unpacked as {compression_of(path)}: {reason}", "copy or write the file again")
 
 
-def undecodable(path: Path, reading: Reading = PLAIN) -> DataError:
+def undecodable(path: Path, reading: ReadOptions = PLAIN) -> DataError:
     """The error for a file that is not in its encoding: its real format, or row, line and offset of the first wrong byte."""
     with open_binary(path) as file:
         start = file.read(8)
@@ -146,7 +146,7 @@ def undecodable(path: Path, reading: Reading = PLAIN) -> DataError:
     return DataError(f"{path}: changed while it was read", "wait until it is complete")
 
 
-def _encoding_remedy(path: Path, line: bytes, at: int, reading: Reading) -> str:
+def _encoding_remedy(path: Path, line: bytes, at: int, reading: ReadOptions) -> str:
     """The option that would help; by the bytes of the first lines that are not UTF-8."""
     if reading.encoding not in (None, "utf-8"):
         return f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none"

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError
 from afina.files import encode_words, write_atomic
-from afina.formats.reading import Reading
+from afina.formats.read_options import ReadOptions
 from afina.prediction.request import (
     OUTPUTS,
     STDIN,
@@ -75,7 +75,9 @@ def compose(
     job = request.job
     plan = plan_of(directory, model, kept, site_for(directory, job.site), gpus=job.gpus_per_node, time_min=job.time_min)
     reading = reading_for(
-        directory, [Path("-.txt") if path == STDIN else path for path in kept], Reading.model_validate(request.reading)
+        directory,
+        [Path("-.txt") if path == STDIN else path for path in kept],
+        ReadOptions.model_validate(request.reading),
     )
     if reading is not None and reading != request.reading:
         _say(f"reading as in training: {', '.join(f'{key} {value!r}' for key, value in reading.given().items())}")

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import ValidationError
 
 from afina.errors import DataError, InputError, nearest
-from afina.formats.reading import PLAIN, Reading
+from afina.formats.read_options import PLAIN, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
 from afina.recipe.schema import Data, Recipe, Resources
@@ -58,7 +58,7 @@ class PredictRequest:
 
     Attributes:
         text: the column with the texts, or several; by default those of the training.
-        reading: how the files are read, a `Reading` or a dictionary: `{"encoding": "cp1252"}`; by default as in training where the files are of such a format.
+        reading: how the files are read, a `ReadOptions` or a dictionary: `{"encoding": "cp1252"}`; by default as in training where the files are of such a format.
         keep: `all` columns of the input, or `id`: file, row and the recipe's id column.
         batch_size: rows of a padded batch, and 128 tokens for each of them in a packed one.
         max_tokens: tokens of a packed batch.
@@ -73,7 +73,7 @@ class PredictRequest:
     max_tokens: int | None = None
     dtype: str = "float32"
     chunk_rows: int | None = None
-    reading: Reading | Mapping[str, Any] = PLAIN
+    reading: ReadOptions | Mapping[str, Any] = PLAIN
     job: JobRequest = JobRequest()
 
     def options(self) -> dict[str, object]:
@@ -87,7 +87,7 @@ class PredictOptions(TypedDict, total=False):
     """Keywords of `afina.predict`; see `PredictRequest` and `JobRequest`."""
 
     text: str | Sequence[str]
-    reading: Reading | Mapping[str, Any]
+    reading: ReadOptions | Mapping[str, Any]
     keep: Keep
     batch_size: int | None
     max_tokens: int | None
@@ -121,7 +121,7 @@ class Prediction(FrozenModel):
     spool: Path | None = None
     out: Path
     text: tuple[str, ...] = ()
-    reading: Reading | None = None
+    reading: ReadOptions | None = None
     keep: Keep = "all"
     batch_size: int | None = None
     max_tokens: int | None = None
@@ -205,7 +205,7 @@ def _files(name: str) -> list[Path]:
     return found
 
 
-def reading_for(run: RunDir | None, files: Sequence[Path], asked: Reading) -> Reading | None:
+def reading_for(run: RunDir | None, files: Sequence[Path], asked: ReadOptions) -> ReadOptions | None:
     """The options of reading: those that are asked for, else those of the training that these files can use.
 
     Raises:
@@ -213,9 +213,9 @@ def reading_for(run: RunDir | None, files: Sequence[Path], asked: Reading) -> Re
     """
     asked.check_used(files, "--{}".format)
     trained = run.plan().recipe.data.reading.given() if run else {}
-    usable = {key: value for key, value in trained.items() if Reading(**{key: value}).is_used_by(files)}
+    usable = {key: value for key, value in trained.items() if ReadOptions(**{key: value}).is_used_by(files)}
     given = {**usable, **asked.given()}
-    return Reading.model_validate(given) if given else None
+    return ReadOptions.model_validate(given) if given else None
 
 
 def folder_of(out: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from afina.errors import DataError, InputError, nearest
-from afina.formats.reading import COMPRESSIONS, DATA_SUFFIXES, format_of, suffix_of
+from afina.formats.read_options import COMPRESSIONS, DATA_SUFFIXES, format_of, suffix_of
 
 __all__ = [
     "NamedSplit",

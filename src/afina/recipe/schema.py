@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from afina.errors import nearest
-from afina.formats.reading import Delimiter, Encoding, Header, Quoting, Reading
+from afina.formats.read_options import Delimiter, Encoding, Header, Quoting, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
@@ -154,7 +154,7 @@ class Part(_Section):
 class Data(_Section):
     """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
-    added_later = ("weight", "split_by", "split_column", "group", *Reading.model_fields)
+    added_later = ("weight", "split_by", "split_column", "group", *ReadOptions.model_fields)
 
     hub: Text | None = None
     config: str | None = None
@@ -181,9 +181,9 @@ class Data(_Section):
     test: Part | None = None
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ReadOptions:
         """How the files are read."""
-        return Reading(**{key: getattr(self, key) for key in Reading.model_fields})
+        return ReadOptions(**{key: getattr(self, key) for key in ReadOptions.model_fields})
 
     @field_validator("files", mode="before")
     @classmethod

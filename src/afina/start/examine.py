@@ -18,7 +18,7 @@ from typing import Any
 
 from afina.errors import DataError, InputError, nearest
 from afina.formats.notes import Notes
-from afina.formats.reading import option
+from afina.formats.read_options import option
 from afina.formats.text_files import note_damaged
 from afina.recipe.data_files import split_named
 

@@ -14,7 +14,7 @@ from typing import Any
 from afina.errors import DataError, EnvironmentProblem, InputError, nearest
 from afina.formats.columnar import count_rows
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, compression_of, format_of
+from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of
 from afina.formats.rows import read_rows
 from afina.recipe.data_files import check_format, data_files, file_stem, split_of, splits_of_folder
 from afina.run.commands import container_argv
@@ -47,7 +47,7 @@ class LabelledData:
     hub: str | None = None
     config: str | None = None
     splits: Mapping[str, str] | None = None
-    reading: Reading = PLAIN
+    reading: ReadOptions = PLAIN
 
     @property
     def main(self) -> Source:
@@ -65,7 +65,7 @@ def data_files_here(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
-def find_data(data: str, site: Site | None, config: str | None = None, reading: Reading = PLAIN) -> LabelledData:
+def find_data(data: str, site: Site | None, config: str | None = None, reading: ReadOptions = PLAIN) -> LabelledData:
     """A file, a folder or a Hub id. A file called train brings the files of the other splits beside it.
 
     Raises:
@@ -117,7 +117,7 @@ def _by_split(path: Path) -> dict[str, tuple[Path, ...]]:
     return by_split
 
 
-def _source(paths: Sequence[Path], name: str | None = None, reading: Reading = PLAIN) -> Source:
+def _source(paths: Sequence[Path], name: str | None = None, reading: ReadOptions = PLAIN) -> Source:
     counts = [_count_rows(path) if _is_counted(paths, path) else None for path in paths]
     total = sum(count for count in counts if count is not None) if None not in counts else None
     notes = Notes()

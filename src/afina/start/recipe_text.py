@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from afina.formats.reading import PLAIN, Reading
+from afina.formats.read_options import PLAIN, ReadOptions
 from afina.recipe.metrics import selection_metric
 from afina.start.examine import Examined, quantile
 from afina.start.find_model import ModelFacts
@@ -62,7 +62,7 @@ class Proposal:
     config: str | None = None
     splits: Mapping[str, str] | None = None
     id: str | None = None
-    reading: Reading = PLAIN
+    reading: ReadOptions = PLAIN
     others: Mapping[str, Examined] = field(default_factory=dict)
     split_column: str | None = None
     gpus: int = 0

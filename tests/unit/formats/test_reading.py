@@ -18,7 +18,7 @@ import pytest
 from afina.errors import DataError, InputError
 from afina.formats.columns import distinct, partitions
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, format_of
+from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.formats.rows import read_rows
 from afina.recipe.data_files import find_files, split_of
 from afina.recipe.schema import Data
@@ -29,7 +29,9 @@ ROWS = [("a good text", "pos"), ("ein schöner “Text”", "neg"), ("x, y; z", 
 RECORDS = [{"text": text, "label": label} for text, label in ROWS]
 
 
-def three_ways(path: Path, reading: Reading = PLAIN, text: str = "text", label: str = "label") -> list[tuple[str, str]]:
+def three_ways(
+    path: Path, reading: ReadOptions = PLAIN, text: str = "text", label: str = "label"
+) -> list[tuple[str, str]]:
     """Text and label of each row as training reads them, after comparing them with prediction and init."""
     table = read_files([path], [label], [text], reading=reading)
     rows = list(zip(texts_of(path, text, reading), map(as_label, table.columns[label].to_pylist()), strict=True))
@@ -45,11 +47,11 @@ def as_label(value: Any) -> str:
     return value[0] if isinstance(value, list) else value
 
 
-def texts_of(path: Path, text: str, reading: Reading) -> list[str]:
+def texts_of(path: Path, text: str, reading: ReadOptions) -> list[str]:
     return list(read_files([path], [text], reading=reading).columns[text].to_pylist())
 
 
-def warnings_of(path: Path, reading: Reading = PLAIN) -> list[str]:
+def warnings_of(path: Path, reading: ReadOptions = PLAIN) -> list[str]:
     """The warnings of training, which are those of prediction and of init."""
     table = read_files([path], [], ["text"], reading=reading)
     assert examine([path], ["text"], None, 10, reading).warnings == table.warnings
@@ -101,7 +103,7 @@ def test_the_same_rows_however_they_are_written(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert three_ways(path, Reading.model_validate(options)) == ROWS
+    assert three_ways(path, ReadOptions.model_validate(options)) == ROWS
 
 
 def test_nested_columns(tmp_path: Path) -> None:
@@ -129,9 +131,9 @@ def test_nested_columns(tmp_path: Path) -> None:
 def test_a_file_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(csv_text(header=False))
-    assert three_ways(path, Reading(header=False), "column1", "column2") == ROWS
+    assert three_ways(path, ReadOptions(header=False), "column1", "column2") == ROWS
     with pytest.raises(DataError, match="row 1: 2 cells, the option `header` names 3 columns"):
-        read_files([path], ["a"], reading=Reading(header=("a", "b", "c")))
+        read_files([path], ["a"], reading=ReadOptions(header=("a", "b", "c")))
     path.write_text("1,it was a good day\n0,it was a bad day\n")
     with pytest.raises(DataError) as error:
         read_files([path], [], ["text"])
@@ -149,7 +151,9 @@ def test_quotes_that_swallow_rows_are_noted_with_their_row(tmp_path: Path) -> No
     assert warning.startswith(f"{path}, row 4: spans lines, because of a quote") and "--quoting none" in warning
     notes = Notes()
     assert len(list(read_rows(path, PLAIN, notes))) == 7 and notes.warnings(path, "row") == [warning]
-    assert len(texts_of(path, "text", Reading(quoting="none"))) == 10 and not warnings_of(path, Reading(quoting="none"))
+    assert len(texts_of(path, "text", ReadOptions(quoting="none"))) == 10 and not warnings_of(
+        path, ReadOptions(quoting="none")
+    )
 
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"a\nb, c",pos\n"two\nlines",neg\n')
@@ -354,7 +358,7 @@ def test_folders_of_splits_and_of_save_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("delimiter", ";"), ("header", False), ("quoting", "none"), ("encoding", "cp1252"), ("field", "a")])  # fmt: skip
 def test_an_option_that_no_file_can_use_is_refused(key: str, value: Any) -> None:
-    reading = Reading(**{key: value})
+    reading = ReadOptions(**{key: value})
     with pytest.raises(InputError, match=f"data.{key}: is for .* files, and there is none here"):
         reading.check_used([Path("a.parquet")], "data.{}".format)
     reading.check_used([Path("a.parquet"), Path("b.jsonl" if key == "field" else "b.csv.gz")], "data.{}".format)
@@ -366,6 +370,6 @@ def test_unset_options_are_in_no_digest(tmp_path: Path) -> None:
     def plain(**more: Any) -> dict[str, Any]:
         return Data.model_validate({**data, **more}).digested()
 
-    assert not plain().keys() & Reading.model_fields.keys()
+    assert not plain().keys() & ReadOptions.model_fields.keys()
     assert plain(encoding="CP1252", header=False).items() >= {"encoding": "cp1252", "header": False}.items()
     assert Data.model_validate(plain(header=["a", "b"])).reading.header == ("a", "b")

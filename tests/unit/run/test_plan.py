@@ -11,7 +11,7 @@ from tests.unit.conftest import DROP, recipe_dict
 
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError
-from afina.formats.reading import DATA_SUFFIXES
+from afina.formats.read_options import DATA_SUFFIXES
 from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, check_cores, geometry_for, load_plan, make_plan

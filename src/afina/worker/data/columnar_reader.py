@@ -15,7 +15,7 @@ from afina.formats.columnar import open_columnar
 from afina.formats.columns import check_columns
 from afina.formats.json_rows import number_text
 from afina.formats.notes import Notes
-from afina.formats.reading import Reading
+from afina.formats.read_options import ReadOptions
 from afina.formats.rows import not_a_text
 from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, RowBatch, as_text, choose_columns
 
@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 class ColumnarReader:
     unit = "row"
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Path, reading: ReadOptions) -> None:
         self.path, self.notes = path, Notes()
         self.wide: set[str] = set()
         with open_columnar(path) as file:

@@ -21,7 +21,7 @@ from afina.formats.columns import distinct, flatten, value_at
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import check_characters, json_kind, json_unit, number_text, read_json, records_below
 from afina.formats.notes import Notes
-from afina.formats.reading import PLAIN, Reading, format_of
+from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.formats.rows import not_a_text
 from afina.formats.text_files import open_text
 from afina.worker.data.columnar_reader import ColumnarReader
@@ -32,7 +32,7 @@ __all__ = ["open_reader"]
 Array = np.ndarray[Any, Any]
 
 
-def open_reader(path: Path, reading: Reading = PLAIN) -> FileReader:
+def open_reader(path: Path, reading: ReadOptions = PLAIN) -> FileReader:
     return _READERS[format_of(path) or ""](path, reading)
 
 
@@ -42,7 +42,7 @@ def open_reader(path: Path, reading: Reading = PLAIN) -> FileReader:
 class _Delimited:
     unit = "row"
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Path, reading: ReadOptions) -> None:
         self.path, self.reading, self.notes = path, reading, Notes()
         self.wide: set[str] = set()
 
@@ -113,7 +113,7 @@ def _text_batch(names: Sequence[str], rows: Sequence[Sequence[str]], last: int) 
 
 
 class _Json:
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Path, reading: ReadOptions) -> None:
         self.path, self.reading, self.notes = path, reading, Notes()
         self.wide: set[str] = set()
         self.unit = json_unit(path, reading)

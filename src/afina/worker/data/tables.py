@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
-from afina.formats.reading import PLAIN, Reading
+from afina.formats.read_options import PLAIN, ReadOptions
 from afina.worker.data.readers import open_reader
 from afina.worker.data.row_batches import FileReader, as_text, is_blank, note_texts
 
@@ -158,7 +158,7 @@ class DataSource:
 
     paths: tuple[Path, ...]
     name: str | None = None
-    reading: Reading = PLAIN
+    reading: ReadOptions = PLAIN
 
     def read(
         self,
@@ -204,7 +204,7 @@ def read_files(
     texts: Sequence[str] = (),
     advance: Advance = lambda rows: None,
     *,
-    reading: Reading = PLAIN,
+    reading: ReadOptions = PLAIN,
     ids: Sequence[str] = (),
 ) -> DataTable:
     """Read all files, one after the other.

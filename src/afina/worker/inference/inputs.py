@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError, InputError
-from afina.formats.reading import PLAIN, Reading
+from afina.formats.read_options import PLAIN, ReadOptions
 from afina.worker.data.readers import open_reader
 from afina.worker.data.row_batches import FileReader, RowBatch, note_texts
 
@@ -51,7 +51,7 @@ class Inputs:
     others: tuple[str, ...] | None
     schema: pa.Schema
     chunks: tuple[int, ...]
-    reading: Reading = PLAIN
+    reading: ReadOptions = PLAIN
     warnings: tuple[str, ...] = ()
 
     @property
@@ -77,7 +77,7 @@ class Inputs:
             tuple(record["others"]) if record["others"] is not None else None,
             pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
             tuple(record["chunks"]),
-            Reading.model_validate(record.get("reading", {})),
+            ReadOptions.model_validate(record.get("reading", {})),
             tuple(record.get("warnings", ())),
         )
 
@@ -111,7 +111,9 @@ class Chunk:
         return f"{files[file]}, {self.units[file]} {self.row[index]}"
 
 
-def check_columns(files: Sequence[Path], text: Sequence[str], taken: Collection[str], reading: Reading = PLAIN) -> None:
+def check_columns(
+    files: Sequence[Path], text: Sequence[str], taken: Collection[str], reading: ReadOptions = PLAIN
+) -> None:
     """Examine the first rows of each file, before anything reads all of them.
 
     Args:
@@ -136,7 +138,7 @@ def examine(
     text: Sequence[str],
     others: Sequence[str] | None,
     chunk_rows: int,
-    reading: Reading = PLAIN,
+    reading: ReadOptions = PLAIN,
 ) -> Inputs:
     """Check all files from end to end, and divide their rows into chunks of at most `chunk_rows`.
 

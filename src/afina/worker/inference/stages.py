@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import InputError
-from afina.formats.reading import PLAIN
+from afina.formats.read_options import PLAIN
 from afina.prediction.request import STDIN, Prediction, folder_of
 from afina.recipe.schema import AS_RECORDED
 from afina.run.allocation import Allocation

@@ -25,7 +25,7 @@ __all__ = [
     "Field",
     "Header",
     "Quoting",
-    "Reading",
+    "ReadOptions",
     "compression_of",
     "format_of",
     "option",
@@ -101,7 +101,7 @@ Quoting = Literal["standard", "none"]
 Field = str
 
 
-class Reading(FrozenModel):
+class ReadOptions(FrozenModel):
     """How files are read. None: the format's standard.
 
     Attributes:
@@ -145,12 +145,12 @@ class Reading(FrozenModel):
         """
         files = list(paths)
         for key, value in self.given().items():
-            if not Reading(**{key: value}).is_used_by(files):
+            if not ReadOptions(**{key: value}).is_used_by(files):
                 of = " and ".join(dict.fromkeys(_WORDS[f] for f in _USED_BY[key]))
                 raise InputError(f"{name(key)}: is for {of} files, and there is none here", "leave it out")
 
 
-PLAIN = Reading()
+PLAIN = ReadOptions()
 
 
 def suffix_of(path: Path) -> str:
