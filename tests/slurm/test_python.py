@@ -74,7 +74,7 @@ def claimed(cluster: Cluster, folder: Path) -> Iterator[Callable[..., RunDir]]:
     (folder / "worker.sh").write_text(WORKER)
     (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
 
-    def claim(*attempts: tuple[str, int, dict[str, Any]], name: str = "run it's 100%u") -> RunDir:
+    def claim(*attempts: tuple[str, int, dict[str, Any]], name: str = "run it's 100%u %x") -> RunDir:
         resources = {"gpus_per_node": 0, "cpus_per_gpu": 1, "time": 5}
         data = {"files": str(folder / "reviews.csv"), "text": "text", "label": "stars"}
         recipe = any_recipe({"name": name, "model": "owner/model", "data": data, "resources": resources})

@@ -13,6 +13,7 @@ Everything heavy is imported inside the commands: `afina --help` starts in a bli
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None and sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
         # A locale like de_DE.ISO-8859-1: a name in a recipe would be another one on the disk. Begin again in UTF-8 mode.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths and labels may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=None if argv is None else list(argv), standalone_mode=False)
     except AfinaError as error:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from afina.errors import EnvironmentProblem
+from afina.errors import EnvironmentProblem, InputError
 from afina.run.plan import Geometry, Plan
 from afina.site.settings import cache_environment, environment, hub_token, in_container, without_isolation
 
@@ -273,7 +273,16 @@ def sweep_argv(
 
 
 def plain_path(path: Path) -> str:
-    """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one."""
+    """A path in sbatch's file names, where `%` starts a pattern; a doubled one is a plain one.
+
+    Raises:
+        InputError: a backslash in it: Slurm then expands no pattern and takes backslashes away, differently in different versions.
+    """
+    if "\\" in str(path):
+        raise InputError(
+            f"{path}: Slurm cannot write a job's log into a folder with a backslash in its name",
+            "choose another folder: --run DIR, or AFINA_SCRATCH; or train here with `afina train`",
+        )
     return str(path).replace("%", "%%")
 
 

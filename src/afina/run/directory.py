@@ -176,7 +176,8 @@ class RunDir:
     @classmethod
     def next_free(cls, plan: Plan) -> RunDir:
         """The next `<scratch>/runs/<name>-<digest8>-<n>` that is not there yet."""
-        stem = f"{plan.recipe.name}-{plan.digest[:8]}"
+        name = plan.recipe.name.replace("\\", "_")  # Slurm cannot name a log below a folder with a backslash
+        stem = f"{name}-{plan.digest[:8]}"
         number = 1
         while (path := plan.site.runs / f"{stem}-{number}").exists():
             number += 1

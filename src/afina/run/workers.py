@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from afina.errors import EnvironmentProblem, Failure
+from afina.errors import AfinaError, EnvironmentProblem, Failure
 
 __all__ = ["ask_worker", "ask_workers", "cannot_start", "follow_worker"]
 
@@ -150,7 +150,10 @@ class _Worker:
     def answer(self) -> dict[str, Any]:
         """The answer of a worker that has ended."""
         if "failure" in self.last:
-            raise Failure.from_dict(self.last["failure"]).error()
+            error = Failure.from_dict(self.last["failure"]).error()
+            raise (
+                error.about(self.name) if type(error) is AfinaError else error
+            )  # a defect says nothing of what was done
         code = self.process.returncode
         if code or not self.last:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"

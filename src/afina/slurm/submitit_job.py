@@ -61,7 +61,9 @@ def _executor(plan: Plan, run: RunDir) -> Any:
             name = secrets.token_hex(16)
             script = self.folder / f".submission_file_{name}.sh"
             script.write_text(self._make_submission_file_text(command, name), encoding="utf-8")
-            with submitted(plan, ["sbatch", "--parsable", str(script)], run.path) as job_id:
+            # On the command line: in a script Slurm would read quotes and backslashes in it once more.
+            argv = ["sbatch", "--parsable", f"--output={plain_path(self.folder)}/%j_0_log.out", str(script)]
+            with submitted(plan, argv, run.path) as job_id:
                 run.append("submissions.jsonl", {"job_id": job_id, "via": "submitit"})
             job = self.job_class(folder=self.folder, job_id=job_id.partition(";")[0], tasks=[0])
             job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)
@@ -78,7 +80,6 @@ def _executor(plan: Plan, run: RunDir) -> Any:
         **{name: value for name, value in options.items() if name in known},
         setup=_setup_lines(plan, run),
         additional_parameters={
-            "output": f"{plain_path(run.path)}/submitit/%j_0_log.out",
             **ours,
             **{name: value for name, value in options.items() if name not in known},
         },
@@ -101,4 +102,5 @@ def _setup_lines(plan: Plan, run: RunDir) -> list[str]:
         "}",
         "trap afina_result EXIT",
         f". {quote(str(run.path / 'finetune.sbatch'))} {quote(str(run.path))}",
+        "exit 3 # it ends the job itself, if it can be read",
     ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from afina.errors import WaitTimeout
+from afina.slurm.client import need_command
 from afina.watch.overview import RunSummary, State, summarise
 
 __all__ = ["OPEN", "wait_for"]
@@ -64,6 +65,17 @@ class _Poller:
             found = {path: summary for path, summary in known.items() if self._has_ended(summary, now)}
             return found, max(0.01, self._due - now)
 
+    def check_answers(self, paths: Sequence[Path]) -> None:
+        """Refuse to wait for a job that nobody here can see.
+
+        Raises:
+            SlurmError: one of the runs has a job, and there is no squeue on this machine.
+        """
+        with self._lock:
+            unknown = [s for path in paths if (s := self._known.get(path)) is not None and s.state == "UNKNOWN"]
+        if any(summary.job_id for summary in unknown):
+            need_command("squeue")
+
     def _has_ended(self, summary: RunSummary, now: float) -> bool:
         if summary.state in OPEN:
             self._gone.pop(summary.run, None)
@@ -83,6 +95,7 @@ def wait_for(paths: Sequence[Path], timeout: float | None = None, *, first: bool
 
     Raises:
         WaitTimeout: after `timeout` seconds.
+        SlurmError: a job is waited for where there is no squeue.
     """
     end = None if timeout is None else time.monotonic() + timeout
     wanted = list(dict.fromkeys(paths))
@@ -92,6 +105,7 @@ def wait_for(paths: Sequence[Path], timeout: float | None = None, *, first: bool
             found, pause = _POLLER.ended(wanted)
             if len(found) == len(wanted) or (first and found):
                 return found
+            _POLLER.check_answers(wanted)
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 missing = [str(path) for path in wanted if path not in found]

@@ -20,12 +20,13 @@ import signal
 import stat
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError
+from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError, first_line
 from afina.files import permission_remedy
 from afina.redact import redact
 from afina.text import size_in_words
@@ -64,8 +65,15 @@ def _reply(work: Callable[[], dict[str, Any]], as_json: bool) -> int:
     try:
         with disk_errors():
             answer = work()
-    except AfinaError as error:
-        failure = _redacted(error.failure)
+    except Exception as error:
+        if isinstance(error, AfinaError):
+            failure = _redacted(error.failure)
+        elif as_json and not isinstance(error, BrokenPipeError):
+            traceback.print_exc()  # a defect of afina, or of a library
+            message = f"{type(error).__name__}: {first_line(error)}"
+            failure = _redacted(Failure("AfinaError", message, "see the lines above, and report it if it is afina's"))
+        else:
+            raise
         if as_json:
             print(json.dumps({"failure": failure.to_dict()}, ensure_ascii=False), flush=True)
         else:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import tiny
 from tests.common import ROOT, program
 from tests.unit.conftest import recipe_dict
 
 import afina
 from afina.api import plan_for
-from afina.errors import AfinaError, Failure, InputError, RecipeError
+from afina.errors import AfinaError, Failure, InputError, RecipeError, SlurmError
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
@@ -111,6 +112,14 @@ def test_waiting_has_a_limit_of_its_own_kind(claim: Callable[..., RunDir], squeu
     with pytest.raises(afina.WaitTimeout):
         run.wait(timeout_s=0.2)
     assert not run.done()
+
+
+def test_without_squeue_nothing_is_waited_for(
+    claim: Callable[..., RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match="squeue is not on PATH"):
+        afina.Run(claim(job="7").path).result()
 
 
 def test_many_waiting_handles_ask_slurm_as_often_as_one(claim: Callable[..., RunDir], squeue: Path) -> None:
@@ -311,3 +320,29 @@ def test_a_launchers_variables_do_not_reach_the_worker() -> None:
     names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID PET_NNODES ACCELERATE_USE_FSDP OMPI_COMM_WORLD_SIZE"
     kept = {"OMP_NUM_THREADS": "1", "PATH": "/bin", "SLURM_JOB_ID": "7"}
     assert without_launcher({**dict.fromkeys(names.split(), "3"), **kept}) == kept
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_training_beside_files_named_like_libraries_in_a_launchers_shell(
+    afina_in: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, processes: str
+) -> None:
+    recipe = tiny.write_project(tmp_path / "project", rows=60, train={"max_steps": 2})
+    for name in ("datasets", "evaluate", "tokenizers", "accelerate", "transformers", "torch", "random", "sklearn"):
+        (recipe.parent / f"{name}.py").write_text("import os; os._exit(99)\n")
+    launcher = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}
+    env = {**launcher, "TORCHELASTIC_RUN_ID": "x", "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = afina_in(recipe.parent, "train", recipe, "--num-processes", processes, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def afina_in(scratch: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `afina` command in a folder, as a user does: the script, which does not put the folder on the path."""
+
+    def run(folder: Path, *words: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        argv = [str(Path(sys.executable).with_name("afina")), *map(str, words)]
+        given = {**os.environ, "AFINA_SCRATCH": str(scratch), **env}
+        return subprocess.run(argv, cwd=folder, env=given, capture_output=True, text=True, timeout=200, check=False)
+
+    return run

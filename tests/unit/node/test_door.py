@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from afina.errors import EnvironmentProblem, Failure
+from afina.errors import AfinaError, EnvironmentProblem, Failure
 from afina.processes import start_time
 from afina.run.workers import ask_worker, ask_workers, follow_worker
 from afina.worker.__main__ import ANSWERS, PROCESSES
@@ -36,6 +36,8 @@ def work():
         raise EnvironmentProblem("no room for hf_" + 20 * "a", "free some", cause="disk", nodes=("n1", "n2"))
     if question["do"] == "fill the disk":
         with open("/dev/full", "w") as file: file.write(100_000 * "x")
+    if question["do"] == "break":
+        raise IndexError("index 7 is out of range")
     if question["do"] == "die":
         os.kill(os.getpid(), 9)
     if question["do"] == "wait":
@@ -108,6 +110,13 @@ def test_a_worker_that_dies_or_cannot_start() -> None:
     assert "AFINA_RUNTIME=none" in caught.value.remedy
     with pytest.raises(EnvironmentProblem, match="this one ended with 0 without an answer"):
         ask_worker(["true"], os.environ, {"much": 200_000 * "x"}, name="this one")
+
+
+def test_a_defect_names_what_was_done_and_what_broke(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AfinaError, match="the worker: IndexError: index 7 is out of range") as caught:
+        ask(do="break")
+    assert caught.value.exit_code == 1 and "see the lines above" in caught.value.remedy
+    assert "Traceback" in capfd.readouterr().err
 
 
 def test_the_others_are_ended_where_one_fails(tmp_path: Path) -> None:

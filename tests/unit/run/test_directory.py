@@ -17,6 +17,7 @@ from tests.unit.conftest import private_mounts, tree
 from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import write_atomic
 from afina.recipe.schema import Recipe
+from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, make_plan
@@ -150,7 +151,16 @@ def test_nasty_names(plan: Plan, tmp_path: Path, nasty: str) -> None:
     run = claimed(plan, tmp_path / nasty)
     assert run.worker_argv() == [*ARGV[:-1], str(tmp_path / nasty)] and run.plan() == plan
     named = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"name": nasty})})
-    assert claimed(named).path.name == f"{nasty}-{plan.digest[:8]}-1"
+    name = nasty.replace("\\", "_")
+    assert claimed(named).path.name == f"{name}-{plan.digest[:8]}-1"
+
+
+def test_a_backslash_is_no_part_of_a_folder_that_slurm_logs_into(plan: Plan) -> None:
+    named = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"name": r"a\b"})})
+    path = RunDir.next_free(named).path
+    assert path.name.startswith("a_b-") and sbatch_argv(named, path)
+    with pytest.raises(InputError, match="a backslash in its name"):
+        sbatch_argv(plan, path.with_name(r"c\d"))
 
 
 CLAIM = """

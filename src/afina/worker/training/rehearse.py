@@ -6,9 +6,10 @@ The network is cut first, before a thread is started; `afina.worker.training.reh
 from __future__ import annotations
 
 import time
+import traceback
 from typing import Any
 
-from afina.errors import TrainingError
+from afina.errors import AfinaError, TrainingError, first_line
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.isolation import cut_network, interfaces
@@ -29,9 +30,16 @@ def answer(arguments: list[str]) -> dict[str, Any]:
             from afina.worker.training.rehearsal import rehearse
 
         measured = rehearse(run, geometry, question["steps"], question["seconds"], began)
-    except (RuntimeError, MemoryError) as error:
+    except AfinaError:
+        raise
+    except Exception as error:
         if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
-            raise
+            traceback.print_exc()
+            raise TrainingError(
+                f"the first steps failed: {type(error).__name__}: {first_line(error)}",
+                "see the lines above; a run would fail so too",
+                cause=type(error).__name__,
+            ) from error
         raise TrainingError(
             f"the longest batch does not fit into memory: {str(error).splitlines()[0] if str(error) else 'MemoryError'}",
             "set train.max_batch_per_device lower; the global batch and the result stay the same",
