@@ -21,6 +21,7 @@ from afina.site.settings import Site
 from afina.worker.checks.model_check import check_model_on_rows
 from afina.worker.compute import packed_model
 from afina.worker.data import prepare as stage
+from afina.worker.inference.classifier import Classifier
 from afina.worker.model import head, padding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -193,6 +194,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
 }  # fmt: skip
 
 
+PREDICTION_TOO = ("adapter beside", "adapter only", "cut", "pointer")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch, tmp_path: Path) -> None:
     kind, change, message, remedy = REFUSED[name]
@@ -201,6 +205,9 @@ def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch
     with pytest.raises(AfinaError, match=message) as refused:
         prefetch(folder)
     assert remedy in refused.value.remedy and refused.value.exit_code == 2
+    if name in PREDICTION_TOO:
+        with pytest.raises(AfinaError, match=message):
+            Classifier(folder)
 
 
 def test_half_precision_that_the_model_cannot_compute_in_is_refused(prefetch: Prefetch, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from afina.worker.data.row_batches import is_blank
 from afina.worker.inference.model_folder import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.padding import separate_rows, set_pad_token
-from afina.worker.model.pretrained import check_files, give_pad_token, max_positions
+from afina.worker.model.pretrained import check_files, check_pad_token, give_pad_token, max_positions, vocabulary_size
 from afina.worker.startup import gc_paused
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
@@ -251,6 +251,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             "train it first (`afina train RECIPE`), and give the run directory",
         )
     give_pad_token(tokenizer)
+    check_pad_token(tokenizer, vocabulary_size(folder))
     set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     return tokenizer, model.to(device).eval()
 
