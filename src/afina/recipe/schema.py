@@ -32,7 +32,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
 from afina.recipe.explain import KeyedError, KeyedErrors, explain, shown
-from afina.recipe.losses import misfit, parse_label_weights
+from afina.recipe.loss_keys import LOSS_KEYS, misfit, parse_label_weights
 from afina.recipe.metrics import METRICS, SCALARS, metric_name, metric_texts, own_metric
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
@@ -373,6 +373,11 @@ class Train(_Section):
         return self
 
     @property
+    def loss_keys(self) -> tuple[str, ...]:
+        """The keys of the loss that the recipe uses."""
+        return tuple(key for key in LOSS_KEYS if getattr(self, key) != type(self).model_fields[key].get_default())
+
+    @property
     def num_epochs(self) -> float:
         """The number of epochs; 3 by default."""
         return self.epochs if self.epochs is not None else DEFAULT_EPOCHS
@@ -538,7 +543,7 @@ class Recipe(_Explained):
 
     @model_validator(mode="after")
     def _loss_fits(self) -> Recipe:
-        if found := misfit(self.train, self.task):
+        if found := misfit(self.train.loss_keys, self.task):
             raise KeyedError(found[1], "train", found[0], remedy=found[2])
         return self
 

@@ -60,11 +60,11 @@ def by_mkl_backward_too(compute: Callable[..., torch.Tensor], *inputs: torch.Ten
     if not _in_use:
         return compute(*inputs, **named)
     with by_mkl():
-        computed: torch.Tensor = _Begin.apply(compute(*_End.apply(*inputs), **named))  # type: ignore[no-untyped-call]
+        computed: torch.Tensor = _ToMkl.apply(compute(*_FromMkl.apply(*inputs), **named))  # type: ignore[no-untyped-call]
         return computed
 
 
-class _Begin(torch.autograd.Function):
+class _ToMkl(torch.autograd.Function):
     """Identity; its backward runs first, and switches to MKL for the gradients of what was computed before it."""
 
     @staticmethod
@@ -77,7 +77,7 @@ class _Begin(torch.autograd.Function):
         return gradients[0]
 
 
-class _End(torch.autograd.Function):
+class _FromMkl(torch.autograd.Function):
     """Identity; its backward runs last, and switches back."""
 
     @staticmethod

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError, RecipeError, nearest
-from afina.recipe.losses import misfit
-from afina.recipe.schema import Recipe, Train
+from afina.recipe.loss_keys import misfit
+from afina.recipe.schema import Train
 from afina.worker.data.labels import as_numbers
-from afina.worker.data.prepared import open_split
 from afina.worker.data.tables import DataTable, list_places
 
-__all__ = ["check_loss", "label_weights", "row_weights"]
+__all__ = ["label_weights", "row_weights"]
 
 Array = np.ndarray[Any, Any]
 
@@ -56,7 +54,7 @@ def label_weights(train: Train, task: str, names: Sequence[str] | None, labels: 
     Raises:
         RecipeError: the recipe's loss does not fit the task, a label is unknown, or `balanced` has no value for a label.
     """
-    if found := misfit(train, task):
+    if found := misfit(train.loss_keys, task):
         raise RecipeError(f"train.{found[0]}: {found[1]}", found[2])
     key, given = ("class_weights", train.class_weights) if task == "single-label" else ("pos_weight", train.pos_weight)
     if given is None or names is None:
@@ -81,12 +79,3 @@ def label_weights(train: Train, task: str, names: Sequence[str] | None, labels: 
                 f"give the weights: `train.{key}: {{{name}: 1, …}}`, or leave that label out of `data.labels`",
             )
     return count / (len(names) * rows) if task == "single-label" else (count - rows) / rows
-
-
-def check_loss(recipe: Recipe, folder: Path, task: str, names: Sequence[str] | None) -> None:
-    """Check the recipe's loss against prepared data.
-
-    Raises:
-        RecipeError: as `label_weights`.
-    """
-    label_weights(recipe.train, task, names, open_split(folder, "train").labels)

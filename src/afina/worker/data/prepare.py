@@ -79,10 +79,8 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
     from afina.worker.data.duplicates import check_trained_before
-    from afina.worker.data.loss_weights import check_loss
     from afina.worker.data.shards import discard
     from afina.worker.data.tokenise import shards_folder
-    from afina.worker.model.own_metrics import check_metrics
 
     recipe = plan.recipe
     _sweep(plan)
@@ -101,10 +99,9 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
             if manifest is None:
                 manifest, late = _make(plan, inputs, states, final, content, say)
     discard(shards_folder(plan), final.name)
-    check_loss(recipe, final, manifest["task"], manifest["labels"])
     if late is None:
         late = _check_model(plan, inputs.model_folder)
-    check_metrics(manifest["task"], recipe.metrics, recipe.train.best_metric, manifest["num_labels"], plan.metric_code)
+    _check_measures(plan, final, manifest)
     splits = manifest["splits"]
     before = check_trained_before(final, inputs.model_folder, splits)
     late += [*(warning for each in before.values() for warning in each), *_check_metric(recipe, manifest)]
@@ -151,6 +148,17 @@ class _Inputs:
     model_commit: str | None
     data: Any
     data_pin: Any
+
+
+def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check the recipe's loss and metrics against the task and the labels of prepared data in `folder`."""
+    from afina.worker.data.loss_weights import label_weights
+    from afina.worker.data.prepared import open_split
+    from afina.worker.model.own_metrics import check_metrics
+
+    recipe, task = plan.recipe, manifest["task"]
+    label_weights(recipe.train, task, manifest["labels"], open_split(folder, "train").labels)
+    check_metrics(task, recipe.metrics, recipe.train.best_metric, manifest["num_labels"], plan.metric_code)
 
 
 def _sweep(plan: Plan) -> None:

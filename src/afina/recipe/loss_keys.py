@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from afina.recipe.explain import KeyedError, shown
 
-if TYPE_CHECKING:
-    from afina.recipe.schema import Train
-
-__all__ = ["DEFAULT_GAMMA", "misfit", "parse_label_weights"]
+__all__ = ["DEFAULT_GAMMA", "LOSS_KEYS", "misfit", "parse_label_weights"]
 
 #: Of Lin et al. 2017, "Focal Loss for Dense Object Detection".
 DEFAULT_GAMMA = 2.0
@@ -19,7 +16,8 @@ DEFAULT_GAMMA = 2.0
 #: Sums of larger weights could overflow float32.
 _LARGEST_WEIGHT = 1e9
 
-_KEYS = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing")
+#: Keys of `train`.
+LOSS_KEYS = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing")
 
 
 def parse_label_weights(value: Any) -> Any:
@@ -46,18 +44,17 @@ def parse_label_weights(value: Any) -> Any:
     return weights
 
 
-def misfit(train: Train, task: str) -> tuple[str, str, str] | None:
-    """The first loss key of `train` that does not fit `task`: key, problem, remedy; None where all fit."""
-    if task == "regression":
-        for key in _KEYS:
-            if key in train.model_fields_set and getattr(train, key) != type(train).model_fields[key].get_default():
-                return (
-                    key,
-                    "does not fit a regression: its loss is the squared error",
-                    "leave it out, or set another task",
-                )
-    if task == "multi-label" and train.class_weights is not None:
+def misfit(used: Collection[str], task: str) -> tuple[str, str, str] | None:
+    """The first key of the loss that does not fit `task`: key, problem, remedy; None where all fit.
+
+    Args:
+        used: the keys that a recipe sets to something else than their default.
+    """
+    if task == "regression" and used:
+        problem = "does not fit a regression: its loss is the squared error"
+        return next(iter(used)), problem, "leave it out, or set another task"
+    if task == "multi-label" and "class_weights" in used:
         return "class_weights", "does not fit a multi-label task", "set `train.pos_weight`, a weight for each label"
-    if task == "single-label" and train.pos_weight is not None:
+    if task == "single-label" and "pos_weight" in used:
         return "pos_weight", "does not fit a single-label task", "set `train.class_weights`, a weight for each class"
     return None
