@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from projects import give_to_user
-from tests.unit.conftest import program
+from tests.common import program
 
 from afina.errors import InputError, SlurmError
 from afina.recipe.schema import Recipe
-from afina.run.commands import job_scripts, sbatch_argv
+from afina.run.commands import container_argv, job_scripts, sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
@@ -166,6 +166,35 @@ def test_bash_decides_where_the_container_does_not_start(
     (ended,) = [e for e in made.run.lines("events.jsonl") if e["event"] == "attempt_ended"]
     assert (ended["cause"], ended["next"], ended["excluded"]) == ("node", "requeue", "n1")
     assert 'n1: FATAL: no "user" namespaces' in ended["failure"] and made.run.outcome().outcome == "finished"  # type: ignore[union-attr]
+
+
+@pytest.mark.timeout(180)
+def test_settings_of_apptainer_that_isolate_do_not_reach_the_worker(
+    cluster: Cluster, image: Path, project: Callable[..., Project]
+) -> None:
+    """A profile's CLEANENV would take the attempt's name from the worker, CONTAIN its folders."""
+    made = project(image=image, runtime="apptainer")
+    made.claim(
+        [
+            "bash",
+            "{run}/node.sh",
+            str(image),
+            *container_argv(made.plan, ["bash", f"{made.folder}/worker.sh"], [made.folder]),
+            "launch",
+            "{run}",
+        ]
+    )
+    hostile = {
+        f"{name}_{setting}": "1"
+        for name in ("APPTAINER", "SINGULARITY")
+        for setting in ("CLEANENV", "CONTAIN", "CONTAINALL", "PID")
+    }
+    job = made.submit(**hostile, APPTAINER_NO_MOUNT="tmp", APPTAINER_WORKDIR="/no/such", AFINA_IMAGE=str(image))
+    assert cluster.wait(job, timeout=120) == "COMPLETED", made.logs()
+    seen = made.environment(job)
+    assert (
+        seen["AFINA_ATTEMPT"] == f"{job}.0" and seen["APPTAINER_CONTAINER"] and made.run.outcome().attempt == f"{job}.0"
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.timeout(120)

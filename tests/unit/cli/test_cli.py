@@ -193,3 +193,13 @@ def test_a_closed_pipe_leaves_no_traceback() -> None:
     argv = ["bash", "-o", "pipefail", "-c", script, "x", sys.executable]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.startswith("Usage: ")
+
+
+def test_a_locale_that_is_not_utf8(tmp_path: Path) -> None:
+    """The file of that name is found, and its name printed."""
+    folder = tmp_path / "café ☃"
+    folder.mkdir()
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    argv = [sys.executable, "-m", "afina.cli", "status", str(folder)]
+    done = subprocess.run(argv, env=env, capture_output=True, check=False)
+    assert done.returncode == 2 and f"{folder}: not a run directory".encode() in done.stderr, done.stderr

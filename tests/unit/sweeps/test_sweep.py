@@ -366,6 +366,22 @@ def test_a_large_sweep_is_several_arrays(
     assert (array_of(submitted()[-1]), submitted()[-1][-1], again.runs[7].job_id) == ("0-1%1", "6", "102_1")
 
 
+def test_a_limit_of_submitted_jobs_takes_a_sweep_in_portions(
+    sweep: Callable[..., Sweep], submitted: Callable[[], list[list[str]]], bin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm lets three more jobs in."""
+    real = (bin / "sbatch").read_text().removeprefix("#!/bin/bash\n")
+    limit = 'case "$*" in *--array=0-2\\ * | *--array=[0-2]\\ *| *--array=0-1\\ * | *--version*) ;; *) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1 ;; esac\n'
+    program(bin, "sbatch", limit + real)
+    made = sweep("train.learning_rate=1e-2,5e-3,1e-3,5e-4", seeds=2)
+    assert sum(run.job_id is not None for run in made.runs) == 3 and not (made.path / "intent.json").exists()
+    assert "5 runs are left; repeat the command" in capsys.readouterr().out
+    program(bin, "sbatch", real)
+    queue(bin, *(f"{run.job_id} RUNNING" for run in made.runs if run.job_id))
+    again = sweep("train.learning_rate=1e-2,5e-3,1e-3,5e-4", seeds=2)
+    assert array_of(submitted()[-1]) == "3-7" and all(run.job_id for run in again.runs)
+
+
 def test_what_was_purged_is_claimed_again(sweep: Callable[..., Sweep], prepared: list[Any]) -> None:
     import shutil
 

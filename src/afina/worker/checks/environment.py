@@ -14,6 +14,7 @@ import ctypes
 import importlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.run.allocation import Allocation
+from afina.run.network import socket_interface
 from afina.site.finding import Finding, Level
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
@@ -291,6 +293,10 @@ def _ranks(folder: Path, count: int) -> int:
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    if allocation.nodes > 1 and (chosen := socket_interface(allocation, env)):
+        env |= chosen
+        message = f"{socket.gethostname()} is a loopback address here: gloo and NCCL use {chosen['GLOO_SOCKET_IFNAME']}, as in a run"
+        _write(folder, [_of_node(Finding("interface", "ok", message))])
     argv = [sys.executable, "-m", "afina.worker", "check-node", "rank", str(folder)]
     processes = [
         subprocess.Popen(

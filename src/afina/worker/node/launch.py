@@ -15,7 +15,6 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem
@@ -23,12 +22,12 @@ from afina.files import write_atomic
 from afina.run.allocation import Allocation
 from afina.run.commands import accelerate_argv, without_launcher, worker_environment
 from afina.run.directory import RunDir
+from afina.run.network import socket_interface
 from afina.run.plan import Geometry, Plan, check_cores, geometry_for
 from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
 from afina.version import __version__
 from afina.worker.compute.cpu import processor
 from afina.worker.data.stage_in import VARIABLE, stage
-from afina.worker.node.network import interface_to, is_loopback
 
 __all__ = ["main"]
 
@@ -156,7 +155,7 @@ def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: s
     # It kills its processes 30 seconds after the signal, which may be in the middle of a save.
     env.setdefault("PET_SHUTDOWN_TIMEOUT", "300")
     node = _node(allocation)
-    env |= _interface(allocation, env) if geometry.nodes > 1 else {}
+    env |= socket_interface(allocation, env) if geometry.nodes > 1 else {}
     config = run.attempts / allocation.attempt / f"accelerate.node{node}.yaml"
     write_atomic(config, "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
     return accelerate_argv(
@@ -168,22 +167,6 @@ def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: s
         python=sys.executable,
         command=train,
     )
-
-
-def _interface(allocation: Allocation, env: Mapping[str, str]) -> dict[str, str]:
-    """The network interface to the other nodes, where this node's own name is its loopback address (127.0.1.1, as Debian writes).
-
-    gloo listens on the address of the host's name, which is then reachable from nowhere; NCCL gets the same interface. What the site
-    has set stays.
-    """
-    if env.get("GLOO_SOCKET_IFNAME") or not is_loopback(platform.node()):
-        return {}
-    others = [allocation.head, *(name for name in allocation.node_names if name != allocation.node_name)]
-    name = next((found for other in others if other and (found := interface_to(other))), None)
-    if name is None:
-        return {}
-    print(f"afina: {platform.node()} is a loopback address here: gloo and NCCL use {name}", flush=True)
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": env.get("NCCL_SOCKET_IFNAME") or name}
 
 
 def _free_port() -> int:

@@ -5,10 +5,28 @@ from __future__ import annotations
 import fcntl
 import socket
 import struct
+from collections.abc import Mapping
 
-__all__ = ["interface_to", "is_loopback"]
+from afina.run.allocation import Allocation
+
+__all__ = ["interface_to", "is_loopback", "socket_interface"]
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
+
+
+def socket_interface(allocation: Allocation, env: Mapping[str, str]) -> dict[str, str]:
+    """The network interface to the other nodes, where this node's own name is its loopback address (127.0.1.1, as Debian writes).
+
+    Of several nodes. gloo listens on the address of the host's name, which is then reachable from nowhere; NCCL gets the same interface. What the site
+    has set stays.
+    """
+    if env.get("GLOO_SOCKET_IFNAME") or not is_loopback(socket.gethostname()):
+        return {}
+    others = [allocation.head, *(name for name in allocation.node_names if name != allocation.node_name)]
+    name = next((found for other in others if other and (found := interface_to(other))), None)
+    if name is None:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": env.get("NCCL_SOCKET_IFNAME") or name}
 
 
 def is_loopback(host: str) -> bool:
