@@ -72,9 +72,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise EnvironmentProblem(
-            f"{path}: {error.strerror}", "free space or quota (`df`, `quota`), then run the same command again"
-        ) from error
+        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "correct the permissions of the folder" if denied else "free space or quota (`df`, `quota`)"
+        raise EnvironmentProblem(f"{path}: {error.strerror}", f"{remedy}, then run the same command again") from error
 
 
 def append_line(path: Path, line: str) -> int:

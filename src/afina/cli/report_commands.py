@@ -23,8 +23,11 @@ _MOST_BESIDE = 4
 @click.option("--png", is_flag=True, help="Also write the charts as PNG files (needs matplotlib).")
 @click.option("--each", is_flag=True, help="For a folder of runs: write the page of every run, too.")
 @click.option("--no-text", is_flag=True, help="Leave the texts of mistaken rows out; their rows and ids stay.")
+@click.option(
+    "-o", "--output", metavar="FOLDER", help="Write it there; by default into the run or the sweep, as report/."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the path of the page as JSON.")
-def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> None:
+def report(path: str, png: bool, each: bool, no_text: bool, output: str | None, as_json: bool) -> None:
     """Write a self-contained page about a run, or about the runs of a sweep, and print its path.
 
     The page is RUN_DIR/report/index.html: no network, no script; its charts lie beside it as SVG files.
@@ -36,7 +39,7 @@ def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> No
     """
     from afina.reports import write_report
 
-    page = write_report(path, png=png, texts=not no_text, each=each)
+    page = write_report(path, png=png, texts=not no_text, each=each, output=output)
     print(json.dumps({"report": str(page)}) if as_json else page)
 
 
@@ -49,8 +52,9 @@ def report(path: str, png: bool, each: bool, no_text: bool, as_json: bool) -> No
     default=None,
     help=f"Paired tests of each run against the first; by default for up to {_MOST_TESTED} runs.",
 )
+@click.option("--split", type=click.Choice(["eval", "test"]), default="eval", help="The split whose rows are compared.")
 @click.option("--json", "as_json", is_flag=True)
-def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, split: str, as_json: bool) -> None:
     """Compare runs: differences between their recipes, their scores, and tests whether those differ by more than chance.
 
     A folder stands for the runs below it. Each run is tested against the first on the same eval rows: McNemar's exact test for
@@ -60,17 +64,23 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, as_jso
     Examples:
       afina compare runs/base runs/longer
       afina compare sweeps/rates --no-test --json
+      afina compare runs/chosen runs/base --split test
     """
     from afina.reports import compare as comparing
+    from afina.run.test_looks import look_at_test
 
-    comparison = comparing.compare(runs)
-    tests = None
+    comparison = comparing.compare(runs, split)
+    tests, looked = None, ""
     if test or (test is None and len(comparison.runs) <= _MOST_TESTED):
         tests = comparing.verdicts(comparison, metric)
+    if split == "test":
+        looked = look_at_test([run.path for run in comparison.runs], "compare", metric or "")
     if as_json:
-        print(json.dumps(comparing.to_json(comparison, tests), ensure_ascii=False))
+        answer = comparing.to_json(comparison, tests) | ({"looked": looked} if looked else {})
+        print(json.dumps(answer, ensure_ascii=False))
     else:
         _print(comparison, tests)
+        print(looked, end="\n" * bool(looked))
 
 
 @click.command()

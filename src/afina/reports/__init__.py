@@ -12,6 +12,7 @@ are left out, so that the page can be shared; texts of mistakes can be left out.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from afina.errors import EnvironmentProblem
@@ -28,13 +29,16 @@ from afina.watch.find import find_runs, resolve_folder
 __all__ = ["write_report"]
 
 
-def write_report(path: str | Path, *, png: bool = False, texts: bool = True, each: bool = False) -> Path:
+def write_report(
+    path: str | Path, *, png: bool = False, texts: bool = True, each: bool = False, output: str | Path | None = None
+) -> Path:
     """Write the page of a run, or of the runs below a folder (a sweep), over an older page; returns its path.
 
     Args:
         png: also write the charts as PNG files.
         texts: show the texts of the worst mistakes.
         each: for a folder, also write the page of every run in it.
+        output: the folder of the page; by default `report` in `path`.
 
     Raises:
         InputError: the path is no run directory and has none below it, or a plan cannot be read.
@@ -45,13 +49,13 @@ def write_report(path: str | Path, *, png: bool = False, texts: bool = True, eac
     path = resolve_folder(path)
     if is_run_dir(path):
         run = RunDir(path)
-        return _write_run(read_facts(run), run.path / "report", png=png, texts=texts)
+        return _write_run(read_facts(run), Path(output or run.path / "report"), png=png, texts=texts)
     runs = find_runs([path])
     if each:
         for found in runs:
             write_report(found, png=png, texts=texts)
-    folder = _made(path.absolute() / "report")
-    page, charts = collection_page(path.absolute(), runs)
+    folder = _made(Path(output or path.absolute() / "report"))
+    page, charts = collection_page(path.absolute(), runs, folder)
     write_figures(folder, charts, png=png)
     write_atomic(folder / "index.html", page)
     return folder / "index.html"
@@ -67,9 +71,15 @@ def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path
 
 def _made(folder: Path) -> Path:
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise EnvironmentProblem(f"{folder}: {error.strerror}", "free space or correct the permissions") from None
+        raise EnvironmentProblem(
+            f"{folder}: {error.strerror}", "correct the permissions, or write it elsewhere: afina report … -o FOLDER"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EnvironmentProblem(
+            f"{folder}: no permission to write", "correct it, or write it elsewhere: afina report … -o FOLDER"
+        )
     return folder
 
 
@@ -81,6 +91,7 @@ def _page(facts: RunFacts, *, texts: bool) -> tuple[str, list[Chart]]:
     speed, pace = work.speed(facts)
     body = [
         ("Outcome", sections.outcome(facts)),
+        ("Methods", sections.methods(facts)),
         ("Epochs", sections.epochs(facts)),
         *((name, _drawn(charts)) for name, charts in curves.items()),
         ("Scores", quality.overall(facts)),

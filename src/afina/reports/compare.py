@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError
+from afina.recipe.metrics import NEED_SCORES
+from afina.run.directory import RunDir
+from afina.run.methods import execution_of
 from afina.statistics.paired import Paired, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.watch.find import find_runs
@@ -21,6 +24,8 @@ from afina.watch.reading import RunResult, read_result
 
 __all__ = ["Comparison", "Verdict", "compare", "differing", "names_of", "to_json", "verdicts"]
 
+#: With more runs, what computed them is not read.
+_MOST_EXECUTIONS = 50
 #: Fields of the outcome that are compared, after the scores.
 _FIELDS = ("outcome", "global_step", "samples_per_second", "seconds", "attempts", "device", "world_size")
 
@@ -33,7 +38,8 @@ class Comparison:
         names: short, and different from each other.
         recipe: key -> one value per run (None: not set), for keys that differ.
         metrics: score -> one value per run.
-        about: fields of the outcome -> one value per run.
+        about: fields of the outcome, and what computed where that differs -> one value per run.
+        split: eval or test: where the scores and predictions are from.
     """
 
     runs: tuple[RunResult, ...]
@@ -41,6 +47,7 @@ class Comparison:
     recipe: dict[str, list[Any]]
     metrics: dict[str, list[float | None]]
     about: dict[str, list[Any]]
+    split: str = "eval"
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Verdict:
     p_corrected: float | None = None
 
 
-def compare(paths: Iterable[str | Path]) -> Comparison:
+def compare(paths: Iterable[str | Path], split: str = "eval") -> Comparison:
     """Read runs; a folder stands for the runs below it.
 
     Raises:
@@ -71,18 +78,32 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
         )
     runs = [read_result(path) for path in unique]
     recipes = [run.flat_recipe() for run in runs]
-    metrics = dict.fromkeys(name for run in runs for name in run.metrics)
+    scores = [_of_split(run, split) for run in runs]
+    metrics = dict.fromkeys(name for one in scores for name in one)
+    ran = [execution_of(RunDir(run.path)) for run in runs] if len(runs) <= _MOST_EXECUTIONS else []
+    unequal = [
+        key for key in dict.fromkeys(key for one in ran for key in one) if len({one.get(key) for one in ran}) > 1
+    ]
     return Comparison(
         runs=tuple(runs),
         names=tuple(names_of(unique)),
         recipe={key: [recipe.get(key) for recipe in recipes] for key in differing(recipes)},
-        metrics={name: [run.metrics.get(name) for run in runs] for name in metrics},
+        metrics={name: [one.get(name) for one in scores] for name in metrics},
         about={
             name: [run.outcome.get(name) for run in runs]
             for name in _FIELDS
             if any(run.outcome.get(name) is not None for run in runs)
-        },
+        }
+        | {key: [one.get(key) for one in ran] for key in unequal if key not in ("device", "processes")},
+        split=split,
     )
+
+
+def _of_split(run: RunResult, split: str) -> dict[str, float]:
+    """The scores of a split; `metrics` of a result has those of eval without a prefix."""
+    if split == "test":
+        return {name[5:]: value for name, value in run.metrics.items() if name.startswith("test_")}
+    return {name: value for name, value in run.metrics.items() if not name.startswith("test_")}
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -106,16 +127,19 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]:
-    """Test each run against the first, on the predictions for the eval rows.
+    """Test each run against the first, on the predictions for the rows of the split.
 
     Args:
-        metric: the score that comes first and is corrected; by default the one that chooses the best checkpoint.
+        metric: the score that comes first and is corrected; by default the one that chooses the best checkpoint, if it can be tested.
 
     Raises:
         InputError: no such score.
     """
-    metric = metric or comparison.runs[0].metric
-    names, predictions = comparison.names, [_predictions(run.path) for run in comparison.runs]
+    chosen = metric or comparison.runs[0].metric
+    extra = [name for name in comparison.metrics if name in (*NEED_SCORES, "spearman")]
+    extra += [chosen] if chosen in (*NEED_SCORES, "spearman") and chosen not in extra else []
+    name = "predictions_test.parquet" if comparison.split == "test" else "predictions.parquet"
+    names, predictions = comparison.names, [_predictions(run.path / name) for run in comparison.runs]
     first = predictions[0]
     results: list[Verdict] = []
     for name, other in zip(names[1:], predictions[1:], strict=True):
@@ -123,20 +147,20 @@ def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]
         paired: Paired | None = None
         if isinstance(first, Predictions) and isinstance(other, Predictions):
             try:
-                paired = compare_paired(first, other)
+                paired = compare_paired(first, other, extra=extra)
             except DataError as error:
                 why = error.message
         if paired is not None:
-            paired = _with_first(paired, metric)
+            paired = _with_first(paired, chosen, required=metric is not None)
         results.append(Verdict(name, names[0], paired, why))
     known = [i for i, result in enumerate(results) if result.paired and not math.isnan(result.paired.differences[0].p)]
     corrected = dict(zip(known, holm([results[i].paired.differences[0].p for i in known]), strict=True))  # type: ignore[union-attr]
     return [Verdict(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
 
 
-def _with_first(paired: Paired, metric: str | None) -> Paired:
+def _with_first(paired: Paired, metric: str | None, *, required: bool) -> Paired:
     named = [d for d in paired.differences if d.metric == metric]
-    if metric is not None and not named:
+    if required and not named:
         known = ", ".join(d.metric for d in paired.differences)
         raise InputError(f"`{metric}` is not a score that can be tested", f"choose from: {known}")
     return Paired(
@@ -149,7 +173,7 @@ def _with_first(paired: Paired, metric: str | None) -> Paired:
 
 def _predictions(run: Path) -> Predictions | str:
     try:
-        return read_predictions(run / "predictions.parquet")
+        return read_predictions(run)
     except DataError as error:
         return error.message
 

@@ -13,9 +13,11 @@ from typing import Any
 from afina.errors import AfinaError
 from afina.files import read_json
 from afina.run.directory import RunDir, job_ids_of
+from afina.run.methods import execution_of
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
-from afina.run.record import read_record
+from afina.run.record import read_record, recipe_as_run
+from afina.run.test_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
@@ -65,6 +67,9 @@ class RunFacts:
         scores: split -> scores of its predictions.
         lengths: split -> lengths of its texts, or the reason why they cannot be read.
         jobs: Slurm's accounting of the run's jobs; None without accounting.
+        recipe_text, overrides, recipe_note: the recipe that was run, and a note if `recipe.yaml` is another one.
+        execution: what the newest attempt computed with.
+        looks: how often `compare` or `sweep` looked at the test split.
         utilisation: of the outcome: tokens per second, memory, seconds by split, …; empty if nothing was measured.
     """
 
@@ -76,7 +81,11 @@ class RunFacts:
     metrics: Sequence[Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     attempts: Sequence[AttemptFacts]
-    recipe_text: str | None
+    recipe_text: str
+    overrides: Sequence[str]
+    recipe_note: str
+    execution: Mapping[str, str]
+    looks: int
     predictions: Mapping[str, Predictions | str]
     scores: Mapping[str, Scores]
     lengths: Mapping[str, Lengths | str]
@@ -124,6 +133,7 @@ def read_facts(run: RunDir) -> RunFacts:
         split: _predictions(run.path / name) for split, name in _PREDICTIONS.items() if (run.path / name).exists()
     }
     prepared = read_json(run.path / "prepared.json")
+    recipe_text, overrides, recipe_note = recipe_as_run(run.path, plan)
     return RunFacts(
         path=run.path,
         plan=plan,
@@ -133,7 +143,11 @@ def read_facts(run: RunDir) -> RunFacts:
         metrics=list(_objects(run, "metrics.jsonl")),
         events=events,
         attempts=attempts,
-        recipe_text=_text(run.path / "recipe.yaml"),
+        recipe_text=recipe_text,
+        overrides=overrides,
+        recipe_note=recipe_note,
+        execution=execution_of(run),
+        looks=times_looked(run.path),
         predictions=predictions,
         scores={
             split: score(rows) for split, rows in predictions.items() if isinstance(rows, Predictions) and len(rows)

@@ -61,7 +61,7 @@ dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 
 .tiles small {{ display: block; font-size: .8rem; color: var(--soft); }}
 figure {{ margin: 1.2rem 0; }} figcaption {{ color: var(--soft); }} svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
 svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }} svg .axis, svg .mark {{ fill: var(--soft); }}
-.soft {{ color: var(--soft); }} .warning {{ border-left: 4px solid var(--line-2); padding-left: .7rem; }}
+.soft {{ color: var(--soft); }} .warning {{ border-left: 4px solid var(--line-2); padding-left: .7rem; margin: .4rem 0; }}
 @media (max-width: 40rem) {{ .pairs th {{ min-width: 0; }} }}
 @media print {{ svg {{ min-width: 0; }} body {{ max-width: none; margin: 0; font-size: 11pt; }} nav {{ display: none; }} pre {{ max-height: none; white-space: pre-wrap; }}
   .scroll {{ overflow: visible; }} h2, h3 {{ break-after: avoid; }} svg, .tiles div {{ break-inside: avoid; }} tr {{ break-inside: avoid; }}

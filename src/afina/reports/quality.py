@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from afina.recipe.metrics import metric_name, own_metric
 from afina.reports.charts import Chart
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, number, pairs, scroll, table, warnings
@@ -22,21 +23,58 @@ _MOST_TEXT = 300
 _MOST_DOTS = 2000
 
 
+#: Scores that say what others say, or need a reason to be shown: only if the recipe names them.
+_ON_REQUEST = {
+    "single-label": (*("f1_micro", "precision_micro", "recall_micro", "precision_weighted", "recall_weighted"), "kappa_quadratic", "brier"),
+    "multi-label": ("precision_micro", "recall_micro", "precision_weighted", "recall_weighted", "brier"),
+}  # fmt: skip
+
+
 def overall(facts: RunFacts) -> str:
-    """Scores of the model in model/, with intervals."""
-    parts = []
+    """Scores of the model in model/, with intervals, and what they must be read with."""
+    parts, texts = [], facts.plan.recipe.metric_texts
+    left_out = set(_ON_REQUEST.get(facts.task, ())) - set(texts)
+    own = [metric_name(text) for text in texts if own_metric(text)]
     for split, scores in facts.scores.items():
-        rows = [[name, _digits(i.value), _digits(i.low), _digits(i.high)] for name, i in scores.overall.items()]
+        rows: list[list[Any]] = [
+            [name, *map(_digits, (i.value, i.low, i.high))]
+            for name, i in scores.overall.items()
+            if name not in left_out
+        ]
+        metrics = facts.outcome.metrics if facts.outcome else {}
+        rows += [[name, number(metrics.get(f"{split}_{name}")), None, None] for name in own]
         parts.append(table(["score", "value", "95 % from", "to"], rows, f"On {split}, the model in model/"))
         parts.append(warnings(facts.spoiled.get(split, [])))
+        known = {**scores.undefined, **(metrics.get(f"{split}_undefined") or {})}
+        parts += [
+            note(f"{name} is not defined on {split}: {why}.") for name, why in known.items() if name not in left_out
+        ]
+        if scores.absent:
+            parts.append(
+                note(
+                    f"Neither a label nor a prediction on {split}, so that averages leave it out: {', '.join(scores.absent)}."
+                )
+            )
+        if scores.majority is not None:
+            parts.append(
+                note(f"Always the most frequent label would have the accuracy {scores.majority:.4f} on {split}.")
+            )
+        if split == "test" and facts.looks:
+            times = f"{facts.looks} time{'s' * (facts.looks > 1)}"
+            parts.append(
+                note(
+                    f"compare and sweep have looked at test {times}; each look that led to a choice makes it too kind."
+                )
+            )
     return _why_not(facts) + "".join(parts) + (_about_intervals(facts) if parts else "")
 
 
 def _about_intervals(facts: RunFacts) -> str:
     draws = max(scores.draws for scores in facts.scores.values())
     return note(
-        f"Intervals: percentiles of {draws:,} bootstrap samples of the rows, with a fixed seed. They cover the sampling of rows, not "
-        "randomness in training."
+        f"Intervals: Wilson's for shares, else {draws:,} bootstrap samples of the rows with a fixed seed, areas and correlations by "
+        "formula (docs/report.md). They cover the sampling of rows, not randomness in training. Averages over classes (macro) go over "
+        "the classes that occur in the labels or the predictions."
     )
 
 

@@ -1,27 +1,29 @@
 """Rerun: a new run from the recipe, overrides and revisions of an old one, on today's site.
 
 Model and data are pinned to the commits that the old run used, and files are read from the same absolute paths. Differences (image,
-versions, commit, prepared data, number of processes) are reported before training starts. The old run is not changed. Equal inputs give
+commit, prepared data, number of processes) are reported before training starts; those of versions, device and precision, which only the
+training knows, at its end. The old run is not changed. Equal inputs give
 an equal model if the machine computes alike: see docs/stopping.md.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afina import api
-from afina.errors import AfinaError, DataError, RecipeError
+from afina.errors import AfinaError, DataError
 from afina.recipe.load import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
+from afina.run.methods import execution_differences, execution_of
 from afina.run.plan import Plan, check_cores, make_plan
-from afina.run.record import differences, make_record, read_record
+from afina.run.record import differences, make_record, read_record, recipe_as_run
 from afina.site.settings import load_site
 from afina.slurm.client import need_slurm, version
 from afina.watch.handle import Run
@@ -60,7 +62,8 @@ def plan_again(run: str | Path, request: JobRequest = JobRequest(), *, local: bo
     """
     old = Run(run).dir
     before, prepared, record = old.plan(), old.prepared(), read_record(old.path)
-    text, overrides, notes = _recipe_text(old, before)
+    text, overrides, note = recipe_as_run(old.path, before)
+    notes = [note] if note else []
     # In quotes: a commit may look like a number.
     commits = {"revision": prepared.get("model_commit"), "data.revision": prepared.get("data_commit")}
     pins = [f"{key}={json.dumps(commit)}" for key, commit in commits.items() if commit]
@@ -79,23 +82,6 @@ def plan_again(run: str | Path, request: JobRequest = JobRequest(), *, local: bo
             f"processes: {before.geometry.num_processes} then, {plan.geometry.num_processes} now (same rows and order, other dropout masks)"
         )
     return Again(old, plan, text, (*overrides, *pins), (*notes, *_differences(record, plan, text)))
-
-
-def _recipe_text(old: RunDir, before: Plan) -> tuple[str, list[str], list[str]]:
-    """The recipe's text, its overrides, and notes; checked against the plan, which is what the run used."""
-    whole = json.dumps(before.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    try:
-        text = (old.path / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return whole, [], ["recipe.yaml is missing: the recipe is taken from plan.json"]
-    overrides = (read_record(old.path).get("recipe") or {}).get("overrides")
-    lines = [str(line) for line in overrides] if isinstance(overrides, list) else []
-    # A recipe of afina 0.1 divided its rows by their order, and so does its rerun.
-    for more in ([], ["data.split_by=order"]):
-        with contextlib.suppress(RecipeError):
-            if parse_recipe(text, [*lines, *more]) == before.recipe:
-                return text, [*lines, *more], []
-    return whole, [], ["recipe.yaml and record.json do not give the recipe that was run: it is taken from plan.json"]
 
 
 def _planned(recipe: Recipe, before: Plan, request: JobRequest) -> Plan:
@@ -117,7 +103,8 @@ def _planned(recipe: Recipe, before: Plan, request: JobRequest) -> Plan:
     absolute = recipe.model_copy(update=there)
     plan = make_plan(absolute, load_site(request.site), request, recipe_file=before.recipe_file)
     recipe = recipe.model_copy(update={"resources": plan.recipe.resources})
-    return plan.model_copy(update={"recipe": recipe, "files": before.files, "model_folder": before.model_folder})
+    kept = {"files": before.files, "model_folder": before.model_folder, "metric_code": before.metric_code}
+    return plan.model_copy(update={"recipe": recipe, **kept})
 
 
 def _differences(record: dict[str, object], plan: Plan, text: str) -> list[str]:
@@ -154,10 +141,19 @@ def rerun(
     for line in late:
         say(f"differs: {line}")
     if not (again.notes or late):
-        say("no recorded difference from the first run")
+        say(
+            "no recorded difference from the first run so far; versions, device and precision are known when it has run"
+        )
     say(f"run {made.path}")
     try:
-        return api.submit(made.path, via=request.via) if submit else api.resume_here(made.path)
+        if submit:
+            say(f"when it has run: afina compare {shlex.quote(str(again.old.path))} {shlex.quote(str(made.path))}")
+            return api.submit(made.path, via=request.via)
+        done = api.resume_here(made.path)
+        found = execution_differences(execution_of(again.old), execution_of(RunDir(made.path)))
+        for line in found or ["versions, device, precision and processes are those of the first run"]:
+            say(f"differs: {line}" if found else line)
+        return done
     except AfinaError:
         if submit:
             shutil.rmtree(made.path)

@@ -9,10 +9,13 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
-from afina.recipe.metrics import lower_is_better
+from afina.recipe.metrics import METRICS, lower_is_better, metric_name
 from afina.reports.charts import Chart, Point
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
+from afina.run.methods import methods as paragraph
+from afina.statistics.predictions import Predictions
+from afina.statistics.scores import weakness
 from afina.text import plural
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "curves",
     "data",
     "epochs",
+    "methods",
     "outcome",
     "plan",
     "recipe",
@@ -28,8 +32,6 @@ __all__ = [
     "summary",
     "wall_time",
 ]
-
-#: Metrics without an upper bound, in a chart of their own.
 
 
 def summary(facts: RunFacts) -> str:
@@ -40,11 +42,14 @@ def summary(facts: RunFacts) -> str:
     rows: dict[str, tuple[str, str]] = {
         "outcome": (end.outcome, f"{end.cause}" if end.cause and end.outcome != "finished" else "")
     }
-    for split, scores in facts.scores.items():
-        chosen = facts.plan.recipe.train.best_metric or next(iter(scores.overall), "")
-        best = scores.overall.get(chosen)
-        if best is not None:
-            rows[f"{chosen} on {split}"] = (f"{best.value:.4f}", f"95 % interval {best.low:.4f} to {best.high:.4f}")
+    first = METRICS.get(facts.task) or [name for scores in facts.scores.values() for name in scores.overall] or [""]
+    chosen = facts.plan.recipe.train.best_metric or first[0]
+    for split in ("eval", "test"):
+        if split in facts.scores and (best := facts.scores[split].overall.get(chosen)) is not None:
+            below = f"95 % interval {best.low:.4f} to {best.high:.4f}" if best.low == best.low else ""
+            rows[f"{chosen} on {split}"] = (f"{best.value:.4f}" if best.value == best.value else "–", below)
+        elif isinstance(value := end.metrics.get(f"{split}_{metric_name(chosen)}"), int | float):
+            rows[f"{metric_name(chosen)} on {split}"] = (f"{value:.4f}", "")
     rows["steps"] = (str(end.global_step), f"of {end.max_steps}" if end.max_steps else "")
     rows["wall time"] = (seconds(wall_time(facts)) or "–", plural(end.attempts, "attempt"))
     if end.samples_per_second:
@@ -59,7 +64,14 @@ def _stands_against(facts: RunFacts) -> str:
         return ""
     measured = {*facts.scores, *(name.partition("_")[0] for name in end.metrics)}
     lines = [line for split, about in facts.spoiled.items() if split in measured for line in about]
-    return warnings(list(dict.fromkeys([*end.warnings, *lines])))
+    return warnings(list(dict.fromkeys([*(end.warnings or _weakness(facts)), *lines])))
+
+
+def _weakness(facts: RunFacts) -> list[str]:
+    """What a run of an older afina did not record itself."""
+    rows = facts.predictions.get("eval")
+    weak = weakness(rows, facts.plan.recipe.train.best_metric or "") if isinstance(rows, Predictions) else None
+    return [f"the model {weak}" if weak.startswith("predicts") else f"the model is {weak}"] if weak else []
 
 
 def wall_time(facts: RunFacts) -> float | None:
@@ -111,7 +123,7 @@ def curves(facts: RunFacts) -> dict[str, list[Chart]]:
     }
     lines, evaluations = facts.metrics, facts.evaluations
     names = list(dict.fromkeys(k for line in evaluations for k in _scalars(line)))
-    errors = [n for n in names if lower_is_better(n)]
+    errors = [n for n in names if lower_is_better(n, facts.plan.recipe.metric_texts)]
 
     def series(chosen: Iterable[str]) -> dict[str, list[Point]]:
         return {n.removeprefix("eval_"): _points(evaluations, n) for n in chosen}
@@ -212,6 +224,7 @@ def record(facts: RunFacts) -> str:
         or ("local files, by digest in record.json" if model.get("files") else None),
         "data revision": source.get("commit"),
         "prepared data": source.get("prepared"),
+        "precision": facts.execution.get("precision"),
         "processor": hardware.get("cpu"),
         "cores": newest.get("cores"),
         "memory, GB": hardware.get("memory_gb"),
@@ -229,12 +242,15 @@ def record(facts: RunFacts) -> str:
     )
 
 
+def methods(facts: RunFacts) -> str:
+    text = paragraph(facts.plan, facts.outcome, facts.prepared, facts.record, facts.execution)
+    return f"<p>{escape(text)}</p>"
+
+
 def recipe(facts: RunFacts) -> str:
-    if facts.recipe_text is None:
-        return ""
-    overrides = (facts.record.get("recipe") or {}).get("overrides")
-    more = f"<h3>Overrides</h3>{pre(chr(10).join(overrides), 'Overrides')}" if overrides else ""
-    return pre(facts.recipe_text, "Recipe") + more
+    """The recipe that was run, whatever `recipe.yaml` holds now."""
+    more = f"<h3>Overrides</h3>{pre(chr(10).join(facts.overrides), 'Overrides')}" if facts.overrides else ""
+    return (note(facts.recipe_note) if facts.recipe_note else "") + pre(facts.recipe_text, "Recipe") + more
 
 
 def rerun(facts: RunFacts) -> str:

@@ -30,7 +30,7 @@ from afina.run.plan import Plan
 from afina.site.settings import Site
 from afina.version import __version__
 
-__all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record"]
+__all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record", "recipe_as_run"]
 
 FORMAT = 1
 #: Smaller images are hashed without a message.
@@ -134,6 +134,23 @@ def _file_difference(name: str, then: Mapping[str, Any] | None, now: Mapping[str
         if same
         else f"data file {name}: {before:,} rows then, {after:,} now"
     )
+
+
+def recipe_as_run(run: Path, plan: Plan) -> tuple[str, list[str], str]:
+    """The recipe's text, its overrides, and a note if `recipe.yaml` is not the recipe that was run: then the text is the plan's."""
+    whole = json.dumps(plan.recipe.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    try:
+        text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return whole, [], "recipe.yaml is missing: the recipe is taken from plan.json"
+    overrides = (read_record(run).get("recipe") or {}).get("overrides")
+    lines = [str(line) for line in overrides] if isinstance(overrides, list) else []
+    # A recipe of afina 0.1 divided its rows by their order, and so does its rerun.
+    for more in ([], ["data.split_by=order"]):
+        with contextlib.suppress(RecipeError):
+            if parse_recipe(text, [*lines, *more]) == plan.recipe:
+                return text, [*lines, *more], ""
+    return whole, [], "recipe.yaml and record.json do not give the recipe that was run: it is taken from plan.json"
 
 
 def _at(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

@@ -52,8 +52,8 @@ class Predictions:
         return {name: self.table.column(name)[index].as_py() for name in names}
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read one `predictions*.parquet`.
+def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
+    """Read one `predictions*.parquet`, with or without the texts.
 
     Raises:
         DataError: the file is missing, damaged or not what a run writes.
@@ -64,7 +64,8 @@ def read_predictions(path: Path) -> Predictions:
 
     remedy = "`afina resume RUN_DIR` on a finished run does not write it again; start the run anew with `afina rerun RUN_DIR`"
     try:
-        table = pq.read_table(path)
+        names = None if texts else [name for name in pq.read_schema(path).names if name not in ("text", "text_pair")]
+        table = pq.read_table(path, columns=names)
         labels = tuple(name.removeprefix(_SCORE) for name in table.column_names if name.startswith(_SCORE))
         truth, predicted = table.column("label"), table.column("prediction")
         if not labels:

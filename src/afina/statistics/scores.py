@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from afina.recipe.metrics import METRICS
+from afina.recipe.metrics import METRICS, NEED_SCORES
 from afina.statistics.intervals import wilson
 from afina.statistics.metrics import (
     auroc,
@@ -47,6 +47,7 @@ __all__ = [
     "resample",
     "score",
     "score_limits",
+    "weakness",
 ]
 
 #: Resamples of a bootstrap; fewer for very many kinds of rows (see `resample`).
@@ -136,7 +137,8 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         found[name] = wilson(float(whole[-3]), float(whole[-1]))
     if task == "single-label":
         found |= {name: found["accuracy"] for name in found if name.endswith("_micro")}
-    found |= score_limits(task, truth, predictions.scores, draws) if predictions.scores is not None else {}
+    if predictions.scores is not None and set(names) & set(NEED_SCORES):
+        found |= score_limits(task, truth, predictions.scores, draws)
     overall = {name: _around(values[name], found.get(name, _NONE)) for name in names if name in values}
     correct, chosen, actual = parts(whole)
     seen = chosen + actual > 0
@@ -170,6 +172,40 @@ def _constant(predictions: Predictions) -> str | None:
     if predictions.task == "single-label":
         return predictions.labels[int(first[0])]
     return ", ".join(name for name, flag in zip(predictions.labels, first[0], strict=True) if flag) or "no label"
+
+
+def weakness(predictions: Predictions, metric: str = "") -> str | None:
+    """Why a model is of no use, in words: a constant prediction, or one that does not beat the majority class or the mean.
+
+    Args:
+        metric: what is compared with that of the majority class, if it is one of decisions; else the accuracy is.
+    """
+    truth, task = predictions.truth, predictions.task
+    if len(truth) < 2 or (truth == truth[:1]).all():
+        return None
+    if task == "regression":
+        error, spread = ((predictions.predicted - truth) ** 2).mean(), truth.var()
+        if predictions.predicted.std() < 1e-3 * spread**0.5:
+            return f"predicts {predictions.predicted.mean():.4g} for every row"
+        return None if error < spread else f"no better than predicting the mean (R² {1 - error / spread:.3f})"
+    if (constant := _constant(predictions)) is not None:
+        return f"predicts {constant} for every row"
+    if task == "multi-label":
+        return None
+    import numpy as np
+
+    most = int(np.bincount(truth).argmax())
+    width = len(predictions.labels)
+    sums = [
+        contributions(task, width, truth, of).sum(axis=0)[None, :]
+        for of in (predictions.predicted, np.full_like(truth, most))
+    ]
+    model, always = (from_sums(task, part) for part in sums)
+    name = metric if metric in model else "accuracy"
+    if not float(model[name][0]) <= float(always[name][0]):
+        return None
+    values = f"{name} {model[name][0]:.4f}, against {always[name][0]:.4f}"
+    return f"no better than always predicting {predictions.labels[most]} ({values})"
 
 
 def _each(correct: Array, chosen: Array, actual: Array) -> dict[str, list[Interval | None]]:
@@ -254,8 +290,13 @@ def _bootstrap(task: str, kinds: Array, counts: Array, draws: int) -> tuple[dict
     drawn = resample(kinds, counts, draws)
     wrong, right = pseudo_rows(task, whole, len(drawn))
     lower, upper = (from_sums(task, drawn + more, whole) for more in (wrong, right))
+    # The chance level in kappa varies too: with all of 20 rows wrong, its 95 % limits cover 0.90.
+    tail = {"kappa": 1.0, "kappa_quadratic": 1.0}
     return {
-        name: (float(np.nanpercentile(lower[name], 2.5)), float(np.nanpercentile(upper[name], 97.5)))
+        name: (
+            float(np.nanpercentile(lower[name], tail.get(name, 2.5))),
+            float(np.nanpercentile(upper[name], 100 - tail.get(name, 2.5))),
+        )
         for name in lower
         if np.isfinite(lower[name]).any() and np.isfinite(upper[name]).any()
     }, len(drawn)

@@ -144,7 +144,7 @@ def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> Searc
     return search.model_copy(
         update={
             "metric": metric,
-            "direction": "minimize" if lower_is_better(metric) else "maximize",
+            "direction": "minimize" if lower_is_better(metric, plan.recipe.metric_texts) else "maximize",
             "prepared": dict(prepared),
             "run_record": _shared_record(draft, plan, prepared, say),
             "worker_argv": tuple(node_argv(plan, _outside(draft.home, plan))),

@@ -21,23 +21,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import api
-from afina.errors import ClaimedError, InputError, SlurmError
+from afina.errors import AfinaError, ClaimedError, InputError, SlurmError
 from afina.files import read_words
 from afina.recipe.schema import Recipe
 from afina.run.commands import host_environment, sweep_argv
 from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.job_request import JobOptions, JobRequest, accepts
+from afina.run.outcome import Outcome
 from afina.run.plan import Plan
+from afina.run.test_looks import look_at_test
 from afina.run.workers import ask_worker
 from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
 from afina.slurm.limits import check_possible
 from afina.slurm.submit import forget, recover, submitted
+from afina.statistics.predictions import read_predictions
+from afina.statistics.scores import weakness
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
-from afina.sweeps.table import Row, Table, tabulate
+from afina.sweeps.table import Row, Table, best_metric, tabulate
 from afina.watch.find import resolve_folder
 from afina.watch.handle import Run, Runs
 from afina.watch.overview import State
@@ -120,18 +124,26 @@ class Sweep:
         states = cell_states(self.dir, record.cells)
         outcomes = [run.outcome() for run in runs]
         tried = [_tried(run, record.search) if record.search else {} for run in runs]
-        return tabulate(record, outcomes, states, sweep=str(self.path), metric=metric, tried=tried)
+        chosen = best_metric(record, next((outcome.task for outcome in outcomes if outcome), None))
+        weak = [_weakness(run, outcome, chosen) for run, outcome in zip(runs, outcomes, strict=True)]
+        table = tabulate(record, outcomes, states, sweep=str(self.path), metric=metric, tried=tried, weak=weak)
+        if table.shown:
+            seen = look_at_test([run.path for run in runs if is_run_dir(run.path)], "sweep", table.shown)
+            table = replace(table, notes=(*table.notes, seen))
+        return table
 
     def best(self, metric: str | None = None) -> Row:
         """The best point, or trial.
 
         Raises:
-            InputError: no run has finished yet.
+            InputError: no run has finished yet, or all models are of no use.
         """
-        best = self.table(metric).best
-        if best is None:
+        table = self.table(metric)
+        if table.best is None and any(row.weak for row in table.rows):
+            raise InputError(f"{self.path}: {table.notes[0]}", "examine the data and the learning rate first")
+        if table.best is None:
             raise InputError(f"{self.path}: no run has finished yet", "wait for it: Sweep.wait()")
-        return best
+        return table.best
 
 
 class SweepOptions(JobOptions, total=False):
@@ -221,6 +233,15 @@ def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
             value = value.get(part) if isinstance(value, Mapping) else None
         found[key] = f"{value:.6g}" if isinstance(value, float) else str(value)
     return found
+
+
+def _weakness(run: RunDir, outcome: Outcome | None, metric: str) -> str | None:
+    """Why the model of a finished run is of no use; None if it is, or its predictions are gone."""
+    if outcome is None or outcome.outcome != "finished" or not run.predictions.is_file():
+        return None
+    with contextlib.suppress(AfinaError):
+        return weakness(read_predictions(run.predictions, texts=False), metric.removeprefix("eval_"))
+    return None
 
 
 def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: Say) -> list[str]:

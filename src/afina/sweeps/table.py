@@ -2,8 +2,9 @@
 
 Pure: outcomes and states in, a table out. Points are compared with the best one by a paired t-test over the seeds that both
 have finished, because a seed moves all points together; p-values are Holm-corrected over those comparisons. The trials of a
-search are listed by their value. Not covered: the best was selected by the same numbers, which the table notes; trials are
-not tested, because one run each has no spread.
+search are listed by their value. A score of the test split is shown and chooses nothing; a model that predicts one label, or does not beat
+the majority class, is no best one. Not covered: the best was selected by the same numbers, which the table notes; trials are not
+tested, because one run each has no spread.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from afina.errors import InputError, nearest
-from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
+from afina.recipe.metrics import SCALARS, lower_is_better, metric_name, own_metric, selection_metric
 from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, PairedTest, mean_interval, paired_t_test
 from afina.statistics.paired import holm
@@ -39,6 +40,8 @@ class Row:
         interval: mean over `values` with the 95 % interval; None before the first is finished.
         against_best: `this - best` over the shared seeds; None for the best itself, or without a shared seed.
         p: Holm-corrected; None without a test.
+        shown: mean of the score that is shown beside it, with its interval.
+        weak: why its models are of no use; empty if one of them is.
     """
 
     point: str
@@ -48,6 +51,8 @@ class Row:
     interval: MeanInterval | None = None
     against_best: PairedTest | None = None
     p: float | None = None
+    shown: MeanInterval | None = None
+    weak: str = ""
 
     @property
     def runs(self) -> int:
@@ -65,6 +70,7 @@ class Table:
     best: Row | None
     search: bool
     notes: tuple[str, ...] = field(default=())
+    shown: str | None = None
 
     def __str__(self) -> str:
         better = "lower" if self.direction == "minimize" else "higher"
@@ -77,6 +83,7 @@ class Table:
             "sweep": self.sweep,
             "metric": self.metric,
             "direction": self.direction,
+            "shown": self.shown,
             "best": self.best.point if self.best else None,
             "rows": [_row_dict(row) for row in self.rows],
             "notes": list(self.notes),
@@ -87,12 +94,13 @@ def best_metric(record: SweepRecord, task: str | None, given: str | None = None)
     """The column of `Outcome.metrics` to compare by: `eval_f1` for `f1`; by default the one that chooses the checkpoint.
 
     Raises:
-        InputError: a metric that no task knows.
+        InputError: a metric that no task knows and the recipe does not name.
     """
     recipe = record.plan.recipe
     if given is not None:
         part, name = (given[:4], given[5:]) if given.startswith(("eval_", "test_")) else ("eval", given)
-        known = sorted({metric for metrics in METRICS.values() for metric in metrics} - {"confusion_matrix"} | {"loss"})
+        own = [metric_name(text) for text in recipe.metric_texts if own_metric(text)]
+        known = sorted({*SCALARS, *own, "loss"})
         if name not in known:
             hint = nearest(name, known)
             raise InputError(
@@ -111,40 +119,71 @@ def tabulate(
     sweep: str = "",
     metric: str | None = None,
     tried: Sequence[Mapping[str, str]] = (),
+    weak: Sequence[str | None] = (),
 ) -> Table:
     """The table of a sweep.
 
     Args:
         outcomes: of each cell, in the order of `record.cells`.
         states: of each cell: PLANNED, PENDING, RUNNING, FINISHED, STOPPED, FAILED, UNKNOWN.
-        metric: another metric than the one that chooses the checkpoint.
+        metric: another metric than the one that chooses the checkpoint; one of the test split is only shown.
         tried: the values of each trial of a search.
+        weak: of each cell, why its model is of no use, or None.
     """
     finished = [outcome for outcome in outcomes if outcome is not None and outcome.outcome == "finished"]
-    column = best_metric(record, finished[0].task if finished else None, metric)
-    lower = lower_is_better(column)
+    task = finished[0].task if finished else None
+    column = best_metric(record, task, metric)
+    shown = column if column.startswith("test_") else None
+    column = best_metric(record, task) if shown else column
+    lower = lower_is_better(column, record.plan.recipe.metric_texts)
     grouped: dict[str, list[int]] = {}
     for number, cell in enumerate(record.cells):
         grouped.setdefault(cell.name if record.search else cell.point, []).append(number)
     rows = []
     for point, numbers in grouped.items():
-        values: dict[int, float] = {}
-        for number in numbers:
-            value = _value(outcomes[number], column)
-            if value is not None:
-                values[record.cells[number].seed or 0] = value
+
+        def over_seeds(column: str, numbers: Sequence[int] = numbers) -> dict[int, float]:
+            known = {record.cells[n].seed or 0: _value(outcomes[n], column) for n in numbers}
+            return {seed: value for seed, value in known.items() if value is not None}
+
+        values, beside = over_seeds(column), over_seeds(shown) if shown else {}
         words = [word for word in record.cells[numbers[0]].overrides if not word.startswith("train.seed=")]
         overrides = tried[numbers[0]] if record.search and tried else dict(word.split("=", 1) for word in words)
-        counted = dict(sorted(Counter(states[number] for number in numbers).items()))
-        interval = mean_interval(list(values.values())) if values else None
-        rows.append(Row(point or "the recipe", overrides, values, counted, interval))
+        reasons = [weak[n] for n in numbers if weak and _value(outcomes[n], column) is not None]
+        rows.append(
+            Row(
+                point or "the recipe",
+                overrides,
+                values,
+                dict(sorted(Counter(states[number] for number in numbers).items())),
+                mean_interval(list(values.values())) if values else None,
+                shown=mean_interval(list(beside.values())) if beside else None,
+                weak=str(reasons[0]) if reasons and all(reasons) else "",
+            )
+        )
     rows.sort(key=lambda row: math.inf if row.interval is None else row.interval.mean if lower else -row.interval.mean)
     best = _best(rows)
     if best is not None and not record.search:
         rows = [best, *_compared([row for row in rows if row is not best], best)]
-    notes = _search_notes(rows, best) if record.search else _notes(rows, best)
+    notes = _useless(rows) or (_search_notes(rows, best) if record.search else _notes(rows, best))
+    if shown:
+        notes.append(
+            f"{shown} is only shown: a choice by the test split would make its scores too kind. Chosen by {column}."
+        )
     direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
-    return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes))
+    return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown)
+
+
+def _useless(rows: Sequence[Row]) -> list[str]:
+    """What takes the place of the notes where every model is of no use."""
+    measured = [row for row in rows if row.interval is not None]
+    if not measured or not all(row.weak for row in measured):
+        return []
+    return [
+        "No best: every finished point predicts one and the same for all rows, or does not beat the majority class.",
+        *(f"{row.point}: {row.weak}." for row in measured[:3]),
+        "Their order is chance. Examine the data and the learning rate first.",
+    ]
 
 
 def _value(outcome: Outcome | None, column: str) -> float | None:
@@ -157,7 +196,7 @@ def _value(outcome: Outcome | None, column: str) -> float | None:
 
 def _best(rows: Sequence[Row]) -> Row | None:
     """The first point of which all runs have finished, else the first of all: one lucky seed does not win."""
-    measured = [row for row in rows if row.interval is not None]
+    measured = [row for row in rows if row.interval is not None and not row.weak]
     complete = [row for row in measured if len(row.values) == row.runs]
     return next(iter(complete or measured), None)
 
@@ -173,10 +212,7 @@ def _compared(rows: Sequence[Row], best: Row) -> list[Row]:
         )
     ps = {at: test.p for at, test in enumerate(tests) if test is not None and test.p is not None}
     corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
-    return [
-        Row(row.point, row.overrides, row.values, row.states, row.interval, tests[at], corrected.get(at))
-        for at, row in enumerate(rows)
-    ]
+    return [replace(row, against_best=tests[at], p=corrected.get(at)) for at, row in enumerate(rows)]
 
 
 def _notes(rows: Sequence[Row], best: Row | None) -> list[str]:
@@ -258,6 +294,14 @@ def _lines(table: Table) -> list[str]:
         body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _left(row)] for row in table.rows]
         if len(table.rows) == 1:
             head, body = head[:4] + head[6:], [cells[:4] + cells[6:] for cells in body]
+    if table.shown:
+        head = [*head[:2], table.shown, "its 95 % interval", *head[2:]]
+        body = [
+            [*cells[:2], *([_number(s.mean), _span(s)] if (s := row.shown) else ["-", "-"]), *cells[2:]]
+            for cells, row in zip(body, table.rows, strict=True)
+        ]
+    if any(row.weak for row in table.rows):
+        head, body = [*head, "remark"], [[*cells, row.weak] for cells, row in zip(body, table.rows, strict=True)]
     return aligned([head, *body])
 
 
@@ -319,4 +363,6 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "difference_to_best": test.difference.mean if test else None,
         "difference_interval": [test.difference.low, test.difference.high] if test else None,
         "p_holm": row.p,
+        "shown": {"mean": row.shown.mean, "interval": [row.shown.low, row.shown.high]} if row.shown else None,
+        "weak": row.weak or None,
     }

@@ -57,6 +57,13 @@ class RunResult:
         section = self.recipe.get("train")
         return section if isinstance(section, dict) else {}
 
+    @property
+    def metric_texts(self) -> tuple[str, ...]:
+        """The metrics as the recipe writes them."""
+        given, best = self.recipe.get("metrics"), self.train.get("best_metric")
+        texts = [text for text in [*(given if isinstance(given, list) else ()), best] if isinstance(text, str)]
+        return tuple(text for text in texts if text.count(":") < 3)
+
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What stands against the metrics: of the outcome, which has those about the data; where it has none, of `prepared.json`."""
@@ -79,7 +86,12 @@ class RunResult:
     def metric(self) -> str | None:
         """The metric that selects the best checkpoint, where the run has a score of it."""
         task = str(self.outcome.get("task") or self.recipe.get("task"))
-        chosen = self.train.get("best_metric") or (selection_metric(task) if task in METRICS else None)
+        given = self.train.get("best_metric")
+        chosen = (
+            given.split(":")[1]
+            if given and ":" in given
+            else given or (selection_metric(task) if task in METRICS else None)
+        )
         return chosen if chosen in self.metrics else None
 
     def flat_recipe(self) -> dict[str, Any]:
@@ -309,7 +321,8 @@ def _planned_steps(result: RunResult) -> int | None:
 def _best(result: RunResult, log: list[bytes], whole: bool) -> tuple[str, float, int] | None:
     """Name, value and step of the best evaluation by the selection metric; the first of equals, as the training decides."""
     final = result.outcome.get("metrics") or {}
-    name = result.train.get("best_metric") or _selection_metric(result, final or _last(log, b'"eval_'))
+    given = result.train.get("best_metric") or _selection_metric(result, final or _last(log, b'"eval_'))
+    name = given.split(":")[1] if ":" in given else given
     key = f"eval_{name}"
     if result.train.get("keep", "best") == "best" and isinstance(value := final.get(key), int | float):
         return name, float(value), int(result.outcome.get("model_step") or 0)
@@ -319,7 +332,7 @@ def _best(result: RunResult, log: list[bytes], whole: bool) -> tuple[str, float,
             evaluations.append((float(value), int(record.get("step") or 0)))
     if not evaluations:
         return None
-    value, step = (min if lower_is_better(name) else max)(evaluations, key=lambda pair: pair[0])
+    value, step = (min if lower_is_better(name, result.metric_texts) else max)(evaluations, key=lambda pair: pair[0])
     return name, value, step
 
 

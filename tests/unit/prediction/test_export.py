@@ -66,7 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = tiny.tiny_reviews(60, 2, stars=3)
     truth = [labels[row["stars"] - 1] for row in rows]
     predicted = [labels[0] if i % 4 == 0 else name for i, name in enumerate(truth)]
-    table = {"text": [row["text"] for row in rows], "label": truth, "prediction": predicted}
+    scores = {f"score: {name}": [0.8 if name == chosen else 0.1 for chosen in predicted] for name in labels}
+    table = {"text": [row["text"] for row in rows], "label": truth, "prediction": predicted, **scores}
     pq.write_table(pa.table(table), run / "predictions.parquet")
     return place
 
@@ -121,6 +122,7 @@ def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> No
     commit = "`" + "d" * 40 + ", with changes that were not committed`"
     for fact in (commit, "f" * 64, "`weight_decay` | 0.01", "24; the weights"):
         assert fact in text, fact
+    assert "We fine-tuned owner/base (revision aaaa" in text and "on owner/reviews (en) (revision bbbb" in text
     assert text.count("✎ *To be written by the author:*") == 3
     assert str(place) not in text
 

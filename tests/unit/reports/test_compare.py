@@ -18,8 +18,10 @@ from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.reports.compare import compare, names_of, to_json, verdicts
 from afina.run.directory import RunDir
+from afina.run.methods import execution_differences, execution_of
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
+from afina.run.test_looks import times_looked
 from afina.site.settings import Site
 from afina.watch.find import find_runs
 from afina.watch.reading import read_result
@@ -89,6 +91,55 @@ def test_warnings_stand_below_the_table(make_run: MakeRun, afina: Callable[..., 
     )
     found = to_json(compare(runs), None)
     assert [run["warnings"] for run in found["runs"]] == [[], ["3 of 200 rows of eval are in train too"]]
+
+
+def test_runs_are_compared_on_test_and_each_look_is_counted(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+    runs = [make_run("one", 0.6), make_run("two", 0.9)]
+    for number, run in enumerate(runs):
+        truth = np.arange(90) % 3
+        predicted = np.where(np.arange(90) < 30 * (2 - number), truth, (truth + 1) % 3)
+        write(run / "predictions_test.parquet", "single-label", truth, 4 * np.eye(4)[predicted])
+        outcome = json.loads((run / "outcome.json").read_text())
+        outcome["metrics"]["test_accuracy"] = float((truth == predicted).mean())
+        (run / "outcome.json").write_text(json.dumps(outcome))
+    found = compare(runs, "test")
+    assert found.metrics == {"accuracy": [pytest.approx(2 / 3), pytest.approx(1 / 3)]}
+    tested = verdicts(found)[0].paired
+    assert tested is not None and tested.rows == 90 and tested.differences[0].first == pytest.approx(2 / 3)
+    first, second = (afina("compare", *runs, "--split", "test") for _ in range(2))
+    assert first.returncode == 0 and "looked at for the first time" in first.stdout, first
+    assert "looked at 1 time before" in second.stdout and "too kind" in second.stdout
+    assert "looked" not in afina("compare", *runs).stdout and times_looked(runs[0]) == 2
+    assert "test_" not in " ".join(compare(runs).metrics)
+
+
+def test_a_best_metric_of_probabilities_is_tested_and_ones_own_is_not(make_run: MakeRun) -> None:
+    runs = [
+        make_run(name, right, train__best_metric="auroc", metrics=["accuracy", "auroc"])
+        for name, right in (("a", 0.6), ("b", 0.9))
+    ]
+    for run in runs:
+        outcome = json.loads((run / "outcome.json").read_text())
+        outcome["metrics"] |= {"eval_auroc": 0.5, "eval_total": 3.0}
+        (run / "outcome.json").write_text(json.dumps(outcome))
+    paired = verdicts(compare(runs))[0].paired
+    assert paired is not None and paired.differences[0].metric == "auroc" and paired.differences[0].p < 0.05
+    own = [make_run(name, 0.6, metrics=["accuracy", "m:total"], train__best_metric="total") for name in ("c", "d")]
+    assert verdicts(compare(own))[0].paired.differences[0].metric == "accuracy"  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="`total` is not a score that can be tested"):
+        verdicts(compare(own), "total")
+
+
+def test_versions_and_precision_that_differ_are_shown(make_run: MakeRun) -> None:
+    runs = [make_run("a"), make_run("b")]
+    for run, version in zip(runs, ("5.17", "5.18"), strict=True):
+        env = {"python": "3.12", "versions": {"torch": "2.13", "transformers": version}, "hardware": {"cpu": "x"}}
+        (run / "attempts/local-1/env.json").write_text(json.dumps(env))
+        RunDir(run).event("precision", precision="bf16" if version == "5.18" else "fp32", device={"kind": "cpu"})
+    about = compare(runs).about
+    assert about["transformers"] == ["5.17", "5.18"] and about["precision"] == ["fp32", "bf16"] and "torch" not in about
+    ran = [execution_of(RunDir(run)) for run in runs]
+    assert execution_differences(*ran) == ["precision: fp32 then, bf16 now", "transformers: 5.17 then, 5.18 now"]
 
 
 def test_runs_that_cannot_be_tested_have_a_reason_and_the_others_are_tested(

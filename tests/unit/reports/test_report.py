@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 from tests.unit.conftest import Ran, tree
 
 from afina.errors import EnvironmentProblem, Failure, InputError
@@ -163,7 +165,7 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
     page = Page(path)
     assert page.headings == [
         "amazon-stars",
-        *("Outcome", "Epochs", "Loss", "Metrics", "Each class", "Confusion matrix", "Data", "Warnings"),
+        *("Outcome", "Methods", "Epochs", "Loss", "Metrics", "Each class", "Confusion matrix", "Data", "Warnings"),
         *("Speed", "Plan", "Attempts", "Record", "Recipe", "Run it again"),
     ]
     assert page.names.count("h1") == 1 and page.names.count("html") == page.names.count("main") == 1
@@ -185,7 +187,7 @@ def test_the_page_is_self_contained_and_has_a_dark_mode(make_run: MakeRun) -> No
     assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page.source)
     assert len(page.ids) == len(set(page.ids))
     sections = [link.removeprefix("#") for link in page.links]
-    assert len(sections) == 13 and all(link.startswith("#") for link in page.links) and set(sections) <= set(page.ids)
+    assert len(sections) == 14 and all(link.startswith("#") for link in page.links) and set(sections) <= set(page.ids)
 
 
 def test_charts_have_a_description_in_words(make_run: MakeRun) -> None:
@@ -251,7 +253,8 @@ def test_damaged_files_leave_their_section_out(make_run: MakeRun) -> None:
     (run.path / "recipe.yaml").unlink()
     run.metrics_file.write_text(json.dumps(CURVE[2]) + '\n{"step": 41, "eva')
     page = Page(write_report(run.path))
-    assert "Data" not in page.headings and "Recipe" not in page.headings and "Epochs" in page.headings
+    assert "Data" not in page.headings and "Epochs" in page.headings
+    assert "recipe.yaml is missing: the recipe is taken from plan.json" in page.text
     assert ["local-1", "–", "–", "–", "–", "0"] in page.rows
 
 
@@ -301,6 +304,82 @@ def test_a_page_that_cannot_be_written_is_an_error(make_run: MakeRun) -> None:
 def test_the_command_prints_the_page(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
     run = make_run()
     assert afina("report", run.path).stdout == f"{run.path / 'report/index.html'}\n"
+
+
+def test_the_page_can_lie_elsewhere_and_a_refusal_names_the_permission(
+    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    before = tree(run.path)
+    done = afina("report", run.path, "-o", tmp_path / "else where/page")
+    assert done.stdout == f"{tmp_path / 'else where/page/index.html'}\n" and tree(run.path) == before
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(EnvironmentProblem, match="no permission to write") as caught:
+        write_report(run.path)
+    assert "-o FOLDER" in caught.value.remedy and "quota" not in caught.value.remedy
+
+
+def test_the_recipe_is_that_of_the_plan(make_run: MakeRun) -> None:
+    run = make_run(train__learning_rate=1e-4)
+    (run.path / "recipe.yaml").write_text("name: x\ntrain: {learning_rate: 9.0e-9}\n")
+    page = Page(write_report(run.path))
+    assert '"learning_rate": 0.0001' in page.text and "9.0e-9" not in page.text
+    assert "do not give the recipe that was run" in page.text
+
+
+def test_a_methods_paragraph_can_be_quoted(make_run: MakeRun, model_folder: Path) -> None:
+    run = make_run(train__best_metric="f1", train__arguments={"weight_decay": 0.05, "lr_scheduler_type": "cosine"})
+    prepared = json.loads((run.path / "prepared.json").read_text())
+    (run.path / "prepared.json").write_text(json.dumps({**prepared, "task": "single-label", "digest": "ab12"}))
+    finish(run, task="single-label", model_step=20, world_size=4, device="cuda")
+    env = {
+        "python": "3.12.1",
+        "versions": {"torch": "2.13", "transformers": "5.17"},
+        "hardware": {"gpus": ["NVIDIA H200"]},
+    }
+    (run.attempts / "local-1/env.json").write_text(json.dumps(env))
+    run.event(
+        "precision", attempt="local-1", precision="bf16", compile=False, device={"kind": "cuda", "name": "NVIDIA H200"}
+    )
+    text = Page(write_report(run.path)).text
+    for part in (
+        f"We fine-tuned {model_folder.name}",
+        "for single-label classification (3 labels) on reviews.csv; the prepared data has the SHA-256 ab12, with afina",
+        "train 600 rows (a fraction of 0.8, by a hash of the text, seed 42, a sample of 600, seed 42)",
+        "AdamW (β1 0.9, β2 0.999, ε 1e-08, weight decay 0.05, gradients clipped at 1); learning rate 5e-05, cosine schedule",
+        "8 examples per step, 1 epochs (40 steps), seed 1",
+        "trained in bf16 with 4 processes on NVIDIA H200 (Python 3.12.1, PyTorch 2.13, Transformers 5.17)",
+        "The checkpoint with the highest f1 on eval was kept (step 20), so that scores on eval are a little too kind.",
+    ):
+        assert part in text, part
+
+
+def test_models_of_no_use_are_called_so(make_run: MakeRun) -> None:
+    """By the run, or where it is older than that by what its predictions say."""
+    run = make_run()
+    finish(run)
+    predict(run)
+    table = pq.read_table(run.predictions)
+    same = table.set_column(table.column_names.index("prediction"), "prediction", pa.array(["2"] * len(table)))
+    pq.write_table(same, run.predictions)
+    assert "the model predicts 2 for every row" in Page(write_report(run.path)).text
+    outcome = json.loads(run.outcome_file.read_text())
+    run.outcome_file.write_text(json.dumps({**outcome, "warnings": ["the loss diverged"]}))
+    text = Page(write_report(run.path)).text
+    assert "the loss diverged" in text and "for every row" not in text
+
+
+def test_metrics_of_ones_own_and_undefined_ones_are_shown(make_run: MakeRun) -> None:
+    run = make_run(metrics=["accuracy", "costs:total:lower", "auroc"], train__best_metric="total")
+    undefined = {"total": "costs.total returned None"}
+    metrics = {"eval_total": 1.25, "test_total": None, "test_undefined": undefined, "test_loss": 0.5}
+    finish(run, metrics=metrics, task="single-label")
+    predict(run)
+    predict(run, part="_test")
+    page = Page(write_report(run.path))
+    assert ["total", "1.2500", "–", "–"] in page.rows and "total on eval" in page.text
+    assert "total is not defined on test: costs.total returned None." in page.text
+    assert sum(row[0] == "auroc" for row in page.rows) == 2 and "kappa_quadratic" not in page.text
 
 
 # -- what needs predictions, events, records, accounting ---------------------------------------------------------------
@@ -556,3 +635,23 @@ def test_many_runs_have_one_page(make_run: MakeRun, tmp_path: Path) -> None:
     linked = [link for link in page.links if not link.startswith("#")]
     assert linked[0] == "../runs/cell%202/report/index.html" and len(linked) == 3
     assert all((tmp_path / "sw eep/report" / unquote(link)).is_file() for link in linked)
+
+
+def test_a_sweep_is_headed_by_the_mean_of_its_best_point(make_run: MakeRun, tmp_path: Path) -> None:
+    """Not by its luckiest seed; Student's interval as SciPy gives it."""
+    values = {1e-5: (0.80, 0.82, 0.90), 2e-5: (0.85, 0.86, 0.87), 3e-5: (0.99,)}
+    for rate, accuracies in values.items():
+        for seed, accuracy in enumerate((*accuracies, *[None] * (3 - len(accuracies)))):
+            run = make_run(train__learning_rate=rate, train__seed=seed)
+            if accuracy is not None:
+                finish(run, metrics={"eval_accuracy": accuracy}, task="single-label")
+            (tmp_path / "sweep/runs").mkdir(parents=True, exist_ok=True)
+            run.path.rename(tmp_path / f"sweep/runs/{rate},{seed}")
+    page = Page(write_report(tmp_path / "sweep", output=tmp_path / "page"))
+    low, high = stats.t.interval(0.95, 2, loc=0.86, scale=stats.sem(values[2e-5]))
+    assert ["learning_rate=2e-05", "0.8600", f"{low:.4f}–{high:.4f}", "3/3"] in page.rows
+    assert f"learning_rate=2e-05: mean of 3 seeds, 95 % interval {low:.4f} to {high:.4f}" in page.text
+    first = [row[0] for row in page.rows if row[0].startswith("learning_rate=")]
+    assert first == ["learning_rate=2e-05", "learning_rate=1e-05", "learning_rate=3e-05"], (
+        "one seed of three does not win"
+    )

@@ -93,7 +93,9 @@ def test_a_run_is_recorded_reported_and_made_again(place: Path, tmp_path: Path) 
     assert dry.returncode == 0 and json.loads(dry.stdout)["differs"] == [], dry
     done = _afina(place, "rerun", first, "--run", second, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "no recorded difference" in done.stdout and f"afina: finished: {second}" in done.stdout
+    assert "no recorded difference" in done.stdout
+    assert "versions, device, precision and processes are those of the first run" in done.stdout
+    assert f"afina: finished: {second}" in done.stdout
     assert tree(first) == before, "the old run is not touched"
     assert (second / "recipe.yaml").read_text() == (first / "recipe.yaml").read_text()
     assert (second / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()

@@ -342,6 +342,24 @@ def test_the_digest_is_of_what_is_trained(
     assert len(changed) == 8 and same not in changed
 
 
+def test_metrics_of_ones_own_travel_in_the_plan(
+    recipe: Load, site: Site, recipe_file: Callable[..., Path], model_folder: Path
+) -> None:
+    plain = full_plan(recipe, site, recipe_file, model_folder)
+    file = recipe_file().parent / "costs.py"
+    file.write_text("def total(labels, predictions):\n    return 1\n", encoding="utf-8")
+    metrics = ["accuracy", "costs:total:lower", "sklearn.metrics:hamming_loss"]
+    plan = full_plan(recipe, site, recipe_file, model_folder, metrics=metrics)
+    assert plan.metric_code == {"costs": file.read_text()} and load_json(plan) == plan
+    file.write_text("def total(labels, predictions):\n    return 2\n", encoding="utf-8")
+    assert full_plan(recipe, site, recipe_file, model_folder, metrics=metrics).digest != plan.digest
+    assert full_plan(recipe, site, recipe_file, model_folder).digest == plain.digest and plain.metric_code == {}
+
+
+def load_json(plan: Plan) -> Plan:
+    return Plan.model_validate_json(plan.to_json())
+
+
 def test_key_order_does_not_change_the_digest(site: Site, recipe: Load, recipe_file: Callable[..., Path]) -> None:
     one = recipe(train__arguments={"a": 1, "b": 2})
     two = recipe(train__arguments={"b": 2, "a": 1})

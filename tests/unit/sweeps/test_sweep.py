@@ -18,10 +18,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.common import program
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, tree
+from tests.unit.statistics.test_scores import write
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
 from afina.recipe.load import parse_recipe
@@ -505,6 +507,52 @@ def test_a_metric_of_which_the_least_is_best(sweep: Callable[..., Sweep]) -> Non
     table = made.table()
     assert (table.metric, table.direction, made.best().point) == ("eval_mse", "minimize", "learning_rate=1e-3")
     assert made.best("pearson").point == "learning_rate=5e-3"
+
+
+def test_the_test_split_is_shown_and_chooses_nothing(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(GRID, seeds=2)
+    for run, value in zip(made.runs, (0.8, 0.82, 0.6, 0.62), strict=True):
+        run.dir.begin_attempt("9.0")
+        metrics = {"eval_accuracy": value, "test_accuracy": 1 - value}
+        run.dir.record(Outcome(outcome="finished", exit_code=0, attempt="9.0", task="single-label", metrics=metrics))
+    table = made.table("test_accuracy")
+    assert (table.metric, table.shown) == ("eval_accuracy", "test_accuracy")
+    assert table.best is not None and table.best.point == "learning_rate=5e-3", "the best by eval, the worst by test"
+    assert table.best.shown is not None and table.best.shown.mean == pytest.approx(0.19)
+    text = str(table)
+    assert "test_accuracy is only shown" in text and "looked at for the first time" in text
+    assert (
+        "looked at 1 time before" in str(made.table("test_f1")) and made.best("test_accuracy").point == table.best.point
+    )
+    assert table.to_dict()["rows"][0]["shown"]["mean"] == pytest.approx(0.19)
+
+
+def test_models_of_no_use_are_called_so_and_none_is_best(sweep: Callable[..., Sweep]) -> None:
+    """One label for all rows, and fewer right than the majority class."""
+    made = sweep("train.learning_rate=1,5e-3,1e-3", seeds=2)
+    truth = np.array([0] * 30 + [1] * 20 + [2] * 10)
+    constant, worse, good = np.zeros(60, int), np.roll(truth, 20), truth.copy()
+    good[:20] = 1
+    assert (worse == truth).mean() < 0.5 < (good == truth).mean()
+
+    def ended(number: int, predicted: Any) -> None:
+        run = made.dir.run(made.record.cells[number].name)
+        write(run.predictions, "single-label", truth, 4 * np.eye(3)[predicted])
+        end(run, "finished", float((truth == predicted).mean()))
+
+    for number in range(4):
+        ended(number, constant if number < 2 else worse)
+    table = made.table()
+    text = str(table)
+    assert table.best is None and table.to_dict()["best"] is None and "Best" not in text
+    assert "No best: every finished point predicts one and the same for all rows" in text
+    assert "learning_rate=1: predicts one star for every row." in text
+    with pytest.raises(InputError, match="No best"):
+        made.best()
+    ended(4, good)
+    ended(5, good)
+    assert made.best().point == "learning_rate=1e-3" and "remark" in str(made.table())
+    assert "no better than always predicting one star" in made.table().rows[-1].weak
 
 
 # -- a search ----------------------------------------------------------------------------------------------------------

@@ -335,18 +335,24 @@ def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_
             "multi_label_classification",
             {
                 "data": {"label": ["good", "bad", "extreme"], "files": {"all": "many.csv"}},
-                "metrics": ["f1", "f1_micro", "subset_accuracy"],
+                "metrics": ["f1", "f1_micro", "subset_accuracy", "auroc", "costs:total:lower"],
+                "train": {"best_metric": "total"},
             },
-            {"eval_f1", "eval_f1_micro", "eval_subset_accuracy"},
+            {"eval_f1", "eval_f1_micro", "eval_subset_accuracy", "eval_auroc", "eval_total"},
         ),
     ],
 )
 def test_the_other_tasks_train_and_compute_their_metrics(
     place: Path, kind: str, sections: dict[str, Any], keys: set[str]
 ) -> None:
+    (place / "costs.py").write_text("def total(labels, predictions):\n    return (labels != predictions).sum() / 7\n")
     run = _train(place, kind, _recipe(**sections))
     outcome = _outcome(run)
     assert keys <= set(outcome["metrics"])
+    if kind != "regression":  # one's own metric, of which the least is best, chose the checkpoint
+        totals = {line["step"]: line["eval_total"] for line in _lines(run) if "eval_total" in line}
+        assert outcome["best_step"] == min(totals, key=lambda step: (totals[step], step))
+        assert outcome["metrics"]["eval_total"] == totals[outcome["model_step"]]
     config = json.loads((run / "model/config.json").read_text())
     assert config["problem_type"] == kind
     if kind != "regression":

@@ -16,8 +16,10 @@ from typing import Any
 from afina.files import read_json
 from afina.redact import redact
 from afina.run.directory import RunDir
+from afina.run.methods import execution_of, methods
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
+from afina.statistics.predictions import read_predictions
 
 __all__ = ["CardFacts", "facts_of", "model_card"]
 
@@ -46,7 +48,8 @@ class CardFacts:
         prepared: the prepare stage's answer.
         labels: names in the order of the model's outputs; None for regression.
         architecture: class name of the model.
-        per_class: label, precision, recall, F1 and number of examples, on the evaluation set.
+        per_class: label, precision, recall, F1 (None where it is not defined) and number of examples, on the evaluation set.
+        ran: what the training computed with, see `afina.run.methods.execution_of`.
         versions: of the libraries that trained it, by name.
         record: `record.json` of the run; empty where it has none.
         parameters: their number in the model.
@@ -58,7 +61,8 @@ class CardFacts:
     prepared: Mapping[str, Any]
     labels: Sequence[str] | None
     architecture: str
-    per_class: Sequence[tuple[str, float, float, float, int]] = ()
+    per_class: Sequence[tuple[str, float | None, float | None, float | None, int]] = ()
+    ran: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     parameters: int = 0
@@ -76,7 +80,8 @@ def facts_of(run: RunDir, outcome: Outcome) -> CardFacts:
         prepared=run.prepared(),
         labels=labels,
         architecture=next(iter(config.get("architectures") or []), "a sequence classifier"),
-        per_class=_per_class(run, outcome.task, labels),
+        per_class=_per_class(run, labels),
+        ran=execution_of(run),
         versions=_versions(run, outcome),
         record=read_json(run.path / "record.json"),
         parameters=_parameters(run.model),
@@ -110,7 +115,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
     splits = [split for split in ("eval", "test") if any(name.startswith(f"{split}_") for name in metrics)]
     names = list(dict.fromkeys(name.partition("_")[2] for name in metrics))
     rows = facts.prepared.get("rows", {})
-    weak = [name for name, *_, f1, count in facts.per_class if f1 < 0.5 and count]
+    weak = [name for name, *_, f1, count in facts.per_class if count and (f1 or 0) < 0.5]
     few = [name for name, *_, count in facts.per_class if count < _FEW]
     link = f"[{recipe.model}](https://huggingface.co/{recipe.model})"
     return {
@@ -127,11 +132,12 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "labels": labels,
         "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
         "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
+        "methods": methods(facts.plan, facts.outcome, facts.prepared, facts.record, facts.ran),
         "warnings": _warnings(facts, splits),
         "means": bool(labels) and bool({"f1", "precision", "recall"} & set(names)),
         "best": recipe.train.keep == "best",
         "per_class": [
-            [_cell(name), *(f"{value:.3f}" for value in scores), f"{count:,}"]
+            [_cell(name), *("–" if value is None else f"{value:.3f}" for value in scores), f"{count:,}"]
             for name, *scores, count in facts.per_class
         ],
         "training": [[name, _cell(value)] for name, value in _training(facts).items() if value not in ("", None)],
@@ -256,23 +262,25 @@ def _results(facts: CardFacts) -> list[Any]:
 
 
 def _per_class(
-    run: RunDir, task: str | None, labels: Sequence[str] | None
-) -> list[tuple[str, float, float, float, int]]:
+    run: RunDir, labels: Sequence[str] | None
+) -> list[tuple[str, float | None, float | None, float | None, int]]:
     """Precision, recall, F1 and support of each label on the evaluation set, from `predictions.parquet`."""
     if labels is None or not run.predictions.is_file():
         return []
-    import numpy as np
-    import pyarrow.parquet as pq
-    from sklearn.metrics import precision_recall_fscore_support
+    from afina.statistics.metrics import contributions, parts, per_class
 
-    table = pq.read_table(run.predictions, columns=["label", "prediction"])
-    true, predicted = table.column("label").to_pylist(), table.column("prediction").to_pylist()
-    if task == "multi-label":
-        flags = (np.array([[name in row for name in labels] for row in side], int) for side in (true, predicted))
-        scores = precision_recall_fscore_support(*flags, average=None, zero_division=0)
-    else:
-        scores = precision_recall_fscore_support(true, predicted, labels=list(labels), average=None, zero_division=0)
-    return [(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in zip(labels, *scores, strict=True)]
+    rows = read_predictions(run.predictions, texts=False)
+    sums = contributions(rows.task, len(rows.labels), rows.truth, rows.predicted).sum(axis=0)
+    scores, actual = per_class(rows.task, sums), parts(sums)[2]
+    known = {name: k for k, name in enumerate(rows.labels)}
+    found = []
+    for name in labels:
+        k = known[name]
+        p, r, f1 = (
+            None if value != value else float(value) for value in (scores[n][k] for n in ("precision", "recall", "f1"))
+        )
+        found.append((name, p, r, f1, int(actual[k])))
+    return found
 
 
 def _versions(run: RunDir, outcome: Outcome) -> dict[str, str]:

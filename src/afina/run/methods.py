@@ -1,0 +1,167 @@
+"""How a run was made, in words: a methods paragraph for a paper, and the facts in which two runs may differ.
+
+Every fact is from the run directory; one that was not recorded is left out. Not covered: what the author alone knows (who labelled
+the data, why these texts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.files import read_json
+from afina.recipe.metrics import lower_is_better, metric_name, selection_metric
+from afina.recipe.schema import Part
+from afina.run.directory import RunDir
+from afina.run.outcome import Outcome
+from afina.run.plan import Plan
+
+__all__ = ["execution_differences", "execution_of", "methods"]
+
+_TASKS = {"single-label": "single-label classification", "multi-label": "multi-label classification"}
+
+
+def execution_of(run: RunDir) -> dict[str, str]:
+    """What the newest attempt computed with: versions, processor, GPUs, precision, processes."""
+    known = [read_json(run.attempts / name / "env.json") for name in reversed(run.attempt_names())]
+    env = next((one for one in known if one.get("versions")), {})
+    hardware, geometry = env.get("hardware") or {}, env.get("geometry") or {}
+    events = [event for event in run.lines("events.jsonl") if event.get("event") == "precision"]
+    precision, device = (events[-1] if events else {}), {}
+    if isinstance(precision.get("device"), Mapping):
+        device = precision["device"]
+    outcome = read_json(run.outcome_file)
+    processes = outcome.get("world_size") or (geometry.get("nodes", 0) * geometry.get("processes_per_node", 0))
+    # Without a precision of afina's choosing the recipe's own arguments set it.
+    found = {
+        "processes": processes,
+        "device": outcome.get("device"),
+        "GPU": device.get("name") if device.get("kind") == "cuda" else ", ".join(hardware.get("gpus") or []),
+        "GPU driver": hardware.get("driver"),
+        "processor": hardware.get("cpu"),
+        "precision": precision.get("precision"),
+        "attention": precision.get("attention"),
+        "compiled": "yes" if precision.get("compile") else None,
+        "Python": env.get("python"),
+        **(env.get("versions") or {}),
+    }
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def execution_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The differences of two executions, in words; what one of them lacks is not compared."""
+    return [f"{name}: {then[name]} then, {now[name]} now" for name in then if name in now and then[name] != now[name]]
+
+
+def methods(
+    plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any], record: Mapping[str, Any], ran: Mapping[str, str]
+) -> str:
+    """A paragraph that a paper can quote.
+
+    Args:
+        prepared: `prepared.json`.
+        record: `record.json`.
+        ran: see `execution_of`.
+    """
+    sentences = [
+        _model_and_data(plan, prepared, record),
+        _splits(plan, prepared),
+        _training(plan, outcome),
+        _machine(plan, ran),
+    ]
+    sentences.append(_choice(plan, outcome, prepared))
+    return " ".join(filter(None, sentences))
+
+
+def _model_and_data(plan: Plan, prepared: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    recipe, data = plan.recipe, plan.recipe.data
+    task, labels = str(prepared.get("task") or recipe.task), prepared.get("labels") or []
+    what = f"{_TASKS.get(task, task)}{f' ({len(labels)} labels)' if labels else ''}"
+    model = Path(recipe.model).name if plan.model_folder else recipe.model
+    if commit := prepared.get("model_commit"):
+        model += f" (revision {commit})"
+    elif files := (record.get("model") or {}).get("files"):
+        model += f" (local files; SHA-256 of the weights {_weights(files)})"
+    source = f"{data.hub}{f' ({data.config})' if data.config else ''}" if data.hub else _files(plan)
+    if commit := prepared.get("data_commit"):
+        source += f" (revision {commit})"
+    digest = f"; the prepared data has the SHA-256 {prepared['digest']}" if prepared.get("digest") else ""
+    return f"We fine-tuned {model} for {what} on {source}{digest}, with afina {plan.afina_version}."
+
+
+def _weights(files: Mapping[str, Any]) -> str:
+    found = [about for name, about in files.items() if name.endswith((".safetensors", ".bin"))]
+    digests = [str(about.get("sha256") if isinstance(about, Mapping) else about) for about in found]
+    return ", ".join(digests[:2]) or "unknown"
+
+
+def _files(plan: Plan) -> str:
+    names = list(dict.fromkeys(path.name for paths in plan.files.values() for path in paths))
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more files" if len(names) > 5 else "")
+
+
+def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
+    rows, data = prepared.get("rows") or {}, plan.recipe.data
+    parts = []
+    divided = f"by a hash of the {'text' if data.group is None else data.group}" if data.split_by else "stratified"
+    if data.split_column:
+        divided += f", column {data.split_column}"
+    for name in ("train", "eval", "test"):
+        part: Part | None = getattr(data, name)
+        if name in rows and part is not None:
+            how = [
+                f"a fraction of {part.fraction:g}, {divided}, seed {part.seed}" if part.fraction else "",
+                f"a sample of {part.sample:,}, seed {part.seed}" if part.sample else "",
+                f"split {part.split}" if part.split else "",
+            ]
+            about = ", ".join(filter(None, how))
+            parts.append(f"{name} {rows[name]:,} rows{f' ({about})' if about else ''}")
+    cut = f"Texts were cut after {plan.recipe.tokens.max_length} tokens."
+    return f"Splits: {'; '.join(parts)}. {cut}" if parts else cut
+
+
+def _training(plan: Plan, outcome: Outcome | None) -> str:
+    train = plan.recipe.train
+    given = dict(train.arguments)
+    optimizer = str(given.pop("optim", "adamw_torch"))
+    name = "AdamW" if optimizer.startswith("adamw_torch") else optimizer
+    betas = (
+        f"β1 {given.pop('adam_beta1', 0.9)}, β2 {given.pop('adam_beta2', 0.999)}, ε {given.pop('adam_epsilon', 1e-8):g}"
+    )
+    schedule = str(given.pop("lr_scheduler_type", "linear"))
+    decay, clip = given.pop("weight_decay", 0.0), given.pop("max_grad_norm", 1.0)
+    length = f"{train.num_epochs:g} epochs" if train.max_steps is None else f"at most {train.max_steps:,} steps"
+    steps = f" ({outcome.global_step:,} steps)" if outcome and outcome.global_step else ""
+    more = "".join(f", {key} {value}" for key, value in sorted(given.items()))
+    return (
+        f"Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}, "
+        f"{schedule} schedule{more}; {train.batch_size} examples per step, {length}{steps}, seed {train.seed}."
+    )
+
+
+def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
+    if not ran:
+        return ""
+    where = ran.get("GPU") if ran.get("device", "cuda") == "cuda" and ran.get("GPU") else ran.get("processor") or "CPU"
+    precision = f"in {ran['precision']}" if "precision" in ran else f"precision {plan.recipe.train.precision}"
+    count = int(ran.get("processes", "1"))
+    names = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate", "tokenizers": "Tokenizers"}
+    versions = [f"{names.get(name, name)} {ran[name]}" for name in ("Python", *names) if name in ran]
+    ran_on = f"It was trained {precision} with {count} process{'es' * (count != 1)} on {where}"
+    return f"{ran_on} ({', '.join(versions)})." if versions else f"{ran_on}."
+
+
+def _choice(plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any]) -> str:
+    train, task = plan.recipe.train, str(prepared.get("task") or plan.recipe.task)
+    rows = prepared.get("rows") or {}
+    if "eval" not in rows:
+        return "The weights are those of the last step."
+    test = " Test rows took no part in the choice." if "test" in rows else ""
+    if train.keep != "best":
+        return f"The weights are those of the last step.{test}"
+    known = task in ("single-label", "multi-label", "regression")
+    best = metric_name(train.best_metric) if train.best_metric else selection_metric(task) if known else "the metric"
+    better = "lowest" if lower_is_better(best, plan.recipe.metric_texts) else "highest"
+    step = f" (step {outcome.model_step:,})" if outcome and outcome.model_step else ""
+    return f"The checkpoint with the {better} {best} on eval was kept{step}, so that scores on eval are a little too kind.{test}"
