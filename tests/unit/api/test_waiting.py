@@ -256,6 +256,58 @@ def test_the_package_is_typed_and_lists_its_names() -> None:
         assert getattr(afina, name) is not None
 
 
+def test_submissions_in_threads_keep_their_sites_apart(
+    recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sites, both ways, beside each other: each job gets its own variables, and this process keeps its own."""
+    from afina.slurm.submit import submit_sbatch
+    from afina.slurm.submitit_job import submit_submitit
+
+    folder, where = tmp_path / "bin", shlex.quote(str(tmp_path))
+    job = f'echo "$SBATCH_PARTITION $AFINA_SCRATCH" >{where}/seen.$$; sleep 0.1; echo $$\n'
+    for name, body in (("sbatch", job), ("srun", "true\n"), ("squeue", "true\n")):
+        program(folder, name, body)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    before = dict(os.environ)
+    jobs: dict[str, str] = {}
+
+    def claimed(number: int) -> RunDir:
+        site = Site(scratch=tmp_path / f"scratch{number % 2}", sbatch={"SBATCH_PARTITION": f"part{number % 2}"})
+        plan = make_plan(recipe(), site, recipe_file=recipe_file())
+        return RunDir.claim(plan, {}, ["true"], "", tmp_path / f"run {number}")
+
+    def submit(number: int, run: RunDir) -> None:
+        plan = run.plan()
+        job = (submit_submitit if number % 4 < 2 else submit_sbatch)(plan, run)
+        jobs[job] = f"part{number % 2} {plan.site.scratch}\n"
+
+    threads = [threading.Thread(target=submit, args=(number, claimed(number))) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert {number: (tmp_path / f"seen.{number}").read_text() for number in jobs} == jobs and len(jobs) == 8
+    assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_users_project_is_checked_with_afinas_types(tmp_path: Path) -> None:
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "study.py").write_text(
+        "import afina\n"
+        "run: afina.Run = afina.submit('recipe.yaml', nodes=2, slurm={'partition': 'gpu'}, after=[])\n"
+        "plan: afina.Plan = afina.submit('recipe.yaml', dry_run=True)\n"
+        "error: afina.AfinaError | None = run.exception(timeout=3)\n"
+        "paths = [done.path for done in afina.as_completed(afina.wait([run]))]\n"
+        "trained: afina.Run = afina.train({'name': 'x'}, overrides=['train.epochs=1'], check=False).submit()\n"
+        "async def main() -> afina.Outcome:\n    return await run\n"
+        "wrong: str = run.result()\n"
+    )
+    output, errors, code = mypy.run(["--strict", "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "study.py")])
+    assert code == 1 and output.count("error:") == 1 and "study.py:9" in output, output + errors
+
+
 # -- trainings here ----------------------------------------------------------------------------------------------------
 
 LOOP = """
