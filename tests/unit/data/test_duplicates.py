@@ -165,27 +165,52 @@ def test_a_label_that_stands_in_the_text(prepared: Callable[..., dict[str, Any]]
     answer = prepared({"train": rows[:200], "eval": rows[200:]})
     (warning,) = answer["spoiled"]["eval"]
     assert warning.startswith(
-        "one token tells the label in train: 'awful' is in 67 of 67 rows with 'awful' and in 0 others; "
+        "the text tells the label in train: 'awful' is in 67 of 67 rows with that label and in 0 others; "
     )
     assert warning in answer["warnings"]
+
+
+def test_a_label_of_unknown_words_that_is_cut_from_some_rows(prepared: Callable[..., dict[str, Any]]) -> None:
+    """Its name is many tokens, and long rows lose it."""
+    names = ("gryx", "gryz")
+    rng = random.Random(1)
+    rows = [
+        {
+            "text": f"{' '.join(rng.choices(words()[30:], k=20 if i % 5 else 70))} [{names[i % 2].upper()}]",
+            "stars": names[i % 2],
+        }
+        for i in range(240)
+    ]
+    answer = prepared({"train": rows[:200], "eval": rows[200:]})
+    (warning,) = (each for each in answer["spoiled"]["eval"] if "tells the label" in each)
+    assert "'gryx' is in 80 of 100 rows with that label and in 0 others" in warning
+
+
+def test_some_tokens_in_a_row_that_tell_the_label() -> None:
+    rng = np.random.default_rng(1)
+    labels = [i % 3 for i in range(300)]
+    marks = {0: [7, 8], 1: [8, 7], 2: [7, 7]}  # both tokens are in rows of all labels
+    texts = [[2, *rng.integers(20, 60, 8), *marks[label], *rng.integers(20, 60, 4), 8] for label in labels]
+    (warning,) = check_one_feature(LABELS, split_of(texts, labels), str, lambda text: [])
+    assert "'7 8' is in 100 of 100 rows with 'bad' and in 0 others" in warning and "'8 7' is in 100 of" in warning
 
 
 def test_words_that_only_hint_at_the_label_are_no_warning() -> None:
     rng = np.random.default_rng(1)
     labels = [i % 3 for i in range(300)]
     hint = [[2, *rng.integers(20, 60, 8), 10 + label if rng.random() < 0.8 else 13] for label in labels]
-    assert check_one_feature(LABELS, split_of(hint, labels), str) == []
-    assert check_one_feature(LABELS, split_of(hint[:30], labels[:30]), str) == []
+    assert check_one_feature(LABELS, split_of(hint, labels), str, lambda text: []) == []
+    assert check_one_feature(LABELS, split_of(hint[:30], labels[:30]), str, lambda text: []) == []
 
 
 def test_a_length_that_tells_the_label() -> None:
     rng = np.random.default_rng(1)
     labels = [i % 3 for i in range(300)]
     texts = [[2, *rng.integers(20, 60, 5 + 10 * label + int(rng.integers(4)))] for label in labels]
-    (warning,) = check_one_feature(LABELS, split_of(texts, labels), str)
+    (warning,) = check_one_feature(LABELS, split_of(texts, labels), str, lambda text: [])
     assert warning.startswith("the number of tokens tells the label of 100.0% of the rows of train")
     mixed = [[2, *rng.integers(20, 60, int(rng.integers(5, 40)))] for _ in labels]
-    assert check_one_feature(LABELS, split_of(mixed, labels), str) == []
+    assert check_one_feature(LABELS, split_of(mixed, labels), str, lambda text: []) == []
 
 
 # -- other remarks ----------------------------------------------------------------------------------------------------

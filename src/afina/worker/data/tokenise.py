@@ -7,6 +7,7 @@ Of a row only numbers stay in memory; the texts are read again in batches. Shard
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,8 +205,12 @@ class Tokenising:
         spoiled = check_duplicates(splits, keys)
         warnings += [warning for each in spoiled.values() for warning in each]
         labels, train = self.checked.labels, splits["train"]
+        plain = copy.deepcopy(tokenizer)  # a call of it would switch the encoder's truncation off
         told = check_one_feature(
-            labels, prepared.open_split(aside, "train"), lambda token: str(tokenizer.convert_ids_to_tokens(token))
+            labels,
+            prepared.open_split(aside, "train"),
+            lambda token: str(tokenizer.convert_ids_to_tokens(token)),
+            lambda text: list(plain([text], add_special_tokens=False)["input_ids"][0]),
         )
         for split in splits:
             if split != "train" and told:
