@@ -12,6 +12,7 @@ from typing import Any
 from afina.errors import DataError
 from afina.formats.columns import distinct, partitions
 from afina.formats.read_options import format_of
+from afina.formats.text_files import foreign
 
 __all__ = ["Columnar", "class_names", "count_rows", "open_columnar", "readable_columnar"]
 
@@ -149,6 +150,9 @@ def readable_columnar(path: Path) -> Iterator[None]:
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
+        with contextlib.suppress(OSError):
+            if other := foreign(path):
+                raise other from None
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable {kind} file: {reason}", "copy or write the file again") from None
 

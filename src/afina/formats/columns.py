@@ -102,12 +102,18 @@ def value_at(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A record with its nested objects as columns `a.b`."""
+def flatten(record: Mapping[str, Any], prefix: str = "", *, lists: bool = False) -> dict[str, Any]:
+    """A record with its nested objects as columns `a.b`.
+
+    Args:
+        lists: of a list of objects take the first as `a.0.b`.
+    """
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}.", lists=lists))
+        elif lists and isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            flat.update(flatten(value[0], f"{prefix}{key}.0.", lists=lists))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

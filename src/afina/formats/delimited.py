@@ -16,7 +16,7 @@ from afina.errors import DataError
 from afina.formats.columns import partitions
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
-from afina.formats.text_files import open_text
+from afina.formats.text_files import foreign, open_text
 
 __all__ = ["read_delimited"]
 
@@ -91,6 +91,8 @@ def read_delimited(
 
 def _header(path: Path, first: list[str], reading: ReadOptions) -> tuple[list[str], list[list[str]]]:
     """The names of the columns, and the rows that were read for them."""
+    if first[0][:1] in "{[<v" and (error := foreign(path)):
+        raise error
     if len(first) <= 2 and first[0].startswith("sep=") and format_of(path) == "csv":
         raise DataError(
             f"{path}: the first line, `{first[0]}`, is one that only Excel knows", "remove it, and set the separator: "

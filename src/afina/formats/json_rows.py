@@ -20,7 +20,7 @@ from typing import IO, Any
 from afina.errors import DataError
 from afina.formats.columns import partitions, value_at
 from afina.formats.read_options import PLAIN, ReadOptions, option
-from afina.formats.text_files import open_text
+from afina.formats.text_files import foreign, open_text
 
 __all__ = ["check_characters", "json_kind", "json_unit", "number_text", "read_json", "records_below"]
 
@@ -179,7 +179,9 @@ def _not_json(path: Path, error: Exception, line: int | None = None, text: str =
     remedy = "correct that line" if place else "correct it, or write one object per line"
     if isinstance(error, json.JSONDecodeError):
         start = (text or error.doc)[:4096]
-        if "\0" in start:
+        if line in (None, 1) and (other := foreign(path)):
+            return other
+        if "\0" in start and line in (None, 1):
             encoding = "utf-16-be" if start.startswith("\0") else "utf-16-le"
             return DataError(f"{path}{place}: holds a NUL byte", f"is the file UTF-16? {option('encoding', encoding)}")
         if line is None:

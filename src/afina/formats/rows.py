@@ -47,13 +47,13 @@ def read_rows(path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = No
                 first = record
                 continue
             if number == 1 and first is not None:
-                yield flatten(first)
-            yield flatten(record)
+                yield flatten(first, lists=True)
+            yield flatten(record, lists=True)
             first = None
         if first is not None:
             if reading.field is None and (error := records_below(path, first)):
                 raise error
-            yield flatten(first)
+            yield flatten(first, lists=True)
 
 
 def _columnar_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from afina.errors import DataError
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of, option
 
-__all__ = ["note_damaged", "open_binary", "open_text", "readable", "undecodable"]
+__all__ = ["foreign", "note_damaged", "open_binary", "open_text", "readable", "undecodable"]
 
 #: First bytes of files that are not text: what the file is, and the remedy.
 _MAGIC = {
@@ -32,6 +32,14 @@ _MAGIC = {
     b"\xfd7zX": ("compressed with xz", "end its name with .xz"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "end its name with .zst"),
     b"\xd0\xcf\x11\xe0": ("a spreadsheet (.xls)", "save the sheet as `CSV UTF-8`"),
+}
+#: First characters of text files that are not data, or data of another format: what the file is, and the remedy.
+_FOREIGN = {
+    b"version https://git-lfs": ("a pointer of Git LFS, not the data", "fetch the data: git lfs pull"),
+    b"<!doctype html": ("a web page", "download the file itself, not the page about it"),
+    b"<html": ("a web page", "download the file itself, not the page about it"),
+    b"{": ("JSON", "name it .jsonl or .json"),
+    b"[{": ("JSON", "name it .json"),
 }
 #: Bytes that no text in Windows-1252 has.
 _NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
@@ -103,6 +111,16 @@ def readable(path: Path, reading: ReadOptions = PLAIN) -> Iterator[None]:
         if error.errno is None:
             raise _not_unpacked(path, error) from None
         raise DataError(f"{path}: {os.strerror(error.errno)}", "check the path and its permissions") from None
+
+
+def foreign(path: Path) -> DataError | None:
+    """The error for a file that is another thing than its name says: a Git LFS pointer, a web page, JSON; or None."""
+    with open_binary(path) as file:
+        start = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for first, (what, how) in _FOREIGN.items():
+        if start.startswith(first) and not (what == "JSON" and format_of(path) == "jsonl"):
+            return DataError(f"{path}: is {what}", how)
+    return None
 
 
 def _not_unpacked(path: Path, error: Exception) -> DataError:

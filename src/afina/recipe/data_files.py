@@ -65,6 +65,11 @@ def find_files(named: Mapping[NamedSplit, Sequence[str]], base: Path, hint: str 
         DataError: no such file, an unknown format, a file without read permission.
         InputError: a path that is not UTF-8.
     """
+    for split, given in named.items():
+        for address in (path for path in given if "://" in path):
+            raise DataError(
+                f"data.files.{split}: {address} is an address", "download it first; a data set of the Hub: `data.hub`"
+            )
     places = {split: [p for path in paths for p in find_paths(path, base)] for split, paths in named.items()}
     # A file that matches two patterns is read once.
     files: dict[str, tuple[Path, ...]] = {

@@ -118,6 +118,20 @@ def test_regression_multi_label_and_pairs(plan: Callable[..., Plan], tmp_path: P
     assert {"text", "text_pair"} <= set(pq.read_schema(Path(ran["prepared"]) / "eval.rows.parquet").names)
 
 
+def test_ids_and_groups_keep_every_digit(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    rows = [{**r, "id": 1234567890123456789 + n, "author": 2**60 + n // 5} for n, r in enumerate(tiny_reviews(60))]
+    rows[7] |= {"id": 0.5, "author": 0.5}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = {"files": {"all": str(path)}, "label": "stars", "id": "id", "group": "author", "train": {"fraction": 0.6}}
+    ran = prepare_here(plan(data={**data, "eval": {"fraction": 0.4}}))
+    authors = {}
+    for split in ("train", "eval"):
+        table = pq.read_table(Path(ran["prepared"]) / f"{split}.rows.parquet").to_pydict()
+        assert table["id"] == [str(rows[line - 1]["id"]) for line in table["row"]]
+        authors[split] = {str(rows[line - 1]["author"]) for line in table["row"]}
+    assert not authors["train"] & authors["eval"] and len(authors["train"] | authors["eval"]) == 13
+
+
 def test_more_than_two_texts_are_joined_by_the_tokenizers_separator(plan: Callable[..., Plan], tmp_path: Path) -> None:
     rows = [
         {"a": r["text"], "b": f"title {n}", "c": "" if n % 3 else "more", "label": n % 2}
@@ -260,12 +274,9 @@ def test_not_a_plan(site: Site) -> None:
     "raw, expected",
     [
         ("text,stars\ncafé,1\n".encode("latin-1"), "row 1 (line 2): byte 0xe9"),
-        (b"text,stars\na,1\nb,c,2\n", "row 2 (line 3): 3 cells, the header has 2"),
         (b"text,stars\r\n" + b"a,1\r\n,2\r\n" * 9, "rows have an empty text"),
-        (b"text;stars\na;1\n", "there is no column `text`; columns: `text;stars`"),
         (b"text,stars\na,1\nb,1\nc,1\nd,1\ne,1\nf,1\ng,1\nh,1\n", "at least two labels are needed"),
         (b"text,stars\n", "no rows"),
-        (b"", "the file is empty"),
     ],
 )
 def test_bad_data(plan: Callable[..., Plan], reviews: Path, raw: bytes, expected: str) -> None:

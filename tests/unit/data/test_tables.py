@@ -97,8 +97,7 @@ def test_a_column_that_is_not_there(tmp_path: Path, suffix: str) -> None:
     assert error.value.remedy == "did you mean `Text`?"
 
 
-def test_duplicate_columns_and_empty_files(tmp_path: Path) -> None:
-    assert "occurs twice" in refused(tmp_path / "a.csv", "text,text,label\na,b,1\n", ["text"]).message
+def test_a_file_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_text("text,label\n")
     assert len(read_files([path], ["text"])) == 0
@@ -205,11 +204,3 @@ def test_half_of_a_character(tmp_path: Path) -> None:
     assert r"a.jsonl, line 2: column `a` holds \ud83d, half of a character" in refused(path, half, ["a"]).message
     with pytest.raises(DataError, match=r"line 2: column `a` holds .*half of a character"):
         read_files([path], [], ["a"])
-
-
-def test_parquet_types_of_other_writers(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    whole = [2**64 - 1, 7]
-    pq.write_table(pa.table({"t": pa.array(["x", "y"], pa.string_view()), "n": pa.array(whole, pa.uint64())}), path)
-    table = read_files([path], ["t", "n"])
-    assert column(table, "t") == ["x", "y"] and column(table, "n") == [str(n) for n in whole]

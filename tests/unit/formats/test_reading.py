@@ -115,7 +115,7 @@ def test_nested_columns(tmp_path: Path) -> None:
     assert table.columns["data.text"].to_pylist() == [t for t, _ in ROWS] and table.columns[label].to_pylist() == [
         [v] for _, v in ROWS
     ]
-    assert next(read_rows(path))["data.text"] == ROWS[0][0]
+    assert next(read_rows(path)) == {"data.text": ROWS[0][0], label: ["pos"]}
     with pytest.raises(DataError) as error:
         read_files([path], ["text"])
     assert error.value.remedy == "did you mean `data.text`?"
@@ -236,6 +236,8 @@ def test_columnar_types(tmp_path: Path, suffix: str) -> None:
     table = pa.table(
         {
             "dictionary": pa.array(["a", "b", "a"]).dictionary_encode(),
+            "view": pa.array(["a", None, "c"], pa.string_view()),
+            "unsigned": pa.array([2**64 - 1, 7, None], pa.uint64()),
             "large": pa.array(["a", None, "c"], pa.large_string()),
             "binary": pa.array([b"a", "ü".encode(), None]),
             "whole": pa.array([decimal.Decimal(10**30), None, decimal.Decimal(5)], pa.decimal128(38, 0)),
@@ -251,7 +253,8 @@ def test_columnar_types(tmp_path: Path, suffix: str) -> None:
     )  # fmt: skip
     found = {name: column.to_pylist() for name, column in columns_of(table, tmp_path, suffix).columns.items()}
     assert found == {
-        "dictionary": ["a", "b", "a"], "large": ["a", None, "c"], "binary": ["a", "ü", None],
+        "dictionary": ["a", "b", "a"], "large": ["a", None, "c"], "view": ["a", None, "c"],
+        "unsigned": [str(2**64 - 1), "7", None], "binary": ["a", "ü", None],
         "whole": [str(10**30), None, "5"], "decimal": [1.5, None, 5.0], "date": ["2024-01-02", None, None],
         "time": ["2024-01-02 03:00:00.000000", None, None], "bool": [True, None, False], "half": [1.0, 0.5, 2.0],
         "nothing": [None] * 3, "lists": [["a", "b"], [], None], "list of dictionary": [["a"], ["b"], None],

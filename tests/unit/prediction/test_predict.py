@@ -414,26 +414,18 @@ def test_a_difference_is_refused_by_name(run: Path, reviews: Path, tmp_path: Pat
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
-def _latin(path: Path) -> None:
-    path.write_bytes("text\nfine\nalso fine\ncaf\xe9\n".encode("latin-1"))
-
-
 BAD: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any], str, str]] = {
     "no such column": ("a.csv", lambda p: p.write_text("texts,n\na,1\n"), {}, "no column `text`", "did you mean `texts`"),
-    "other separator": ("a.csv", lambda p: p.write_text("text;n\na;1\n"), {}, "no column `text`", "separated by `;`"),
+    "other separator": ("a.csv", lambda p: p.write_text("text;n\na;1\n"), {}, "no column `text`", "separated by `;`: `data.delimiter"),
     "named column": ("a.csv", lambda p: p.write_text("text\na\n"), {"text": ["body"]}, "no column `body`", "--text"),
     "two columns": ("a.csv", lambda p: p.write_text("text,b\na,c\n"), {"text": ["text", "b"]}, "reads one text a row", "--text COLUMN"),
-    "not UTF-8": ("a.csv", _latin, {}, r"a.csv, row 3 \(line 4\): byte 0xe9 at offset 23", "UTF-8"),
     "twice": ("a.csv", lambda p: p.write_text("text,n,text\na,1,2\n"), {}, "column `text` occurs twice", "rename"),
     "half a character": ("a.jsonl", lambda p: p.write_text('{"text": "a \\ud83d"}\n'), {}, "line 1: column `text` holds .ud83d", "cut in the middle"),
     "a column of the output": ("a.csv", lambda p: p.write_text("text,prediction\n" + "a,1\n" * 3000 + "ragged\n"), {}, "has a column `prediction`", "--keep id"),
-    "semicolons": ("a.csv", lambda p: p.write_text("text;n\na;1\n"), {}, "no column `text`; columns: `text;n`", "--delimiter ';'"),
     "an option of no use": ("a.jsonl", lambda p: p.write_text('{"text": "a"}'), {"reading": {"header": False}}, "--header: is for CSV and TSV files", "leave it out"),
     "a list": ("a.jsonl", lambda p: p.write_text('{"text": ["a"]}\n{"text": ["b", "c"]}\n'), {}, "line 1: column `text` holds a list, a text is expected", "--text"),
     "no Parquet": ("a.parquet", lambda p: p.write_bytes(b"PAR1 nonsense"), {}, "not a readable Parquet file", "write the file again"),
-    "empty": ("a.csv", lambda p: p.write_text(""), {}, "the file is empty", "names the columns"),
     "no rows": ("a.csv", lambda p: p.write_text("text\n"), {}, "no rows", "has rows"),
-    "column taken": ("a.csv", lambda p: p.write_text("text,prediction\na,b\n"), {}, "a column `prediction`", "--keep id"),
     "score taken": ("a.csv", lambda p: p.write_text("text,score: 3\na,b\n"), {}, "a column `score: 3`", "--keep id"),
     "unknown format": ("a.xlsx", lambda p: p.write_text("text"), {}, "format .xlsx is not known", ".csv"),
 }  # fmt: skip

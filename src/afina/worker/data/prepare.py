@@ -370,7 +370,8 @@ def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> A
         states = {key: source.state() for key, source in sources.items()}
     columns = [*spec.label, *filter(None, (spec.id, spec.weight, spec.split_column, spec.group))]
     with Progress("reading", "read", "rows", None, say) as progress:
-        ids = [spec.id] if spec.id and spec.id not in spec.label else []
+        # Names, not numbers: each digit counts.
+        ids = [n for n in (spec.id, spec.group, spec.split_column) if n and n not in (*spec.label, spec.weight)]
         tables = {key: source.read(columns, spec.text, progress.advance, ids=ids) for key, source in sources.items()}
     warnings += [line for table in tables.values() for line in table.warnings]
     labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)

@@ -165,7 +165,9 @@ class _Json:
         if below is not None and not found.keys() >= set(wanted):
             raise below
         # With nested names, for the hint.
-        names = list(found) if found.keys() >= set(wanted) else list(dict.fromkeys([*found, *flatten(first)]))
+        names = (
+            list(found) if found.keys() >= set(wanted) else list(dict.fromkeys([*found, *flatten(first, lists=True)]))
+        )
         choose_columns(self.path, names, wanted, others)
 
     def _batch(
