@@ -33,13 +33,11 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "end its name with .zst"),
     b"\xd0\xcf\x11\xe0": ("a spreadsheet (.xls)", "save the sheet as `CSV UTF-8`"),
 }
-#: First characters of text files that are not data, or data of another format: what the file is, and the remedy.
+#: First characters of files that are not data: what the file is, and the remedy.
 _FOREIGN = {
     b"version https://git-lfs": ("a pointer of Git LFS, not the data", "fetch the data: git lfs pull"),
     b"<!doctype html": ("a web page", "download the file itself, not the page about it"),
     b"<html": ("a web page", "download the file itself, not the page about it"),
-    b"{": ("JSON", "name it .jsonl or .json"),
-    b"[{": ("JSON", "name it .json"),
 }
 #: Bytes that no text in Windows-1252 has.
 _NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
@@ -118,8 +116,10 @@ def foreign(path: Path) -> DataError | None:
     with open_binary(path) as file:
         start = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     for first, (what, how) in _FOREIGN.items():
-        if start.startswith(first) and not (what == "JSON" and format_of(path) == "jsonl"):
+        if start.startswith(first):
             return DataError(f"{path}: is {what}", how)
+    if re.match(rb'\[?\s*\{\s*"', start) and format_of(path) != "jsonl":
+        return DataError(f"{path}: is JSON", "name it .jsonl or .json")
     return None
 
 

@@ -122,7 +122,14 @@ def test_ids_and_groups_keep_every_digit(plan: Callable[..., Plan], tmp_path: Pa
     rows = [{**r, "id": 1234567890123456789 + n, "author": 2**60 + n // 5} for n, r in enumerate(tiny_reviews(60))]
     rows[7] |= {"id": 0.5, "author": 0.5}
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    data = {"files": {"all": str(path)}, "label": "stars", "id": "id", "group": "author", "train": {"fraction": 0.6}}
+    data = {
+        "files": {"all": str(path)},
+        "label": "stars",
+        "id": "id",
+        "group": "author",
+        "split_by": "text",
+        "train": {"fraction": 0.6},
+    }
     ran = prepare_here(plan(data={**data, "eval": {"fraction": 0.4}}))
     authors = {}
     for split in ("train", "eval"):
