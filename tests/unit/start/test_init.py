@@ -97,6 +97,36 @@ def test_a_csv_becomes_a_recipe_that_is_prepared(init: Init, tmp_path: Path, mod
     assert f"{recipe.tokens.max_length}}}" in answer["text"] and "by the model's tokenizer" in answer["text"]
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train", "train", "train", "validation", "test"], {"train": 90, "eval": 30, "test": 30}),
+        (["Train", "train", "train", "train", "test"], {"train": 120, "test": 30}),
+        (["train", "train", "train", "part 2", "test"], None),
+        (["a", "b", "a", "b", "a"], None),
+    ],
+    ids=["three", "without eval", "an unknown name", "other values"],
+)
+def test_a_column_that_names_splits_is_proposed(
+    init: Init, tmp_path: Path, model: Path, names: list[str], expected: dict[str, int] | None
+) -> None:
+    rows = [{**row, "split": names[i % 5]} for i, row in enumerate(reviews())]
+    data = tiny.write_csv(tmp_path / "reviews.csv", rows)
+    answer = init(tmp_path / "project", "--data", data, "--model", model, "--label", "stars")
+    proposed: Recipe = answer["recipe"]
+    assert proposed.data.split_column == (None if expected is None else "split")
+    if expected is None:
+        assert proposed.data.train.fraction == 0.8
+        return
+    shown = ", ".join(f"{split} {rows}" for split, rows in expected.items())
+    if "eval" in expected:
+        assert f"# the column `split` names the split of each row: {shown}" in answer["text"]
+        assert proposed.data.train.fraction is None and proposed.data.test is not None
+    else:
+        assert proposed.data.train.fraction == 0.9 and proposed.data.eval.fraction == 0.1
+        assert proposed.data.eval.split == "train" and proposed.data.test is not None
+
+
 @pytest.mark.slow
 def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, tmp_path: Path, model: Path) -> None:
     rows = reviews(200)

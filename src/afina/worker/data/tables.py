@@ -46,10 +46,9 @@ class TextDigests:
 
     @classmethod
     def of(cls, texts: pa.Array) -> TextDigests:
-        plain = pc.utf8_trim_whitespace(pc.replace_substring_regex(pc.utf8_lower(texts), r"\s+", " "))
         hashed = [
-            hashlib.blake2b(text or b"", digest_size=_KEY_BYTES).digest()
-            for text in plain.cast(pa.large_binary()).to_pylist()
+            hashlib.blake2b(b" ".join((text or b"").split()), digest_size=_KEY_BYTES).digest()
+            for text in pc.utf8_lower(texts).cast(pa.large_binary()).to_pylist()
         ]
         return cls(
             np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, 2),
