@@ -47,6 +47,7 @@ __all__ = [
     "Stopped",
     "TrainingError",
     "WaitTimeout",
+    "check_argument",
     "first_line",
     "nearest",
 ]
@@ -202,6 +203,23 @@ _KINDS: dict[str, type[AfinaError]] = {
     for kind in (InputError, RecipeError, DataError, ClaimedError, EnvironmentProblem, SiteError, HubError, SlurmError, TrainingError,
                  Failed, Stopped, Cancelled, WaitTimeout)
 }  # fmt: skip
+
+
+def check_argument(name: str, value: object, kinds: tuple[type, ...], what: str, *, least: int | None = None) -> None:
+    """Refuse an argument of a Python function that is of another type; None is left to the caller.
+
+    Args:
+        kinds: the types that it may have; a boolean is not a number.
+        what: the same in words: "a path".
+        least: the smallest number.
+
+    Raises:
+        InputError: with the argument's name and what was found.
+    """
+    fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if value is not None and not (fits and (least is None or value >= least)):  # type: ignore[operator]
+        limit = "" if least is None else f", {least} or more"
+        raise InputError(f"{name}: must be {what}{limit}; found {value!r}", "correct the argument")
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError
+from afina.errors import InputError, check_argument
 from afina.prediction.jobs import site_for, worker_env
 from afina.prediction.request import find_model, plan_of
 from afina.run.commands import worker_argv
@@ -30,6 +30,7 @@ def export(
     Raises:
         AfinaError: as the command says it.
     """
+    check_argument("out", out, (str, Path), "a path")
     directory, model = find_model(resolve_folder(run))
     if directory is None:
         raise InputError(

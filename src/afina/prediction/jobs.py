@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from afina.api import visible_gpus
-from afina.errors import AfinaError, DataError, InputError, SiteError
+from afina.errors import AfinaError, DataError, InputError, SiteError, check_argument
 from afina.files import encode_words, write_atomic
 from afina.formats.read_options import ReadOptions
 from afina.prediction.request import (
@@ -64,6 +66,9 @@ def compose(
     Raises:
         InputError, DataError: no such run, model, input; an output that cannot be written.
     """
+    check_argument("out", out, (str, Path), "a path")
+    for name in inputs:
+        check_argument("inputs", name if name is not None else (), (str, Path), "paths")
     directory, model = find_model(resolve_folder(run))
     files = find_inputs(inputs)
     target = result_name(files) if out is None else Path(out).expanduser().absolute()
@@ -84,7 +89,12 @@ def compose(
     fixed = {
         "plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target, "reading": reading
     }  # fmt: skip
-    return Prediction.model_validate({**fixed, **request.options()})
+    try:
+        return Prediction.model_validate({**fixed, **request.options()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise InputError(f"{name}: {first['msg']}, found {first['input']!r}", "correct the argument") from None
 
 
 @accepts(PredictOptions, PredictRequest, JobRequest)
@@ -111,6 +121,9 @@ def predict(
     """
     asked: dict[str, Any] = dict(options)
     job = JobRequest(**{name: asked.pop(name) for name in ("site", "num_processes") if name in asked})
+    check_argument(
+        "inputs", inputs if inputs is not None else (), (str, Path, list, tuple), "a path, or a list of paths"
+    )
     named = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
     return predict_here(compose(run, named, out, PredictRequest(**asked, job=job)), job.num_processes, stdin=stdin)
 

@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import EnvironmentProblem
+from afina.errors import EnvironmentProblem, InputError, check_argument
 from afina.prediction.request import find_model
 from afina.watch.find import resolve_folder
 
@@ -43,6 +43,11 @@ def load(
         InputError: no such run, no model in it, a damaged file.
         EnvironmentProblem: PyTorch or Transformers is not installed here.
     """
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        check_argument(name, value, (int,), "a whole number", least=1)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype: must be float32, bfloat16 or float16, found {dtype!r}", "give its name as text")
+    check_argument("device", device, (str,), "a device such as cpu or cuda:1")
     directory, folder = find_model(resolve_folder(run))
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

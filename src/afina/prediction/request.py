@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from afina.errors import DataError, InputError, nearest
+from afina.errors import DataError, InputError, check_argument, nearest
 from afina.formats.read_options import PLAIN, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
@@ -79,6 +79,7 @@ class PredictRequest:
     def options(self) -> dict[str, object]:
         """The fields of a `Prediction` that are asked for."""
         asked = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
+        check_argument("text", self.text, (str, list, tuple), "a column, or a list of columns")
         text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
         return {"text": text, "keep": self.keep, **{name: value for name, value in asked.items() if value is not None}}
 
@@ -123,10 +124,10 @@ class Prediction(FrozenModel):
     text: tuple[str, ...] = ()
     reading: ReadOptions | None = None
     keep: Keep = "all"
-    batch_size: int | None = None
-    max_tokens: int | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    chunk_rows: int = CHUNK_ROWS
+    chunk_rows: Annotated[int, Field(ge=1)] = CHUNK_ROWS
 
     @property
     def max_length(self) -> int | None:

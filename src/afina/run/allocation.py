@@ -107,11 +107,6 @@ class Allocation:
         """The job as its submission names it: `123`, or `123_4` for a task of an array."""
         return f"{self.array_job_id}_{self.array_task_id or ''}" if self.array_job_id else self.job_id
 
-    @property
-    def attempt_of_job(self) -> str:
-        """The name that `slurm/job.sh` gives to the attempt."""
-        return f"{self.job or 'local'}.{self.restart}"
-
     def cores(self) -> int:
         """Cores that this process may use."""
         bound = len(os.sched_getaffinity(0))

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from afina.errors import InputError, nearest
+from afina.errors import InputError, check_argument, nearest
 
 __all__ = ["JobOptions", "JobRequest", "SubmitOptions", "Via", "accepts"]
 
@@ -64,22 +64,12 @@ class JobRequest:
                 f"overrides: must be a list of texts, found {given!r}", 'for example overrides=["train.epochs=1"]'
             )
         object.__setattr__(self, "overrides", tuple(given))
-        if not isinstance(self.slurm, Mapping):
-            raise InputError(
-                f"slurm: must be a mapping, found {self.slurm!r}", 'for example slurm={"partition": "gpu"}'
-            )
-        if not isinstance(self.after, list | tuple):
-            raise InputError(f"after: must be a list of runs, found {self.after!r}", "for example after=[run]")
+        check_argument("slurm", self.slurm, (Mapping,), "a mapping of sbatch's options")
+        check_argument("after", self.after, (list, tuple), "a list of runs")
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InputError(
-                    f"{name}: must be a whole number, {least} or more; found {value!r}", "correct the number"
-                )
+            check_argument(name, getattr(self, name), (int,), "a whole number", least=least)
         for name in ("site", "run"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | Path):
-                raise InputError(f"{name}: must be a path, found {value!r}", "give a text or a Path")
+            check_argument(name, getattr(self, name), (str, Path), "a path")
         if self.via not in get_args(Via):
             choices = ", ".join(get_args(Via))
             raise InputError(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import api
-from afina.errors import AfinaError, ClaimedError, InputError, SlurmError
+from afina.errors import AfinaError, ClaimedError, InputError, SlurmError, check_argument
 from afina.files import read_words
 from afina.recipe.schema import Recipe
 from afina.run.commands import host_environment, sweep_argv
@@ -182,6 +182,12 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
     """
     asked: dict[str, Any] = dict(options)
     job = JobRequest(**{f.name: asked.pop(f.name) for f in fields(JobRequest) if f.name in asked})
+    for name in ("grid", "search"):
+        check_argument(name, asked.get(name), (Mapping,), 'a mapping such as {"train.learning_rate": [1e-5, 3e-5]}')
+    for name, least in (("trials", 1), ("search_seed", 0), ("max_parallel", 1)):
+        check_argument(name, asked.get(name), (int,), "a whole number", least=least)
+    check_argument("seeds", asked.get("seeds"), (int, str, list, tuple), "a number of seeds, or a list of seeds")
+    check_argument("directory", asked.get("directory"), (str, Path), "a path")
     search = asked.pop("search", None)
     space = space_of(search, job.overrides) if search is not None else None
     request = SweepRequest(**{**asked, "grid": grid_of(asked.get("grid") or {})}, search=space, job=job)

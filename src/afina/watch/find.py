@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from afina.errors import InputError, SiteError, nearest
+from afina.run.directory import RunDir
 from afina.site.settings import scratch_of
 
 __all__ = ["find_runs", "known_runs", "resolve_folder", "short_names"]
@@ -51,11 +52,13 @@ def known_runs() -> list[Path]:
 
 
 def resolve_folder(folder: str | Path) -> Path:
-    """A folder by its path, by its short name (see `short_names`) or by an unambiguous beginning of the short name.
+    """A folder by its path, by its short name (see `short_names`), by an unambiguous beginning of that, or by the number of its job.
 
     Raises:
         InputError: there is none, or several short names begin so.
     """
+    if folder is None or not isinstance(folder, str | Path):
+        raise InputError(f"run: must be a path or a name; found {folder!r}", "`afina list` names the runs")
     path = Path(folder).expanduser()
     if _exists(path):
         return path
@@ -76,6 +79,10 @@ def resolve_folder(folder: str | Path) -> Path:
         shown = ", ".join(sorted((match.name for match in matches), key=_natural)[:5])
         more = f" and {len(matches) - 5} more" if len(matches) > 5 else ""
         raise InputError(f"{folder}: several names begin so: {shown}{more}", "write more of the name")
+    if re.fullmatch(r"\d+(_\d+)?", str(folder)):
+        for run in reversed(known_runs()):
+            if any(job.partition(";")[0] == folder for job in RunDir(run).job_ids()):
+                return run
     known = _names(cell.parent) or [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)]
     hint = nearest(path.name, known)
     raise InputError(

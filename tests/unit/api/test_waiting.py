@@ -191,6 +191,38 @@ def test_a_wrong_argument_is_named(options: dict[str, Any], name: str) -> None:
         assert caught.value.remedy == "did you mean `sbatch`?"
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda run: afina.Run(None), "run"),  # type: ignore[arg-type]
+        (lambda run: afina.Run(7), "run"),  # type: ignore[arg-type]
+        (lambda run: afina.runs(3), "run"),  # type: ignore[arg-type]
+        (lambda run: afina.resume(None), "run"),  # type: ignore[arg-type]
+        (lambda run: afina.predict(run, 3), "inputs"),  # type: ignore[arg-type]
+        (lambda run: afina.predict(run, [None]), "inputs"),  # type: ignore[list-item]
+        (lambda run: afina.predict(run, "a.csv", out=3), "out"),  # type: ignore[arg-type]
+        (lambda run: afina.predict(run, "a.csv", text=3), "text"),  # type: ignore[arg-type]
+        (lambda run: afina.predict(run, "a.csv", num_processes=-1), "num_processes"),
+        (lambda run: afina.export(run, out=3), "out"),  # type: ignore[arg-type]
+        (lambda run: afina.load(run, batch_size=0), "batch_size"),
+        (lambda run: afina.load(run, dtype="int8"), "dtype"),
+        (lambda run: afina.sweep("r.yaml", grid=3), "grid"),  # type: ignore[arg-type]
+        (lambda run: afina.sweep("r.yaml", seeds=1.5), "seeds"),  # type: ignore[arg-type]
+        (lambda run: afina.sweep("r.yaml", max_parallel=0), "max_parallel"),
+        (lambda run: afina.sweep("r.yaml", nodes="2"), "nodes"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_argument_of_the_other_functions_is_named(
+    claim: Callable[..., RunDir], call: Callable[[Path], Any], name: str, tmp_path: Path
+) -> None:
+    run = claim(outcome="finished")
+    run.model.mkdir()
+    (Path.cwd() / "a.csv").write_text("text\na\n")
+    with pytest.raises(InputError) as caught:
+        call(run.path)
+    assert caught.value.message.startswith(f"{name}: must be "), caught.value.message
+
+
 def test_wrong_recipes(recipe_file: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
     with pytest.raises(RecipeError, match="unknown key `modle`"):
@@ -247,6 +279,19 @@ def test_options_of_one_submission_are_checked(
         _with_options(plan, JobRequest(after=[claim("c").path]))
     with pytest.raises(InputError, match="neither a run nor a job"):
         _with_options(plan, JobRequest(after=["nonsense"]))
+
+
+def test_a_run_is_found_by_its_jobs_number(
+    recipe: Callable[..., Recipe], site: Site, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFINA_SCRATCH", str(site.scratch))
+    plan = make_plan(recipe(), site, recipe_file=recipe_file())
+    runs = [RunDir.claim(plan, {}, ["true"], "") for _ in range(2)]
+    for run, job in zip(runs, ("41", "42_7"), strict=True):
+        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
+    assert (afina.Run("41").path, afina.Run("42_7").path) == (runs[0].path, runs[1].path)
+    with pytest.raises(InputError, match="no run or sweep of that name"):
+        afina.Run("4")
 
 
 def test_the_package_is_typed_and_lists_its_names() -> None:

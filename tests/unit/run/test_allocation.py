@@ -33,7 +33,7 @@ JOB = {
 
 def test_of_a_job() -> None:
     found = Allocation.from_env(JOB)
-    assert (found.job, found.attempt, found.attempt_of_job, found.in_job) == ("42", "42.2", "42.2", True)
+    assert (found.job, found.attempt, found.restart, found.in_job) == ("42", "42.2", 2, True)
     assert (found.nodes, found.node, found.node_name, found.node_names) == (3, 1, "n2", ("n1", "n2", "n3"))
     assert (found.gpus, found.cpus, found.cores()) == (4, 1, 1)
     assert (found.head, found.port, found.deadline) == ("10.0.0.1", 20301, 1.7e9)
@@ -47,7 +47,7 @@ def test_of_a_step_that_uses_fewer_nodes() -> None:
 def test_of_an_arrays_task() -> None:
     """Named as `slurm/job.sh` names it: by both numbers."""
     found = Allocation.from_env({**JOB, "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "7"})
-    assert (found.job, found.attempt_of_job) == ("40_7", "40_7.2")
+    assert (found.job, found.restart) == ("40_7", 2)
 
 
 def test_without_slurm() -> None:
