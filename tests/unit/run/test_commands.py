@@ -311,6 +311,8 @@ def test_a_dry_run_can_be_pasted_into_a_shell(tmp_path: Path, nasty: str) -> Non
     record = tmp_path / "record"
     fake = program(tmp_path / "bin", "sbatch", f'printf "%s\\0" "$@" >{shlex.quote(str(record))}\n')
     plan = plan_with(site_with(), name=nasty.replace("\n", " ").lstrip(".-"))
+    if "\\" in nasty:  # refused: test_directory
+        nasty = nasty.replace("\\", "_")
     argv = sbatch_argv(plan, Path("/runs") / nasty)
     subprocess.run(
         ["bash", "-c", shlex.join(argv)], env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}, check=True
