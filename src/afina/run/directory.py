@@ -13,6 +13,7 @@
     lease.json                              the attempt that works here now
     stop                                    exists: stop at the next step and leave a checkpoint
     outcome.json  model/  predictions.parquet
+    trained_rows.npy                        hashes of the rows that the model was trained on, for runs that start from it
 
 `mkdir` claims, `os.replace` publishes; nothing is edited in place.
 """

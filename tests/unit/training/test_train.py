@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests import tiny
 
@@ -124,6 +125,7 @@ def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
     kept = [path.name for path in (whole / "checkpoints").iterdir()]
     assert kept == [f"step-{outcome['model_step']}"], "train.keep_after: best"
     assert isinstance(outcome["warnings"], list)
+    assert np.load(whole / "trained_rows.npy").shape == (156, 2), "every row of train once"
     config = json.loads((whole / "model/config.json").read_text())
     assert config["problem_type"] == "single_label_classification"
     log = (whole / "attempts/local-1/node0.log").read_text()

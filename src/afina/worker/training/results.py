@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from afina.files import sync_file, sync_folder, sync_tree
+from afina.run.directory import RunDir
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.duplicates import TRAINED_ROWS, trained_rows
@@ -82,7 +83,7 @@ def export_results(trainer: RunTrainer) -> Results:
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
     if attempt.rank == 0:
         _export_model(trainer)
-        _write_trained_rows(data, run.path / TRAINED_ROWS)
+        _write_trained_rows(data.folder, run)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
     return Results(model_step, metrics, warnings)
@@ -106,11 +107,12 @@ def _export_model(trainer: RunTrainer) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_trained_rows(data: TrainingData, path: Path) -> None:
+def _write_trained_rows(prepared: Path, run: RunDir) -> None:
     """Keys of all rows that the model has been trained on: training on from it checks its eval and test rows against them."""
+    path = run.path / TRAINED_ROWS
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("wb") as file:
-        np.save(file, trained_rows(data.folder, Path(data.model_folder)))
+        np.save(file, trained_rows(prepared, Path(run.prepared()["model_folder"])))
     os.replace(aside, path)
 
 
