@@ -1,6 +1,6 @@
 """The built-in metrics, in NumPy: evaluation, reports, sweeps and `compare` compute them here, and so by one rule.
 
-A metric of decisions is a function of sums over rows (`contributions`, `from_sums`), so that a bootstrap needs only the sums. The values
+A metric of decisions is a function of sums over rows (`sums_of`, `from_sums`), so that a bootstrap needs only the sums. The values
 are scikit-learn's and SciPy's (tested against them). One rule for classes: macro averages go over the classes that occur in the labels or
 the predictions; in them a class that is never predicted has precision 0, and one without rows recall 0. `balanced_accuracy`, `auroc` and
 `average_precision` go over the classes that occur in the labels. What is not defined is NaN, with a reason from `compute`.
@@ -22,6 +22,7 @@ __all__ = [
     "per_class",
     "ranks",
     "row_losses",
+    "sums_of",
 ]
 
 Array = Any
@@ -53,7 +54,7 @@ def compute(
 
     if not len(truth):
         return dict.fromkeys(names), dict.fromkeys(names, "there are no rows")
-    sums = contributions(task, width, truth, predicted).sum(axis=0)[None, :]
+    sums = sums_of(task, width, truth, predicted)[None, :]
     known: dict[str, Any] = {name: float(value[0]) for name, value in from_sums(task, sums).items()}
     if task == "regression" and "spearman" in names:
         known["spearman"] = _correlation(ranks(truth), ranks(predicted))
@@ -103,6 +104,24 @@ def contributions(task: str, width: int, truth: Array, predicted: Array) -> Arra
         exact = (actual == chosen).all(axis=1)
         cost = np.zeros(len(truth))
     return np.concatenate([actual * chosen, chosen, actual, exact[:, None], cost[:, None], one], axis=1, dtype=float)
+
+
+def sums_of(task: str, width: int, truth: Array, predicted: Array) -> Array:
+    """`contributions` summed over the rows, (D,); without their N x D cells, which a thousand labels would make too many."""
+    import numpy as np
+
+    if task == "regression":
+        return contributions(task, width, truth, predicted).sum(axis=0)
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    if task == "single-label":
+        exact = truth == predicted
+        counts = [np.bincount(of, minlength=width) for of in (truth[exact], predicted, truth)]
+        cost = ((truth.astype(float) - predicted) ** 2).sum()
+    else:
+        actual, chosen = truth > 0, predicted > 0
+        exact = (actual == chosen).all(axis=1)
+        counts, cost = [of.sum(axis=0) for of in (actual & chosen, chosen, actual)], 0.0
+    return np.concatenate([*counts, [exact.sum(), cost, len(truth)]]).astype(float)
 
 
 def from_sums(task: str, sums: Array, whole: Array | None = None) -> dict[str, Array]:

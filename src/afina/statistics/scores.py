@@ -31,6 +31,7 @@ from afina.statistics.metrics import (
     parts,
     ranks,
     row_losses,
+    sums_of,
 )
 from afina.statistics.predictions import Predictions
 
@@ -56,6 +57,8 @@ BINS = 15
 _SEED = 20170706
 #: Cells (8 bytes each) of one block of resamples, and of all blocks together.
 _BLOCK, _WORK = 4_000_000, 400_000_000
+#: With more cells (kinds of rows x sums) than this no bootstrap is made: 100,000 rows of 1,000 labels.
+_MOST_CELLS = 100_000_000
 #: More rows than this, and the bootstrap of a mean is the normal distribution.
 _MANY = 2000
 _Z = 1.959963984540054
@@ -130,9 +133,11 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         found = _regression(truth, predicted, draws)
         overall = {name: _around(values[name], found[name]) for name in names if name in values}
         return Scores(overall, {}, [], draws, undefined=undefined)
-    kinds, counts = distinct(task, width, truth, predicted)
-    whole = counts @ kinds
-    found, draws = _bootstrap(task, kinds, counts, draws)
+    whole = sums_of(task, width, truth, predicted)
+    if min(len(truth), width**2) * len(whole) > _MOST_CELLS:
+        found, draws = dict.fromkeys(from_sums(task, whole[None, :]), _NONE), 0
+    else:
+        found, draws = _bootstrap(task, *distinct(task, width, truth, predicted), draws)
     for name in {"accuracy", "subset_accuracy"} & found.keys():
         found[name] = wilson(float(whole[-3]), float(whole[-1]))
     if task == "single-label":
@@ -196,10 +201,7 @@ def weakness(predictions: Predictions, metric: str = "") -> str | None:
 
     most = int(np.bincount(truth).argmax())
     width = len(predictions.labels)
-    sums = [
-        contributions(task, width, truth, of).sum(axis=0)[None, :]
-        for of in (predictions.predicted, np.full_like(truth, most))
-    ]
+    sums = [sums_of(task, width, truth, of)[None, :] for of in (predictions.predicted, np.full_like(truth, most))]
     model, always = (from_sums(task, part) for part in sums)
     name = metric if metric in model else "accuracy"
     if not float(model[name][0]) <= float(always[name][0]):

@@ -78,14 +78,14 @@ def test_differences_and_their_tests(make_run: MakeRun) -> None:
     assert json.loads(json.dumps(to_json(found, [better, alike]), allow_nan=False))["tests"][0]["paired"]["rows"] == 200
 
 
-def test_warnings_stand_below_the_table(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+def test_warnings_stand_below_the_table(make_run: MakeRun, command: Callable[..., Ran]) -> None:
     runs = [make_run("base"), make_run("other", train__seed=2)]
     warned = {
         **json.loads((runs[1] / "outcome.json").read_text()),
         "warnings": ["3 of 200 rows of eval are in train too"],
     }
     (runs[1] / "outcome.json").write_text(json.dumps(warned))
-    shown = afina("compare", *runs, "--no-test")
+    shown = command("compare", *runs, "--no-test")
     assert (
         "warning: other: 3 of 200 rows of eval are in train too" in shown.stdout and shown.stdout.count("warning") == 1
     )
@@ -93,7 +93,7 @@ def test_warnings_stand_below_the_table(make_run: MakeRun, afina: Callable[..., 
     assert [run["warnings"] for run in found["runs"]] == [[], ["3 of 200 rows of eval are in train too"]]
 
 
-def test_runs_are_compared_on_test_and_each_look_is_counted(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+def test_runs_are_compared_on_test_and_each_look_is_counted(make_run: MakeRun, command: Callable[..., Ran]) -> None:
     runs = [make_run("one", 0.6), make_run("two", 0.9)]
     for number, run in enumerate(runs):
         truth = np.arange(90) % 3
@@ -106,10 +106,10 @@ def test_runs_are_compared_on_test_and_each_look_is_counted(make_run: MakeRun, a
     assert found.metrics == {"accuracy": [pytest.approx(2 / 3), pytest.approx(1 / 3)]}
     tested = verdicts(found)[0].paired
     assert tested is not None and tested.rows == 90 and tested.differences[0].first == pytest.approx(2 / 3)
-    first, second = (afina("compare", *runs, "--split", "test") for _ in range(2))
+    first, second = (command("compare", *runs, "--split", "test") for _ in range(2))
     assert first.returncode == 0 and "looked at for the first time" in first.stdout, first
     assert "looked at 1 time before" in second.stdout and "too kind" in second.stdout
-    assert "looked" not in afina("compare", *runs).stdout and times_looked(runs[0]) == 2
+    assert "looked" not in command("compare", *runs).stdout and times_looked(runs[0]) == 2
     assert "test_" not in " ".join(compare(runs).metrics)
 
 
@@ -143,28 +143,28 @@ def test_versions_and_precision_that_differ_are_shown(make_run: MakeRun) -> None
 
 
 def test_runs_that_cannot_be_tested_have_a_reason_and_the_others_are_tested(
-    make_run: MakeRun, afina: Callable[..., Ran]
+    make_run: MakeRun, command: Callable[..., Ran]
 ) -> None:
     runs = [make_run("a"), make_run("other rows", size=150), make_run("gone"), make_run("fine", 0.9)]
     (runs[2] / "predictions.parquet").unlink()
     results = verdicts(compare(runs))
     assert [r.paired is None for r in results] == [True, True, False]
     assert "the eval rows differ: 200 and 150" in str(results[0].why_not) and "is missing" in str(results[1].why_not)
-    done = afina("compare", *runs)
+    done = command("compare", *runs)
     assert done.returncode == 0 and done.stderr == ""
     assert "not possible: the eval rows differ: 200 and 150" in done.stdout and "McNemar exact (" in done.stdout
     assert done.stdout.startswith("The recipes are the same.\n")
 
 
-def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path) -> None:
+def test_the_command_prints_json(make_run: MakeRun, command: Callable[..., Ran], tmp_path: Path) -> None:
     make_run("runs/one")
     make_run("runs/two", 0.9)
     before = tree(tmp_path / "runs")
-    done = afina("compare", tmp_path / "runs", "--json")
+    done = command("compare", tmp_path / "runs", "--json")
     answer = json.loads(done.stdout)
     assert done.returncode == 0 and [run["name"] for run in answer["runs"]] == ["one", "two"]
     assert answer["tests"][0]["paired"]["differences"][0]["metric"] == "accuracy"
-    assert "tests" not in json.loads(afina("compare", tmp_path / "runs", "--json", "--no-test").stdout)
+    assert "tests" not in json.loads(command("compare", tmp_path / "runs", "--json", "--no-test").stdout)
     assert tree(tmp_path / "runs") == before, "comparing changes nothing"
 
 
@@ -178,11 +178,17 @@ def test_the_command_prints_json(make_run: MakeRun, afina: Callable[..., Ran], t
     ],
 )
 def test_wrong_input(
-    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, arguments: list[str], message: str
+    make_run: MakeRun,
+    command: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     make_run("one")
     make_run("two")
-    done = afina("compare", *arguments, cwd=tmp_path)
+    done = command("compare", *arguments)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and "remedy: " in done.stderr, done
     assert done.stdout == ""
 
@@ -196,7 +202,7 @@ def test_damaged_runs_stay_in_the_table(make_run: MakeRun) -> None:
     assert found.about["outcome"] == ["finished", "finished", None]
 
 
-def test_a_thousand_runs_are_read_in_seconds(make_run: MakeRun, tmp_path: Path, afina: Callable[..., Ran]) -> None:
+def test_a_thousand_runs_are_read_in_seconds(make_run: MakeRun, tmp_path: Path, command: Callable[..., Ran]) -> None:
     one = make_run("one")
     folder = tmp_path / "many"
     for number in range(1000):
@@ -207,7 +213,7 @@ def test_a_thousand_runs_are_read_in_seconds(make_run: MakeRun, tmp_path: Path, 
     found = compare([folder])
     assert len(found.runs) == 1000 and found.recipe == {} and found.names[:3] == ("cell-0", "cell-1", "cell-2")
     assert time.process_time() - began < 5, "0.4 s on an idle core"
-    done = afina("compare", folder)
+    done = command("compare", folder)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1002, "no tests, one row a run"
 
 

@@ -301,17 +301,17 @@ def test_a_page_that_cannot_be_written_is_an_error(make_run: MakeRun) -> None:
         write_report(run.path)
 
 
-def test_the_command_prints_the_page(make_run: MakeRun, afina: Callable[..., Ran]) -> None:
+def test_the_command_prints_the_page(make_run: MakeRun, command: Callable[..., Ran]) -> None:
     run = make_run()
-    assert afina("report", run.path).stdout == f"{run.path / 'report/index.html'}\n"
+    assert command("report", run.path).stdout == f"{run.path / 'report/index.html'}\n"
 
 
 def test_the_page_can_lie_elsewhere_and_a_refusal_names_the_permission(
-    make_run: MakeRun, afina: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, command: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
     before = tree(run.path)
-    done = afina("report", run.path, "-o", tmp_path / "else where/page")
+    done = command("report", run.path, "-o", tmp_path / "else where/page")
     assert done.stdout == f"{tmp_path / 'else where/page/index.html'}\n" and tree(run.path) == before
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(EnvironmentProblem, match="no permission to write") as caught:

@@ -169,20 +169,20 @@ def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
 
 
 def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
-    old: Callable[..., RunDir], tmp_path: Path, afina: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    old: Callable[..., RunDir], tmp_path: Path, command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program(tmp_path / "bin", "sbatch", "echo 4711\n")
     program(tmp_path / "bin", "squeue", "exit 0\n")
     program(tmp_path / "bin", "sinfo", "echo 'gpu*|up|2:00:00|2|64|128000|gpu:4|idle'\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run = old()
-    shown = afina("submit", run.path, "--time", "90", "--dry-run")
+    shown = command("submit", run.path, "--time", "90", "--dry-run")
     assert shown.returncode == 0 and f"# would resume\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
     changes = [["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"], ["--site", "other.env"]]
     for option in (*changes, ["--gpus-per-node", "0"], ["--rehearse"], ["--rehearse", "--dry-run"]):
-        done = afina("submit", run.path, *option)
+        done = command("submit", run.path, *option)
         assert done.returncode == 2 and f"{option[0]}: " in done.stderr and "only --time can change" in done.stderr
-    done = afina("submit", run.path, "--time", "90")
+    done = command("submit", run.path, "--time", "90")
     assert done.returncode == 0 and "afina logs" in done.stdout, done.stderr
     assert "--time=90" in list(run.lines("submissions.jsonl"))[-1]["argv"] and run.plan().recipe.resources.time != 90
 
@@ -195,7 +195,7 @@ def test_files_that_are_gone_are_named(old: Callable[..., RunDir], tmp_path: Pat
 
 
 def test_what_is_no_run_and_what_does_not_go_together(
-    old: Callable[..., RunDir], tmp_path: Path, afina: Callable[..., Ran]
+    old: Callable[..., RunDir], tmp_path: Path, command: Callable[..., Ran]
 ) -> None:
     with pytest.raises(InputError, match="not a run directory"):
         plan_again(tmp_path)
@@ -206,7 +206,7 @@ def test_what_is_no_run_and_what_does_not_go_together(
         ["--submit", "--num-processes", "2"],
         ["--time", "soon", "--submit"],
     ):
-        done = afina("rerun", run.path, *options)
+        done = command("rerun", run.path, *options)
         assert done.returncode == 2 and "remedy: " in done.stderr and "Traceback" not in done.stderr
 
 

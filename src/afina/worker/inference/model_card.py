@@ -267,10 +267,10 @@ def _per_class(
     """Precision, recall, F1 and support of each label on the evaluation set, from `predictions.parquet`."""
     if labels is None or not run.predictions.is_file():
         return []
-    from afina.statistics.metrics import contributions, parts, per_class
+    from afina.statistics.metrics import parts, per_class, sums_of
 
     rows = read_predictions(run.predictions, texts=False)
-    sums = contributions(rows.task, len(rows.labels), rows.truth, rows.predicted).sum(axis=0)
+    sums = sums_of(rows.task, len(rows.labels), rows.truth, rows.predicted)
     scores, actual = per_class(rows.task, sums), parts(sums)[2]
     known = {name: k for k, name in enumerate(rows.labels)}
     found = []
