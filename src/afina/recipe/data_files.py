@@ -163,11 +163,25 @@ def _saved_files(folder: Path, where: str) -> list[Path] | None:
 
 def _check_one_split(path: Path, where: str) -> None:
     """Refuse a folder that holds several splits as one of them."""
-    if path.is_dir() and (path / "dataset_dict.json").is_file():
-        names = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+    if not path.is_dir():
+        return
+    if (path / "dataset_dict.json").is_file():
+        names = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(
-            f"{where}: holds several splits: {names}", f"name the folder of one: {path / names.split(', ')[0]}"
+            f"{where}: holds several splits: {', '.join(names)}", f"name the folder of one: {path / names[0]}"
         )
+    splits = {split for file in data_files(path, where) if (split := _split_in(path, file))}
+    if len(splits) > 1:
+        raise DataError(
+            f"{where}: holds several splits: {', '.join(sorted(splits))}",
+            "name the files of each split: `files: {train: …, eval: …, test: …}`; or only the folder: `files: FOLDER`",
+        )
+
+
+def _split_in(folder: Path, path: Path) -> str | None:
+    """The split that a file's folder below `folder`, else the file, is named after; or None."""
+    above = path.relative_to(folder).parts[:-1] if path.is_relative_to(folder) else ()
+    return next((_SPLIT_NAMES[name.casefold()] for name in above if name.casefold() in _SPLIT_NAMES), split_of(path))
 
 
 def check_format(path: Path, where: str, also: Sequence[str] = ()) -> None:
@@ -237,9 +251,7 @@ def splits_of_folder(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Pat
     """
     splits: dict[str, tuple[Path, ...]] = {}
     for path in paths:
-        above = path.relative_to(folder).parts[:-1] if path.is_relative_to(folder) else ()
-        of_folder = (_SPLIT_NAMES[name.casefold()] for name in above if name.casefold() in _SPLIT_NAMES)
-        split = next(of_folder, None) or split_of(path)
+        split = _split_in(folder, path)
         splits[split or "all"] = (*splits.get(split or "all", ()), path)
     if "all" in splits and len(splits) > 1:
         split, other = next(s for s in splits if s != "all"), splits["all"][0]

@@ -325,6 +325,8 @@ def test_folders_of_splits_and_of_save_to_disk(tmp_path: Path) -> None:
         (folder / split).mkdir(parents=True)
         (folder / split / "0.csv.gz").write_bytes(gzip.compress(csv_text().encode()))
     assert files_of(folder) == {"train": ["train/0.csv.gz"], "eval": ["validation/0.csv.gz"]}
+    with pytest.raises(DataError, match="holds several splits: eval, train"):
+        find_files({"train": (str(folder),)}, folder)
     (folder / "clone").mkdir()
     shutil.copytree(folder / "train", folder / "clone" / "data")
     (folder / "clone/data/0.csv.gz").rename(folder / "clone/data/train-00000-of-00001.csv.gz")
