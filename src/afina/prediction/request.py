@@ -19,6 +19,7 @@ from afina.errors import DataError, InputError, check_argument, nearest
 from afina.formats.read_options import PLAIN, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
+from afina.recipe.local_model import check_no_adapter
 from afina.recipe.schema import Data, Recipe, Resources
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest
@@ -165,6 +166,7 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
         return run, run.model
     if not given.is_dir():
         raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
+    check_no_adapter(str(given), [entry.name for entry in given.iterdir()])
     if not (given / "config.json").is_file():
         raise InputError(
             f"{path}: neither a run directory (plan.json) nor a model folder (config.json)",

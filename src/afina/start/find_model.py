@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afina.errors import InputError
-from afina.recipe.local_model import num_parameters
+from afina.recipe.local_model import check_no_adapter, num_parameters
 from afina.recipe.positions import longest_input
 from afina.start.examine import count_words
 
@@ -48,6 +48,7 @@ def find_model(model: str, sample: Sequence[str]) -> ModelFacts:
         InputError: the folder cannot be read.
     """
     folder = Path(os.path.expandvars(model)).expanduser()
+    check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
     if not (folder / "config.json").is_file():
         small, large = re.search("mini|small|tiny", model.lower()), "large" in model.lower()
         return ModelFacts(model, parameters=335_000_000 if large else 33_000_000 if small else _BASE_PARAMETERS)

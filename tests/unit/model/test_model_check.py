@@ -15,9 +15,12 @@ from tests import tiny
 from tests.architectures import architecture_folder
 
 from afina.errors import AfinaError
+from afina.prediction.jobs import compose
+from afina.recipe.local_model import find_model_folder
 from afina.recipe.schema import Recipe
 from afina.run.plan import make_plan
 from afina.site.settings import Site
+from afina.start.find_model import find_model
 from afina.worker.checks.model_check import check_model_on_rows
 from afina.worker.compute import packed_model
 from afina.worker.data import prepare as stage
@@ -208,6 +211,17 @@ def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch
     if name in PREDICTION_TOO:
         with pytest.raises(AfinaError, match=message):
             Classifier(folder)
+
+
+def test_an_adapter_is_named_by_init_and_predict_too(tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path / "model", "bert", None)
+    _adapter_only(folder)
+    (folder / "config.json").unlink()  # as peft saves it
+    for refuse in (lambda: find_model(str(folder), []), lambda: find_model_folder(str(folder), tmp_path)):
+        with pytest.raises(AfinaError, match="holds an adapter"):
+            refuse()
+    with pytest.raises(AfinaError, match="holds an adapter"):
+        compose(folder, [tmp_path / "texts.csv"])
 
 
 def test_half_precision_that_the_model_cannot_compute_in_is_refused(prefetch: Prefetch, tmp_path: Path) -> None:
