@@ -15,19 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import api
 from afina.errors import AfinaError, ClaimedError, InputError, SlurmError, check_argument
-from afina.files import read_words
+from afina.files import read_json, read_words
 from afina.recipe.schema import Recipe
 from afina.run.commands import host_environment, sweep_argv
 from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.job_request import JobOptions, JobRequest, accepts
-from afina.run.outcome import Outcome
+from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.test_looks import look_at_test
 from afina.run.workers import ask_worker
@@ -130,7 +130,8 @@ class Sweep:
         if table.shown:
             seen = look_at_test([run.path for run in runs if is_run_dir(run.path)], "sweep", table.shown)
             table = replace(table, notes=(*table.notes, seen))
-        return table
+        splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}
+        return replace(table, notes=(*table.notes, *_about_data(runs, splits)))
 
     def best(self, metric: str | None = None) -> Row:
         """The best point, or trial.
@@ -239,6 +240,15 @@ def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
             value = value.get(part) if isinstance(value, Mapping) else None
         found[key] = f"{value:.6g}" if isinstance(value, float) else str(value)
     return found
+
+
+def _about_data(runs: Sequence[RunDir], splits: Collection[str]) -> list[str]:
+    """Warnings about the data that spoil the numbers of these splits, once for all runs."""
+    found: dict[str, None] = {}
+    for prepared in (read_json(run.path / "prepared.json") for run in runs):
+        for split, lines in data_warnings(prepared).items():
+            found |= dict.fromkeys(f"Warning: {line}" for line in lines if split in splits)
+    return list(found)
 
 
 def _weakness(run: RunDir, outcome: Outcome | None, metric: str) -> str | None:

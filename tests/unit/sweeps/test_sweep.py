@@ -527,6 +527,17 @@ def test_the_test_split_is_shown_and_chooses_nothing(sweep: Callable[..., Sweep]
     assert table.to_dict()["rows"][0]["shown"]["mean"] == pytest.approx(0.19)
 
 
+def test_warnings_about_the_data_stand_below_the_table_once(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(GRID, seeds=2)
+    shared, repeated = "3 of 9 rows of test are in train too", "4 of 9 rows of eval repeat an earlier one"
+    for run in made.runs:
+        end(run.dir, "finished")
+        about = {"spoiled": {"eval": [repeated], "test": [shared]}}
+        (run.path / "prepared.json").write_text(json.dumps({**run.dir.prepared(), **about}))
+    text = str(made.table())
+    assert text.count(f"Warning: {repeated}") == 1 and shared not in text
+
+
 def test_models_of_no_use_are_called_so_and_none_is_best(sweep: Callable[..., Sweep]) -> None:
     """One label for all rows, and fewer right than the majority class."""
     made = sweep("train.learning_rate=1,5e-3,1e-3", seeds=2)
