@@ -28,3 +28,12 @@ def test_too_little_space_is_an_error_before_the_first_step(run: RunDir, tmp_pat
         tmp_path,
     )
     assert done.returncode == 1 and "inodes are free" in done.stderr
+
+
+def test_a_limit_on_the_size_of_files_is_named_before_the_first_step(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (1000, 1000))
+    preflight.check_room(run, 2000, 1)
+    with pytest.raises(EnvironmentProblem, match=r"1,000 bytes here \(ulimit -f\)"):
+        preflight.check_room(run, 9000, 1)

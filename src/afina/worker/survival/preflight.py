@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
         keep: how many checkpoints are kept.
 
     Raises:
-        EnvironmentProblem: too few bytes or inodes are free.
+        EnvironmentProblem: too few bytes or inodes are free, or files may not be so large (`ulimit -f`).
     """
     present = sum(f.stat().st_size for f in Path(run.checkpoints).glob("step-*/*") if f.is_file())
     needed = max(one + one // 3, one * (keep + 2) + one // 3 - present)
@@ -53,6 +54,13 @@ def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
         raise EnvironmentProblem(
             f"{run.path}: {keep} checkpoints, the best one and the model need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
             "free space (old runs, caches), lower train.keep_checkpoints, or choose another --run DIR",
+            cause="disk",
+        )
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < one // 3:  # the weights alone
+        raise EnvironmentProblem(
+            f"files may have {limit:,} bytes here (ulimit -f), and a checkpoint has {one:,}",
+            "raise the limit in the site file, or ask your administrators",
             cause="disk",
         )
     if space.f_files and space.f_favail < _FEW_INODES:
