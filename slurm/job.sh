@@ -170,7 +170,7 @@ afina_step() {
 # Decide without the container what follows an attempt: it does not start on this node, so the worker's `finish` cannot run.
 # Writes what `afina.run.requeue` writes: the outcome, the event, and `next`.
 afina_decide() { # ANSWER: what the worker's `finish` printed
-  local folder=$run/attempts/$AFINA_ATTEMPT here=${SLURMD_NODENAME:-$HOSTNAME} image='' runtime='' cause=node bad='' excluded='' number=0
+  local folder=$run/attempts/$AFINA_ATTEMPT here=${SLURMD_NODENAME:-$HOSTNAME} image='' runtime='' cause=node bad='' excluded=''
   local name why message remedy action=requeue failures=0
   local -a pauses=(0 60 300 900 1800)
   if [[ ${worker[0]-} == bash && ${worker[1]-} == */node.sh ]]; then image=${worker[2]} runtime=${worker[3]}; fi
@@ -178,11 +178,7 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
     cause=image message="$image is no longer there, or $here cannot read it (purged?)"
     remedy="put the image back (container/build.sh), then: afina submit $(printf %q "$run")"
   else
-    for name in ${AFINA_NODES:-}; do
-      if [ ! -e "$folder/node$number.json" ]; then bad=$bad${bad:+,}$name; fi
-      number=$((number + 1))
-    done
-    : "${bad:=$here}"
+    bad=$here # what other nodes of the job could do is not known: srun ended their tasks
     message="the worker does not start on $bad"
     if [ -n "$image" ] && [ ! -r "$image" ]; then message="$message: ${image%/*} is not mounted there"; fi
     if [ -n "$runtime" ] && ! command -v "$runtime" >/dev/null; then message="$message: $runtime is not on PATH"; fi
@@ -211,7 +207,7 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
   fi
   printf '{"time": %s, "event": "attempt_ended", "attempt": "%s", "outcome": "failed", "cause": "%s", "failure": %s, "committed": 0, "next": "%s", "why": %s, "excluded": "%s"}\n' \
     "$(date +%s)" "$AFINA_ATTEMPT" "$cause" "$(afina_json "$cause: $message")" "$action" "$(afina_json "$why")" "$excluded" >>"$run/events.jsonl"
-  printf '%s\n%s\n%s\n%s\n' "$action" "$excluded" "${why//$'\n'/ }" "${pauses[failures]}" >"$folder/next"
+  printf '%s\n%s\n%s\n%s\n' "$action" "$excluded" "${why//$'\n'/ }" "${pauses[failures]:-0}" >"$folder/next"
   echo "$code" >"$folder/exit"
   printf 'error: %s\n  remedy: %s\n' "$message" "$remedy" >&2
 }
