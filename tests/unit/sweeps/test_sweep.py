@@ -58,7 +58,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def submitted(tmp_path: Path) -> Callable[[], list[list[str]]]:
-    """The words of every call of sbatch."""
+    """The words of every call of sbatch, without the token of the submission."""
 
     def read() -> list[list[str]]:
         file = tmp_path / "sbatch"
@@ -66,7 +66,7 @@ def submitted(tmp_path: Path) -> Callable[[], list[list[str]]]:
         for word in file.read_bytes().split(b"\0")[:-1] if file.exists() else ():
             if word == b"\n":
                 calls.append([])
-            else:
+            elif not word.startswith(b"--comment=afina:"):
                 calls[-1].append(os.fsdecode(word))
         return calls[:-1]
 
