@@ -257,7 +257,8 @@ class SignalForwarder:
             os.close(descriptor)
         now = time.monotonic()
         again = number == signal.SIGINT and signal.SIGINT in self.received
-        late = number == signal.SIGTERM and self.received and now - self._first > self._PATIENCE_S
+        # bool: the empty list itself would become true below.
+        late = number == signal.SIGTERM and bool(self.received) and now - self._first > self._PATIENCE_S
         self._first = self._first if self.received else now
         self.received.append(number)
         if again or late:
