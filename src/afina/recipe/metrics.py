@@ -1,6 +1,6 @@
 """The metrics of each task, in which direction each is better, and metrics of one's own: `module:function`.
 
-The built-in ones are computed in `afina.statistics.metrics`, in training and in every report alike.
+The built-in ones are computed in `afina.statistics.measures`, in training and in every report alike.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.recipe.metrics import NEED_SCORES
-from afina.statistics.metrics import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
+from afina.statistics.measures import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import DRAWS, distinct, pseudo_rows, resample, score_limits
+from afina.statistics.scores import DRAWS, MOST_CELLS, distinct, pseudo_rows, resample, score_limits
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
 
@@ -117,6 +117,8 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, 
     rows = align(first, second)
     task, width = first.task, len(first.labels)
     one, two = first.predicted, _in_labels_of(first, second)[rows]
+    if min(len(rows), width**3) * 6 * (width + 1) > MOST_CELLS:
+        raise DataError(f"{len(rows):,} rows of {width:,} labels are too many for a bootstrap", "compare fewer rows")
     kinds, counts = distinct(task, width, first.truth, one, two)
     whole = np.split(counts @ kinds, 2)
     drawn = resample(kinds, counts, draws)

@@ -21,7 +21,7 @@ from typing import Any
 
 from afina.recipe.metrics import METRICS, NEED_SCORES
 from afina.statistics.intervals import wilson
-from afina.statistics.metrics import (
+from afina.statistics.measures import (
     auroc,
     average_precision,
     compute,
@@ -38,6 +38,7 @@ from afina.statistics.predictions import Predictions
 __all__ = [
     "BINS",
     "DRAWS",
+    "MOST_CELLS",
     "Calibration",
     "Interval",
     "Scores",
@@ -58,7 +59,7 @@ _SEED = 20170706
 #: Cells (8 bytes each) of one block of resamples, and of all blocks together.
 _BLOCK, _WORK = 4_000_000, 400_000_000
 #: With more cells (kinds of rows x sums) than this no bootstrap is made: 100,000 rows of 1,000 labels.
-_MOST_CELLS = 100_000_000
+MOST_CELLS = 100_000_000
 #: More rows than this, and the bootstrap of a mean is the normal distribution.
 _MANY = 2000
 _Z = 1.959963984540054
@@ -109,7 +110,7 @@ class Calibration:
     Attributes:
         bins: (low, high, count, mean confidence, share correct, low and high of its 95 % Wilson interval).
         error: expected calibration error (Guo et al. 2017): the mean over examples of |share correct - confidence| of their bin.
-        brier: see `afina.statistics.metrics.row_losses`.
+        brier: see `afina.statistics.measures.row_losses`.
         what: which probability the confidence is.
     """
 
@@ -134,7 +135,7 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         overall = {name: _around(values[name], found[name]) for name in names if name in values}
         return Scores(overall, {}, [], draws, undefined=undefined)
     whole = sums_of(task, width, truth, predicted)
-    if min(len(truth), width**2) * len(whole) > _MOST_CELLS:
+    if min(len(truth), width**2 if task == "single-label" else len(truth)) * len(whole) > MOST_CELLS:
         found, draws = dict.fromkeys(from_sums(task, whole[None, :]), _NONE), 0
     else:
         found, draws = _bootstrap(task, *distinct(task, width, truth, predicted), draws)

@@ -141,12 +141,8 @@ def tabulate(
         grouped.setdefault(cell.name if record.search else cell.point, []).append(number)
     rows = []
     for point, numbers in grouped.items():
-
-        def over_seeds(column: str, numbers: Sequence[int] = numbers) -> dict[int, float]:
-            known = {record.cells[n].seed or 0: _value(outcomes[n], column) for n in numbers}
-            return {seed: value for seed, value in known.items() if value is not None}
-
-        values, beside = over_seeds(column), over_seeds(shown) if shown else {}
+        values = _over_seeds(record, outcomes, numbers, column)
+        beside = _over_seeds(record, outcomes, numbers, shown) if shown else {}
         words = [word for word in record.cells[numbers[0]].overrides if not word.startswith("train.seed=")]
         overrides = tried[numbers[0]] if record.search and tried else dict(word.split("=", 1) for word in words)
         reasons = [weak[n] for n in numbers if weak and _value(outcomes[n], column) is not None]
@@ -172,6 +168,14 @@ def tabulate(
         )
     direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
     return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown)
+
+
+def _over_seeds(
+    record: SweepRecord, outcomes: Sequence[Outcome | None], numbers: Sequence[int], column: str
+) -> dict[int, float]:
+    """The score of each finished run of a point, by its seed."""
+    known = {record.cells[number].seed or 0: _value(outcomes[number], column) for number in numbers}
+    return {seed: value for seed, value in known.items() if value is not None}
 
 
 def _useless(rows: Sequence[Row]) -> list[str]:

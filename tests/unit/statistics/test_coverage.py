@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import binom
 
 from afina.statistics.intervals import wilson
-from afina.statistics.metrics import auroc, average_precision
+from afina.statistics.measures import auroc, average_precision
 from afina.statistics.paired import compare_paired
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import score

@@ -33,7 +33,7 @@ _TASKS = {
 }
 #: Our metrics as the Hub names them.
 _HUB_METRICS = {"accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "mcc": "matthews_correlation",
-                "mse": "mse", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr"}  # fmt: skip
+                "mse": "mse", "mae": "mae", "pearson": "pearsonr", "spearman": "spearmanr", "auroc": "roc_auc", "brier": "brier_score"}  # fmt: skip
 _LISTED = 20
 #: Labels with fewer examples in the evaluation set are named.
 _FEW = 30
@@ -267,7 +267,7 @@ def _per_class(
     """Precision, recall, F1 and support of each label on the evaluation set, from `predictions.parquet`."""
     if labels is None or not run.predictions.is_file():
         return []
-    from afina.statistics.metrics import parts, per_class, sums_of
+    from afina.statistics.measures import parts, per_class, sums_of
 
     rows = read_predictions(run.predictions, texts=False)
     sums = sums_of(rows.task, len(rows.labels), rows.truth, rows.predicted)

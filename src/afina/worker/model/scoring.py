@@ -1,4 +1,4 @@
-"""The metrics of an evaluation, as an `evaluate.Metric`: the built-in ones (`afina.statistics.metrics`) and the user's own.
+"""The metrics of an evaluation, as an `evaluate.Metric`: the built-in ones (`afina.statistics.measures`) and the user's own.
 
 `evaluate.load` would fetch a script from the Hub and fail on a node without internet. Importing `evaluate` and SciPy takes one to two
 seconds, so a run imports this module at its first evaluation, not at its start. A metric that is not defined, or one of the user's
@@ -17,7 +17,7 @@ import numpy as np
 
 from afina.errors import first_line
 from afina.recipe.metrics import METRICS, own_metric
-from afina.statistics.metrics import compute
+from afina.statistics.measures import compute
 from afina.worker.model.own_metrics import call, load
 
 __all__ = ["compute_metrics"]
