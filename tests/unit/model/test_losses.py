@@ -101,7 +101,9 @@ def test_a_step_is_pytorchs_own_however_it_is_divided(name: str) -> None:
     split, train = _split(task, weighted), Train.model_validate(keys)
     labels = torch.from_numpy(np.asarray(split.labels))
     loss = Loss.of(train, task, label_weights(train, task, NAMES, np.asarray(split.labels)))
-    model = without_dropout(model_of(CONFIGS["roberta"], num_labels=1 if task == "regression" else 5)).train()
+    model = without_dropout(
+        model_of(CONFIGS["roberta"], num_hidden_layers=1, num_labels=1 if task == "regression" else 5)
+    ).train()
     padded, packed = Collator(split, PAD), PackedCollator(split, PAD, 4, offset=True)
     with torch.no_grad():
         inputs = padded(list(range(ROWS)))
