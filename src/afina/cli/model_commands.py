@@ -113,7 +113,7 @@ def _submitted(about: dict[str, Any]) -> str:
     tasks = f", {about['tasks']} tasks" if about["tasks"] > 1 else ""
     rows = about["rows"] - about["rows_done"]
     return (
-        f"afina: submitted job {about['job_id']}{tasks}: {rows:,} rows in {about['chunks'] - about['done']} chunks\n"
+        f"afina: submitted job {about['job_id'].partition(';')[0]}{tasks}: {rows:,} rows in {about['chunks'] - about['done']} chunks\n"
         f"afina: the last of them writes {about['out']}"
     )
 

@@ -291,7 +291,7 @@ def _check_queue(parts: Path) -> None:
         number = " ".join([*of_cluster(job_id)[1], of_cluster(job_id)[0]])
         if any(job.state in ("PENDING", "RUNNING") for job in jobs):
             raise InputError(
-                f"{parts}: job {job_id} is still working on this",
+                f"{parts}: job {of_cluster(job_id)[0]} is still working on this",
                 f"wait for it (`squeue --me`), or cancel it (`scancel {number}`) and run the same command again",
             )
 

@@ -568,6 +568,7 @@ def test_a_job_near_its_limit_goes_back_into_the_queue_if_it_made_a_part(
     parts = tmp_path / "out.csv.parts"
     parts.mkdir()
     (parts / "part-000000.parquet").touch()
+    shutil.copy(ROOT / "slurm/job.sh", parts)
     body = f'touch "{parts}/part-00000{2 if made else 1}.parquet" "{tmp_path}/begun"; exec sleep 60\n'
     (parts / "worker.argv").write_bytes(b"bash\0-c\0" + body.encode() + b"\0worker\0")
     argv = ["bash", str(ROOT / "slurm/predict.sbatch"), str(parts), "2"]
