@@ -90,7 +90,7 @@ def test_intervals_of_averages_cover(case: tuple[int, int, float, int]) -> None:
     assert all(coverage >= 0.93 - 2 * 0.023 for coverage in found.values()), found
 
 
-@pytest.mark.slow
+@pytest.mark.series
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("classes", [2, 3, 5, 24])
 def test_intervals_of_averages_cover_everywhere(classes: int) -> None:
