@@ -67,7 +67,7 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, split:
       afina compare runs/chosen runs/base --split test
     """
     from afina.reports import compare as comparing
-    from afina.run.test_looks import look_at_test
+    from afina.run.split_looks import look_at_test
 
     comparison = comparing.compare(runs, split)
     tests, looked = None, ""

@@ -17,7 +17,7 @@ from afina.run.methods import execution_of
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.record import read_record, recipe_as_run
-from afina.run.test_looks import times_looked
+from afina.run.split_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score

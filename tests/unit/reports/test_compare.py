@@ -21,7 +21,7 @@ from afina.run.directory import RunDir
 from afina.run.methods import execution_differences, execution_of
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
-from afina.run.test_looks import times_looked
+from afina.run.split_looks import times_looked
 from afina.site.settings import Site
 from afina.watch.find import find_runs
 from afina.watch.reading import read_result
