@@ -16,7 +16,8 @@ AMD = Processor("", "AuthenticAMD", frozenset({"avx512f"}))
 
 
 @pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
+def only_mkl_before_and_after() -> Iterator[None]:
+    products.use_onednn(False)  # a training earlier in this process may have chosen oneDNN
     yield
     products.use_onednn(False)
 

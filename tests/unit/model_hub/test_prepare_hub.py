@@ -301,7 +301,6 @@ def test_no_network_and_nothing_fetched(plan: Callable[..., Plan], hub: HubServe
             ["`tets` is not a split of me/reviews", "did you mean `test`? known: train, test"],
         ),
         ({"data": {"text": "txt"}}, ["me/reviews/train: there is no column `txt`", "did you mean `text`?"]),
-        ({"train": {"arguments": {"warmup_ratio": 0.1}}}, ["warmup_ratio", "warmup_steps"]),
     ],
 )
 def test_errors_of_the_recipe(
