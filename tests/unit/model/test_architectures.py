@@ -30,6 +30,21 @@ from afina.worker.model.padding import set_pad_token
 from afina.worker.model.pretrained import load_tokenizer
 
 LONGEST = 100
+#: One for each way that rows are batched, heads are pooled and tokenizers are stored; every architecture is in CASES.
+RUNS = [
+    "big_bird",
+    "canine",
+    "deberta",
+    "fnet",
+    "funnel",
+    "modernbert",
+    "roberta",
+    "xlnet",
+    "bart",
+    "t5",
+    "gpt2",
+    "llama",
+]
 CASES = [(kind, side) for kind in ARCHITECTURES for side in (("right", "left") if kind in LEFT else ("right",))]
 
 
@@ -119,8 +134,8 @@ def test_sparse_attention_of_big_bird_does_not_depend_on_what_came_before(tmp_pa
 
 @pytest.mark.series
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_run_of_each_architecture(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_an_architecture(kind: str, tmp_path: Path) -> None:
     """By the command line: prefetch with its model check, train, predict, export; transformers reads what was exported."""
     architecture_folder(tmp_path / "model", kind, num_labels=None, side="left" if kind in LEFT else "right")
     rows = tiny.tiny_reviews(40, 3, stars=3)
