@@ -211,9 +211,10 @@ def _with_options(plan: Plan, request: JobRequest) -> Plan:
     if jobs := [job for one in request.after if (job := _job_of(one)) is not None]:
         options["dependency"] = ",".join(filter(None, [options.get("dependency"), f"afterok:{':'.join(jobs)}"]))
     try:
-        extra = sbatch_extra("\n".join(f"--{name}" + ("" if v is True else f"={v}") for name, v in options.items()))
+        lines = (f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items())
+        extra = sbatch_extra("\n".join(lines), "slurm")
     except SiteError as error:
-        raise InputError(error.message.replace("AFINA_SBATCH_EXTRA", "slurm"), error.remedy) from None
+        raise InputError(error.message, error.remedy) from None
     site = plan.site.model_copy(update={"sbatch_extra": (*plan.site.sbatch_extra, *extra)})
     return plan.model_copy(update={"site": site})
 
@@ -257,11 +258,7 @@ def plan_to_submit(recipe: AnyRecipe | Run, request: JobRequest) -> tuple[Plan, 
             f"{named[0]}: {handle.path} is a run, which continues as it was planned; only --time can change",
             "leave it out, or start another run from the recipe",
         )
-    plan = handle.dir.plan()
-    if request.time_min is None:
-        return plan, handle
-    resources = plan.recipe.resources.model_copy(update={"time": request.time_min})
-    return plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})}), handle
+    return handle.dir.plan().with_time(request.time_min), handle
 
 
 def _attempt(directory: RunDir, env: dict[str, str], received: list[int] | None) -> None:

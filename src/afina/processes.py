@@ -227,9 +227,12 @@ def _pid_namespace() -> int:
 
 
 def run_captured(
-    argv: Sequence[str], env: Mapping[str, str], timeout_s: float | None = None
+    argv: Sequence[str], env: Mapping[str, str], timeout_s: float | None = None, *, new_session: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end without input; its output is text, with bytes that are not UTF-8 replaced.
+
+    Args:
+        new_session: the terminal's Ctrl-C does not reach the command.
 
     Raises:
         OSError: it cannot be started.
@@ -244,4 +247,5 @@ def run_captured(
         errors="replace",
         timeout=timeout_s,
         check=False,
+        start_new_session=new_session,
     )

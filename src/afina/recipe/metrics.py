@@ -69,9 +69,8 @@ def own_metric(text: str) -> OwnMetric | None:
 
 
 def metric_name(text: str) -> str:
-    """The name that a metric has in the records."""
-    own = own_metric(text)
-    return own.name if own else text
+    """The name that a metric has in the records: of one's own, that of its function."""
+    return text.split(":")[1] if ":" in text else text
 
 
 def metric_texts(metrics: Sequence[str] | None, best: str | None) -> tuple[str, ...]:

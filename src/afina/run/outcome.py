@@ -67,7 +67,7 @@ class Outcome(BaseModel):
     @property
     def fails_again(self) -> bool:
         """True of a failure that another attempt would meet again, as long as nothing is changed."""
-        causes, codes = ("loss", "disk", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
+        causes, codes = ("loss", "disk", "claimed", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
         lasting = self.cause in causes or self.exit_code in codes
         return self.outcome == "failed" and self.cause != "node" and lasting
 

@@ -67,6 +67,13 @@ class Plan(FrozenModel):
         code = [self.metric_code] if self.metric_code else []
         return hashlib.sha256(json.dumps([what, files, *code], sort_keys=True).encode()).hexdigest()
 
+    def with_time(self, minutes: int | None) -> Plan:
+        """The plan with another time limit of its job; the same one for None."""
+        if minutes is None:
+            return self
+        resources = self.recipe.resources.model_copy(update={"time": minutes})
+        return self.model_copy(update={"recipe": self.recipe.model_copy(update={"resources": resources})})
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 

@@ -19,7 +19,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT
 from afina.files import write_atomic
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
@@ -27,8 +26,6 @@ from afina.run.supervise import ensure_outcome
 
 __all__ = ["Next", "decide", "finish_attempt"]
 
-#: Failures that another attempt would meet again.
-_LASTING = ("loss", "disk", "claimed", "host-memory", "ulimit")
 #: Attempts in a row that failed on their nodes, and distinct nodes that failed in the same way: then it is not the nodes.
 _MOST_NODE_FAILURES, _SAME_WAY = 6, 4
 #: Seconds before the next attempt, by how many in a row failed on their nodes.
@@ -82,7 +79,7 @@ def decide(run: RunDir, outcome: Outcome) -> Next:
         return Next("requeue", f"stopped ({cause or 'signal'}) with a checkpoint at step {committed}: to be resumed")
     if cause == "node":
         return _after_bad_nodes(run, outcome)
-    if cause in _LASTING or outcome.exit_code in (EXIT_INPUT, EXIT_ENVIRONMENT):
+    if outcome.fails_again:
         return Next("end", "this would fail again: see the error and its remedy above")
     if moved:
         return Next("requeue", f"failed after progress (checkpoint at step {committed}): requeued to resume there")

@@ -196,18 +196,18 @@ def gpu_request(value: str) -> str:
     return value or "gpus-per-node"
 
 
-def sbatch_extra(value: str) -> tuple[str, ...]:
-    """AFINA_SBATCH_EXTRA, one option a line: nothing is split at spaces, and slurm/job.sh reads the same."""
+def sbatch_extra(value: str, name: str = "AFINA_SBATCH_EXTRA") -> tuple[str, ...]:
+    """Options of sbatch, one a line: nothing is split at spaces, and slurm/job.sh reads the same. `name` is for messages."""
     lines = tuple(line.strip() for line in value.splitlines() if line.strip())
     for line in lines:
         if not re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", line):
             raise SiteError(
-                f"AFINA_SBATCH_EXTRA: {line!r} is not an option of sbatch in its long form",
+                f"{name}: {line!r} is not an option of sbatch in its long form",
                 "write each in its long form with `=`, on a line of its own: --constraint=a100, or --exclusive",
             )
-        name = line[2:].partition("=")[0]
-        if name in _RESERVED:
-            raise SiteError(f"AFINA_SBATCH_EXTRA: --{name} cannot be set by the site", _RESERVED[name])
+        option = line[2:].partition("=")[0]
+        if option in _RESERVED:
+            raise SiteError(f"{name}: --{option} cannot be set by the site", _RESERVED[option])
     return lines
 
 

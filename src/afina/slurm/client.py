@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from afina.errors import SlurmError
+from afina.processes import run_captured
 from afina.site.variables import UNWANTED_SBATCH
 from afina.slurm.reasons import explain
 
@@ -95,17 +96,8 @@ def run_command(argv: Sequence[str], env: Mapping[str, str] | None = None, timeo
     """
     need_command(argv[0])
     try:
-        done = subprocess.run(
-            list(argv),
-            env=slurm_environment(argv[0], env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            start_new_session=True,  # Ctrl-C must reach afina alone: it records the job before it exits
-        )
+        # Ctrl-C must reach afina alone: it records the job before it exits.
+        done = run_captured(argv, slurm_environment(argv[0], env), timeout_s, new_session=True)
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{argv[0]} did not answer for {timeout_s:.0f} s", "slurmctld may be busy; try again", cause=AMBIGUOUS

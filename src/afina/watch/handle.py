@@ -162,10 +162,7 @@ class Run:
         if (state := self.state) in ("PENDING", "RUNNING", "FINISHED"):
             remedy = self.dir.how_to_train_on() if state == "FINISHED" else "nothing to submit"
             raise InputError(f"{self.path}: this run is {state}", remedy)
-        plan = self.dir.plan()
-        if request.time_min is not None:
-            resources = plan.recipe.resources.model_copy(update={"time": request.time_min})
-            plan = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"resources": resources})})
+        plan = self.dir.plan().with_time(request.time_min)
         check_not_queued(self.dir)
         self.dir.check_place()
         self.dir.check_progress()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.files import read_json
-from afina.recipe.metrics import METRICS, lower_is_better, selection_metric
+from afina.recipe.metrics import METRICS, lower_is_better, metric_name, selection_metric
 from afina.run.directory import job_ids_of
 from afina.run.outcome import data_warnings
 from afina.run.supervise import Liveness, lease_of
@@ -87,11 +87,7 @@ class RunResult:
         """The metric that selects the best checkpoint, where the run has a score of it."""
         task = str(self.outcome.get("task") or self.recipe.get("task"))
         given = self.train.get("best_metric")
-        chosen = (
-            given.split(":")[1]
-            if given and ":" in given
-            else given or (selection_metric(task) if task in METRICS else None)
-        )
+        chosen = selection_metric(task, given) if given or task in METRICS else None
         return chosen if chosen in self.metrics else None
 
     def flat_recipe(self) -> dict[str, Any]:
@@ -322,7 +318,7 @@ def _best(result: RunResult, log: list[bytes], whole: bool) -> tuple[str, float,
     """Name, value and step of the best evaluation by the selection metric; the first of equals, as the training decides."""
     final = result.outcome.get("metrics") or {}
     given = result.train.get("best_metric") or _selection_metric(result, final or _last(log, b'"eval_'))
-    name = given.split(":")[1] if ":" in given else given
+    name = metric_name(given)
     key = f"eval_{name}"
     if result.train.get("keep", "best") == "best" and isinstance(value := final.get(key), int | float):
         return name, float(value), int(result.outcome.get("model_step") or 0)
