@@ -141,14 +141,11 @@ def check_sharing(target: Target) -> Iterator[Finding]:
 
 
 def _two_levels(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for pattern in (".", "*", "*/*"):
+    """A folder, what is in it, and what is in that, as far as they can be listed."""
+    found = [folder] * folder.exists()
+    for pattern in ("*", "*/*"):
         with contextlib.suppress(OSError):
-            found += (
-                [path for path in folder.glob(pattern) if os.path.lexists(path)]
-                if pattern != "."
-                else [folder] * folder.exists()
-            )
+            found += [path for path in folder.glob(pattern) if os.path.lexists(path)]
     return found
 
 

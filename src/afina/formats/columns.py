@@ -49,19 +49,18 @@ def _other_hint(path: Path, name: str, found: Sequence[str]) -> str:
 
 def _separator_remedy(path: Path, header: Sequence[str]) -> str:
     other = other_separator(path, header)
-    return other and f"the file seems to be separated by {other}"
+    return f"the file seems to be separated by {other[0]}: {other[1]}" if other else ""
 
 
-def other_separator(path: Path, header: Sequence[str], delimiter: str | None = None) -> str:
-    """The separator that the one column of a CSV or TSV seems to hold, with the option for it; or an empty string."""
+def other_separator(path: Path, header: Sequence[str], delimiter: str | None = None) -> tuple[str, str] | None:
+    """The separator that the one column of a CSV or TSV seems to hold, in words, and the option for it; or None."""
     if len(header) != 1 or format_of(path) not in ("csv", "tsv"):
-        return ""
+        return None
     used = delimiter or ("\t" if format_of(path) == "tsv" else ",")
     mark = next((mark for mark in ";\t|," if mark in header[0] and mark != used), "")
     if not mark:
-        return ""
-    word = "tab" if mark == "\t" else mark
-    return f"{'tab' if mark == chr(9) else f'`{mark}`'}: {option('delimiter', word if word == 'tab' else repr(word))}"
+        return None
+    return ("tab", option("delimiter", "tab")) if mark == "\t" else (f"`{mark}`", option("delimiter", repr(mark)))
 
 
 def distinct(names: Sequence[str]) -> list[str]:

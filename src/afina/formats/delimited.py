@@ -16,14 +16,13 @@ from afina.errors import DataError
 from afina.formats.columns import partitions
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
-from afina.formats.text_files import foreign, open_text
+from afina.formats.text_files import foreign, open_text, utf_16_hint
 
 __all__ = ["read_delimited"]
 
-_SPANS = "spans lines, because of a quote; if quotes belong to the texts: " + option("quoting", "none")
-_SWALLOWS = "holds a quote that swallows the rows up to the next one; if quotes belong to the texts: " + option(
-    "quoting", "none"
-)
+_QUOTES_AS_TEXT = "if quotes belong to the texts: " + option("quoting", "none")
+_SPANS = f"spans lines, because of a quote; {_QUOTES_AS_TEXT}"
+_SWALLOWS = f"holds a quote that swallows the rows up to the next one; {_QUOTES_AS_TEXT}"
 _HEADER_AGAIN = "repeats the header: were files joined that have one each?"
 _LABEL_HEADER = "the header's cells occur as values: does the file lack a header? " + option("header", "false")
 #: Rows in which cells of the header are looked up.
@@ -114,8 +113,7 @@ def _without_nul(path: Path, lines: Iterable[str], reading: ReadOptions) -> Iter
     for number, line in enumerate(lines, 1):
         if "\0" in line:
             utf_16 = number == 1 and reading.encoding is None
-            encoding = "utf-16-be" if line.startswith("\0") else "utf-16-le"
-            what = "is the file UTF-16? " + option("encoding", encoding) if utf_16 else "remove it: tr -d '\\000'"
+            what = utf_16_hint(line) if utf_16 else "remove it: tr -d '\\000'"
             raise DataError(f"{path}, line {number}: holds a NUL byte, which no text has", what)
         # A second byte order mark, or that of a file that was joined to another.
         yield line.lstrip("\ufeff") if line[0] == "\ufeff" else line
@@ -128,20 +126,19 @@ def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int
         what = f"the {'first row' if reading.header is False else 'header'} has {width}"
     remedy = 'quote the cell that holds the separator: "like, this"; or correct the row'
     if any('"' in cell for cell in cells) and reading.quoting is None:
-        remedy += f". If quotes belong to the texts: {option('quoting', 'none')}"
+        remedy += f". I{_QUOTES_AS_TEXT[1:]}"
     return DataError(f"{path}, row {number} (line {line}): {len(cells)} cells, {what}", remedy)
 
 
 def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:
-    belongs = f"if quotes belong to the texts: {option('quoting', 'none')}"
     if "end of data" in reason:
         return DataError(
             f'{path}, row {number}: a quote (") is opened and never closed',
-            f'close it, or double each quote that belongs to the text: ""like this""; {belongs}',
+            f'close it, or double each quote that belongs to the text: ""like this""; {_QUOTES_AS_TEXT}',
         )
     return DataError(
         f'{path}, row {number} (line {line}): text follows a closing quote (")',
-        f'double each quote that belongs to the text: "He said ""no""."; {belongs}',
+        f'double each quote that belongs to the text: "He said ""no""."; {_QUOTES_AS_TEXT}',
     )
 
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 from afina.errors import DataError
 from afina.formats.columns import partitions, value_at
 from afina.formats.read_options import PLAIN, ReadOptions, option
-from afina.formats.text_files import foreign, open_text
+from afina.formats.text_files import foreign, open_text, utf_16_hint
 
 __all__ = ["check_characters", "json_kind", "json_unit", "number_text", "read_json", "records_below"]
 
@@ -182,8 +182,7 @@ def _not_json(path: Path, error: Exception, line: int | None = None, text: str =
         if line in (None, 1) and (other := foreign(path)):
             return other
         if "\0" in start and line in (None, 1):
-            encoding = "utf-16-be" if start.startswith("\0") else "utf-16-le"
-            return DataError(f"{path}{place}: holds a NUL byte", f"is the file UTF-16? {option('encoding', encoding)}")
+            return DataError(f"{path}{place}: holds a NUL byte", utf_16_hint(start))
         if line is None:
             return DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}", remedy)
         return DataError(

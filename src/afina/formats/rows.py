@@ -34,9 +34,7 @@ def read_rows(path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = No
         rows = read_delimited(path, reading, notes)
         _, header = next(rows)
         if other := other_separator(path, header, reading.delimiter):
-            raise DataError(
-                f"{path}: the file seems to be separated by {other.partition(':')[0]}", other.partition(": ")[2]
-            )
+            raise DataError(f"{path}: the file seems to be separated by {other[0]}", other[1])
         names = distinct(header)
         for _, cells in rows:
             yield dict(zip(names, cells, strict=True))

@@ -20,7 +20,7 @@ from afina.errors import DataError
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of, option
 
-__all__ = ["foreign", "note_damaged", "open_binary", "open_text", "readable", "undecodable"]
+__all__ = ["foreign", "note_damaged", "open_binary", "open_text", "readable", "undecodable", "utf_16_hint"]
 
 #: First bytes of files that are not text: what the file is, and the remedy.
 _MAGIC = {
@@ -121,6 +121,11 @@ def foreign(path: Path) -> DataError | None:
     if re.match(rb'\[?\s*\{\s*"', start) and format_of(path) != "jsonl":
         return DataError(f"{path}: is JSON", "name it .jsonl or .json")
     return None
+
+
+def utf_16_hint(text: str) -> str:
+    """The remedy for a text with NUL bytes that was read as UTF-8."""
+    return "is the file UTF-16? " + option("encoding", "utf-16-be" if text.startswith("\0") else "utf-16-le")
 
 
 def _not_unpacked(path: Path, error: Exception) -> DataError:

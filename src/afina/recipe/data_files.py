@@ -26,6 +26,7 @@ __all__ = [
     "file_stem",
     "find_files",
     "find_paths",
+    "is_data_file",
     "split_named",
     "split_of",
     "splits_of_folder",
@@ -113,7 +114,7 @@ def data_files(folder: Path, where: str) -> list[Path]:
     """
     if (saved := _saved_files(folder, where)) is not None:
         return saved
-    found = sorted(p for p in folder.iterdir() if _is_data(p) and p.is_file())
+    found = sorted(p for p in folder.iterdir() if is_data_file(p) and p.is_file())
     if not found:
         below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         named = (
@@ -128,7 +129,8 @@ def data_files(folder: Path, where: str) -> list[Path]:
     return found
 
 
-def _is_data(path: Path) -> bool:
+def is_data_file(path: Path) -> bool:
+    """True of a name that a data file has: its suffix is known, and it is not hidden."""
     return format_of(path) not in (None, "txt") and not path.name.startswith(".")
 
 

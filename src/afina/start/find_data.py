@@ -16,7 +16,7 @@ from afina.formats.columnar import count_rows
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of
 from afina.formats.rows import read_rows
-from afina.recipe.data_files import check_format, data_files, file_stem, split_of, splits_of_folder
+from afina.recipe.data_files import check_format, data_files, file_stem, is_data_file, split_of, splits_of_folder
 from afina.run.commands import container_argv
 from afina.run.plan import bare_plan
 from afina.run.workers import ask_worker
@@ -57,11 +57,7 @@ class LabelledData:
 
 def data_files_here(folder: Path) -> list[Path]:
     """Data files in `folder` and in its `data/`, the largest first."""
-    files = [
-        path
-        for path in (*folder.glob("*"), *folder.glob("data/*"))
-        if format_of(path) not in (None, "txt") and path.is_file() and not path.name.startswith(".")
-    ]
+    files = [path for path in (*folder.glob("*"), *folder.glob("data/*")) if is_data_file(path) and path.is_file()]
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 

@@ -126,9 +126,8 @@ def _split_keys(folder: Path, split: str) -> Array:
 
 def trained_rows(prepared: Path, model_folder: Path) -> Array:
     """Keys of the rows of train, and of those that the model in `model_folder` was trained on before; uint64 (N, 2)."""
-    keys = [_split_keys(prepared, "train")]
-    before = _known_rows(model_folder)
-    return np.unique(np.concatenate([*keys, *([before] if before is not None else [])]), axis=0)
+    keys, before = _split_keys(prepared, "train"), _known_rows(model_folder)
+    return np.unique(keys if before is None else np.concatenate([keys, before]), axis=0)
 
 
 def _known_rows(model_folder: Path) -> Array | None:

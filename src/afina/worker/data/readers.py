@@ -161,14 +161,12 @@ class _Json:
         wanted: Sequence[str],
         others: Sequence[str] | None,
     ) -> None:
-        below = records_below(self.path, first) if count == 1 else None
-        if below is not None and not found.keys() >= set(wanted):
-            raise below
-        # With nested names, for the hint.
-        names = (
-            list(found) if found.keys() >= set(wanted) else list(dict.fromkeys([*found, *flatten(first, lists=True)]))
-        )
-        choose_columns(self.path, names, wanted, others)
+        names = found
+        if not found.keys() >= set(wanted):
+            if count == 1 and (below := records_below(self.path, first)):
+                raise below
+            names = {**found, **dict.fromkeys(flatten(first, lists=True))}  # nested ones, for the hint
+        choose_columns(self.path, list(names), wanted, others)
 
     def _batch(
         self, columns: dict[str, list[Any]], found: Mapping[str, None], wanted: Sequence[str], rows: list[int]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from afina.files import sync_file, sync_folder, sync_tree
+from afina.files import name_aside, sync_file, sync_folder, sync_tree
 from afina.run.directory import RunDir
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
@@ -110,7 +110,7 @@ def _export_model(trainer: RunTrainer) -> None:
 def _write_trained_rows(prepared: Path, run: RunDir) -> None:
     """Keys of all rows that the model has been trained on: training on from it checks its eval and test rows against them."""
     path = run.path / TRAINED_ROWS
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = name_aside(path)
     with aside.open("wb") as file:
         np.save(file, trained_rows(prepared, Path(run.prepared()["model_folder"])))
     os.replace(aside, path)
