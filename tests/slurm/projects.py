@@ -13,13 +13,30 @@ from typing import Any
 
 from cluster import Cluster
 
-__all__ = ["give_to_user", "project_folder"]
+from afina.recipe.schema import Recipe
+
+__all__ = ["give_to_user", "project_folder", "write_recipe"]
 
 
 def give_to_user(path: Path, cluster: Cluster) -> None:
     """Let the ordinary user own `path` and everything in it."""
     for name in (path, *path.rglob("*")):
         shutil.chown(name, cluster.user, cluster.user)
+
+
+def write_recipe(folder: Path, name: str, **resources: Any) -> Recipe:
+    """Two reviews in `folder`, and a recipe for them whose model is never loaded; resources beside one core and five minutes."""
+    (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
+    part = {"fraction": 0.5, "seed": 1}
+    data = {
+        "files": {"all": str(folder / "reviews.csv")},
+        "text": "text",
+        "label": "stars",
+        "train": part,
+        "eval": part,
+    }
+    resources = {"cpus_per_gpu": 1, "time": 5, **resources}
+    return Recipe.model_validate({"name": name, "model": "owner/model", "data": data, "resources": resources})
 
 
 @contextlib.contextmanager

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
-from projects import give_to_user
+from projects import give_to_user, write_recipe
 from tests.common import program
 
 from afina.errors import InputError, SlurmError
-from afina.recipe.schema import Recipe
 from afina.run.commands import container_argv, job_scripts, sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
@@ -54,18 +53,9 @@ class Project:
         self.cluster, self.folder = cluster, folder
         (folder / "scratch/runs").mkdir(parents=True)
         (folder / "worker.sh").write_text(WORKER)
-        (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
-        part = {"fraction": 0.5, "seed": 1}
-        data = {
-            "files": {"all": str(folder / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "train": part,
-            "eval": part,
-        }
-        resources = {"cpus_per_gpu": 1, "time": 5, "gpus_per_node": 0}
-        recipe = Recipe.model_validate({"name": "other", "model": "owner/model", "data": data, "resources": resources})
-        self.plan: Plan = make_plan(recipe, Site(scratch=folder / "scratch", **site))
+        self.plan: Plan = make_plan(
+            write_recipe(folder, "other", gpus_per_node=0), Site(scratch=folder / "scratch", **site)
+        )
         self.env = {"AFINA_SCRATCH": str(folder / "scratch"), "AFINA_RUNTIME": "none", "PYTHON": str(python)}
         self.claim(["bash", str(folder / "worker.sh"), "launch", "{run}"])
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from cluster import Cluster
+from projects import give_to_user, write_recipe
 from tests.common import ROOT
 
-from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts, sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
@@ -70,26 +70,12 @@ class Variant:
         self.cluster, self.folder = cluster, folder
         (folder / "scratch").mkdir()
         (folder / "worker.sh").write_text(WORKER)
-        (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
-        part = {"fraction": 0.5, "seed": 1}
-        data = {
-            "files": {"all": str(folder / "reviews.csv")},
-            "text": "text",
-            "label": "stars",
-            "train": part,
-            "eval": part,
-        }
-        recipe = {
-            "name": "variant",
-            "model": "owner/model",
-            "data": data,
-            "resources": {"cpus_per_gpu": 1, "time": 5, **resources},
-        }
-        self.plan: Plan = make_plan(Recipe.model_validate(recipe), Site(scratch=folder / "scratch", **site))
+        self.plan: Plan = make_plan(
+            write_recipe(folder, "variant", **resources), Site(scratch=folder / "scratch", **site)
+        )
         argv = ["bash", str(folder / "worker.sh"), "launch", "{run}"]
         self.run = RunDir.claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
-        for path in (folder, *folder.rglob("*")):
-            shutil.chown(path, cluster.user, cluster.user)
+        give_to_user(folder, cluster)
 
     def submit(self, **env: str) -> int:
         argv = sbatch_argv(self.plan, self.run.path)
