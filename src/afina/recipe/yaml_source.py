@@ -10,12 +10,15 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from afina.errors import RecipeError
 from afina.redact import redact
 
 __all__ = ["apply_override", "read_yaml", "where"]
+
+DEEPEST = 50
 
 
 def read_yaml(text: str, source: str) -> tuple[Node | None, Any]:
@@ -26,6 +29,7 @@ def read_yaml(text: str, source: str) -> tuple[Node | None, Any]:
     """
     yaml = YAML(typ="safe", pure=True)
     try:
+        _check_depth(yaml, text, source)
         return yaml.compose(StringIO(text)), yaml.load(StringIO(text))
     except DuplicateKeyError as error:
         # ruamel prints values of both, which for a section is only "{}".
@@ -50,8 +54,15 @@ def read_yaml(text: str, source: str) -> tuple[Node | None, Any]:
         raise RecipeError(
             f"{source}{line}: not valid YAML: {str(error).splitlines()[0]}", "remove that character"
         ) from None
-    except RecursionError:
-        raise RecipeError(f"{source}: not a recipe: nested too deeply", "start from slurm/recipes/yelp.yaml") from None
+
+
+def _check_depth(yaml: YAML, text: str, source: str) -> None:
+    """Refuse what would exhaust Python's stack, whose depth depends on who calls: composing recurses, parsing does not."""
+    depth = 0
+    for event in yaml.parse(StringIO(text)):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > DEEPEST:
+            raise RecipeError(f"{source}: not a recipe: nested too deeply", "start from slurm/recipes/yelp.yaml")
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
