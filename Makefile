@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-series test-cluster check clean
+.PHONY: help demo test test-series test-cluster check docs pictures clean
 
 # Override on the command line: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -21,6 +21,7 @@ BY_FILE = -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 STAMP := $(VENV)/made
+DOCS_STAMP := $(VENV)/docs-made
 TORCH := torch==$(shell sed -n 's/^ *TORCH_VERSION=//p' Apptainer.def)
 # One process, and no answers from a user's own pip settings to questions that nobody sees.
 PIP := $(VENV)/bin/python -m pip --no-input --disable-pip-version-check
@@ -49,13 +50,21 @@ test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer
 	$(ON_CLUSTER) tests/slurm/test_signals.py
 	$(ON_CLUSTER) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
-check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks
+check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks, the documentation
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports
 	container/lock.sh --check
 	git ls-files -z '*.sh' '*.sbatch' .ci/run slurm/site.example.env 'slurm/sites/*.env' | xargs -0 $(VENV)/bin/shellcheck --shell=bash --external-sources
+	@if $(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(MAKE) --no-print-directory docs; \
+	else echo 'docs: not built: Sphinx needs Python 3.11 or newer'; fi
+
+docs: $(DOCS_STAMP) ## the documentation as a site, in build/docs; a dead link is an error
+	$(VENV)/bin/python -m sphinx -q -E -W --keep-going docs build/docs
+
+pictures: $(STAMP) ## train the demo and take the pictures of the documentation again; needs Chromium
+	$(VENV)/bin/python docs/pictures.py
 
 clean: ## remove the virtual environment, the test image, caches; demo/ and your runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist /var/tmp/afina-test
@@ -71,4 +80,9 @@ $(STAMP): tests/requirements.txt pyproject.toml Apptainer.def
 	$(PIP) install -q --only-binary :all: $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
 	$(PIP) install -q --no-deps -e .
 	$(PIP) check
+	@touch $@
+
+# Beside the others: its versions of what both have are the same.
+$(DOCS_STAMP): docs/requirements.txt $(STAMP)
+	$(PIP) install -q --require-hashes --no-deps --only-binary :all: -r docs/requirements.txt
 	@touch $@

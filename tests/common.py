@@ -1,10 +1,11 @@
-"""Shared by all suites: the repository's root, nasty names, a small program for PATH."""
+"""Shared by all suites: the repository's root, the README's commands, nasty names, a small program for PATH."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-__all__ = ["NASTY", "ROOT", "program"]
+__all__ = ["NASTY", "ROOT", "program", "readme_block"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,3 +38,11 @@ def program(folder: Path, name: str, body: str) -> Path:
     path.write_text(body if body.startswith("#!") else "#!/bin/bash\n" + body)
     path.chmod(0o755)
     return path
+
+
+def readme_block(language: str, after: str = "") -> list[str]:
+    """The lines of the README's first block in `language`, or of the first one after the text `after`."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.search(rf"```{language}\n(.*?)```", text.partition(after)[2] if after else text, re.DOTALL)
+    assert found is not None, f"no {language} block after {after!r}"
+    return found.group(1).splitlines()

@@ -17,6 +17,7 @@ import pytest
 from cluster import Cluster, Process
 from projects import give_to_user, project_folder
 from tests import tiny
+from tests.common import readme_block
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -162,3 +163,24 @@ def test_a_rehearsal_in_the_image_and_the_run_that_follows(cluster: Cluster, hos
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["outcome"] == "finished" and outcome["global_step"] == estimate["total_steps"]
     assert estimate["attempts"] == 1 and not list((project / "scratch").glob(".rehearsal-*"))
+
+
+def test_the_commands_for_a_cluster_in_the_readme(cluster: Cluster, host: Path, project: Path) -> None:
+    """From `doctor` on, as the README spells them; test_sweep.py is about its last one."""
+    lines = [line.partition("#")[0].strip() for line in readme_block("sh", "## On a cluster")]
+    commands = lines[lines.index("cd project") + 1 :]
+    assert [line.split()[1] for line in commands] == [
+        "doctor",
+        "prefetch",
+        "submit",
+        "submit",
+        "status",
+        "logs",
+        "sweep",
+    ]
+    for line in commands[:-1]:
+        newest = max((project / "scratch/runs").glob("*"), key=lambda run: run.stat().st_mtime, default=project)
+        words = [newest.name if word == "RUN" else word for word in line.split()[1:]]
+        done = _afina(cluster, host, project, *words)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert json.loads((newest / "outcome.json").read_text())["outcome"] == "finished"

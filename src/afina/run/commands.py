@@ -106,7 +106,7 @@ def worker_environment(plan: Plan, *, offline: bool, env: Mapping[str, str] | No
     """Variables of every worker: caches under scratch, no user packages, and for training no network.
 
     Threads of torch (GNU OpenMP) that wait for each other spin, by default for milliseconds: on two cores, beside one busy
-    process, a training falls to a thirtieth of its speed, with this limit to a third, and alone it costs nothing (docs/speed.md).
+    process, a training falls to a thirtieth of its speed, with this limit to a third, and alone it costs nothing (docs/measured.md).
     """
     here = os.environ if env is None else env
     spins = {} if here.get("OMP_WAIT_POLICY") else {"GOMP_SPINCOUNT": here.get("GOMP_SPINCOUNT") or "10000"}

@@ -25,8 +25,11 @@ from afina.recipe.schema import Data, Part, Recipe, Resources, Tokens, Train
 from afina.run.outcome import Outcome
 from afina.site.settings import CACHE_VARIABLES
 
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def _blocks(language: str) -> list[tuple[Path, str]]:
@@ -40,6 +43,10 @@ def _shell_lines() -> Iterator[tuple[str, str]]:
     for page, text in _blocks("sh"):
         for line in text.replace("\\\n", " ").splitlines():
             yield page.name, line
+    for page, text in _blocks("console"):
+        for line in text.splitlines():
+            if line.startswith("$ "):
+                yield page.name, line[2:].partition(" && ")[0]
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", page.read_text("utf-8"))):
             yield page.name, span
@@ -158,19 +165,19 @@ def test_metrics_are_named_in_their_order() -> None:
 
 
 def test_exit_codes_are_those_of_the_code() -> None:
-    codes = {int(row[0]) for row in _rows("README.md", "Exit codes")}
+    codes = {int(row[0]) for row in _rows("run-directory.md", "Exit codes")}
     assert codes == {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
 
 
 def test_the_outcome_has_the_keys_that_are_promised() -> None:
-    row = next(row for row in _rows("README.md", "The run directory") if "`outcome.json`" in row[0])
+    row = next(row for row in _rows("run-directory.md", "The run directory") if "`outcome.json`" in row[0])
     keys = set(re.findall(r"`(\w+)`", row[1])) - {"eval_accuracy"}
     assert {"outcome", "global_step", "metrics", "samples_per_second", "seconds", "attempts"} <= keys
     assert keys <= Outcome.model_fields.keys() | Outcome.model_computed_fields.keys()
 
 
 def test_the_run_directory_is_described_as_the_module_does() -> None:
-    described = " ".join(row[0] for row in _rows("README.md", "The run directory"))
+    described = " ".join(row[0] for row in _rows("run-directory.md", "The run directory"))
     source = ast.get_docstring(ast.parse((ROOT / "src/afina/run/directory.py").read_text("utf-8"))) or ""
     files = set(re.findall(r"\b(\w+\.(?:jsonl?|yaml|argv|parquet))\b", source)) - {"env.json"}
     assert len(files) >= 8
@@ -196,7 +203,7 @@ def test_messages_in_the_troubleshooting_table_are_in_the_source() -> None:
                 assert piece.strip() in flat or message in ("UNKNOWN",), message
 
 
-def test_the_recipe_in_the_readme_is_read() -> None:
+def test_the_recipe_on_the_page_is_read() -> None:
     recipes = [text for _, text in _blocks("yaml")]
     assert len(recipes) == 1
     assert parse_recipe(recipes[0]).name == "amazon-stars"
@@ -296,7 +303,7 @@ def test_a_module_that_is_gone_does_not_resolve() -> None:
 
 def _rows(page: str, heading: str) -> list[list[str]]:
     """The cells of the first table under a heading."""
-    text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text("utf-8")
+    text = (ROOT / "docs" / page).read_text("utf-8")
     section = re.split(
         r"(?m)^#+ ", text.split(f"# {heading}\n" if f"# {heading}\n" in text else "# The recipe\n", 1)[1]
     )[0]

@@ -10,7 +10,7 @@
 is bf16 where the CPU has instructions for it, else fp32. A run keeps the precision of its first attempt, because another device would
 compute another result. One exception: a run that began in bf16 on a CPU continues in fp32 on a CPU without the instructions, which
 any CPU computes well; in a queue of mixed nodes that is better than refusing. Measured on CPUs with AVX512-BF16 and on one H100
-(docs/speed.md). Not covered: on other GPUs these are the same switches of Trainer, unmeasured.
+(docs/measured.md). Not covered: on other GPUs these are the same switches of Trainer, unmeasured.
 """
 
 from __future__ import annotations
