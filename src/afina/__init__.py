@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from afina.errors import AfinaError, Cancelled, Failed, Stopped, WaitTimeout
     from afina.prediction.export import export
     from afina.prediction.jobs import predict
-    from afina.prediction.load import load
+    from afina.prediction.load_model import load
     from afina.recipe.load import load_recipe
     from afina.recipe.schema import Recipe
     from afina.run.outcome import Outcome
@@ -64,7 +64,7 @@ _HOMES = {
     "Recipe": "afina.recipe.schema",
     "RunSummary": "afina.watch.overview",
     "export": "afina.prediction.export",
-    "load": "afina.prediction.load",
+    "load": "afina.prediction.load_model",
     "load_recipe": "afina.recipe.load",
     "predict": "afina.prediction.jobs",
 }

@@ -6,7 +6,7 @@
     FORMER      names that other versions of Transformers have, and common mistakes
 
 `docs/arguments.md` is this table; a test compares it with the installed Transformers, so a new version's new field fails there.
-Not covered: whether the values work together and with the installed packages; `afina.worker.model.arguments` builds them.
+Not covered: whether the values work together and with the installed packages; `afina.worker.model.check_arguments` builds them.
 """
 
 from __future__ import annotations

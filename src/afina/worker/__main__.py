@@ -19,14 +19,14 @@ ANSWERS = {
     "prepare": "afina.worker.checks.model_check",
     "peek": "afina.worker.hub.datasets",
     "trial": "afina.worker.node.trial",
-    "rehearse": "afina.worker.training.rehearse",
+    "rehearse": "afina.worker.node.rehearse",
     "predict": "afina.worker.inference.stages",
     "export": "afina.worker.inference.model_folder",
     "doctor": "afina.worker.checks.environment",
 }
 #: Commands that run processes, and the module whose `main(arguments)` returns the exit code.
 PROCESSES = {
-    "launch": "afina.worker.node.launch",
+    "launch": "afina.worker.node.launcher",
     "train": "afina.worker.training.train",
     "finish": "afina.worker.node.finish",
     "check-node": "afina.worker.checks.environment",

@@ -2,7 +2,7 @@
 
 import sys
 
-from afina.worker.node.launch import main
+from afina.worker.node.launcher import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import pytest
 
 from afina.errors import RecipeError
 from afina.recipe.schema import Train
-from afina.worker.model.arguments import check_arguments
+from afina.worker.model.check_arguments import check_arguments
 
 WSD = {"lr_scheduler_type": "warmup_stable_decay"}
 MIN = {"lr_scheduler_type": "cosine_with_min_lr"}

@@ -1,7 +1,7 @@
 """Copies model and prepared data to each node's local disk before the processes start: `AFINA_STAGE`.
 
 It helps where many nodes read the same files from shared storage at once, or where memory-mapped files are slow over the network.
-`afina.worker.node.launch` makes one copy per node, all ranks of the node read it, rank 0 verifies its own like the original, and
+`afina.worker.node.launcher` makes one copy per node, all ranks of the node read it, rank 0 verifies its own like the original, and
 it is removed at the end. The next start on the node removes copies of killed processes: a lock shows which are in use. If copying
 fails, the original is read, and the log gives the reason. Not covered: two jobs sharing a copy.
 """

@@ -196,11 +196,11 @@ def _facts(geometry: Geometry, allocation: Allocation) -> dict[str, object]:
 
 def _versions() -> dict[str, str]:
     """What is installed, without importing it."""
-    found = {}
+    versions = {}
     for name in ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _hardware() -> dict[str, object]:
