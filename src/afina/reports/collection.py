@@ -24,7 +24,8 @@ from afina.reports.compare import differing, names_of
 from afina.reports.page import document, figure, note, pairs, seconds, table, tiles
 from afina.statistics.intervals import MeanInterval, mean_interval
 from afina.statistics.predictions import read_predictions
-from afina.statistics.scores import Interval, score, weakness
+from afina.statistics.scores import Interval, score
+from afina.statistics.weakness import weaknesses
 from afina.watch.reading import RunResult, read_result
 
 __all__ = ["collection_page"]
@@ -198,8 +199,8 @@ def _intervals(runs: Sequence[RunResult], metric: str | None) -> tuple[dict[int,
         except AfinaError as error:
             why = str(error)
             continue
-        if reason := weakness(predictions, metric):
-            weak[number] = reason
+        if reasons := weaknesses(predictions, metric):
+            weak[number] = reasons[0]
         scores = score(predictions, _DRAWS, [metric]) if metric in SCALARS else None
         if scores and metric in scores.overall:
             intervals[number] = scores.overall[metric]

@@ -15,7 +15,7 @@ from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
 from afina.run.methods import methods as paragraph
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import weakness
+from afina.statistics.weakness import weaknesses
 from afina.text import plural
 
 __all__ = [
@@ -70,8 +70,8 @@ def _stands_against(facts: RunFacts) -> str:
 def _weakness(facts: RunFacts) -> list[str]:
     """What a run of an older afina did not record itself."""
     rows = facts.predictions.get("eval")
-    weak = weakness(rows, facts.plan.recipe.train.best_metric or "") if isinstance(rows, Predictions) else None
-    return [f"the model {weak}" if weak.startswith("predicts") else f"the model is {weak}"] if weak else []
+    metric = facts.plan.recipe.train.best_metric or ""
+    return [f"the model {reason}" for reason in weaknesses(rows, metric)] if isinstance(rows, Predictions) else []
 
 
 def wall_time(facts: RunFacts) -> float | None:

@@ -49,7 +49,6 @@ __all__ = [
     "resample",
     "score",
     "score_limits",
-    "weakness",
 ]
 
 #: Resamples of a bootstrap; fewer for very many kinds of rows (see `resample`).
@@ -90,7 +89,6 @@ class Scores:
         absent: labels that occur neither in the labels nor in the predictions; averages leave them out.
         undefined: metric -> why it has no value.
         majority: accuracy of always predicting the most frequent label; None but for single-label.
-        constant: the one label that is predicted for every row, or None.
     """
 
     overall: dict[str, Interval]
@@ -100,7 +98,6 @@ class Scores:
     absent: list[str] = field(default_factory=list)
     undefined: dict[str, str] = field(default_factory=dict)
     majority: float | None = None
-    constant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,6 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         absent=[name for name, there in zip(labels, seen, strict=True) if not there],
         undefined=undefined,
         majority=float(actual.max() / whole[-1]) if task == "single-label" and len(truth) else None,
-        constant=_constant(predictions),
     )
 
 
@@ -169,46 +165,6 @@ def _around(value: float | None, limits: Limits) -> Interval:
         if limits[0] == limits[0]
         else Interval(value, *_NONE)
     )
-
-
-def _constant(predictions: Predictions) -> str | None:
-    first = predictions.predicted[:1]
-    if len(predictions) < 2 or (predictions.predicted != first).any():
-        return None
-    if predictions.task == "single-label":
-        return predictions.labels[int(first[0])]
-    return ", ".join(name for name, flag in zip(predictions.labels, first[0], strict=True) if flag) or "no label"
-
-
-def weakness(predictions: Predictions, metric: str = "") -> str | None:
-    """Why a model is of no use, in words: a constant prediction, or one that does not beat the majority class or the mean.
-
-    Args:
-        metric: what is compared with that of the majority class, if it is one of decisions; else the accuracy is.
-    """
-    truth, task = predictions.truth, predictions.task
-    if len(truth) < 2 or (truth == truth[:1]).all():
-        return None
-    if task == "regression":
-        error, spread = ((predictions.predicted - truth) ** 2).mean(), truth.var()
-        if predictions.predicted.std() < 1e-3 * spread**0.5:
-            return f"predicts {predictions.predicted.mean():.4g} for every row"
-        return None if error < spread else f"no better than predicting the mean (R² {1 - error / spread:.3f})"
-    if (constant := _constant(predictions)) is not None:
-        return f"predicts {constant} for every row"
-    if task == "multi-label":
-        return None
-    import numpy as np
-
-    most = int(np.bincount(truth).argmax())
-    width = len(predictions.labels)
-    sums = [sums_of(task, width, truth, of)[None, :] for of in (predictions.predicted, np.full_like(truth, most))]
-    model, always = (from_sums(task, part) for part in sums)
-    name = metric if metric in model else "accuracy"
-    if not float(model[name][0]) <= float(always[name][0]):
-        return None
-    values = f"{name} {model[name][0]:.4f}, against {always[name][0]:.4f}"
-    return f"no better than always predicting {predictions.labels[most]} ({values})"
 
 
 def _each(correct: Array, chosen: Array, actual: Array) -> dict[str, list[Interval | None]]:

@@ -35,7 +35,7 @@ from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
 from afina.slurm.limits import check_possible
 from afina.slurm.submit import forget, recover, submitted
 from afina.statistics.predictions import read_predictions
-from afina.statistics.scores import weakness
+from afina.statistics.weakness import weaknesses
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
@@ -256,7 +256,9 @@ def _weakness(run: RunDir, outcome: Outcome | None, metric: str) -> str | None:
     if outcome is None or outcome.outcome != "finished" or not run.predictions.is_file():
         return None
     with contextlib.suppress(AfinaError):
-        return weakness(read_predictions(run.predictions, texts=False), metric.removeprefix("eval_"))
+        return next(
+            iter(weaknesses(read_predictions(run.predictions, texts=False), metric.removeprefix("eval_"))), None
+        )
     return None
 
 

@@ -362,7 +362,7 @@ def test_models_of_no_use_are_called_so(make_run: MakeRun) -> None:
     table = pq.read_table(run.predictions)
     same = table.set_column(table.column_names.index("prediction"), "prediction", pa.array(["2"] * len(table)))
     pq.write_table(same, run.predictions)
-    assert "the model predicts 2 for every row" in Page(write_report(run.path)).text
+    assert "the model predicts '2' for every row of eval" in Page(write_report(run.path)).text
     outcome = json.loads(run.outcome_file.read_text())
     run.outcome_file.write_text(json.dumps({**outcome, "warnings": ["the loss diverged"]}))
     text = Page(write_report(run.path)).text

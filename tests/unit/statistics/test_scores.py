@@ -165,10 +165,7 @@ def test_what_is_not_defined_has_a_reason_and_no_interval(tmp_path: Path) -> Non
     assert flat.undefined.keys() == {"pearson", "spearman", "r2"} and "all the same" in flat.undefined["pearson"]
     one = classified(tmp_path / "p.parquet", 30)
     same = Predictions("single-label", one.labels, np.zeros(30, int), np.zeros(30, int), one.scores, one.table)
-    assert (
-        score(same, 200).undefined.keys() == {"auroc", "kappa", "kappa_quadratic"}
-        and score(same, 200).constant == LABELS[0]
-    )
+    assert score(same, 200).undefined.keys() == {"auroc", "kappa", "kappa_quadratic"}
 
 
 def test_an_interval_has_the_width_of_theory_and_is_reproducible(tmp_path: Path) -> None:

@@ -557,13 +557,13 @@ def test_models_of_no_use_are_called_so_and_none_is_best(sweep: Callable[..., Sw
     text = str(table)
     assert table.best is None and table.to_dict()["best"] is None and "Best" not in text
     assert "No best: every finished point predicts one and the same for all rows" in text
-    assert "learning_rate=1: predicts one star for every row." in text
+    assert "learning_rate=1: predicts 'one star' for every row of eval." in text
     with pytest.raises(InputError, match="No best"):
         made.best()
     ended(4, good)
     ended(5, good)
     assert made.best().point == "learning_rate=1e-3" and "remark" in str(made.table())
-    assert "no better than always predicting one star" in made.table().rows[-1].weak
+    assert "is not better than always predicting the majority class 'one star'" in made.table().rows[-1].weak
 
 
 # -- a search ----------------------------------------------------------------------------------------------------------

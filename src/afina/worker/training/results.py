@@ -1,9 +1,13 @@
-"""Results of a finished run: `model/`, predictions with the label names, and the metrics of that model."""
+"""Results of a finished run: `model/`, predictions with the label names, the metrics of that model, and warnings.
+
+Warnings: a metric that is undefined, a model of no use (`afina.statistics.weakness`), a training loss that diverged.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +16,25 @@ import numpy as np
 
 from afina.files import name_aside, sync_file, sync_folder, sync_tree
 from afina.run.directory import RunDir
+from afina.statistics.predictions import Predictions
+from afina.statistics.weakness import weaknesses
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.duplicates import TRAINED_ROWS, trained_rows
-from afina.worker.model.outputs import label_lists, prediction_columns
+from afina.worker.data.prepared import Split
+from afina.worker.model.losses import Loss
+from afina.worker.model.outputs import label_lists, prediction_columns, probabilities
 from afina.worker.model.padding import padding_side
+from afina.worker.model.tasks import decisions
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
-from afina.worker.training.quality_checks import check_loss_curve, check_predictions
 from afina.worker.training.trainer import RunTrainer
 
-__all__ = ["Results", "export_results"]
+__all__ = ["Results", "check_loss_curve", "check_predictions", "export_results"]
 
 Array = np.ndarray[Any, Any]
 
-#: Rows of a row group of predictions.
+#: Rows of a row group of predictions, and of train from which reference losses are computed.
 _ROWS = 65_536
 
 
@@ -37,7 +45,7 @@ class Results:
     Attributes:
         model_step: whose weights are in `model/`; 0: there is no model.
         metrics: of that model.
-        warnings: see `afina.worker.training.quality_checks`.
+        warnings: see the top of this module.
     """
 
     model_step: int
@@ -71,7 +79,7 @@ def export_results(trainer: RunTrainer) -> Results:
             labels = np.asarray(split.labels)
             values = scores(data.loss, data.metric_texts, trainer.logits, labels, split.weights, data.metric_code)
             metrics |= {f"eval_{name}": value for name, value in values.items()}
-            warnings += check_predictions(data.loss, data.labels, data.best_metric, trainer.logits, labels, values)
+            warnings += check_predictions(data.task, data.labels, data.best_metric, trainer.logits, labels, values)
             if attempt.keeps_best and best is None:
                 warnings.append(f"eval_{data.best_metric} was never defined: `model/` has the weights of the last step")
             _write_predictions(data, "eval", trainer.logits, run.predictions)
@@ -87,6 +95,66 @@ def export_results(trainer: RunTrainer) -> Results:
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
     return Results(model_step, metrics, warnings)
+
+
+def check_predictions(
+    task: str, names: Sequence[str] | None, best_metric: str, logits: Array, labels: Array, metrics: Mapping[str, Any]
+) -> list[str]:
+    """Warnings about the predictions of eval.
+
+    Args:
+        names: of the labels; None for regression.
+        logits, labels: of all rows, (N, K), and (N,) or (N, K).
+        metrics: of the model, by name without prefix.
+    """
+    reasons = metrics.get("undefined", {})
+    undefined = [name for name, value in metrics.items() if value is None]
+    warnings = [f"eval_{name} is not defined: {reasons.get(name, 'it has no value')}" for name in undefined]
+    if len(labels) < 2 or not np.ptp(labels, axis=0).any():
+        return [*warnings, "all rows of eval have the same label: nothing can be measured on them"]
+    kind: Any = {"single-label": np.int64, "multi-label": bool, "regression": np.float64}[task]
+    truth, predicted = labels.astype(kind), decisions(task, logits).astype(kind)
+    known = None if task == "regression" else probabilities(task, logits)
+    predictions = Predictions(task, tuple(names or ()), truth, predicted, known, None)
+    return [*warnings, *(f"the model {reason}" for reason in weaknesses(predictions, best_metric))]
+
+
+def check_loss_curve(loss: Loss, train: Split, logged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning where the training loss diverged.
+
+    Args:
+        logged: the lines of the metrics log.
+    """
+    losses = np.array([line["loss"] for line in logged if "loss" in line])
+    if len(losses) < 2:
+        return []
+    tenths = np.array([part.mean() for part in np.array_split(losses, min(10, len(losses)))])
+    last, lowest = float(tenths[-1]), float(tenths.min())
+    every = slice(None, None, max(1, len(train) // _ROWS))
+    labels = np.asarray(train.labels[every])
+    weights = None if train.weights is None else np.asarray(train.weights[every])
+    informed = _informed_logits(loss, labels)
+    untrained, knowing = (
+        loss.mean(loss.of_rows(np.repeat(logits[None], len(labels), 0), labels), labels, weights)
+        for logits in (np.zeros_like(informed), informed)
+    )
+    if last > 1.2 * untrained or (last > 2 * lowest and last > 0.95 * knowing):
+        return [
+            f"the training loss diverged: {last:.4g} at the end, {lowest:.4g} at its lowest, {untrained:.4g} for a model "
+            "that knows nothing; lower train.learning_rate"
+        ]
+    return []
+
+
+def _informed_logits(loss: Loss, labels: Array) -> Array:
+    """Logits (K,) of a model that knows only how frequent the labels are."""
+    if loss.task == "regression":
+        return np.array([labels.mean()], np.float32)
+    if loss.task == "multi-label":
+        share = np.clip((labels > 0).mean(0), 1e-6, 1 - 1e-6)
+        return np.asarray(np.log(share / (1 - share)), np.float32)
+    classes = 0 if loss.label_weights is None else len(loss.label_weights)
+    return np.asarray(np.log(np.maximum(np.bincount(labels, minlength=classes), 1e-3)), np.float32)
 
 
 def _export_model(trainer: RunTrainer) -> None:
