@@ -226,6 +226,19 @@ class RunDir:
         model = shlex.quote(f"model={self.model}")
         return f"to train further, start another run from its model: `afina train RECIPE --set {model}`"
 
+    @property
+    def newest_step(self) -> int:
+        """The step of the newest committed checkpoint, which is not verified; 0: there is none."""
+        committed = self.checkpoints.glob("step-*/manifest.json")
+        steps = [match[1] for path in committed if (match := re.fullmatch(r"step-(\d+)", path.parent.name))]
+        return max(map(int, steps), default=0)
+
+    def how_to_resume(self) -> str:
+        """What `afina resume` would do with a run that has not finished."""
+        if step := self.newest_step:
+            return f"`afina resume` continues from the newest checkpoint (step {step})"
+        return "`afina resume` begins at the first step: there is no checkpoint yet"
+
     def check_progress(self) -> None:
         """A run never starts over by itself: refuse one that has made checkpoints and has none left.
 

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT, Failure
 
-__all__ = ["Outcome", "data_warnings"]
+__all__ = ["ANOTHER_RUN", "Outcome", "data_warnings"]
+
+#: Causes of failures that no attempt of the same run gets past: its recipe, its data or its code must change.
+ANOTHER_RUN = ("loss", "code")
 
 #: How an afina before 0.2 worded the one data warning that spoils a number.
 _SHARED = re.compile(r"rows of (eval|test) are in train too")
@@ -33,7 +36,7 @@ class Outcome(BaseModel):
         attempts: how many there were.
         failure: what failed. A file of an afina before 0.2 has its text alone, in `error`.
         error: its text, message and remedy.
-        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, stall, memory, disk, node, killed, or the
+        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, code, stall, memory, disk, node, killed, or the
             exception's name.
         warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
             better than the majority class, a metric that is undefined; and what the data say against its numbers.
@@ -67,7 +70,7 @@ class Outcome(BaseModel):
     @property
     def fails_again(self) -> bool:
         """True of a failure that another attempt would meet again, as long as nothing is changed."""
-        causes, codes = ("loss", "disk", "claimed", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
+        causes, codes = (*ANOTHER_RUN, "disk", "claimed", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
         lasting = self.cause in causes or self.exit_code in codes
         return self.outcome == "failed" and self.cause != "node" and lasting
 

@@ -118,12 +118,7 @@ def _progress(run: RunDir, attempt: str) -> tuple[int | None, int]:
     began = [
         e["step"] for e in run.lines("events.jsonl") if e.get("event") == "training" and e.get("attempt") == attempt
     ]
-    steps = [
-        int(path.name.partition("-")[2])
-        for path in run.checkpoints.glob("step-*")
-        if path.name.partition("-")[2].isdigit() and (path / "manifest.json").is_file()
-    ]
-    return (began[0] if began else None), max(steps, default=0)
+    return (began[0] if began else None), run.newest_step
 
 
 def _signature(outcome: Outcome) -> str | None:

@@ -105,7 +105,7 @@ def _without_outcome(run: RunDir, folder: Path, code: int) -> Failure:
     """The failure of an attempt that recorded nothing: what its exit code, its nodes and its logs show."""
     number = -code if code < 0 else code - 128 if code > 128 else 0
     how = f"killed by signal {number}{_signal_name(number)}" if number else f"exit code {code}"
-    remedy = f"see {folder}/node*.log; `afina resume` continues from the newest checkpoint"
+    remedy = f"see {folder}/node*.log; {run.how_to_resume()}"
     last = _last_lines(folder)
     lines = f"; its last lines:\n{last}" if last else ""
     if limit := _limit(number, last):

@@ -19,7 +19,7 @@ from afina.errors import AfinaError, Cancelled, EnvironmentProblem, Failed, Inpu
 from afina.files import read_json
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest, Via
-from afina.run.outcome import Outcome
+from afina.run.outcome import ANOTHER_RUN, Outcome
 from afina.site.image import check_image
 from afina.slurm.client import need_slurm
 from afina.slurm.limits import check_possible
@@ -140,10 +140,11 @@ class Run:
             return (Cancelled if cancelled else Stopped)(
                 message, again, cause=(outcome.cause if outcome else None) or ""
             )
-        given = failure.remedy if failure else ""
-        repeats = outcome is not None and outcome.fails_again
-        again = f"then {again}" if repeats or given else again
-        error = Failed(message, "; ".join(filter(None, [given, again])), cause=failure.cause if failure else "")
+        remedy = failure.remedy if failure else ""
+        if not remedy or outcome is None or outcome.cause not in ANOTHER_RUN:
+            repeats = outcome is not None and outcome.fails_again
+            remedy = "; ".join(filter(None, [remedy, f"then {again}" if repeats or remedy else again]))
+        error = Failed(message, remedy, cause=failure.cause if failure else "")
         error.exit_code = outcome.exit_code if outcome else error.exit_code
         return error
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afina.recipe.trackers import sync_commands
+from afina.run.outcome import ANOTHER_RUN
 from afina.slurm.query import Job, query
 from afina.slurm.reasons import explain
 from afina.watch.reading import Reading, decisive_lines, read_run
@@ -237,6 +238,8 @@ _BY_STATE = {
 def _remedy(outcome: Mapping[str, Any], again: str) -> str:
     failure = outcome.get("failure")
     own = str(failure.get("remedy") or "") if isinstance(failure, dict) else ""
+    if own and outcome.get("cause") in ANOTHER_RUN:
+        return own
     return f"{own}; then: {again}" if own else again
 
 

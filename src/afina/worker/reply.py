@@ -11,27 +11,23 @@ an interrupt, 143 after SIGTERM, 141 where the caller has gone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
-import shutil
 import signal
 import stat
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
-from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError, first_line
-from afina.files import permission_remedy
+from afina.errors import AfinaError, Failure, InputError, first_line
 from afina.redact import redact
-from afina.text import size_in_words
+from afina.worker.disk_errors import disk_errors
 
-__all__ = ["Terminated", "disk_errors", "not_a_question", "read_question", "reply", "report"]
+__all__ = ["Terminated", "not_a_question", "read_question", "reply", "report"]
 
 
 class Terminated(BaseException):
@@ -110,35 +106,6 @@ def not_a_question(what: str, why: str) -> InputError:
     return InputError(
         f"standard input is not {what}: {why}", "this command is called by `afina`; by hand give it what `afina` would"
     )
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path | None = None) -> Iterator[None]:
-    """Turn a full disk, a spent quota, a limit on file sizes, a folder that cannot be written to into one message.
-
-    Args:
-        folder: where the block writes; every error of a file in it counts.
-    """
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.filename or folder or 'the output'}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = f"; {_free(folder)} are free on the file system of {folder}" if folder else ""
-            raise EnvironmentProblem(
-                f"{what}{free}",
-                "free space or quota (`df -h`, `df -i`, `quota`, `ulimit -f`), then run the same command again: it resumes",
-                cause="disk",
-            ) from error
-        if folder is not None and str(error.filename or "").startswith(str(folder)):
-            raise EnvironmentProblem(what, f"check {folder} and its permissions") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            raise EnvironmentProblem(what, permission_remedy(Path(os.fsdecode(error.filename)))) from error
-        raise
-
-
-def _free(folder: Path) -> str:
-    return size_in_words(shutil.disk_usage(folder).free)
 
 
 def _redacted(failure: Failure) -> Failure:

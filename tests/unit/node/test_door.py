@@ -22,7 +22,8 @@ from afina.worker.__main__ import ANSWERS, PROCESSES
 WORKER = """
 import os, pathlib, sys, time
 from afina.errors import EnvironmentProblem
-from afina.worker.reply import disk_errors, read_question, reply, report
+from afina.worker.disk_errors import disk_errors
+from afina.worker.reply import read_question, reply, report
 
 def work():
     question = read_question("a question of this test")

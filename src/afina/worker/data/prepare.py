@@ -35,7 +35,8 @@ from afina.run.plan import Plan
 from afina.site.settings import cache_environment
 from afina.worker.data.prepared import digest_of, verify
 from afina.worker.data.tables import DataSource
-from afina.worker.reply import Terminated, disk_errors, not_a_question, read_question
+from afina.worker.disk_errors import disk_errors
+from afina.worker.reply import Terminated, not_a_question, read_question
 
 __all__ = ["answer", "prepare"]
 
@@ -176,7 +177,7 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
     from afina.worker.hub import datasets
     from afina.worker.hub import pins as hub
     from afina.worker.model import pretrained
-    from afina.worker.model.arguments import check_arguments
+    from afina.worker.model.check_arguments import check_arguments
 
     recipe, site = plan.recipe, plan.site
     # Checks that take a second come before large downloads: mistyped names on the Hub, arguments.
@@ -242,7 +243,7 @@ def _make(
 
 def _check_model(plan: Plan, folder: Path) -> list[str]:
     """Warnings about the model and the arguments of the training."""
-    from afina.worker.model.arguments import check_arguments
+    from afina.worker.model.check_arguments import check_arguments
     from afina.worker.model.pretrained import check_model
 
     pins = plan.site.scratch / "pins"

@@ -15,7 +15,6 @@ optimizer. Not measured: GPUs.
 
 from __future__ import annotations
 
-import errno
 import json
 import random
 import shutil
@@ -30,8 +29,8 @@ import numpy as np
 import torch
 
 from afina import files
-from afina.errors import EnvironmentProblem, first_line
 from afina.worker.compute import dropout
+from afina.worker.disk_errors import disk_problem
 from afina.worker.survival import checkpoint as checkpoints
 
 __all__ = [
@@ -48,16 +47,6 @@ __all__ = [
 
 PROGRESS = "progress.json"
 RANKS = "ranks.pt"
-
-#: Errors of the system when a file is written.
-_DISK_ERRORS = {
-    errno.ENOSPC: "No space left",
-    errno.EDQUOT: "quota exceeded",
-    errno.EIO: "Input/output error",
-    errno.EFBIG: "File too large",
-}
-#: torch's words for a write that came to nothing; it does not keep the system's error (torch 2.13).
-_TORCH_CANNOT_WRITE = ("unexpected pos", "pytorchstreamwriter failed")
 
 
 @dataclass(frozen=True)
@@ -144,29 +133,16 @@ class Saver:
                 files.sync_file(self.log)
             path = checkpoints.commit(staging, snapshot.step, snapshot.about)
             checkpoints.rotate(self.folder, self.keep, snapshot.protected)
-            taken = time.monotonic() - self.began
-            self.seconds = max(self.seconds, taken)
+            seconds = time.monotonic() - self.began
+            self.seconds = max(self.seconds, seconds)
             size = sum(f["size"] for f in checkpoints.manifest(path)["files"].values())
-            self.record(step=snapshot.step, seconds=round(taken, 3), stall_s=round(stalled_s, 3), bytes=size)
+            self.record(step=snapshot.step, seconds=round(seconds, 3), stall_s=round(stalled_s, 3), bytes=size)
         except BaseException as error:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)  # frees the space that was missing
-            self._error = _explained(error, self.folder)
-
-
-def _explained(error: BaseException, folder: Path) -> BaseException:
-    # torch and safetensors wrap the system's error in one of their own.
-    text = str(error).lower()
-    room = "free space or quota there (`df`, `quota`), then `afina resume`: the previous checkpoint is untouched"
-    for number, words in _DISK_ERRORS.items():
-        if getattr(error, "errno", None) == number or words.lower() in text:
-            remedy = room
-            if number == errno.EFBIG:
-                remedy = "raise the limit on the size of files (`ulimit -f unlimited`), then `afina resume`"
-            return EnvironmentProblem(f"{folder}: a checkpoint cannot be written: {words}", remedy, cause="disk")
-    if any(words in text for words in _TORCH_CANNOT_WRITE):
-        return EnvironmentProblem(f"{folder}: a checkpoint cannot be written: {first_line(error)}", room, cause="disk")
-    return error
+            again = "`afina resume`: the previous checkpoint is untouched"
+            problem = disk_problem(error, self.folder, again)
+            self._error = error if problem is None else problem.about("a checkpoint cannot be written")
 
 
 def copy_to_host(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:

@@ -146,6 +146,6 @@ def _broken_loss(attempt: Attempt, step: int, learning_rate: float) -> TrainingE
     rows = "; ".join(" ".join(f"{k} {v}" for k, v in record.items()) for record in records)
     return TrainingError(
         f"the loss is not finite at step {step} (learning rate {learning_rate:.3g}); rows of that step: {rows}",
-        "lower train.learning_rate, or check those rows; the newest checkpoint is from before this step",
+        "lower train.learning_rate or check those rows, and start another run: this one would meet them again",
         cause="loss",
     )

@@ -1,15 +1,12 @@
 """Train one run, in each of its processes: build, check, resume, train, export, record.
 
-Reached as `python -m afina.worker train RUN_DIR`, once per process, through `afina.worker.node.launch`. The same code runs on
+Reached as `python -m afina.worker train RUN_DIR`, once per process, through `afina.worker.node.launcher`. The same code runs on
 CPUs (gloo) and on GPUs (NCCL). Not measured: several GPUs; one was (tests/gpu).
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import re
-import resource
 import shlex
 import sys
 import time
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
-from afina.files import permission_remedy, sync_file
+from afina.files import sync_file
 from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
@@ -26,6 +23,7 @@ from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Geometry, Plan, geometry_for
 from afina.run.prune import prune
 from afina.worker.data import stage_in
+from afina.worker.disk_errors import disk_problem
 from afina.worker.startup import gc_paused, hide_packages
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
@@ -36,7 +34,7 @@ if TYPE_CHECKING:  # torch is imported after signals are caught and the lease is
     from afina.worker.training.results import Results
     from afina.worker.training.trainer import RunTrainer
 
-__all__ = ["main"]
+__all__ = ["explain_failure", "main"]
 
 
 def main(argv: list[str]) -> int:
@@ -78,22 +76,22 @@ def _fail(run: RunDir, attempt: str, rank: int, error: Exception) -> NoReturn:
     Every rank may fail; the supervisor makes the outcome from the first record. On a full disk nothing can be recorded: then
     only the exit code tells.
     """
-    known = _explain(error, run, attempt)
+    explained = explain_failure(error, run, attempt)
     if not isinstance(error, (AfinaError, OSError)):
         traceback.print_exc()
-    print(f"error: rank {rank}: {known}", file=sys.stderr, flush=True)
+    print(f"error: rank {rank}: {explained}", file=sys.stderr, flush=True)
     try:
-        run.report_failure(attempt, f"rank{rank}", known.failure)
-        if rank == 0 and known.cause != "claimed":
-            run.record_failure(attempt, known.failure, seconds=_seconds(run, attempt))
+        run.report_failure(attempt, f"rank{rank}", explained.failure)
+        if rank == 0 and explained.cause != "claimed":
+            run.record_failure(attempt, explained.failure, seconds=_seconds(run, attempt))
     except (AfinaError, OSError) as another:
         print(f"error: rank {rank}: this cannot be recorded: {another}", file=sys.stderr, flush=True)
     finally:
-        os._exit(known.exit_code)
+        os._exit(explained.exit_code)
 
 
 #: Errors of a program or its input: another attempt meets them again.
-_REPEATING = (
+_OF_CODE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -108,39 +106,35 @@ _REPEATING = (
 _PASSING = ("nccl", "gloo", "connection", "socket", "timed out", "timeout", "cuda error", "ecc")
 
 
-def _explain(error: Exception, run: RunDir, attempt: str) -> AfinaError:
-    """The error with a remedy; an unforeseen one keeps its name."""
+def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
+    """The error of an attempt with a remedy, which names `afina resume` only where it helps.
+
+    of this tree          as it is
+    the disk              once there is room: resume
+    a missing file        once it is back: resume
+    memory                another run with smaller passes
+    of code, or before    another run, with another recipe: cause `code`
+      the first step
+    anything else         resume: from the newest checkpoint, or from the first step where there is none
+    """
     if isinstance(error, AfinaError):
         return error
+    if problem := disk_problem(error, run.path, "`afina resume`"):
+        return problem
     message = f"{type(error).__name__}: {error}"
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return EnvironmentProblem(message, permission_remedy(Path(os.fsdecode(error.filename))))
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    too_large = isinstance(error, OSError) and error.errno == errno.EFBIG
-    # torch and safetensors write in C++ and Rust, and say so in words of their own.
-    failed_write = re.search(
-        r"unexpected pos|file write failed|PytorchStreamWriter failed|os error (27|28|122)\b", message
-    )
-    if limit != resource.RLIM_INFINITY and (too_large or failed_write):
-        remedy = f"files may have {limit:,} bytes here (ulimit -f): raise the limit in the site file or ask for it, then `afina resume`"
-        return EnvironmentProblem(message, remedy, cause="disk")
-    if failed_write or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
-    ):
-        remedy = "free space or quota on the run directory's file system, then `afina resume`"
-        return EnvironmentProblem(message, remedy, cause="disk")
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return EnvironmentProblem(message, f"was it removed or purged? put it back; then {run.how_to_resume()}")
     if isinstance(error, MemoryError) or "out of memory" in message.lower():
-        remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
+        remedy = (
+            "start another run with a lower train.max_batch_per_device; the global batch and the result stay the same"
+        )
         return TrainingError(message, remedy, cause="memory")
     stepped = any(e.get("event") == "first_step" and e.get("attempt") == attempt for e in run.lines("events.jsonl"))
     passing = isinstance(error, OSError) or any(word in message.lower() for word in _PASSING)
-    if isinstance(error, _REPEATING) or not (stepped or passing):
+    if isinstance(error, _OF_CODE) or not (stepped or passing):
         remedy = "it would come again: correct the recipe (`train.arguments`, `model`) by the lines above, and start another run"
-    elif any(run.checkpoints.glob("step-*")):
-        remedy = "see the lines above; the newest checkpoint is kept: `afina resume` continues from it"
-    else:
-        remedy = "see the lines above; there is no checkpoint yet: `afina resume` begins at the first step"
-    return TrainingError(message, remedy, cause=type(error).__name__)
+        return TrainingError(message, remedy, cause="code")
+    return TrainingError(message, f"see the lines above; {run.how_to_resume()}", cause=type(error).__name__)
 
 
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
