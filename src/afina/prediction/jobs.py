@@ -119,13 +119,13 @@ def predict(
     Raises:
         AfinaError: as the command.
     """
-    asked: dict[str, Any] = dict(options)
-    job = JobRequest(**{name: asked.pop(name) for name in ("site", "num_processes") if name in asked})
+    of_request: dict[str, Any] = dict(options)
+    job = JobRequest(**{name: of_request.pop(name) for name in ("site", "num_processes") if name in of_request})
     check_argument(
         "inputs", inputs if inputs is not None else (), (str, Path, list, tuple), "a path, or a list of paths"
     )
     named = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-    return predict_here(compose(run, named, out, PredictRequest(**asked, job=job)), job.num_processes, stdin=stdin)
+    return predict_here(compose(run, named, out, PredictRequest(**of_request, job=job)), job.num_processes, stdin=stdin)
 
 
 def predict_here(

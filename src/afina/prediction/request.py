@@ -79,10 +79,14 @@ class PredictRequest:
 
     def options(self) -> dict[str, object]:
         """The fields of a `Prediction` that are asked for."""
-        asked = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
+        options = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
         check_argument("text", self.text, (str, list, tuple), "a column, or a list of columns")
         text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
-        return {"text": text, "keep": self.keep, **{name: value for name, value in asked.items() if value is not None}}
+        return {
+            "text": text,
+            "keep": self.keep,
+            **{name: value for name, value in options.items() if value is not None},
+        }
 
 
 class PredictOptions(TypedDict, total=False):
@@ -151,11 +155,11 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
     Raises:
         InputError: no such folder, a run without a model.
     """
-    given = Path(path).expanduser().absolute()
-    if given.name == "model" and is_run_dir(given.parent):
-        given = given.parent
-    if is_run_dir(given):
-        run = RunDir(given)
+    folder = Path(path).expanduser().absolute()
+    if folder.name == "model" and is_run_dir(folder.parent):
+        folder = folder.parent
+    if is_run_dir(folder):
+        run = RunDir(folder)
         if not run.model.is_dir():
             outcome = run.outcome()
             how = f"it is {outcome.outcome}" if outcome else "it has not finished"
@@ -164,15 +168,15 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
                 f"see `{shlex.join(['afina', 'status', str(path)])}`; `afina resume` continues a run",
             )
         return run, run.model
-    if not given.is_dir():
+    if not folder.is_dir():
         raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
-    check_no_adapter(str(given), [entry.name for entry in given.iterdir()])
-    if not (given / "config.json").is_file():
+    check_no_adapter(str(folder), [entry.name for entry in folder.iterdir()])
+    if not (folder / "config.json").is_file():
         raise InputError(
             f"{path}: neither a run directory (plan.json) nor a model folder (config.json)",
             "give the folder that `afina train` or `afina submit` named, or one that `save_pretrained` wrote",
         )
-    return None, given
+    return None, folder
 
 
 def find_inputs(named: Sequence[str | Path]) -> tuple[Path, ...]:
@@ -192,20 +196,20 @@ def _files(name: str) -> list[Path]:
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         return data_files(path, name)
-    found = [path] if path.exists() else sorted(Path(p).absolute() for p in glob.glob(str(Path(name).expanduser())))
-    if not found:
+    paths = [path] if path.exists() else sorted(Path(p).absolute() for p in glob.glob(str(Path(name).expanduser())))
+    if not paths:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
             f"{name}: no such file", nearest(path.name, siblings) or "paths are looked up in the working directory"
         )
-    for file in found:
+    for file in paths:
         check_format(file, str(file), also=(".txt",))
         try:
             with file.open("rb"):
                 pass
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}", "check the path and its permissions") from None
-    return found
+    return paths
 
 
 def reading_for(run: RunDir | None, files: Sequence[Path], asked: ReadOptions) -> ReadOptions | None:
@@ -217,8 +221,8 @@ def reading_for(run: RunDir | None, files: Sequence[Path], asked: ReadOptions) -
     asked.check_used(files, "--{}".format)
     trained = run.plan().recipe.data.reading.given() if run else {}
     usable = {key: value for key, value in trained.items() if ReadOptions(**{key: value}).is_used_by(files)}
-    given = {**usable, **asked.given()}
-    return ReadOptions.model_validate(given) if given else None
+    options = {**usable, **asked.given()}
+    return ReadOptions.model_validate(options) if options else None
 
 
 def folder_of(out: Path) -> Path:
@@ -249,11 +253,11 @@ def plan_of(
     """
     data = Data.model_validate({"files": {"all": "-"}, "text": "text", "label": "label"})
     recipe = run.plan().recipe if run else Recipe(name="model", model=str(model), data=data)
-    asked = recipe.resources
-    gpus = min(1, asked.gpus_per_node) if gpus is None else gpus
+    resources_of_run = recipe.resources
+    gpus = min(1, resources_of_run.gpus_per_node) if gpus is None else gpus
     changes = {"nodes": 1, "gpus_per_node": gpus, **({"time": time_min} if time_min else {})}
     try:
-        resources = Resources.model_validate({**asked.model_dump(), **changes})
+        resources = Resources.model_validate({**resources_of_run.model_dump(), **changes})
     except ValidationError as error:
         raise InputError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}", "correct the number") from None
     recipe = recipe.model_copy(update={"resources": resources, "name": f"predict-{recipe.name}"[:100]})

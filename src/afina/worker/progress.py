@@ -40,7 +40,7 @@ class Progress:
         self.doing, self.past, self.unit, self.total, self.say = doing, done, unit, total, say
         self.done = self.before = before
         self._clock = clock
-        self._began = self._said = clock()
+        self._began = self._shown = clock()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -65,12 +65,12 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], count)
-        elif self._clock() - self._said >= LINE_S:
-            self._said = self._clock()
+        elif self._clock() - self._shown >= LINE_S:
+            self._shown = self._clock()
             self.say(self._line())
 
     def _line(self) -> str:
-        rate = (self.done - self.before) / (self._said - self._began)
+        rate = (self.done - self.before) / (self._shown - self._began)
         line = f"{self.past} {self.done:,}"
         if self.total is None:
             return f"{line} {self.unit}, {rate:,.0f} per second"

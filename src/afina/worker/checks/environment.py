@@ -163,8 +163,8 @@ def _metrics() -> Iterator[Finding]:
         "regression": rng.normal(size=24).astype(np.float32),
     }
     for task, names in METRICS.items():
-        given = logits[:, :1] if task == "regression" else logits
-        compute_metrics(task, list(names), decisions(task, given), answers[task], given.shape[1])
+        outputs = logits[:, :1] if task == "regression" else logits
+        compute_metrics(task, list(names), decisions(task, outputs), answers[task], outputs.shape[1])
     yield Finding("metrics", "ok", f"all {sum(map(len, METRICS.values()))} computed, without network")
 
 
@@ -220,14 +220,14 @@ def _caches() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = next((c for c in ("cc", "gcc", "g++", "clang") if shutil.which(c)), None)
+    compiler = next((c for c in ("cc", "gcc", "g++", "clang") if shutil.which(c)), None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    missing = [name for name, there in (("a C compiler", found), (str(header), header.is_file())) if not there]
+    missing = [name for name, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
     if missing:
         remedy = "only `torch_compile: true` needs them: add them to the image (APT_PACKAGES)"
         yield Finding("compiler", "warning", f"missing: {', '.join(missing)}", remedy)
     else:
-        yield Finding("compiler", "ok", f"{found} and Python's headers: torch.compile can work")
+        yield Finding("compiler", "ok", f"{compiler} and Python's headers: torch.compile can work")
 
 
 def _rdma() -> Iterator[Finding]:
@@ -334,7 +334,7 @@ def _rank(folder: Path) -> int:
             _write(folder, [Finding("processes", "ok", f"one process on {device.type}: no other to meet")])
             return 0
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=_MEET_S))
-        found = check_ranks(device, world)
+        measured = check_ranks(device, world)
         dist.destroy_process_group()
     except (AfinaError, RuntimeError) as error:
         why = first_line(error)
@@ -344,9 +344,9 @@ def _rank(folder: Path) -> int:
         return 3
     if rank == 0:
         message = (
-            f"{total} processes on {', '.join(found['hosts'])} ({device.type}): all-reduce of 16 MB at "
-            f"{found['allreduce_gb_per_s']} GB/s, clocks {found['clock_skew_s']} s apart"
+            f"{total} processes on {', '.join(measured['hosts'])} ({device.type}): all-reduce of 16 MB at "
+            f"{measured['allreduce_gb_per_s']} GB/s, clocks {measured['clock_skew_s']} s apart"
         )
-        warned = [Finding("processes", "warning", text, "see docs/troubleshooting.md") for text in found["warnings"]]
+        warned = [Finding("processes", "warning", text, "see docs/troubleshooting.md") for text in measured["warnings"]]
         _write(folder, [Finding("processes", "ok", message), *warned])
     return 0

@@ -97,8 +97,8 @@ def _counts(split: Split, special: list[int]) -> Array:
     """How often each special token occurs in each of the first rows, int64 (N, S)."""
     rows = max(1, int(np.searchsorted(split.offsets, _COUNTED, side="right")) - 1)
     tokens, starts = np.asarray(split.tokens[: split.offsets[rows]]), split.offsets[:rows]
-    found = [np.add.reduceat((tokens == token).astype(np.int32), starts) for token in special]
-    return np.stack(found, -1) if found else np.zeros((rows, 0), np.int32)
+    counts = [np.add.reduceat((tokens == token).astype(np.int32), starts) for token in special]
+    return np.stack(counts, -1) if counts else np.zeros((rows, 0), np.int32)
 
 
 def _kind_of_rows(split: Split, special: list[int]) -> list[Any]:
@@ -215,15 +215,15 @@ def _alone(model: Any, split: Split, rows: list[int]) -> Array:
     """Logits of each row by itself, without padding, as the class of Transformers computes them."""
     import torch
 
-    found = []
+    logits = []
     for row in rows:
         place = slice(int(split.offsets[row]), int(split.offsets[row + 1]))
         ids = torch.from_numpy(np.array(split.tokens[place], np.int64))[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if split.types is not None:
             inputs["token_type_ids"] = torch.from_numpy(np.array(split.types[place], np.int64))[None]
-        found.append(_logits(model, inputs))
-    return np.concatenate(found)
+        logits.append(_logits(model, inputs))
+    return np.concatenate(logits)
 
 
 def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> Array:
@@ -243,9 +243,9 @@ def _as_in_a_run(
 
     train = plan.recipe.train
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    given = {"torch_compile": train.compile, **train.arguments, "device": torch.device("cpu")}
+    settings = {"torch_compile": train.compile, **train.arguments, "device": torch.device("cpu")}
     # Not the class itself: it would set up accelerate's state in this process.
-    arguments: Any = SimpleNamespace(**{**defaults, **given})
+    arguments: Any = SimpleNamespace(**{**defaults, **settings})
     batching, notes = packed_model.configure(model, plan.recipe, arguments)
     set_pad_token(model, manifest["pad_token_id"])
     collate = packed_model.collator(
@@ -271,11 +271,11 @@ def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[i
     from afina.worker.compute.precision import FLOAT32_ONLY
 
     train = recipe.train
-    given = {name for name in ("bf16", "fp16") if train.arguments.get(name) or train.precision == name}
+    half = {name for name in ("bf16", "fp16") if train.arguments.get(name) or train.precision == name}
     by_device = train.precision == "auto" and model.config.model_type not in FLOAT32_ONLY
-    if not given and not by_device:
+    if not half and not by_device:
         return
-    kind = torch.float16 if "fp16" in given else torch.bfloat16
+    kind = torch.float16 if "fp16" in half else torch.bfloat16
     try:
         with torch.autocast("cpu", kind):
             _alone(model, split, rows)
@@ -295,12 +295,12 @@ def _of_the_base(
 
     from afina.worker.model.head import base_labels, placeholders
 
-    had = base_labels(AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
-    if labels is None or head.startswith("head: new") or had == placeholders(len(had)):
+    base_names = base_labels(AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
+    if labels is None or head.startswith("head: new") or base_names == placeholders(len(base_names)):
         return None
-    if set(had) != set(labels):
-        raise InputError(f"model: its head is for the labels {', '.join(had)}, not for the recipe's", _REMEDY)
+    if set(base_names) != set(labels):
+        raise InputError(f"model: its head is for the labels {', '.join(base_names)}, not for the recipe's", _REMEDY)
     base = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
     )
-    return _alone(base.eval(), split, rows)[:, [had.index(name) for name in labels]]
+    return _alone(base.eval(), split, rows)[:, [base_names.index(name) for name in labels]]

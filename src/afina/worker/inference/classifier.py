@@ -163,11 +163,11 @@ class Classifier:
             advance: called with the number of rows of each batch.
         """
         columns = [_text_array(column) for column in texts]
-        found = np.full((len(columns[0]), int(self.model.config.num_labels)), np.nan, np.float32)
+        logits = np.full((len(columns[0]), int(self.model.config.num_labels)), np.nan, np.float32)
         for start in range(0, len(columns[0]), CHUNK_ROWS):
             encoded = self.encode([column.slice(start, CHUNK_ROWS) for column in columns])
-            found[start + encoded.rows] = self.run(encoded, advance)
-        return found
+            logits[start + encoded.rows] = self.run(encoded, advance)
+        return logits
 
     def encode(self, columns: Sequence[pa.Array]) -> EncodedTexts:
         """Tokens of the texts that are not blank.
@@ -177,34 +177,34 @@ class Classifier:
         """
         blank = np.stack([is_blank(column) for column in columns])
         # Of several texts that are joined some may be blank.
-        given = np.flatnonzero(~(blank.all(axis=0) if len(columns) > 2 else blank.any(axis=0)))
+        rows = np.flatnonzero(~(blank.all(axis=0) if len(columns) > 2 else blank.any(axis=0)))
         columns = join_columns(columns, self.tokenizer)
-        starts = range(0, len(given), _TOKENIZED)
-        taken = ([c.take(pa.array(given[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
+        starts = range(0, len(rows), _TOKENIZED)
+        pieces = ([c.take(pa.array(rows[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
         # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
         encoder = Encoder(self.tokenizer, self.max_length)
-        batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in taken)])
+        batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in pieces)])
         kept = batch.lengths > 0  # a tokenizer without special tokens may make no token of a text
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[kept])])
         split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types)
-        return EncodedTexts(split, given[kept], int(batch.cut.sum()))
+        return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
 
     def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
         """Logits of encoded texts, float32 (M, K), in the order of `encoded.rows`."""
         split = encoded.split
-        found = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
+        result = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
         waiting: list[tuple[list[int], torch.Tensor]] = []
         for rows, inputs in self._batches(split):
             with torch.inference_mode():
                 logits = self.model(**inputs)["logits"].float()
             if self.device.type == "cpu":
-                found[rows] = logits.numpy()
+                result[rows] = logits.numpy()
             else:  # a copy would wait for the device after each batch
                 waiting.append((rows, logits))
             advance(len(rows))
         for rows, logits in waiting:
-            found[rows] = logits.cpu().numpy()
-        return found
+            result[rows] = logits.cpu().numpy()
+        return result
 
     def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
         if not len(split):  # a chunk of blank texts

@@ -197,14 +197,14 @@ def _origins(facts: CardFacts) -> dict[str, str]:
         return value
 
     git = at("git", "commit")
-    found = {
+    origins = {
         "base model's commit": facts.prepared.get("model_commit"),
         "data set's commit": facts.prepared.get("data_commit"),
         "prepared data": facts.prepared.get("digest"),
         "image (SHA-256)": at("image", "sha256"),
         "git commit": f"{git}, with changes that were not committed" if git and at("git", "diff_sha256") else git,
     }
-    return {name: f"`{value}`" for name, value in found.items() if value}
+    return {name: f"`{value}`" for name, value in origins.items() if value}
 
 
 # -- metadata ---------------------------------------------------------------------------------------------------------
@@ -235,13 +235,13 @@ def _results(facts: CardFacts) -> list[Any]:
     """`model-index`: metrics of the evaluation set, and of the test set if there is one."""
     from huggingface_hub import EvalResult
 
-    data, found = facts.plan.recipe.data, []
+    data, results = facts.plan.recipe.data, []
     names = [path.name for paths in facts.plan.files.values() for path in paths]
     for name, value in facts.outcome.metrics.items():
         part, _, metric = name.partition("_")
         if not isinstance(value, _SCALARS) or metric == "loss":
             continue
-        found.append(
+        results.append(
             EvalResult(
                 task_type="text-classification",
                 task_name="Text Classification",
@@ -255,7 +255,7 @@ def _results(facts: CardFacts) -> list[Any]:
                 metric_value=value,
             )
         )
-    return found
+    return results
 
 
 # -- from the run directory -------------------------------------------------------------------------------------------
@@ -273,23 +273,23 @@ def _per_class(
     sums = sums_of(rows.task, len(rows.labels), rows.truth, rows.predicted)
     scores, actual = per_class(rows.task, sums), parts(sums)[2]
     known = {name: k for k, name in enumerate(rows.labels)}
-    found = []
+    rows_of_labels = []
     for name in labels:
         k = known[name]
         p, r, f1 = (
             None if value != value else float(value) for value in (scores[n][k] for n in ("precision", "recall", "f1"))
         )
-        found.append((name, p, r, f1, int(actual[k])))
-    return found
+        rows_of_labels.append((name, p, r, f1, int(actual[k])))
+    return rows_of_labels
 
 
 def _versions(run: RunDir, outcome: Outcome) -> dict[str, str]:
     """From the last attempt's environment and the manifests of the checkpoints."""
     env = read_json(run.attempts / outcome.attempt / "env.json")
-    found = {name: env[name] for name in ("afina", "python") if isinstance(env.get(name), str)}
+    versions = {name: env[name] for name in ("afina", "python") if isinstance(env.get(name), str)}
     for manifest in sorted(run.checkpoints.glob("step-*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        found |= {name: str(version) for name, version in (read_json(manifest).get("versions") or {}).items()}
-    return found
+        versions |= {name: str(version) for name, version in (read_json(manifest).get("versions") or {}).items()}
+    return versions
 
 
 def _parameters(folder: Path) -> int:

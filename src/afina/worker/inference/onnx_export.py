@@ -136,8 +136,8 @@ def _compare(model: Any, target: Path, batches: Sequence[dict[str, torch.Tensor]
     for inputs in batches:
         with torch.inference_mode():
             wanted = model(**inputs).logits.numpy()
-        found = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
-        largest = max(largest, float(np.abs(found - wanted).max()))
+        logits = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
+        largest = max(largest, float(np.abs(logits - wanted).max()))
     if not largest <= TOLERANCE:
         raise TrainingError(
             f"--onnx: logits differ from PyTorch's by {largest:.2g}, more than {TOLERANCE:g}: not published",

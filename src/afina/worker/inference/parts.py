@@ -108,7 +108,7 @@ class Parts:
 
     def done(self) -> set[int]:
         """Chunks that have a part; damaged parts are removed."""
-        found = set()
+        complete_chunks = set()
         for chunk in range(self.chunks):
             path = self.path(chunk)
             if not path.exists():
@@ -118,10 +118,10 @@ class Parts:
             except (OSError, pa.ArrowInvalid):
                 complete = False
             if complete:
-                found.add(chunk)
+                complete_chunks.add(chunk)
             else:
                 path.unlink(missing_ok=True)
-        return found
+        return complete_chunks
 
     def write(self, chunk: int, table: pa.Table, summary: Mapping[str, Any]) -> None:
         """Publish a part; `summary_of` adds the summaries up."""
@@ -243,10 +243,10 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         changes.append("the model is a different one")
     keys = [*before["options"], *(key for key in now["options"] if key not in before["options"])]
     for key in keys:
-        was, given = before["options"].get(key), now["options"].get(key)
-        if was != given:
+        old_value, new_value = before["options"].get(key), now["options"].get(key)
+        if old_value != new_value:
             changes.append(
-                f"{key} was {json.dumps(was, ensure_ascii=False)}, is {json.dumps(given, ensure_ascii=False)}"
+                f"{key} was {json.dumps(old_value, ensure_ascii=False)}, is {json.dumps(new_value, ensure_ascii=False)}"
             )
     return changes
 

@@ -129,12 +129,12 @@ def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The report on an output that the same prediction has written; any other one is refused."""
     from afina.worker.inference.parts import compare, made_by
 
-    made = made_by(out)
-    if made is None:
+    existing = made_by(out)
+    if existing is None:
         raise _exists(out)
-    if different := compare(made["identity"], identity):
+    if different := compare(existing["identity"], identity):
         raise _exists(out, f" (another prediction: {'; '.join(different)})")
-    return {"state": "whole", "out": str(out), "rows": made["summary"]["rows"], "summary": made["summary"]}
+    return {"state": "whole", "out": str(out), "rows": existing["summary"]["rows"], "summary": existing["summary"]}
 
 
 def _report(parts: Parts, state: str, done: set[int]) -> dict[str, Any]:
@@ -170,16 +170,16 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
     from afina.worker.inference.model_folder import export_info
 
     trained = job.trained_columns or tuple(export_info(job.model).get("text_columns") or ())
-    asked = job.text
+    columns = job.text
     if STDIN in job.inputs:
-        return ("text", "text_pair", *(f"text_{n}" for n in range(3, 100)))[: max(1, len(asked or trained))]
-    if trained and asked and len(asked) != len(trained):
+        return ("text", "text_pair", *(f"text_{n}" for n in range(3, 100)))[: max(1, len(columns or trained))]
+    if trained and columns and len(columns) != len(trained):
         needs = "one text" if len(trained) == 1 else "two texts" if len(trained) == 2 else f"{len(trained)} texts"
         raise InputError(
-            f"--text {','.join(asked)}: the model reads {needs} a row (in training: {', '.join(trained)})",
+            f"--text {','.join(columns)}: the model reads {needs} a row (in training: {', '.join(trained)})",
             "--text COLUMN" if len(trained) == 1 else f"name {len(trained)} columns: --text FIRST,SECOND",
         )
-    return asked or trained or ("text",)
+    return columns or trained or ("text",)
 
 
 def _output_columns(config: Mapping[str, Any]) -> set[str]:

@@ -61,8 +61,8 @@ def build_model(
                 "take the model from before it broke, or download it again",
             )
     # The output of a regression has no name.
-    had = base_labels(base) if labels else placeholders(base.num_labels)
-    return model, _fit_head(model, report, had, names, recipe.trust_remote_code)
+    base_names = base_labels(base) if labels else placeholders(base.num_labels)
+    return model, _fit_head(model, report, base_names, names, recipe.trust_remote_code)
 
 
 def base_labels(config: Any) -> list[str]:
@@ -76,32 +76,36 @@ def placeholders(count: int) -> list[str]:
     return [f"LABEL_{i}" for i in range(count)]
 
 
-def _fit_head(model: Any, report: Mapping[str, Any], had: list[str], names: list[str], trusted: bool) -> str:
+def _fit_head(model: Any, report: Mapping[str, Any], base_names: list[str], names: list[str], trusted: bool) -> str:
     """Reorder or replace the rows of the head by label name; returns what was done."""
     changed = [entry[0] for entry in report["mismatched_keys"]]
     prefix = f"{model.base_model_prefix}."
     if any(not name.startswith(prefix) for name in changed):
-        return f"head: new, for {len(names)} labels (the model's was for {len(had)})"
+        return f"head: new, for {len(names)} labels (the model's was for {len(base_names)})"
     if any(not name.startswith(prefix) for name in report["missing_keys"]):
         return "head: new (the model comes without one)"
-    if had == names or (had == placeholders(len(had)) and names == [str(i) for i in range(len(names))]):
+    if base_names == names or (
+        base_names == placeholders(len(base_names)) and names == [str(i) for i in range(len(names))]
+    ):
         return "head: the model's own"
-    if sorted(had) == sorted(names) and len(set(had)) == len(had):
-        order = [had.index(name) for name in names]
+    if sorted(base_names) == sorted(names) and len(set(base_names)) == len(base_names):
+        order = [base_names.index(name) for name in names]
         for module, name in _outputs(model, trusted):
             weight = getattr(module, name)
             weight.data = weight.data[order].clone()
-        return (
-            f"head: the model's own, its rows in the recipe's order of labels ({_listed(names)}; it had {_listed(had)})"
-        )
+        return f"head: the model's own, its rows in the recipe's order of labels ({_listed(names)}; it had {_listed(base_names)})"
     for module, name in _outputs(model, trusted):
         old = getattr(module, name)
         setattr(module, name, torch.nn.Parameter(torch.zeros_like(old), requires_grad=old.requires_grad))
         module._is_hf_initialized = False
         if name == "weight":
             model._init_weights(module)
-    unnamed = had == placeholders(len(had))
-    why = "its labels have no names" if unnamed else f"its labels are {_listed(had)}, the recipe's {_listed(names)}"
+    unnamed = base_names == placeholders(len(base_names))
+    why = (
+        "its labels have no names"
+        if unnamed
+        else f"its labels are {_listed(base_names)}, the recipe's {_listed(names)}"
+    )
     return f"head: new; the model's own is not used: {why}"
 
 
@@ -111,8 +115,8 @@ def _outputs(model: Any, trusted: bool) -> list[tuple[Any, str]]:
     with torch.device("meta"):
         larger = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
     shapes = {name: weight.shape for name, weight in larger.named_parameters()}
-    found = [name for name, weight in model.named_parameters() if weight.shape != shapes[name]]
-    parts = [name.rpartition(".") for name in sorted(found, key=lambda name: name.endswith("bias"))]
+    changed = [name for name, weight in model.named_parameters() if weight.shape != shapes[name]]
+    parts = [name.rpartition(".") for name in sorted(changed, key=lambda name: name.endswith("bias"))]
     return [(model.get_submodule(path), name) for path, _, name in parts]
 
 

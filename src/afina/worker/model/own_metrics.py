@@ -61,15 +61,15 @@ def call(function: Function, labels: Array, predictions: Array, scores: Array | 
         TypeError: it returned something else than a number.
         Exception: the function's own.
     """
-    given = [labels.copy(), predictions.copy()]
+    arguments = [labels.copy(), predictions.copy()]
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named: dict[str, Any] = {}
     if any(p.name == "scores" for p in parameters):
         named = {"scores": scores}
     elif len(positional) > 2 and positional[2].default is inspect.Parameter.empty:
-        given.append(np.asarray(scores))
-    value = function(*given, **named)
+        arguments.append(np.asarray(scores))
+    value = function(*arguments, **named)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):
@@ -97,10 +97,10 @@ def check_metrics(
         try:
             call(load(metric, code), *arguments)
         except Exception as error:
-            told = "".join(traceback.format_exception(error)).rstrip()
+            trace = "".join(traceback.format_exception(error)).rstrip()
             where = f"{metric.module}.py beside the recipe" if metric.module in code else f"module {metric.module}"
             raise RecipeError(
-                f"metrics: {metric.module}:{metric.function} ({where}) fails on made-up rows of a {task} task:\n{told}",
+                f"metrics: {metric.module}:{metric.function} ({where}) fails on made-up rows of a {task} task:\n{trace}",
                 "correct it; it is called with labels, predictions and, if it asks for them, scores, and returns a number",
             ) from None
 

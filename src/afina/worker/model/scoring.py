@@ -87,7 +87,7 @@ def compute_metrics(
     """
     kind = np.float64 if task == "regression" else np.int64
     metric = _Metrics(task, names, num_labels, code or {})
-    found: dict[str, Any] = metric.compute(
+    values: dict[str, Any] = metric.compute(
         predictions=predictions.astype(kind), references=labels.astype(kind), scores=scores
     )
-    return found
+    return values
