@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from afina.prediction.export import export
     from afina.prediction.jobs import predict
     from afina.prediction.load_model import load
-    from afina.recipe.load import load_recipe
+    from afina.recipe.parse import load_recipe
     from afina.recipe.schema import Recipe
     from afina.run.outcome import Outcome
     from afina.run.plan import Plan
@@ -65,7 +65,7 @@ _HOMES = {
     "RunSummary": "afina.watch.overview",
     "export": "afina.prediction.export",
     "load": "afina.prediction.load_model",
-    "load_recipe": "afina.recipe.load",
+    "load_recipe": "afina.recipe.parse",
     "predict": "afina.prediction.jobs",
 }
 

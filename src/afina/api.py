@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from afina.errors import AfinaError, InputError, SiteError
 from afina.forecast.forecast import write_forecast
-from afina.recipe.load import any_recipe
+from afina.recipe.parse import any_recipe
 from afina.recipe.schema import Recipe
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir

@@ -19,7 +19,7 @@ from tests import tiny
 from tests.common import ROOT, program
 
 from afina.errors import SiteError
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
 from afina.site.image import check_image

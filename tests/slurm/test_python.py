@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 
-from afina.recipe.load import any_recipe
+from afina.recipe.parse import any_recipe
 from afina.run.commands import job_scripts
 from afina.run.directory import RunDir
 from afina.run.plan import make_plan

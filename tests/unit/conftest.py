@@ -21,7 +21,7 @@ import pytest
 from ruamel.yaml import YAML
 from tests.common import NASTY
 
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.recipe.schema import Recipe
 from afina.site.settings import Site
 

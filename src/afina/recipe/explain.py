@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml.nodes import Node
 
 from afina.errors import RecipeError, nearest
-from afina.recipe.arguments import FORMER, RESERVED_ARGUMENTS
+from afina.recipe.keys.training_arguments import FORMER, RESERVED_ARGUMENTS
 from afina.recipe.yaml_source import where
 from afina.redact import redact
 

@@ -29,10 +29,10 @@ from pydantic import (
 from afina.errors import nearest
 from afina.formats.read_options import Delimiter, Encoding, Header, Quoting, ReadOptions
 from afina.frozen import FrozenModel
-from afina.recipe.arguments import refusal
 from afina.recipe.data_files import NamedSplit
 from afina.recipe.explain import KeyedError, KeyedErrors, explain, shown
-from afina.recipe.loss_keys import LOSS_KEYS, misfit, parse_label_weights
+from afina.recipe.keys.loss_keys import LOSS_KEYS, misfit, parse_label_weights
+from afina.recipe.keys.training_arguments import refusal
 from afina.recipe.metrics import METRICS, SCALARS, metric_name, metric_texts, own_metric
 from afina.recipe.time_limit import parse_seconds
 from afina.recipe.trackers import TRACKERS
@@ -172,7 +172,7 @@ class Data(_Section):
     header: Header | None = None
     quoting: Quoting | None = None
     field: Text | None = None
-    #: None: by the order of the rows, as afina 0.1 did. `afina.recipe.load` sets `text` for a recipe that leaves it out.
+    #: None: by the order of the rows, as afina 0.1 did. `afina.recipe.parse` sets `text` for a recipe that leaves it out.
     split_by: Annotated[Literal["text"] | None, BeforeValidator(_by_order_is_none)] = None
     split_column: Text | None = None
     group: Text | None = None
@@ -441,7 +441,7 @@ else:
 
 
 class Recipe(_Explained):
-    """What to train, complete and frozen. `afina.recipe.load.load_recipe` reads one from a file.
+    """What to train, complete and frozen. `afina.recipe.parse.load_recipe` reads one from a file.
 
     Raises:
         RecipeError: a key or value is wrong.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from afina import api
 from afina.errors import AfinaError, DataError
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest

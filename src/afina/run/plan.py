@@ -16,9 +16,9 @@ from pydantic import Field, ValidationError
 from afina.errors import InputError, RecipeError, first_line
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
-from afina.recipe.load import parse_recipe
 from afina.recipe.local_model import find_model_folder
 from afina.recipe.metrics import own_metric
+from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import AS_RECORDED, Recipe, Resources
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container

@@ -22,7 +22,7 @@ from typing import Any
 
 from afina.errors import AfinaError, RecipeError
 from afina.files import read_json, sha256, write_atomic
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_settings
 from afina.run.git import repository_state

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from afina.errors import EnvironmentProblem, InputError
 from afina.files import write_atomic
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.run.plan import make_plan
 from afina.site.settings import Site, load_site
 from afina.slurm.cluster import Cluster

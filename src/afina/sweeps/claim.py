@@ -15,8 +15,8 @@ from typing import Any
 
 from afina.errors import ClaimedError, InputError
 from afina.files import encode_words, write_atomic
-from afina.recipe.load import parse_recipes
 from afina.recipe.metrics import lower_is_better
+from afina.recipe.parse import parse_recipes
 from afina.run import new_run
 from afina.run.commands import job_scripts, node_argv
 from afina.run.directory import is_run_dir

@@ -14,7 +14,7 @@ from typing import Any
 
 from afina import api
 from afina.errors import InputError, RecipeError, SlurmError
-from afina.recipe.load import any_recipe, parse_recipe, read_recipe
+from afina.recipe.parse import any_recipe, parse_recipe, read_recipe
 from afina.recipe.schema import Recipe
 from afina.run.commands import sweep_argv
 from afina.run.directory import is_run_dir

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import InputError, RecipeError
-from afina.recipe.load import parse_recipes
+from afina.recipe.parse import parse_recipes
 from afina.recipe.schema import Recipe
 
 __all__ = ["Cell", "expand_sweep", "grid_of", "parse_grid", "parse_seeds", "point_name", "refuse_keys", "split_values"]

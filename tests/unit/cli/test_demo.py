@@ -18,7 +18,7 @@ from tests.unit.conftest import tree
 from afina import demo
 from afina.api import plan_for
 from afina.errors import EnvironmentProblem, InputError
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.run.job_request import JobRequest
 from afina.site.settings import load_site
 

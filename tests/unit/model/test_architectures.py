@@ -19,7 +19,7 @@ from tests import tiny
 from tests.architectures import ARCHITECTURES, LEFT, architecture_folder
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.worker.compute import packed_model
 from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.prepared import Split

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_model
 
 from afina.errors import InputError
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.worker.model.head import build_model
 from afina.worker.model.weights import check_weights, headers_digest
 

@@ -12,8 +12,8 @@ import pytest
 from tests.common import ROOT
 
 from afina.errors import RecipeError
-from afina.recipe.arguments import EFFECTIVE, FORMER, INEFFECTIVE, RESERVED_ARGUMENTS, page
-from afina.recipe.load import parse_recipe
+from afina.recipe.keys.training_arguments import EFFECTIVE, FORMER, INEFFECTIVE, RESERVED_ARGUMENTS, page
+from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.run.plan import load_plan, make_plan
 from afina.site.settings import Site
@@ -38,7 +38,7 @@ def test_every_field_of_the_installed_version_is_in_the_table_once() -> None:
 
 
 def test_the_page_is_current() -> None:
-    """`python -c 'from afina.recipe.arguments import page; print(page(), end="")' > docs/arguments.md` writes it."""
+    """`python -c 'from afina.recipe.keys.training_arguments import page; print(page(), end="")' > docs/arguments.md` writes it."""
     assert (ROOT / "docs/arguments.md").read_text("utf-8") == page()
 
 

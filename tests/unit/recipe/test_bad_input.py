@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, private_mounts, tree
 
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.run.directory import RunDir
 from afina.run.plan import make_plan
 from afina.site.settings import Site

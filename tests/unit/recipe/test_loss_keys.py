@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from afina.errors import RecipeError
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Data, Recipe, Tokens, Train
 
 TEXT = "{name: a, model: o/m, data: {files: {all: x.csv}, text: text, label: label}}"

@@ -11,10 +11,10 @@ from tests.common import ROOT
 from tests.unit.conftest import DROP, recipe_dict
 
 from afina.errors import RecipeError
-from afina.recipe.arguments import RESERVED_ARGUMENTS
 from afina.recipe.explain import model_of
-from afina.recipe.load import load_recipe, parse_recipe
+from afina.recipe.keys.training_arguments import RESERVED_ARGUMENTS
 from afina.recipe.metrics import METRICS
+from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe, Resources
 
 BASE = """\

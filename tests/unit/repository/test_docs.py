@@ -19,8 +19,8 @@ from tests.common import ROOT
 
 from afina import errors
 from afina.cli import cli
-from afina.recipe.load import load_recipe, parse_recipe
 from afina.recipe.metrics import METRICS
+from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Data, Part, Recipe, Resources, Tokens, Train
 from afina.run.outcome import Outcome
 from afina.site.settings import CACHE_VARIABLES

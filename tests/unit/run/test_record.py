@@ -14,7 +14,7 @@ import pytest
 from tests.common import ROOT
 from tests.unit.conftest import recipe_dict, tree
 
-from afina.recipe.load import load_recipe, parse_recipe
+from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_comments
 from afina.run import git, record

@@ -21,7 +21,7 @@ from tests.unit.conftest import Ran, tree
 
 from afina import cli
 from afina.api import plan_for
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.start.examine import count_words

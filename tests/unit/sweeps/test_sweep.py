@@ -26,7 +26,7 @@ from tests.unit.conftest import Ran, tree
 from tests.unit.statistics.test_scores import write
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.run import new_run
 from afina.run.commands import sweep_argv
 from afina.run.directory import RunDir

@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 
 from afina.api import plan_for
-from afina.recipe.arguments import EFFECTIVE
+from afina.recipe.keys.training_arguments import EFFECTIVE
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest

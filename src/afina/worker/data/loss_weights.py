@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError, RecipeError, nearest
-from afina.recipe.loss_keys import misfit
+from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.schema import Train
 from afina.worker.data.labels import as_numbers
 from afina.worker.data.tables import DataTable, list_places

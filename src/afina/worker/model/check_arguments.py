@@ -1,6 +1,6 @@
 """Check of the recipe's `train.arguments` in the environment that trains: TrainingArguments, optimizer and schedule are built once.
 
-Names and values that no environment takes are refused when the recipe is read (`afina.recipe.arguments`).
+Names and values that no environment takes are refused when the recipe is read (`afina.recipe.keys.training_arguments`).
 Not covered: arguments that need a GPU (`bf16`, `tf32`, `torch_compile`); only their type is checked.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import RecipeError, nearest
-from afina.recipe.arguments import EFFECTIVE
+from afina.recipe.keys.training_arguments import EFFECTIVE
 from afina.recipe.schema import Train
 from afina.worker.model.check_cache import checked_once
 from afina.worker.startup import gc_paused

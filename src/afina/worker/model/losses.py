@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from afina.recipe.loss_keys import DEFAULT_GAMMA
+from afina.recipe.keys.loss_keys import DEFAULT_GAMMA
 from afina.recipe.schema import Train
 
 __all__ = ["Loss"]

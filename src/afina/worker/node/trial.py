@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError
-from afina.recipe.load import parse_recipe
+from afina.recipe.parse import parse_recipe
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.plan import geometry_for

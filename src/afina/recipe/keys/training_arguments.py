@@ -233,7 +233,7 @@ def page() -> str:
         "# Training arguments",
         "",
         "`train.arguments` of a recipe holds fields of Transformers' `TrainingArguments`. Each one either takes effect or is refused,",
-        "before the job is submitted. This page is made from the table that does so (`afina.recipe.arguments`).",
+        "before the job is submitted. This page is made from the table that does so (`afina.recipe.keys.training_arguments`).",
         "",
         f"## {len(EFFECTIVE)} take effect",
         "",
