@@ -188,12 +188,12 @@ def submit_to_slurm(recipe: AnyRecipe | Run, request: JobRequest) -> Run:
     plan, handle = plan_to_submit(recipe, request)
     if handle is not None:
         return handle.submit(time_min=request.time_min, via=request.via)
-    asked = _with_options(plan, request)
-    cluster = check_possible(asked)
+    submitted = _with_options(plan, request)
+    cluster = check_possible(submitted)
     directory = claim(plan, request.run)
     write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
     try:
-        (submit_sbatch if request.via == "sbatch" else submit_submitit)(asked, directory)
+        (submit_sbatch if request.via == "sbatch" else submit_submitit)(submitted, directory)
     except AfinaError as error:
         if error.cause != AMBIGUOUS:  # claimed a moment ago, for this submission
             shutil.rmtree(directory.path)

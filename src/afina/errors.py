@@ -50,6 +50,7 @@ __all__ = [
     "check_argument",
     "first_line",
     "nearest",
+    "nearest_name",
 ]
 
 EXIT_FINISHED = 0
@@ -228,11 +229,17 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean …' for the known name that looks most like `name`, or an empty string."""
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`; None where none does."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:
         folded = {candidate.casefold(): candidate for candidate in names}
         close = [folded[k] for k in difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)]
-    return f"did you mean `{close[0]}`?" if close else ""
+    return close[0] if close else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean …' for the known name that looks most like `name`, or an empty string."""
+    close = nearest_name(name, known)
+    return "" if close is None else f"did you mean `{close}`?"

@@ -142,7 +142,7 @@ def advisory_lock(
 
 def _acquire(path: Path, me: Process, what: str, say: Say, patience_s: float) -> int | None:
     """The open file of our lock; None where a dead holder's cannot be removed: then there are no locks here."""
-    pause, told = 0.05, False
+    pause, announced = 0.05, False
     seen: tuple[int, int, bytes] | None = None
     changed = time.monotonic()
     while True:
@@ -163,8 +163,8 @@ def _acquire(path: Path, me: Process, what: str, say: Say, patience_s: float) ->
             if not _remove(path, current[1]):
                 return None
             continue
-        if holder is not None and not told:
-            told = True
+        if holder is not None and not announced:
+            announced = True
             clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
             say(f"waiting: process {holder.pid} on {holder.host} has been {what} since {clock}")
         time.sleep(pause)

@@ -84,8 +84,8 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
         if not as_json:
             _tell(finding)
     if as_json:
-        found = {"image": str(read.path), "findings": [finding.to_json() for finding in findings]}
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        answer = {"image": str(read.path), "findings": [finding.to_json() for finding in findings]}
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
     if any(finding.level == "failed" for finding in findings):
         sys.exit(EXIT_ENVIRONMENT)
 

@@ -320,11 +320,11 @@ def doctor(
     from afina.site.finding import Finding
 
     target = _target(recipe, request, quick=is_inside, with_job=with_job)
-    found: list[Any] = []
+    all_findings: list[Any] = []
 
     def say(findings: Any) -> None:
         for finding in findings:
-            found.append(finding)
+            all_findings.append(finding)
             if not as_json:
                 _clear()
                 _print_finding(finding)
@@ -341,9 +341,9 @@ def doctor(
                 with contextlib.closing(job):
                     say(job)
     _clear()
-    count = {level: sum(f.level == level for f in found) for level in ("ok", "warning", "failed")}
+    count = {level: sum(f.level == level for f in all_findings) for level in ("ok", "warning", "failed")}
     if as_json:
-        print(json.dumps({**count, "findings": [f.to_json() for f in found]}, ensure_ascii=False))
+        print(json.dumps({**count, "findings": [f.to_json() for f in all_findings]}, ensure_ascii=False))
     else:
         print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
         if recipe is not None and not count["failed"]:

@@ -51,8 +51,8 @@ def check_site(target: Target) -> Iterator[Finding]:
     elif target.site.file is None:
         yield Finding("site", "ok", "no site file: the environment is the site")
     else:
-        shown = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
-        chosen = [f"{name}={value}" for name, value in target.site.sbatch.items() if name in shown]
+        names = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS")
+        chosen = [f"{name}={value}" for name, value in target.site.sbatch.items() if name in names]
         yield Finding("site", "ok", ", ".join([str(target.site.file), *chosen]))
 
 
@@ -81,13 +81,13 @@ def check_recipe(target: Target) -> Iterator[Finding]:
 
 def _pins(site: Site, kind: str, name: str) -> list[str]:
     """The commits that a name was pinned to (`afina.worker.hub.pins`)."""
-    found = []
+    commits = []
     for path in sorted((site.scratch / "pins").glob(f"{kind}-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             pin = json.loads(path.read_text(encoding="utf-8"))
             if pin["asked"] == name:
-                found.append(str(pin["commit"]))
-    return found
+                commits.append(str(pin["commit"]))
+    return commits
 
 
 def check_scratch(target: Target) -> Iterator[Finding]:
@@ -142,11 +142,11 @@ def check_sharing(target: Target) -> Iterator[Finding]:
 
 def _two_levels(folder: Path) -> list[Path]:
     """A folder, what is in it, and what is in that, as far as they can be listed."""
-    found = [folder] * folder.exists()
+    folders = [folder] * folder.exists()
     for pattern in ("*", "*/*"):
         with contextlib.suppress(OSError):
-            found += [path for path in folder.glob(pattern) if os.path.lexists(path)]
-    return found
+            folders += [path for path in folder.glob(pattern) if os.path.lexists(path)]
+    return folders
 
 
 def _file_system(path: Path) -> str:

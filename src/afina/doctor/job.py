@@ -92,9 +92,9 @@ def _follow(job: str, folder: Path, wait_s: float, progress: Callable[[str], Non
     started = False
     known = Job(job, "PENDING")
     while True:
-        for found in _new_lines(folder, read):
+        for finding in _new_lines(folder, read):
             started = True
-            yield found
+            yield finding
         waited = time.monotonic() - began
         if (folder / "over").exists():
             yield from _new_lines(folder, read)

@@ -278,10 +278,10 @@ def _requests(
     if seconds is None:
         return None, None
     enough = _round_up(seconds * _MORE_TIME / 60 + 5)
-    asked = plan.recipe.resources.time if limit_min is None else min(plan.recipe.resources.time, limit_min)
+    requested = plan.recipe.resources.time if limit_min is None else min(plan.recipe.resources.time, limit_min)
     startup = by_part.get("startup", 0.0)
     # An attempt trains between its start-up and the stop, two saves before the limit.
-    usable = asked * 60 - startup - _STOP_LEAD_S - 2 * by_part.get("saves", 0.0)
+    usable = requested * 60 - startup - _STOP_LEAD_S - 2 * by_part.get("saves", 0.0)
     attempts = max(1, math.ceil((seconds - startup) / usable)) if usable > 0 else None
     return (enough if limit_min is None else min(enough, limit_min)), attempts
 
@@ -295,7 +295,7 @@ def _round_up(minutes: float) -> int:
 def describe(values: Mapping[str, Any]) -> list[str]:
     """A forecast, as `Estimate.to_json` gives it, in a few lines; one of an earlier afina too."""
     e = Estimate(**{field.name: values[field.name] for field in fields(Estimate) if field.name in values})
-    took = "time unknown" if e.seconds is None else f"about {seconds_in_words(e.seconds)}"
+    duration = "time unknown" if e.seconds is None else f"about {seconds_in_words(e.seconds)}"
     parts = [f"memory {e.host_gb:.1f} GB per node" if e.host_gb is not None else "memory unknown"]
     if e.gpu_gb is not None:
         parts.append(f"{e.gpu_gb:.1f} GB of each GPU")
@@ -304,7 +304,7 @@ def describe(values: Mapping[str, Any]) -> list[str]:
     size = "" if e.checkpoint_gb is None else f"; a checkpoint {e.checkpoint_gb:.2f} GB"
     size += "" if e.disk_gb is None else f", the run directory up to {e.disk_gb:.1f} GB"
     source = {"rehearsal": " from a rehearsal", "earlier runs": " from earlier runs like it"}.get(e.basis, "")
-    lines = [f"forecast{source}: {e.total_steps:,} steps, {took}; {', '.join(parts)}{size}"]
+    lines = [f"forecast{source}: {e.total_steps:,} steps, {duration}; {', '.join(parts)}{size}"]
     memory = f"resources.mem_gb {e.asked_mem_gb}" if e.asked_mem_gb else "the cluster's default memory"
     enough = [f"--time {e.time_min}"] if e.time_min is not None else []
     enough += [f"resources.mem_gb {e.mem_gb}"] if e.mem_gb is not None else []

@@ -100,9 +100,9 @@ def find_paths(path: str, base: Path) -> list[Path]:
     for place in places:
         # `root_dir` keeps a bracket in a folder's own name from being read as a pattern.
         whole = (place / given).absolute()
-        found = [whole] if whole.exists() else sorted(place / p for p in glob.glob(str(given), root_dir=place))
-        if found:
-            return found
+        paths = [whole] if whole.exists() else sorted(place / p for p in glob.glob(str(given), root_dir=place))
+        if paths:
+            return paths
     return [(places[0] / given).absolute()]
 
 
@@ -114,19 +114,19 @@ def data_files(folder: Path, where: str) -> list[Path]:
     """
     if (saved := _saved_files(folder, where)) is not None:
         return saved
-    found = sorted(p for p in folder.iterdir() if is_data_file(p) and p.is_file())
-    if not found:
+    files = sorted(p for p in folder.iterdir() if is_data_file(p) and p.is_file())
+    if not files:
         below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         named = (
             [p for p in below if "=" in p.name[1:]]
             or [p for p in below if p.name.casefold() in _SPLIT_NAMES]
             or [p for p in below if p.name == "data"]  # a clone of a data set on the Hub
         )
-        found = [file for p in named for file in data_files(p, where)]
-    if not found:
+        files = [file for p in named for file in data_files(p, where)]
+    if not files:
         folders = f"; it has the folders {', '.join(p.name for p in below[:10])}" if below else ""
         raise DataError(f"{where}: no data file in this folder", f"known formats: {', '.join(DATA_SUFFIXES)}{folders}")
-    return found
+    return files
 
 
 def is_data_file(path: Path) -> bool:

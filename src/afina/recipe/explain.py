@@ -14,36 +14,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml.nodes import Node
 
-from afina.errors import RecipeError, nearest
+from afina.errors import RecipeError, nearest, nearest_name
+from afina.recipe.keys.section import KeyedError, KeyedErrors, shown
 from afina.recipe.keys.training_arguments import FORMER, RESERVED_ARGUMENTS
 from afina.recipe.yaml_source import where
-from afina.redact import redact
 
-__all__ = ["KeyedError", "KeyedErrors", "explain", "model_of", "shown"]
-
-
-class KeyedError(ValueError):
-    """A value error at `keys`, below the key that is being validated."""
-
-    def __init__(self, message: str, *keys: str, remedy: str = "") -> None:
-        super().__init__(message)
-        self.keys, self.remedy = keys, remedy
-
-
-class KeyedErrors(ValueError):
-    """Several of them at once."""
-
-    def __init__(self, errors: Sequence[KeyedError]) -> None:
-        super().__init__("; ".join(map(str, errors)))
-        self.errors = tuple(errors)
-
-
-def shown(value: Any) -> str:
-    """A value as the user wrote it, shortened."""
-    if value is None:
-        return "nothing (null)"
-    text = str(value).lower() if isinstance(value, bool) else redact(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+__all__ = ["explain", "model_of"]
 
 
 def explain(
@@ -59,7 +35,7 @@ def explain(
     """
     every = sorted(_errors(error), key=lambda e: not e.unknown)
     unknown = {e.keys for e in every if e.unknown}
-    meant = {(*keys[:-1], _close(model, keys)) for keys in unknown}
+    meant = {(*keys[:-1], nearest_name(keys[-1], _known_keys(model, keys[:-1]))) for keys in unknown}
     kept: dict[tuple[str, ...], _Error] = {}
     for e in every:
         # One error a key; nothing about what an unknown key holds, nor that the key is missing that it was meant to be.
@@ -100,12 +76,6 @@ def _errors(error: ValidationError) -> Iterator[_Error]:
             yield _Error((*keys, *below), details, each, unknown)
 
 
-def _close(model: type[BaseModel], keys: tuple[str, ...]) -> str:
-    """The known key that an unknown one looks like."""
-    hint = nearest(keys[-1], list(_known_keys(model, keys[:-1])))
-    return hint.split("`")[1] if hint else ""
-
-
 def _explain_one(
     error: _Error, model: type[BaseModel], root: Node | None, source: str, overridden: list[str]
 ) -> RecipeError:
@@ -127,20 +97,20 @@ def _explain_one(
 def _describe(of: _Error) -> tuple[str, str]:
     """pydantic's error as a message and a remedy."""
     error = of.details
-    kind, context, found = error["type"], error.get("ctx", {}), shown(error["input"])
+    kind, context, given = error["type"], error.get("ctx", {}), shown(error["input"])
     remedy = "correct the value; docs/recipe.md lists the keys"
     if kind == "value_error":
         return str(of.cause), (of.cause.remedy if isinstance(of.cause, KeyedError) else "") or remedy
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context["expected"]))
-        return f"must be one of {', '.join(choices)}, found {found}", nearest(str(error["input"]), choices) or remedy
+        return f"must be one of {', '.join(choices)}, found {given}", nearest(str(error["input"]), choices) or remedy
     if kind == "string_type" and isinstance(error["input"], int | float):
-        return f"must be text, found the number {found}", f"put it in quotes, also for --set: \"'{error['input']}'\""
+        return f"must be text, found the number {given}", f"put it in quotes, also for --set: \"'{error['input']}'\""
     limit = next((context[k] for k in ("gt", "ge", "lt", "le") if k in context), None)
     for kinds, message in _KINDS.items():
         if kind in kinds:
-            return f"{message.format(f'{limit:g}' if isinstance(limit, float) else limit)}, found {found}", remedy
-    return f"is not usable: {error['msg']}, found {found}", remedy
+            return f"{message.format(f'{limit:g}' if isinstance(limit, float) else limit)}, found {given}", remedy
+    return f"is not usable: {error['msg']}, found {given}", remedy
 
 
 _KINDS: dict[tuple[str, ...], str] = {
@@ -176,7 +146,6 @@ def model_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):
-        found = model_of(inner)
-        if found:
-            return found
+        if (model := model_of(inner)) is not None:
+            return model
     return None

@@ -62,10 +62,10 @@ def own_metric(text: str) -> OwnMetric | None:
     """
     if ":" not in text:
         return None
-    found = _OWN.fullmatch(text)
-    if found is None or found["better"] not in (None, "lower", "higher"):
+    match = _OWN.fullmatch(text)
+    if match is None or match["better"] not in (None, "lower", "higher"):
         raise ValueError(f"`{text}` must be `module:function`, or `module:function:lower` where less is better")
-    return OwnMetric(found["module"], found["function"], found["better"] == "lower")
+    return OwnMetric(match["module"], match["function"], match["better"] == "lower")
 
 
 def metric_name(text: str) -> str:
@@ -91,7 +91,7 @@ def lower_is_better(metric: str, given: Sequence[str] = ()) -> bool:
         given: the metrics of the recipe, `best_metric` included; they say it of the user's own.
     """
     name = metric.removeprefix("eval_").removeprefix("test_")
-    own = [found for text in given if (found := own_metric(text)) and found.name == metric_name(name)]
+    own = [of_user for text in given if (of_user := own_metric(text)) and of_user.name == metric_name(name)]
     return own[0].lower if own else name in _LOWER_IS_BETTER
 
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from ruamel.yaml.nodes import Node
 
 from afina.errors import InputError, RecipeError, nearest
-from afina.recipe.explain import explain, shown
+from afina.recipe.explain import explain
+from afina.recipe.keys.section import shown
 from afina.recipe.schema import Recipe
 from afina.recipe.yaml_source import apply_override, read_yaml
 

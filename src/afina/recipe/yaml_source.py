@@ -103,16 +103,16 @@ def where(root: Node | None, source: str, keys: list[str], overridden: list[str]
     for given in reversed(overridden):
         if dotted == given or dotted.startswith(given + "."):
             return f"--set {dotted}"
-    line, found = _line(root, keys)
+    line, whole = _line(root, keys)
     below = [given for given in overridden if not dotted or given.startswith(dotted + ".")]
-    if below and not found:
+    if below and not whole:
         return f"--set {below[-1]}"
     return f"{source}{line}" + (f" with --set {below[-1]}" if below and dotted else "")
 
 
 def _line(root: Node | None, keys: Sequence[str]) -> tuple[str, bool]:
     """`:LINE` of the deepest key that is in the file, and whether that is the last of `keys`."""
-    node, line, found = root, None, True
+    node, line, whole = root, None, True
     for key in keys:
         if isinstance(node, MappingNode):
             for k, v in node.value:
@@ -120,12 +120,12 @@ def _line(root: Node | None, keys: Sequence[str]) -> tuple[str, bool]:
                     node, line = v, k.start_mark.line + 1
                     break
             else:
-                found = False
+                whole = False
                 break
         elif isinstance(node, SequenceNode) and key.isdigit() and int(key) < len(node.value):
             node = node.value[int(key)]
             line = node.start_mark.line + 1
         else:
-            found = isinstance(node, ScalarNode) and key == "0"  # one text stands for a list of one
+            whole = isinstance(node, ScalarNode) and key == "0"  # one text stands for a list of one
             break
-    return f":{line}" if line else "", found
+    return f":{line}" if line else "", whole

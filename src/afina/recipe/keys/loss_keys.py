@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from afina.recipe.explain import KeyedError, shown
+from afina.recipe.keys.section import KeyedError, shown
 
 __all__ = ["DEFAULT_GAMMA", "LOSS_KEYS", "misfit", "parse_label_weights"]
 

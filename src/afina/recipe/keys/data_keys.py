@@ -1,0 +1,168 @@
+"""The section `data`: a Hub data set or local files, the columns of texts and labels, and the rows of each split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from afina.formats.read_options import Delimiter, Encoding, Header, Quoting, ReadOptions
+from afina.recipe.data_files import NamedSplit
+from afina.recipe.keys.section import KeyedError, Names, Section, Text, shown
+
+__all__ = ["Data", "Part"]
+
+
+def _by_order_is_none(value: Any) -> Any:
+    return None if value == "order" else value
+
+
+class Part(Section):
+    """One of train, eval, test: the source and number of its rows.
+
+    `split` names a split of a Hub data set, a key of `data.files` or a value of `data.split_column`; without it the source
+    of the same name is used, else `all`, else `train`. A `fraction` divides the source, with the seed of `train`.
+    `sample` then takes `shuffle(seed).select(range(sample))`, exactly as datasets does.
+    """
+
+    split: str | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    sample: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class Data(Section):
+    """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
+
+    added_later = ("weight", "split_by", "split_column", "group", *ReadOptions.model_fields)
+
+    hub: Text | None = None
+    config: str | None = None
+    splits: dict[str, str] | None = None
+    revision: Text | None = None
+    files: Mapping[NamedSplit, Names] | None = None
+    text: Names
+    label: Names
+    labels: tuple[str, ...] | None = None
+    label_separator: Text | None = None
+    id: str | None = None
+    weight: Text | None = None
+    encoding: Encoding | None = None
+    delimiter: Delimiter | None = None
+    header: Header | None = None
+    quoting: Quoting | None = None
+    field: Text | None = None
+    #: None: by the order of the rows, as afina 0.1 did. `afina.recipe.parse` sets `text` for a recipe that leaves it out.
+    split_by: Annotated[Literal["text"] | None, BeforeValidator(_by_order_is_none)] = None
+    split_column: Text | None = None
+    group: Text | None = None
+    train: Part = Part()
+    eval: Part = Part()
+    test: Part | None = None
+
+    @property
+    def reading(self) -> ReadOptions:
+        """How the files are read."""
+        return ReadOptions(**{key: getattr(self, key) for key in ReadOptions.model_fields})
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _one_path_is_all(cls, value: Any) -> Any:
+        if isinstance(value, str | list):
+            return {"all": value}
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"must be a path, a list of paths, or a mapping such as {{train: a.csv, eval: b.csv}}, found {shown(value)}"
+            )
+        return value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if not value:
+            raise ValueError("is an empty list: name the labels, or leave it out to use those of the data")
+        for place, name in enumerate(value):
+            if name is None or isinstance(name, list | tuple | Mapping) or not str(name).strip():
+                raise KeyedError(f"{shown(name)} is not a label; put it in quotes if it is text", str(place))
+        return tuple(str(v).strip() for v in value)
+
+    @field_validator("text", "label")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"at least one {info.field_name} column")
+        for name in value:
+            if value.count(name) > 1:
+                raise ValueError(f"names column `{name}` twice")
+        return value
+
+    @model_validator(mode="after")
+    def _text_is_no_label(self) -> Data:
+        for name in self.label:
+            if name in self.text:
+                raise KeyedError(
+                    f"column `{name}` is the text too: the model would read the label in the text", "label"
+                )
+        for key in ("weight", "split_column", "group"):
+            if getattr(self, key) in (*self.text, *self.label):
+                raise KeyedError(f"column `{getattr(self, key)}` is the text or the label too", key)
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.hub is None) == (self.files is None):
+            raise ValueError("give either `hub` (a data set's id) or `files` (local paths), and only one of them")
+        if self.files is not None:
+            for key in ("config", "splits", "revision"):
+                if getattr(self, key) is not None:
+                    raise KeyedError("belongs to a Hub data set; with `files` leave it out", key)
+        for key in self.reading.given() if self.hub is not None else ():
+            raise KeyedError("is for local files; with `hub` leave it out", key)
+        if self.files is not None:
+            if not self.files:
+                raise KeyedError("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
+            for part, paths in self.files.items():
+                if not paths:
+                    raise KeyedError("names no file", "files", part)
+            if self.split_column is not None and len(self.files) > 1:
+                raise KeyedError(
+                    f"divides the rows of one source, and `files` has {len(self.files)}",
+                    "split_column",
+                    remedy="give `files` as one path or one list, or leave `split_column` out",
+                )
+        return self._enough_to_give()
+
+    def _source(self, name: str) -> str:
+        """The source of a split, as far as it can be known without the data."""
+        part: Part = getattr(self, name)
+        files = self.files or {}
+        own = name if self.files is None or name in files else "all" if "all" in files else "train"
+        return part.split or own
+
+    @property
+    def divides(self) -> bool:
+        """Whether rows of one source are divided among splits, as far as it can be known without the data."""
+        fractions = any(part is not None and part.fraction is not None for part in (self.train, self.eval, self.test))
+        shared = self.files is not None and self.split_column is None and self._source("train") == self._source("eval")
+        return fractions or shared
+
+    def _enough_to_give(self) -> Data:
+        """Fractions of one source add up to 1 at most, as far as that can be known without the data."""
+        if self.split_column is not None:
+            return self  # the sources are its values
+        cut: dict[str, list[str]] = {}
+        for name in ("train", "eval", "test"):
+            part: Part | None = getattr(self, name)
+            if part is None or part.fraction is None:
+                continue
+            cut.setdefault(self._source(name), []).append(name)
+        for source, names in cut.items():
+            total = sum(getattr(self, name).fraction for name in names)
+            if total > 1 + 1e-9:
+                raise ValueError(
+                    f"the fractions of {' and '.join(names)} add up to {total:g}; at most 1 of `{source}` is there to give"
+                )
+        return self

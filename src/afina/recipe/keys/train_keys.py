@@ -1,0 +1,139 @@
+"""The sections `tokens` and `train`: how texts become tokens, and how the model is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from afina.recipe.keys.loss_keys import LOSS_KEYS, parse_label_weights
+from afina.recipe.keys.section import SECRET, KeyedError, KeyedErrors, Section, shown
+from afina.recipe.keys.training_arguments import refusal
+from afina.redact import looks_secret
+from afina.schedule import DEFAULT_EPOCHS, Schedule
+
+__all__ = ["AS_RECORDED", "Tokens", "Train"]
+
+#: Validation context of a recipe in a run's plan: what later versions refuse to train anew is still read.
+AS_RECORDED = {"recorded": True}
+
+
+def _epoch_or_steps(value: Any) -> Any:
+    if value == "epoch" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be `epoch`, or a number of optimizer steps (1 or more), found {shown(value)}")
+
+
+EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
+LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(parse_label_weights)]
+
+
+class Tokens(Section):
+    """How texts become tokens. Lengths in tokens, special tokens included."""
+
+    max_length: Annotated[int, Field(ge=2, le=131072)] = 512
+    batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
+
+
+class Train(Section):
+    """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
+
+    added_later = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing", "keep_after")
+
+    batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
+    max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    eval_batch_size: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 5e-5
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    evaluate: EpochOrSteps = "epoch"
+    save_every: EpochOrSteps = "epoch"
+    save_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = 15.0
+    stall_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = None
+    log_every: Annotated[int, Field(ge=1, le=10**9)] = 10
+    keep_checkpoints: Annotated[int, Field(ge=1, le=10**9)] = 2
+    keep: Literal["best", "last"] = "best"
+    keep_after: Literal["best", "none", "all"] = "best"
+    best_metric: str | None = None
+    loss: Literal["cross_entropy", "focal"] | None = None
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] | None = None
+    class_weights: LabelWeights | None = None
+    pos_weight: LabelWeights | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    fast_dropout: bool = True
+    onednn: bool = True
+    cuda_graphs: bool = False
+    attention_dropout: Literal[0] | None = None
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("arguments")
+    @classmethod
+    def _take_effect(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if info.context != AS_RECORDED and (wrong := list(_wrong_arguments(value))):
+            raise KeyedErrors(wrong)
+        return value
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Train:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give `epochs` or `max_steps`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _no_repetition(self) -> Train:
+        for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
+            if key in self.arguments:
+                raise KeyedError("repeats `train.precision`", "arguments", key, remedy="leave one of them out")
+        if self.compile and "torch_compile" in self.arguments:
+            raise KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy="leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Train:
+        if self.focal_gamma is not None and self.loss != "focal":
+            raise KeyedError(
+                "belongs to the focal loss", "focal_gamma", remedy="set `train.loss: focal`, or leave it out"
+            )
+        if self.loss == "focal" and self.label_smoothing:
+            raise KeyedError("has no definition for the focal loss", "label_smoothing", remedy="leave one of them out")
+        return self
+
+    @property
+    def loss_keys(self) -> tuple[str, ...]:
+        """The keys of the loss that the recipe uses."""
+        return tuple(key for key in LOSS_KEYS if getattr(self, key) != type(self).model_fields[key].get_default())
+
+    @property
+    def num_epochs(self) -> float:
+        """The number of epochs; 3 by default."""
+        return self.epochs if self.epochs is not None else DEFAULT_EPOCHS
+
+    def schedule(self, rows: int, eval_rows: int) -> Schedule:
+        """The steps of a run on so many rows."""
+        return Schedule.of(
+            rows,
+            self.batch_size,
+            epochs=self.num_epochs,
+            max_steps=self.max_steps,
+            evaluate=self.evaluate if eval_rows else None,
+            save_every=self.save_every,
+        )
+
+
+def _wrong_arguments(arguments: Mapping[str, Any]) -> Iterator[KeyedError]:
+    for key, value in arguments.items():
+        if looks_secret(value) and key != "hub_token":
+            yield KeyedError(SECRET[0], key, remedy=SECRET[1])
+            continue
+        if refused := refusal(key, value):
+            yield KeyedError(refused[0], key, remedy=refused[1])
+            continue
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            yield KeyedError(f"{shown(value)} is not a plain value; put it in quotes if it is text", key)
