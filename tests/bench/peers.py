@@ -178,7 +178,7 @@ def peaks_now(threads: int) -> dict[str, Any]:
     """FLOP/s of the best torch.mm by dtype; `half`: afina chooses bf16 here."""
     import torch
 
-    from afina.recipe.schema import Train
+    from afina.recipe.keys.train_keys import Train
     from afina.worker.compute import precision, products
     from afina.worker.compute.flops import device_peak
 

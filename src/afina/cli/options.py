@@ -21,7 +21,7 @@ def minutes(context: click.Context, option: click.Parameter, value: str | None) 
     """Callback of an option: minutes, HH:MM:SS or D-HH:MM:SS, in minutes."""
     from pydantic import ValidationError
 
-    from afina.recipe.schema import Resources
+    from afina.recipe.keys.resource_keys import Resources
 
     if value is None:
         return None

@@ -19,8 +19,10 @@ from afina.errors import DataError, InputError, check_argument, nearest
 from afina.formats.read_options import PLAIN, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
+from afina.recipe.keys.data_keys import Data
+from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.local_model import check_no_adapter
-from afina.recipe.schema import Data, Recipe, Resources
+from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, geometry_for

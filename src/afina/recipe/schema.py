@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from afina.recipe.explain import explain
-from afina.recipe.keys.data_keys import Data, Part
+from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.keys.section import KeyedError, Section, Text, listed, shown, unknown
-from afina.recipe.keys.train_keys import AS_RECORDED, Tokens, Train
+from afina.recipe.keys.train_keys import Tokens, Train
 from afina.recipe.metrics import METRICS, SCALARS, metric_name, metric_texts, own_metric
 from afina.recipe.trackers import TRACKERS
 
-__all__ = ["AS_RECORDED", "Data", "Part", "Recipe", "Resources", "Tokens", "Train"]
+__all__ = ["Recipe"]
 
 Task = Literal["auto", "single-label", "multi-label", "regression"]
 

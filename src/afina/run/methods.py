@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.files import read_json
+from afina.recipe.keys.data_keys import Part
 from afina.recipe.metrics import lower_is_better, metric_name, selection_metric
-from afina.recipe.schema import Part
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan

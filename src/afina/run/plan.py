@@ -16,10 +16,12 @@ from pydantic import Field, ValidationError
 from afina.errors import InputError, RecipeError, first_line
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
+from afina.recipe.keys.resource_keys import Resources
+from afina.recipe.keys.train_keys import AS_RECORDED
 from afina.recipe.local_model import find_model_folder
 from afina.recipe.metrics import own_metric
 from afina.recipe.parse import parse_recipe
-from afina.recipe.schema import AS_RECORDED, Recipe, Resources
+from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
 from afina.site.settings import Site, in_container
 from afina.version import __version__

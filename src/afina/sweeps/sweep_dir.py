@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.files import encode_words, write_atomic
 from afina.frozen import FrozenModel
-from afina.recipe.schema import AS_RECORDED
+from afina.recipe.keys.train_keys import AS_RECORDED
 from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tests import tiny
 
 from afina.errors import EnvironmentProblem
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 from afina.run.directory import RunDir
 from afina.worker.compute.precision import (
     Device,

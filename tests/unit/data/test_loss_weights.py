@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from afina.errors import DataError
-from afina.recipe.schema import Data
+from afina.recipe.keys.data_keys import Data
 from afina.worker.data.loss_weights import row_weights
 from afina.worker.data.splits import build_splits
 from afina.worker.data.tables import read_files

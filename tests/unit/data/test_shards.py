@@ -328,7 +328,7 @@ def test_texts_without_content_tokens_are_counted() -> None:
 
 MEASURE = """
 import pathlib, sys
-from afina.recipe.schema import Data
+from afina.recipe.keys.data_keys import Data
 from afina.worker.data import shards, tokenise, write_split
 from afina.worker.data.encode import Encoder
 from afina.worker.data.splits import build_splits

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import write_csv, write_jsonl
 
 from afina.errors import AfinaError, DataError, RecipeError
-from afina.recipe.schema import Data
+from afina.recipe.keys.data_keys import Data
 from afina.worker.data.labels import Labels
 from afina.worker.data.splits import build_splits, choose_sources, sample_rows, split_by_key, stratified_split
 from afina.worker.data.tables import DataTable, Examples, read_files

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from afina.errors import RecipeError
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 from afina.worker.model.check_arguments import check_arguments
 
 WSD = {"lr_scheduler_type": "warmup_stable_decay"}

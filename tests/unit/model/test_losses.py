@@ -11,7 +11,7 @@ from tests.unit.compute.encoders import CONFIGS, PAD, model_of, split_of, withou
 from torch.nn import functional
 
 from afina.errors import RecipeError
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 from afina.run.plan import Geometry
 from afina.schedule import Schedule
 from afina.worker.compute import attention, packed_model

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from afina.errors import RecipeError
+from afina.recipe.keys.data_keys import Data
+from afina.recipe.keys.train_keys import Tokens, Train
 from afina.recipe.parse import parse_recipe
-from afina.recipe.schema import Data, Recipe, Tokens, Train
+from afina.recipe.schema import Recipe
 
 TEXT = "{name: a, model: o/m, data: {files: {all: x.csv}, text: text, label: label}}"
 

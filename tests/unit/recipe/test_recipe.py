@@ -12,10 +12,11 @@ from tests.unit.conftest import DROP, recipe_dict
 
 from afina.errors import RecipeError
 from afina.recipe.explain import model_of
+from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.keys.training_arguments import RESERVED_ARGUMENTS
 from afina.recipe.metrics import METRICS
 from afina.recipe.parse import load_recipe, parse_recipe
-from afina.recipe.schema import Recipe, Resources
+from afina.recipe.schema import Recipe
 
 BASE = """\
 name: stars

@@ -19,9 +19,12 @@ from tests.common import ROOT
 
 from afina import errors
 from afina.cli import cli
+from afina.recipe.keys.data_keys import Data, Part
+from afina.recipe.keys.resource_keys import Resources
+from afina.recipe.keys.train_keys import Tokens, Train
 from afina.recipe.metrics import METRICS
 from afina.recipe.parse import load_recipe, parse_recipe
-from afina.recipe.schema import Data, Part, Recipe, Resources, Tokens, Train
+from afina.recipe.schema import Recipe
 from afina.run.outcome import Outcome
 from afina.site.settings import CACHE_VARIABLES
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from afina.errors import EnvironmentProblem
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 from afina.run.directory import RunDir
 from afina.worker.compute.cpu import processor
 

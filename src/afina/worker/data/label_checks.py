@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError, nearest
-from afina.recipe.schema import Data
+from afina.recipe.keys.data_keys import Data
 from afina.worker.data.labels import LabelColumns, Labels, as_number, listed
 from afina.worker.data.prepared import Split
 from afina.worker.data.tables import Examples, list_places

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.loss_keys import misfit
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 from afina.worker.data.labels import as_numbers
 from afina.worker.data.tables import DataTable, list_places
 

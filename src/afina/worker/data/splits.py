@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
-from afina.recipe.schema import Data, Part
+from afina.recipe.keys.data_keys import Data, Part
 from afina.worker.data.label_checks import check_found_labels, check_labels
 from afina.worker.data.labels import LabelColumns, Labels, find_labels, label_array
 from afina.worker.data.loss_weights import row_weights

@@ -24,7 +24,7 @@ from afina.errors import HubError, InputError, RecipeError, nearest
 from afina.files import describe, difference, sync_file, write_atomic
 from afina.processes import advisory_lock
 from afina.publish import publish, staging
-from afina.recipe.schema import Data
+from afina.recipe.keys.data_keys import Data
 from afina.site.settings import Site
 from afina.worker.hub.errors_explained import hub_errors, refuse_long_waits, retry_resets
 from afina.worker.hub.pins import Pin, pin, slug

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from afina.errors import InputError
 from afina.formats.read_options import PLAIN
 from afina.prediction.request import STDIN, Prediction, folder_of
-from afina.recipe.schema import AS_RECORDED
+from afina.recipe.keys.train_keys import AS_RECORDED
 from afina.run.allocation import Allocation
 from afina.worker.progress import Progress
 from afina.worker.reply import read_question, report

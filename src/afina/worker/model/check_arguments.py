@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import RecipeError, nearest
+from afina.recipe.keys.train_keys import Train
 from afina.recipe.keys.training_arguments import EFFECTIVE
-from afina.recipe.schema import Train
 from afina.worker.model.check_cache import checked_once
 from afina.worker.startup import gc_paused
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from afina.recipe.keys.loss_keys import DEFAULT_GAMMA
-from afina.recipe.schema import Train
+from afina.recipe.keys.train_keys import Train
 
 __all__ = ["Loss"]
 
