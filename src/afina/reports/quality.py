@@ -10,8 +10,9 @@ from afina.recipe.metrics import metric_name, own_metric
 from afina.reports.charts import Chart
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, number, pairs, scroll, table, warnings
+from afina.statistics.calibration import calibrate
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import Interval, Scores, calibrate, mistakes
+from afina.statistics.scores import Interval, Scores, mistakes
 
 __all__ = ["calibration", "classes", "confusion", "matrices", "overall", "worst"]
 

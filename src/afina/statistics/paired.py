@@ -2,7 +2,7 @@
 
 Accuracy of classifiers: McNemar's exact test (1947), a binomial test on the rows that only one model gets right. Mean absolute error:
 Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which weighs rows anew and takes both models' predictions for them;
-as in `afina.statistics.scores` its limits know of one more row of each class, that only the first or only the second model gets right.
+as in `afina.statistics.limits` its limits know of one more row of each class, that only the first or only the second model gets right.
 Runs that were evaluated on different rows are refused with the reason. Not covered: randomness in training; two seeds of one recipe may
 differ as much. NumPy and SciPy are imported inside the functions.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.recipe.metrics import NEED_SCORES
+from afina.statistics.limits import DRAWS, MOST_CELLS, distinct, pseudo_rows, resample, score_limits
 from afina.statistics.measures import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import DRAWS, MOST_CELLS, distinct, pseudo_rows, resample, score_limits
 
 __all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
 

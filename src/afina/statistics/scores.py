@@ -1,17 +1,4 @@
-"""Scores of predictions with 95 % intervals, their calibration, and the worst mistakes.
-
-The intervals cover the sampling of rows. None collapses where every row is right or wrong:
-
-- shares (accuracy, precision and recall of a class): Wilson's with continuity correction (Newcombe 1998). F1 of a class is a function
-  of such a share, of the rows where label or prediction is the class.
-- averages over classes, MCC, kappa: Bayesian bootstrap of the rows, with one more row of each class: wrong for the lower limit, right for
-  the upper (Walley's imprecise Dirichlet model, 1996; for a single share that is Clopper and Pearson's interval).
-- AUROC: Newcombe's method 5 (2006); average precision: Wilson's over the rows with the class (after Boyd 2013). The limits of
-  an average over classes are the averages of the limits, which is cautious.
-- losses and errors: studentised bootstrap of the logarithm. Correlations: Fisher's z.
-
-Coverage by simulation: tests/unit/statistics/test_coverage.py. Not covered: randomness in training.
-"""
+"""Scores of predictions with 95 % intervals (`afina.statistics.limits`), and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -21,51 +8,22 @@ from typing import Any
 
 from afina.recipe.metrics import METRICS, NEED_SCORES
 from afina.statistics.intervals import wilson
-from afina.statistics.measures import (
-    auroc,
-    average_precision,
-    compute,
-    contributions,
-    from_sums,
-    one_vs_rest,
-    parts,
-    ranks,
-    row_losses,
-    sums_of,
+from afina.statistics.limits import (
+    DRAWS,
+    MOST_CELLS,
+    NO_LIMITS,
+    Limits,
+    bootstrap,
+    distinct,
+    error_limits,
+    score_limits,
 )
+from afina.statistics.measures import compute, from_sums, parts, sums_of
 from afina.statistics.predictions import Predictions
 
-__all__ = [
-    "BINS",
-    "DRAWS",
-    "MOST_CELLS",
-    "Calibration",
-    "Interval",
-    "Scores",
-    "calibrate",
-    "distinct",
-    "mistakes",
-    "pseudo_rows",
-    "resample",
-    "score",
-    "score_limits",
-]
-
-#: Resamples of a bootstrap; fewer for very many kinds of rows (see `resample`).
-DRAWS = 2000
-BINS = 15
-_SEED = 20170706
-#: Cells (8 bytes each) of one block of resamples, and of all blocks together.
-_BLOCK, _WORK = 4_000_000, 400_000_000
-#: With more cells (kinds of rows x sums) than this no bootstrap is made: 100,000 rows of 1,000 labels.
-MOST_CELLS = 100_000_000
-#: More rows than this, and the bootstrap of a mean is the normal distribution.
-_MANY = 2000
-_Z = 1.959963984540054
+__all__ = ["Interval", "Scores", "mistakes", "score"]
 
 Array = Any
-Limits = tuple[float, float]
-_NONE: Limits = (float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
@@ -100,23 +58,6 @@ class Scores:
     majority: float | None = None
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Accuracy by confidence, in bins of equal width; empty bins are left out.
-
-    Attributes:
-        bins: (low, high, count, mean confidence, share correct, low and high of its 95 % Wilson interval).
-        error: expected calibration error (Guo et al. 2017): the mean over examples of |share correct - confidence| of their bin.
-        brier: see `afina.statistics.measures.row_losses`.
-        what: which probability the confidence is.
-    """
-
-    bins: tuple[tuple[float, float, int, float, float, float, float], ...]
-    error: float
-    brier: float
-    what: str
-
-
 def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | None = None) -> Scores:
     """Scores with intervals. With one version of NumPy, the same predictions give the same intervals on every machine.
 
@@ -128,21 +69,21 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
     names = [name for name in names or METRICS[task] if name in METRICS[task] and name != "confusion_matrix"]
     values, undefined = compute(task, names, truth, predicted, predictions.scores, width)
     if task == "regression":
-        found = _regression(truth, predicted, draws)
+        found = error_limits(truth, predicted, draws)
         overall = {name: _around(values[name], found[name]) for name in names if name in values}
         return Scores(overall, {}, [], draws, undefined=undefined)
     whole = sums_of(task, width, truth, predicted)
     if min(len(truth), width**2 if task == "single-label" else len(truth)) * len(whole) > MOST_CELLS:
-        found, draws = dict.fromkeys(from_sums(task, whole[None, :]), _NONE), 0
+        found, draws = dict.fromkeys(from_sums(task, whole[None, :]), NO_LIMITS), 0
     else:
-        found, draws = _bootstrap(task, *distinct(task, width, truth, predicted), draws)
+        found, draws = bootstrap(task, *distinct(task, width, truth, predicted), draws)
     for name in {"accuracy", "subset_accuracy"} & found.keys():
         found[name] = wilson(float(whole[-3]), float(whole[-1]))
     if task == "single-label":
         found |= {name: found["accuracy"] for name in found if name.endswith("_micro")}
     if predictions.scores is not None and set(names) & set(NEED_SCORES):
         found |= score_limits(task, truth, predictions.scores, draws)
-    overall = {name: _around(values[name], found.get(name, _NONE)) for name in names if name in values}
+    overall = {name: _around(values[name], found.get(name, NO_LIMITS)) for name in names if name in values}
     correct, chosen, actual = parts(whole)
     seen = chosen + actual > 0
     return Scores(
@@ -159,11 +100,11 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
 def _around(value: float | None, limits: Limits) -> Interval:
     """The limits never exclude the value itself: a bootstrap of few rows of many classes is biased."""
     if value is None:
-        return Interval(float("nan"), *_NONE)
+        return Interval(float("nan"), *NO_LIMITS)
     return (
         Interval(value, min(limits[0], value), max(limits[1], value))
         if limits[0] == limits[0]
-        else Interval(value, *_NONE)
+        else Interval(value, *NO_LIMITS)
     )
 
 
@@ -182,250 +123,6 @@ def _each(correct: Array, chosen: Array, actual: Array) -> dict[str, list[Interv
         "recall": [of(hits, actual) for hits, _, actual in rows],
         "f1": [f1(of(hits, chosen + actual - hits)) for hits, chosen, actual in rows],
     }
-
-
-# -- averages over classes ---------------------------------------------------------------------------------------------
-
-
-def distinct(task: str, width: int, truth: Array, *predicted: Array) -> tuple[Array, Array]:
-    """Distinct rows by truth and predictions: their contributions for each of `predicted`, side by side (U, P D), and counts (U,)."""
-    import numpy as np
-
-    columns = [part[:, None] if part.ndim == 1 else part for part in (truth, *predicted)]
-    counts = np.ones(len(truth), np.int64)
-    if task != "regression":
-        unique, counts = np.unique(np.concatenate(columns, axis=1), axis=0, return_counts=True)
-        columns = np.split(unique, len(columns), axis=1)
-    first, *others = columns if task == "multi-label" else [column[:, 0] for column in columns]
-    return np.concatenate([contributions(task, width, first, other) for other in others], axis=1), counts
-
-
-def resample(kinds: Array, counts: Array, draws: int = DRAWS, seed: int = _SEED) -> Array:
-    """Sums over Bayesian bootstrap samples (Rubin 1981), float64 (B, D): each row weighs as much as an exponential variate.
-
-    Args:
-        kinds: (U, D) contribution of one row of each kind.
-        counts: (U,) number of rows of each kind.
-        draws: the largest B. At least 200 samples are drawn; in between, as many as `_WORK` cells allow.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    draws = min(draws, max(200, _WORK // len(counts)))
-    block = max(1, _BLOCK // len(counts))
-    shape = counts.astype(float)
-    parts = [
-        rng.standard_gamma(shape, size=(min(block, draws - start), len(shape))) @ kinds
-        for start in range(0, draws, block)
-    ]
-    return np.concatenate(parts)
-
-
-def pseudo_rows(task: str, whole: Array, draws: int, seed: int = _SEED + 1) -> tuple[Array, Array]:
-    """Sums (B, D) of one more row of each class that occurs, with an exponential weight: all wrong, and all right."""
-    import numpy as np
-
-    _, chosen, actual = parts(whole)
-    there = chosen + actual > 0
-    weight = np.random.default_rng(seed).standard_exponential((draws, len(there))) * there
-    total, many = weight.sum(axis=1, keepdims=True), int(there.sum())
-    zero, none = np.zeros_like(weight), np.zeros_like(total)
-    right = np.concatenate([weight, weight, weight, total, none, total], axis=1)
-    if task == "multi-label":
-        return np.concatenate([zero, weight / 2, weight / 2, none, none, none], axis=1), right
-    elsewhere = (total - weight) * there / max(1, many - 1)
-    places = np.arange(len(there), dtype=float)
-    # The mean squared distance of each class from the others.
-    far = [((places[there] - place) ** 2).sum() / max(1, many - 1) for place in places]
-    cost = (weight @ np.array(far))[:, None]
-    return np.concatenate([zero, elsewhere, weight, none, cost, total], axis=1), right
-
-
-def _bootstrap(task: str, kinds: Array, counts: Array, draws: int) -> tuple[dict[str, Limits], int]:
-    """Limits of every metric that is a function of the sums, and the number of resamples."""
-    import numpy as np
-
-    whole = counts @ kinds
-    drawn = resample(kinds, counts, draws)
-    wrong, right = pseudo_rows(task, whole, len(drawn))
-    lower, upper = (from_sums(task, drawn + more, whole) for more in (wrong, right))
-    # The chance level in kappa varies too: with all of 20 rows wrong, its 95 % limits cover 0.90.
-    tail = {"kappa": 1.0, "kappa_quadratic": 1.0}
-    return {
-        name: (
-            float(np.nanpercentile(lower[name], tail.get(name, 2.5))),
-            float(np.nanpercentile(upper[name], 100 - tail.get(name, 2.5))),
-        )
-        for name in lower
-        if np.isfinite(lower[name]).any() and np.isfinite(upper[name]).any()
-    }, len(drawn)
-
-
-# -- scores, losses and errors -----------------------------------------------------------------------------------------
-
-
-def score_limits(task: str, truth: Array, scores: Array, draws: int) -> dict[str, Limits]:
-    """Limits of the metrics of probabilities."""
-    import numpy as np
-
-    areas, precisions = [], []
-    for flags, column in one_vs_rest(task, truth, scores):
-        positive = int(flags.sum())
-        if 0 < positive < len(flags):
-            areas.append(_newcombe(auroc(flags, column), positive, len(flags) - positive))
-        if positive:
-            precisions.append(wilson(average_precision(flags, column) * positive, positive))
-    found = {
-        name: (float(np.mean([low for low, _ in each])), float(np.mean([high for _, high in each])))
-        for name, each in (("auroc", areas), ("average_precision", precisions))
-        if each
-    }
-    return found | {name: _log_mean(values, draws) for name, values in row_losses(task, truth, scores).items()}
-
-
-def _newcombe(area: float, positive: int, negative: int) -> Limits:
-    """Interval of an AUROC: where it is z standard errors of that value away from the one that was found."""
-    from scipy.optimize import brentq
-
-    middle = (positive + negative) / 2 - 1
-
-    def off(theta: float) -> float:
-        shape = 1 + middle * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return (area - theta) ** 2 - _Z**2 * theta * (1 - theta) * shape / (positive * negative)
-
-    low = float(brentq(off, 0, area)) if area > 0 and off(0) * off(area) < 0 else 0.0
-    high = float(brentq(off, area, 1)) if area < 1 and off(1) * off(area) < 0 else 1.0
-    return low, high
-
-
-def _log_mean(values: Array, draws: int) -> Limits:
-    """Limits of the mean of values that are not negative."""
-    import numpy as np
-
-    if len(values) < 3 or not values.mean() > 0 or not values.std() > 0:
-        return _NONE
-    mean, spread = values.mean(), values.std(ddof=1)
-    return _studentised(
-        len(values),
-        float(np.log(mean)),
-        float(spread / mean),
-        draws,
-        lambda w: (
-            (w @ values) / len(values),
-            np.sqrt(np.maximum((w @ values**2) / len(values) - ((w @ values) / len(values)) ** 2, 0)),
-        ),
-    )
-
-
-def _studentised(size: int, log: float, spread: float, draws: int, again: Any) -> Limits:
-    """Limits exp(log - t · se): t from a bootstrap of few rows, normal for many.
-
-    Args:
-        spread: standard deviation of the influence of a row on the logarithm.
-        again: weights (B, N) -> the statistic and the standard deviation of a row's influence on it, (B,) each.
-    """
-    import numpy as np
-
-    error = spread / size**0.5
-    low, high = -_Z, _Z
-    if size <= _MANY:
-        draws = min(draws, max(200, _BLOCK // size))
-        weights = np.random.default_rng(_SEED).multinomial(size, np.full(size, 1 / size), size=draws).astype(float)
-        mean, deviation = again(weights)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            t = (np.log(mean) - log) / (deviation / mean / size**0.5)
-        t = t[np.isfinite(t)]
-        if len(t) < draws / 2:
-            return _NONE
-        low, high = np.percentile(t, [2.5, 97.5])
-    return float(np.exp(log - max(high, _Z) * error)), float(np.exp(log - min(low, -_Z) * error))
-
-
-def _regression(truth: Array, predicted: Array, draws: int) -> dict[str, Limits]:
-    import numpy as np
-
-    error = predicted - truth
-    mse = _log_mean(error**2, draws)
-    found = {"mse": mse, "rmse": (mse[0] ** 0.5, mse[1] ** 0.5), "mae": _log_mean(np.abs(error), draws)}
-    found["r2"] = _r2(truth, error, draws)
-    for name, columns in (("pearson", (truth, predicted)), ("spearman", (ranks(truth), ranks(predicted)))):
-        found[name] = _fisher(*columns, spearman=name == "spearman")
-    return found
-
-
-def _r2(truth: Array, error: Array, draws: int) -> Limits:
-    """R² is 1 less a ratio of two means: limits from the logarithm of that ratio."""
-    import numpy as np
-
-    squares, away = error**2, (truth - truth.mean()) ** 2
-    if len(truth) < 3 or not squares.mean() > 0 or not away.mean() > 0:
-        return _NONE
-    size = len(truth)
-    spread = (squares / squares.mean() - away / away.mean()).std(ddof=1)
-
-    def again(weights: Array) -> tuple[Array, Array]:
-        share = weights / size
-        middle, top = share @ truth, share @ squares
-        below = share @ truth**2 - middle**2
-        # Of influence²: E[(a/A - b/B)²], with b about the resample's own mean.
-        shifted = (truth[None, :] - middle[:, None]) ** 2
-        influence = squares[None, :] / top[:, None] - shifted / below[:, None]
-        return top / below, np.sqrt((share * influence**2).sum(axis=1)) * (top / below)
-
-    with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = _studentised(
-            size, float(np.log(squares.mean() / away.mean())), float(spread), min(draws, 1000), again
-        )
-    return 1 - high, 1 - low
-
-
-def _fisher(first: Array, second: Array, *, spearman: bool) -> Limits:
-    """Limits of a correlation on Fisher's scale; the standard error is Bonett and Wright's (2000), or a row's influence if larger."""
-    import numpy as np
-
-    size = len(first)
-    if size < 4 or not first.std() > 0 or not second.std() > 0:
-        return _NONE
-    left, right = ((v - v.mean()) / v.std() for v in (first, second))
-    r = float((left * right).mean())
-    if abs(r) > 1 - 1e-12:
-        return _NONE
-    influence = (left * right - r * (left**2 + right**2) / 2).std(ddof=1) / (1 - r * r)
-    error = max(influence, (1 + r * r / 2) ** 0.5 if spearman else 1.0) / (size - 3) ** 0.5
-    return float(np.tanh(np.arctanh(r) - _Z * error)), float(np.tanh(np.arctanh(r) + _Z * error))
-
-
-# -- calibration and mistakes ------------------------------------------------------------------------------------------
-
-
-def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
-    """Calibration of the probabilities; None for regression.
-
-    Single-label: the probability of the predicted label, against whether it is correct. Multi-label: the probability of each
-    label of each example, against whether it applies.
-    """
-    import numpy as np
-
-    scores = predictions.scores
-    if scores is None or not len(predictions):
-        return None
-    if predictions.task == "single-label":
-        confidence, correct = scores.max(axis=1), predictions.predicted == predictions.truth
-        what = "probability of the predicted label"
-    else:
-        confidence, correct = scores.ravel(), predictions.truth.ravel()
-        what = "probability of a label, for every label of every example"
-    number = np.minimum((confidence * bins).astype(int), bins - 1)
-    weights = (np.ones(len(correct)), confidence, correct)
-    count, total, hits = (np.bincount(number, weights=w, minlength=bins) for w in weights)
-    rows = [
-        (b / bins, (b + 1) / bins, int(n), float(total[b] / n), float(hits[b] / n), *wilson(float(hits[b]), float(n)))
-        for b, n in enumerate(count)
-        if n
-    ]
-    error = sum(row[2] * abs(row[4] - row[3]) for row in rows) / len(correct)
-    brier = float(row_losses(predictions.task, predictions.truth, scores)["brier"].mean())
-    return Calibration(tuple(rows), error, brier, what)
 
 
 def mistakes(predictions: Predictions, most: int) -> list[tuple[int, float]]:

@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from sklearn import metrics
+from sklearn.calibration import calibration_curve
 
 from afina.errors import DataError
 from afina.recipe.metrics import METRICS
+from afina.statistics.calibration import calibrate
 from afina.statistics.paired import align, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
-from afina.statistics.scores import calibrate, mistakes, score
+from afina.statistics.scores import mistakes, score
 
 LABELS = ("one star", 'tw,o "stars"', "three", "four, never right")
 Array = Any
@@ -176,6 +178,26 @@ def test_an_interval_has_the_width_of_theory_and_is_reproducible(tmp_path: Path)
     deviation = math.sqrt(accuracy.value * (1 - accuracy.value) / 1000)
     assert accuracy.high - accuracy.low == pytest.approx(2 * 1.96 * deviation + 1 / 1000, rel=0.02)
     assert accuracy.low < accuracy.value < accuracy.high
+
+
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_calibration_is_that_of_scikit_learns_curve(task: str, tmp_path: Path) -> None:
+    """Bins, shares, counts and the expected calibration error, from `calibration_curve` and NumPy's histogram."""
+    found = MADE[task](tmp_path / "p.parquet")
+    assert found.scores is not None
+    sure, right = found.scores.ravel(), found.truth.ravel()
+    if task == "single-label":
+        sure, right = found.scores.max(axis=1), found.truth == found.predicted
+    shares, means = calibration_curve(right, sure, n_bins=15, strategy="uniform")
+    counts = np.histogram(sure, 15, (0, 1))[0]
+    how = calibrate(found)
+    assert how is not None and [row[2] for row in how.bins] == counts[counts > 0].tolist()
+    assert [row[3] for row in how.bins] == pytest.approx(means) and [row[4] for row in how.bins] == pytest.approx(shares)
+    assert how.error == pytest.approx((counts[counts > 0] * abs(shares - means)).sum() / len(sure))
+    assert how.brier == pytest.approx(answers(found)["brier"], rel=1e-6)
+    for _, _, count, _, share, low, high in how.bins:
+        ends = stats.binomtest(round(share * count), count).proportion_ci(method="wilsoncc")
+        assert (low, high) == (pytest.approx(ends.low), pytest.approx(ends.high))
 
 
 def test_calibration_of_an_honest_and_an_overconfident_model(tmp_path: Path) -> None:
