@@ -192,7 +192,7 @@ def test_calibration_is_that_of_scikit_learns_curve(task: str, tmp_path: Path) -
     counts = np.histogram(sure, 15, (0, 1))[0]
     how = calibrate(found)
     assert how is not None and [row[2] for row in how.bins] == counts[counts > 0].tolist()
-    assert [row[3] for row in how.bins] == pytest.approx(means) and [row[4] for row in how.bins] == pytest.approx(shares)
+    assert [row[3:5] for row in how.bins] == [pytest.approx(pair) for pair in zip(means, shares, strict=True)]
     assert how.error == pytest.approx((counts[counts > 0] * abs(shares - means)).sum() / len(sure))
     assert how.brier == pytest.approx(answers(found)["brier"], rel=1e-6)
     for _, _, count, _, share, low, high in how.bins:
