@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-__all__ = ["aligned", "minutes_in_words", "plural", "seconds_in_words", "short_duration", "size_in_words"]
+__all__ = [
+    "aligned",
+    "minutes_in_words",
+    "number",
+    "p_value",
+    "plural",
+    "seconds_in_words",
+    "short_duration",
+    "size_in_words",
+]
 
 
 def minutes_in_words(number: float) -> str:
@@ -46,6 +55,18 @@ def size_in_words(num_bytes: float) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def number(value: float | None) -> str:
+    """A score, everywhere alike: four digits after the point; `1.235e-05` for what these cannot show; `–` for None and NaN."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3e}"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value, everywhere alike: three digits after the point, `< 0.001` below, `–` for None and NaN."""
+    return "–" if p is None or p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -38,7 +38,7 @@ _FLAGS = (
     "--remote-debugging-pipe",
 )
 #: name -> width, colour scheme.
-VIEWS = {"light": (1200, "light"), "dark": (1200, "dark"), "narrow": (360, "light"), "narrow-dark": (360, "dark")}
+VIEWS = {"light": (1280, "light"), "dark": (1280, "dark"), "narrow": (390, "light"), "narrow-dark": (390, "dark")}
 
 
 class Browser:

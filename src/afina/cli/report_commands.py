@@ -19,27 +19,29 @@ _MOST_BESIDE = 4
 
 
 @click.command()
-@click.argument("path", metavar="RUN_DIR|SWEEP")
-@click.option("--png", is_flag=True, help="Also write the charts as PNG files (needs matplotlib).")
+@click.argument("path", metavar="[RUN_DIR|SWEEP]", required=False)
+@click.option("--png", is_flag=True, help="Also write the charts as PNG files.")
 @click.option("--each", is_flag=True, help="For a folder of runs: write the page of every run, too.")
 @click.option("--no-text", is_flag=True, help="Leave the texts of mistaken rows out; their rows and ids stay.")
 @click.option(
     "-o", "--output", metavar="FOLDER", help="Write it there; by default into the run or the sweep, as report/."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the path of the page as JSON.")
-def report(path: str, png: bool, each: bool, no_text: bool, output: str | None, as_json: bool) -> None:
+def report(path: str | None, png: bool, each: bool, no_text: bool, output: str | None, as_json: bool) -> None:
     """Write a self-contained page about a run, or about the runs of a sweep, and print its path.
 
-    The page is RUN_DIR/report/index.html: no network, no script; its charts lie beside it as SVG files.
+    Without an argument: about the newest run on scratch. The page is RUN_DIR/report/index.html and needs no network; its charts
+    lie beside it as SVG files.
 
     \b
     Examples:
+      afina report
       afina report /scratch/me/runs/yelp-1a2b3c4d-1
       afina report /scratch/me/sweeps/rates --each --png
     """
-    from afina.reports import write_report
+    from afina.reports import newest_run, write_report
 
-    page = write_report(path, png=png, texts=not no_text, each=each, output=output)
+    page = write_report(path or newest_run(), png=png, texts=not no_text, each=each, output=output)
     print(json.dumps({"report": str(page)}) if as_json else page)
 
 
@@ -53,8 +55,11 @@ def report(path: str, png: bool, each: bool, no_text: bool, output: str | None, 
     help=f"Paired tests of each run against the first; by default for up to {_MOST_TESTED} runs.",
 )
 @click.option("--split", type=click.Choice(["eval", "test"]), default="eval", help="The split whose rows are compared.")
+@click.option("--html", "page", metavar="FOLDER", help="Also write it as a page with curves, FOLDER/index.html.")
 @click.option("--json", "as_json", is_flag=True)
-def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, split: str, as_json: bool) -> None:
+def compare(
+    runs: tuple[str, ...], metric: str | None, test: bool | None, split: str, page: str | None, as_json: bool
+) -> None:
     """Compare runs: differences between their recipes, their scores, and tests whether those differ by more than chance.
 
     A folder stands for the runs below it. Each run is tested against the first on the same eval rows: McNemar's exact test for
@@ -64,9 +69,11 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, split:
     Examples:
       afina compare runs/base runs/longer
       afina compare sweeps/rates --no-test --json
+      afina compare runs/base runs/longer --html comparison
       afina compare runs/chosen runs/base --split test
     """
     from afina.reports import compare as comparing
+    from afina.reports import write_comparison
     from afina.run.split_looks import look_at_test
 
     comparison = comparing.compare(runs, split)
@@ -75,12 +82,15 @@ def compare(runs: tuple[str, ...], metric: str | None, test: bool | None, split:
         tests = comparing.verdicts(comparison, metric)
     if split == "test":
         looked = look_at_test([run.path for run in comparison.runs], "compare", metric or "")
+    written = write_comparison(comparison, tests, page, looked) if page else None
     if as_json:
         answer = comparing.to_json(comparison, tests) | ({"looked": looked} if looked else {})
+        answer |= {"report": str(written)} if written else {}
         print(json.dumps(answer, ensure_ascii=False))
     else:
         _print(comparison, tests)
         print(looked, end="\n" * bool(looked))
+        print(written or "", end="\n" * bool(written))
 
 
 @click.command()
@@ -183,44 +193,15 @@ def _print(found: Any, tests: Any) -> None:
 def _tests(tests: Any) -> Any:
     from rich.table import Table
 
-    several = len(tests) > 1
-    heads = [
-        "against " + tests[0].against,
-        "score",
-        "first",
-        "run",
-        "difference",
-        "95 % interval",
-        "p",
-        *(["p (Holm)"] if several else []),
-        "test",
-    ]
+    from afina.reports.compare import test_rows
+
+    heads, rows = test_rows(tests)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in heads:
         table.add_column(head, overflow="fold")
-    for test in tests:
-        if test.paired is None:
-            table.add_row(test.run, f"not possible: {test.why_not}", *[""] * (len(heads) - 2))
-            continue
-        for number, d in enumerate(test.paired.differences):
-            corrected = [_p(test.p_corrected) if number == 0 else ""] if several else []
-            table.add_row(
-                f"{test.run} ({test.paired.rows} rows)" if number == 0 else "",
-                d.metric,
-                f"{d.first:.4f}",
-                f"{d.second:.4f}",
-                f"{d.second - d.first:+.4f}",
-                f"{d.low:+.4f} to {d.high:+.4f}",
-                _p(d.p),
-                *corrected,
-                d.test
-                + (f" ({test.paired.only_first} : {test.paired.only_second})" if d.test.startswith("McNemar") else ""),
-            )
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.3g}" if value >= 1e-4 else "< 0.0001"
 
 
 def _shown(value: Any) -> str:

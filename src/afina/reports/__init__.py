@@ -1,32 +1,35 @@
 """Reports: `<folder>/report/index.html`, one self-contained page about one run or about many.
 
-A missing or damaged file leaves its section out: a run that failed or is still training has a page too. The page fetches nothing and
-runs no script; its charts are SVG with a title and a description, and lie beside it as files. The site's account and the environment
-are left out, so that the page can be shared; texts of mistakes can be left out. Not covered: tests between runs
-(`afina.reports.compare`). Of Slurm only `sacct` is asked.
+A missing or damaged file leaves its section out: a run that failed or is still training has a page too. The page fetches nothing; its
+script is an enhancement. Its charts lie beside it as files. The site's account and the environment are left out, so that the page can be
+shared; texts of mistakes can be left out.
 
-    facts      everything that is read         sections, quality, work   facts -> HTML
-    charts     a chart as a value, its SVG     page                      the frame, tables
-    figures    charts as SVG and PNG files     collection                many runs on one page
+    facts      everything that is read         sections, quality, mistakes, work   facts -> HTML
+    charts     a chart as a value, drawn       page                                the frame, tables
+    compare    runs side by side, tests        collection                          many runs on one page
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from afina.errors import EnvironmentProblem
+from afina.errors import EnvironmentProblem, InputError
 from afina.files import write_atomic
-from afina.reports import quality, sections, work
-from afina.reports.charts import Chart
-from afina.reports.collection import collection_page
+from afina.reports import mistakes, quality, sections, work
+from afina.reports.charts import Chart, write_figures
+from afina.reports.collection import collection_page, comparison_page
+from afina.reports.compare import Comparison, Verdict
 from afina.reports.facts import RunFacts, read_facts
-from afina.reports.figures import need_matplotlib, write_figures
-from afina.reports.page import document, figure
+from afina.reports.page import document, figures
 from afina.run.directory import RunDir, is_run_dir
-from afina.watch.find import find_runs, resolve_folder
+from afina.watch.find import find_runs, known_runs, resolve_folder
 
-__all__ = ["write_report"]
+__all__ = ["newest_run", "write_comparison", "write_report"]
+
+#: Sections that are closed until someone opens them.
+_FOLDED = ("Outcome", "Requested and used", "Plan", "Attempts", "Record", "Recipe", "Run it again")
 
 
 def write_report(
@@ -36,16 +39,14 @@ def write_report(
 
     Args:
         png: also write the charts as PNG files.
-        texts: show the texts of the worst mistakes.
+        texts: show the texts of mistakes.
         each: for a folder, also write the page of every run in it.
         output: the folder of the page; by default `report` in `path`.
 
     Raises:
         InputError: the path is no run directory and has none below it, or a plan cannot be read.
-        EnvironmentProblem: the page cannot be written, or `png` without matplotlib.
+        EnvironmentProblem: the page cannot be written.
     """
-    if png:
-        need_matplotlib()
     path = resolve_folder(path)
     if is_run_dir(path):
         run = RunDir(path)
@@ -55,17 +56,84 @@ def write_report(
         for found in runs:
             write_report(found, png=png, texts=texts)
     folder = _made(Path(output or path.absolute() / "report"))
-    page, charts = collection_page(path.absolute(), runs, folder)
-    write_figures(folder, charts, png=png)
-    write_atomic(folder / "index.html", page)
+    charts, html = collection_page(path.absolute(), runs, folder)
+    write_atomic(folder / "index.html", html(write_figures(folder, charts, png=png)))
     return folder / "index.html"
 
 
+def write_comparison(
+    comparison: Comparison, tests: Sequence[Verdict] | None, output: str | Path, looked: str = ""
+) -> Path:
+    """Write the page of a comparison, with its charts beside it, into the folder `output`; returns its path.
+
+    Args:
+        looked: how often the test split was looked at.
+
+    Raises:
+        EnvironmentProblem: it cannot be written.
+    """
+    folder = _made(Path(output))
+    charts, html = comparison_page(comparison, tests, looked)
+    write_atomic(folder / "index.html", html(write_figures(folder, charts)))
+    return folder / "index.html"
+
+
+def newest_run() -> Path:
+    """The run on scratch that was claimed last.
+
+    Raises:
+        InputError: there is none.
+        SiteError: AFINA_SCRATCH is not set or does not exist.
+    """
+    runs = known_runs()
+    if not runs:
+        raise InputError("there is no run on scratch yet", "name a run directory, or make one: afina train RECIPE")
+    return max(runs, key=lambda run: (run / "plan.json").stat().st_mtime)
+
+
 def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path:
-    page, charts = _page(facts, texts=texts)
-    _made(folder)
-    write_figures(folder, charts, png=png)
-    write_atomic(folder / "index.html", page)
+    curves, classes = sections.curves(facts), quality.class_intervals(facts)
+    score, thresholds = quality.score_chart(facts), quality.thresholds(facts)
+    calibration, reliability = quality.calibration(facts)
+    lengths, histogram = work.lengths(facts)
+    speed, pace = work.speed(facts)
+    drawings = write_figures(
+        _made(folder),
+        [*score, *curves, *classes, *mistakes.matrices(facts), *thresholds, *reliability, *histogram, *pace],
+        png=png,
+    )
+
+    def shown(charts: Sequence[Chart]) -> str:
+        return figures(charts, drawings)
+
+    body = [
+        ("What happened", sections.happened(facts)),
+        ("Scores", shown(score) + quality.overall(facts)),
+        ("Learning curves", shown(curves) + sections.epochs(facts)),
+        ("Each class", quality.classes(facts) + shown(classes)),
+        ("Confusion matrix", mistakes.confusion(facts)),
+        ("Mistakes", mistakes.worst(facts, texts=texts)),
+        ("Thresholds", shown(thresholds)),
+        (
+            "Predicted and true values" if facts.task == "regression" else "Calibration",
+            shown(reliability) + calibration,
+        ),
+        ("Methods", sections.methods(facts)),
+        ("Data", sections.data(facts)),
+        ("Lengths and padding", lengths + shown(histogram)),
+        ("Speed", speed + shown(pace)),
+        ("Time", work.time_spent(facts)),
+        ("Requested and used", work.requested_and_used(facts)),
+        ("Outcome", sections.outcome(facts)),
+        ("Plan", sections.plan(facts)),
+        ("Attempts", sections.attempts(facts)),
+        ("Record", sections.record(facts)),
+        ("Recipe", sections.recipe(facts)),
+        ("Run it again", sections.rerun(facts)),
+    ]
+    recipe = facts.plan.recipe
+    about = f"{recipe.model}, afina {facts.plan.afina_version}"
+    write_atomic(folder / "index.html", document(recipe.name, about, sections.summary(facts), body, _FOLDED))
     return folder / "index.html"
 
 
@@ -81,44 +149,3 @@ def _made(folder: Path) -> Path:
             f"{folder}: no permission to write", "correct it, or write it elsewhere: afina report … -o FOLDER"
         )
     return folder
-
-
-def _page(facts: RunFacts, *, texts: bool) -> tuple[str, list[Chart]]:
-    """The page and the charts that are files."""
-    curves = sections.curves(facts)
-    calibration, reliability = quality.calibration(facts)
-    lengths, histogram = work.lengths(facts)
-    speed, pace = work.speed(facts)
-    body = [
-        ("Outcome", sections.outcome(facts)),
-        ("Methods", sections.methods(facts)),
-        ("Epochs", sections.epochs(facts)),
-        *((name, _drawn(charts)) for name, charts in curves.items()),
-        ("Scores", quality.overall(facts)),
-        ("Each class", quality.classes(facts)),
-        ("Confusion matrix", quality.confusion(facts)),
-        (
-            "Predicted and true values" if facts.task == "regression" else "Calibration",
-            _drawn(reliability) + calibration,
-        ),
-        ("Worst mistakes", quality.worst(facts, texts=texts)),
-        ("Data", sections.data(facts)),
-        ("Lengths and padding", lengths + _drawn(histogram)),
-        ("Speed", speed + _drawn(pace)),
-        ("Time", work.time_spent(facts)),
-        ("Requested and used", work.requested_and_used(facts)),
-        ("Plan", sections.plan(facts)),
-        ("Attempts", sections.attempts(facts)),
-        ("Record", sections.record(facts)),
-        ("Recipe", sections.recipe(facts)),
-        ("Run it again", sections.rerun(facts)),
-    ]
-    recipe = facts.plan.recipe
-    about = f"{recipe.model}, afina {facts.plan.afina_version}"
-    charts = [chart for group in curves.values() for chart in group]
-    charts += [*reliability, *histogram, *pace, *quality.matrices(facts)]
-    return document(recipe.name, about, sections.summary(facts), body), charts
-
-
-def _drawn(charts: list[Chart]) -> str:
-    return "".join(map(figure, charts))

@@ -1,18 +1,39 @@
-"""A chart as a value, and its SVG: lines, bars, points, intervals or a matrix. Pure.
+"""Charts: a chart as a value, drawn by matplotlib once, as SVG for page and file and as PNG.
 
-The same SVG stands in the page and in a file, and a PNG file is made of it (`afina.reports.figures`). Every chart has a title and a
-description in words; lines differ by dash as well as by colour. At most about `_MOST_POINTS` points of a line are drawn: the least and
-the greatest value of each stretch, so that no spike is lost.
+In the page the colours become the page's own (light, dark, print), and `page.js` adds values under the pointer and zoom; it reads both
+from the drawing. At most about `MOST_POINTS` points of a line are drawn: the least and the greatest value of each stretch, so that no
+spike is lost. matplotlib is imported inside the functions and needs no display.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Bar", "Chart", "Point", "Range", "svg", "thin", "ticks"]
+from afina.files import write_atomic
+
+__all__ = [
+    "LIGHT",
+    "Bar",
+    "Chart",
+    "Point",
+    "Range",
+    "inline_svg",
+    "points_of",
+    "short_name",
+    "smoothed",
+    "thin",
+    "write_figures",
+]
 
 Point = tuple[float, float]
 #: Left edge, right edge, height.
@@ -20,17 +41,52 @@ Bar = tuple[float, float, float]
 #: Name, low, value, high.
 Range = tuple[str, float, float, float]
 
-#: Colour and dash pattern of each line; the page defines the colours for light and dark.
-_STROKES = ("var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)")
-_DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2")
-_SOFT, _RULE = "var(--soft)", "var(--rule)"
-
-_MOST_POINTS = 1200
-_WIDTH = 720
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 700, 34, 250
-_LEGENDS_PER_ROW, _LEGEND_WIDTH = 4, 160
-#: Height of a row of a chart of intervals; the longest name that is shown; the most labels of a matrix that shows its numbers.
-_ROW, _NAME, _MOST_NUMBERS = 22, 34, 30
+MOST_POINTS = 600
+#: From so many points on a line is smoothed.
+_SMOOTH_FROM = 60
+#: The page's variable of each colour, and its value in files and on paper.
+LIGHT = {
+    "text": "#1c2024",
+    "soft": "#56606a",
+    "rule": "#d5dade",
+    "line-1": "#1a5dab",
+    "line-2": "#b3470b",
+    "line-3": "#2a7a3b",
+    "line-4": "#8a3c9c",
+    "line-5": "#6a5a00",
+    "line-6": "#00707a",
+}
+_COLOURS = [colour for name, colour in LIGHT.items() if name.startswith("line")]
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5)), (0, (8, 2)))
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": LIGHT["text"],
+    "text.parse_math": False,
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.edgecolor": LIGHT["rule"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.use_mathtext": False,
+    "axes.formatter.limits": (-3, 5),
+    "axes.unicode_minus": False,
+    "grid.color": LIGHT["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": LIGHT["rule"],
+    "ytick.color": LIGHT["rule"],
+    "xtick.labelcolor": LIGHT["text"],
+    "ytick.labelcolor": LIGHT["text"],
+    "legend.frameon": False,
+    "legend.handlelength": 2.4,
+    "path.simplify": False,
+    "svg.fonttype": "none",
+}
+_WIDTH, _HEIGHT, _DPI = 4.8, 2.5, 200
+_MOST_NAME = 30
+#: A legend's row, a row of a chart of intervals and the side of a matrix's cell, in inches.
+_LEGEND_ROW, _ROW, _CELL = 0.18, 0.22, 0.27
 
 
 @dataclass(frozen=True)
@@ -40,15 +96,19 @@ class Chart:
     Attributes:
         key: names the file, and the ids in the page.
         lines: name -> points, x ascending.
+        faint: name of a line -> the values that it smooths.
         bars: name -> bars; drawn behind the lines.
-        dots: points without a line.
-        ranges: one row each, a value with its interval; such a chart has nothing else.
+        dots: name -> points without a line.
+        ranges: one row each, a value with its interval; such a chart has nothing else but `marks`.
         matrix: counts, one row for each of `names`; such a chart has nothing else.
         marks: x -> label of a vertical line.
+        best: the best point, with a label.
         whiskers: x, low, high.
         diagonal: draw y = x.
         frame: x and y limits; by default the range of the data.
+        log: a logarithmic x axis.
         description: the content in words; by default the ends of the lines.
+        note: stands behind the title in the page.
     """
 
     key: str
@@ -56,16 +116,20 @@ class Chart:
     x: str = "step"
     y: str = ""
     lines: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    faint: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     bars: Mapping[str, Sequence[Bar]] = field(default_factory=dict)
-    dots: Sequence[Point] = ()
+    dots: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     ranges: Sequence[Range] = ()
     matrix: Sequence[Sequence[int]] = ()
     names: Sequence[str] = ()
     marks: Mapping[float, str] = field(default_factory=dict)
+    best: tuple[float, float, str] | None = None
     whiskers: Sequence[tuple[float, float, float]] = ()
     diagonal: bool = False
     frame: tuple[Point, Point] | None = None
+    log: bool = False
     description: str = ""
+    note: str = ""
 
     @property
     def drawn(self) -> dict[str, Sequence[Point]]:
@@ -74,32 +138,27 @@ class Chart:
 
     def __bool__(self) -> bool:
         """Whether there is anything to draw."""
-        return bool(self.drawn or self.dots or self.ranges or self.matrix or any(self.bars.values()))
+        return bool(self.drawn or self.ranges or self.matrix or any(self.dots.values()) or any(self.bars.values()))
 
     @property
     def in_words(self) -> str:
         """The description for readers who cannot see the chart."""
-        if self.description:
-            return self.description
         ends = [(name, points[0], points[-1]) for name, points in self.drawn.items()]
         lines = [f"{name}: {a[1]:.4g} at {self.x} {a[0]:g}, {b[1]:.4g} at {self.x} {b[0]:g}" for name, a, b in ends]
-        marks = [f"{label} began at {self.x} {at:g}" for at, label in self.marks.items()]
-        return "; ".join([*lines, *marks]) + "."
+        marks = [f"{label} at {self.x} {at:g}" for at, label in self.marks.items()]
+        words = [self.description.rstrip(".")] if self.description else lines
+        return "; ".join([*words, *marks, *([self.best[2]] if self.best else [])]) + "."
+
+    @property
+    def caption(self) -> str:
+        """Title, note, and how many points were left out."""
+        lines = (*self.drawn.values(), *self.faint.values())
+        whole, kept = sum(map(len, lines)), sum(len(thin(points)) for points in lines)
+        left_out = f"{kept:,} of {whole:,} points are drawn: the least and the greatest of each stretch."
+        return " ".join(filter(None, [f"{self.title}.", self.note, left_out if kept < whole else ""]))
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """About `about` round numbers in [low, high]: 1, 2 or 5 times a power of ten apart."""
-    raw = (high - low) / about
-    if not raw > 0 or not math.isfinite(raw):
-        return [low]
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    count = math.floor(high / step + 1e-9) - first + 1
-    return [round((first + k) * step, 12) for k in range(count)]
-
-
-def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
+def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most about `most` points: the first, the last, and the least and the greatest of each stretch between them."""
     if len(points) <= most:
         return list(points)
@@ -111,175 +170,246 @@ def thin(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
     return [points[i] for i in sorted(kept)]
 
 
-def svg(chart: Chart, *, style: str = "") -> str:
-    """One SVG element; an empty string if there is nothing to draw.
-
-    Args:
-        style: CSS put inside, for a file that stands alone.
-    """
-    if not chart:
-        return ""
-    draw = _matrix if chart.matrix else _ranges if chart.ranges else _plot
-    body, width, height = draw(chart)
-    name = escape(chart.key, quote=True)
-    alone = f' xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"' if style else ""
-    return (
-        f'<svg{alone} viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(chart.title)}</title><desc id="{name}-desc">{escape(chart.in_words)}</desc>'
-        f"{f'<style>{style}</style>' if style else ''}{body}</svg>"
-    )
+def smoothed(chart: Chart, name: str) -> Chart:
+    """The chart with a line of many points smoothed: an exponential moving average, its first values corrected for their small number."""
+    points = chart.lines.get(name, ())
+    if len(points) < _SMOOTH_FROM:
+        return chart
+    span = max(10, len(points) // 25)
+    average, weight, keep, line = 0.0, 0.0, 1 - 2 / (span + 1), []
+    for x, y in points:
+        average, weight = keep * average + (1 - keep) * y, keep * weight + 1 - keep
+        line.append((x, average / weight))
+    note = f"Strong line: moving average over about {span} values of {name}; pale: the values themselves."
+    return replace(chart, lines={**chart.lines, name: line}, faint={name: points}, note=note)
 
 
-def _line(start: Point, end: Point, stroke: str, more: str = "") -> str:
-    return (
-        f'<line x1="{start[0]:.1f}" x2="{end[0]:.1f}" y1="{start[1]:.1f}" y2="{end[1]:.1f}" stroke="{stroke}"{more}/>'
-    )
+def points_of(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+    """The finite values of a key of `metrics.jsonl` by step."""
+    points = ((line.get("step"), line.get(key)) for line in lines)
+    return [
+        (float(x), float(y))
+        for x, y in points
+        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
+    ]
 
 
-def _dot(x: float, y: float, radius: float, more: str = "", stroke: str = _STROKES[0]) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{stroke}"{more}/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", *, kind: str = "", upwards: bool = False) -> str:
-    """Text at its baseline. `kind`: a class of the page's style."""
-    turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if upwards else ""
-    named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
-
-
-def _short(name: str, most: int = _NAME) -> str:
+def short_name(name: str, most: int = _MOST_NAME) -> str:
     """The end of a long name: names of runs differ there."""
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """The linear map from [low, high] to [start, end]."""
-    return lambda value: start + (value - low) / (high - low) * (end - start)
+# -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def _widened(low: float, high: float) -> Point:
-    """Limits of an axis: a single value lies in the middle."""
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+def _figure(chart: Chart) -> tuple[Any, Any]:
+    """A figure and its axes."""
+    from matplotlib.figure import Figure
+
+    if chart.matrix:
+        side = max(2.0, _CELL * len(chart.names))
+        size = side + 1.2 + 0.07 * max(len(short_name(name)) for name in chart.names)
+        figure = Figure(figsize=(size, size), layout="constrained")
+    else:
+        legends = len(chart.bars) + len(chart.drawn) + len(chart.dots) + bool(chart.best)
+        rows = math.ceil(legends / _legends_per_row(chart)) if legends > 1 else 0
+        height = 0.85 + _ROW * len(chart.ranges) if chart.ranges else _HEIGHT + _LEGEND_ROW * max(0, rows - 1)
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    (_draw_matrix if chart.matrix else _draw_ranges if chart.ranges else _draw)(chart, axes)
+    axes.set_xlabel(chart.x)
+    axes.set_ylabel(chart.y)
+    return figure, axes
 
 
-def _bounds(chart: Chart) -> tuple[Point, Point]:
-    """Limits of the axes: x, y. Bars begin at 0."""
-    if chart.frame is not None:
-        return chart.frame
-    points = [p for line in chart.drawn.values() for p in line] + list(chart.dots)
-    bars = [b for group in chart.bars.values() for b in group]
-    xs = [x for x, _ in points] + [edge for b in bars for edge in b[:2]]
-    ys = [y for _, y in points] + [0.0, *(b[2] for b in bars)] * bool(bars)
-    return _widened(min(xs), max(xs)), _widened(min(ys), max(ys))
+def _legends_per_row(chart: Chart) -> int:
+    longest = max(map(len, (*chart.bars, *chart.drawn, *chart.dots)), default=0)
+    return 3 if longest <= 14 else 2 if longest <= 26 else 1
 
 
-def _plot(chart: Chart) -> tuple[str, int, int]:
-    """The drawing over a pair of axes, its width and height."""
-    (first, last), (low, high) = _bounds(chart)
-    legend_rows = math.ceil((len(chart.bars) + len(chart.drawn)) / _LEGENDS_PER_ROW)
-    top = _TOP + 20 * max(0, legend_rows - 1)
-    bottom = _BOTTOM + top - _TOP
-    across, up = _scale(first, last, _LEFT, _RIGHT), _scale(low, high, bottom, top)
-    parts = []
-    for value in ticks(low, high):
-        parts.append(_line((_LEFT, up(value)), (_RIGHT, up(value)), _RULE))
-        parts.append(_text(_LEFT - 8, up(value) + 4, f"{value:.6g}", "end"))
-    parts += [_text(across(value), bottom + 18, f"{value:.6g}", "middle") for value in ticks(first, last, 8)]
-    parts.append(_text((_LEFT + _RIGHT) / 2, bottom + 38, chart.x, "middle", kind="axis"))
-    if chart.y:
-        parts.append(_text(14, (top + bottom) / 2, chart.y, "middle", kind="axis", upwards=True))
+def _draw(chart: Chart, axes: Any) -> None:
+    shown: list[Any] = []
+    for number, (name, bars) in enumerate(chart.bars.items()):
+        edges = [(left, right - left, value) for left, right, value in bars]
+        left, width, heights = zip(*edges, strict=True) if edges else ((), (), ())
+        drawn = axes.bar(
+            left, heights, width, align="edge", color=_COLOURS[number], alpha=0.7 - 0.3 * (number > 0), label=name
+        )
+        for at, bar in enumerate(drawn):
+            bar.set_gid(f"{chart.key}-b{number}.{at}")
+        shown.append(drawn)
+    for number, (name, points) in enumerate(chart.dots.items(), start=len(chart.bars)):
+        alpha = 0.9 if len(points) < 200 else 0.35
+        drawn = axes.scatter(
+            *_columns(points), s=14, color=_COLOURS[number % len(_COLOURS)], alpha=alpha, linewidths=0, label=name
+        )
+        drawn.set_gid(f"{chart.key}-d{number}")
+        shown.append(drawn)
+    first = len(chart.bars) + len(chart.dots)
+    for number, (name, points) in enumerate(chart.drawn.items(), start=first):
+        colour, dash = _COLOURS[number % len(_COLOURS)], _DASHES[(number + number // len(_COLOURS)) % len(_DASHES)]
+        if chart.faint.get(name):
+            axes.plot(
+                *_columns(thin(chart.faint[name])), color=colour, alpha=0.3, linewidth=0.8, gid=f"{chart.key}-f{number}"
+            )
+        few = {"marker": "o", "markersize": 3.5} if len(points) <= 40 else {}
+        line = {"color": colour, "linestyle": dash, "linewidth": 1.5, "label": name, "gid": f"{chart.key}-d{number}"}
+        shown += axes.plot(*_columns(thin(points)), **line, **few)
+    for number, (x, low, high) in enumerate(chart.whiskers):
+        axes.plot([x, x], [low, high], color=_COLOURS[1], linewidth=1.2, gid=f"{chart.key}-w{number}")
     if chart.diagonal:
-        start, end = max(first, low), min(last, high)
-        parts.append(_line((across(start), up(start)), (across(end), up(end)), _SOFT, ' stroke-dasharray="3 3"'))
-    parts += _marks(chart, across, top, bottom)
-    for number, (name, group) in enumerate(chart.bars.items()):
-        stroke = _STROKES[number % len(_STROKES)]
-        for left, right, value in group:
-            x, width = across(left), max(1.0, across(right) - across(left) - 1)
-            parts.append(
-                f'<rect x="{x:.1f}" y="{up(value):.1f}" width="{width:.1f}" height="{max(0.0, up(0) - up(value)):.1f}" '
-                f'fill="{stroke}" fill-opacity="{0.75 if number == 0 else 0.45}"/>'
-            )
-        parts.append(_legend(number, name, f'stroke="{stroke}" stroke-width="10"'))
-    parts += [_dot(across(x), up(y), 2.5, ' fill-opacity="0.5"') for x, y in chart.dots]
-    for x, least, greatest in chart.whiskers:
-        stroke = _STROKES[len(chart.bars) % len(_STROKES)]
-        parts.append(_line((across(x), up(least)), (across(x), up(greatest)), stroke, ' stroke-width="1.5"'))
-    for number, (name, points) in enumerate(chart.drawn.items(), start=len(chart.bars)):
-        stroke, dash = _STROKES[number % len(_STROKES)], _DASHES[number % len(_DASHES)]
-        style = f'fill="none" stroke="{stroke}" stroke-width="2" stroke-dasharray="{dash}"'
-        placed = [(across(x), up(y)) for x, y in thin(points)]
-        parts.append(f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
-        if len(placed) <= 30:
-            parts += [_dot(x, y, 3, stroke=stroke) for x, y in placed]
-        parts.append(_legend(number, name, style))
-    return "".join(parts), _WIDTH, bottom + 48
+        axes.axline((0, 0), slope=1, color=LIGHT["soft"], linestyle=(0, (3, 3)), linewidth=0.8)
+    if chart.log:
+        axes.set_xscale("log")
+    if chart.frame is not None:
+        axes.set_xlim(*chart.frame[0])
+        axes.set_ylim(*chart.frame[1])
+    _draw_marks(chart, axes)
+    if chart.best is not None:
+        x, y, label = chart.best
+        axes.plot([x], [y], marker="D", markersize=6, color=LIGHT["text"], linestyle="none", gid=f"{chart.key}-o0")
+        shown += [axes.lines[-1]]
+        axes.lines[-1].set_label(label)
+    if len(shown) > 1:
+        names = [short_name(str(one.get_label())) for one in shown]
+        axes.figure.legend(shown, names, loc="outside upper left", ncols=_legends_per_row(chart), fontsize=8.5)
 
 
-def _legend(number: int, name: str, style: str) -> str:
-    row, column = divmod(number, _LEGENDS_PER_ROW)
-    x, y = _LEFT + column * _LEGEND_WIDTH, 14 + 20 * row
-    shown = name if len(name) <= 17 else name[:16] + "…"
-    return f'<line x1="{x}" x2="{x + 28}" y1="{y}" y2="{y}" {style}/>{_text(x + 34, y + 4, shown)}'
+def _draw_marks(chart: Chart, axes: Any, *, above: bool = False) -> None:
+    """Vertical lines with their labels, along the line or above it; the labels of the first few, so that they do not cover each other."""
+    low, high = axes.get_xlim()
+    for number, (at, label) in enumerate(sorted(chart.marks.items())):
+        if low <= at <= high:
+            style = {"color": LIGHT["soft"], "linestyle": (0, (1, 2)), "linewidth": 1, "gid": f"{chart.key}-m{number}"}
+            axes.axvline(at, **style)
+            if number < 6:
+                place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "color": LIGHT["soft"], "fontsize": 8}
+                if above:
+                    axes.annotate(label, (at, 1), ha="center", va="bottom", **place)
+                    continue
+                beside = {"xytext": (2, 3), "textcoords": "offset points", "rotation": 90}
+                axes.annotate(label, (at, 0), **beside, **place).set_in_layout(False)
 
 
-def _marks(chart: Chart, across: Callable[[float], float], top: int, bottom: int) -> list[str]:
-    """Vertical lines, with those labels that do not cover each other."""
-    parts, free = [], -math.inf
-    (first, last), _ = _bounds(chart)
-    for at, label in sorted(chart.marks.items()):
-        if not first <= at <= last:
-            continue
-        x = across(at)
-        parts.append(_line((x, top), (x, bottom), _SOFT, ' class="mark" stroke-dasharray="1 3"'))
-        if x >= free:
-            parts.append(_text(x + 14, bottom - 6, label, kind="mark", upwards=True))
-            free = x + 16
-    return parts
+def _draw_ranges(chart: Chart, axes: Any) -> None:
+    names, low, value, high = zip(*chart.ranges, strict=True)
+    rows = range(len(names))
+    axes.hlines(rows, low, high, color=_COLOURS[0], linewidth=1.8)
+    axes.plot(value, rows, "o", color=_COLOURS[0], markersize=5)
+    axes.set_yticks(rows, [short_name(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    if chart.marks:
+        axes.plot(list(chart.marks), [0] * len(chart.marks), alpha=0)  # inside the limits
+    _draw_marks(chart, axes, above=True)
 
 
-def _ranges(chart: Chart) -> tuple[str, int, int]:
-    """Values with their intervals, one row each, as a dot and a bar."""
-    left, right, top = 30 + 7 * min(_NAME, max(6, *(len(r[0]) for r in chart.ranges))), 640, 26
-    low, high = _widened(min(r[1] for r in chart.ranges), max(r[3] for r in chart.ranges))
-    bottom = top + _ROW * len(chart.ranges)
-    across = _scale(low, high, left, right)
-    parts = []
-    for value in ticks(low, high):
-        parts.append(_line((across(value), top), (across(value), bottom), _RULE))
-        parts.append(_text(across(value), bottom + 16, f"{value:.6g}", "middle"))
-    for number, (name, least, value, greatest) in enumerate(chart.ranges):
-        y = top + _ROW * number + _ROW / 2
-        parts.append(_text(left - 12, y + 4, _short(name), "end"))
-        parts.append(_line((across(least), y), (across(greatest), y), _STROKES[0], ' stroke-width="2"'))
-        parts.append(_dot(across(value), y, 4))
-        parts.append(_text(right + 12, y + 4, f"{value:.4f}"))
-    parts.append(_text((left + right) / 2, bottom + 36, chart.x, "middle", kind="axis"))
-    return "".join(parts), _WIDTH, bottom + 46
+def _draw_matrix(chart: Chart, axes: Any) -> None:
+    """Counts in squares; the darker, the larger the share of the row. Of many labels, counts of 2 % of a row or more."""
+    from matplotlib.colors import LinearSegmentedColormap
 
-
-def _matrix(chart: Chart) -> tuple[str, int, int]:
-    """Counts in squares; the darker, the larger the share of the row."""
-    names = [_short(name) for name in chart.names]
-    shown = len(names) <= _MOST_NUMBERS
-    side = max(30, 8 + 8 * len(str(max(map(max, chart.matrix))))) if shown else 14
-    margin = 12 + 8 * max(map(len, names))
-    left, top = margin + 20, margin + 20
-    width, height = left + side * len(names) + 10, top + side * len(names) + 10
-    parts = [
-        _text((left + width) / 2, 14, chart.x, "middle", kind="axis"),
-        _text(14, (top + height) / 2, chart.y, "middle", kind="axis", upwards=True),
-    ]
-    for i, (name, row) in enumerate(zip(names, chart.matrix, strict=True)):
-        middle, total = i * side + side / 2 + 4, sum(row) or 1
-        parts.append(_text(left - 8, top + middle, name, "end"))
-        parts.append(_text(left + middle, top - 8, name, upwards=True))
+    names = [short_name(name) for name in chart.names]
+    shares = [[count / (sum(row) or 1) for count in row] for row in chart.matrix]
+    axes.imshow(shares, cmap=LinearSegmentedColormap.from_list("shares", ["#ffffff", _COLOURS[0]]), vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.xaxis.set_ticks_position("top")
+    axes.xaxis.set_label_position("top")
+    axes.grid(False)
+    least = 0.0 if len(names) <= 12 else 0.02 if len(names) <= 30 else 1.0
+    for i, row in enumerate(chart.matrix):
         for j, count in enumerate(row):
-            x, y = left + j * side, top + i * side
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{side - 1}" height="{side - 1}" fill="{_STROKES[0]}" '
-                f'fill-opacity="{0.03 + 0.57 * count / total:.3f}"/>'
-            )
-            if shown:
-                parts.append(_text(x + side / 2, y + side / 2 + 4, str(count), "middle"))
-    return "".join(parts), width, height
+            if count and shares[i][j] >= least:
+                colour = "#ffffff" if shares[i][j] > 0.5 else LIGHT["text"]
+                size = 9 if len(str(count)) < 4 else 27 / len(str(count))
+                axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=size)
+
+
+def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+# -- SVG and PNG -------------------------------------------------------------------------------------------------------
+
+
+def _rendered(chart: Chart, png: bool) -> tuple[str, bytes]:
+    """The SVG element with its colours as hexadecimal numbers, and the PNG."""
+    from matplotlib import rc_context
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home directory that cannot be written, a missing font
+    image, drawing = io.BytesIO(), io.StringIO()
+    with warnings.catch_warnings(), rc_context({**_STYLE, "svg.hashsalt": chart.key}):
+        # A script that matplotlib's own font lacks: a box is drawn in the PNG; the SVG beside it is right.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure, axes = _figure(chart)
+        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        if png:
+            figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
+        about = _readable(chart, figure, axes)
+    return _cleaned(drawing.getvalue(), chart, about), image.getvalue()
+
+
+def _readable(chart: Chart, figure: Any, axes: Any) -> str:
+    """Attributes for `page.js`: the plot's box in the drawing, the limits of its axes, the names of its lines and dots."""
+    if chart.matrix or chart.ranges:
+        return ""
+    height = figure.get_figheight() * 72
+    box = axes.get_position()
+    wide = figure.get_figwidth() * 72
+    corners = [box.x0 * wide, height - box.y1 * height, box.x1 * wide, height - box.y0 * height]
+    names = [*chart.bars, *chart.dots, *chart.drawn]
+    values = {
+        "box": " ".join(f"{v:.2f}" for v in corners),
+        "limits": " ".join(f"{v:.9g}" for v in (*axes.get_xlim(), *axes.get_ylim())),
+        "scale": "log" if chart.log else "linear",
+        "x": chart.x,
+        "names": json.dumps(names, ensure_ascii=False),
+    }
+    return "".join(f' data-{key}="{escape(value, quote=True)}"' for key, value in values.items())
+
+
+def _cleaned(drawing: str, chart: Chart, about: str) -> str:
+    """matplotlib's SVG as one element that can stand in a page: named, described, without ids that others have too."""
+    body = drawing[drawing.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', body))
+    body = re.sub(r'<g id="([xy])tick_\d+">', r'<g class="tick-\1">', body)
+    kept = (*used, f"{chart.key}-")
+    body = re.sub(r' id="([^"]+)"', lambda at: at[0] if at[1].startswith(kept) else "", body)
+    body = re.sub(
+        r'(?<= [dxy]=")[^"]+', lambda at: re.sub(r"-?\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", at[0]), body
+    )
+    body = re.sub(r"font: ([\d.]+px)[^;\"]+", r"font: \1 system-ui, sans-serif", body)
+    body = re.sub(r">\s+<", "><", body)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', body)
+    assert size is not None
+    name = escape(chart.key, quote=True)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{size[0][9:-1]}" '
+        f'width="{size[1]}" height="{size[2]}" stroke-linejoin="round" role="img" aria-labelledby="{name}-title {name}-desc"{about}>'
+        f'<title id="{name}-title">{escape(chart.title)}</title><desc id="{name}-desc">{escape(chart.in_words)}</desc>'
+    )
+    return head + body[body.index(">") + 1 :].strip()
+
+
+def inline_svg(drawing: str) -> str:
+    """The drawing in the colours of the page around it."""
+    for name, colour in LIGHT.items():
+        drawing = drawing.replace(colour, f"var(--{name})")
+    return drawing.replace(' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
+
+
+def write_figures(folder: Path, charts: Iterable[Chart], *, png: bool = False) -> dict[str, str]:
+    """Write `<key>.svg`, and with `png` `<key>.png`, of every chart that has something to draw; returns the drawings by key.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written.
+    """
+    drawings = {}
+    for chart in filter(None, charts):
+        drawings[chart.key], image = _rendered(chart, png)
+        alone = drawings[chart.key].replace("<svg ", '<svg style="background: #fff" ', 1)
+        write_atomic(folder / f"{chart.key}.svg", f'<?xml version="1.0" encoding="UTF-8"?>\n{alone}\n')
+        if png:
+            write_atomic(folder / f"{chart.key}.png", image)
+    return drawings

@@ -1,8 +1,8 @@
-"""One page about many runs, of a sweep or any folder: differences of recipes, outcomes, scores with intervals.
+"""One page about many runs: of a sweep or any folder, or of a comparison.
 
 Runs whose recipes differ in the seed alone are one point: its mean over seeds and the interval of that mean are the headline, not its
-luckiest seed. The intervals of single runs cover the sampling of eval rows. Not covered: tests between points (`afina sweep`) and between
-runs (`afina compare`).
+luckiest seed, and the points are tested against the best as `afina sweep` does (`afina.statistics.points`). Curves of the best runs lie
+over each other. The intervals of single runs cover the sampling of eval rows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,116 +19,221 @@ from urllib.parse import quote
 from afina.errors import AfinaError
 from afina.files import read_json
 from afina.recipe.metrics import SCALARS, lower_is_better
-from afina.reports.charts import Chart
-from afina.reports.compare import differing, names_of
-from afina.reports.page import document, figure, note, pairs, seconds, table, tiles
-from afina.statistics.intervals import MeanInterval, mean_interval
+from afina.reports.charts import Chart, points_of, smoothed
+from afina.reports.compare import Comparison, Verdict, differing, names_of, test_rows
+from afina.reports.page import document, figures, note, pairs, seconds, table, tiles, warnings
+from afina.run.directory import RunDir
+from afina.statistics.intervals import mean_interval
+from afina.statistics.points import Row, ranked, remarks, useless
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
 from afina.statistics.weakness import weaknesses
+from afina.text import number, p_value
 from afina.watch.reading import RunResult, read_result
 
-__all__ = ["collection_page"]
+__all__ = ["collection_page", "comparison_page"]
 
-#: The most runs in the chart; the most whose intervals are computed, which takes time.
-_MOST_DRAWN = 60
-_MOST_SCORED = 200
+#: The most runs in the chart of scores; whose curves are drawn; whose intervals are computed, which takes time.
+_MOST_DRAWN, _MOST_CURVES, _MOST_SCORED = 60, 8, 200
 #: Resamples per run; there are many runs.
 _DRAWS = 1000
 
-
-@dataclass(frozen=True)
-class _Point:
-    """Runs that differ in the seed alone: their name, indices, mean over those that have finished; why all are of no use."""
-
-    name: str
-    runs: tuple[int, ...]
-    mean: MeanInterval | None
-    weak: str
+#: The charts of a page, and the page from their drawings.
+Page = tuple[list[Chart], Callable[[Mapping[str, str]], str]]
 
 
-def collection_page(folder: Path, paths: Sequence[Path], page: Path) -> tuple[str, list[Chart]]:
-    """The page and its charts. `paths` are run directories below `folder`; `page` is the folder of the page."""
+def collection_page(folder: Path, paths: Sequence[Path], page: Path) -> Page:
+    """The page of the runs below a folder. `paths` are run directories below `folder`; `page` is the folder of the page."""
     runs = [read_result(path) for path in paths]
     names = names_of(paths) if folder not in paths else [folder.name]
     metric = next((run.metric for run in runs if run.metric), None)
     intervals, weak, why = _intervals(runs, metric)
-    order, points = _ranked(runs, metric), _points(runs, names, metric, weak)
-    seeds = any(len(point.runs) > 1 for point in points)
-    spread = {names[i]: intervals[i] for i in order if i in intervals}
-    chart = Chart(
-        "runs",
-        f"{metric} of the runs, with 95 % intervals",
-        x=metric or "",
-        ranges=[(name, s.low, s.value, s.high) for name, s in spread.items()][:_MOST_DRAWN],
-        description="; ".join(f"{name}: {s.value:.4f}" for name, s in spread.items()) + ".",
-    )
-    finished = sum(run.finished for run in runs)
-    lead = {"runs": (str(len(runs)), f"{finished} finished")}
-    if metric and points and points[0].mean is not None and not points[0].weak:
-        best, below = points[0].mean, points[0].name
-        if best.low is not None and best.high is not None:
-            below += f": mean of {best.count} seeds, 95 % interval {best.low:.4f} to {best.high:.4f}"
-        lead[f"best {metric}"] = (f"{best.mean:.4f}", below)
-    elif points and points[0].weak:
-        lead[f"best {metric}"] = ("none", f"every model is of no use: {points[0].weak}")
-    spent = sum(float(run.outcome.get("seconds") or 0) for run in runs)
-    lead["wall time of all"] = (seconds(spent) or "–", "")
+    order, record = _ranked(runs, metric), read_json(folder / "sweep.json")
+    rows, best, seeds = _points(runs, names, metric, weak)
+    search = isinstance(record.get("search"), Mapping)
+    scores = [_scores(metric, {names[i]: intervals[i] for i in order if i in intervals})]
+    curves, effects = _overlaid([runs[i] for i in order], [names[i] for i in order], metric), _effects(runs, metric)
     missing = sum(not _page_of(run).is_file() for run in runs)
     hint = f"{missing} of the runs have no page of their own yet: `afina report --each` writes them." if missing else ""
-    listed = _table(page, [(names[i], runs[i], intervals.get(i), weak.get(i)) for i in order], metric)
-    body = [
-        ("Points", _points_table(points, metric) if seeds else ""),
-        ("Runs", listed + note("; ".join(filter(None, (why, hint)))) if listed else ""),
-        ("Scores", figure(chart)),
-        ("Sweep", _sweep(read_json(folder / "sweep.json"))),
-    ]
-    models = {str(run.recipe.get("model")) for run in runs}
-    about = f"{len(runs)} runs, {', '.join(sorted(models))}" if len(models) <= 3 else f"{len(runs)} runs"
-    return document(folder.name, about, tiles(lead), body), [chart]
+
+    def html(drawings: Mapping[str, str]) -> str:
+        listed = _table(page, [(names[i], runs[i], intervals.get(i), weak.get(i)) for i in order], metric)
+        body = [
+            ("Points", _points_table(rows, best, metric) if seeds and not search else ""),
+            ("Scores", figures(scores, drawings)),
+            ("Effect of each hyperparameter", figures(effects, drawings)),
+            ("Learning curves", figures(curves, drawings)),
+            ("Runs", listed + note("; ".join(filter(None, (why, hint)))) if listed else ""),
+            ("Sweep", _sweep(record)),
+        ]
+        models = {str(run.recipe.get("model")) for run in runs}
+        about = f"{len(runs)} runs, {', '.join(sorted(models))}" if len(models) <= 3 else f"{len(runs)} runs"
+        return document(folder.name, about, tiles(_lead(runs, rows, best, metric)), body, ("Sweep",))
+
+    return [*scores, *effects, *curves], html
+
+
+def _lead(
+    runs: Sequence[RunResult], rows: Sequence[Row], best: Row | None, metric: str | None
+) -> dict[str, tuple[str, str]]:
+    """The figures at the top: the mean of the best point, not its luckiest seed."""
+    lead: dict[str, tuple[str, str]] = {}
+    if best is not None and best.interval is not None:
+        mean, below = best.interval, best.point
+        if mean.low is not None:
+            below += f": mean of {mean.count} seeds, 95 % interval {number(mean.low)} to {number(mean.high)}"
+        lead[f"best {metric}"] = (number(mean.mean), below)
+    elif any(row.weak for row in rows):
+        lead[f"best {metric}"] = ("none", f"every model is of no use: {next(row.weak for row in rows if row.weak)}")
+    lead["runs"] = (str(len(runs)), f"{sum(run.finished for run in runs)} finished")
+    spent = sum(float(run.outcome.get("seconds") or 0) for run in runs)
+    lead["wall time of all"] = (seconds(spent) or "–", "")
+    return lead
+
+
+def _scores(metric: str | None, spread: Mapping[str, Interval]) -> Chart:
+    ranges = [(name, s.low, s.value, s.high) for name, s in spread.items()][:_MOST_DRAWN]
+    words = "; ".join(f"{name}: {number(value)}" for name, _, value, _ in ranges)
+    note = f"The best {_MOST_DRAWN} of {len(spread)}." if len(spread) > _MOST_DRAWN else ""
+    title = f"{metric} of the runs, with 95 % intervals"
+    return Chart("runs", title, x=metric or "", ranges=ranges, description=words, note=note)
+
+
+def _overlaid(runs: Sequence[RunResult], names: Sequence[str], metric: str | None) -> list[Chart]:
+    """Curves of several runs over each other: the score of each evaluation, the losses. Of the first `_MOST_CURVES` that have any."""
+    logs: dict[str, list[dict[str, Any]]] = {}
+    for run, name in zip(runs, names, strict=True):
+        lines = [line for line in RunDir(run.path).lines("metrics.jsonl") if isinstance(line, dict)]
+        if lines and len(logs) < _MOST_CURVES:
+            logs[name] = lines
+    note = f"Of the first {_MOST_CURVES} of {len(runs)} runs." if len(runs) > _MOST_CURVES else ""
+    charts = []
+    for key, column, title in (
+        ("curves-score", f"eval_{metric}", f"{metric} on eval by step"),
+        ("curves-eval-loss", "eval_loss", "Validation loss by step"),
+        ("curves-loss", "loss", "Training loss by step"),
+    ):
+        chart = Chart(key, title, note=note, lines={name: points_of(lines, column) for name, lines in logs.items()})
+        for name in chart.drawn:
+            chart = smoothed(chart, name)
+        charts.append(chart)
+    return charts
+
+
+def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
+    """The score by each hyperparameter that differs: one dot a run, and the mean of each value."""
+    scored = [run for run in runs if metric and math.isfinite(run.metrics.get(metric, math.nan))]
+    recipes = [run.flat_recipe() for run in scored]
+    charts = []
+    for key in differing(recipes) if len(scored) > 2 else []:
+        pairs: list[tuple[Any, float]] = [
+            (recipe.get(key), run.metrics[str(metric)]) for recipe, run in zip(recipes, scored, strict=True)
+        ]
+        values = sorted({value for value, _ in pairs if type(value) in (int, float)})
+        if key == "train.seed" or len(values) < 2 or any(type(value) not in (int, float) for value, _ in pairs):
+            continue
+        dots = [(float(value), y) for value, y in pairs]
+        means = [(float(x), sum(of) / len(of)) for x in values if (of := [y for value, y in pairs if value == x])]
+        log = values[0] > 0 and values[-1] / values[0] >= 10
+        words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means)
+        series: Any = {"dots": {"runs": dots}, "lines": {"mean": means}, "log": log, "description": words}
+        charts.append(Chart(f"effect-{key}", f"{metric} by {key}", x=key, y=str(metric), **series))
+    return charts
 
 
 def _points(
     runs: Sequence[RunResult], names: Sequence[str], metric: str | None, weak: Mapping[int, str]
-) -> list[_Point]:
-    """The best first: complete points before incomplete ones, models of no use and points without a score last."""
+) -> tuple[list[Row], Row | None, bool]:
+    """Runs that differ in the seed alone as one row, ranked and tested; the best; and whether any point has several seeds."""
     recipes = [{k: v for k, v in run.flat_recipe().items() if k not in ("name", "train.seed")} for run in runs]
     keys = differing(recipes)
     grouped: dict[str, list[int]] = {}
     for i, recipe in enumerate(recipes):
         grouped.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(i)
-    sign = 1 if metric and lower_is_better(metric, runs[0].metric_texts) else -1
-    points, ranks = [], {}
+    rows = []
     for group in grouped.values():
-        values = {i: runs[i].metrics[metric] for i in group if metric and metric in runs[i].metrics}
-        known = [value for value in values.values() if math.isfinite(value)]
-        mean = mean_interval(known) if known else None
-        words = ", ".join(f"{key.rpartition('.')[2]}={_shown(recipes[group[0]].get(key))}" for key in keys)
-        name = names[group[0]] if len(group) == 1 else words or "the recipe"
-        useless = weak[group[0]] if values and all(i in weak for i in values) else ""
-        point = _Point(name, tuple(group), mean, useless)
-        points.append(point)
-        ranks[point] = (mean is None, bool(useless), len(values) < len(group), sign * mean.mean if mean else 0.0)
-    return sorted(points, key=lambda point: ranks[point])
+        scores = {i: runs[i].metrics.get(metric or "", math.nan) for i in group if runs[i].finished}
+        values = {runs[i].train.get("seed", i): v for i, v in scores.items() if math.isfinite(v)}
+        overrides = {key: str(_shown(recipes[group[0]].get(key))) for key in keys}
+        words = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items())
+        rows.append(
+            Row(
+                names[group[0]] if len(group) == 1 else words or "the recipe",
+                overrides,
+                values,
+                Counter(str(runs[i].outcome.get("outcome") or "no outcome").upper() for i in group),
+                mean_interval(list(values.values())) if values else None,
+                weak=weak[group[0]] if values and all(i in weak for i in group) else "",
+            )
+        )
+    lower = bool(metric and lower_is_better(metric, runs[0].metric_texts))
+    ordered, best = ranked(rows, lower)
+    return ordered, best, any(len(group) > 1 for group in grouped.values())
 
 
-def _points_table(points: Sequence[_Point], metric: str | None) -> str:
-    rows = [
-        [
-            point.name,
-            f"{point.mean.mean:.4f}" if point.mean else None,
-            f"{point.mean.low:.4f}–{point.mean.high:.4f}" if point.mean and point.mean.low is not None else None,
-            f"{point.mean.count if point.mean else 0}/{len(point.runs)}",
-            point.weak or None,
-        ]
-        for point in points
+def _points_table(rows: Sequence[Row], best: Row | None, metric: str | None) -> str:
+    """The sweep's own table: means, intervals, differences to the best and their p-values."""
+    cells = []
+    for row in rows:
+        mean, against = row.interval, row.against_best.difference if row.against_best else None
+        cells.append(
+            [
+                row.point,
+                number(mean.mean) if mean else None,
+                f"{number(mean.low)}–{number(mean.high)}" if mean and mean.low is not None else None,
+                f"{len(row.values)}/{row.runs}",
+                "best" if row is best else f"{against.mean:+.4f}" if against else None,
+                f"{against.low:+.4f} to {against.high:+.4f}" if against and against.low is not None else None,
+                None if row is best or row.p is None else p_value(row.p),
+                row.weak or None,
+            ]
+        )
+    heads = [
+        "point",
+        f"mean {metric or 'score'}",
+        "95 % interval",
+        "seeds",
+        "against the best",
+        "95 % interval",
+        "p (Holm)",
     ]
-    if not any(row[-1] for row in rows):
-        rows = [row[:-1] for row in rows]
-    heads = ["point", f"mean {metric or 'score'}", "95 % interval", "seeds", "remark"][: len(rows[0])]
-    return table(heads, rows, "Means over seeds, the best first; intervals by Student's t") + note(
-        "The best was chosen by these numbers: confirm it with new seeds. `afina sweep SWEEP` tests the points against each other."
-    )
+    if any(row.weak for row in rows):
+        heads.append("remark")
+    html = table(heads, [row[: len(heads)] for row in cells], "Means over seeds, the best first")
+    return html + "".join(map(note, useless(rows) or remarks(rows, best)))
+
+
+def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: str = "") -> Page:
+    """The page of `afina compare`: scores, tests, curves, what differs."""
+    metric = next((run.metric for run in found.runs if run.metric), None)
+    intervals, weak, why = _intervals(found.runs, metric, found.split)
+    scores = [_scores(metric, {found.names[i]: interval for i, interval in intervals.items()})]
+    curves, effects = _overlaid(found.runs, found.names, metric), _effects(found.runs, metric)
+
+    def beside(rows: Mapping[str, Sequence[Any]], shown: Callable[[Any], Any], caption: str) -> str:
+        if len(found.runs) <= 4:
+            return table(["", *found.names], [[key, *map(shown, values)] for key, values in rows.items()], caption)
+        listed = [[name, *(shown(values[i]) for values in rows.values())] for i, name in enumerate(found.names)]
+        return table(["run", *rows], listed, caption) if rows else ""
+
+    def html(drawings: Mapping[str, str]) -> str:
+        lines = [f"{name}: {line}" for name, run in zip(found.names, found.runs, strict=True) for line in run.warnings]
+        lines += [f"{found.names[i]}: {reason}" for i, reason in weak.items()]
+        same = "" if found.recipe else note("The recipes are the same.")
+        heads, rows = test_rows(tests) if tests else ([], [])
+        about_tests = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much."
+        body = [
+            ("Scores", figures(scores, drawings) + beside(found.metrics, number, f"On {found.split}") + note(why)),
+            ("Tests", table(heads, rows, "Paired, on the same rows") + note(about_tests) if rows else ""),
+            ("Learning curves", figures(curves, drawings)),
+            ("Differences between the recipes", same + beside(found.recipe, _shown, "Keys that differ")),
+            ("Effect of each hyperparameter", figures(effects, drawings)),
+            ("Runs", beside(found.about, _shown, "How they ran")),
+        ]
+        lead = (note(looked) if looked else "") + warnings(lines)
+        return document("Comparison", ", ".join(found.names[:6]) + (" …" if len(found.names) > 6 else ""), lead, body)
+
+    return [*scores, *curves, *effects], html
 
 
 def _page_of(run: RunResult) -> Path:
@@ -145,13 +250,14 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
         if _page_of(run).is_file():
             links[name] = quote(os.path.relpath(_page_of(run).absolute(), page.absolute()))
         value = run.metrics.get(metric) if metric else None
+        known = interval is not None and interval.low == interval.low
         rows.append(
             [
                 name,
                 *(_shown(recipe.get(key)) for key in keys),
                 run.outcome.get("outcome") or "no outcome",
-                None if value is None else f"{value:.4f}",
-                f"{interval.low:.4f}–{interval.high:.4f}" if interval and interval.low == interval.low else None,
+                number(value),
+                f"{number(interval.low)}–{number(interval.high)}" if interval and known else None,
                 run.outcome.get("global_step"),
                 seconds(run.outcome.get("seconds")),
                 run.outcome.get("samples_per_second"),
@@ -182,7 +288,9 @@ def _ranked(runs: Sequence[RunResult], metric: str | None) -> list[int]:
     )
 
 
-def _intervals(runs: Sequence[RunResult], metric: str | None) -> tuple[dict[int, Interval], dict[int, str], str]:
+def _intervals(
+    runs: Sequence[RunResult], metric: str | None, split: str = "eval"
+) -> tuple[dict[int, Interval], dict[int, str], str]:
     """By index of a run: the interval of its score, and why its model is of no use; and the reason why some have no interval."""
     if metric is None:
         return {}, {}, ""
@@ -191,23 +299,24 @@ def _intervals(runs: Sequence[RunResult], metric: str | None) -> tuple[dict[int,
     intervals: dict[int, Interval] = {}
     weak: dict[int, str] = {}
     why = ""
-    for number, run in enumerate(runs):
+    for at, run in enumerate(runs):
         if metric not in run.metrics:
             continue
         try:
-            predictions = read_predictions(run.path / "predictions.parquet", texts=False)
+            name = "predictions_test.parquet" if split == "test" else "predictions.parquet"
+            predictions = read_predictions(run.path / name, texts=False)
         except AfinaError as error:
             why = str(error)
             continue
         if reasons := weaknesses(predictions, metric):
-            weak[number] = reasons[0]
+            weak[at] = reasons[0]
         scores = score(predictions, _DRAWS, [metric]) if metric in SCALARS else None
         if scores and metric in scores.overall:
-            intervals[number] = scores.overall[metric]
+            intervals[at] = scores.overall[metric]
     return intervals, weak, why
 
 
 def _shown(value: object) -> object:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return str(value) if isinstance(value, dict) else value
+    return str(value) if isinstance(value, dict | int) else value

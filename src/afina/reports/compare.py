@@ -19,10 +19,11 @@ from afina.run.directory import RunDir
 from afina.run.methods import execution_of
 from afina.statistics.paired import Paired, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
+from afina.text import number, p_value
 from afina.watch.find import find_runs
 from afina.watch.reading import RunResult, read_result
 
-__all__ = ["Comparison", "Verdict", "compare", "differing", "names_of", "to_json", "verdicts"]
+__all__ = ["Comparison", "Verdict", "compare", "differing", "names_of", "test_rows", "to_json", "verdicts"]
 
 #: With more runs, what computed them is not read.
 _MOST_EXECUTIONS = 50
@@ -176,6 +177,35 @@ def _predictions(run: Path) -> Predictions | str:
         return read_predictions(run)
     except DataError as error:
         return error.message
+
+
+def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of tests, on the terminal and in the page."""
+    several = len(tests) > 1
+    heads = [f"against {tests[0].against}", "score", "first", "run", "difference", "95 % interval", "p"]
+    heads += [*(["p (Holm)"] if several else []), "test"]
+    rows = []
+    for test in tests:
+        if test.paired is None:
+            rows.append([test.run, f"not possible: {test.why_not}", *[""] * (len(heads) - 2)])
+            continue
+        for count, d in enumerate(test.paired.differences):
+            split = f" ({test.paired.only_first} : {test.paired.only_second})" if d.test.startswith("McNemar") else ""
+            corrected = [p_value(test.p_corrected) if count == 0 else ""] if several else []
+            rows.append(
+                [
+                    f"{test.run} ({test.paired.rows} rows)" if count == 0 else "",
+                    d.metric,
+                    number(d.first),
+                    number(d.second),
+                    f"{d.second - d.first:+.4f}",
+                    f"{d.low:+.4f} to {d.high:+.4f}" if d.low == d.low else "–",
+                    p_value(d.p),
+                    *corrected,
+                    d.test + split,
+                ]
+            )
+    return heads, rows
 
 
 def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str, Any]:

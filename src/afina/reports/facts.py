@@ -1,4 +1,4 @@
-"""Everything that a page shows, read once: `read_facts` reads files and asks `sacct`, the sections are pure.
+"""Everything that a page shows, read once: `read_facts` reads files, and asks Slurm about jobs that have not ended and for their accounting; the sections are pure.
 
 A missing or damaged file leaves its split empty: a run that failed or is still training has a page too.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from afina.errors import AfinaError
 from afina.files import read_json
+from afina.recipe.metrics import METRICS, metric_name
 from afina.run.directory import RunDir, job_ids_of
 from afina.run.methods import execution_of
 from afina.run.outcome import Outcome, data_warnings
@@ -21,6 +22,7 @@ from afina.run.split_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
+from afina.watch.overview import RunSummary, summary_of
 from afina.watch.timeline import AttemptTimes, timeline
 
 __all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts"]
@@ -69,6 +71,7 @@ class RunFacts:
         jobs: Slurm's accounting of the run's jobs; None without accounting.
         recipe_text, overrides, recipe_note: the recipe that was run, and a note if `recipe.yaml` is another one.
         execution: what the newest attempt computed with.
+        summary: state, and what to do next, as `afina status` says it.
         looks: how often `compare` or `sweep` looked at the test split.
         utilisation: of the outcome: tokens per second, memory, seconds by split, …; empty if nothing was measured.
     """
@@ -85,6 +88,7 @@ class RunFacts:
     overrides: Sequence[str]
     recipe_note: str
     execution: Mapping[str, str]
+    summary: RunSummary
     looks: int
     predictions: Mapping[str, Predictions | str]
     scores: Mapping[str, Scores]
@@ -105,6 +109,14 @@ class RunFacts:
     def task(self) -> str:
         """single-label, multi-label, regression, or auto as long as the data has not been examined."""
         return str((self.outcome.task if self.outcome else None) or self.prepared.get("task") or self.plan.recipe.task)
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the best checkpoint."""
+        known = [name for scores in self.scores.values() for name in scores.overall]
+        known += [name[5:] for line in self.evaluations for name in line if name[:5] == "eval_" and name != "eval_loss"]
+        first = METRICS.get(self.task) or known or [""]
+        return metric_name(self.plan.recipe.train.best_metric or first[0])
 
     @property
     def evaluations(self) -> list[Mapping[str, Any]]:
@@ -147,6 +159,7 @@ def read_facts(run: RunDir) -> RunFacts:
         overrides=overrides,
         recipe_note=recipe_note,
         execution=execution_of(run),
+        summary=summary_of(run.path),
         looks=times_looked(run.path),
         predictions=predictions,
         scores={

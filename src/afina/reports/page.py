@@ -1,98 +1,82 @@
-"""The page as HTML: frame, style, tables, pairs and notes. Pure; every text is escaped here.
+"""The page as HTML: frame, tables, pairs and notes. Pure; every text is escaped here.
 
-No script, no image, nothing to fetch. Follows the reader's light or dark mode, prints in black on white, and works by keyboard: the list of
-sections comes first, and what scrolls can be focused.
+Nothing is fetched. The one script (`page.js`, allowed by its hash) adds values under the pointer, zoom, sorting and filters; the page is
+whole without it. It follows the reader's light or dark mode, prints in black on white, and works by keyboard: the list of sections comes
+first, and what scrolls can be focused.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from afina.reports.charts import Chart, svg
+from afina.reports.charts import LIGHT, Chart, inline_svg
 
-__all__ = [
-    "FIGURE_STYLE",
-    "cell",
-    "document",
-    "figure",
-    "note",
-    "number",
-    "pairs",
-    "pre",
-    "scroll",
-    "seconds",
-    "table",
-    "tiles",
-    "warnings",
-]
+__all__ = ["cell", "document", "figures", "note", "pairs", "pre", "scroll", "seconds", "table", "tiles", "warnings"]
 
-_LIGHT = """--text: #1c2024; --soft: #56606a; --page: #fff; --rule: #d5dade; --card: #f4f6f8; --cell: 26, 93, 171;
-  --line-1: #1a5dab; --line-2: #b3470b; --line-3: #2a7a3b; --line-4: #8a3c9c; --line-5: #6a5a00;"""
-_DARK = """--text: #e6e9ec; --soft: #a3adb6; --page: #15181b; --rule: #3a4147; --card: #1d2125; --cell: 96, 165, 250;
-  --line-1: #7db4f5; --line-2: #f2a272; --line-3: #84cf95; --line-4: #d7a0e4; --line-5: #d9c85e;"""
-
-_STYLE = f"""
-:root {{ color-scheme: light dark; {_LIGHT} }}
-@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
-* {{ box-sizing: border-box; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; overflow-wrap: anywhere; }}
-h1 {{ line-height: 1.2; margin-bottom: 0; }} h2 {{ margin: 2.5rem 0 1rem; border-bottom: 1px solid var(--rule); }}
-h3 {{ margin: 1.5rem 0 .5rem; font-size: 1rem; }}
-a {{ color: var(--line-1); }} a:focus-visible, [tabindex]:focus-visible {{ outline: 3px solid var(--line-2); outline-offset: 2px; }}
-nav ul {{ display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: .6rem 0; margin: 1rem 0 0; list-style: none;
-  border-block: 1px solid var(--rule); }}
-table {{ border-collapse: collapse; margin: .5rem 0; }} caption {{ text-align: left; color: var(--soft); padding-bottom: .3rem; }}
-th, td {{ padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }}
-th {{ color: var(--soft); font-weight: 600; }} thead th {{ white-space: nowrap; overflow-wrap: normal; }}
-tbody tr {{ border-top: 1px solid var(--rule); }} .pairs th {{ min-width: 11rem; overflow-wrap: break-word; }}
-.numbers td, .numbers thead th {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-.numbers td:first-child, .numbers thead th:first-child {{ text-align: left; }}
-.scroll {{ overflow-x: auto; }}
-.matrix td, .matrix th {{ padding: .4rem .8rem; }} .matrix td {{ border: 1px solid var(--rule); }}
-.text td {{ overflow-wrap: break-word; }} .text td:last-child {{ overflow-wrap: anywhere; min-width: 18rem; white-space: pre-wrap; }}
-pre {{ overflow: auto; max-height: 32rem; padding: .8rem; border: 1px solid var(--rule); background: var(--card); font-size: 14px; }}
-dl.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }}
-.tiles div {{ background: var(--card); border-radius: .5rem; padding: .6rem .9rem; }}
-.tiles dt {{ color: var(--soft); font-size: .85rem; }} .tiles dd {{ margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }}
-.tiles small {{ display: block; font-size: .8rem; color: var(--soft); }}
-figure {{ margin: 1.2rem 0; }} figcaption {{ color: var(--soft); }} svg {{ display: block; width: 100%; min-width: 34rem; height: auto; }}
-svg text {{ fill: var(--text); font: 13px system-ui, sans-serif; }} svg .axis, svg .mark {{ fill: var(--soft); }}
-.soft {{ color: var(--soft); }} .warning {{ border-left: 4px solid var(--line-2); padding-left: .7rem; margin: .4rem 0; }}
-@media (max-width: 40rem) {{ .pairs th {{ min-width: 0; }} }}
-@media print {{ svg {{ min-width: 0; }} body {{ max-width: none; margin: 0; font-size: 11pt; }} nav {{ display: none; }} pre {{ max-height: none; white-space: pre-wrap; }}
-  .scroll {{ overflow: visible; }} h2, h3 {{ break-after: avoid; }} svg, .tiles div {{ break-inside: avoid; }} tr {{ break-inside: avoid; }}
-  svg, td, .tiles div {{ print-color-adjust: exact; }} }}
-"""
-
-#: For an SVG file that stands alone: on white in every browser.
-FIGURE_STYLE = (
-    f"svg {{ background: #fff; {_LIGHT} }} text {{ fill: var(--text); font: 13px system-ui, Helvetica, Arial, sans-serif; }} "
-    ".axis, .mark { fill: var(--soft); }"
-)
+_PAGE = {"page": "#fff", "card": "#f4f6f8", "cell": "26, 93, 171"}
+_DARK = {
+    "text": "#e6e9ec",
+    "soft": "#a3adb6",
+    "page": "#15181b",
+    "rule": "#3a4147",
+    "card": "#1d2125",
+    "cell": "96, 165, 250",
+    "line-1": "#7db4f5",
+    "line-2": "#f2a272",
+    "line-3": "#84cf95",
+    "line-4": "#d7a0e4",
+    "line-5": "#d9c85e",
+    "line-6": "#6fd0d8",
+}
 
 
-def document(title: str, about: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+@cache
+def _assets() -> tuple[str, str, str]:
+    """Style, script, and the script's hash as a content security policy names it."""
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    light, dark = (" ".join(f"--{k}: {v};" for k, v in colours.items()) for colours in ({**LIGHT, **_PAGE}, _DARK))
+    colours = f":root {{ color-scheme: light dark; {light} }}\n"
+    colours += f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return colours + style, script, f"sha256-{digest}"
+
+
+def document(title: str, about: str, lead: str, sections: Sequence[tuple[str, str]], folded: Sequence[str] = ()) -> str:
     """The whole page.
 
     Args:
         title, about: plain text.
         lead: HTML above the list of sections.
         sections: titles in plain text with their HTML; empty ones are left out.
+        folded: titles of sections that are closed until someone opens them.
     """
     kept = [(name, html) for name, html in sections if html]
     links = "".join(f'<li><a href="#{_slug(name)}">{escape(name)}</a></li>' for name, _ in kept)
-    body = "\n".join(f'<section><h2 id="{_slug(name)}">{escape(name)}</h2>\n{html}</section>' for name, html in kept)
+    body = "\n".join(_section(name, html, name in folded) for name, html in kept)
+    style, script, digest = _assets()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{digest}'"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} – afina</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)} – afina</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f'<header>\n<h1>{escape(title)}</h1>\n<p class="soft">{escape(about)}</p>\n{lead}\n</header>\n'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>\n{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n'
     )
+
+
+def _section(name: str, html: str, folded: bool) -> str:
+    head = f'<h2 id="{_slug(name)}">{escape(name)}</h2>'
+    if folded:
+        return f"<section><details><summary>{head}</summary>\n{html}</details></section>"
+    return f"<section>{head}\n{html}</section>"
 
 
 def _slug(name: str) -> str:
@@ -115,7 +99,7 @@ def table(
     kind: str = "numbers",
     links: Mapping[str, str] | None = None,
 ) -> str:
-    """A table with a head. A table wider than the page scrolls, also by keyboard.
+    """A table with a head, sortable where the script runs. A table wider than the page scrolls, also by keyboard.
 
     Args:
         links: text of a first cell -> its relative address.
@@ -128,13 +112,23 @@ def table(
         shown, target = cell(value), links.get(str(value))
         return f'<a href="{escape(target, quote=True)}">{shown}</a>' if target else shown
 
-    head = "".join(f'<th scope="col">{escape(h)}</th>' for h in heads)
+    kinds = [next(filter(None, (_kind(row[i]) for row in rows)), "") for i in range(len(heads))]
+    head = "".join(f'<th scope="col"{of}>{escape(h)}</th>' for h, of in zip(heads, kinds, strict=True))
     body = "".join(
-        f"<tr><td>{first(row[0])}</td>{''.join(f'<td>{cell(v)}</td>' for v in row[1:])}</tr>" for row in rows
+        f"<tr><td{_kind(row[0])}>{first(row[0])}</td>{''.join(f'<td{_kind(v)}>{cell(v)}</td>' for v in row[1:])}</tr>"
+        for row in rows
     )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    whole = f'<table class="{kind}">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    sortable = " sortable" if len(rows) > 1 else ""
+    whole = f'<table class="{kind}{sortable}">{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return scroll(whole, caption or ", ".join(heads))
+
+
+def _kind(value: Any) -> str:
+    """The class of a cell: words stand at the left, long ones are wrapped; numbers have none."""
+    if not isinstance(value, str) or not re.match(r"[^\W\d_]", value):
+        return ""
+    return ' class="words long"' if len(value) > 30 else ' class="words"'
 
 
 def scroll(html: str, name: str) -> str:
@@ -143,7 +137,7 @@ def scroll(html: str, name: str) -> str:
 
 
 def tiles(rows: Mapping[str, tuple[str, str]]) -> str:
-    """The most important figures: name -> value, and a line under it."""
+    """The most important figures, the first one large: name -> value, and a line under it."""
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(below)}</small>' if below else ''}</dd></div>"
         for name, (value, below) in rows.items()
@@ -151,12 +145,13 @@ def tiles(rows: Mapping[str, tuple[str, str]]) -> str:
     return f'<dl class="tiles">{cells}</dl>' if cells else ""
 
 
-def figure(chart: Chart) -> str:
-    """A chart with its title under it; an empty string if there is nothing to draw."""
-    drawn = svg(chart)
-    return (
-        f"<figure>{scroll(drawn, chart.title)}<figcaption>{escape(chart.title)}</figcaption></figure>" if drawn else ""
-    )
+def figures(charts: Sequence[Chart], drawings: Mapping[str, str]) -> str:
+    """Charts side by side, as far as there is room, each with its title under it."""
+    html = ""
+    for chart in filter(None, charts):
+        drawn = scroll(inline_svg(drawings[chart.key]), chart.title)
+        html += f"<figure>{drawn}<figcaption>{escape(chart.caption)}</figcaption></figure>"
+    return f'<div class="charts">{html}</div>' if html else ""
 
 
 def pre(text: str, name: str) -> str:
@@ -175,12 +170,7 @@ def warnings(lines: Sequence[str]) -> str:
 def cell(value: Any) -> str:
     if value is None:
         return "–"
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
-
-
-def number(value: Any, digits: int = 4) -> str | None:
-    """A number with `digits` digits after the point; None if `value` is not a number."""
-    return f"{value:.{digits}f}" if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return escape(f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value))
 
 
 def seconds(value: Any) -> str | None:

@@ -1,28 +1,25 @@
-"""Sections about the model: scores, classes, the confusion matrix, calibration, the worst mistakes. Pure: facts -> HTML."""
+"""Sections about the model: scores, classes, thresholds, calibration. Pure: facts -> HTML and charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from afina.recipe.metrics import metric_name, own_metric
-from afina.reports.charts import Chart
+from afina.reports.charts import Chart, Point
 from afina.reports.facts import RunFacts
-from afina.reports.page import note, number, pairs, scroll, table, warnings
+from afina.reports.page import note, pairs, table, warnings
 from afina.statistics.calibration import calibrate
+from afina.statistics.measures import auroc, average_precision, one_vs_rest, threshold_curves
 from afina.statistics.predictions import Predictions
-from afina.statistics.scores import Interval, Scores, mistakes
+from afina.statistics.scores import Interval, Scores
+from afina.text import number
 
-__all__ = ["calibration", "classes", "confusion", "matrices", "overall", "worst"]
+__all__ = ["calibration", "class_intervals", "classes", "overall", "score_chart", "thresholds"]
 
-#: With more labels than this, the most frequent confusions are listed instead of the matrix.
-_MOST_LABELS = 30
-_MOST_CONFUSIONS = 30
-_MOST_MISTAKES = 20
-_MOST_TEXT = 300
-_MOST_DOTS = 2000
-
+_MOST_DOTS = 500
+#: Curves in one chart, and classes in the chart of their F1.
+_MOST_CURVES, _MOST_CLASSES = 5, 60
 
 #: Scores that say what others say, or need a reason to be shown: only if the recipe names them.
 _ON_REQUEST = {
@@ -38,13 +35,17 @@ def overall(facts: RunFacts) -> str:
     own = [metric_name(text) for text in texts if own_metric(text)]
     for split, scores in facts.scores.items():
         rows: list[list[Any]] = [
-            [name, *map(_digits, (i.value, i.low, i.high))]
+            [name, *map(number, (i.value, i.low, i.high, scores.always.get(name)))]
             for name, i in scores.overall.items()
             if name not in left_out
         ]
         metrics = facts.outcome.metrics if facts.outcome else {}
-        rows += [[name, number(metrics.get(f"{split}_{name}")), None, None] for name in own]
-        parts.append(table(["score", "value", "95 % from", "to"], rows, f"On {split}, the model in model/"))
+        rows += [[name, number(metrics.get(f"{split}_{name}")), None, None, None] for name in own]
+        heads = ["score", "value", "95 % from", "to", "simplest model"]
+        cut = 5 if scores.always else 4
+        parts.append(table(heads[:cut], [row[:cut] for row in rows], f"On {split}, the model in model/"))
+        if scores.always:
+            parts.append(note(f"The simplest model always predicts {scores.simplest}."))
         parts.append(warnings(facts.spoiled.get(split, [])))
         known = {**scores.undefined, **(metrics.get(f"{split}_undefined") or {})}
         parts += [
@@ -56,10 +57,6 @@ def overall(facts: RunFacts) -> str:
                     f"Neither a label nor a prediction on {split}, so that averages leave it out: {', '.join(scores.absent)}."
                 )
             )
-        if scores.majority is not None:
-            parts.append(
-                note(f"Always the most frequent label would have the accuracy {scores.majority:.4f} on {split}.")
-            )
         if split == "test" and facts.looks:
             times = f"{facts.looks} time{'s' * (facts.looks > 1)}"
             parts.append(
@@ -67,7 +64,30 @@ def overall(facts: RunFacts) -> str:
                     f"compare and sweep have looked at test {times}; each look that led to a choice makes it too kind."
                 )
             )
-    return _why_not(facts) + "".join(parts) + (_about_intervals(facts) if parts else "")
+    if parts and own:
+        parts.append(note(f"{', '.join(own)}: no interval; a metric of one's own is computed once, on all rows."))
+    return _why_not(facts) + ("".join(parts) + _about_intervals(facts) if parts else _logged(facts))
+
+
+def score_chart(facts: RunFacts) -> list[Chart]:
+    """The score that chose the checkpoint on each split, with its interval, against the simplest model."""
+    found = {split: scores.overall.get(facts.metric) for split, scores in facts.scores.items()}
+    ranges = [(split, i.low, i.value, i.high) for split, i in found.items() if i is not None and i.low == i.low]
+    always = {s.always[facts.metric]: "simplest model" for s in facts.scores.values() if facts.metric in s.always}
+    words = "; ".join(f"{split}: {number(v)} ({number(low)} to {number(high)})" for split, low, v, high in ranges)
+    title = f"{facts.metric} with its 95 % interval, against the simplest model"
+    return [Chart("score", title, x=facts.metric, ranges=ranges, marks=always, description=words)]
+
+
+def _logged(facts: RunFacts) -> str:
+    """Scores as the run logged them, without predictions to compute from."""
+    metrics = facts.outcome.metrics if facts.outcome else {}
+    rows = [
+        [name, number(value)]
+        for name, value in metrics.items()
+        if name.startswith(("eval_", "test_")) and isinstance(value, int | float)
+    ]
+    return table(["score", "value"], rows, "As the run logged them; without predictions there are no intervals")
 
 
 def _about_intervals(facts: RunFacts) -> str:
@@ -108,7 +128,23 @@ def _classes_scored(scores: Scores, predictions: Predictions | str, split: str) 
 
 
 def _interval(score: Interval | None) -> str | None:
-    return None if score is None else f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})"
+    return None if score is None else f"{number(score.value)} ({number(score.low)}–{number(score.high)})"
+
+
+def class_intervals(facts: RunFacts) -> list[Chart]:
+    """F1 of each class with its interval, the worst first."""
+    charts = []
+    for split, scores in facts.scores.items():
+        predictions = facts.predictions[split]
+        if not isinstance(predictions, Predictions) or not 3 <= len(predictions.labels) <= _MOST_CLASSES:
+            continue
+        known = [(name, i) for name, i in zip(predictions.labels, scores.per_class["f1"], strict=True) if i]
+        known.sort(key=lambda pair: pair[1].value)
+        words = "; ".join(f"{name}: {number(i.value)}" for name, i in known)
+        ranges = [(name, i.low, i.value, i.high) for name, i in known]
+        title = f"F1 of each class on {split}, with 95 % intervals, the worst first"
+        charts.append(Chart(f"classes-{split}", title, x="F1", ranges=ranges, description=words))
+    return charts
 
 
 def _classes_logged(metrics: Mapping[str, Any], split: str, labels: Sequence[str]) -> str:
@@ -121,83 +157,50 @@ def _classes_logged(metrics: Mapping[str, Any], split: str, labels: Sequence[str
     if not columns:
         return ""
     rows = [
-        [_label(labels, i), *(values[i] for values in columns.values())]
+        [labels[i] if i < len(labels) else str(i), *(number(values[i]) for values in columns.values())]
         for i in range(min(len(v) for v in columns.values()))
     ]
     return table(["class", *columns], rows, f"On {split}, the model in model/")
 
 
-def _confusion_of(facts: RunFacts, split: str) -> tuple[list[list[int]], list[str]] | None:
-    """Counts (truth × prediction) and label names, from the metrics or else the predictions; None if neither has them."""
-    metrics = facts.outcome.metrics if facts.outcome else {}
-    matrix = metrics.get(f"{split}_confusion_matrix")
-    if isinstance(matrix, list) and matrix:
-        return matrix, [_label(facts.labels, i) for i in range(len(matrix))]
-    predictions = facts.predictions.get(split)
-    if not isinstance(predictions, Predictions) or predictions.task != "single-label":
-        return None
-    import numpy as np
-
-    width = len(predictions.labels)
-    pairs = predictions.truth * width + predictions.predicted
-    counts = np.bincount(pairs, minlength=width * width).reshape(width, width)
-    return counts.tolist(), list(predictions.labels)
-
-
-def confusion(facts: RunFacts) -> str:
-    """The confusion matrix of each split as a table."""
-    html = ""
-    for split in ("eval", "test"):
-        if (matrix := _confusion_of(facts, split)) is not None:
-            html += (_matrix if len(matrix[1]) <= _MOST_LABELS else _confusions)(*matrix, split)
-    return html
-
-
-def matrices(facts: RunFacts) -> list[Chart]:
-    """The confusion matrix of each split as a chart, for the files; the page has the table."""
+def thresholds(facts: RunFacts) -> list[Chart]:
+    """ROC and precision-recall curves, one class against the others: of at most `_MOST_CURVES` classes, the least average precision first."""
     charts = []
-    for split in ("eval", "test"):
-        if (matrix := _confusion_of(facts, split)) is not None:
-            title = f"Confusion matrix on {split}"
-            rows = (f"{name}: {', '.join(map(str, row))}" for row, name in zip(*matrix, strict=True))
-            description = f"Rows are the labels, columns the predictions in the same order. {'; '.join(rows)}."
-            charts.append(
-                Chart(
-                    f"confusion-{split}",
-                    title,
-                    x="predicted",
-                    y="label",
-                    matrix=matrix[0],
-                    names=matrix[1],
-                    description=description,
-                )
-            )
+    for split, predictions in facts.predictions.items():
+        if isinstance(predictions, str) or predictions.scores is None or not len(predictions):
+            continue
+        columns = one_vs_rest(predictions.task, predictions.truth, predictions.scores)
+        names = predictions.labels[-len(columns) :]
+        both = [(*pair, name) for pair, name in zip(columns, names, strict=True) if 0 < pair[0].sum() < len(pair[0])]
+        areas = sorted((average_precision(flags, scores), name, flags, scores) for flags, scores, name in both)
+        roc: dict[str, list[Point]] = {}
+        recall: dict[str, list[Point]] = {}
+        for area, name, flags, scores in areas[:_MOST_CURVES]:
+            wrong, right, precision = threshold_curves(flags, scores)
+            roc[f"{name} {number(auroc(flags, scores))}"] = list(zip(wrong.tolist(), right.tolist(), strict=True))
+            recall[f"{name} {number(area)}"] = list(zip(right.tolist(), precision.tolist(), strict=True))
+        note = (
+            f"The {_MOST_CURVES} classes of {len(areas)} with the least average precision."
+            if len(areas) > _MOST_CURVES
+            else ""
+        )
+        square: Any = {"frame": ((0.0, 1.0), (0.0, 1.02)), "note": note}
+        words = [f"area under the curve of {', '.join(of)}" for of in (recall, roc)]
+        title = f"Precision and recall on {split}, with average precision"
+        charts += [
+            Chart(f"pr-{split}", title, x="recall", y="precision", lines=recall, description=words[0], **square),
+            Chart(
+                f"roc-{split}",
+                f"ROC curve on {split}, with its area",
+                x="false positive rate",
+                y="true positive rate",
+                lines=roc,
+                description=words[1],
+                diagonal=True,
+                **square,
+            ),
+        ]
     return charts
-
-
-def _matrix(matrix: Sequence[Sequence[int]], labels: Sequence[str], split: str) -> str:
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in labels)
-    rows = []
-    for name, row in zip(labels, matrix, strict=True):
-        total = sum(row) or 1
-        cells = "".join(f'<td style="background: rgba(var(--cell), {0.5 * n / total:.3f})">{n:d}</td>' for n in row)
-        rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    caption = f"On {split}: rows are the labels, columns the predictions; darker is a larger share of the row"
-    whole = (
-        f'<table class="numbers matrix"><caption>{caption}</caption><thead><tr><th scope="col">label</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
-    return scroll(whole, f"Confusion matrix on {split}")
-
-
-def _confusions(matrix: Sequence[Sequence[int]], labels: Sequence[str], split: str) -> str:
-    pairs = [
-        (n, sum(row), labels[i], labels[j]) for i, row in enumerate(matrix) for j, n in enumerate(row) if n and i != j
-    ]
-    pairs.sort(key=lambda pair: -pair[0])
-    rows = [[label, predicted, n, f"{n / total:.1%}"] for n, total, label, predicted in pairs[:_MOST_CONFUSIONS]]
-    caption = f"On {split}: the {len(rows)} most frequent of {len(pairs)} confusions among {len(labels)} labels"
-    return table(["label", "predicted as", "rows", "share of the label"], rows, caption)
 
 
 def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
@@ -211,30 +214,27 @@ def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
             continue
         how = calibrate(predictions)
         assert how is not None
-        bars = [(low, high, share) for low, high, _, _, share, *_ in how.bins]
-        charts.append(
-            Chart(
-                f"calibration-{split}",
-                f"Reliability on {split}",
-                x=how.what,
-                y="share correct",
-                bars={"share correct": bars},
-                whiskers=[((low + high) / 2, least, most) for low, high, _, _, _, least, most in how.bins],
-                diagonal=True,
-                frame=((0.0, 1.0), (0.0, 1.0)),
-                description="; ".join(
-                    f"confidence {confidence:.2f}: {share:.2f} correct of {n}"
-                    for _, _, n, confidence, share, *_ in how.bins
-                )
-                + ".",
-            )
+        bars = {"share correct": [(low, high, share) for low, high, _, _, share, *_ in how.bins]}
+        whiskers = [((low + high) / 2, least, most) for low, high, _, _, _, least, most in how.bins]
+        words = [f"confidence {sure:.2f}: {share:.2f} correct of {n}" for _, _, n, sure, share, *_ in how.bins]
+        unit: Any = {"diagonal": True, "frame": ((0.0, 1.0), (0.0, 1.0)), "description": "; ".join(words)}
+        title = f"Reliability on {split}"
+        chart = Chart(
+            f"calibration-{split}", title, x=how.what, y="share correct", bars=bars, whiskers=whiskers, **unit
         )
+        charts.append(chart)
+        rows = [
+            [f"{low:.2f}–{high:.2f}", n, number(sure), number(share), f"{number(least)}–{number(most)}"]
+            for low, high, n, sure, share, least, most in how.bins
+        ]
         html += pairs(
             {
-                f"expected calibration error on {split}": f"{how.error:.4f} ({len(how.bins)} of 15 equal bins hold rows)",
+                f"expected calibration error on {split}": f"{number(how.error)} ({len(how.bins)} of 15 equal bins hold rows)",
                 f"Brier score on {split}": number(how.brier),
             }
         )
+        heads = ["confidence", "rows", "mean confidence", "share correct", "95 % interval"]
+        html += table(heads, rows, f"On {split}, by {how.what}")
     if html:
         html += note(
             "On the dotted line, confidence equals accuracy. Whiskers: 95 % intervals of the share (Wilson). The error depends on the "
@@ -258,54 +258,8 @@ def _scatter(predictions: Predictions, split: str) -> Chart:
         f"Predicted against true values on {split}",
         x="true value",
         y="predicted",
-        dots=points,
+        dots={split: points},
         diagonal=True,
         frame=(both, both),
         description=f"{shown}; predictions are {bias:+.4g} off on average.",
     )
-
-
-#: By task, the column that says how large a mistake is.
-_MISTAKE = {"regression": "off by", "single-label": "confidence", "multi-label": "probability off by"}
-
-
-def worst(facts: RunFacts, *, texts: bool = True) -> str:
-    """The worst mistakes, with their texts or with row and id only."""
-    html = ""
-    for split, predictions in facts.predictions.items():
-        if isinstance(predictions, str) or not (listed := mistakes(predictions, _MOST_MISTAKES)):
-            continue
-        ids = ["id"] if "id" in predictions.table.column_names else []
-        heads = ["row", *ids, "label", "predicted", _MISTAKE[predictions.task], *(["text"] if texts else [])]
-        rows, files = [], set()
-        for index, size in listed:
-            about = predictions.about(index)
-            text = " ⏐ ".join(str(about[name]) for name in ("text", "text_pair") if name in about)
-            labels = [_label_of(predictions, values, index) for values in (predictions.truth, predictions.predicted)]
-            identity = [about.get(name) for name in ("row", *ids)]
-            rows.append([*identity, *labels, f"{size:.3f}", *([_cut(text)] if texts else [])])
-            files |= {str(about["file"])} if about.get("file") else set()
-        name = f"predictions{'' if split == 'eval' else '_test'}.parquet"
-        html += table(heads, rows, f"On {split}, the {len(rows)} worst; row as in {name}", kind="text")
-        html += note(f"Rows of {', '.join(sorted(files))}") if files else ""
-    return html
-
-
-def _label_of(predictions: Predictions, values: Any, index: int) -> str:
-    if predictions.task == "regression":
-        return f"{values[index]:.4g}"
-    if predictions.task == "single-label":
-        return predictions.labels[int(values[index])]
-    return ", ".join(name for name, flag in zip(predictions.labels, values[index], strict=True) if flag) or "–"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_TEXT else text[: _MOST_TEXT - 1] + "…"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.4f}" if value == value else "–"
-
-
-def _label(labels: Sequence[str], index: int) -> str:
-    return str(labels[index]) if index < len(labels) else str(index)

@@ -1,28 +1,28 @@
-"""Sections about the run: outcome, curves, data, plan, attempts, record, commands to repeat it. Pure: facts -> HTML."""
+"""Sections about the run: how it stands, curves, data, plan, attempts, record, commands to repeat it. Pure: facts -> HTML."""
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
-from afina.recipe.metrics import METRICS, lower_is_better, metric_name
-from afina.reports.charts import Chart, Point
+from afina.recipe.metrics import lower_is_better
+from afina.reports.charts import Chart, Point, points_of, smoothed
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
 from afina.run.methods import methods as paragraph
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import weaknesses
-from afina.text import plural
+from afina.text import number, plural, seconds_in_words
 
 __all__ = [
     "attempts",
     "curves",
     "data",
     "epochs",
+    "happened",
     "methods",
     "outcome",
     "plan",
@@ -35,26 +35,56 @@ __all__ = [
 
 
 def summary(facts: RunFacts) -> str:
-    """The most important figures."""
-    end = facts.outcome
-    if end is None:
-        return ""
-    rows: dict[str, tuple[str, str]] = {
-        "outcome": (end.outcome, f"{end.cause}" if end.cause and end.outcome != "finished" else "")
-    }
-    first = METRICS.get(facts.task) or [name for scores in facts.scores.values() for name in scores.overall] or [""]
-    chosen = facts.plan.recipe.train.best_metric or first[0]
+    """The most important figures, the score first, and how a run stands that has not finished."""
+    end, now = facts.outcome, facts.summary
+    rows: dict[str, tuple[str, str]] = {}
     for split in ("eval", "test"):
-        if split in facts.scores and (best := facts.scores[split].overall.get(chosen)) is not None:
-            below = f"95 % interval {best.low:.4f} to {best.high:.4f}" if best.low == best.low else ""
-            rows[f"{chosen} on {split}"] = (f"{best.value:.4f}" if best.value == best.value else "–", below)
-        elif isinstance(value := end.metrics.get(f"{split}_{metric_name(chosen)}"), int | float):
-            rows[f"{metric_name(chosen)} on {split}"] = (f"{value:.4f}", "")
-    rows["steps"] = (str(end.global_step), f"of {end.max_steps}" if end.max_steps else "")
-    rows["wall time"] = (seconds(wall_time(facts)) or "–", plural(end.attempts, "attempt"))
-    if end.samples_per_second:
+        if split in facts.scores and (best := facts.scores[split].overall.get(facts.metric)) is not None:
+            below = f"95 % interval {number(best.low)} to {number(best.high)}" if best.low == best.low else ""
+            always = facts.scores[split].always.get(facts.metric)
+            known = (
+                f"{number(always)} by always predicting {facts.scores[split].simplest}" if always is not None else ""
+            )
+            rows[f"{facts.metric} on {split}"] = (number(best.value), "; ".join(filter(None, [below, known])))
+        elif end and isinstance(value := end.metrics.get(f"{split}_{facts.metric}"), int | float):
+            rows[f"{facts.metric} on {split}"] = (number(value), "")
+    if not rows and now.best_value is not None:
+        rows[f"best {now.best_metric} on eval"] = (number(now.best_value), f"at step {now.best_step:,}")
+    rows["state"] = (now.state.lower(), (end.cause or "") if end and end.outcome != "finished" else "")
+    if now.step or end:
+        rows["steps"] = (f"{now.step:,}", f"of {now.max_steps:,}" if now.max_steps else "")
+    if now.seconds_left is not None:
+        rows["time left"] = (seconds_in_words(now.seconds_left), "estimated from its speed")
+    if (spent := wall_time(facts)) is not None:
+        attempts = end.attempts if end else len(facts.attempts)
+        rows["wall time"] = (seconds(spent) or "–", plural(attempts, "attempt"))
+    if end and end.samples_per_second:
         rows["speed"] = (f"{end.samples_per_second:.4g}", "training examples per second")
     return tiles(rows) + _stands_against(facts)
+
+
+def happened(facts: RunFacts) -> str:
+    """Of a run that has not finished: how it stands, why, and what to type next."""
+    now, end = facts.summary, facts.outcome
+    if now.state == "FINISHED":
+        return ""
+    at = f" at step {now.step:,}{f' of {now.max_steps:,}' if now.max_steps else ''}" if now.step else ""
+    why = f": {now.why}" if now.why else ""
+    html = f'<p class="end"><strong>{now.state.capitalize()}</strong>{at}{escape(why)}</p>'
+    if end is None:
+        html += note("No outcome is recorded: the run has not ended, or was never started.")
+    if end and end.failure and now.state != "RUNNING":
+        html += pre(end.failure.message, "What failed")
+    if now.remedy:
+        html += f"<h3>What to do next</h3><p>{escape(now.remedy)}</p>"
+    run = shlex.quote(str(facts.path))
+    commands = [f"afina status {run}", f"afina logs {run}"] if facts.attempts or now.job_id else []
+    if now.state in ("STOPPED", "FAILED", "PLANNED"):
+        again = "submit" if now.job_id or now.state == "PLANNED" else "resume"
+        commands.append(
+            f"afina {again} {run}" + ("    # continues from the newest checkpoint" if facts.attempts else "")
+        )
+    return html + (pre("\n".join(commands), "Commands") if commands else "")
 
 
 def _stands_against(facts: RunFacts) -> str:
@@ -83,9 +113,10 @@ def wall_time(facts: RunFacts) -> float | None:
 
 
 def outcome(facts: RunFacts) -> str:
+    """Every number that the run itself recorded at its end."""
     end = facts.outcome
     if end is None:
-        return "<p>No outcome is recorded: the run has not ended, or was never started.</p>"
+        return ""
     rows: dict[str, Any] = {
         "outcome": end.outcome,
         "steps": f"{end.global_step}" + (f" of {end.max_steps}" if end.max_steps else ""),
@@ -93,13 +124,11 @@ def outcome(facts: RunFacts) -> str:
         "task": end.task,
         "training examples per second": end.samples_per_second,
         "seconds, all attempts": end.seconds,
-        "attempts": end.attempts,
         "processes": end.world_size,
         "device": end.device,
         **{k: v for k, v in end.metrics.items() if isinstance(v, int | float)},
     }
-    error = f"<h3>What failed</h3>{pre(end.error, 'What failed')}" if end.error else ""
-    return pairs(rows) + _stands_against(facts) + error
+    return pairs(rows)
 
 
 def epochs(facts: RunFacts) -> str:
@@ -109,47 +138,45 @@ def epochs(facts: RunFacts) -> str:
     for line in facts.metrics:
         loss = line.get("loss", loss)
         if "eval_loss" in line:
-            rows.append([line.get("epoch"), line.get("step"), loss, line["eval_loss"], *(line.get(n) for n in names)])
+            values = (loss, line["eval_loss"], *(line.get(name) for name in names))
+            rows.append([line.get("epoch"), line.get("step"), *map(number, values)])
     heads = ["epoch", "step", "training loss", "validation loss", *(n.removeprefix("eval_") for n in names)]
     return table(heads, rows, "One row per evaluation") + warnings(facts.spoiled.get("eval", []) if rows else [])
 
 
-def curves(facts: RunFacts) -> dict[str, list[Chart]]:
-    """Charts over steps by section, with a mark where each attempt after the first began."""
+def curves(facts: RunFacts) -> list[Chart]:
+    """Charts over steps, with a mark where each attempt after the first began, and the best evaluation."""
     marks = {
-        float(attempt.times.step): f"attempt {number}"
-        for number, attempt in enumerate(facts.attempts, start=1)
-        if number > 1 and attempt.times.step is not None
+        float(attempt.times.step): f"attempt {count}"
+        for count, attempt in enumerate(facts.attempts, start=1)
+        if count > 1 and attempt.times.step is not None
     }
     lines, evaluations = facts.metrics, facts.evaluations
     names = list(dict.fromkeys(k for line in evaluations for k in _scalars(line)))
     errors = [n for n in names if lower_is_better(n, facts.plan.recipe.metric_texts)]
 
-    def series(chosen: Iterable[str]) -> dict[str, list[Point]]:
-        return {n.removeprefix("eval_"): _points(evaluations, n) for n in chosen}
+    def chart(key: str, title: str, chosen: Iterable[str]) -> Chart:
+        series = {n.removeprefix("eval_"): points_of(evaluations, n) for n in chosen}
+        return Chart(key, title, lines=series, marks=marks, best=_best(series.get(facts.metric, []), facts))
 
-    losses = {"training": _points(lines, "loss"), "validation": _points(evaluations, "eval_loss")}
-    return {
-        "Loss": [Chart("loss", "Loss by step", lines=losses, marks=marks)],
-        "Metrics": [
-            Chart("metrics", "Metrics by step", lines=series(n for n in names if n not in errors), marks=marks),
-            Chart("errors", "Errors by step", lines=series(errors), marks=marks),
-        ],
-        "Learning rate": [
-            Chart(
-                "learning-rate",
-                "Learning rate by step",
-                lines={"learning rate": _points(lines, "learning_rate")},
-                marks=marks,
-            ),
-            Chart(
-                "gradient-norm",
-                "Norm of the gradient by step",
-                lines={"norm": _points(lines, "grad_norm")},
-                marks=marks,
-            ),
-        ],
-    }
+    losses = {"training": points_of(lines, "loss"), "validation": points_of(evaluations, "eval_loss")}
+    rate, norm = points_of(lines, "learning_rate"), points_of(lines, "grad_norm")
+    return [
+        smoothed(Chart("loss", "Loss by step", lines=losses, marks=marks), "training"),
+        chart("metrics", "Metrics by step", [n for n in names if n not in errors]),
+        chart("errors", "Errors by step", errors),
+        Chart("learning-rate", "Learning rate by step", lines={"learning rate": rate}, marks=marks),
+        smoothed(Chart("gradient-norm", "Norm of the gradient by step", lines={"norm": norm}, marks=marks), "norm"),
+    ]
+
+
+def _best(points: Sequence[Point], facts: RunFacts) -> tuple[float, float, str] | None:
+    """The best evaluation, the first of equals, as the training decides."""
+    if len(points) < 2:
+        return None
+    pick = min if lower_is_better(facts.metric, facts.plan.recipe.metric_texts) else max
+    step, value = pick(points, key=lambda point: point[1])
+    return step, value, f"best: {number(value)} at step {step:.0f}"
 
 
 def data(facts: RunFacts) -> str:
@@ -276,15 +303,6 @@ def rerun(facts: RunFacts) -> str:
             shlex.join(["afina", "train", "recipe.yaml", *words]),
         ]
     return pre("\n".join(lines), "Commands that repeat this run")
-
-
-def _points(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
-    points = ((line.get("step"), line.get(key)) for line in lines)
-    return [
-        (float(x), float(y))
-        for x, y in points
-        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(y)
-    ]
 
 
 def _scalars(line: Mapping[str, Any]) -> list[str]:

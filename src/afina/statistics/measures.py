@@ -23,6 +23,7 @@ __all__ = [
     "ranks",
     "row_losses",
     "sums_of",
+    "threshold_curves",
 ]
 
 Array = Any
@@ -284,6 +285,15 @@ def average_precision(flags: Array, scores: Array, weights: Array | None = None)
         precision = np.where(chosen > 0, right / chosen, 0.0)
         area = (positive * precision).sum(axis=1) / positive.sum(axis=1)
     return area if weights is not None else float(area[0])
+
+
+def threshold_curves(flags: Array, scores: Array) -> tuple[Array, Array, Array]:
+    """False positive rate, recall and precision at each threshold, the highest first, (U,) each."""
+    import numpy as np
+
+    positive, negative = (part[0] for part in _stacked(flags, -np.asarray(scores, float), None))
+    right, wrong = np.cumsum(positive), np.cumsum(negative)
+    return wrong / wrong[-1], right / right[-1], right / (right + wrong)
 
 
 def _stacked(flags: Array, scores: Array, weights: Array | None) -> tuple[Array, Array]:

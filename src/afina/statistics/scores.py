@@ -20,6 +20,7 @@ from afina.statistics.limits import (
 )
 from afina.statistics.measures import compute, from_sums, parts, sums_of
 from afina.statistics.predictions import Predictions
+from afina.statistics.weakness import reference
 
 __all__ = ["Interval", "Scores", "mistakes", "score"]
 
@@ -46,7 +47,8 @@ class Scores:
         draws: number of resamples.
         absent: labels that occur neither in the labels nor in the predictions; averages leave them out.
         undefined: metric -> why it has no value.
-        majority: accuracy of always predicting the most frequent label; None but for single-label.
+        always: metric -> its value for a model that knows only how frequent the labels are.
+        simplest: what that predicts, in words.
     """
 
     overall: dict[str, Interval]
@@ -55,7 +57,8 @@ class Scores:
     draws: int
     absent: list[str] = field(default_factory=list)
     undefined: dict[str, str] = field(default_factory=dict)
-    majority: float | None = None
+    always: dict[str, float] = field(default_factory=dict)
+    simplest: str = ""
 
 
 def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | None = None) -> Scores:
@@ -71,7 +74,7 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
     if task == "regression":
         found = error_limits(truth, predicted, draws)
         overall = {name: _around(values[name], found[name]) for name in names if name in values}
-        return Scores(overall, {}, [], draws, undefined=undefined)
+        return Scores(overall, {}, [], draws, undefined=undefined, **_simplest(predictions))
     whole = sums_of(task, width, truth, predicted)
     if min(len(truth), width**2 if task == "single-label" else len(truth)) * len(whole) > MOST_CELLS:
         found, draws = dict.fromkeys(from_sums(task, whole[None, :]), NO_LIMITS), 0
@@ -93,8 +96,18 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         draws,
         absent=[name for name, there in zip(labels, seen, strict=True) if not there],
         undefined=undefined,
-        majority=float(actual.max() / whole[-1]) if task == "single-label" and len(truth) else None,
+        **_simplest(predictions),
     )
+
+
+def _simplest(predictions: Predictions) -> dict[str, Any]:
+    """`always` and `simplest` of `Scores`."""
+    if not len(predictions):
+        return {}
+    model, described = reference(predictions)
+    names = [name for name in METRICS[model.task] if name != "confusion_matrix"]
+    values, _ = compute(model.task, names, model.truth, model.predicted, model.scores, len(model.labels))
+    return {"always": {k: v for k, v in values.items() if isinstance(v, float)}, "simplest": described}
 
 
 def _around(value: float | None, limits: Limits) -> Interval:

@@ -13,7 +13,7 @@ from afina.recipe.metrics import METRICS, lower_is_better
 from afina.statistics.measures import compute
 from afina.statistics.predictions import Predictions
 
-__all__ = ["constant", "weaknesses"]
+__all__ = ["constant", "reference", "weaknesses"]
 
 #: Scores by label of the predictions of a regression vary less than this share of the labels' standard deviation: constant.
 _SAME = 1e-3
@@ -32,9 +32,9 @@ def weaknesses(predictions: Predictions, metric: str = "") -> list[str]:
     only = constant(predictions)
     reasons = [f"predicts {only} for every row of eval"] if only is not None else []
     measures = [name for name in dict.fromkeys([metric, METRICS[task][0]]) if name in METRICS[task]]
-    reference, described = _reference(predictions)
+    other_model, described = reference(predictions)
     model, other = (
-        compute(task, measures, truth, p.predicted, p.scores, len(p.labels))[0] for p in (predictions, reference)
+        compute(task, measures, truth, p.predicted, p.scores, len(p.labels))[0] for p in (predictions, other_model)
     )
     compared = {
         name: (model[name], other[name])
@@ -63,7 +63,7 @@ def constant(predictions: Predictions) -> str | None:
     return " and ".join(chosen) or "no label"
 
 
-def _reference(predictions: Predictions) -> tuple[Predictions, str]:
+def reference(predictions: Predictions) -> tuple[Predictions, str]:
     """The predictions of a model that knows only how frequent the labels are, and those in words."""
     import numpy as np
 

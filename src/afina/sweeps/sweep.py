@@ -34,6 +34,7 @@ from afina.run.workers import ask_worker
 from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
 from afina.slurm.limits import check_possible
 from afina.slurm.submit import forget, recover, submitted
+from afina.statistics.points import Row
 from afina.statistics.predictions import read_predictions
 from afina.statistics.weakness import weaknesses
 from afina.sweeps.claim import claim_cells, make_home, prepare_cells
@@ -41,7 +42,7 @@ from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, d
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
-from afina.sweeps.table import Row, Table, best_metric, tabulate
+from afina.sweeps.table import Table, best_metric, tabulate
 from afina.watch.find import resolve_folder
 from afina.watch.handle import Run, Runs
 from afina.watch.overview import State

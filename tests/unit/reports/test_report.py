@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -20,8 +23,8 @@ from tests.unit.conftest import Ran, tree
 
 from afina.errors import EnvironmentProblem, Failure, InputError
 from afina.recipe.schema import Recipe
-from afina.reports import write_report
-from afina.reports.charts import thin, ticks
+from afina.reports import charts, write_report
+from afina.reports.charts import thin
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
@@ -97,12 +100,12 @@ def test_a_warning_about_the_data_stands_beside_the_numbers_that_it_spoils(make_
     about = json.loads((run.path / "prepared.json").read_text())
     (run.path / "prepared.json").write_text(json.dumps({**about, "spoiled": {"eval": [SHARED], "test": ["none here"]}}))
     text = Page(write_report(run.path)).text
-    assert text.count(SHARED) == 4, "summary, outcome, epochs, classes"
-    assert text.count("the model gives every text") == 2 and "none here" not in text
+    assert text.count(SHARED) == 3, "at the top, epochs, classes"
+    assert text.count("the model gives every text") == 1 and "none here" not in text
     # As an older afina recorded it.
     old = "3 of 200 rows of eval are in train too, word for word: b.csv, row 1 = a.csv, row 5"
     (run.path / "prepared.json").write_text(json.dumps({**about, "warnings": [old]}))
-    assert Page(write_report(run.path)).text.count(old) == 5
+    assert Page(write_report(run.path)).text.count(old) == 4
 
 
 class Page(HTMLParser):
@@ -110,9 +113,14 @@ class Page(HTMLParser):
 
     VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
 
+    #: The page without its own script, and that script.
+    OURS = (Path(charts.__file__).parent / "page.js").read_text("utf-8")
+
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.source = path.read_text("utf-8")
+        assert self.source.count(f"<script>{self.OURS}</script>") == 1
+        self.source = self.source.replace(f"<script>{self.OURS}</script>", "")
         self.open: list[str] = []
         self.names: list[str] = []
         self.ids: list[str] = []
@@ -129,7 +137,7 @@ class Page(HTMLParser):
         values = dict(attrs)
         self.ids += [i for i in [values.get("id")] if i]
         assert not {"src", "onload", "onclick"} & values.keys(), "the page fetches or runs something"
-        self.links += [v for v in [values.get("href")] if v is not None]
+        self.links += [v for v in [values.get("href")] if v is not None and tag == "a"]
         if tag not in self.VOID:
             self.open.append(tag)
         if tag == "tr":
@@ -152,8 +160,32 @@ class Page(HTMLParser):
         if self.open and self.open[-1] in ("h1", "h2", "h3"):
             self.headings.append(data)
 
-    def svgs(self) -> list[ElementTree.Element]:
-        return [ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", self.source, re.DOTALL)]
+    def svgs(self) -> dict[str, ElementTree.Element]:
+        """By key."""
+        parts = re.findall(r"<svg.*?</svg>", self.source, re.DOTALL)
+        found = [ElementTree.fromstring(s.replace("xlink:href", "href")) for s in parts]
+        return {str(svg.get("aria-labelledby")).split()[0].removesuffix("-title"): svg for svg in found}
+
+
+def data_of(svg: ElementTree.Element, part: str) -> list[list[tuple[float, float]]]:
+    """The values that are drawn as `part` (`d0`, `m1`, …), read back from the drawing as the page's script does it."""
+    x0, y0, x1, y1 = map(float, str(svg.get("data-box")).split())
+    left, right, low, high = map(float, str(svg.get("data-limits")).split())
+    key = str(svg.get("aria-labelledby")).split()[0].removesuffix("title")
+    paths = []
+    for group in svg.iter():
+        if group.get("id") == key + part:
+            for path in group.iter("path"):
+                numbers = list(map(float, re.findall(r"-?[\d.]+", str(path.get("d")))))
+                if path.get("id") is None:
+                    points = zip(numbers[::2], numbers[1::2], strict=True)
+                    paths.append(
+                        [
+                            (left + (x - x0) / (x1 - x0) * (right - left), high - (y - y0) / (y1 - y0) * (high - low))
+                            for x, y in points
+                        ]
+                    )
+    return paths
 
 
 def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
@@ -165,15 +197,16 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
     page = Page(path)
     assert page.headings == [
         "amazon-stars",
-        *("Outcome", "Methods", "Epochs", "Loss", "Metrics", "Each class", "Confusion matrix", "Data", "Warnings"),
-        *("Speed", "Plan", "Attempts", "Record", "Recipe", "Run it again"),
+        *("Scores", "Learning curves", "Each class", "Confusion matrix", "Methods", "Data", "Warnings", "Speed"),
+        *("Outcome", "Plan", "Attempts", "Record", "Recipe", "Run it again"),
     ]
     assert page.names.count("h1") == 1 and page.names.count("html") == page.names.count("main") == 1
-    assert ["1", "20", "1", "0.9", "0.5"] in page.rows and ["2", "40", "0.7", "0.5", "0.75"] in page.rows
+    assert ["1", "20", "1.0000", "0.9000", "0.5000"] in page.rows
+    assert ["2", "40", "0.7000", "0.5000", "0.7500"] in page.rows and ["eval_accuracy", "0.7500"] in page.rows
     assert ["outcome", "finished"] in page.rows and ["steps", "40 of 40"] in page.rows
-    assert ["2", "0.22"] in page.rows, "F1 of the second class"
+    assert ["2", "0.2200"] in page.rows, "F1 of the second class"
     assert ["2", "2", "6", "0"] in page.rows, "the second row of the confusion matrix"
-    assert ["train", "600", "12345"] in page.rows
+    assert ["train", "600", "12,345"] in page.rows
     assert ["local-1", "1970-01-01 00:00:00 UTC", "node<1>", "4", "–", "0"] in page.rows
     assert "label '3' occurs once in train" in page.text
 
@@ -184,30 +217,55 @@ def test_the_page_is_self_contained_and_has_a_dark_mode(make_run: MakeRun) -> No
     log(run, *CURVE)
     page = Page(write_report(run.path))
     assert "prefers-color-scheme: dark" in page.source and 'lang="en"' in page.source
-    assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page.source)
+    assert not re.search(r"https?://|url\((?!#)|@import|<link|<img", page.source)
+    digest = base64.b64encode(hashlib.sha256(Page.OURS.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in page.source
+    assert not any(colour in page.source.partition("</style>")[2] for colour in charts.LIGHT.values())
     assert len(page.ids) == len(set(page.ids))
-    sections = [link.removeprefix("#") for link in page.links]
-    assert len(sections) == 14 and all(link.startswith("#") for link in page.links) and set(sections) <= set(page.ids)
+    assert len(page.links) == 13 and {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert page.names.count("details") == 6, "plan, attempts and record are folded away"
 
 
-def test_charts_have_a_description_in_words(make_run: MakeRun) -> None:
+def test_charts_have_a_description_in_words_and_hold_their_values(make_run: MakeRun) -> None:
     run = make_run()
     finish(run)
     log(run, *CURVE)
-    loss, metrics = Page(write_report(run.path)).svgs()
-    for svg, title in ((loss, "Loss by step"), (metrics, "Metrics by step")):
+    svgs = Page(write_report(run.path)).svgs()
+    assert list(svgs) == ["loss", "metrics"]
+    for svg, title in zip(svgs.values(), ("Loss by step", "Metrics by step"), strict=True):
         assert svg.get("role") == "img"
         named = [svg.find(f"*[@id='{i}']") for i in str(svg.get("aria-labelledby")).split()]
         assert [n.tag for n in named if n is not None] == ["title", "desc"] and named[0] is not None
         assert named[0].text == title
-    desc = loss.find("desc")
+    desc = svgs["loss"].find("desc")
     assert desc is not None
     assert desc.text == "training: 1.5 at step 10, 0.7 at step 40; validation: 0.9 at step 20, 0.5 at step 40."
-    lines = [line.get("points") for line in loss.iter("polyline")]
-    assert [len(str(points).split()) for points in lines] == [3, 2]
-    # The largest loss at the top left of the plot, the least at the bottom right.
-    assert str(lines[0]).split()[0] == "64.0,34.0" and str(lines[1]).split()[-1] == "700.0,250.0"
-    assert len({line.get("stroke-dasharray") for line in loss.iter("polyline")}) == 2, "colour is not the only sign"
+    assert json.loads(str(svgs["loss"].get("data-names"))) == ["training", "validation"]
+    for part, points in (("d0", [(10, 1.5), (20, 1.0), (40, 0.7)]), ("d1", [(20, 0.9), (40, 0.5)])):
+        assert [pytest.approx(point, rel=2e-3) for point in points] == data_of(svgs["loss"], part)[0]
+    dashes = [
+        re.search(r"stroke-dasharray: ([\d., ]+)", ElementTree.tostring(g, "unicode"))
+        for g in svgs["loss"].iter("g")
+        if str(g.get("id")).startswith("loss-d")
+    ]
+    assert [dash is None for dash in dashes] == [True, False], "colour is not the only sign"
+    assert "best: 0.7500 at step 40" in str(svgs["metrics"].find("desc").text)  # type: ignore[union-attr]
+
+
+def test_a_long_curve_is_smoothed_and_its_values_stay_visible(make_run: MakeRun) -> None:
+    run = make_run()
+    loss = [2 - i / 10_000 + (-1) ** i / 10 for i in range(10_000)]
+    log(run, *({"step": i, "loss": value} for i, value in enumerate(loss, start=1)), {"step": 10_000, "eval_loss": 1.0})
+    path = write_report(run.path)
+    page = Page(path)
+    svg = page.svgs()["loss"]
+    (line,), (pale,) = data_of(svg, "d0"), data_of(svg, "f0")
+    assert max(abs(y - (2 - x / 10_000)) for x, y in line[50:]) < 0.03 and max(y for _, y in pale) > 2.05
+    assert re.search(
+        r"Strong line: moving average over about 400 values of training; pale: the values themselves\. \d,\d{3} of 20,001 points are drawn",
+        page.text,
+    )
+    assert path.stat().st_size < 150_000
 
 
 def test_a_single_evaluation_a_flat_line_and_missing_values_are_drawn(make_run: MakeRun) -> None:
@@ -216,10 +274,10 @@ def test_a_single_evaluation_a_flat_line_and_missing_values_are_drawn(make_run: 
         run,
         {"step": 5, "epoch": 1, "eval_loss": 0.5, "eval_pearson": None, "eval_mse": 0.0, "eval_mae": float("nan")},
     )
-    page = Page(write_report(run.path))
-    for svg in page.svgs():
-        assert not re.search(r"nan|inf\b", ElementTree.tostring(svg, "unicode"), re.IGNORECASE)
-    assert [svg.find("title").text for svg in page.svgs()] == ["Loss by step", "Errors by step"]  # type: ignore[union-attr]
+    svgs = Page(write_report(run.path)).svgs()
+    for svg in svgs.values():
+        assert not re.search(r"\bnan|\binf\b", ElementTree.tostring(svg, "unicode"), re.IGNORECASE)
+    assert list(svgs) == ["loss", "errors"]
 
 
 def test_no_text_of_a_run_becomes_markup(make_run: MakeRun) -> None:
@@ -231,18 +289,27 @@ def test_no_text_of_a_run_becomes_markup(make_run: MakeRun) -> None:
     page = Page(write_report(run.path))
     assert "script" not in page.names
     assert page.text.count(EVIL) >= 6
-    for svg in page.svgs():
+    for svg in page.svgs().values():
         assert svg.find(".//script") is None
 
 
-def test_a_run_that_has_not_begun_and_one_that_failed_have_a_page(make_run: MakeRun) -> None:
+def test_a_run_that_has_not_finished_says_what_happened_and_what_to_type(make_run: MakeRun) -> None:
     run = make_run()
-    assert "No outcome is recorded" in Page(write_report(run.path)).text
-    run.begin_attempt("123.0")
-    run.record_failure("123.0", Failure("TrainingError", "the loss is nan at step 3"))
+    where = shlex.quote(str(run.path))
     page = Page(write_report(run.path))
-    assert ["outcome", "failed"] in page.rows and "the loss is nan at step 3" in page.text
-    assert "Epochs" not in page.headings and not page.svgs()
+    assert "Planned" in page.text and "No outcome is recorded" in page.text and f"afina submit {where}" in page.text
+    name = run.begin_attempt().name
+    run.record_failure(name, Failure("TrainingError", "the loss is nan at step 3", "lower the learning rate"))
+    page = Page(write_report(run.path))
+    assert page.headings[:3] == ["amazon-stars", "What happened", "What to do next"]
+    assert "the loss is nan at step 3" in page.text and "Learning curves" not in page.headings and not page.svgs()
+    assert f"lower the learning rate; then: afina resume {where}" in page.text
+    assert f"afina logs {where}" in page.text and f"\nafina resume {where}" in page.text
+    run.record(Outcome(outcome="stopped", exit_code=75, attempt=name, cause="limit", global_step=20, max_steps=40))
+    log(run, *CURVE[:3])
+    page = Page(write_report(run.path))
+    assert "Stopped at step 20 of 40: at the time limit" in page.text and "What failed" not in page.source
+    assert list(page.svgs()) == ["loss", "metrics"] and f"afina resume {where}" in page.text
 
 
 def test_damaged_files_leave_their_section_out(make_run: MakeRun) -> None:
@@ -253,7 +320,7 @@ def test_damaged_files_leave_their_section_out(make_run: MakeRun) -> None:
     (run.path / "recipe.yaml").unlink()
     run.metrics_file.write_text(json.dumps(CURVE[2]) + '\n{"step": 41, "eva')
     page = Page(write_report(run.path))
-    assert "Data" not in page.headings and "Epochs" in page.headings
+    assert "Data" not in page.headings and "Learning curves" in page.headings
     assert "recipe.yaml is missing: the recipe is taken from plan.json" in page.text
     assert ["local-1", "–", "–", "–", "–", "0"] in page.rows
 
@@ -377,7 +444,8 @@ def test_metrics_of_ones_own_and_undefined_ones_are_shown(make_run: MakeRun) -> 
     predict(run)
     predict(run, part="_test")
     page = Page(write_report(run.path))
-    assert ["total", "1.2500", "–", "–"] in page.rows and "total on eval" in page.text
+    assert ["total", "1.2500", "–", "–", "–"] in page.rows and "total on eval" in page.text
+    assert "total: no interval; a metric of one's own is computed once, on all rows" in page.text
     assert "total is not defined on test: costs.total returned None." in page.text
     assert sum(row[0] == "auroc" for row in page.rows) == 2 and "kappa_quadratic" not in page.text
 
@@ -412,18 +480,32 @@ def test_predictions_give_intervals_calibration_and_mistakes(make_run: MakeRun) 
     page = Page(write_report(run.path))
     assert next(row for row in page.rows if row[:1] == ["1"] and "(" in row[-1])[:2] == ["1", "30"]
     first, second, third = (next(r for r in page.rows if r[0] == k and "(" in r[-1]) for k in "123")
-    assert first[3] == "1.000 (0.859–1.000)" and re.fullmatch(r"0\.500 \(0\.3\d\d–0\.6\d\d\)", second[3]), second
+    assert first[3] == "1.0000 (0.8587–1.0000)" and re.fullmatch(r"0\.5000 \(0\.3\d+–0\.6\d+\)", second[3]), second
     assert third[2] == "–", "never predicted: precision is not defined"
-    assert all(re.fullmatch(r"0\.000 \(0\.000–0\.[12]\d\d\)", cell) for cell in third[3:]), third
+    assert all(re.fullmatch(r"0\.0000 \(0\.0000–0\.[12]\d+\)", cell) for cell in third[3:]), third
     assert ["2", "15", "15", "0"] in page.rows, "the confusion matrix, from the predictions"
+    assert ["3", "1", "30", "100.0%"] in page.rows and ["2", "1", "15", "50.0%"] in page.rows, "its confusions"
     assert "expected calibration error on eval" in page.text and "of 15 equal bins" in page.text
-    mistakes = [row for row in page.rows if len(row) == 6 and row[1].startswith("r")]
-    assert len(mistakes) == 20 and mistakes[0][:5] == ["89", "r89", "3", "1", "0.945"]
-    assert all(len(row[5]) == 300 and row[5].endswith("…") for row in mistakes)
+    assert page.headings[page.headings.index("Mistakes") :][1:3] == [
+        "3 predicted as 1: 30 rows, 100.0% of the label",
+        "2 predicted as 1: 15 rows, 50.0% of the label",
+    ]
+    mistakes = [row for row in page.rows if len(row) == 4 and row[1].startswith("r")]
+    assert len(mistakes) == 10 and mistakes[0][:3] == ["89", "r89", "0.9450"]
+    assert all(len(row[3]) == 300 and row[3].endswith("…") for row in mistakes)
     assert "Rows of some where/reviews.csv" in page.text
-    assert "accuracy on eval" in page.text and re.search(r"0\.5000.*95 % interval 0\.[34]\d+ to 0\.6", page.text)
-    reliability = next(s for s in page.svgs() if s.find("title").text == "Reliability on eval")  # type: ignore[union-attr]
-    assert len(reliability.findall("rect")) == len(re.findall("confidence", str(reliability.find("desc").text)))  # type: ignore[union-attr]
+    assert re.search(
+        r"accuracy on eval0\.500095 % interval 0\.[34]\d+ to 0\.6\d+; 0\.3333 by always predicting the majority class '1'",
+        page.text,
+    )
+    svgs = page.svgs()
+    bars = [
+        group for group in svgs["calibration-eval"].iter("g") if str(group.get("id")).startswith("calibration-eval-b")
+    ]
+    counts = [row for row in page.rows if re.fullmatch(r"0\.\d\d–[01]\.\d\d", row[0])]
+    assert len(bars) == len(counts) == len(re.findall("confidence", str(svgs["calibration-eval"].find("desc").text)))  # type: ignore[union-attr]
+    assert sum(int(row[1]) for row in counts) == 90
+    assert {"pr-eval", "roc-eval", "score", "classes-eval"} <= svgs.keys()
 
 
 def test_texts_are_escaped_and_can_be_left_out(make_run: MakeRun) -> None:
@@ -431,7 +513,7 @@ def test_texts_are_escaped_and_can_be_left_out(make_run: MakeRun) -> None:
     finish(run)
     predict(run, texts=[EVIL + "\n\x00 two lines"] * 90)
     page = Page(write_report(run.path))
-    assert "script" not in page.names and page.text.count(EVIL) == 20
+    assert "script" not in page.names and page.text.count(EVIL) == 10
     page = Page(write_report(run.path, texts=False))
     assert EVIL not in page.text and "r89" in page.text
 
@@ -443,7 +525,7 @@ def test_many_labels_become_the_most_frequent_confusions(make_run: MakeRun) -> N
     finish(run, labels=names, metrics={"eval_confusion_matrix": matrix})
     page = Page(write_report(run.path))
     assert ["label 0", "label 1", "3", "23.1%"] in page.rows and "30 most frequent of 79 confusions" in page.text
-    assert len(page.source) < 60_000
+    assert len(page.source) < 90_000
 
 
 def test_damaged_predictions_are_reported_in_their_place(make_run: MakeRun) -> None:
@@ -499,12 +581,10 @@ def test_attempts_are_marked_and_their_times_are_shown(make_run: MakeRun) -> Non
     finish(run, attempt="7.2")
     log(run, *CURVE)
     page = Page(write_report(run.path))
-    loss = page.svgs()[0]
-    marks = [line for line in loss.iter("line") if line.get("class") == "mark"]
-    # Steps 10 to 40 lie between 64 and 700: 20 at a third.
-    assert [float(str(line.get("x1"))) for line in marks] == [276.0, 488.0]
-    assert [text.text for text in loss.iter("text") if text.get("class") == "mark"] == ["attempt 2", "attempt 3"]
-    assert "attempt 3 began at step 30" in str(loss.find("desc").text)  # type: ignore[union-attr]
+    loss = page.svgs()["loss"]
+    assert [data_of(loss, part)[0][0][0] for part in ("m0", "m1")] == pytest.approx([20, 30], rel=1e-3)
+    assert {"attempt 2", "attempt 3"} <= {text.text for text in loss.iter("text")}
+    assert "attempt 3 at step 30" in str(loss.find("desc").text)  # type: ignore[union-attr]
     assert ["7.1", "1:30 min", "10 s", "2 s", "20", "30", "1", "4 s", "0.5 s"] in page.rows
     assert "Tokens per second by step" in page.source and "Memory in GB by step" in page.source
     assert ["torch", "2.13"] in page.rows
@@ -558,36 +638,32 @@ def test_requested_and_used_resources(make_run: MakeRun, tmp_path: Path, monkeyp
 
 
 def test_figures_are_files_too(make_run: MakeRun) -> None:
-    pytest.importorskip("matplotlib")
     run = make_run()
     finish(run)
     predict(run)
     log(run, *CURVE, {"step": 40, "epoch": 2.0, "loss": 0.7, "learning_rate": 1e-5})
     folder = write_report(run.path, png=True).parent
     names = {p.name for p in folder.iterdir()}
-    keys = ("loss", "metrics", "learning-rate", "calibration-eval", "confusion-eval")
+    keys = (
+        "score",
+        "classes-eval",
+        "loss",
+        "metrics",
+        "learning-rate",
+        "calibration-eval",
+        "confusion-eval",
+        "pr-eval",
+        "roc-eval",
+    )
     assert names == {"index.html", *(f"{k}.{s}" for k in keys for s in ("svg", "png"))}
     for key in keys:
         root = ElementTree.parse(folder / f"{key}.svg").getroot()
-        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.find("{*}style") is not None
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("style") == "background: #fff"
         raw = (folder / f"{key}.png").read_bytes()
-        assert raw.startswith(b"\x89PNG") and len(raw) > 5000
+        assert raw.startswith(b"\x89PNG") and len(raw) > 4000
     first = (folder / "loss.png").read_bytes()
     write_report(run.path, png=True)
     assert (folder / "loss.png").read_bytes() == first
-
-
-def test_png_files_without_matplotlib_are_refused_before_anything_is_written(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = make_run()
-    import importlib.util
-
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else there(name))
-    with pytest.raises(EnvironmentProblem, match="PNG files need matplotlib"):
-        write_report(run.path, png=True)
-    assert not (run.path / "report").exists()
 
 
 def test_many_points_are_thinned_and_no_spike_is_lost() -> None:
@@ -595,21 +671,8 @@ def test_many_points_are_thinned_and_no_spike_is_lost() -> None:
     points[77_777] = (77_777.0, 9.0)
     points[5] = (5.0, -3.0)
     kept = thin(points)
-    assert len(kept) <= 1300 and points[77_777] in kept and points[5] in kept
+    assert len(kept) <= 700 and points[77_777] in kept and points[5] in kept
     assert kept[0] == points[0] and kept[-1] == points[-1] and kept == sorted(kept)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0.61, 1.61, [0.8, 1, 1.2, 1.4, 1.6]),
-        (-5, 5, [-4, -2, 0, 2, 4]),
-        (1e-5, 9e-5, [2e-5, 4e-5, 6e-5, 8e-5]),
-    ],
-)
-def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_many_runs_have_one_page(make_run: MakeRun, tmp_path: Path) -> None:
@@ -649,9 +712,19 @@ def test_a_sweep_is_headed_by_the_mean_of_its_best_point(make_run: MakeRun, tmp_
             run.path.rename(tmp_path / f"sweep/runs/{rate},{seed}")
     page = Page(write_report(tmp_path / "sweep", output=tmp_path / "page"))
     low, high = stats.t.interval(0.95, 2, loc=0.86, scale=stats.sem(values[2e-5]))
-    assert ["learning_rate=2e-05", "0.8600", f"{low:.4f}–{high:.4f}", "3/3"] in page.rows
+    assert ["learning_rate=2e-05", "0.8600", f"{low:.4f}–{high:.4f}", "3/3", "best", "–", "–"] in page.rows
+    test = stats.ttest_rel(values[1e-5], values[2e-5])
+    limits, difference = test.confidence_interval(), sum(values[1e-5]) / 3 - 0.86
+    assert page.rows[page.rows.index(next(r for r in page.rows if r[0] == "learning_rate=1e-05"))][4:] == [
+        f"{difference:+.4f}",
+        f"{limits.low:+.4f} to {limits.high:+.4f}",
+        f"{test.pvalue:.3f}",
+    ]
+    assert "It is NOT distinguishable from the next (learning_rate=1e-05): paired over 3 seeds" in page.text
+    effect = page.svgs()["effect-train.learning_rate"]
+    assert effect.get("data-scale") == "linear" and "2e-05: mean 0.8600" in str(effect.find("desc").text)  # type: ignore[union-attr]
     assert f"learning_rate=2e-05: mean of 3 seeds, 95 % interval {low:.4f} to {high:.4f}" in page.text
     first = [row[0] for row in page.rows if row[0].startswith("learning_rate=")]
-    assert first == ["learning_rate=2e-05", "learning_rate=1e-05", "learning_rate=3e-05"], (
-        "one seed of three does not win"
+    assert first == ["learning_rate=2e-05", "learning_rate=3e-05", "learning_rate=1e-05"], (
+        "by their means, as the sweep's own table; but one seed of three does not win"
     )
