@@ -1,5 +1,5 @@
 """The rows of a file of any format as dictionaries, for `afina init`. The stages that train and predict read columns instead:
-`afina.worker.data.readers`, from the same parsers."""
+`afina.worker.data.tables.readers`, from the same parsers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from afina.run.plan import Plan
 SMALL_SHARDS = """
 import sys
 from afina.worker.__main__ import main
-from afina.worker.data import shards, tokenise
+from afina.worker.data.tokens import shards, tokenise
 shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
 sys.exit(main(["prepare"]))
 """

@@ -11,9 +11,9 @@ import pytest
 
 from afina.errors import DataError
 from afina.recipe.keys.data_keys import Data
-from afina.worker.data.loss_weights import row_weights
-from afina.worker.data.splits import build_splits
-from afina.worker.data.tables import read_files
+from afina.worker.data.labels.loss_weights import row_weights
+from afina.worker.data.splits.build_splits import build_splits
+from afina.worker.data.tables.data_table import read_files
 
 
 def _file(folder: Path, weights: list[Any]) -> Path:

@@ -124,7 +124,7 @@ def test_an_altered_manifest_is_named(final: Path) -> None:
 
 def test_reading_imports_no_torch() -> None:
     code = (
-        "import sys, afina.worker.data.prepared, afina.worker.data.tables;"
+        "import sys, afina.worker.data.prepared, afina.worker.data.tables.data_table;"
         "print([m for m in ('torch', 'transformers', 'datasets', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -26,11 +26,11 @@ from tests.unit.data.stage import SMALL_SHARDS, finished, leftovers, result, sta
 from afina.errors import DataError
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
-from afina.worker.data import shards, tokenise, write_split
-from afina.worker.data.encode import Encoder
-from afina.worker.data.shards import ShardFolder, ShardMissing
-from afina.worker.data.splits import build_splits
-from afina.worker.data.tables import DataSource
+from afina.worker.data.splits.build_splits import build_splits
+from afina.worker.data.tables.data_table import DataSource
+from afina.worker.data.tokens import shards, tokenise, write_split
+from afina.worker.data.tokens.encode import Encoder
+from afina.worker.data.tokens.shards import ShardFolder, ShardMissing
 from afina.worker.model.pretrained import load_tokenizer
 from afina.worker.progress import Progress
 
@@ -69,7 +69,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """ShardFolder and batches so small that little data has many."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
     monkeypatch.setattr(tokenise, "_BATCH_BYTES", 900)
-    monkeypatch.setattr("afina.worker.data.write_split._BLOCK_BYTES", 3000)
+    monkeypatch.setattr("afina.worker.data.tokens.write_split._BLOCK_BYTES", 3000)
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -329,10 +329,10 @@ def test_texts_without_content_tokens_are_counted() -> None:
 MEASURE = """
 import pathlib, sys
 from afina.recipe.keys.data_keys import Data
-from afina.worker.data import shards, tokenise, write_split
-from afina.worker.data.encode import Encoder
-from afina.worker.data.splits import build_splits
-from afina.worker.data.tables import DataSource
+from afina.worker.data.tokens import shards, tokenise, write_split
+from afina.worker.data.tokens.encode import Encoder
+from afina.worker.data.splits.build_splits import build_splits
+from afina.worker.data.tables.data_table import DataSource
 
 class Tokenizer:
     model_input_names = ("input_ids",)

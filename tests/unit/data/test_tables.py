@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import star_names, tiny_reviews, write_csv, write_jsonl, write_parquet, write_tsv
 
 from afina.errors import DataError
-from afina.worker.data.tables import DataTable, as_text, list_places, read_files
+from afina.worker.data.tables.data_table import DataTable, as_text, list_places, read_files
 
 NASTY = [
     "plain",

@@ -12,7 +12,7 @@ from afina.errors import DataError
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import number_text, read_json
 from afina.formats.rows import read_rows
-from afina.worker.data.tables import read_files
+from afina.worker.data.tables.data_table import read_files
 from afina.worker.inference.inputs import examine
 
 #: File, content, message after the path, remedy.

@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from afina.recipe.parse import parse_recipe
 from afina.worker.compute import packed_model
-from afina.worker.data.encode import EncodedBatch, Encoder
 from afina.worker.data.prepared import Split
+from afina.worker.data.tokens.encode import EncodedBatch, Encoder
 from afina.worker.inference.classifier import Classifier
 from afina.worker.model import padding
 from afina.worker.model.head import build_model

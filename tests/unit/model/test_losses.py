@@ -16,7 +16,7 @@ from afina.run.plan import Geometry
 from afina.schedule import Schedule
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import Collator, PackedCollator, StepBatches, epoch_steps
-from afina.worker.data.loss_weights import label_weights
+from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
 from afina.worker.model.losses import Loss
 from afina.worker.training.evaluation import scores

@@ -13,7 +13,7 @@ import pytest
 from tests import tiny
 
 from afina.errors import DataError, InputError
-from afina.worker.data.tables import DataSource
+from afina.worker.data.tables.data_table import DataSource
 from afina.worker.inference import inputs
 from afina.worker.inference.inputs import Inputs, examine, read_chunks
 from afina.worker.inference.parts import Parts

@@ -5,7 +5,7 @@ Pins revisions, fetches, checks the data, maps labels, tokenises once and publis
 bytes are compared with the manifest first, and damaged data is made again.
 
 One process, one node, all cores that it may use. Of several that would prepare the same, one works and the others wait (see
-`afina.processes`) and find it done. An interrupted prepare resumes from its token shards (see `afina.worker.data.shards`). Not
+`afina.processes`) and find it done. An interrupted prepare resumes from its token shards (see `afina.worker.data.tokens.shards`). Not
 covered: training; the network is used only where data or model are not local or fetched.
 """
 
@@ -34,7 +34,7 @@ from afina.run.commands import without_launcher
 from afina.run.plan import Plan
 from afina.site.settings import cache_environment
 from afina.worker.data.prepared import digest_of, verify
-from afina.worker.data.tables import DataSource
+from afina.worker.data.tables.data_table import DataSource
 from afina.worker.disk_errors import disk_errors
 from afina.worker.reply import Terminated, not_a_question, read_question
 
@@ -79,9 +79,9 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     Raises:
         InputError, EnvironmentProblem: see the modules that this one composes.
     """
-    from afina.worker.data.duplicates import check_trained_before
-    from afina.worker.data.shards import discard
-    from afina.worker.data.tokenise import shards_folder
+    from afina.worker.data.splits.duplicates import check_trained_before
+    from afina.worker.data.tokens.shards import discard
+    from afina.worker.data.tokens.tokenise import shards_folder
 
     recipe = plan.recipe
     _sweep(plan)
@@ -153,7 +153,7 @@ class _Inputs:
 
 def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check the recipe's loss and metrics against the task and the labels of prepared data in `folder`."""
-    from afina.worker.data.loss_weights import label_weights
+    from afina.worker.data.labels.loss_weights import label_weights
     from afina.worker.data.prepared import open_split
     from afina.worker.model.own_metrics import check_metrics
 
@@ -164,8 +164,8 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
 
 def _sweep(plan: Plan) -> None:
     """Remove what killed processes have left."""
-    from afina.worker.data import shards
-    from afina.worker.data.tokenise import shards_folder
+    from afina.worker.data.tokens import shards
+    from afina.worker.data.tokens.tokenise import shards_folder
 
     for folder in (plan.site.scratch / "pins", plan.site.prepared, plan.site.cache / "datasets"):
         sweep(folder, now=time.time())
@@ -229,7 +229,7 @@ def _make(
     plan: Plan, inputs: _Inputs, states: Mapping[str, Any], final: Path, content: Mapping[str, Any], say: Say
 ) -> tuple[dict[str, Any], list[str]]:
     """Check and tokenise the data, and publish it at `final`; returns the manifest, and warnings about the model."""
-    from afina.worker.data.tokenise import build
+    from afina.worker.data.tokens.tokenise import build
     from afina.worker.hub.datasets import fetch_data
 
     data = inputs.data
@@ -353,8 +353,8 @@ def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> A
     """Read the data once and check it; returns `CheckedData`."""
     import numpy as np
 
-    from afina.worker.data.splits import build_splits, choose_sources
-    from afina.worker.data.tokenise import CheckedData
+    from afina.worker.data.splits.build_splits import build_splits, choose_sources
+    from afina.worker.data.tokens.tokenise import CheckedData
     from afina.worker.progress import Progress
 
     spec = plan.recipe.data

@@ -24,9 +24,9 @@ from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches
-from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.prepared import Split
-from afina.worker.data.row_batches import is_blank
+from afina.worker.data.tables.row_batches import is_blank
+from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.padding import separate_rows, set_pad_token

@@ -1,6 +1,6 @@
 """Files to predict on: checked once from end to end, then read again chunk by chunk. Memory is that of one chunk.
 
-Files are read by the prepare stage's readers (`afina.worker.data.readers`), so what one accepts the other accepts. A chunk is a
+Files are read by the prepare stage's readers (`afina.worker.data.tables.readers`), so what one accepts the other accepts. A chunk is a
 number of rows and may span files; the n-th chunk is found by reading from the beginning, 0.2 to 0.7 million short rows a second.
 Columns are copied to the output in these types: CSV and TSV text; JSON Lines text, whole numbers, numbers, true/false, and JSON
 text for what is mixed or nested; Parquet as it is.
@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from afina.errors import DataError, InputError
 from afina.formats.read_options import PLAIN, ReadOptions
-from afina.worker.data.readers import open_reader
-from afina.worker.data.row_batches import FileReader, RowBatch, note_texts
+from afina.worker.data.tables.readers import open_reader
+from afina.worker.data.tables.row_batches import FileReader, RowBatch, note_texts
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "check_columns", "examine", "read_chunks"]
 

@@ -37,7 +37,7 @@ class Loss:
 
     @classmethod
     def of(cls, train: Train, task: str, label_weights: Array | None) -> Loss:
-        """The loss that a recipe names; weights from `afina.worker.data.loss_weights`."""
+        """The loss that a recipe names; weights from `afina.worker.data.labels.loss_weights`."""
         gamma = (DEFAULT_GAMMA if train.focal_gamma is None else train.focal_gamma) if train.loss == "focal" else None
         weights = None if label_weights is None else torch.from_numpy(label_weights.astype(np.float32))
         return cls(task, weights, train.label_smoothing, gamma)

@@ -24,7 +24,7 @@ from afina.schedule import Schedule
 from afina.worker.compute.batches import Batching
 from afina.worker.compute.precision import PrecisionChoice
 from afina.worker.data import prepared as store
-from afina.worker.data.loss_weights import label_weights
+from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
 from afina.worker.model.losses import Loss
 from afina.worker.model.pretrained import verify_model

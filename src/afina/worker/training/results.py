@@ -20,8 +20,8 @@ from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import weaknesses
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
-from afina.worker.data.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.data.prepared import Split
+from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.model.losses import Loss
 from afina.worker.model.outputs import label_lists, prediction_columns, probabilities
 from afina.worker.model.padding import padding_side

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, nearest
 from afina.recipe.keys.data_keys import Data
-from afina.worker.data.labels import LabelColumns, Labels, as_number, listed
+from afina.worker.data.labels.find_labels import LabelColumns, Labels, as_number, listed
 from afina.worker.data.prepared import Split
-from afina.worker.data.tables import Examples, list_places
+from afina.worker.data.tables.data_table import Examples, list_places
 
 __all__ = ["check_found_labels", "check_one_feature", "check_labels", "nearest_label"]
 

@@ -24,8 +24,8 @@ from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.formats.rows import not_a_text
 from afina.formats.text_files import open_text
-from afina.worker.data.columnar_reader import ColumnarReader
-from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, FileReader, RowBatch, choose_columns
+from afina.worker.data.tables.columnar_reader import ColumnarReader
+from afina.worker.data.tables.row_batches import BATCH_BYTES, BATCH_ROWS, FileReader, RowBatch, choose_columns
 
 __all__ = ["open_reader"]
 

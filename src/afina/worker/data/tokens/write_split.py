@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afina.worker.data.duplicates import row_keys
 from afina.worker.data.prepared import ArrayWriter
-from afina.worker.data.shards import Shard, ShardFolder
-from afina.worker.data.tables import Examples, list_places
+from afina.worker.data.splits.duplicates import row_keys
+from afina.worker.data.tables.data_table import Examples, list_places
+from afina.worker.data.tokens.shards import Shard, ShardFolder
 
 __all__ = ["TEXTS", "TokenStats", "write_split"]
 
@@ -213,7 +213,7 @@ def _reordered(blocks: Iterator[Block], place: Array, folder: Path) -> Iterator[
 
 
 class _RowsWriter:
-    """Writes `rows.parquet`: where each row came from (`row`, as `afina.worker.data.readers` counts, and `file`), `id`, texts."""
+    """Writes `rows.parquet`: where each row came from (`row`, as `afina.worker.data.tables.readers` counts, and `file`), `id`, texts."""
 
     def __init__(self, path: Path, examples: Examples, texts: Sequence[str]) -> None:
         table = examples.table

@@ -11,8 +11,8 @@ import pyarrow as pa
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.train_keys import Train
-from afina.worker.data.labels import as_numbers
-from afina.worker.data.tables import DataTable, list_places
+from afina.worker.data.labels.find_labels import as_numbers
+from afina.worker.data.tables.data_table import DataTable, list_places
 
 __all__ = ["label_weights", "row_weights"]
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.data_keys import Data
-from afina.worker.data.tables import DataTable, as_text
+from afina.worker.data.tables.data_table import DataTable, as_text
 
 __all__ = ["LabelColumns", "Labels", "as_number", "as_numbers", "find_labels", "label_array", "listed"]
 

@@ -1,6 +1,6 @@
 """Data files as tables that know where each row came from. Of texts only digests are kept; they are read again in batches.
 
-Formats, and how rows are counted: see `afina.worker.data.readers`.
+Formats, and how rows are counted: see `afina.worker.data.tables.readers`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError
 from afina.formats.read_options import PLAIN, ReadOptions
-from afina.worker.data.readers import open_reader
-from afina.worker.data.row_batches import FileReader, as_text, is_blank, note_texts
+from afina.worker.data.tables.readers import open_reader
+from afina.worker.data.tables.row_batches import FileReader, as_text, is_blank, note_texts
 
 __all__ = ["DataSource", "DataTable", "Examples", "TextDigests", "as_text", "list_places", "read_files"]
 

@@ -1,7 +1,7 @@
 """Tokenises checked data shard by shard on all cores, writes the splits, and publishes them.
 
 Of a row only numbers stay in memory; the texts are read again in batches. Shards are kept until the data is published
-(`afina.worker.data.shards`), so an interrupted prepare resumes. The format of the result: `afina.worker.data.prepared`.
+(`afina.worker.data.tokens.shards`), so an interrupted prepare resumes. The format of the result: `afina.worker.data.prepared`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from afina.publish import publish, staging
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
-from afina.worker.data.duplicates import check_conflicts, check_duplicates
-from afina.worker.data.encode import EncodedBatch, Encoder, join_columns
-from afina.worker.data.label_checks import check_one_feature
-from afina.worker.data.labels import Labels
-from afina.worker.data.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
-from afina.worker.data.tables import DataSource, Examples
-from afina.worker.data.write_split import TEXTS, TokenStats, write_split
+from afina.worker.data.labels.find_labels import Labels
+from afina.worker.data.labels.label_checks import check_one_feature
+from afina.worker.data.splits.duplicates import check_conflicts, check_duplicates
+from afina.worker.data.tables.data_table import DataSource, Examples
+from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
+from afina.worker.data.tokens.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
+from afina.worker.data.tokens.write_split import TEXTS, TokenStats, write_split
 from afina.worker.model.pretrained import check_pad_token, load_tokenizer, vocabulary_size
 from afina.worker.progress import Progress
 

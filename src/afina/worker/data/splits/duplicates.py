@@ -16,9 +16,9 @@ import numpy as np
 
 from afina.errors import SiteError
 from afina.files import read_json
-from afina.worker.data.labels import Labels
+from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.prepared import open_split
-from afina.worker.data.tables import DataTable, Examples, list_places
+from afina.worker.data.tables.data_table import DataTable, Examples, list_places
 
 __all__ = ["TRAINED_ROWS", "check_conflicts", "check_duplicates", "check_trained_before", "row_keys", "trained_rows"]
 

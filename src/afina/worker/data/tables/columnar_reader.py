@@ -1,4 +1,4 @@
-"""The reader of Parquet and Arrow files; see `afina.worker.data.readers`."""
+"""The reader of Parquet and Arrow files; see `afina.worker.data.tables.readers`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from afina.formats.json_rows import number_text
 from afina.formats.notes import Notes
 from afina.formats.read_options import ReadOptions
 from afina.formats.rows import not_a_text
-from afina.worker.data.row_batches import BATCH_BYTES, BATCH_ROWS, RowBatch, as_text, choose_columns
+from afina.worker.data.tables.row_batches import BATCH_BYTES, BATCH_ROWS, RowBatch, as_text, choose_columns
 
 __all__ = ["ColumnarReader"]
 

@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.data_keys import Data, Part
-from afina.worker.data.label_checks import check_found_labels, check_labels
-from afina.worker.data.labels import LabelColumns, Labels, find_labels, label_array
-from afina.worker.data.loss_weights import row_weights
-from afina.worker.data.tables import DataTable, Examples, TextDigests, as_text, list_places
+from afina.worker.data.labels.find_labels import LabelColumns, Labels, find_labels, label_array
+from afina.worker.data.labels.label_checks import check_found_labels, check_labels
+from afina.worker.data.labels.loss_weights import row_weights
+from afina.worker.data.tables.data_table import DataTable, Examples, TextDigests, as_text, list_places
 
 __all__ = ["SPLITS", "build_splits", "choose_sources", "sample_rows", "split_by_key", "stratified_split"]
 

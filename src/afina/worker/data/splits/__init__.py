@@ -1,0 +1,1 @@
+"""Which rows train, eval and test take; rows that two splits share."""
