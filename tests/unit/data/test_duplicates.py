@@ -16,7 +16,7 @@ from tests.unit.data.stage import prepare_here
 
 from afina.run.plan import Plan
 from afina.worker.data.labels.find_labels import Labels
-from afina.worker.data.labels.label_checks import check_one_feature
+from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.prepared import Split, load_manifest
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, row_keys, trained_rows
 

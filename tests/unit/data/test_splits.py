@@ -13,13 +13,9 @@ from tests.tiny import write_csv, write_jsonl
 from afina.errors import AfinaError, DataError, RecipeError
 from afina.recipe.keys.data_keys import Data
 from afina.worker.data.labels.find_labels import Labels
-from afina.worker.data.splits.build_splits import (
-    build_splits,
-    choose_sources,
-    sample_rows,
-    split_by_key,
-    stratified_split,
-)
+from afina.worker.data.splits.build_splits import build_splits
+from afina.worker.data.splits.choose_sources import choose_sources
+from afina.worker.data.splits.divide import sample_rows, split_by_key, stratified_split
 from afina.worker.data.tables.data_table import DataTable, Examples, read_files
 
 Rows = list[dict[str, Any]]

@@ -229,6 +229,7 @@ def _make(
     plan: Plan, inputs: _Inputs, states: Mapping[str, Any], final: Path, content: Mapping[str, Any], say: Say
 ) -> tuple[dict[str, Any], list[str]]:
     """Check and tokenise the data, and publish it at `final`; returns the manifest, and warnings about the model."""
+    from afina.worker.data.splits.build_splits import read_splits
     from afina.worker.data.tokens.tokenise import build
     from afina.worker.hub.datasets import fetch_data
 
@@ -236,7 +237,7 @@ def _make(
     if inputs.data_pin:
         data = fetch_data(plan.site, plan.recipe.data, inputs.data_pin, say, digests=True)
     # Data is checked first: a wrong column is reported within a second, importing transformers takes several.
-    checked = _check_data(plan, data, states, say)
+    checked = read_splits(plan, data, states, say)
     warnings = _check_model(plan, inputs.model_folder)
     return build(plan, inputs.model_folder, checked, final, content, say), warnings
 
@@ -347,36 +348,3 @@ def _find(final: Path, say: Say = lambda line: None) -> dict[str, Any] | None:
     except SiteError as error:
         say(f"{error.message}; preparing again")
         return None
-
-
-def _check_data(plan: Plan, data: Any, states: Mapping[str, Any], say: Say) -> Any:
-    """Read the data once and check it; returns `CheckedData`."""
-    import numpy as np
-
-    from afina.worker.data.splits.build_splits import build_splits, choose_sources
-    from afina.worker.data.tokens.tokenise import CheckedData
-    from afina.worker.progress import Progress
-
-    spec = plan.recipe.data
-    warnings: list[str] = []
-    chosen = choose_sources(spec, list(data.splits if data is not None else plan.files), warnings)
-    keys = list(dict.fromkeys(chosen.values()))
-    sources = {
-        key: DataSource((data.file(key),), f"{data.id}/{key}")
-        if data is not None
-        else DataSource(tuple(plan.files[key]), reading=spec.reading)
-        for key in keys
-    }
-    if data is not None:
-        states = {key: source.state() for key, source in sources.items()}
-    columns = [*spec.label, *filter(None, (spec.id, spec.weight, spec.split_column, spec.group))]
-    with Progress("reading", "read", "rows", None, say) as progress:
-        # Names, not numbers: each digit counts.
-        ids = [n for n in (spec.id, spec.group, spec.split_column) if n and n not in (*spec.label, spec.weight)]
-        tables = {key: source.read(columns, spec.text, progress.advance, ids=ids) for key, source in sources.items()}
-    warnings += [line for table in tables.values() for line in table.warnings]
-    labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)
-    read: dict[str, int] = {}
-    for table in tables.values():
-        read |= dict(zip(table.sources, np.bincount(table.source, minlength=len(table.sources)).tolist(), strict=True))
-    return CheckedData(labels, splits, warnings, sources, states, read)

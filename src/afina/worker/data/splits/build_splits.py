@@ -14,8 +14,8 @@ A `split_column` names the split of each row. `sample` is `datasets.Dataset.shuf
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -23,259 +23,81 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afina.errors import DataError, RecipeError, nearest
-from afina.recipe.keys.data_keys import Data, Part
+from afina.errors import DataError, RecipeError
+from afina.recipe.keys.data_keys import Data
+from afina.run.plan import Plan
 from afina.worker.data.labels.find_labels import LabelColumns, Labels, find_labels, label_array
 from afina.worker.data.labels.label_checks import check_found_labels, check_labels
 from afina.worker.data.labels.loss_weights import row_weights
-from afina.worker.data.tables.data_table import DataTable, Examples, TextDigests, as_text, list_places
+from afina.worker.data.splits.choose_sources import SPLIT_NAMES, choose_sources, choose_values, shares_of
+from afina.worker.data.splits.divide import sample_rows, split_by_key, stratified_split
+from afina.worker.data.tables.data_table import DataSource, DataTable, Examples, TextDigests, as_text, list_places
+from afina.worker.hub.datasets import HubData
+from afina.worker.progress import Progress
 
-__all__ = ["SPLITS", "build_splits", "choose_sources", "sample_rows", "split_by_key", "stratified_split"]
+__all__ = ["CheckedData", "build_splits", "read_splits"]
 
 Array = np.ndarray[Any, Any]
 
-SPLITS = ("train", "eval", "test")
 _RANK_GROUPS = 10
-_HASH_BITS = 53
 #: More values of `data.split_column` than this are not names of splits.
 _MOST_SPLITS = 20
-#: Names of a split in Hub data sets and in columns, in the order of preference.
-_NAMES = {
-    "train": ("train", "training"),
-    "eval": ("eval", "validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-
-
-# -- which rows -------------------------------------------------------------------------------------------------------
-
-
-def choose_sources(data: Data, known: Sequence[str], warnings: list[str]) -> dict[str, str]:
-    """The source of each split of the recipe: a key of `data.files`, or a split of the Hub data set.
-
-    Raises:
-        RecipeError: a named split does not exist, or a column is to divide several sources.
-        DataError: train has no source.
-    """
-    hub = data.hub is not None
-    what = f"a split of {data.hub}" if hub else "a key of `data.files`"
-    if data.split_column is not None:
-        if len(known) > 1:
-            raise RecipeError(
-                f"data.split_column: divides the rows of one source, and there are {', '.join(known)}",
-                "leave it out, or choose a data set with one split",
-            )
-        return dict.fromkeys(_specs(data), known[0])
-    return _choose(data, known, what, warnings, named=hub)
-
-
-def _choose(data: Data, known: Sequence[str], what: str, warnings: list[str], *, named: bool) -> dict[str, str]:
-    """Args: what: a word for one of `known`; named: look for the usual other names of a split too."""
-    renamed = data.splits or {}
-    chosen: dict[str, str] = {}
-    for name, target in renamed.items():
-        if target not in known:
-            raise RecipeError(f"data.splits.{name}: `{target}` is not {what}", _known(target, known))
-    for split, spec in _specs(data).items():
-        if spec.split is not None:
-            wanted = renamed.get(spec.split, spec.split)
-            if wanted not in known:
-                raise RecipeError(f"data.{split}.split: `{wanted}` is not {what}", _known(wanted, known))
-            chosen[split] = wanted
-            continue
-        candidates = [renamed.get(split, split), "all", renamed.get("train", "train")]
-        if named:
-            usual = [*_NAMES[split][1:], *(["test"] if split == "eval" and data.hub is not None else [])]
-            candidates[1:1] = usual
-            candidates += _NAMES["train"]
-        source = next((c for c in candidates if c in known), None)
-        if source is None:
-            raise DataError(
-                f"data.{split}: no source for this split; there are: {', '.join(known)}",
-                f"name one with `data.{split}.split`" + ("" if named else f", or add `{split}:` to `data.files`"),
-            )
-        if data.hub is not None and split == "eval" and source == "test":
-            warnings.append("eval uses the split `test`: the best checkpoint is chosen on it; name `data.eval.split`")
-        chosen[split] = source
-    return chosen
-
-
-def _known(wanted: str, known: Sequence[str]) -> str:
-    hint = nearest(wanted, known)
-    return f"{hint + ' ' if hint else ''}known: {', '.join(known)}"
-
-
-def _specs(data: Data) -> dict[str, Part]:
-    return {name: spec for name in SPLITS if (spec := getattr(data, name)) is not None}
-
-
-def _fractions(data: Data, sources: Mapping[str, str], warnings: list[str]) -> dict[str, Fraction]:
-    """The share of its source that each split takes; splits that take all of it are left out."""
-    shares: dict[str, Fraction] = {}
-    for source in dict.fromkeys(sources.values()):
-        sharing = [split for split in sources if sources[split] == source]
-        asked = {split: Fraction(repr(f)) for split in sharing if (f := getattr(data, split).fraction) is not None}
-        without = [split for split in sharing if split not in asked]
-        if len(sharing) > 1 and not asked:
-            if sharing == ["train", "eval"]:
-                asked = {"train": Fraction("0.8"), "eval": Fraction("0.2")}
-                warnings.append(
-                    f"train and eval share `{source}` and the recipe gives no fractions: 0.8 for train, 0.2 for eval"
-                )
-            elif "train" in sharing:
-                raise RecipeError(
-                    f"data: {', '.join(sharing)} share `{source}`: how much does each get?",
-                    "give each a `fraction`, for example 0.8, 0.1 and 0.1",
-                )
-            else:
-                warnings.append(f"{' and '.join(sharing)} are the same rows: all of `{source}`")
-        elif len(sharing) > 1 and without:
-            rest = Fraction(1) - sum(asked.values(), Fraction(0))
-            if len(without) > 1 or rest <= 0:
-                raise RecipeError(
-                    f"data: {', '.join(sharing)} share `{source}`, and {' and '.join(without)} would get no rows",
-                    f"give `data.{without[0]}` a `fraction`; all fractions add up to at most 1",
-                )
-            asked[without[0]] = rest
-            warnings.append(f"{without[0]} gets the rest of `{source}`: {float(rest):g} of its rows")
-        shares |= asked
-    return shares
-
-
-def stratified_split(strata: Array | None, num_rows: int, shares: Sequence[Fraction], seed: int) -> list[Array]:
-    """Disjoint row numbers for each share, ascending, int64.
-
-    Args:
-        strata: stratum of each row, int64 (num_rows,), or None. A stratum of one row goes to the first share, and every
-            stratum has at least one row there.
-        shares: of the whole; where they add up to less than 1, some rows are in none.
-    """
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(num_rows)
-    if strata is None:
-        groups = [order]
-    else:
-        by_stratum = order[np.argsort(strata[order], kind="stable")]
-        bounds = np.flatnonzero(np.diff(strata[by_stratum])) + 1
-        groups = np.split(by_stratum, bounds)
-    wanted = [*shares, 1 - sum(shares, Fraction(0))]
-    carry = [Fraction(0)] * len(wanted)
-    taken: list[list[Array]] = [[] for _ in wanted]
-    for group in groups:
-        counts = _divide(len(group), wanted, carry)
-        start = 0
-        for index, count in enumerate(counts):
-            taken[index].append(group[start : start + count])
-            start += count
-    empty = np.empty(0, np.int64)
-    return [np.sort(np.concatenate([empty, *some])) for some in taken[:-1]]
-
-
-def _divide(size: int, wanted: Sequence[Fraction], carry: list[Fraction]) -> list[int]:
-    """Whole numbers that add up to `size`, near `wanted * size + carry`; `carry` is set to the difference."""
-    if size == 1:
-        return [1, *[0] * (len(wanted) - 1)]
-    ideal = [share * size + left for share, left in zip(wanted, carry, strict=True)]
-    counts = [max(0, int(value)) for value in ideal]
-    while sum(counts) > size:
-        counts[max(range(len(counts)), key=lambda i: (counts[i] - ideal[i], -i))] -= 1
-    while sum(counts) < size:
-        counts[max(range(len(counts)), key=lambda i: (ideal[i] - counts[i], -i))] += 1
-    if not counts[0]:
-        counts[counts.index(max(counts))] -= 1
-        counts[0] = 1
-    carry[:] = [value - count for value, count in zip(ideal, counts, strict=True)]
-    return counts
-
-
-def split_by_key(keys: Array, strata: Array | None, shares: Sequence[Fraction], seed: int) -> list[Array]:
-    """Disjoint row numbers for each share, ascending, int64: a row's share follows from its key and the seed alone.
-
-    Exceptions, for the sake of small data: a stratum without a row in the first share gives it one, and a stratum (or the
-    whole) that should have a row in another share and has none gives it the one whose key is nearest. Rows with one key stay
-    together.
-
-    Args:
-        keys: uint64 (N, K).
-        strata: stratum of each row, int64 (N,), or None.
-        shares: of the whole; where they add up to less than 1, some rows are in none.
-    """
-    place = _hashed(keys, seed)
-    total = Fraction(0)
-    bounds = [round((total := total + share) * (1 << _HASH_BITS)) for share in shares]
-    taken = np.searchsorted(np.array(bounds, np.int64), place, side="right")
-    groups = [np.arange(len(place))] if strata is None else _groups(strata)
-    division = _Division(place, taken, bounds, shares)
-    for rows in groups:
-        division.fill(rows)
-    division.fill(np.arange(len(place)), kept=groups)
-    return [np.flatnonzero(taken == index) for index in range(len(shares))]
-
-
-def _hashed(keys: Array, seed: int) -> Array:
-    """Uniform in [0, 2**53) by SplitMix64's finaliser, int64 (N,)."""
-    mixed = np.full(len(keys), seed, np.uint64)
-    with np.errstate(over="ignore"):
-        for column in np.asarray(keys, np.uint64).T:
-            mixed = (mixed ^ column) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed = mixed ^ (mixed >> np.uint64(31))
-    return (mixed >> np.uint64(64 - _HASH_BITS)).astype(np.int64)
-
-
-def _groups(strata: Array) -> list[Array]:
-    """Rows of each stratum."""
-    order = np.argsort(strata, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(strata[order])) + 1)
 
 
 @dataclass(frozen=True)
-class _Division:
-    """Rows and their shares.
+class CheckedData:
+    """Data that can be trained on.
 
     Attributes:
-        place: hash of each row, int64 (N,).
-        taken: index of each row's share, int64 (N,); `fill` changes it.
-        bounds: upper ends of the shares' places.
+        labels: task and label names.
+        splits: by name: train, eval, test.
+        warnings: of the checks.
+        sources: where the rows of each source can be read again.
+        states: of the files of each source, from before they were read.
+        read: rows of each file.
     """
 
-    place: Array
-    taken: Array
-    bounds: Sequence[int]
-    shares: Sequence[Fraction]
-
-    def fill(self, rows: Array, kept: Sequence[Array] = ()) -> None:
-        """Give each share that should have some of `rows`, and has none, the key that is nearest to it.
-
-        Args:
-            kept: strata that must keep a row in the first share.
-        """
-        for index, share in enumerate(self.shares):
-            if (self.taken[rows] == index).any() or (index and share * len(rows) < (Fraction(1, 2) if kept else 1)):
-                continue
-            low = self.bounds[index - 1] if index else 0
-            distance = np.where(self.place[rows] < low, low - self.place[rows], self.place[rows] - self.bounds[index])
-            for row in rows[np.argsort(distance, kind="stable")]:
-                source = self.taken[row]
-                alone = len(np.unique(self.place[rows[self.taken[rows] == source]])) < 2
-                alone |= any(
-                    row in stratum and len(np.unique(self.place[stratum[self.taken[stratum] == 0]])) < 2
-                    for stratum in kept
-                )
-                if index and alone and source < len(self.shares):
-                    continue
-                self.taken[self.place == self.place[row]] = index
-                break
+    labels: Labels
+    splits: Mapping[str, Examples]
+    warnings: list[str]
+    sources: Mapping[str, DataSource]
+    states: Mapping[str, Any]
+    read: Mapping[str, int] = field(default_factory=dict)
 
 
-def sample_rows(num_rows: int, sample: int | None, seed: int) -> Array:
-    """Row numbers as `datasets.Dataset.shuffle(seed=seed).select(range(sample))` orders them; all, in order, if None."""
-    if sample is None:
-        return np.arange(num_rows)
-    return np.random.default_rng(seed).permutation(num_rows)[:sample]
+def read_splits(plan: Plan, data: HubData | None, states: Mapping[str, Any], say: Callable[[str], None]) -> CheckedData:
+    """Read the data once, divide and check them.
 
+    Args:
+        data: of a data set from the Hub.
+        states: of the files of each key of `data.files`, from before they were read.
 
-# -- all together -----------------------------------------------------------------------------------------------------
+    Raises:
+        DataError, RecipeError: data that cannot be trained on, with file and row.
+    """
+    spec = plan.recipe.data
+    warnings: list[str] = []
+    chosen = choose_sources(spec, list(data.splits if data is not None else plan.files), warnings)
+    keys = list(dict.fromkeys(chosen.values()))
+    sources = {
+        key: DataSource((data.file(key),), f"{data.id}/{key}")
+        if data is not None
+        else DataSource(tuple(plan.files[key]), reading=spec.reading)
+        for key in keys
+    }
+    if data is not None:
+        states = {key: source.state() for key, source in sources.items()}
+    columns = [*spec.label, *filter(None, (spec.id, spec.weight, spec.split_column, spec.group))]
+    with Progress("reading", "read", "rows", None, say) as progress:
+        # Names, not numbers: each digit counts.
+        ids = [n for n in (spec.id, spec.group, spec.split_column) if n and n not in (*spec.label, spec.weight)]
+        tables = {key: source.read(columns, spec.text, progress.advance, ids=ids) for key, source in sources.items()}
+    warnings += [line for table in tables.values() for line in table.warnings]
+    labels, splits = build_splits(plan.recipe.task, spec, tables, chosen, warnings)
+    read: dict[str, int] = {}
+    for table in tables.values():
+        read |= dict(zip(table.sources, np.bincount(table.source, minlength=len(table.sources)).tolist(), strict=True))
+    return CheckedData(labels, splits, warnings, sources, states, read)
 
 
 def build_splits(
@@ -362,11 +184,11 @@ def _pools(
             f"{table.sources[0]}: column `{data.split_column}` has {len(known):,} different values",
             "`data.split_column` is a column that says train, eval or test",
         )
-    chosen = _choose(data, known, f"a value of column `{data.split_column}`", warnings, named=True)
+    chosen = choose_values(data, known, f"a value of column `{data.split_column}`", warnings, named=True)
     for value in known:
         if value not in chosen.values():
             count = pc.sum(pc.equal(values, value)).as_py()
-            name = next((split for split, names in _NAMES.items() if value in names), None)
+            name = next((split for split, names in SPLIT_NAMES.items() if value in names), None)
             use = f"add `{name}: {{}}` to `data` to use them" if name else "name it with `split:` to use it"
             warnings.append(f"{count:,} rows whose `{data.split_column}` is {value!r} are in no split: {use}")
     pools = {v: _Pool(column, np.flatnonzero(pc.equal(values, v).to_numpy(zero_copy_only=False))) for v in known}
@@ -378,7 +200,7 @@ def _choose_rows(
 ) -> dict[str, Array]:
     """The rows of each split, as indices in its source."""
     names = {split: name for split, (name, _) in pools.items()}
-    shares = _fractions(data, names, warnings)
+    shares = shares_of(data, names, warnings)
     rows: dict[str, Array] = {}
     for name, pool in dict(pools.values()).items():
         sharing = [split for split in names if names[split] == name]

@@ -11,7 +11,6 @@ import copy
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
 from afina.worker.data.labels.find_labels import Labels
-from afina.worker.data.labels.label_checks import check_one_feature
+from afina.worker.data.labels.one_feature import check_one_feature
+from afina.worker.data.splits.build_splits import CheckedData
 from afina.worker.data.splits.duplicates import check_conflicts, check_duplicates
 from afina.worker.data.tables.data_table import DataSource, Examples
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
@@ -34,7 +34,7 @@ from afina.worker.data.tokens.write_split import TEXTS, TokenStats, write_split
 from afina.worker.model.pretrained import check_pad_token, load_tokenizer, vocabulary_size
 from afina.worker.progress import Progress
 
-__all__ = ["CheckedData", "Tokenising", "build", "shards_folder"]
+__all__ = ["Tokenising", "build", "shards_folder"]
 
 #: Texts that are tokenised at once, and their bytes: a signal is answered between two batches.
 _BATCH_ROWS = 4096
@@ -46,27 +46,6 @@ _TRIES = 5
 
 Array = np.ndarray[Any, Any]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class CheckedData:
-    """Data that can be trained on.
-
-    Attributes:
-        labels: task and label names.
-        splits: by name: train, eval, test.
-        warnings: of the checks.
-        sources: where the rows of each source can be read again.
-        states: of the files of each source, from before they were read.
-        read: rows of each file.
-    """
-
-    labels: Labels
-    splits: Mapping[str, Examples]
-    warnings: list[str]
-    sources: Mapping[str, DataSource]
-    states: Mapping[str, Any]
-    read: Mapping[str, int] = field(default_factory=dict)
 
 
 def shards_folder(plan: Plan) -> Path:
