@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from afina.formats.read_options import ReadOptions
     from afina.site.settings import Site
     from afina.slurm.cluster import Cluster
-    from afina.start.examine import Column, Examined
+    from afina.start.examine import Examined
     from afina.start.find_data import LabelledData
+    from afina.start.guess_columns import Column
 
 __all__ = ["COMMANDS"]
 
@@ -158,7 +159,7 @@ def _columns(
 ) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str | None]:
     """The columns of text, label, id and split."""
     from afina.formats.read_options import format_of
-    from afina.start.examine import check_header, check_named, columns_of, guess_columns, guess_split_column
+    from afina.start.guess_columns import check_header, check_named, columns_of, guess_columns, guess_split_column
 
     columns = columns_of(data.main)
     delimited = any(format_of(path) in ("csv", "tsv") for paths in data.files.values() for path in paths)

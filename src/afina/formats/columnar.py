@@ -62,11 +62,11 @@ class Columnar:
         if hasattr(self._file, "iter_batches"):
             names = sorted({self.schema.names[index] for index in indices})
             size = _batch_size(self._file.metadata, names, most_rows, most_bytes)
-            found = self._file.iter_batches(size, columns=names, use_threads=False)
+            batches = self._file.iter_batches(size, columns=names, use_threads=False)
         else:
-            found = _sliced(self._file, most_rows, most_bytes)
+            batches = _sliced(self._file, most_rows, most_bytes)
         rows = 0
-        for batch in found:
+        for batch in batches:
             # Of two columns with one name the first one in the file is the first one here.
             waiting = {name: [i for i, n in enumerate(self.schema.names) if n == name] for name in batch.schema.names}
             columns = {waiting[name].pop(0): batch.column(at) for at, name in enumerate(batch.schema.names)}
@@ -163,12 +163,12 @@ def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
         return {}
-    found = {}
+    by_column = {}
     for name, feature in features.items():
         feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
-            found[name] = [str(n) for n in feature["names"]]
-    return found
+            by_column[name] = [str(n) for n in feature["names"]]
+    return by_column
 
 
 def count_rows(path: Path) -> int | None:

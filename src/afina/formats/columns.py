@@ -17,7 +17,7 @@ _SHOWN_COLUMNS = 30
 _MISSING = "__HIVE_DEFAULT_PARTITION__"
 
 
-def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], remedy: str) -> None:
+def check_columns(path: Path, wanted: Sequence[str], known: Sequence[str], remedy: str) -> None:
     """Refuse a file that lacks a column, or has it twice.
 
     Args:
@@ -27,21 +27,21 @@ def check_columns(path: Path, wanted: Sequence[str], found: Sequence[str], remed
         DataError: with the nearest name, or the option that would help.
     """
     for name in wanted:
-        if found.count(name) > 1:
+        if known.count(name) > 1:
             raise DataError(f"{path}: column `{name}` occurs twice", "rename one of them")
-        if name not in found:
-            listed = ", ".join(f"`{f}`" for f in found[:_SHOWN_COLUMNS]) or "none"
-            more = ", …" if len(found) > _SHOWN_COLUMNS else ""
-            hint = _separator_remedy(path, found) or nearest(name, found) or _other_hint(path, name, found) or remedy
+        if name not in known:
+            listed = ", ".join(f"`{f}`" for f in known[:_SHOWN_COLUMNS]) or "none"
+            more = ", …" if len(known) > _SHOWN_COLUMNS else ""
+            hint = _separator_remedy(path, known) or nearest(name, known) or _other_hint(path, name, known) or remedy
             raise DataError(f"{path}: there is no column `{name}`; columns: {listed}{more}", hint)
 
 
-def _other_hint(path: Path, name: str, found: Sequence[str]) -> str:
-    below = [f for f in found if f.rpartition(".")[2] == name]
+def _other_hint(path: Path, name: str, known: Sequence[str]) -> str:
+    below = [f for f in known if f.rpartition(".")[2] == name]
     if below:
         return f"did you mean `{below[0]}`?"
     if format_of(path) in ("csv", "tsv") and any(
-        len(cell) > 60 or cell.replace(".", "", 1).isdigit() for cell in found
+        len(cell) > 60 or cell.replace(".", "", 1).isdigit() for cell in known
     ):
         return f"is the first line a row, not a header? {option('header', 'false')}"
     return ""
@@ -77,13 +77,13 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 def partitions(path: Path) -> dict[str, str | None]:
     """Columns and their value in the names of the folders around a file, as Hive and Spark write them: `label=good/part-0.parquet`."""
-    found: dict[str, str | None] = {}
+    values: dict[str, str | None] = {}
     for folder in path.parents:
         key, equals, value = folder.name.partition("=")
         if not (key and equals):
             break
-        found[urllib.parse.unquote(key)] = None if value == _MISSING else urllib.parse.unquote(value)
-    return dict(reversed(found.items()))
+        values[urllib.parse.unquote(key)] = None if value == _MISSING else urllib.parse.unquote(value)
+    return dict(reversed(values.items()))
 
 
 def value_at(record: Mapping[str, Any], name: str) -> Any:

@@ -50,9 +50,9 @@ def read_json(path: Path, reading: ReadOptions = PLAIN) -> Iterator[tuple[int, d
 def records_below(path: Path, record: Mapping[str, Any]) -> DataError | None:
     """The error for a file whose one object holds the records under a key; None of any other object."""
     deeper = [f"{key}.{b}" for key, v in record.items() if isinstance(v, dict) for b in _lists_of_objects(v)]
-    if found := _lists_of_objects(record) or deeper:
-        listed = " and ".join(f"`{name}`" for name in found)
-        longest = max(found, key=lambda name: len(value_at(record, name)))
+    if keys := _lists_of_objects(record) or deeper:
+        listed = " and ".join(f"`{name}`" for name in keys)
+        longest = max(keys, key=lambda name: len(value_at(record, name)))
         return DataError(f"{path}: one object, with records under {listed}", option("field", longest))
     return None
 

@@ -170,8 +170,8 @@ def format_of(path: Path) -> str | None:
     """csv, tsv, jsonl, parquet, arrow or txt, by the suffix; None where afina does not read such files."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
-        found = format_of(Path(path.stem))
-        return found if found in _TEXT_FORMATS else None
+        kind = format_of(Path(path.stem))
+        return kind if kind in _TEXT_FORMATS else None
     return "txt" if suffix == ".txt" else DATA_SUFFIXES.get(suffix)
 
 

@@ -74,9 +74,9 @@ def _class_name(value: Any, classes: Sequence[str]) -> Any:
     return classes[value] if 0 <= value < len(classes) else None
 
 
-def not_a_text(path: Path, unit: str, number: int, name: str, found: str) -> DataError:
-    """The error for a row that holds `found` (a list, an object) where a text is expected."""
+def not_a_text(path: Path, unit: str, number: int, name: str, kind: str) -> DataError:
+    """The error for a row that holds `kind` (a list, an object) where a text is expected."""
     return DataError(
-        f"{path}, {unit} {number}: column `{name}` holds {found}, a text is expected",
+        f"{path}, {unit} {number}: column `{name}` holds {kind}, a text is expected",
         "name a column of texts (`data.text`, --text) or of single values (`data.id`); `a.b` is `b` in the object `a`",
     )

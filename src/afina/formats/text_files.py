@@ -219,9 +219,9 @@ def note_damaged(notes: Notes, texts: Any, rows: Any) -> None:
         if not any(mark in raw for mark in _DAMAGED_BYTES):
             return
     for message, pattern in _DAMAGED.items():
-        found = _found(pattern, texts)
-        if len(found):
-            notes.add(message, rows[found[0]], len(found))
+        indices = _found(pattern, texts)
+        if len(indices):
+            notes.add(message, rows[indices[0]], len(indices))
 
 
 def _found(pattern: str, texts: Any) -> Any:

@@ -8,85 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from afina.errors import DataError, InputError, nearest
-from afina.formats.notes import Notes
-from afina.formats.read_options import option
 from afina.formats.text_files import note_damaged
 from afina.recipe.data_files import split_named
+from afina.start.guess_columns import MOST_CLASSES, Source, number_of, text_of
 
 __all__ = [
     "MOST_ROWS",
-    "Column",
     "Examined",
-    "Source",
-    "check_header",
-    "check_named",
-    "columns_of",
     "count_words",
     "examine",
-    "guess_columns",
-    "guess_split_column",
     "quantile",
 ]
 
 MOST_ROWS = 300_000
-_FIRST_ROWS = 2_000
 _SAMPLE = 2_000
-#: A column with more distinct values than this does not hold classes.
-_MOST_CLASSES = 200
 _SEPARATORS = ("|", ";")
 
-_LABEL_NAMES = ("label", "labels", "class", "category", "target", "stars", "sentiment", "rating", "score", "topic", "intent", "emotion", "y")  # fmt: skip
-_TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "utterance", "question", "title")
-_ID_NAMES = ("id", "ids", "uid", "uuid", "idx", "index", "row_id", "doc_id", "key")
 #: Words; punctuation marks, and characters of Chinese, Japanese and Korean, which a tokenizer takes one by one.
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The rows of one split: `rows()` yields them from the beginning each time. `total_rows`: known or estimated, or None.
-    `notes`: what was odd in the rows that were read."""
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
-    total_rows: int | None = None
-    notes: Notes = field(default_factory=Notes)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column by the first rows.
-
-    Attributes:
-        filled: share of rows with a value; distinct: different values.
-        words: mean number of words.
-        numeric, listed: every value is a number, or a list.
-        example: the first value, shortened.
-        is_value: its name occurs among the values.
-        names_splits: every value is the name of a split, and train is one of them.
-    """
-
-    name: str
-    rows: int
-    filled: float
-    distinct: int
-    words: float
-    numeric: bool
-    listed: bool
-    example: str
-    is_value: bool
-    names_splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,96 +77,6 @@ class Examined:
     odd: tuple[str, ...] = ()
 
 
-# -- columns -----------------------------------------------------------------------------------------------------------
-
-
-def columns_of(source: Source) -> tuple[Column, ...]:
-    """The columns of the first rows.
-
-    Raises:
-        DataError: there are no rows.
-    """
-    rows = list(itertools.islice(source.rows(), _FIRST_ROWS))
-    if not rows:
-        raise DataError(f"{source.name}: no rows", "the first line names the columns, each further one is an example")
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str) and name))
-    return tuple(_column(name, [row.get(name) for row in rows]) for name in names)
-
-
-def _column(name: str, values: list[Any]) -> Column:
-    given = [v for v in values if v is not None and v != ""]
-    texts = [_text(v) for v in given]
-    first = " ".join(texts[0].split()) if texts else ""
-    return Column(
-        name=name,
-        rows=len(values),
-        filled=len(given) / len(values),
-        distinct=len(set(texts)),
-        words=sum(len(t.split()) for t in texts) / max(1, len(texts)),
-        numeric=bool(given) and all(_number(v) is not None for v in given),
-        listed=bool(given) and all(isinstance(v, list) for v in given),
-        example=first if len(first) <= 60 else first[:59] + "…",
-        is_value=name in texts,
-        names_splits="train" in (splits := {split_named(t) for t in texts}) and None not in splits,
-    )
-
-
-def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, str | None]:
-    """The columns that look like text, label and id; None where none does."""
-
-    def named(names: Sequence[str], among: Sequence[Column]) -> str | None:
-        folded = {c.name.strip().casefold(): c.name for c in among}
-        return next((folded[n] for n in names if n in folded), None)
-
-    texts = [c for c in columns if not c.numeric and not c.listed and c.words >= 1.5]
-    longest = max(texts, key=lambda c: c.words, default=None)
-    text = named(_TEXT_NAMES, texts) or (longest.name if longest else None)
-    rest = [c for c in columns if c.name != text and c.filled > 0]
-    classes = [c for c in rest if 2 <= c.distinct <= min(_MOST_CLASSES, max(2, c.rows // 2)) or c.listed]
-    simplest = min(classes, key=lambda c: (c.words, c.distinct), default=None)
-    label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
-    ids = [c for c in rest if c.name != label and c.distinct == c.rows and c.rows > 1 and c.words <= 1]
-    return text, label, named(_ID_NAMES, ids)
-
-
-def check_header(columns: Sequence[Column], source: str) -> None:
-    """Refuse a CSV or TSV whose header looks like a row: it names no usual column, and holds a value, a number or a sentence.
-
-    Raises:
-        InputError: with the option for a file without a header.
-    """
-    usual = {*_LABEL_NAMES, *_TEXT_NAMES, *_ID_NAMES}
-    if any(c.name.casefold() in usual for c in columns):
-        return
-    if any(c.is_value or (c.numeric and _number(c.name) is not None) or len(c.name.split()) > 5 for c in columns):
-        shown = ", ".join(_short(c.name) for c in columns[:5]) + (", …" if len(columns) > 5 else "")
-        raise InputError(
-            f"{source}: the first line looks like a row, not like the names of columns: {shown}",
-            f"{option('header', 'false')}, or --header NAME,NAME; if it is the header, name the columns with --text and --label",
-        )
-
-
-def guess_split_column(columns: Sequence[Column], taken: Collection[str]) -> str | None:
-    """The column whose values name the split of each row, or None."""
-    found = [c for c in columns if c.names_splits and c.name not in taken and c.filled == 1]
-    return found[0].name if len(found) == 1 else None
-
-
-def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, source: str) -> None:
-    """Raises InputError: there is no such column; with the nearest."""
-    known = [c.name for c in columns]
-    for name in wanted:
-        if name not in known:
-            hint = nearest(name, known)
-            raise InputError(
-                f"{option} {name}: {source} has no such column",
-                f"{hint + ' ' if hint else ''}columns: {', '.join(known)}",
-            )
-
-
-# -- text and label ----------------------------------------------------------------------------------------------------
-
-
 def examine(
     source: Source,
     text: Sequence[str],
@@ -241,12 +97,12 @@ def examine(
     number = 0
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
-        parts = [_text(row.get(name)) for name in text]
+        parts = [text_of(row.get(name)) for name in text]
         texts.add(number, parts)
         note_damaged(source.notes, parts, [number] * len(parts))
         labels.add(number, [row.get(name) for name in label])
         if split_column is not None:
-            splits[split_named(_text(row.get(split_column)))] += 1
+            splits[split_named(text_of(row.get(split_column)))] += 1
         if tick is not None and number % 5000 == 0:
             tick(number)
     more = number == MOST_ROWS and next(rows, None) is not None
@@ -330,17 +186,17 @@ class _Labels:
         if any(map(_is_missing, values)):
             self.missing.add(number)
         elif len(values) > 1:
-            self._add_list(name for name, v in zip(self.columns, values, strict=True) if _number(v))
+            self._add_list(name for name, v in zip(self.columns, values, strict=True) if number_of(v))
         elif isinstance(value, list) and len(value) != 1:
             self._add_list(map(_label, value))
         else:
             # Where all lists have one label they are single labels.
             value = value[0] if isinstance(value, list) else value
-            as_number = _number(value)
+            as_number = number_of(value)
             self.numeric = self.numeric and as_number is not None
             self.whole = self.whole and (as_number is None or as_number == int(as_number))
             self.separated += isinstance(value, str) and any(mark in value for mark in _SEPARATORS)
-            if len(self.counts) <= 10 * _MOST_CLASSES:
+            if len(self.counts) <= 10 * MOST_CLASSES:
                 self.counts[_label(value)] += 1
 
     def _add_list(self, labels: Iterator[str]) -> None:
@@ -362,10 +218,6 @@ def count_words(text: str) -> int:
     return len(_WORDS.findall(text))
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 24 else text[:23] + "…")
-
-
 def quantile(ascending: Sequence[int], q: float) -> int:
     """The smallest value that at least a share `q` of the values does not exceed."""
     return ascending[min(len(ascending) - 1, max(0, math.ceil(q * len(ascending)) - 1))] if ascending else 0
@@ -378,23 +230,7 @@ def _is_missing(value: Any) -> bool:
 
 def _label(value: Any) -> str:
     """As the prepare stage compares labels: trimmed, and 1, 1.0 and "1" are one."""
-    number = _number(value) if not isinstance(value, bool) else None
+    number = number_of(value) if not isinstance(value, bool) else None
     if number is not None and number == int(number):
         return str(int(number))
-    return _text(value).strip()
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+    return text_of(value).strip()

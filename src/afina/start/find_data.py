@@ -21,7 +21,7 @@ from afina.run.commands import container_argv
 from afina.run.plan import bare_plan
 from afina.run.workers import ask_worker
 from afina.site.settings import Site, cache_environment, environment, hub_token
-from afina.start.examine import Source
+from afina.start.guess_columns import Source
 
 __all__ = ["LabelledData", "data_files_here", "default_name", "find_data"]
 

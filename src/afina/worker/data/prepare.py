@@ -217,12 +217,12 @@ def _check_metric(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
 def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """SHA-256 and rows of each data file, by name."""
     read = manifest.get("read") or {}
-    found: dict[str, dict[str, Any]] = {}
+    files_by_name: dict[str, dict[str, Any]] = {}
     for files in (manifest["source"].get("files") or {}).values():
         for each in files:
             rows = [count for path, count in read.items() if Path(path).name == each["name"]]
-            found[each["name"]] = {"sha256": each["sha256"], "rows": rows[0] if len(rows) == 1 else None}
-    return found
+            files_by_name[each["name"]] = {"sha256": each["sha256"], "rows": rows[0] if len(rows) == 1 else None}
+    return files_by_name
 
 
 def _make(

@@ -115,8 +115,8 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else None
-        raise SiteError(f"prepared data {path}: format {found}, this afina reads {FORMAT}", _REMEDY)
+        version = value.get("format") if isinstance(value, dict) else None
+        raise SiteError(f"prepared data {path}: format {version}, this afina reads {FORMAT}", _REMEDY)
     if value.get("sealed") != seal_of(value):
         raise SiteError(f"prepared data {path}: its content differs from what was written", _REMEDY)
     return value

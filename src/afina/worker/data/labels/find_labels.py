@@ -70,12 +70,12 @@ class LabelColumns:
 
     def present(self) -> Array:
         """Where a label is not missing (an empty text or list is a multi-label row without labels), bool (N,)."""
-        found = np.ones(len(self.table), bool)
+        is_there = np.ones(len(self.table), bool)
         for column in self.columns:
             if not pa.types.is_list(column.type) and self.separator is None:
                 column = pc.if_else(pc.equal(text := as_text(column), ""), None, text)
-            found &= column.is_valid().to_numpy(zero_copy_only=False)
-        return found
+            is_there &= column.is_valid().to_numpy(zero_copy_only=False)
+        return is_there
 
     def lists(self) -> tuple[pa.Array, Array]:
         """Multi-label, one column: every label as trimmed text, and the row of each."""
@@ -138,15 +138,17 @@ def as_number(text: str | None) -> float | None:
         return None
 
 
-def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns], warnings: list[str] | None = None) -> Labels:
+def find_labels(
+    recipe_task: str, data: Data, columns: Sequence[LabelColumns], warnings: list[str] | None = None
+) -> Labels:
     """The task and the label names.
 
     Args:
-        asked: the recipe's task.
+        recipe_task: the recipe's task.
         warnings: a remark is appended where lists of one label are taken as single labels.
     """
     lists = [c for c in columns if c.is_list]
-    if len(data.label) == 1 and lists and asked != "multi-label" and all(c.has_one_each for c in columns):
+    if len(data.label) == 1 and lists and recipe_task != "multi-label" and all(c.has_one_each for c in columns):
         for column in lists:
             column.unwrap()
         if warnings is not None:
@@ -154,7 +156,7 @@ def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns], warning
                 f"column `{data.label[0]}` holds lists of one label each: taken as single labels; "
                 "for several per row set `task: multi-label`"
             )
-    task = _find_task(data, columns) if asked == "auto" else asked
+    task = _find_task(data, columns) if recipe_task == "auto" else recipe_task
     several = len(data.label) > 1
     if several and task != "multi-label":
         raise RecipeError(f"data.label: {len(data.label)} columns, task {task} has one", "name one column")
@@ -184,11 +186,11 @@ def find_labels(asked: str, data: Data, columns: Sequence[LabelColumns], warning
     declared = {c.table.classes.get(data.label[0]) for c in columns}
     if len(declared) == 1 and (names := declared.pop()) is not None:
         return Labels(task, names)
-    found: set[str] = set()
+    label_names: set[str] = set()
     for column in columns:
         values = column.text() if task == "single-label" else column.lists()[0]
-        found.update(v for v in pc.unique(values).to_pylist() if v is not None)
-    return Labels(task, tuple(_sorted(found)))
+        label_names.update(v for v in pc.unique(values).to_pylist() if v is not None)
+    return Labels(task, tuple(_sorted(label_names)))
 
 
 def _find_task(data: Data, columns: Sequence[LabelColumns]) -> str:
@@ -227,9 +229,9 @@ def label_array(columns: LabelColumns, labels: Labels, rows: Array) -> Array:
         wrong = np.flatnonzero(~np.isfinite(values))
         if len(wrong):
             row = int(rows[wrong[0]])
-            found = columns.columns[0][row].as_py()
+            value = columns.columns[0][row].as_py()
             raise DataError(
-                f"{table.where(row)}: label {found!r} is not a finite number, and task regression needs one "
+                f"{table.where(row)}: label {value!r} is not a finite number, and task regression needs one "
                 f"({len(wrong):,} such rows)",
                 "correct these rows, or set task: single-label",
             )

@@ -85,33 +85,33 @@ def check_found_labels(labels: Labels, data: Data, columns: Sequence[LabelColumn
 
 def _counts(labels: Labels, columns: Sequence[LabelColumns]) -> dict[str, int]:
     """Rows of each label, in all sources."""
-    found: Counter[str] = Counter()
+    rows_of: Counter[str] = Counter()
     for column in columns:
         texts = column.text() if labels.task == "single-label" else column.lists()[0]
         for each in pc.value_counts(texts).to_pylist():
             if each["values"] is not None:
-                found[each["values"]] += each["counts"]
-    return found
+                rows_of[each["values"]] += each["counts"]
+    return rows_of
 
 
 def _near_misses(counts: Mapping[str, int], labels: Labels, columns: Sequence[LabelColumns]) -> Iterator[str]:
     """Rare labels that are one or two letters away from a frequent one."""
     if len(counts) > _MOST_COMPARED:
         return
-    found = 0
+    count = 0
     for rare, rows in counts.items():
         common = [name for name, more in counts.items() if more >= _TIMES_AS_FREQUENT * rows and _is_typo(rare, name)]
         if not common:
             continue
-        found += 1
-        if found <= _SHOWN:
+        count += 1
+        if count <= _SHOWN:
             name = max(common, key=counts.__getitem__)
             yield (
                 f"label {rare!r} ({rows:,} rows: {_places(columns, labels, {rare})}) is nearly {name!r} ({counts[name]:,} rows), "
                 "and a class of its own: correct these rows, or name all classes in `data.labels`, which refuses others"
             )
-    if found > _SHOWN:
-        yield f"{found - _SHOWN} more rare labels are nearly a frequent one"
+    if count > _SHOWN:
+        yield f"{count - _SHOWN} more rare labels are nearly a frequent one"
 
 
 def _is_typo(rare: str, name: str) -> bool:
@@ -260,7 +260,7 @@ def _refuse_flags(name: str, columns: Sequence[LabelColumns]) -> None:
 def _places(columns: Sequence[LabelColumns], labels: Labels, names: Collection[str]) -> str:
     """Where the first rows with one of `names` came from, in each source."""
     wanted = pa.array(sorted(names), pa.large_string())
-    found = []
+    places = []
     for column in columns:
         if labels.task == "single-label":
             texts, rows = column.text(), np.arange(len(column.table))
@@ -268,8 +268,8 @@ def _places(columns: Sequence[LabelColumns], labels: Labels, names: Collection[s
             texts, rows = column.lists()
         mine = rows[pc.fill_null(pc.is_in(texts, wanted), False).to_numpy(zero_copy_only=False)]
         if len(mine):
-            found.append(list_places(column.table, mine))
-    return "; ".join(found)
+            places.append(list_places(column.table, mine))
+    return "; ".join(places)
 
 
 def _place(columns: Sequence[LabelColumns], labels: Labels, name: str) -> str:

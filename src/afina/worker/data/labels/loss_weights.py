@@ -54,8 +54,8 @@ def label_weights(train: Train, task: str, names: Sequence[str] | None, labels: 
     Raises:
         RecipeError: the recipe's loss does not fit the task, a label is unknown, or `balanced` has no value for a label.
     """
-    if found := misfit(train.loss_keys, task):
-        raise RecipeError(f"train.{found[0]}: {found[1]}", found[2])
+    if wrong := misfit(train.loss_keys, task):
+        raise RecipeError(f"train.{wrong[0]}: {wrong[1]}", wrong[2])
     key, given = ("class_weights", train.class_weights) if task == "single-label" else ("pos_weight", train.pos_weight)
     if given is None or names is None:
         return None

@@ -68,7 +68,7 @@ def _told_by_name(
     names: Sequence[str], classes: Array, tokens: Array, owners: Array, tokens_of: Callable[[str], list[int]]
 ) -> list[str]:
     """Labels whose own name stands in most of their rows, and hardly in others."""
-    found = []
+    features = []
     for label, name in enumerate(names):
         rows: set[int] = set()
         for written in (name, f" {name}"):
@@ -80,10 +80,10 @@ def _told_by_name(
                 rows.update(owners[starts & (first == last)].tolist())
         mine, count = sum(classes[row] == label for row in rows), int((classes == label).sum())
         if count >= _FEW and mine >= _NAMED * count and mine >= _ONLY_THERE * len(rows):
-            found.append(
+            features.append(
                 f"{name!r} is in {mine:,} of {count:,} rows with that label and in {len(rows) - mine:,} others"
             )
-    return found[:_SHOWN]
+    return features[:_SHOWN]
 
 
 def _told_by_tokens(
@@ -91,7 +91,7 @@ def _told_by_tokens(
 ) -> list[str]:
     """One to three tokens in a row that stand in nearly all rows of a label, and hardly in others."""
     counts = np.bincount(classes, minlength=len(names))
-    found: dict[int, str] = {}
+    features: dict[int, str] = {}
     for length in (1, 2, 3):
         if len(tokens) < length:
             break
@@ -110,13 +110,13 @@ def _told_by_tokens(
         for end, rows in zip(ends[having >= _FEW], having[having >= _FEW], strict=True):
             mine = np.bincount(classes[owners[at[end - rows : end]]], minlength=len(names))
             label = int(mine.argmax())
-            if label not in found and counts[label] >= _FEW and mine[label] >= _TOLD * max(rows, counts[label]):
+            if label not in features and counts[label] >= _FEW and mine[label] >= _TOLD * max(rows, counts[label]):
                 text = " ".join(word(int(token)) for token in tokens[at[end - 1] : at[end - 1] + length])
-                found[label] = (
+                features[label] = (
                     f"{text!r} is in {mine[label]:,} of {counts[label]:,} rows with {names[label]!r} and in "
                     f"{rows - mine[label]:,} others"
                 )
-    return [found[label] for label in sorted(found)][:_SHOWN]
+    return [features[label] for label in sorted(features)][:_SHOWN]
 
 
 def _told_by_length(classes: Array, lengths: Array) -> float:

@@ -266,16 +266,16 @@ def _check_groups(
 
 def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data: Data, labels: Labels) -> DataError:
     source, count = " and ".join(column.table.sources), len(column.table)
-    found = f"{source}: {count:,} row{'s' * (count > 1)}"
+    rows_there = f"{source}: {count:,} row{'s' * (count > 1)}"
     if labels.task == "single-label" and count > 1 and len(pc.unique(column.text())) == count:
         return DataError(
-            f"data.{split}: no rows are left for this split: {found}, and as many labels (`{data.label[0]}`): each occurs once, "
+            f"data.{split}: no rows are left for this split: {rows_there}, and as many labels (`{data.label[0]}`): each occurs once, "
             "in train",
             "is that the label's column, not the one of texts or ids? else add rows, or name a file for each split",
         )
     part_of = f" and {float(share):g} of them are asked for" if share is not None else ""
     return DataError(
-        f"data.{split}: no rows are left for this split: {found}{part_of}",
+        f"data.{split}: no rows are left for this split: {rows_there}{part_of}",
         "give it a larger `fraction`, more data, or a file of its own",
     )
 
@@ -322,5 +322,5 @@ def _refuse(
             s: np.unique(np.concatenate([no_rows, *(of[k] for k in splits if sources[k] == s)])) for s in columns
         }
         count = sum(map(len, by_source.values()))
-        places = "; ".join(list_places(columns[s].table, found) for s, found in by_source.items() if len(found))
+        places = "; ".join(list_places(columns[s].table, indices) for s, indices in by_source.items() if len(indices))
         raise DataError(f"{' and '.join(splits)}: {count:,} rows have {what}: {places}", remedy)

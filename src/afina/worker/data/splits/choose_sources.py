@@ -83,11 +83,11 @@ def shares_of(data: Data, sources: Mapping[str, str], warnings: list[str]) -> di
     shares: dict[str, Fraction] = {}
     for source in dict.fromkeys(sources.values()):
         sharing = [split for split in sources if sources[split] == source]
-        asked = {split: Fraction(repr(f)) for split in sharing if (f := getattr(data, split).fraction) is not None}
-        without = [split for split in sharing if split not in asked]
-        if len(sharing) > 1 and not asked:
+        given = {split: Fraction(repr(f)) for split in sharing if (f := getattr(data, split).fraction) is not None}
+        without = [split for split in sharing if split not in given]
+        if len(sharing) > 1 and not given:
             if sharing == ["train", "eval"]:
-                asked = {"train": Fraction("0.8"), "eval": Fraction("0.2")}
+                given = {"train": Fraction("0.8"), "eval": Fraction("0.2")}
                 warnings.append(
                     f"train and eval share `{source}` and the recipe gives no fractions: 0.8 for train, 0.2 for eval"
                 )
@@ -99,13 +99,13 @@ def shares_of(data: Data, sources: Mapping[str, str], warnings: list[str]) -> di
             else:
                 warnings.append(f"{' and '.join(sharing)} are the same rows: all of `{source}`")
         elif len(sharing) > 1 and without:
-            rest = Fraction(1) - sum(asked.values(), Fraction(0))
+            rest = Fraction(1) - sum(given.values(), Fraction(0))
             if len(without) > 1 or rest <= 0:
                 raise RecipeError(
                     f"data: {', '.join(sharing)} share `{source}`, and {' and '.join(without)} would get no rows",
                     f"give `data.{without[0]}` a `fraction`; all fractions add up to at most 1",
                 )
-            asked[without[0]] = rest
+            given[without[0]] = rest
             warnings.append(f"{without[0]} gets the rest of `{source}`: {float(rest):g} of its rows")
-        shares |= asked
+        shares |= given
     return shares

@@ -73,7 +73,7 @@ def check_duplicates(splits: Mapping[str, Examples], keys: Mapping[str, Array]) 
     Args:
         keys: of the rows of each split, from `row_keys`.
     """
-    found: dict[str, list[str]] = {}
+    warnings: dict[str, list[str]] = {}
     for name, other in itertools.combinations(splits, 2):
         first, second = splits[name], splits[other]
         if first.source == second.source and np.array_equal(first.rows, second.rows):
@@ -82,7 +82,7 @@ def check_duplicates(splits: Mapping[str, Examples], keys: Mapping[str, Array]) 
         both = np.flatnonzero(twins < len(first))
         if len(both):
             shown = "; ".join(_pair(second.table, int(i), first.table, int(twins[i])) for i in both[:_SHOWN])
-            found.setdefault(other, []).append(
+            warnings.setdefault(other, []).append(
                 f"{len(both):,} of {len(second):,} rows of {other} are in {name} too, as the model reads them: {shown}"
             )
     for name, examples in splits.items():
@@ -92,11 +92,11 @@ def check_duplicates(splits: Mapping[str, Examples], keys: Mapping[str, Array]) 
         again = np.flatnonzero(twins < np.arange(len(twins)))
         if len(again):
             shown = "; ".join(_pair(examples.table, int(i), examples.table, int(twins[i])) for i in again[:_SHOWN])
-            found.setdefault(name, []).append(
+            warnings.setdefault(name, []).append(
                 f"{len(again):,} of {len(examples):,} rows of {name} repeat an earlier one, as the model reads them, so that "
                 f"intervals are too narrow: {shown}"
             )
-    return found
+    return warnings
 
 
 def check_conflicts(labels: Labels, train: Examples, keys: Array) -> list[str]:
@@ -157,18 +157,18 @@ def check_trained_before(prepared: Path, model_folder: Path, splits: Iterable[st
     before = _known_rows(model_folder)
     if before is None:
         return {}
-    found: dict[str, list[str]] = {}
+    warnings: dict[str, list[str]] = {}
     for split in splits:
         if split == "train":
             continue
         keys = _split_keys(prepared, split)
         known = np.isin(_packed(keys), _packed(before))
         if known.any():
-            found[split] = [
+            warnings[split] = [
                 f"{int(known.sum()):,} of {len(keys):,} rows of {split} were trained on by the run that made the model "
                 f"({model_folder.resolve().parent.name}), as the model reads them"
             ]
-    return found
+    return warnings
 
 
 def _packed(keys: Array) -> Array:

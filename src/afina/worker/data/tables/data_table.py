@@ -234,9 +234,9 @@ def _read(
         for name, values in kept.items():
             values.append(reader.texts(name, batch) if name in ids else reader.values(name, batch))
         for name, digests in digested.items():
-            found = reader.texts(name, batch)
-            note_texts(reader.notes, found, batch.row, name)
-            digests.append(TextDigests.of(found))
+            column = reader.texts(name, batch)
+            note_texts(reader.notes, column, batch.row, name)
+            digests.append(TextDigests.of(column))
         rows.append(batch.row)
         advance(len(batch))
     row = np.concatenate(rows)

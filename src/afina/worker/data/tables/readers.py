@@ -122,7 +122,7 @@ class _Json:
         return {}
 
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         nested = {name for name in (*wanted, *(others or ())) if "." in name}
         columns: dict[str, list[Any]] = {name: [] for name in (nested if others is None else (*wanted, *others))}
         rows: list[int] = []
@@ -131,7 +131,7 @@ class _Json:
         for number, record in read_json(self.path, self.reading):
             first = first or record
             count += 1
-            found.update(dict.fromkeys(record))
+            names.update(dict.fromkeys(record))
             if others is None:
                 for name in record.keys() - columns.keys():
                     columns[name] = [None] * len(rows)
@@ -143,35 +143,34 @@ class _Json:
                     if len(value) < 64:  # most likely a label: thousands of rows share one
                         value = sys.intern(value)
                 if value is not None and name in nested:
-                    found[name] = None
+                    names[name] = None
                 column.append(value)
             if len(rows) == BATCH_ROWS or size > BATCH_BYTES:
-                yield self._batch(columns, found, wanted, rows)
+                yield self._batch(columns, names, wanted, rows)
                 columns, rows, size = {name: [] for name in columns}, [], 0
         if number:
-            self._check(found, first, count, wanted, others)
+            self._check(names, first, count, wanted, others)
         if rows:
-            yield self._batch(columns, found, wanted, rows)
+            yield self._batch(columns, names, wanted, rows)
 
     def _check(
         self,
-        found: Mapping[str, None],
+        columns: Mapping[str, None],
         first: Mapping[str, Any],
         count: int,
         wanted: Sequence[str],
         others: Sequence[str] | None,
     ) -> None:
-        names = found
-        if not found.keys() >= set(wanted):
+        if not columns.keys() >= set(wanted):
             if count == 1 and (below := records_below(self.path, first)):
                 raise below
-            names = {**found, **dict.fromkeys(flatten(first, lists=True))}  # nested ones, for the hint
-        choose_columns(self.path, list(names), wanted, others)
+            columns = {**columns, **dict.fromkeys(flatten(first, lists=True))}  # nested ones, for the hint
+        choose_columns(self.path, list(columns), wanted, others)
 
     def _batch(
-        self, columns: dict[str, list[Any]], found: Mapping[str, None], wanted: Sequence[str], rows: list[int]
+        self, columns: dict[str, list[Any]], names: Mapping[str, None], wanted: Sequence[str], rows: list[int]
     ) -> RowBatch:
-        values = {name: columns[name] for name in found if name in columns}
+        values = {name: columns[name] for name in names if name in columns}
         for name in wanted:
             values.setdefault(name, [None] * len(rows))
         return RowBatch(values, np.array(rows, np.int64))

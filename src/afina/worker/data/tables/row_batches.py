@@ -116,13 +116,13 @@ def is_blank(texts: pa.Array) -> Array:
     return np.asarray(empty.to_numpy(zero_copy_only=False))
 
 
-def choose_columns(path: Path, found: Sequence[str], wanted: Sequence[str], others: Sequence[str] | None) -> list[str]:
+def choose_columns(path: Path, header: Sequence[str], wanted: Sequence[str], others: Sequence[str] | None) -> list[str]:
     """The columns to read, in the file's order; of columns that nobody names a second `a` is `a.1`."""
-    named = [*wanted, *(name for name in others or () if name in found)]
+    named = [*wanted, *(name for name in others or () if name in header)]
     check_columns(
-        path, named, found, "name another column: `data.text`, `data.label`, `data.id` in a recipe, else --text"
+        path, named, header, "name another column: `data.text`, `data.label`, `data.id` in a recipe, else --text"
     )
-    return [name for name in distinct(found) if others is None or name in named]
+    return [name for name in distinct(header) if others is None or name in named]
 
 
 def note_texts(notes: Notes, texts: pa.Array, rows: Array, name: str) -> None:

@@ -140,17 +140,17 @@ class ShardFolder:
         Raises:
             ShardMissing: one is absent, or incomplete.
         """
-        found: set[str] = set()
+        array_names: set[str] = set()
         for shard in shards:
             try:
                 with zipfile.ZipFile(self._path(shard)) as archive:
-                    found.update(name.removesuffix(".npy") for name in archive.namelist())
+                    array_names.update(name.removesuffix(".npy") for name in archive.namelist())
             except FileNotFoundError:
                 raise ShardMissing(shard.name) from None
             except zipfile.BadZipFile:
                 self._path(shard).unlink(missing_ok=True)
                 raise ShardMissing(shard.name) from None
-        return found
+        return array_names
 
     def size(self) -> int:
         """Bytes on disk."""

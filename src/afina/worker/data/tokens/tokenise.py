@@ -185,16 +185,16 @@ class Tokenising:
         warnings += [warning for each in spoiled.values() for warning in each]
         labels, train = self.checked.labels, splits["train"]
         plain = copy.deepcopy(tokenizer)  # a call of it would switch the encoder's truncation off
-        told = check_one_feature(
+        one_feature = check_one_feature(
             labels,
             prepared.open_split(aside, "train"),
             lambda token: str(tokenizer.convert_ids_to_tokens(token)),
             lambda text: list(plain([text], add_special_tokens=False)["input_ids"][0]),
         )
         for split in splits:
-            if split != "train" and told:
-                spoiled.setdefault(split, []).extend(told)
-        warnings += [*told, *check_conflicts(labels, train, keys["train"])]
+            if split != "train" and one_feature:
+                spoiled.setdefault(split, []).extend(one_feature)
+        warnings += [*one_feature, *check_conflicts(labels, train, keys["train"])]
         if labels.task == "single-label" and labels.names is not None:
             for split, examples in splits.items():
                 counts = np.bincount(examples.labels, minlength=len(labels.names))

@@ -204,12 +204,12 @@ def _reordered(blocks: Iterator[Block], place: Array, folder: Path) -> Iterator[
         bounds = [0, *(np.flatnonzero(np.diff((weights - 1) // _BLOCK_BYTES)) + 1).tolist(), len(place)]
         for start, stop in itertools.pairwise(bounds):
             some = place[start:stop]
-            found = {}
+            reordered = {}
             for name, file in files.items():
                 size, begin = sizes[name][some], ends[name][some] - sizes[name][some]
                 raw = b"".join(map(os.pread, [file.fileno()] * len(some), size.tolist(), begin.tolist()))
-                found[name] = (np.frombuffer(raw, dtypes[name]), size // dtypes[name].itemsize)
-            yield found
+                reordered[name] = (np.frombuffer(raw, dtypes[name]), size // dtypes[name].itemsize)
+            yield reordered
 
 
 class _RowsWriter:
