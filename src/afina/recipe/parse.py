@@ -42,7 +42,7 @@ def any_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Seque
         if not overrides:
             return recipe
         values = recipe.model_dump(mode="json")
-        if not recipe.data.divides:  # an override may make it divide rows
+        if not recipe.data.chooses_rows:  # an override may make it do so
             del values["data"]["split_by"]
         return _validated(values, overrides, None, "recipe").read_from(recipe.file)
     if isinstance(recipe, Mapping):
@@ -107,6 +107,6 @@ def _validated(tree: Mapping[Any, Any], overrides: Sequence[str], node: Node | N
 def _divided_by_text(recipe: Recipe) -> Recipe:
     """The default of `data.split_by` for recipes; plans that were made before the key existed keep theirs."""
     data = recipe.data
-    if "split_by" in data.model_fields_set or not data.divides:
+    if "split_by" in data.model_fields_set or not data.chooses_rows:
         return recipe
     return recipe.model_copy(update={"data": data.model_copy(update={"split_by": "text"})})

@@ -110,9 +110,10 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
     for name in ("train", "eval", "test"):
         part: Part | None = getattr(data, name)
         if name in rows and part is not None:
+            drawn = " by a hash of the text" if data.split_by and (part.fraction or data.hub is None) else ""
             how = [
                 f"a fraction of {part.fraction:g}, {divided}, seed {part.seed}" if part.fraction else "",
-                f"a sample of {part.sample:,}, seed {part.seed}" if part.sample else "",
+                f"a sample of {part.sample:,}{drawn}, seed {part.seed}" if part.sample else "",
                 f"split {part.split}" if part.split else "",
             ]
             about = ", ".join(filter(None, how))

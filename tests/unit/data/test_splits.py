@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ import pytest
 from tests.tiny import write_csv, write_jsonl
 
 from afina.errors import AfinaError, DataError, RecipeError
+from afina.recipe.parse import parse_recipe
 from afina.recipe.keys.data_keys import Data
 from afina.worker.data.labels.find_labels import Labels
+from afina.worker.data.prepare import _RECIPE_FORMAT
 from afina.worker.data.splits.build_splits import build_splits
 from afina.worker.data.splits.choose_sources import choose_sources
-from afina.worker.data.splits.divide import sample_rows, split_by_key, stratified_split
+from afina.worker.data.splits.divide import sample_by_key, sample_rows, split_by_key, stratified_split, value_groups
 from afina.worker.data.tables.data_table import DataTable, Examples, read_files
 
 Rows = list[dict[str, Any]]
@@ -129,6 +133,74 @@ def test_rows_that_are_added_move_no_other_row(seed: int) -> None:
         spread = 4 * (900 * float(share) * (1 - float(share))) ** 0.5
         assert abs(len(part) - float(share) * 900) < spread, f"seed {seed}"
     assert set(strata) == set(strata[after[0]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_changes_only_by_its_share_of_the_rows_that_are_added(seed: int) -> None:
+    keys = np.random.default_rng(seed).integers(0, 2**63, (1200, 2)).astype(np.uint64)
+    few, more = (sample_by_key(keys[:count], 100, seed) for count in (1000, 1200))
+    new = int((more >= 1000).sum())
+    assert len(few) == len(more) == 100 and set(more[more < 1000]) <= set(few)
+    assert len(set(few) - set(more)) == new and new < 40, f"seed {seed}"
+    # Independent of the split by the same seed: no share of it is preferred.
+    low = np.isin(sample_by_key(keys, 600, seed), split_by_key(keys, None, [Fraction("0.5")], seed)[0]).mean()
+    assert 0.4 < low < 0.6, f"seed {seed}"
+
+
+def test_a_sample_follows_the_texts_but_for_a_whole_split_of_the_hub(tmp_path: Path) -> None:
+    parts: dict[str, Any] = {"train": {"fraction": 0.8, "sample": 30}, "eval": {"fraction": 0.2}, "split_by": "text"}
+    texts = []
+    for rows in (reviews(200), reviews(200)[::-1] + reviews(4, start=200)):
+        _, examples, _ = build(tmp_path, {"all": rows}, **parts)
+        texts.append({rows[i]["text"] for i in examples["train"].rows})
+    assert len(texts[0] & texts[1]) >= 28
+    own: dict[str, Any] = {"train": {"sample": 30}, "split_by": "text"}
+    _, examples, _ = build(tmp_path, {"train": reviews(90), "eval": reviews(30, start=90)}, **own)
+    assert examples["train"].rows.tolist() != sample_rows(90, 30, 42).tolist()
+    table = read_files([write_csv(tmp_path / "hub.csv", reviews(90))], ["label"], ["text"])
+    spec = Data.model_validate({"hub": "me/x", "text": "text", "label": "label", **own})
+    _, examples = build_splits("auto", spec, {"h": table, "e": table}, {"train": "h", "eval": "e"}, [])
+    assert examples["train"].rows.tolist() == sample_rows(90, 30, 42).tolist()
+
+
+def test_splits_of_the_hub_that_share_one_are_divided_by_text(tmp_path: Path) -> None:
+    data = parse_recipe("{name: x, model: m, data: {hub: me/x, text: text, label: label}}").data
+    assignments = []
+    for count in (200, 260):
+        table = read_files([write_csv(tmp_path / "hub.csv", reviews(count))], ["label"], ["text"])
+        sources = choose_sources(data, ["train"], [])
+        assignments.append(build_splits("auto", data, {"train": table}, sources, [])[1]["eval"].rows)
+    assert set(assignments[1][assignments[1] < 200]) == set(assignments[0])
+
+
+def test_a_regression_keeps_a_row_of_each_tenth_of_its_numbers_in_every_split() -> None:
+    values = np.random.default_rng(0).lognormal(size=100).round(1)
+    groups = value_groups(values)
+    assert len(set(groups)) == 10 and all(len(set(groups[values == value])) == 1 for value in values)
+    assert (np.diff(groups[np.argsort(values)]) >= 0).all()
+    assert value_groups(np.array([1.0, np.nan, np.inf, 1.0])).tolist() == [0, 0, 0, 0]
+    groups = value_groups(np.random.default_rng(0).permutation(100) / 7)
+    for seed in range(20):
+        keys = np.random.default_rng(seed).integers(0, 2**63, (100, 2)).astype(np.uint64)
+        for part in split_by_key(keys, groups, SHARES, seed):
+            assert set(groups[part]) == set(range(10)), f"seed {seed}"
+
+
+def test_the_format_number_changes_with_the_meaning_of_inputs(tmp_path: Path) -> None:
+    """Prepared data are found again by a digest of their inputs and this number: where the digest below changes, raise
+    `_RECIPE_FORMAT`, and write the new pair here."""
+    halves: dict[str, Any] = {"train": {"fraction": 0.6}, "eval": {"fraction": 0.3, "sample": 5}}
+    numbers = [{"text": f"t{i}", "label": i * 37 % 11 / 4} for i in range(60)]
+    mixed = [{"text": f"t{i}", "label": [1, 1.0, "1", True, "b "][i % 5]} for i in range(60)]
+    lists = [{"text": f"t{i}", "label": [["a"], ["b"]][i % 2]} for i in range(60)]
+    many = [{"text": f"t{i}", "label": [["a", 2], [], ["b", 2.0]][i % 3]} for i in range(60)]
+    digest = hashlib.sha256()
+    for rows in (reviews(60), numbers, mixed, lists, many):
+        for split_by in ("text", "order"):
+            labels, parts, _ = build(tmp_path, {"all": rows}, kind="jsonl", split_by=split_by, **halves)
+            taken = {part: [e.rows.tolist(), e.labels.tolist()] for part, e in parts.items()}
+            digest.update(json.dumps([labels.task, labels.names, taken]).encode())
+    assert (_RECIPE_FORMAT, digest.hexdigest()[:16]) == (2, "862571fb16fa007d")
 
 
 def test_equal_keys_stay_together_and_the_seed_decides() -> None:
@@ -508,7 +580,7 @@ def test_suspicious_labels_are_warned_of(tmp_path: Path, values: list[str], mess
     assert not any("alike" in w or "is text" in w for w in build(tmp_path, both(rows), labels=values)[2])
 
 
-@pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"]])
+@pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"], ["1", "inf", "2"]])
 def test_a_missing_number_is_not_a_class(tmp_path: Path, values: list[str]) -> None:
     rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
     error = refused(tmp_path, both(rows))
@@ -542,6 +614,35 @@ def test_lists_of_one_label_are_single_labels(tmp_path: Path) -> None:
     numbers = [{"text": f"t{n}", "label": [n / 2]} for n in range(6)]
     labels, parts, _ = build(tmp_path, both(numbers), kind="jsonl")
     assert labels.task == "regression" and parts["train"].labels.tolist() == [n / 2 for n in range(6)]
+
+
+def test_lists_of_one_label_beside_empty_ones_are_named(tmp_path: Path) -> None:
+    lists = [{"text": f"t{n}", "label": [["a"], ["b"], []][n % 3]} for n in range(6)]
+    labels, _, warnings = build(tmp_path, both(lists), kind="jsonl")
+    assert labels.task == "multi-label"
+    assert any("no row has more than one label" in w and "train.jsonl, lines 3, 6" in w for w in warnings), warnings
+    lists[0]["label"] = ["a", "b"]
+    for rows, task in ((lists, "auto"), (lists[1:], "multi-label")):
+        assert not any(
+            "no row has more than one label" in w for w in build(tmp_path, both(rows), task, kind="jsonl")[2]
+        )
+
+
+def test_numbers_of_two_kinds_are_one_label(tmp_path: Path) -> None:
+    """In JSON 1 and 1.0 are one label, in lists and beside texts too; texts are compared as they are."""
+    for values in ([1, 1.0, "1", "a"], [[1, "b"], [1.0], ["1"], ["a"]]):
+        rows = [{"text": f"t{n}", "label": values[n % 4]} for n in range(8)]
+        labels, _, _ = build(tmp_path, both(rows), kind="jsonl")
+        assert set(labels.names or ()) == ({"1", "a"} if values[0] == 1 else {"1", "a", "b"})
+    rows = [{"text": f"t{n}", "label": ["01", "1", "1.0", "1_0"][n % 4]} for n in range(8)]
+    assert build(tmp_path, both(rows))[0].names == ("01", "1", "1.0", "1_0")
+
+
+def test_numbers_that_are_written_as_text_are_named_where_each_occurs_once(tmp_path: Path) -> None:
+    for write in ("{},5", "{} %", "€ {}"):
+        rows = [{"text": f"t{n}", "label": write.format(n)} for n in range(40)]
+        error = refused(tmp_path, {"all": rows}, train={"fraction": 0.8}, eval={"fraction": 0.2}, split_by="text")
+        assert "as many labels" in error.message and "for a regression write plain numbers" in (error.remedy or "")
 
 
 def test_rows_without_a_label_are_counted_over_all_splits(tmp_path: Path) -> None:

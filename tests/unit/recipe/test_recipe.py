@@ -67,7 +67,7 @@ def test_rows_are_divided_by_their_text_unless_the_recipe_or_an_older_plan_says_
 
 
 @pytest.mark.parametrize(
-    ("data", "divides"),
+    ("data", "chooses"),
     [
         ("{files: a.csv, text: t, label: l}", True),
         ("{files: {train: a.csv}, text: t, label: l}", True),
@@ -75,12 +75,14 @@ def test_rows_are_divided_by_their_text_unless_the_recipe_or_an_older_plan_says_
         ("{files: {train: a.csv, test: b.csv}, text: t, label: l, eval: {split: test}}", False),
         ("{files: a.csv, text: t, label: l, split_column: s}", False),
         ("{files: a.csv, text: t, label: l, split_column: s, train: {fraction: 0.9}}", True),
-        ("{hub: me/x, text: t, label: l}", False),
+        ("{files: {train: a.csv, eval: b.csv}, text: t, label: l, eval: {sample: 9}}", True),
+        ("{hub: me/x, text: t, label: l}", True),
+        ("{hub: me/x, text: t, label: l, train: {sample: 9}, eval: {split: test, sample: 9}}", False),
         ("{hub: me/x, text: t, label: l, train: {fraction: 0.9}}", True),
     ],
 )
-def test_a_recipe_that_divides_no_rows_keeps_its_digest(data: str, divides: bool) -> None:
-    assert parse_recipe(f"{{name: x, model: m, data: {data}}}").data.split_by == ("text" if divides else None)
+def test_a_recipe_that_chooses_no_rows_keeps_its_digest(data: str, chooses: bool) -> None:
+    assert parse_recipe(f"{{name: x, model: m, data: {data}}}").data.split_by == ("text" if chooses else None)
 
 
 @pytest.mark.parametrize(

@@ -412,7 +412,7 @@ def test_a_methods_paragraph_can_be_quoted(make_run: MakeRun, model_folder: Path
     for part in (
         f"We fine-tuned {model_folder.name}",
         "for single-label classification (3 labels) on reviews.csv; the prepared data has the SHA-256 ab12, with afina",
-        "train 600 rows (a fraction of 0.8, by a hash of the text, seed 42, a sample of 600, seed 42)",
+        "train 600 rows (a fraction of 0.8, by a hash of the text, seed 42, a sample of 600 by a hash of the text, seed 42)",
         "AdamW (β1 0.9, β2 0.999, ε 1e-08, weight decay 0.05, gradients clipped at 1); learning rate 5e-05, cosine schedule",
         "8 examples per step, 1 epochs (40 steps), seed 1",
         "trained in bf16 with 4 processes on NVIDIA H200 (Python 3.12.1, PyTorch 2.13, Transformers 5.17)",

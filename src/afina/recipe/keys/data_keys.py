@@ -23,7 +23,8 @@ class Part(Section):
 
     `split` names a split of a Hub data set, a key of `data.files` or a value of `data.split_column`; without it the source
     of the same name is used, else `all`, else `train`. A `fraction` divides the source, with the seed of `train`.
-    `sample` then takes `shuffle(seed).select(range(sample))`, exactly as datasets does.
+    `sample` then takes rows by a hash of their texts; of a Hub split that is not divided `shuffle(seed).select(range(sample))`,
+    exactly as datasets does.
     """
 
     split: str | None = None
@@ -148,6 +149,14 @@ class Data(Section):
         fractions = any(part is not None and part.fraction is not None for part in (self.train, self.eval, self.test))
         shared = self.files is not None and self.split_column is None and self._source("train") == self._source("eval")
         return fractions or shared
+
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether rows are divided or sampled by afina, as far as it can be known without the data."""
+        sampled = any(part is not None and part.sample is not None for part in (self.train, self.eval, self.test))
+        # A Hub data set may have only one split.
+        alone = self.hub is not None and self.eval.split is None and "eval" not in (self.splits or {})
+        return self.divides or alone or (sampled and self.files is not None)
 
     def _enough_to_give(self) -> Data:
         """Fractions of one source add up to 1 at most, as far as that can be known without the data."""

@@ -40,8 +40,9 @@ from afina.worker.reply import Terminated, not_a_question, read_question
 
 __all__ = ["answer", "prepare"]
 
-#: To be raised when the same inputs would give other prepared data.
-_RECIPE_FORMAT = 1
+#: To be raised when the same inputs would give other prepared data: labels, splits, samples, tokens or warnings. 2: lists of one
+#: label are single labels; hash splits of regressions have strata; samples follow the texts.
+_RECIPE_FORMAT = 2
 #: The share of one class in eval from which accuracy says little.
 _ONE_SIDED = 0.8
 Say = Callable[[str], None]

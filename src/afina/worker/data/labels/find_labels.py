@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.data_keys import Data
-from afina.worker.data.tables.data_table import DataTable, as_text
+from afina.worker.data.tables.data_table import DataTable, as_text, list_places
 
 __all__ = ["LabelColumns", "Labels", "as_number", "as_numbers", "find_labels", "label_array", "listed"]
 
@@ -133,7 +133,7 @@ def as_numbers(column: pa.Array) -> Array:
 def as_number(text: str | None) -> float | None:
     """The number that a text represents, or None."""
     try:
-        return None if text is None else float(text)
+        return None if text is None or "_" in text else float(text)  # 1_000 is Python's alone
     except ValueError:
         return None
 
@@ -156,6 +156,16 @@ def find_labels(
                 f"column `{data.label[0]}` holds lists of one label each: taken as single labels; "
                 "for several per row set `task: multi-label`"
             )
+    elif (
+        recipe_task == "auto"
+        and warnings is not None
+        and len(lists) == len(columns)
+        and (rows := _empty_lists(columns))
+    ):
+        warnings.append(
+            f"no row has more than one label in column `{data.label[0]}`, and some have an empty list: taken as multi-label; for "
+            f"one label per row correct or remove {rows}"
+        )
     task = _find_task(data, columns) if recipe_task == "auto" else recipe_task
     several = len(data.label) > 1
     if several and task != "multi-label":
@@ -191,6 +201,15 @@ def find_labels(
         values = column.text() if task == "single-label" else column.lists()[0]
         label_names.update(v for v in pc.unique(values).to_pylist() if v is not None)
     return Labels(task, tuple(_sorted(label_names)))
+
+
+def _empty_lists(columns: Sequence[LabelColumns]) -> str:
+    """Where lists are empty, if none has more than one label."""
+    lengths = [pc.fill_null(pc.list_value_length(c.columns[0]), 1).to_numpy(zero_copy_only=False) for c in columns]
+    if any((each > 1).any() for each in lengths):
+        return ""
+    rows = [np.flatnonzero(each == 0) for each in lengths]
+    return "; ".join(list_places(c.table, some) for c, some in zip(columns, rows, strict=True) if len(some))
 
 
 def _find_task(data: Data, columns: Sequence[LabelColumns]) -> str:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from math import isinf
 from typing import Any
 
 import numpy as np
@@ -227,8 +228,9 @@ def _holds(column: LabelColumns, separator: str) -> bool:
 
 def _check_missing(labels: Labels, columns: Sequence[LabelColumns], warnings: list[str]) -> None:
     assert labels.names is not None
-    missing = [name for name in labels.names if name.casefold() in _MISSING]
-    others = [as_number(name) for name in labels.names if name not in missing]
+    numbers = {name: as_number(name) for name in labels.names}
+    missing = [n for n, number in numbers.items() if n.casefold() in _MISSING or (number is not None and isinf(number))]
+    others = [number for name, number in numbers.items() if name not in missing]
     for name in missing:
         place = _place(columns, labels, name)
         if others and None not in others:
@@ -236,6 +238,8 @@ def _check_missing(labels: Labels, columns: Sequence[LabelColumns], warnings: li
                 f"{place}: label {name!r} among numbers: is the label missing?",
                 "label these rows or remove them; if it is a class, name all classes in `data.labels`",
             )
+        if name.casefold() not in _MISSING:
+            continue
         warnings.append(f"label {name!r} ({place}) is text and a class; does it mean that the label is missing?")
 
 

@@ -7,13 +7,17 @@ case and white space), or its `group`, and the seed of `train` alone: rows that 
 texts stay together. Only a label that train would lack, or a sizeable one that another split would lack, takes the row that is
 nearest to the border. Without it, as in afina 0.1, rows are shuffled with the seed (NumPy's PCG64), each stratum is divided in
 proportion to the fractions, and a rounding remainder is carried to the next stratum: exact shares, another split for other data.
-Strata are the labels (single-label) or ten equal groups by rank (regression, by order only); a multi-label source has none.
-A `split_column` names the split of each row. `sample` is `datasets.Dataset.shuffle(seed).select(range(sample))`.
+Strata are the labels (single-label) or ten equal groups of the numbers (regression); a multi-label source has none. A
+`split_column` names the split of each row.
+
+With `split_by: text` a `sample` follows from the rows' texts too; of a Hub split that is not divided, and without `split_by`, it is
+`datasets.Dataset.shuffle(seed).select(range(sample))`.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,7 +34,14 @@ from afina.worker.data.labels.find_labels import LabelColumns, Labels, find_labe
 from afina.worker.data.labels.label_checks import check_found_labels, check_labels
 from afina.worker.data.labels.loss_weights import row_weights
 from afina.worker.data.splits.choose_sources import SPLIT_NAMES, choose_sources, choose_values, shares_of
-from afina.worker.data.splits.divide import sample_rows, split_by_key, stratified_split
+from afina.worker.data.splits.divide import (
+    rank_groups,
+    sample_by_key,
+    sample_rows,
+    split_by_key,
+    stratified_split,
+    value_groups,
+)
 from afina.worker.data.tables.data_table import DataSource, DataTable, Examples, TextDigests, as_text, list_places
 from afina.worker.hub.datasets import HubData
 from afina.worker.progress import Progress
@@ -39,7 +50,8 @@ __all__ = ["CheckedData", "build_splits", "read_splits"]
 
 Array = np.ndarray[Any, Any]
 
-_RANK_GROUPS = 10
+#: A number that is none to Python: 0,5 or 45 % or $ 3.
+_WRITTEN_NUMBER = re.compile(r"[^\w\s]?\s*\d[\d.,]*\s*[^\w\s]?|[-+]?\d[\d.,]*")
 #: More values of `data.split_column` than this are not names of splits.
 _MOST_SPLITS = 20
 
@@ -220,23 +232,26 @@ def _choose_rows(
                 f"data.{split}.sample: {spec.sample:,} rows are asked for, {len(rows[split]):,} exist",
                 f"ask for at most {len(rows[split])}, or leave `sample` out to take all",
             )
-        rows[split] = rows[split][sample_rows(len(rows[split]), spec.sample, spec.seed)]
+        if spec.sample is not None and data.split_by is not None and (split in shares or data.hub is None):
+            rows[split] = rows[split][
+                sample_by_key(_text_keys(data, pool.column.table)[rows[split]], spec.sample, spec.seed)
+            ]
+        else:
+            rows[split] = rows[split][sample_rows(len(rows[split]), spec.sample, spec.seed)]
     return {split: rows[split] for split in pools}
 
 
 def _divide_pool(data: Data, pool: _Pool, labels: Labels, shares: Sequence[Fraction]) -> list[Array]:
     """Positions in the pool for each share."""
     if data.split_by is None:
-        strata = _strata(pool.column, labels)
-        return stratified_split(None if strata is None else strata[pool.rows], len(pool.rows), shares, data.train.seed)
-    strata = _strata(pool.column, labels) if labels.task == "single-label" else None
+        return stratified_split(_strata(pool, labels, rank_groups), len(pool.rows), shares, data.train.seed)
     keys = _split_keys(data, pool.column.table)[pool.rows]
-    return split_by_key(keys, None if strata is None else strata[pool.rows], shares, data.train.seed)
+    return split_by_key(keys, _strata(pool, labels, value_groups), shares, data.train.seed)
 
 
 def _split_keys(data: Data, table: DataTable) -> Array:
     """What decides a row's split, uint64 (N, K): its group, or its text where it has none."""
-    keys = np.hstack([table.texts[name].keys for name in data.text])
+    keys = _text_keys(data, table)
     if data.group is None:
         return keys
     groups = as_text(table.columns[data.group])
@@ -244,6 +259,10 @@ def _split_keys(data: Data, table: DataTable) -> Array:
     keys[named] = 0
     keys[named, :2] = TextDigests.of(groups.filter(pa.array(named))).keys
     return keys
+
+
+def _text_keys(data: Data, table: DataTable) -> Array:
+    return np.hstack([table.texts[name].keys for name in data.text])
 
 
 def _check_groups(
@@ -268,10 +287,14 @@ def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data
     source, count = " and ".join(column.table.sources), len(column.table)
     rows_there = f"{source}: {count:,} row{'s' * (count > 1)}"
     if labels.task == "single-label" and count > 1 and len(pc.unique(column.text())) == count:
+        written = [name for name in labels.names or () if _WRITTEN_NUMBER.fullmatch(name)]
+        remedy = "is that the label's column, not the one of texts or ids? else add rows, or name a file for each split"
+        if len(written) == count:
+            remedy = f"for a regression write plain numbers: 0.5, not {written[0]!r}"
         return DataError(
-            f"data.{split}: no rows are left for this split: {rows_there}, and as many labels (`{data.label[0]}`): each occurs once, "
-            "in train",
-            "is that the label's column, not the one of texts or ids? else add rows, or name a file for each split",
+            f"data.{split}: no rows are left for this split: {rows_there}, and as many labels (`{data.label[0]}`): each occurs "
+            "once, in train",
+            remedy,
         )
     part_of = f" and {float(share):g} of them are asked for" if share is not None else ""
     return DataError(
@@ -280,16 +303,15 @@ def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data
     )
 
 
-def _strata(column: LabelColumns, labels: Labels) -> Array | None:
+def _strata(pool: _Pool, labels: Labels, groups: Callable[[Array], Array]) -> Array | None:
+    """The stratum of each row: its label, or its group of numbers; None where a row has several labels."""
     if labels.task == "multi-label":
         return None
     if labels.task == "regression":
-        ranks = np.argsort(np.argsort(column.numbers(), kind="stable"), kind="stable")
-        groups = max(1, min(_RANK_GROUPS, len(ranks) // _RANK_GROUPS))
-        return ranks * groups // max(1, len(ranks))
+        return groups(pool.column.numbers()[pool.rows])
     assert labels.names is not None
-    ids = pc.index_in(column.text(), pa.array(labels.names, pa.large_string()))
-    return np.asarray(pc.fill_null(ids, -1).cast(pa.int64()).to_numpy(zero_copy_only=False))
+    ids = pc.index_in(pool.column.text(), pa.array(labels.names, pa.large_string()))
+    return np.asarray(pc.fill_null(ids, -1).cast(pa.int64()).to_numpy(zero_copy_only=False))[pool.rows]
 
 
 def _check_rows(

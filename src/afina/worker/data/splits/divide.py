@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["sample_rows", "split_by_key", "stratified_split"]
+__all__ = ["rank_groups", "sample_by_key", "sample_rows", "split_by_key", "stratified_split", "value_groups"]
 
 Array = np.ndarray[Any, Any]
 
 _HASH_BITS = 53
+_RANK_GROUPS = 10
+#: A sample's hash is another one than that of the split it is taken from.
+_SAMPLE_SALT = 0x5851F42D4C957F2D
 
 
 def stratified_split(strata: Array | None, num_rows: int, shares: Sequence[Fraction], seed: int) -> list[Array]:
@@ -88,9 +91,9 @@ def split_by_key(keys: Array, strata: Array | None, shares: Sequence[Fraction], 
     return [np.flatnonzero(taken == index) for index in range(len(shares))]
 
 
-def _hashed(keys: Array, seed: int) -> Array:
+def _hashed(keys: Array, seed: int, salt: int = 0) -> Array:
     """Uniform in [0, 2**53) by SplitMix64's finaliser, int64 (N,)."""
-    mixed = np.full(len(keys), seed, np.uint64)
+    mixed = np.full(len(keys), seed ^ salt, np.uint64)
     with np.errstate(over="ignore"):
         for column in np.asarray(keys, np.uint64).T:
             mixed = (mixed ^ column) + np.uint64(0x9E3779B97F4A7C15)
@@ -150,3 +153,27 @@ def sample_rows(num_rows: int, sample: int | None, seed: int) -> Array:
     if sample is None:
         return np.arange(num_rows)
     return np.random.default_rng(seed).permutation(num_rows)[:sample]
+
+
+def sample_by_key(keys: Array, sample: int, seed: int) -> Array:
+    """The `sample` rows whose keys have the smallest hashes, ascending: rows that are added replace few of them.
+
+    Args:
+        keys: uint64 (N, K); of rows with one key the first come first.
+    """
+    return np.sort(np.argsort(_hashed(keys, seed, _SAMPLE_SALT), kind="stable")[:sample])
+
+
+def rank_groups(values: Array) -> Array:
+    """Ten equal groups of numbers by their rank, those of equal numbers in order; int64 (N,)."""
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return ranks * _num_groups(values) // max(1, len(values))
+
+
+def value_groups(values: Array) -> Array:
+    """Ten groups of numbers between their quantiles, equal numbers in one; int64 (N,)."""
+    return np.searchsorted(np.sort(values), values) * _num_groups(values) // max(1, len(values))
+
+
+def _num_groups(values: Array) -> int:
+    return max(1, min(_RANK_GROUPS, len(values) // _RANK_GROUPS))

@@ -188,7 +188,7 @@ class _Json:
         for number, value in zip(batch.row, values, strict=True):
             if isinstance(value, list | dict):
                 raise not_a_text(self.path, self.unit, number, name, json_kind(value))
-        texts = [v if isinstance(v, str) or v is None else number_text(v) for v in values]
+        texts = list(map(_text, values))
         with self._whole_characters(name, values, batch.row):
             return pa.array(texts, pa.large_string())
 
@@ -233,7 +233,7 @@ def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: st
     if not kinds or kinds == {str}:
         return pa.array(values, pa.large_string())
     if kinds == {list}:
-        texts = [None if value is None else [_scalar_text(v) for v in value] for value in values]
+        texts = [None if value is None else [_text(v) for v in value] for value in values]
         for number, value in zip(rows, values, strict=True):
             if value is not None and any(v is None or isinstance(v, dict | list) for v in value):
                 raise DataError(
@@ -252,11 +252,12 @@ def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: st
         return pa.array(values, pa.bool_())
     if kinds <= {int, float} and pa.types.is_primitive(kind := _json_type(values)):
         return pa.array([v if v is None or kinds == {int} else float(v) for v in values], kind)
-    return pa.array([None if value is None else _scalar_text(value) for value in values], pa.large_string())
+    return pa.array([_text(value) for value in values], pa.large_string())
 
 
-def _scalar_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _text(value: Any) -> str | None:
+    """A text as it is; else as `number_text`, so that 1 and 1.0 are one label."""
+    return value if isinstance(value, str) or value is None else number_text(value)
 
 
 _READERS: Mapping[str, type[_Delimited] | type[_Json] | type[ColumnarReader]] = {
