@@ -141,6 +141,7 @@ def _recipe(
     data = find_data(
         given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config, given.reading
     )
+    data = _without_header(given, data, site, ask)
     texts, labels, row_id, split_column = _columns(given, data, ask)
     examined = _with_bar(
         lambda tick: examine_all(data, texts, labels, tick, split_column),
@@ -154,17 +155,29 @@ def _recipe(
     return examined[0], data_warnings(proposal)
 
 
+def _without_header(given: _Given, data: LabelledData, site: Site | None, ask: _Asker) -> LabelledData:
+    """The data; where the first line of a CSV or TSV looks like a row and the user says that it is one, read without a header."""
+    from afina.formats.read_options import format_of
+    from afina.start.find_data import find_data
+    from afina.start.guess_columns import columns_of, header_error
+
+    delimited = any(format_of(path) in ("csv", "tsv") for paths in data.files.values() for path in paths)
+    if not delimited or given.reading.header is not None or (given.texts and given.labels):
+        return data
+    error = header_error(columns_of(data.main), data.origin)
+    if error is None or not ask.confirm(f"{error.message}. Read it as a row", error):
+        return data
+    return find_data(data.origin, site, given.config, given.reading.model_copy(update={"header": False}))
+
+
 def _columns(
     given: _Given, data: LabelledData, ask: _Asker
 ) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str | None]:
     """The columns of text, label, id and split."""
-    from afina.formats.read_options import format_of
-    from afina.start.guess_columns import check_header, check_named, columns_of, guess_columns, guess_split_column
+    from afina.formats.rows import check_file
+    from afina.start.guess_columns import check_named, columns_of, guess_columns, guess_split_column
 
     columns = columns_of(data.main)
-    delimited = any(format_of(path) in ("csv", "tsv") for paths in data.files.values() for path in paths)
-    if delimited and given.reading.header is None and not (given.texts and given.labels):
-        check_header(columns, data.origin)
     ask.show(_table(columns))
     text, label, row_id = guess_columns(columns)
     texts = given.texts or (ask("Text column", text, "--text"),)
@@ -173,6 +186,8 @@ def _columns(
     check_named(columns, labels, "--label", data.origin)
     if set(texts) & set(labels):
         raise InputError("--text: none of the columns may be a label", "name each column once")
+    for path in (path for paths in data.files.values() for path in paths):
+        check_file(path, (*texts, *labels), data.reading)
     split_column = guess_split_column(columns, (*texts, *labels)) if len(data.sources) == 1 else None
     return texts, labels, row_id if row_id not in (*texts, *labels) else None, split_column
 
@@ -195,6 +210,17 @@ class _Asker:
         if default is None:
             raise InputError(f"no default: {question}", f"give it with {option}")
         return default
+
+    def confirm(self, question: str, otherwise: InputError) -> bool:
+        """Yes or no; raises `otherwise` where nobody can answer."""
+        if not self.silent:
+            try:
+                return click.confirm(question, default=True, err=True)
+            except click.Abort:
+                if sys.stdin.isatty():
+                    raise
+            print(file=sys.stderr)
+        raise otherwise
 
     def show(self, text: str) -> None:
         if not self.silent:

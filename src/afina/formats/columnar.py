@@ -24,7 +24,8 @@ class Columnar:
 
     Attributes:
         schema: the file's own.
-        names: its columns, nested ones as `a.b` too, then those of a partitioned folder; a second `a` is `a.1`.
+        names: its columns, nested ones as `a.b` too, then those of a partitioned folder; a second `a` is `a.1`. `a.0` in lists
+            is found by `place` alone.
         classes: label names by column.
     """
 
@@ -41,11 +42,28 @@ class Columnar:
         self.names = [*self._places, *self._added]
         self.classes = class_names(schema.metadata or {})
 
+    def place(self, name: str) -> tuple[int, tuple[str, ...]] | None:
+        """Where a column is: its index in the schema, and the keys below it; None where there is none."""
+        if name in self._places:
+            return self._places[name]
+        parent, _, key = name.rpartition(".")
+        above = self.place(parent) if parent else None
+        if above is None:
+            return None
+        kind = self.schema.field(above[0]).type
+        for step in above[1]:
+            kind = kind.value_type if step.isdigit() and _is_list(kind) else kind.field(step).type
+        known = key.isdigit() if _is_list(kind) else hasattr(kind, "names") and key in kind.names
+        return (above[0], (*above[1], key)) if known else None
+
+    def has(self, name: str) -> bool:
+        return name in self._added or self.place(name) is not None
+
     def batches(self, names: Sequence[str], most_rows: int, most_bytes: int) -> Iterator[dict[str, Any]]:
         """All rows: Arrow arrays by column."""
         import pyarrow as pa
 
-        places = {name: self._places[name] for name in names if name in self._places}
+        places = {name: place for name in names if (place := self.place(name)) is not None}
         for batch in self._read(sorted({index for index, _ in places.values()}), most_rows, most_bytes):
             nested = {name: _value_at(batch[index], keys) for name, (index, keys) in places.items()}
             added = {
@@ -108,10 +126,29 @@ def _nested(kind: Any) -> Iterator[tuple[str, ...]]:
             yield (field.name, *keys)
 
 
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def _value_at(column: Any, keys: Sequence[str]) -> Any:
     import pyarrow.compute as pc
 
-    return pc.struct_field(column, list(keys)) if keys else column
+    for key in keys:
+        column = _element(column, int(key)) if _is_list(column.type) else pc.struct_field(column, key)
+    return column
+
+
+def _element(column: Any, number: int) -> Any:
+    """That element of each list; null where a list is shorter."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    places = np.cumsum(lengths) - lengths + number
+    return pc.list_flatten(column).take(pa.array(places, mask=lengths <= number))
 
 
 @contextlib.contextmanager

@@ -10,8 +10,19 @@ from typing import Any
 from afina.errors import DataError, nearest
 from afina.formats.read_options import format_of, option
 
-__all__ = ["check_columns", "distinct", "flatten", "other_separator", "partitions", "value_at"]
+__all__ = [
+    "SEPARATORS",
+    "check_columns",
+    "distinct",
+    "flatten",
+    "other_separator",
+    "partitions",
+    "separator_words",
+    "value_at",
+]
 
+#: Usual separators of CSV and TSV.
+SEPARATORS = ";\t|,"
 _SHOWN_COLUMNS = 30
 #: How Hive names a missing value.
 _MISSING = "__HIVE_DEFAULT_PARTITION__"
@@ -32,7 +43,9 @@ def check_columns(path: Path, wanted: Sequence[str], known: Sequence[str], remed
         if name not in known:
             listed = ", ".join(f"`{f}`" for f in known[:_SHOWN_COLUMNS]) or "none"
             more = ", …" if len(known) > _SHOWN_COLUMNS else ""
-            hint = _separator_remedy(path, known) or nearest(name, known) or _other_hint(path, name, known) or remedy
+            hint = (
+                _separator_remedy(path, known, name) or nearest(name, known) or _other_hint(path, name, known) or remedy
+            )
             raise DataError(f"{path}: there is no column `{name}`; columns: {listed}{more}", hint)
 
 
@@ -40,26 +53,40 @@ def _other_hint(path: Path, name: str, known: Sequence[str]) -> str:
     below = [f for f in known if f.rpartition(".")[2] == name]
     if below:
         return f"did you mean `{below[0]}`?"
-    if format_of(path) in ("csv", "tsv") and any(
-        len(cell) > 60 or cell.replace(".", "", 1).isdigit() for cell in known
-    ):
+    if format_of(path) not in ("csv", "tsv"):
+        return ""
+    if known and known[0].startswith("#"):
+        return "is the first line a comment? remove it: the first line names the columns"
+    if any(len(cell) > 60 or len(cell.split()) > 3 or cell.replace(".", "", 1).isdigit() for cell in known):
         return f"is the first line a row, not a header? {option('header', 'false')}"
     return ""
 
 
-def _separator_remedy(path: Path, header: Sequence[str]) -> str:
-    other = other_separator(path, header)
+def _separator_remedy(path: Path, header: Sequence[str], name: str) -> str:
+    other = other_separator(path, header, name=name)
     return f"the file seems to be separated by {other[0]}: {other[1]}" if other else ""
 
 
-def other_separator(path: Path, header: Sequence[str], delimiter: str | None = None) -> tuple[str, str] | None:
-    """The separator that the one column of a CSV or TSV seems to hold, in words, and the option for it; or None."""
-    if len(header) != 1 or format_of(path) not in ("csv", "tsv"):
+def other_separator(
+    path: Path, header: Sequence[str], delimiter: str | None = None, name: str | None = None
+) -> tuple[str, str] | None:
+    """The separator that the one column of a CSV or TSV seems to hold, in words, and the option for it; or None.
+
+    Args:
+        name: of a column that must be there; then the header may have several cells.
+    """
+    if format_of(path) not in ("csv", "tsv") or (len(header) != 1 and name is None):
         return None
     used = delimiter or ("\t" if format_of(path) == "tsv" else ",")
-    mark = next((mark for mark in ";\t|," if mark in header[0] and mark != used), "")
-    if not mark:
-        return None
+    whole = used.join(header)
+    for mark in SEPARATORS:
+        if mark != used and mark in whole and (len(header) == 1 or name in whole.split(mark)):
+            return separator_words(mark)
+    return None
+
+
+def separator_words(mark: str) -> tuple[str, str]:
+    """A separator in words, and the option for it."""
     return ("tab", option("delimiter", "tab")) if mark == "\t" else (f"`{mark}`", option("delimiter", repr(mark)))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from afina.errors import DataError
-from afina.formats.columns import partitions
+from afina.formats.columns import SEPARATORS, partitions, separator_words
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
 from afina.formats.text_files import foreign, open_text, utf_16_hint
@@ -70,7 +70,7 @@ def read_delimited(
                     continue
                 number += 1
                 if len(cells) != width:
-                    raise _ragged(path, number, rows.line_num, cells, width, reading)
+                    raise _ragged(path, number, rows.line_num, cells, header, reading)
                 if rows.line_num - line > 1:
                     if delimiter == "\t":
                         notes.add(_SPANS, number)
@@ -119,15 +119,39 @@ def _without_nul(path: Path, lines: Iterable[str], reading: ReadOptions) -> Iter
         yield line.lstrip("\ufeff") if line[0] == "\ufeff" else line
 
 
-def _ragged(path: Path, number: int, line: int, cells: Sequence[str], width: int, reading: ReadOptions) -> DataError:
+def _ragged(
+    path: Path, number: int, line: int, cells: Sequence[str], header: Sequence[str], reading: ReadOptions
+) -> DataError:
+    width = len(header)
     if isinstance(reading.header, tuple):
         what = f"the option `header` names {width}"
     else:
         what = f"the {'first row' if reading.header is False else 'header'} has {width}"
+    return DataError(
+        f"{path}, row {number} (line {line}): {len(cells)} cells, {what}",
+        (_layout_remedy(path, cells, header, reading) if number == 1 else "") or _cell_remedy(cells, reading),
+    )
+
+
+def _layout_remedy(path: Path, cells: Sequence[str], header: Sequence[str], reading: ReadOptions) -> str:
+    """The remedy where the first row shows that the whole file is another thing: another separator, a title, an end of a row."""
+    used, width = reading.delimiter_for(path), len(header)
+    for mark in SEPARATORS:
+        both = used.join(header).count(mark), used.join(cells).count(mark)
+        if mark != used and both[0] == both[1] > 0:
+            return "is the file separated by {}? {}".format(*separator_words(mark))
+    if width == 1 and reading.header is None:
+        return "is the first line a title or a comment? remove it: the first line names the columns"
+    if len(cells) > width and not any(cells[width:]):
+        return f"the rows end with a separator: end the header with one too (`{used.join([*header, ''])}`)"
+    return ""
+
+
+def _cell_remedy(cells: Sequence[str], reading: ReadOptions) -> str:
     remedy = 'quote the cell that holds the separator: "like, this"; or correct the row'
     if any('"' in cell for cell in cells) and reading.quoting is None:
         remedy += f". I{_QUOTES_AS_TEXT[1:]}"
-    return DataError(f"{path}, row {number} (line {line}): {len(cells)} cells, {what}", remedy)
+    return remedy
 
 
 def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:

@@ -24,6 +24,8 @@ from afina.formats.text_files import foreign, open_text, utf_16_hint
 
 __all__ = ["check_characters", "json_kind", "json_unit", "number_text", "read_json", "records_below"]
 
+#: Lines whose objects are checked for a key that occurs twice.
+_CHECKED_LINES = 1000
 #: Characters that are read to see how the file begins.
 _FIRST = 4096
 _RECORDS = "write records: DataFrame.to_json(NEW, orient='records', lines=True)"
@@ -80,10 +82,20 @@ def _lines(path: Path, reading: ReadOptions) -> Iterator[tuple[int, dict[str, An
         with open_text(path, reading, newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
-                    record = _under(path, json.loads(line), reading, "line", number)
+                    value = json.loads(line, object_pairs_hook=_each_once if number <= _CHECKED_LINES else None)
+                    record = _under(path, value, reading, "line", number)
                     yield number, _object(path, "line", number, record)
     except (RecursionError, ValueError) as error:
         raise _not_json(path, error, number, line) from None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without a second value of a key, which Python would take silently."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        key = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise _TwiceError(f"`{key}` occurs twice in one object")
+    return record
 
 
 def _whole(path: Path, reading: ReadOptions) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -174,6 +186,10 @@ def _object(path: Path, unit: str, number: int, record: Any) -> dict[str, Any]:
     return record
 
 
+class _TwiceError(ValueError):
+    """A key occurs twice in an object."""
+
+
 def _not_json(path: Path, error: Exception, line: int | None = None, text: str = "") -> DataError:
     place = f", line {line}" if line is not None else ""
     remedy = "correct that line" if place else "correct it, or write one object per line"
@@ -189,6 +205,8 @@ def _not_json(path: Path, error: Exception, line: int | None = None, text: str =
             f"{path}{place}: not valid JSON: {error.msg} (column {error.colno})",
             "JSON Lines holds one complete object on each line; correct that line",
         )
+    if isinstance(error, _TwiceError):
+        return DataError(f"{path}{place}: {error}", "write each key once, or give a list of values")
     if isinstance(error, RecursionError):
         return DataError(f"{path}{place}: lists or objects are nested too deeply", remedy)
     # JSON that Python does not take: a number of thousands of digits.

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError
 from afina.formats.columnar import open_columnar
-from afina.formats.columns import distinct, flatten, other_separator
+from afina.formats.columns import check_columns, distinct, flatten, other_separator
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import read_json, records_below
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of
 
-__all__ = ["not_a_text", "read_rows"]
+__all__ = ["check_file", "not_a_text", "read_rows"]
 
 _BATCH_ROWS, _BATCH_BYTES = 1024, 4_000_000
 
@@ -62,8 +63,30 @@ def _columnar_rows(path: Path) -> Iterator[dict[str, Any]]:
                 if name in values:
                     values[name] = [_class_name(value, classes) for value in values[name]]
             for row in zip(*values.values(), strict=True):
-                # Dates, bytes and decimals become text.
-                yield flatten(json.loads(json.dumps(dict(zip(values, row, strict=True)), default=str)))
+                record = json.loads(json.dumps(dict(zip(values, row, strict=True)), default=_plain))
+                yield flatten(record, lists=True)
+
+
+def _plain(value: Any) -> str | float:
+    """Decimals as numbers; dates and bytes as text."""
+    return float(value) if isinstance(value, Decimal) else str(value)
+
+
+def check_file(path: Path, names: Sequence[str], reading: ReadOptions = PLAIN) -> None:
+    """Refuse a file that lacks a column, or has it twice; JSON, whose rows may differ, is not checked.
+
+    Raises:
+        DataError: as the stages that train and predict would.
+    """
+    kind = format_of(path)
+    if kind in ("parquet", "arrow"):
+        with open_columnar(path) as file:
+            known = [*file.schema.names, *(name for name in names if name not in file.schema.names and file.has(name))]
+    elif kind in ("csv", "tsv"):
+        known = next(read_delimited(path, reading))[1]
+    else:
+        return
+    check_columns(path, names, known, "name another column: --text, --label")
 
 
 def _class_name(value: Any, classes: Sequence[str]) -> Any:

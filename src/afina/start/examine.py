@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from afina.formats.json_rows import number_text
 from afina.formats.text_files import note_damaged
 from afina.recipe.data_files import split_named
 from afina.start.guess_columns import MOST_CLASSES, Source, number_of, text_of
@@ -22,6 +23,7 @@ from afina.start.guess_columns import MOST_CLASSES, Source, number_of, text_of
 __all__ = [
     "MOST_ROWS",
     "Examined",
+    "RowNumbers",
     "count_words",
     "examine",
     "quantile",
@@ -35,6 +37,19 @@ _SEPARATORS = ("|", ";")
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|[^\w\s]")
 
 
+class RowNumbers:
+    """Counts rows, and remembers the numbers of the first five."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[int] = []
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(number)
+
+
 @dataclass(frozen=True)
 class Examined:
     """Text and label of one split.
@@ -44,7 +59,7 @@ class Examined:
         words: of each text that was read, ascending; a punctuation mark counts as a word.
         characters: mean per text.
         labels: rows by label; empty for a regression.
-        empty, missing: the first rows without text, and without label; num_empty, num_missing: all of them.
+        refused: rows that `afina prefetch` refuses, by what they have: an empty text, no label, ….
         duplicates: texts that occurred before.
         numeric, whole_numbers: every label is a number, a whole number.
         multiple: several labels per row, as a list or as 0/1 columns.
@@ -61,10 +76,7 @@ class Examined:
     words: tuple[int, ...]
     characters: float
     labels: Mapping[str, int]
-    empty: tuple[int, ...]
-    num_empty: int
-    missing: tuple[int, ...]
-    num_missing: int
+    refused: Mapping[str, RowNumbers]
     duplicates: int
     numeric: bool
     whole_numbers: bool
@@ -114,10 +126,7 @@ def examine(
         words=tuple(sorted(texts.words)),
         characters=texts.characters / max(1, number),
         labels={} if regression else dict(labels.counts.most_common()),
-        empty=tuple(texts.empty.first),
-        num_empty=texts.empty.count,
-        missing=tuple(labels.missing.first),
-        num_missing=labels.missing.count,
+        refused={what: rows for what, rows in {**texts.refused, **labels.refused()}.items() if rows.count},
         duplicates=texts.duplicates,
         numeric=labels.numeric and bool(labels.counts),
         whole_numbers=labels.whole,
@@ -131,25 +140,12 @@ def examine(
     )
 
 
-class _Rows:
-    """Counts rows, and remembers the numbers of the first five."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[int] = []
-
-    def add(self, number: int) -> None:
-        self.count += 1
-        if len(self.first) < 5:
-            self.first.append(number)
-
-
 class _Texts:
     """Lengths, duplicates and a sample of the texts."""
 
     def __init__(self) -> None:
         self.words: list[int] = []
-        self.empty = _Rows()
+        self.refused = {"an empty text": RowNumbers()}
         self.digests: set[bytes] = set()
         self.sample: list[str] = []
         self.characters = self.duplicates = self.letters = self.non_ascii = 0
@@ -158,7 +154,7 @@ class _Texts:
         joined = "\n".join(parts)
         # Of more than two, which are joined, some may be empty.
         if not (any if len(parts) > 2 else all)(part.strip() for part in parts):
-            self.empty.add(number)
+            self.refused["an empty text"].add(number)
         self.words.append(sum(map(count_words, parts)))
         self.characters += len(joined)
         digest = hashlib.blake2b(joined.encode(errors="replace"), digest_size=8).digest()
@@ -176,7 +172,7 @@ class _Labels:
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = columns
         self.counts: Counter[str] = Counter()
-        self.missing = _Rows()
+        self.missing, self.nested, self.infinite, self.lists, self.single = (RowNumbers() for _ in range(5))
         self.separated = 0
         self.numeric = self.whole = True
         self.listed = False
@@ -186,22 +182,44 @@ class _Labels:
         if any(map(_is_missing, values)):
             self.missing.add(number)
         elif len(values) > 1:
-            self._add_list(name for name, v in zip(self.columns, values, strict=True) if number_of(v))
-        elif isinstance(value, list) and len(value) != 1:
-            self._add_list(map(_label, value))
-        else:
+            self._add_list(name for name, v in zip(self.columns, values, strict=True) if (number_of(v) or 0) > 0)
+        elif isinstance(value, dict) or (isinstance(value, list) and any(_is_nested(each) for each in value)):
+            self.nested.add(number)
+        elif isinstance(value, list):
+            self.lists.add(number)
             # Where all lists have one label they are single labels.
-            value = value[0] if isinstance(value, list) else value
-            as_number = number_of(value)
+            if len(value) == 1:
+                self._add_one(number, value[0])
+            else:
+                self._add_list(map(_label, value))
+        else:
+            self.single.add(number)
+            self._add_one(number, value)
+
+    def _add_one(self, number: int, value: Any) -> None:
+        as_number = number_of(value)
+        if as_number is not None and not math.isfinite(as_number):
+            self.infinite.add(number)
+        else:
             self.numeric = self.numeric and as_number is not None
             self.whole = self.whole and (as_number is None or as_number == int(as_number))
-            self.separated += isinstance(value, str) and any(mark in value for mark in _SEPARATORS)
-            if len(self.counts) <= 10 * MOST_CLASSES:
-                self.counts[_label(value)] += 1
+        self.separated += isinstance(value, str) and any(mark in value for mark in _SEPARATORS)
+        if len(self.counts) <= 10 * MOST_CLASSES:
+            self.counts[_label(value)] += 1
 
     def _add_list(self, labels: Iterator[str]) -> None:
         self.listed, self.numeric = True, False
         self.counts.update(labels)
+
+    def refused(self) -> dict[str, RowNumbers]:
+        rows = {"no label": self.missing, "a label that is an object or holds one": self.nested}
+        if self.numeric:
+            rows["a label that is no finite number, among numbers"] = self.infinite
+        if self.lists.count and self.single.count:
+            few, *_ = sorted((self.lists, self.single), key=lambda each: each.count)
+            kinds = ("a list", "a single value") if few is self.lists else ("a single value", "a list")
+            rows[f"{kinds[0]} as label, where others have {kinds[1]}"] = few
+        return rows
 
 
 def _separator(labels: Mapping[str, int]) -> str | None:
@@ -228,9 +246,10 @@ def _is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
+def _is_nested(value: Any) -> bool:
+    return value is None or isinstance(value, list | dict)
+
+
 def _label(value: Any) -> str:
-    """As the prepare stage compares labels: trimmed, and 1, 1.0 and "1" are one."""
-    number = number_of(value) if not isinstance(value, bool) else None
-    if number is not None and number == int(number):
-        return str(int(number))
-    return text_of(value).strip()
+    """As the prepare stage compares labels: trimmed texts, and numbers as `number_text` writes them."""
+    return value.strip() if isinstance(value, str) else str(number_text(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +17,11 @@ __all__ = [
     "MOST_CLASSES",
     "Column",
     "Source",
-    "check_header",
     "check_named",
     "columns_of",
     "guess_columns",
     "guess_split_column",
+    "header_error",
     "number_of",
     "text_of",
 ]
@@ -123,21 +122,18 @@ def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, st
     return text, label, named(_ID_NAMES, ids)
 
 
-def check_header(columns: Sequence[Column], source: str) -> None:
-    """Refuse a CSV or TSV whose header looks like a row: it names no usual column, and holds a value, a number or a sentence.
-
-    Raises:
-        InputError: with the option for a file without a header.
-    """
+def header_error(columns: Sequence[Column], source: str) -> InputError | None:
+    """The error for a CSV or TSV whose header looks like a row: it names no usual column, and holds a value, a number or a sentence."""
     usual = {*_LABEL_NAMES, *_TEXT_NAMES, *_ID_NAMES}
     if any(c.name.casefold() in usual for c in columns):
-        return
+        return None
     if any(c.is_value or (c.numeric and number_of(c.name) is not None) or len(c.name.split()) > 5 for c in columns):
         shown = ", ".join(_short(c.name) for c in columns[:5]) + (", …" if len(columns) > 5 else "")
-        raise InputError(
+        return InputError(
             f"{source}: the first line looks like a row, not like the names of columns: {shown}",
             f"{option('header', 'false')}, or --header NAME,NAME; if it is the header, name the columns with --text and --label",
         )
+    return None
 
 
 def guess_split_column(columns: Sequence[Column], taken: Collection[str]) -> str | None:
@@ -169,10 +165,10 @@ def text_of(value: Any) -> str:
 
 
 def number_of(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return float(value)
+    """The number that a value is or represents, or None; it may be infinite or NaN."""
+    if isinstance(value, str) and "_" in value:  # 1_000 is Python's alone
+        return None
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None

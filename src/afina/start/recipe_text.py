@@ -129,15 +129,12 @@ def data_warnings(p: Proposal) -> list[str]:
     for split, x in {"": p.examined, **p.others}.items():
         where = f"{split}: " if split else ""
         warnings += [f"{where}{line}" for line in x.odd]
-        for count, rows, what in (
-            (x.num_empty, x.empty, "an empty text"),
-            (x.num_missing, x.missing, "no label"),
-        ):
-            if count:
-                have = "row has" if count == 1 else "rows have"
-                warnings.append(
-                    f"{where}{count:,} {have} {what} ({_row_numbers(rows)}): afina prefetch refuses that; remove them"
-                )
+        for what, rows in x.refused.items():
+            have = "row has" if rows.count == 1 else "rows have"
+            warnings.append(
+                f"{where}{rows.count:,} {have} {what} ({_row_numbers(rows.first)}): afina prefetch refuses that; correct or "
+                "remove them"
+            )
     if shared := sum(len(p.examined.digests & other.digests) for other in p.others.values()):
         are = "text of the other splits is" if shared == 1 else "texts of the other splits are"
         warnings.append(f"{shared:,} {are} in train too: the scores will be too good")

@@ -19,6 +19,10 @@ from afina.worker.inference.inputs import examine
 BROKEN: dict[str, tuple[str, bytes, str, str]] = {
     "short row": ("a.csv", b"text,n\n\na,1\nb\n", r", row 2 \(line 4\): 1 cells, the header has 2", "quote the cell"),
     "long row": ("a.csv", b'text,n\n"a\nb",1\nc, d,2\n', r", row 2 \(line 4\): 3 cells, the header has 2", "like, this"),
+    "rows that end with a separator": ("a.csv", b"text,n\na,1,\nb,2,\n", r", row 1 \(line 2\): 3 cells, the header has 2", "end the header with one too (`text,n,`)"),
+    "a comment first": ("a.csv", b"# export\ntext,n\na,1\n", "", "remove it: the first line names the columns"),
+    "semicolons and a comma": ("a.csv", b"text;n;no, not\na;1;b\n", "", "separated by `;`"),
+    "a key twice": ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": 1, "n": 2}\n', ", line 2: `n` occurs twice in one object", "write each key once"),
     "open quote": ("a.tsv", b'text\tn\na\t1\n"b\t2\nc\t3', r", row 2: a quote \(\"\) is opened and never closed", "close it"),
     "odd quote": ("a.csv", b'text,n\n"a" b,1\n', r", row 1 \(line 2\): text follows a closing quote", "double each quote"),
     "latin": ("a.csv", b'text,n\n"a\nb",1\ncaf\xe9,2\n', r", row 2 \(line 4\): byte 0xe9 at offset 18 is not UTF-8", "save the file as UTF-8"),
@@ -85,9 +89,8 @@ def test_training_prediction_and_init_report_the_same_error(name: str, tmp_path:
             read()
         assert remedy in str(refused.value)
         errors.append(str(refused.value))
-    if message:
-        assert len(set(errors)) == 1
-    else:
+    assert len(set(errors)) == 1 or not message
+    if not message and name in ("semicolons", "tabs"):
         mark = "`;`" if name == "semicolons" else "tab"
         assert all(f"seems to be separated by {mark}" in error for error in errors)
 

@@ -128,6 +128,42 @@ def test_nested_columns(tmp_path: Path) -> None:
     assert "`data.text`" in error.value.remedy
 
 
+def test_an_element_of_a_list_is_a_column(tmp_path: Path) -> None:
+    """`a.0` in lists of any kind, of objects too, and of class labels; null where a list is shorter."""
+    lists = [["x", "y"], ["z"], None, []]
+    objects = [[{"v": ["p"]}, {"v": ["q", "r"]}], [{"v": None}], [], None]
+    path = tmp_path / "a.parquet"
+    ids = pa.array([[1, 0], [0], [1], [1]])
+    columns = {
+        "l": pa.array(lists),
+        "o": pa.array(objects),
+        "c": ids,
+        "f": pa.array([[7, 8]] * 4, pa.list_(pa.int8(), 2)),
+    }
+    features = {"c": {"feature": {"_type": "ClassLabel", "names": ["neg", "pos"]}, "_type": "Sequence"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path, row_group_size=3)
+    rows = tmp_path / "a.jsonl"
+    names = [["pos", "neg"], ["neg"], ["pos"], ["pos"]]
+    each = zip(lists, objects, names, strict=True)
+    rows.write_text("".join(json.dumps({"l": a, "o": o, "c": c, "f": [7, 8]}) + "\n" for a, o, c in each))
+    wanted = {
+        "l.0": ["x", "z", None, None],
+        "l.1": ["y", None, None, None],
+        "o.0.v.0": ["p", None, None, None],
+        "o.1.v.1": ["r", None, None, None],
+        "c.0": ["pos", "neg", "pos", "pos"],
+        "f.1": [8, 8, 8, 8],
+    }
+    for file in (path, rows):
+        table = read_files([file], list(wanted))
+        assert {name: column.to_pylist() for name, column in table.columns.items()} == wanted, file
+        for name in ("l.x", "l.-1", "l.0.0.v", "o.v", "n.0"):
+            with pytest.raises(DataError, match=f"there is no column `{name}`"):
+                read_files([file], [name])
+    assert read_files([path], ["c.0"]).classes == {"c.0": ("neg", "pos")}
+
+
 def test_a_file_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(csv_text(header=False))

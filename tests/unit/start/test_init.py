@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tests import tiny
 from tests.common import program
 from tests.hub.server import HubServer
@@ -21,7 +22,9 @@ from tests.unit.conftest import Ran, tree
 
 from afina import cli
 from afina.api import plan_for
-from afina.recipe.parse import load_recipe
+from afina.cli.start_commands import init as init_command
+from afina.errors import InputError
+from afina.recipe.load import load_recipe
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.start.examine import count_words
@@ -205,6 +208,67 @@ def test_what_prefetch_would_refuse_is_said_with_its_rows(init: Init, tmp_path: 
     assert "2 rows have an empty text (rows 5, 7)" in answer["warnings"][0]
     assert "1 row has no label (row 10)" in answer["warnings"][1]
     assert "1 text occurs more than once" in answer["text"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts", "refused"),
+    [
+        (["01", "1"], {"01": 6, "1": 6}, ""),
+        ([2**60 + 1, 2**60 + 3], {str(2**60 + 1): 6, str(2**60 + 3): 6}, ""),
+        ([1, 1.0, "x"], {"1": 8, "x": 4}, ""),
+        (["1_0", "20"], {"1_0": 6, "20": 6}, ""),
+        ([0.5, "nan", 1.5], {}, "4 rows have a label that is no finite number, among numbers (rows 2, 5, 8, 11)"),
+        ([["a"], "b", "c"], None, "4 rows have a list as label, where others have a single value (rows 1, 4, 7, 10)"),
+        ([["a"], [["b"]], ["c"]], None, "4 rows have a label that is an object or holds one (rows 2, 5, 8, 11)"),
+    ],
+)
+def test_labels_are_those_that_prefetch_takes(
+    init: Init, tmp_path: Path, model: Path, labels: list[Any], counts: dict[str, int] | None, refused: str
+) -> None:
+    rows = [{"text": f"it was good {n}", "label": labels[n % len(labels)]} for n in range(12)]
+    path = tiny.write_jsonl(tmp_path / "r.jsonl", rows)
+    answer = init(tmp_path / "p", "--data", path, "--label", "label", "--model", model)
+    assert counts is None or answer["labels"] == counts
+    assert refused in " ".join(answer["warnings"]) and bool(answer["warnings"]) == bool(refused)
+
+
+def test_every_file_has_the_columns(
+    init: Init, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d"
+    data.mkdir()
+    (data / "a.csv").write_text("text,label\nit was good,1\nit was bad,0\n")
+    for other, message in (
+        ("good one here now,1\n", "b.csv: there is no column"),
+        ("label,text,label\n", "occurs twice"),
+    ):
+        (data / "b.csv").write_text(other)
+        with pytest.raises(SystemExit):
+            init(tmp_path / "p", "--data", data, "--model", model)
+        assert message in capsys.readouterr().err and not (tmp_path / "p/recipe.yaml").exists()
+
+
+def test_a_header_that_looks_like_a_row_is_asked_about(
+    no_cluster: Path, tmp_path: Path, scratch: Path, model: Path
+) -> None:
+    data = tmp_path / "no head.csv"
+    data.write_text('"2","Awful","it was broken"\n"1","Nice","it was best"\n' * 9)
+    argv = ["--data", str(data), "--model", str(model), "--name", "n", "--scratch", str(scratch)]
+    for answer, rows, text in (
+        ("y\n\n\n\n", 18, "column3"),
+        ("\n\n\n\n", 18, "column3"),
+        ("n\n\n\n\n", 17, "it was broken"),
+    ):
+        folder = tmp_path / f"p{answer[0]}"
+        done = CliRunner().invoke(init_command, [str(folder), *argv], input=answer)
+        assert done.exit_code == 0 and "looks like a row" in done.stderr, done.stderr
+        recipe = load_recipe(folder / "recipe.yaml")
+        assert recipe.data.text == (text,) and recipe.data.header is (False if rows == 18 else None)
+        assert f"{rows} rows" in done.stdout
+    for more, given in (([], ""), (["--yes"], None), (["--json"], None)):
+        done = CliRunner().invoke(init_command, [str(tmp_path / "q"), *argv, *more], input=given)
+        assert isinstance(done.exception, InputError) and "--no-header" in done.exception.remedy
+    assert not (tmp_path / "q/recipe.yaml").exists()
 
 
 def test_options_of_reading_are_written_into_the_recipe(init: Init, tmp_path: Path, model: Path) -> None:

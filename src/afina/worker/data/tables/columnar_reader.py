@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,18 @@ class ColumnarReader:
             self._classes = file.classes
 
     def classes(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        return {name: tuple(self._classes[name]) for name in names if name in self._classes}
+        return {name: tuple(known) for name in names if (known := self._classes_of(name)) is not None}
+
+    def _classes_of(self, name: str) -> list[str] | None:
+        """The label names that a column, or the list of which it is an element, declares."""
+        return self._classes.get(name) or self._classes.get(re.sub(r"(\.\d+)+$", "", name))
 
     def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
         done = 0
         with open_columnar(self.path) as file:
-            names = [n for n in choose_columns(self.path, file.names, wanted, others) if n in file.top or n in wanted]
+            listed = [n for n in wanted if n not in file.names and file.has(n)]
+            known = choose_columns(self.path, [*file.names, *listed], wanted, others)
+            names = [name for name in known if name in file.top or name in wanted]
             twice = [name for name in (*wanted, *(others or ())) if name in file.repeated]
             check_columns(self.path, twice, file.schema.names, "")
             for columns in file.batches(names, BATCH_ROWS, BATCH_BYTES):
@@ -50,7 +57,7 @@ class ColumnarReader:
                 done += count
 
     def values(self, name: str, batch: RowBatch) -> pa.Array:
-        return _plain(self.path, name, batch.values[name], self._classes.get(name))
+        return _plain(self.path, name, batch.values[name], self._classes_of(name))
 
     def column(self, name: str, values: Sequence[Any], row: Array) -> pa.Array:
         return pa.concat_arrays(values)
