@@ -13,8 +13,8 @@ import pytest
 from tests.tiny import write_csv, write_jsonl
 
 from afina.errors import AfinaError, DataError, RecipeError
-from afina.recipe.parse import parse_recipe
 from afina.recipe.keys.data_keys import Data
+from afina.recipe.parse import parse_recipe
 from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.prepare import _RECIPE_FORMAT
 from afina.worker.data.splits.build_splits import build_splits

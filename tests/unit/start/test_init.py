@@ -24,7 +24,7 @@ from afina import cli
 from afina.api import plan_for
 from afina.cli.start_commands import init as init_command
 from afina.errors import InputError
-from afina.recipe.load import load_recipe
+from afina.recipe.parse import load_recipe
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.start.examine import count_words

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from afina.errors import DataError, RecipeError, nearest
-from afina.recipe.schema import Data, Part
+from afina.recipe.keys.data_keys import Data, Part
 
 __all__ = ["SPLITS", "SPLIT_NAMES", "choose_sources", "choose_values", "shares_of"]
 
