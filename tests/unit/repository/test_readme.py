@@ -49,7 +49,7 @@ def test_the_commands_for_a_workstation_do_what_the_readme_shows(tmp_path: Path)
     assert len(commands) == 3
     output = _run(commands, folder).splitlines()
     promised = [line for line in first if not line.startswith("$ ") and line.strip(" …-")]
-    assert len(promised) >= 3
+    assert len(promised) >= 5
     assert [line for line in promised if not _matches(line, output)] == [], "\n".join(output)
 
     (run,) = (folder / "stars/scratch/runs").iterdir()
