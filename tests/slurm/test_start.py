@@ -165,6 +165,7 @@ def test_a_rehearsal_in_the_image_and_the_run_that_follows(cluster: Cluster, hos
     assert estimate["attempts"] == 1 and not list((project / "scratch").glob(".rehearsal-*"))
 
 
+@pytest.mark.timeout(900)
 def test_the_commands_for_a_cluster_in_the_readme(cluster: Cluster, host: Path, project: Path) -> None:
     """From `doctor` on, as the README spells them; test_sweep.py is about its last one."""
     lines = [line.partition("#")[0].strip() for line in readme_block("sh", "## On a cluster")]
