@@ -97,7 +97,7 @@ def existing_scratch(value: str, file: Path | None) -> Path:
     where = (
         f"set AFINA_SCRATCH in {file}"
         if file
-        else "export AFINA_SCRATCH=/path/on/shared/scratch, or write it into slurm/site.env (see slurm/site.example.env)"
+        else "where `afina init` wrote slurm/site.env, run the command in that folder; or export AFINA_SCRATCH=/path/on/shared/scratch, see slurm/site.example.env"
     )
     if not value:
         raise SiteError(
