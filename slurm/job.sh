@@ -177,6 +177,8 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
   if [ -n "$image" ] && [ ! -r "$image" ] && [ -d "${image%/*}" ]; then
     cause=image message="$image is no longer there, or $here cannot read it (purged?)"
     remedy="put the image back (container/build.sh), then: afina submit $(printf %q "$run")"
+    # One that was pulled from a registry: a submission has its digest, and pulls it again.
+    case $image in */cache/images/*) remedy="it is pulled again by: afina submit $(printf %q "$run")" ;; esac
   else
     bad=$here # what other nodes of the job could do is not known: srun ended their tasks
     message="the worker does not start on $bad"

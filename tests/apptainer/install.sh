@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the image tests need on a Debian 12 machine, as root: Apptainer, the tools it calls, debootstrap,
+# Installs what the image tests need on a Debian 12 machine, as root: Apptainer, the tools it calls, debootstrap, a registry,
 # and an ordinary user to build and run as. Does nothing to what is there already; meant for a machine that may be
 # thrown away (it opens /dev/fuse to everyone and creates a user).
 #
@@ -16,7 +16,7 @@ readonly here
 readonly test_user=${AFINA_TEST_USER:-researcher}
 readonly lib_dir=/usr/local/lib/apptainer-sid
 readonly starter=/usr/lib/x86_64-linux-gnu/apptainer/bin/starter
-readonly tools=(squashfs-tools squashfuse fuse3 fuse-overlayfs uidmap fakeroot debootstrap patchelf ca-certificates python3)
+readonly tools=(squashfs-tools squashfuse fuse3 fuse-overlayfs uidmap fakeroot debootstrap patchelf ca-certificates docker-registry python3)
 
 say() { printf 'install: %s\n' "$*" >&2; }
 die() { say "$*"; exit 3; }

@@ -188,16 +188,23 @@ def test_settings_of_apptainer_that_isolate_do_not_reach_the_worker(
 
 
 @pytest.mark.timeout(120)
-def test_a_purged_image_is_named_and_not_tried_again(cluster: Cluster, project: Callable[..., Project]) -> None:
+@pytest.mark.parametrize(
+    ("place", "remedy"), [("an image.sif", "put the image back"), ("scratch/cache/images/x-1.sif", "pulled again")]
+)
+def test_a_purged_image_is_named_and_not_tried_again(
+    cluster: Cluster, project: Callable[..., Project], place: str, remedy: str
+) -> None:
     made = project()
-    image = made.folder / "an image.sif"
+    image = made.folder / place
+    image.parent.mkdir(parents=True, exist_ok=True)
     program(made.folder, "runtime", f'[ -r "{image}" ] || exit 255\nexec bash {made.folder}/worker.sh "$@"\n')
     made.claim(["bash", "{run}/node.sh", str(image), str(made.folder / "runtime"), "launch", "{run}"])
     job = made.submit()
     assert cluster.wait(job) == "FAILED" and str(cluster.job(job)["ExitCode"]) == "3:0"
     outcome = made.run.outcome()
     assert outcome is not None and outcome.cause == "image" and made.jobs() == []
-    assert f"{image} is no longer there" in (outcome.error or "") and "afina submit" in (outcome.error or "")
+    assert outcome.failure is not None and f"{image} is no longer there" in outcome.failure.message
+    assert remedy in outcome.failure.remedy and "afina submit" in outcome.failure.remedy
 
 
 HOSTILE = {

@@ -1,4 +1,4 @@
-"""Commands about the image: `afina image info`, `afina image verify`."""
+"""Commands about the image: `afina image pull`, `push`, `info`, `verify`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def image() -> None:
 
     \b
     Examples:
+      afina image pull oras://registry.example.org/group/afina:1
       afina image info afina.sif
       afina image verify
     """
@@ -57,6 +58,45 @@ def info(image: str | None, site: str | None, as_json: bool) -> None:
         print(f"  {name:<11}{value}")
     for finding in findings:
         _tell(finding)
+
+
+@image.command()
+@_options
+def pull(image: str | None, site: str | None, as_json: bool) -> None:
+    """Pull IMAGE, oras://… or docker://…, to scratch, and print its path there; by default the site's AFINA_IMAGE.
+
+    A submission does it too. The address is resolved to a digest; an image that is there already is not transferred again.
+
+    \b
+    Examples:
+      afina image pull
+      afina image pull oras://registry.example.org/group/afina:1
+    """
+    from afina.site.image import pull_image
+
+    pulled = pull_image(image, site)
+    if as_json:
+        print(json.dumps({"image": str(pulled.path), "address": pulled.address, "digest": pulled.digest}))
+    else:
+        print(pulled.path)
+
+
+@image.command()
+@click.argument("image", metavar="IMAGE")
+@click.argument("address", metavar="ADDRESS")
+def push(image: str, address: str) -> None:
+    """Push IMAGE to ADDRESS and print the address with its digest, for AFINA_IMAGE.
+
+    oras://… stores the image as it is. docker://… stores an OCI image of the same files, for Docker, Podman, pyxis, Charliecloud and Kubernetes.
+
+    \b
+    Examples:
+      afina image push afina.sif oras://registry.example.org/group/afina:1
+      afina image push afina.sif docker://registry.example.org/group/afina:1
+    """
+    from afina.site.image import push_image
+
+    print(push_image(image, address))
 
 
 @image.command()

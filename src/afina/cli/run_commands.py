@@ -104,8 +104,11 @@ def prefetch(recipe: str, request: JobRequest, refresh: bool, as_json: bool) -> 
     """
     from afina import api
     from afina.run.new_run import prepare
+    from afina.site.image import check_image
 
-    prepared = prepare(api.plan_for(recipe, request), refresh=refresh)
+    plan = api.plan_for(recipe, request)
+    check_image(plan.site)
+    prepared = prepare(plan, refresh=refresh)
     if as_json:
         print(json.dumps(prepared))
         return

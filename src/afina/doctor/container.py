@@ -39,10 +39,11 @@ def check_image_file(target: Target) -> Iterator[Finding]:
     if site.image is None or site.runtime == "none":
         yield Finding("image", "ok", f"none: jobs run {sys.executable}, which every node must see")
         return
+    check_image(site)
     size = site.image.stat().st_size / 1e9 if site.image.exists() else 0.0
-    yield Finding("image", "ok", f"{site.image}: whole, {size:.2f} GB")
+    origin = f", from {site.pulled.reference.pinned}" if site.pulled else ""
+    yield Finding("image", "ok", f"{site.image}: whole, {size:.2f} GB{origin}")
     if site.image_key:
-        check_image(site)
         yield Finding("image key", "ok", f"signed by {site.image_key}")
     try:
         done = run_captured(

@@ -11,6 +11,7 @@ from afina.prediction.jobs import site_for, worker_env
 from afina.prediction.request import find_model, plan_of
 from afina.run.commands import worker_argv
 from afina.run.workers import ask_worker
+from afina.site.image import check_image
 from afina.watch.find import resolve_folder
 
 __all__ = ["export"]
@@ -44,6 +45,7 @@ def export(
             f"-o {target}: there is no folder {target.parent}", shlex.join(["mkdir", "-p", str(target.parent)])
         )
     plan = plan_of(directory, model, [], site_for(directory, site), gpus=0)
+    check_image(plan.site)
     argv = worker_argv(plan, "export", binds=[directory.path, target.parent])
     question = {"run": str(directory.path), "out": str(target), "onnx": onnx}
     return ask_worker(argv, worker_env(plan), question, name="the export")

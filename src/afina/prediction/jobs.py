@@ -248,7 +248,8 @@ def site_for(directory: RunDir | None, given: str | Path | None) -> Site:
         return load_site(given)
     if directory is not None:
         site = directory.plan().site
-        if site.runtime != "none" and site.image is not None and not site.image.exists():
+        fetched = site.pulled is not None and site.scratch.is_dir()  # it is pulled again where it was purged
+        if site.runtime != "none" and site.image is not None and not (site.image.exists() or fetched):
             raise SiteError(
                 f"{site.image}: the image of this run is not on this machine",
                 "name the site of this machine: --site FILE",

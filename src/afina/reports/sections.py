@@ -242,6 +242,7 @@ def record(facts: RunFacts) -> str:
         "Python": newest.get("python"),
         **{name: versions[name] for name in sorted(versions)},
         "image": image.get("path"),
+        "image address": f"{image['address']} ({image.get('digest')})" if image.get("address") else None,
         "image SHA-256": image.get("sha256") or image.get("none"),
         "git commit": git.get("commit") or git.get("none"),
         "since that commit": changes,

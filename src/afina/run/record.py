@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AfinaError, RecipeError
-from afina.files import read_json, sha256, write_atomic
+from afina.files import read_json
 from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_settings
 from afina.run.git import repository_state
 from afina.run.plan import Plan
+from afina.site.pulled import image_sha256
 from afina.site.settings import Site
 from afina.version import __version__
 
 __all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record", "recipe_as_run"]
 
 FORMAT = 1
-#: Smaller images are hashed without a message.
-_REPORT_FROM_BYTES = 200 << 20
 
 Say = Callable[[str], None]
 
@@ -203,32 +202,17 @@ def _yaml(value: Any) -> str:
 
 
 def image_record(site: Site, say: Say = _to_stderr) -> dict[str, Any] | None:
-    """Path, size and SHA-256 of the image; None where there is none.
-
-    The digest is kept under `<scratch>/cache/images/` by path, size, times and inode, so that an image is read once and not for every run.
-    """
+    """Path, size and SHA-256 of the image, and of a pulled one its address and digest there; None where there is none."""
     if site.image is None or site.runtime == "none":
         return None
+    about: dict[str, Any] = {"path": str(site.image)}
+    if site.image_address is not None:
+        about |= {"address": site.image_address, "digest": site.image_digest}
     try:
-        about = site.image.stat()
-        key = [str(site.image), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
-        known = site.cache / "images" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-        digest = _known_digest(known, key)
-        if digest is None:
-            if about.st_size >= _REPORT_FROM_BYTES:
-                say(f"reading {site.image} ({about.st_size / 1e9:.1f} GB) for its digest; kept for the next run")
-            digest = sha256(site.image)
-            with contextlib.suppress(OSError, AfinaError):
-                known.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(known, json.dumps({"sha256": digest, "of": key}) + "\n")
-        return {"path": str(site.image), "size": about.st_size, "sha256": digest}
+        digest = image_sha256(site.image, site.cache / "images", say)
+        return {**about, "size": site.image.stat().st_size, "sha256": digest}
     except OSError as error:  # inside the container the image itself is not to be seen
-        return {"path": str(site.image), "sha256": None, "none": f"cannot be read here: {error.strerror}"}
-
-
-def _known_digest(path: Path, key: list[Any]) -> str | None:
-    known = read_json(path)
-    return str(known["sha256"]) if known.get("of") == key else None
+        return {**about, "sha256": None, "none": f"cannot be read here: {error.strerror}"}
 
 
 def _without_account(text: str, site: Site) -> str:

@@ -26,11 +26,23 @@ from afina.files import sha256
 from afina.processes import run_captured
 from afina.site.finding import Finding
 from afina.site.gpus import driver_version, fits_driver, minimum_driver
-from afina.site.settings import Site, environment, in_container, site_image
+from afina.site.pulled import Pulled, newest, pull, resolve
+from afina.site.references import is_reference
+from afina.site.settings import Site, environment, in_container, scratch_of, site_image
 from afina.site.variables import declared_size
 from afina.version import __version__
 
-__all__ = ["Image", "check_fit", "check_image", "read_image", "select_image", "summary", "verify"]
+__all__ = [
+    "Image",
+    "check_fit",
+    "check_image",
+    "pull_image",
+    "push_image",
+    "read_image",
+    "select_image",
+    "summary",
+    "verify",
+]
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "386": "i686"}
 _PATIENCE_S = 300
@@ -51,16 +63,21 @@ class Image:
 
 
 def check_image(site: Site) -> None:
-    """Check the signature of the site's image.
+    """Have the site's image here, pulled if it comes from a registry, and check its signature if the site names a key.
 
-    Does nothing where the site names no key, runs no image, or in the container, where the host has checked it.
+    Does nothing where the site runs no image, or in the container, where the host has checked it.
 
     Raises:
-        SiteError: the image is not signed, not by this key, or was altered since; or it cannot be checked.
+        SiteError: it cannot be pulled; it is not signed, not by this key, or was altered since; or it cannot be checked.
     """
-    if site.image_key is None or site.image is None or site.runtime == "none" or in_container():
+    pulled = site.pulled
+    if site.image is None or site.runtime == "none" or in_container() or not (site.image_key or pulled):
         return
-    _check_signature(site.image, site.image_key, site.runtime, {**os.environ, **environment(site)})
+    env = {**os.environ, **environment(site)}
+    if pulled is not None:
+        pull(pulled, site.runtime, env)
+    if site.image_key is not None:
+        _check_signature(site.image, site.image_key, site.runtime, env)
 
 
 def _check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]) -> None:
@@ -109,10 +126,10 @@ def select_image(given: str | None, site: str | None = None) -> tuple[Image, str
     """The image, the key that must have signed it, the runtime, and the environment to run it in.
 
     Args:
-        given: a path; without one the site's AFINA_IMAGE, and in a container the image that is running.
+        given: a path, or the address of one that was pulled; without one the site's AFINA_IMAGE, and in a container the image that is running.
 
     Raises:
-        InputError: no image is named, or the path is not an image.
+        InputError: no image is named, it was not pulled, or the path is not an image.
         SiteError: the site file fails, its key is neither a file nor a fingerprint, or Apptainer is missing.
     """
     if given is None and in_container():
@@ -121,10 +138,53 @@ def select_image(given: str | None, site: str | None = None) -> tuple[Image, str
     if given is None and not named:
         raise InputError(
             "no image is named: AFINA_IMAGE is not set",
-            "give its path, or set AFINA_IMAGE (see slurm/site.example.env)",
+            "give its path or address, or set AFINA_IMAGE (see slurm/site.example.env)",
         )
     runtime = "apptainer" if runtime == "none" else runtime
-    return read_image(given or named, runtime, env), key, runtime, env
+    wanted = given or named
+    if is_reference(wanted):
+        pulled = newest(wanted, Path(env.get("AFINA_SCRATCH") or "/") / "cache")
+        if pulled is None:
+            raise InputError(f"{wanted} is not on scratch", f"afina image pull {shlex.quote(wanted)}")
+        wanted = str(pulled.path)
+    return read_image(wanted, runtime, env), key, runtime, env
+
+
+def pull_image(given: str | None, site: str | None = None) -> Pulled:
+    """Pull the image of an address, by default the site's AFINA_IMAGE, and check the site's key.
+
+    Raises:
+        InputError: there is no address.
+        SiteError: as `check_image`.
+    """
+    if in_container():
+        raise InputError("an image cannot be pulled in a container, which has no Apptainer", "run this on the host")
+    named, key, runtime, env = site_image(site)
+    address = given or named
+    if not is_reference(address):
+        raise InputError(f"{address or 'AFINA_IMAGE'} is not an address in a registry", "give oras://… or docker://…")
+    pulled = resolve(address, scratch_of(site) / "cache", env)
+    pull(pulled, "apptainer" if runtime == "none" else runtime, env)
+    if key is not None:
+        _check_signature(pulled.path, key, runtime, env)
+    return pulled
+
+
+def push_image(given: str, address: str) -> str:
+    """Push an image, a file or a folder; returns its address by digest.
+
+    Raises:
+        InputError: no such image, or no address.
+        SiteError: the registry refuses, or cannot be reached.
+    """
+    from afina.site.pushed import push
+
+    if not is_reference(address):
+        raise InputError(f"{address} is not an address in a registry", "give oras://… or docker://…")
+    image = Path(given).expanduser().absolute()
+    if not image.exists():
+        raise InputError(f"{image}: no such image", "give the path of a .sif that container/build.sh made")
+    return push(image, address, "apptainer", os.environ)
 
 
 def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, str] | None = None) -> Image:

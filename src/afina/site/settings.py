@@ -19,6 +19,8 @@ from pydantic import Field
 from afina.errors import SiteError, nearest
 from afina.frozen import FrozenModel
 from afina.site import variables
+from afina.site.pulled import Pulled, newest, resolve, source_of
+from afina.site.references import is_reference
 
 __all__ = [
     "CACHE_VARIABLES",
@@ -76,6 +78,8 @@ class Site(FrozenModel):
     Attributes:
         scratch: shared folder for caches, prepared data and runs.
         image: the Apptainer image, or None where jobs run in the surrounding environment.
+        image_address, image_digest: of an image from a registry, `oras://…` or `docker://…` as it was written and the digest of its manifest;
+            `image` is then on scratch, where `afina.site.image.check_image` puts it.
         image_key: the key that must have signed the image: the path of a PEM public key, or a PGP fingerprint of 40 hex digits.
         runtime: the program that starts the container on a compute node.
         binds: `SRC[:DST[:OPTIONS]]` each, beside scratch, recipe and data.
@@ -90,6 +94,8 @@ class Site(FrozenModel):
 
     scratch: Path
     image: Path | None = None
+    image_address: str | None = None
+    image_digest: str | None = None
     image_key: str | None = None
     runtime: Runtime = "none"
     binds: tuple[str, ...] = ()
@@ -104,6 +110,13 @@ class Site(FrozenModel):
     @property
     def cache(self) -> Path:
         return self.scratch / "cache"
+
+    @property
+    def pulled(self) -> Pulled | None:
+        """The image as one of a registry; None for a file of the user's."""
+        if self.image_address is None or self.image_digest is None:
+            return None
+        return Pulled(self.image_address, self.image_digest, self.cache / "images")
 
     @property
     def prepared(self) -> Path:
@@ -122,7 +135,7 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
             the image, which cannot be seen from inside itself, is the one that the host named.
 
     Raises:
-        SiteError: no scratch, scratch that is missing or not writable, an image that cannot be read, a site file that fails.
+        SiteError: no scratch, scratch that is missing or not writable, an image that cannot be read or is not in its registry, a site file that fails.
     """
     env = dict(os.environ if env is None else env)
     inside = job or in_container(env)
@@ -133,11 +146,13 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     def value(name: str) -> str:
         return found.get(f"AFINA_{name}", "")
 
-    named = value("IMAGE")
-    image = (Path(named) if named else None) if inside else variables.image_file(named, file)
+    scratch = variables.usable_scratch(value("SCRATCH"), file)
+    image, pulled = _image(value("IMAGE"), scratch / "cache", found, file, inside=inside)
     return Site(
-        scratch=variables.usable_scratch(value("SCRATCH"), file),
+        scratch=scratch,
         image=image,
+        image_address=pulled.address if pulled else None,
+        image_digest=pulled.digest if pulled else None,
         image_key=variables.image_key(value("IMAGE_KEY"), file, visible=not inside),
         runtime=_runtime(value("RUNTIME"), image, found, job=job),
         binds=tuple(bind for bind in value("BIND").split(",") if bind),
@@ -287,6 +302,21 @@ def _refuse_unknown(found: Mapping[str, str], env: Mapping[str, str], file: Path
         if name.startswith("AFINA_") and name not in (*variables.KNOWN, "AFINA_SITE") and name not in env:
             remedy = f"{nearest(name, variables.KNOWN)} known: {', '.join(variables.KNOWN)}".strip()
             raise SiteError(f"site file {file}: unknown variable {name}", remedy)
+
+
+def _image(
+    named: str, cache: Path, env: Mapping[str, str], file: Path | None, *, inside: bool
+) -> tuple[Path | None, Pulled | None]:
+    """AFINA_IMAGE as a file, and as what it is in a registry, if it came from one. Inside a container the registry is not asked."""
+    if is_reference(named):
+        if env.get("AFINA_RUNTIME") == "none":
+            return None, None
+        pulled = newest(named, cache) if inside else resolve(named, cache, env)
+        return (pulled.path if pulled else None), pulled
+    path = (Path(named) if named else None) if inside else variables.image_file(named, file)
+    source = source_of(path) if path else None
+    pulled = Pulled(*source, cache / "images") if source else None
+    return path, pulled if pulled and pulled.path == path else None
 
 
 def _runtime(value: str, image: Path | None, env: Mapping[str, str], *, job: bool) -> Runtime:

@@ -20,6 +20,7 @@ from afina.recipe.data_files import check_format, data_files, file_stem, is_data
 from afina.run.commands import container_argv
 from afina.run.plan import bare_plan
 from afina.run.workers import ask_worker
+from afina.site.image import check_image
 from afina.site.settings import Site, cache_environment, environment, hub_token
 from afina.start.guess_columns import Source
 
@@ -164,5 +165,6 @@ def _fetch(question: Mapping[str, Any], site: Site) -> dict[str, str]:
                 f"{question['hub']}: neither the package `datasets` nor an image is here to fetch it",
                 "build the image (container/build.sh) and name it in site.env, or `pip install 'afina[train]'`",
             )
+        check_image(site)
         argv = container_argv(bare_plan(site), ["python", *argv[1:]], [])
     return dict(ask_worker(argv, env, question, name="fetching the data set")["files"])

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from afina.site.references import is_reference
+
 __all__ = ["Machine", "find_machine"]
 
 _SCRATCH_VARIABLES = ("SCRATCH", "WORK", "PSCRATCH", "SCRATCHDIR", "WORKDIR", "CSCRATCH")
@@ -46,6 +48,8 @@ def find_machine(folder: Path, env: Mapping[str, str], scratch: str | None = Non
     runtime = runtime or ("singularity" if module and module.startswith("singularity") else "apptainer")
     named = image or env.get("AFINA_IMAGE")
     candidates = [named] if named else [f"{where}/afina.sif", str(folder / "afina.sif"), "afina.sif"]
+    if named and is_reference(named):
+        return Machine(where, why, named, "The image, pulled to scratch once.", runtime, module)
     paths = [Path(candidate).expanduser() for candidate in candidates]
     existing = next((str(path.absolute()) for path in paths if path.is_file()), None)
     if existing:

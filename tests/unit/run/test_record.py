@@ -17,11 +17,12 @@ from tests.unit.conftest import recipe_dict, tree
 from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_comments
-from afina.run import git, record
+from afina.run import git
 from afina.run.directory import RunDir
 from afina.run.git import repository_state
 from afina.run.plan import make_plan
 from afina.run.record import differences, image_record, make_record, overrides_of, read_record
+from afina.site import pulled
 from afina.site.settings import Site
 
 RecipeFile = Callable[..., Path]
@@ -164,7 +165,7 @@ def imaged(scratch: Path, sif: Path) -> Site:
 
 def test_an_image_is_read_once(imaged: Site, sif: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(record, "_REPORT_FROM_BYTES", 1)
+    monkeypatch.setattr(pulled, "_REPORT_FROM_BYTES", 1)
     expected = hashlib.sha256(sif.read_bytes()).hexdigest()
     first = image_record(imaged, said.append)
     assert first == {"path": str(sif), "size": sif.stat().st_size, "sha256": expected} and len(said) == 1

@@ -21,6 +21,7 @@ from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts
 from afina.run.directory import RunDir
 from afina.run.plan import Plan, make_plan
+from afina.site.pulled import Pulled
 from afina.site.settings import Site
 
 SCRIPT = ROOT / "slurm/finetune.sbatch"
@@ -330,6 +331,23 @@ def test_a_recipe_is_claimed_through_the_image(
     assert f'type=bind,"src={quoted}","dst={quoted}"' in mounts
     assert recorded(slurm_commands)[0][-1] == str(run.path)
     assert not list(Path.cwd().rglob("pwned")) and not list(folder.rglob("pwned"))
+
+
+def test_an_address_is_the_image_that_was_pulled_last(
+    slurm_commands: Path, bin: Path, scratch: Path, sif: Path
+) -> None:
+    """Nodes may have no network: the login node pulls."""
+    image = Pulled("oras://r.example.org/g/afina:1", f"sha256:{'a' * 64}", scratch / "cache/images")
+    program(bin, "apptainer", 'echo "$AFINA_IMAGE is the image" >&2; exit 2\n')
+    env = in_job(scratch, AFINA_IMAGE=image.address)
+    refused = sbatch("r.yaml", env=env)
+    assert refused.returncode == 3 and "r.example.org/g/afina:1 is not on scratch" in refused.stderr
+    assert "afina image pull" in refused.stderr
+    image.point_here()
+    assert sbatch("r.yaml", env=env).returncode == 3, "purged"
+    sif.rename(image.path)
+    done = sbatch("r.yaml", env=env)
+    assert done.returncode == 2 and f"{image.path} is the image" in done.stderr and image.digest in done.stdout
 
 
 def test_a_pointer_of_an_earlier_job_with_the_same_number_is_not_followed(
