@@ -20,8 +20,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 user=${AFINA_TEST_USER:-researcher}
 readonly out root user
 readonly aside=$out.d
-readonly packed=(pyproject.toml README.md LICENSE src slurm container/requirements.txt)
-readonly recipe=(Apptainer.def container/build.sh container/pip_settings.py container/prune.sh)
+readonly packed=(pyproject.toml README.md LICENSE src slurm container Apptainer.def)
 cd "$root"
 
 # digest FILE-OR-FOLDER…: of names and contents.
@@ -30,7 +29,7 @@ digest() {
 }
 
 "$root/tests/apptainer/install.sh" >&2
-inputs=$(digest "${packed[@]}" "${recipe[@]}" tests/apptainer/rootfs.sh)
+inputs=$(digest "${packed[@]}" tests/apptainer/rootfs.sh)
 if [[ -f $out && $(cat "$aside/inputs" 2>/dev/null) == "$inputs" ]]; then
     echo "$out: up to date"
     exit 0
@@ -42,8 +41,8 @@ install -d -o "$user" "$aside" "$aside/tmp"
 
 # A copy, since the user may not be able to read the checkout.
 rm -rf "$aside/checkout"
-mkdir -p "$aside/checkout/container"
-for path in "${packed[@]}" "${recipe[@]}"; do cp -R "$path" "$aside/checkout/$path"; done
+mkdir -p "$aside/checkout"
+for path in "${packed[@]}"; do cp -R "$path" "$aside/checkout/$path"; done
 chown -R "$user:" "$aside/checkout"
 
 commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) || commit=unknown

@@ -116,7 +116,7 @@ def make_project(cluster: Cluster, place: Path, options: argparse.Namespace) -> 
     subprocess.run(["/usr/bin/python3", "-m", "venv", str(venv)], check=True)
     source = place / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "src", "slurm"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "src", "slurm"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     subprocess.run([str(venv / "bin/pip"), "install", "--quiet", str(source)], check=True)
     project = place / "project"

@@ -1,4 +1,4 @@
-"""Commands about the image: `afina image pull`, `push`, `info`, `verify`."""
+"""Commands about the image: `afina image build`, `pull`, `push`, `info`, `verify`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def image() -> None:
 
     \b
     Examples:
+      afina image build --output afina.sif
       afina image pull oras://registry.example.org/group/afina:1
       afina image info afina.sif
       afina image verify
@@ -79,6 +80,24 @@ def pull(image: str | None, site: str | None, as_json: bool) -> None:
         print(json.dumps({"image": str(pulled.path), "address": pulled.address, "digest": pulled.digest}))
     else:
         print(pulled.path)
+
+
+@image.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]...")
+def build(options: tuple[str, ...]) -> None:
+    """Build the image as container/build.sh does, with its options; --help lists them. Works from a wheel too.
+
+    \b
+    Examples:
+      afina image build --output afina.sif
+      afina image build --cpu --torch-index URL --push oras://registry.example.org/group/afina:1
+    """
+    import subprocess
+
+    from afina.site.package import build_folder
+
+    with build_folder() as folder:
+        sys.exit(subprocess.run(["bash", str(folder / "container/build.sh"), *options], check=False).returncode)
 
 
 @image.command()

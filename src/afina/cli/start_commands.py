@@ -46,6 +46,7 @@ __all__ = ["COMMANDS"]
 @click.option("--scratch", metavar="FOLDER", help="A folder on shared scratch; made if missing.")
 @click.option("--image", metavar="FILE", help="The Apptainer image.")
 @click.option("--site-only", is_flag=True, help="Write only the site file.")
+@click.option("--files", is_flag=True, help="Only copy batch scripts, recipes and examples of sites into FOLDER/slurm.")
 @click.option("--yes", is_flag=True, help="Ask nothing, take the defaults.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON; asks nothing.")
 def init(**options: Any) -> None:
@@ -58,11 +59,17 @@ def init(**options: Any) -> None:
     Examples:
       afina init
       afina init project --data reviews.csv --yes
+      afina init project --files
       afina init --data train.parquet --text sentence --label class --model ./model
     """
+    from afina.site.package import copy_slurm_files
     from afina.slurm.cluster import read_cluster
     from afina.start.init import check_new
 
+    if options.pop("files"):
+        copied = copy_slurm_files(Path(options["folder"]))
+        print(json.dumps({"written": [str(path) for path in copied]}) if options["as_json"] else "\n".join(map(str, copied)))
+        return
     given = _Given(**options)
     base = Path(given.folder)
     recipe_path = None if given.site_only else check_new(base)

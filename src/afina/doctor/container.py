@@ -37,7 +37,8 @@ def check_image_file(target: Target) -> Iterator[Finding]:
     assert target.site is not None and target.where is not None
     site = target.site
     if site.image is None or site.runtime == "none":
-        yield Finding("image", "ok", f"none: jobs run {sys.executable}, which every node must see")
+        check_image(site)
+        yield Finding("image", "ok", f"none: jobs run {sys.executable}, which can train and which every node must see")
         return
     check_image(site)
     size = site.image.stat().st_size / 1e9 if site.image.exists() else 0.0

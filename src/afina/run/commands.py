@@ -19,6 +19,7 @@ from pathlib import Path
 
 from afina.errors import EnvironmentProblem, InputError
 from afina.run.plan import Geometry, Plan
+from afina.site.package import slurm_folder
 from afina.site.settings import cache_environment, environment, hub_token, in_container, without_isolation
 
 __all__ = [
@@ -292,17 +293,10 @@ def job_scripts(names: Sequence[str] = ("finetune.sbatch", "job.sh", "node.sh"))
     A run directory holds copies: later edits do not reach a job that waits in the queue.
 
     Raises:
-        EnvironmentProblem: one is in neither place.
+        EnvironmentProblem: they are in neither place.
     """
-    here = Path(__file__).resolve().parents[1]
-    found = {}
-    for name in names:
-        places = [folder / name for folder in (here / "_slurm", here.parent.parent / "slurm")]
-        existing = [place for place in places if place.is_file()]
-        if not existing:
-            raise EnvironmentProblem(f"{name} is not installed with afina", "install afina again")
-        found[name] = existing[0]
-    return found
+    folder = slurm_folder()
+    return {name: folder / name for name in names}
 
 
 def _ranges(numbers: Sequence[int]) -> str:

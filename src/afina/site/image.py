@@ -27,6 +27,7 @@ from afina.processes import run_captured
 from afina.site.finding import Finding
 from afina.site.gpus import driver_version, fits_driver, minimum_driver
 from afina.site.pulled import Pulled, newest, pull, resolve
+from afina.site.python import check_python
 from afina.site.references import is_reference
 from afina.site.settings import Site, environment, in_container, scratch_of, site_image
 from afina.site.variables import declared_size
@@ -65,12 +66,14 @@ class Image:
 def check_image(site: Site) -> None:
     """Have the site's image here, pulled if it comes from a registry, and check its signature if the site names a key.
 
-    Does nothing where the site runs no image, or in the container, where the host has checked it.
+    Where the site runs no image, this Python must be able to train. In the container nothing is checked: the host has done it.
 
     Raises:
-        SiteError: it cannot be pulled; it is not signed, not by this key, or was altered since; or it cannot be checked.
+        SiteError: this Python cannot train; the image cannot be pulled; it is not signed, not by this key, or was altered since; or it cannot be checked.
     """
     pulled = site.pulled
+    if site.runtime == "none" and not in_container():
+        check_python()
     if site.image is None or site.runtime == "none" or in_container() or not (site.image_key or pulled):
         return
     env = {**os.environ, **environment(site)}
