@@ -68,7 +68,11 @@ def init(**options: Any) -> None:
 
     if options.pop("files"):
         copied = copy_slurm_files(Path(options["folder"]))
-        print(json.dumps({"written": [str(path) for path in copied]}) if options["as_json"] else "\n".join(map(str, copied)))
+        print(
+            json.dumps({"written": [str(path) for path in copied]})
+            if options["as_json"]
+            else "\n".join(map(str, copied))
+        )
         return
     given = _Given(**options)
     base = Path(given.folder)
