@@ -20,8 +20,8 @@ from tests.bench.page import Browser  # noqa: E402
 from afina import demo  # noqa: E402
 from afina.reports import write_report  # noqa: E402
 
-#: Picture -> the heading at which it begins (None: the top of the page), its height in pixels.
-PICTURES = {"report": (None, 700), "confusion": ("Confusion matrix", 620)}
+#: Picture -> the heading at which it begins (None: the top of the page), its width and height in pixels.
+PICTURES = {"report": (None, 1000, 610), "curves": ("Learning curves", 1000, 345), "confusion": ("Confusion matrix", 560, 480)}
 WIDTH = 1000
 
 
@@ -37,9 +37,9 @@ def take(page: Path, out: Path) -> None:
                 "Emulation.setDeviceMetricsOverride", width=WIDTH, height=900, deviceScaleFactor=1, mobile=False
             )
             browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
-            for name, (heading, height) in PICTURES.items():
+            for name, (heading, width, height) in PICTURES.items():
                 top = 0 if heading is None else _top(browser, heading)
-                clip = {"x": 0, "y": top, "width": WIDTH, "height": height, "scale": 1}
+                clip = {"x": 0, "y": top, "width": width, "height": height, "scale": 1}
                 shot = browser.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
                 (out / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
         finally:
