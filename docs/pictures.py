@@ -21,7 +21,11 @@ from afina import demo  # noqa: E402
 from afina.reports import write_report  # noqa: E402
 
 #: Picture -> the heading at which it begins (None: the top of the page), its width and height in pixels.
-PICTURES = {"report": (None, 1000, 610), "curves": ("Learning curves", 1000, 345), "confusion": ("Confusion matrix", 560, 480)}
+PICTURES = {
+    "report": (None, 1000, 610),
+    "curves": ("Learning curves", 1000, 345),
+    "confusion": ("Confusion matrix", 560, 480),
+}
 WIDTH = 1000
 
 

@@ -1,21 +1,22 @@
 """A Sphinx extension: completes pages from the code before they are parsed.
 
-A comment `<!-- commands -->` in a page becomes the reference of all commands of `afina`; `<!-- api -->` that of the names in
-`afina.__all__`.
+A comment `<!-- commands -->` in a page becomes the reference of all commands of `afina`, `<!-- api -->` that of the names in
+`afina.__all__`, `<!-- arguments -->` the tables of training arguments.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
 import afina
 from afina.cli import cli
+from afina.recipe.keys import training_arguments as table
 
-__all__ = ["api", "commands", "setup"]
+__all__ = ["api", "arguments", "commands", "setup"]
 
 
 def commands() -> str:
@@ -79,8 +80,25 @@ def api() -> str:
     )
 
 
+def arguments() -> str:
+    """Every field of `TrainingArguments`: what it does, or what to use instead."""
+
+    def rows(head: str, fields: Mapping[str, str]) -> str:
+        lines = "\n".join(f"| `{name}` | {fields[name]} |" for name in sorted(fields))
+        return f"\n\n| argument | {head} |\n|---|---|\n{lines}\n"
+
+    values = "\n".join(f"| `{name}: {p}` | {why} | {remedy} |" for name, p, why, remedy in table.REFUSED_VALUES)
+    return (
+        f"## {len(table.EFFECTIVE)} take effect{rows('what it does', table.EFFECTIVE)}"
+        f"\n## {len(table.RESERVED_ARGUMENTS)} are set by the recipe's own keys, or by afina{rows('instead', table.RESERVED_ARGUMENTS)}"
+        f"\n## {len(table.INEFFECTIVE)} would change nothing, or make a resumed run differ{rows('instead', table.INEFFECTIVE)}"
+        f"\n## Values that are refused\n\n| value | reason | instead |\n|---|---|---|\n{values}\n"
+        f"\n## Names of other versions, and mistakes{rows('instead', table.FORMER)}"
+    )
+
+
 def _complete(app: Any, page: str, source: list[str]) -> None:
-    for mark, text in (("<!-- commands -->", commands), ("<!-- api -->", api)):
+    for mark, text in (("<!-- commands -->", commands), ("<!-- api -->", api), ("<!-- arguments -->", arguments)):
         if mark in source[0]:
             source[0] = source[0].replace(mark, text())
 

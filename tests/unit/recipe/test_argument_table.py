@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.common import ROOT
 
 from afina.errors import RecipeError
-from afina.recipe.keys.training_arguments import EFFECTIVE, FORMER, INEFFECTIVE, RESERVED_ARGUMENTS, page
+from afina.recipe.keys.training_arguments import EFFECTIVE, FORMER, INEFFECTIVE, RESERVED_ARGUMENTS
 from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.run.plan import load_plan, make_plan
@@ -35,11 +34,6 @@ def test_every_field_of_the_installed_version_is_in_the_table_once() -> None:
     installed = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     assert sorted([*EFFECTIVE, *RESERVED_ARGUMENTS, *INEFFECTIVE]) == sorted(installed)
     assert not set(FORMER) & set(installed)
-
-
-def test_the_page_is_current() -> None:
-    """`python -c 'from afina.recipe.keys.training_arguments import page; print(page(), end="")' > docs/arguments.md` writes it."""
-    assert (ROOT / "docs/arguments.md").read_text("utf-8") == page()
 
 
 @pytest.mark.parametrize("argument", sorted(REFUSED))

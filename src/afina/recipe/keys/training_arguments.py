@@ -5,7 +5,8 @@
     INEFFECTIVE it would change nothing in a run, or make a resumed run differ: the reason
     FORMER      names that other versions of Transformers have, and common mistakes
 
-`docs/arguments.md` is this table; a test compares it with the installed Transformers, so a new version's new field fails there.
+The documentation's page is made from these tables; a test compares them with the installed Transformers, so a new version's new field
+fails there.
 Not covered: whether the values work together and with the installed packages; `afina.worker.model.check_arguments` builds them.
 """
 
@@ -13,10 +14,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["EFFECTIVE", "FORMER", "INEFFECTIVE", "RESERVED_ARGUMENTS", "page", "refusal"]
+__all__ = ["EFFECTIVE", "FORMER", "INEFFECTIVE", "REFUSED_VALUES", "RESERVED_ARGUMENTS", "refusal"]
 
 EFFECTIVE: dict[str, str] = {
     "lr_scheduler_type": "the schedule of the learning rate; `linear` by default",
@@ -177,7 +177,7 @@ _PLATEAU = (
 )
 _OPTIM = "use `adamw_torch`, `adafactor` or `sgd`"
 #: Values that cannot work: the argument, a pattern of its value, the reason, what to use.
-_VALUES: tuple[tuple[str, str, str, str], ...] = (
+REFUSED_VALUES: tuple[tuple[str, str, str, str], ...] = (
     ("lr_scheduler_type", "reduce_lr_on_plateau", "follows evaluations, in which direction the schedule does not know", _PLATEAU),
     ("lr_scheduler_type", "greedy", "follows the loss of single steps", _PLATEAU),
     ("optim", "schedule_free_*", "trains and evaluates on different weights, which afina does not exchange", _OPTIM),
@@ -208,7 +208,7 @@ def refusal(name: str, value: Any) -> tuple[str, str] | None:
         return "has no effect in a run of afina", INEFFECTIVE[name]
     if name in FORMER:
         return "is not an argument of this version of Transformers", FORMER[name]
-    for argument, pattern, why, remedy in _VALUES:
+    for argument, pattern, why, remedy in REFUSED_VALUES:
         if name == argument and fnmatch.fnmatchcase(str(value).lower(), pattern):
             return f"{value} {why}", remedy
     if name in _LIMITS and isinstance(value, int | float) and not isinstance(value, bool):
@@ -221,40 +221,3 @@ def refusal(name: str, value: Any) -> tuple[str, str] | None:
             )
             return f"must be {allowed}, found {value:g}", "correct the value"
     return None
-
-
-def page() -> str:
-    """`docs/arguments.md`."""
-
-    def table(head: str, rows: Mapping[str, str]) -> list[str]:
-        return [f"| argument | {head} |", "|---|---|", *(f"| `{name}` | {rows[name]} |" for name in sorted(rows)), ""]
-
-    lines = [
-        "# Training arguments",
-        "",
-        "`train.arguments` of a recipe holds fields of Transformers' `TrainingArguments`. Each one either takes effect or is refused,",
-        "before the job is submitted. This page is made from the table that does so (`afina.recipe.keys.training_arguments`).",
-        "",
-        f"## {len(EFFECTIVE)} take effect",
-        "",
-        *table("what it does", EFFECTIVE),
-        "An optimizer's or a schedule's setting that the chosen optimizer or schedule does not use is refused too: `afina prefetch`",
-        "builds both once.",
-        "",
-        f"## {len(RESERVED_ARGUMENTS)} are set by the recipe's own keys, or by afina",
-        "",
-        *table("instead", RESERVED_ARGUMENTS),
-        f"## {len(INEFFECTIVE)} are refused because they would change nothing, or make a resumed run differ",
-        "",
-        *table("instead", INEFFECTIVE),
-        "## Values that are refused",
-        "",
-        "| value | reason | instead |",
-        "|---|---|---|",
-        *(f"| `{name}: {pattern}` | {why} | {remedy} |" for name, pattern, why, remedy in _VALUES),
-        "",
-        "## Names of other versions, and mistakes",
-        "",
-        *table("instead", FORMER),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
