@@ -22,6 +22,9 @@ Builds the image from Apptainer.def, as the calling user (apptainer build --fake
   --compress KIND        gzip (default) opens everywhere; zstd packs 15 times faster, old installations cannot open it.
                          With a level: gzip:1 to gzip:9, zstd:1 to zstd:22 (gzip:9, zstd:3)
   --sign KEY             sign it: the file of a PEM private key, or the number of a PGP key (apptainer key list --secret)
+  --push ADDRESS         push it, and print the address with its digest for AFINA_IMAGE: oras://HOST/NAME:TAG as it is, or
+                         docker://HOST/NAME:TAG as an OCI image of the same files, for Docker, Podman, pyxis, Charliecloud and
+                         Kubernetes. May be repeated. Log in first: apptainer registry login
   --commit TEXT          the revision to label the image with (git's HEAD)
   --no-test              skip %test at the end: imports, and two steps of training on the CPU
   -h, --help
@@ -49,6 +52,7 @@ fail() { printf 'build: %s\n' "$2" >&2; exit "$1"; }
 caller=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 output=afina.sif device=cuda bootstrap=docker from=python:3.12-slim-bookworm compress=gzip commit='' test=1 sign=''
+push=()
 torch_version='' torch_index='' torch_wheels='' apt_packages=default update=''
 
 while (($#)); do
@@ -57,7 +61,7 @@ while (($#)); do
         --no-test) test='' ;;
         -h | --help) usage; exit 0 ;;
         --output | --from | --base-rootfs | --update | --torch-version | --torch-index | --torch-wheels | \
-            --apt-packages | --compress | --compression | --commit | --sign)
+            --apt-packages | --compress | --compression | --commit | --sign | --push)
             (($# > 1)) || fail 2 "$1 needs a value; --help shows examples"
             case $1 in
                 --output) output=$2 ;;
@@ -71,6 +75,7 @@ while (($#)); do
                 --compress | --compression) compress=$2 ;;
                 --sign) sign=$2 ;;
                 --commit) commit=$2 ;;
+                --push) push+=("$2") ;;
             esac
             shift
             ;;
@@ -97,8 +102,16 @@ elif [[ $sign ]]; then
     [[ -f $sign && -r $sign ]] || fail 2 "--sign $sign: no such key file; a PEM private key, or the number of a PGP key"
     signing=(--key "$sign")
 fi
+for address in ${push[@]+"${push[@]}"}; do
+    [[ $address =~ ^(oras|docker)://[^@]+$ ]] || fail 2 "--push $address: oras://HOST/NAME:TAG or docker://HOST/NAME:TAG"
+done
 command -v apptainer >/dev/null || fail 3 'apptainer is not on PATH: load its module, or install Apptainer 1.2 or newer'
 command -v python3 >/dev/null || fail 3 'python3 is not on PATH: it reads the configuration of pip for the build'
+
+afina() { PYTHONPATH=$root/src python3 -m afina.cli "$@"; }
+if ((${#push[@]})) && ! afina image push --help >/dev/null 2>&1; then
+    fail 3 "--push needs afina's own packages in $(command -v python3): pip install . (without PyTorch); or push later: afina image push IMAGE ADDRESS"
+fi
 
 export APPTAINER_TMPDIR=${APPTAINER_TMPDIR:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
 export APPTAINER_CACHEDIR=${APPTAINER_CACHEDIR:-$APPTAINER_TMPDIR/apptainer-cache-$(id -u)}
@@ -192,3 +205,7 @@ mv -f "$unfinished" "$output"
 mv -f "$unfinished.packages.json" "$output.packages.json"
 mv -f "$unfinished.sha256" "$output.sha256"
 printf '%s: %d MB in %d s, sha256 %s\n' "$output" "$(($(stat -c %s "$output") / 1000000))" "$SECONDS" "$digest"
+for address in ${push[@]+"${push[@]}"}; do
+    TMPDIR=$APPTAINER_TMPDIR afina image push "$output" "$address" ||
+        fail 3 "$output is complete, and was not pushed; again with: afina image push $(printf %q "$output") $(printf %q "$address")"
+done

@@ -127,6 +127,8 @@ def test_pip_settings_reach_uv(tmp_path: Path) -> None:
         (["--update", "nothing.sif"], "does not exist"),
         (["--torch-wheels", "."], "no torch-*.whl in"),
         (["--cpu"], "--torch-index"),
+        (["--push", "registry.example.org/afina:1"], "oras://HOST/NAME:TAG"),
+        (["--push", "oras://r.example.org/afina@sha256:0"], "oras://HOST/NAME:TAG"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -139,6 +141,14 @@ def test_build_refuses(options: list[str], message: str, tmp_path: Path) -> None
     assert message in done.stderr
     assert "reached" not in done.stdout
     assert {path.name for path in tmp_path.iterdir()} <= {"apptainer", f"apptainer-cache-{os.getuid()}"}
+
+
+def test_a_push_without_afinas_packages_is_refused_before_the_build(tmp_path: Path) -> None:
+    program(tmp_path, "apptainer", "echo reached\nexit 9\n")
+    program(tmp_path, "python3", "exit 1\n")
+    argv = [CONTAINER / "build.sh", "--output", tmp_path / "afina.sif", "--push", "oras://r.example.org/afina:1"]
+    done = call(*argv, PATH=f"{tmp_path}:{os.environ['PATH']}", TMPDIR=str(tmp_path))
+    assert done.returncode == 3 and "afina image push IMAGE ADDRESS" in done.stderr and "reached" not in done.stdout
 
 
 def test_a_disk_that_cannot_hold_a_build_is_refused(tmp_path: Path) -> None:

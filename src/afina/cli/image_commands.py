@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -96,8 +98,12 @@ def build(options: tuple[str, ...]) -> None:
 
     from afina.site.package import build_folder
 
+    # For --push, which needs this Python's packages.
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"}
     with build_folder() as folder:
-        sys.exit(subprocess.run(["bash", str(folder / "container/build.sh"), *options], check=False).returncode)
+        sys.exit(
+            subprocess.run(["bash", str(folder / "container/build.sh"), *options], env=env, check=False).returncode
+        )
 
 
 @image.command()
