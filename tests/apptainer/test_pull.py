@@ -21,7 +21,7 @@ import pytest
 from tests.registry import LOGIN, RegistryServer, proxied, tiny_image
 
 from afina.errors import AfinaError, SiteError
-from afina.run.record import image_record
+from afina.run.provenance.record import image_record
 from afina.site import pushed
 from afina.site.image import check_image, pull_image, push_image
 from afina.site.pulled import newest, resolve

@@ -74,7 +74,7 @@ def compare(
     """
     from afina.reports import compare as comparing
     from afina.reports import write_comparison
-    from afina.run.split_looks import look_at_test
+    from afina.run.provenance.split_looks import look_at_test
 
     comparison = comparing.compare(runs, split)
     tests, looked = None, ""

@@ -16,7 +16,7 @@ from typing import Any
 from afina.errors import DataError, InputError
 from afina.recipe.metrics import NEED_SCORES
 from afina.run.directory import RunDir
-from afina.run.methods import execution_of
+from afina.run.provenance.methods import execution_of
 from afina.statistics.paired import Paired, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.text import number, p_value

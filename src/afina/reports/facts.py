@@ -14,11 +14,11 @@ from afina.errors import AfinaError
 from afina.files import read_json
 from afina.recipe.metrics import METRICS, metric_name
 from afina.run.directory import RunDir, job_ids_of
-from afina.run.methods import execution_of
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
-from afina.run.record import read_record, recipe_as_run
-from afina.run.split_looks import times_looked
+from afina.run.provenance.methods import execution_of
+from afina.run.provenance.record import read_record, recipe_as_run
+from afina.run.provenance.split_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score

@@ -21,9 +21,9 @@ from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
-from afina.run.methods import execution_differences, execution_of
 from afina.run.plan import Plan, check_cores, make_plan
-from afina.run.record import differences, make_record, read_record, recipe_as_run
+from afina.run.provenance.methods import execution_differences, execution_of
+from afina.run.provenance.record import differences, make_record, read_record, recipe_as_run
 from afina.site.settings import load_site
 from afina.slurm.client import need_slurm, version
 from afina.watch.handle import Run

@@ -12,7 +12,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart, Point, points_of, smoothed
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
-from afina.run.methods import methods as paragraph
+from afina.run.provenance.methods import methods as paragraph
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import weaknesses
 from afina.text import number, plural, seconds_in_words

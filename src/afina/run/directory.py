@@ -118,7 +118,7 @@ class RunDir:
             recipe_text: the recipe as the user wrote it.
             path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
             scripts: copied into it, by name.
-            record: written to `record.json` (see `afina.run.record`).
+            record: written to `record.json` (see `afina.run.provenance.record`).
 
         Raises:
             ClaimedError, InputError: as `check_free`.

@@ -11,7 +11,7 @@ from afina.redact import redact_comments
 from afina.run.commands import host_environment, job_scripts, node_argv, worker_argv
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
-from afina.run.record import make_record
+from afina.run.provenance.record import make_record
 from afina.run.workers import ask_worker
 from afina.site.image import check_image
 

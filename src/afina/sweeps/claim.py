@@ -21,7 +21,7 @@ from afina.run import new_run
 from afina.run.commands import job_scripts, node_argv
 from afina.run.directory import is_run_dir
 from afina.run.plan import Plan
-from afina.run.record import make_record, overrides_of
+from afina.run.provenance.record import make_record, overrides_of
 from afina.site.image import check_image
 from afina.slurm.client import version
 from afina.sweeps.draft import Draft

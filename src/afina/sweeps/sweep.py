@@ -29,7 +29,7 @@ from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
-from afina.run.split_looks import look_at_test
+from afina.run.provenance.split_looks import look_at_test
 from afina.run.workers import ask_worker
 from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
 from afina.slurm.limits import check_possible

@@ -18,10 +18,10 @@ from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.reports.compare import compare, names_of, to_json, verdicts
 from afina.run.directory import RunDir
-from afina.run.methods import execution_differences, execution_of
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
-from afina.run.split_looks import times_looked
+from afina.run.provenance.methods import execution_differences, execution_of
+from afina.run.provenance.split_looks import times_looked
 from afina.site.settings import Site
 from afina.watch.find import find_runs
 from afina.watch.reading import read_result

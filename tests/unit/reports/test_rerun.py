@@ -28,7 +28,7 @@ from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.new_run import claim_run
 from afina.run.plan import make_plan
-from afina.run.record import make_record
+from afina.run.provenance.record import make_record
 from afina.site.settings import Site
 from afina.watch.handle import run_named
 

@@ -17,11 +17,11 @@ from tests.unit.conftest import recipe_dict, tree
 from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_comments
-from afina.run import git
 from afina.run.directory import RunDir
-from afina.run.git import repository_state
 from afina.run.plan import make_plan
-from afina.run.record import differences, image_record, make_record, overrides_of, read_record
+from afina.run.provenance import git
+from afina.run.provenance.git import repository_state
+from afina.run.provenance.record import differences, image_record, make_record, overrides_of, read_record
 from afina.site import pulled
 from afina.site.settings import Site
 

@@ -21,7 +21,7 @@ from tests.unit.conftest import sif_bytes
 
 from afina.errors import InputError, SiteError
 from afina.redact import redact
-from afina.run.record import image_record
+from afina.run.provenance.record import image_record
 from afina.site.image import check_image, pull_image
 from afina.site.pulled import pull, resolve, source_of
 from afina.site.references import Reference

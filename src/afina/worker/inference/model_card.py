@@ -16,9 +16,9 @@ from typing import Any
 from afina.files import read_json
 from afina.redact import redact
 from afina.run.directory import RunDir
-from afina.run.methods import execution_of, methods
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
+from afina.run.provenance.methods import execution_of, methods
 from afina.statistics.predictions import read_predictions
 
 __all__ = ["CardFacts", "facts_of", "model_card"]
@@ -49,7 +49,7 @@ class CardFacts:
         labels: names in the order of the model's outputs; None for regression.
         architecture: class name of the model.
         per_class: label, precision, recall, F1 (None where it is not defined) and number of examples, on the evaluation set.
-        ran: what the training computed with, see `afina.run.methods.execution_of`.
+        ran: what the training computed with, see `afina.run.provenance.methods.execution_of`.
         versions: of the libraries that trained it, by name.
         record: `record.json` of the run; empty where it has none.
         parameters: their number in the model.

@@ -25,8 +25,8 @@ from afina.files import read_json
 from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_settings
-from afina.run.git import repository_state
 from afina.run.plan import Plan
+from afina.run.provenance.git import repository_state
 from afina.site.pulled import image_sha256
 from afina.site.settings import Site
 from afina.version import __version__
