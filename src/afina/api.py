@@ -23,7 +23,7 @@ from afina.recipe.schema import Recipe
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts
-from afina.run.new_run import claim_run
+from afina.run.new_run import check_free, claim_run, next_free
 from afina.run.plan import Plan, check_cores, geometry_for, make_plan
 from afina.run.supervise import ensure_outcome, run_node
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
@@ -289,9 +289,9 @@ def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bo
     Args:
         claimed: `path` is a run that is resumed.
     """
-    run = RunDir(path) if path else RunDir.next_free(plan)
+    run = RunDir(path) if path else next_free(plan)
     if not claimed:
-        RunDir.check_free(run.path)
+        check_free(run.path)
     if via == "sbatch":
         return {"run": str(run.path), "claimed": claimed, "command": sbatch_argv(plan, run.path)}
     return {

@@ -21,6 +21,7 @@ from tests.common import ROOT, program
 from afina.errors import SiteError
 from afina.recipe.parse import load_recipe
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import Plan, make_plan
 from afina.site.image import check_image
 from afina.site.settings import Site
@@ -112,7 +113,7 @@ def plan(tmp_path: Path) -> Plan:
 
 @pytest.fixture
 def run(plan: Plan, tmp_path: Path) -> RunDir:
-    return RunDir.claim(plan, {}, ["true"], "", tmp_path / "r un")
+    return claim(plan, {}, ["true"], "", tmp_path / "r un")
 
 
 REFUSED = [

@@ -19,7 +19,7 @@ from tests.common import program
 
 from afina.errors import InputError, SlurmError
 from afina.run.commands import container_argv, job_scripts, sbatch_argv
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 from afina.slurm.client import AMBIGUOUS
@@ -61,7 +61,7 @@ class Project:
 
     def claim(self, argv: list[str]) -> None:
         shutil.rmtree(self.folder / "scratch/runs/it's 1", ignore_errors=True)
-        self.run = RunDir.claim(self.plan, {}, argv, "", self.folder / "scratch/runs/it's 1", scripts=job_scripts())
+        self.run = claim(self.plan, {}, argv, "", self.folder / "scratch/runs/it's 1", scripts=job_scripts())
         give_to_user(self.folder, self.cluster)
 
     def submit(self, *options: str, **env: str) -> int:

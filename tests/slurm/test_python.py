@@ -80,7 +80,7 @@ def claimed(cluster: Cluster, folder: Path) -> Iterator[Callable[..., RunDir]]:
         recipe = any_recipe({"name": name, "model": "owner/model", "data": data, "resources": resources})
         plan = make_plan(recipe, Site(scratch=folder / "scratch"))
         argv = ["bash", str(folder / "worker.sh"), "launch", "{run}"]
-        run = RunDir.claim(plan, {}, argv, "", folder / name, scripts=job_scripts())
+        run = claim(plan, {}, argv, "", folder / name, scripts=job_scripts())
         lines = []
         for outcome, code, more in attempts:
             about = {"outcome": outcome, "exit_code": code, "attempt": "ATTEMPT", **more}

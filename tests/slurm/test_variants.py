@@ -19,7 +19,7 @@ from projects import give_to_user, write_recipe
 from tests.common import ROOT
 
 from afina.run.commands import job_scripts, sbatch_argv
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 
@@ -74,7 +74,7 @@ class Variant:
             write_recipe(folder, "variant", **resources), Site(scratch=folder / "scratch", **site)
         )
         argv = ["bash", str(folder / "worker.sh"), "launch", "{run}"]
-        self.run = RunDir.claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
+        self.run = claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
         give_to_user(folder, cluster)
 
     def submit(self, **env: str) -> int:

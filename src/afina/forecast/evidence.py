@@ -20,6 +20,7 @@ from afina.forecast.estimate import Earlier, Measured, Workload
 from afina.recipe.local_model import num_parameters
 from afina.run.commands import host_environment, worker_argv
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, geometry_for
 from afina.run.workers import ask_worker
@@ -54,7 +55,7 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
             f"{plan.site.scratch}: {error.strerror}", "check AFINA_SCRATCH, its permissions and quota"
         ) from None
     try:
-        run = RunDir.claim(small, prepared, ["true"], json.dumps(recipe.model_dump(mode="json")), folder / "run")
+        run = claim(small, prepared, ["true"], json.dumps(recipe.model_dump(mode="json")), folder / "run")
         threads = min(len(os.sched_getaffinity(0)), plan.geometry.cpus_per_process)
         env = host_environment(plan, offline=True)
         env["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS") or str(threads)

@@ -54,7 +54,7 @@ def worker_argv(plan: Plan, command: str, *arguments: str, binds: Iterable[Path]
 def node_argv(plan: Plan, binds: Iterable[Path] = (), command: str = "launch") -> list[str]:
     """The command of one node's worker on the host: in the image, mounted by `slurm/node.sh`.
 
-    `{run}` and `{run}/node.sh` are for `RunDir.claim` to fill in. The last two words are the worker's command and the run directory.
+    `{run}` and `{run}/node.sh` are for `afina.run.new_run.claim` to fill in. The last two words are the worker's command and the run directory.
     """
     inner = container_argv(plan, _python(plan, command, "{run}"), binds)
     return inner if plan.site.runtime == "none" else ["bash", "{run}/node.sh", str(plan.site.image), *inner]

@@ -21,12 +21,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shlex
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +32,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
-from afina.files import encode_words, read_words, write_atomic
-from afina.redact import redact_settings
+from afina.errors import EnvironmentProblem, Failure, InputError
+from afina.files import read_words, write_atomic
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
@@ -51,7 +48,7 @@ def is_run_dir(path: str | Path) -> bool:
 
 
 class RunDir:
-    """A claimed run directory. `RunDir.claim` makes one, `RunDir(path)` opens one."""
+    """A claimed run directory; `afina.run.new_run.claim` makes one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -68,132 +65,6 @@ class RunDir:
     attempts = property(lambda self: self.path / "attempts")
     model = property(lambda self: self.path / "model")
     predictions = property(lambda self: self.path / "predictions.parquet")
-
-    @classmethod
-    def check_free(cls, path: str | Path | None) -> None:
-        """Refuse early a `path` that cannot be claimed; `claim` decides.
-
-        Raises:
-            ClaimedError: it is a run already.
-            InputError: a folder that holds something else.
-        """
-        if path is None or not Path(path).exists():
-            return
-        here = Path(path)
-        names = {p.name for p in here.iterdir()} if here.is_dir() else {here.name}
-        if "attempts" in names and here.is_dir():
-            outcome = cls(here).outcome()
-            if outcome is not None and outcome.outcome == "finished":
-                raise ClaimedError(
-                    f"{here}: this run has finished", f"{cls(here).how_to_train_on()}, or choose another --run DIR"
-                )
-            raise ClaimedError(
-                f"{here}: this run directory is already claimed",
-                f"continue it with `afina resume {shlex.quote(str(here))}`, or choose another --run DIR",
-            )
-        if names:
-            raise InputError(
-                f"{here}: exists, and is not an empty folder",
-                "choose another --run DIR; nothing that exists is overwritten",
-            )
-
-    @classmethod
-    def claim(
-        cls,
-        plan: Plan,
-        prepared: Mapping[str, Any],
-        argv: Sequence[str],
-        recipe_text: str,
-        path: str | Path | None = None,
-        *,
-        scripts: Mapping[str, Path] | None = None,
-        record: Mapping[str, Any] | None = None,
-    ) -> RunDir:
-        """Claim a run directory and write the run's inputs.
-
-        Args:
-            plan: written to `plan.json`.
-            prepared: the answer of the prepare stage: where prepared data and model are.
-            argv: the node worker's command; `{run}` stands for the run directory, `{run}/node.sh` for the script in it.
-            recipe_text: the recipe as the user wrote it.
-            path: the run directory; by default the next free `<scratch>/runs/<name>-<digest8>-<n>`.
-            scripts: copied into it, by name.
-            record: written to `record.json` (see `afina.run.provenance.record`).
-
-        Raises:
-            ClaimedError, InputError: as `check_free`.
-            EnvironmentProblem: the directory cannot be made.
-        """
-        run, made = cls._make(plan, path)
-        filled = {"{run}": str(run.path), "{run}/node.sh": str(run.path / "node.sh")}
-        words = (filled.get(word, word) for word in argv)
-        contents: dict[str, str | bytes] = {
-            "recipe.yaml": recipe_text,
-            "prepared.json": json.dumps(dict(prepared), indent=2) + "\n",
-            "worker.argv": encode_words(words),
-            **{name: _without(script.read_bytes(), plan.site.sbatch_omit) for name, script in (scripts or {}).items()},
-            **({"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"} if record else {}),
-            "plan.json": _public(plan).to_json(),  # last: it makes the directory a run
-        }
-        try:
-            for name, content in contents.items():
-                write_atomic(run.path / name, content)
-        except BaseException:
-            for name in contents:
-                (run.path / name).unlink(missing_ok=True)
-            _unmake(made)
-            raise
-        return run
-
-    @classmethod
-    def _make(cls, plan: Plan, path: str | Path | None) -> tuple[RunDir, list[Path]]:
-        """Make the directory; returns the folders that did not exist before, the outermost first."""
-        run = cls(path) if path else None
-        made: list[Path] = []
-        try:
-            if run:
-                cls.check_free(run.path)
-                made = _make_folder(run.path)
-            else:
-                run = cls._next(plan)
-                made = [run.path]
-            try:
-                run.attempts.mkdir(mode=0o700)
-            except FileExistsError:
-                made = []
-                raise ClaimedError(
-                    f"{run.path}: another process has just claimed it", "choose another --run DIR"
-                ) from None
-            made.append(run.attempts)
-            run.path.chmod(0o700 | (run.path.stat().st_mode & stat.S_ISGID))  # a group's folder passes its group on
-        except OSError as error:
-            _unmake(made)
-            where = run.path if run else plan.site.runs
-            raise EnvironmentProblem(
-                f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
-            ) from error
-        return run, made
-
-    @classmethod
-    def next_free(cls, plan: Plan) -> RunDir:
-        """The next `<scratch>/runs/<name>-<digest8>-<n>` that is not there yet."""
-        name = plan.recipe.name.replace("\\", "_")  # Slurm cannot name a log below a folder with a backslash
-        stem = f"{name}-{plan.digest[:8]}"
-        number = 1
-        while (path := plan.site.runs / f"{stem}-{number}").exists():
-            number += 1
-        return cls(path)
-
-    @classmethod
-    def _next(cls, plan: Plan) -> RunDir:
-        plan.site.runs.mkdir(exist_ok=True)
-        while True:
-            run = cls.next_free(plan)
-            try:
-                run.path.mkdir(mode=0o700)
-            except FileExistsError:
-                continue
-            return run
 
     def plan(self) -> Plan:
         return load_plan(self.plan_file)
@@ -395,16 +266,6 @@ class RunDir:
         return failures
 
 
-def _public(plan: Plan) -> Plan:
-    """The plan with secrets redacted in the site's variables and options, which are free text; the account stays: a job needs it."""
-    site = plan.site
-    sbatch = {name: redact_settings(value) for name, value in site.sbatch.items()}
-    extra = tuple(redact_settings(line) for line in site.sbatch_extra)
-    if (sbatch, extra) == (site.sbatch, site.sbatch_extra):
-        return plan
-    return plan.model_copy(update={"site": site.model_copy(update={"sbatch": sbatch, "sbatch_extra": extra})})
-
-
 def job_ids_of(submissions: Iterable[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:
     """Slurm's jobs of a run as they were submitted; of a run that was claimed inside its job, by the names of its attempts."""
     submitted = [str(s["job_id"]) for s in submissions if s.get("job_id")]
@@ -418,40 +279,3 @@ def task_of(job_id: str, task: int) -> str:
     """A task of an array: `18_3`, or `18_3;gpu` on another cluster."""
     number, semicolon, cluster = job_id.partition(";")
     return f"{number}_{task}{semicolon}{cluster}"
-
-
-def _without(script: bytes, options: Sequence[str]) -> bytes:
-    """A batch script without the `#SBATCH` lines of these options: what sbatch's command line can set, it cannot take back."""
-    unwanted = tuple(f"#SBATCH --{name}".encode() for name in options)
-    lines = script.splitlines(keepends=True)
-    return (
-        b"".join(
-            line for line in lines if not (line.startswith(unwanted) and re.match(rb"#SBATCH --[a-z-]+(=|\s)", line))
-        )
-        if unwanted
-        else script
-    )
-
-
-def _make_folder(path: Path) -> list[Path]:
-    """Make `path` and the folders above it; returns those that were not there, the outermost first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    made: list[Path] = []
-    try:
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # made by another process just now: not ours to remove
-                folder.mkdir(mode=0o700 if folder == path else 0o777)
-                made.append(folder)
-        if not path.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    except OSError:
-        _unmake(made)
-        raise
-    return made
-
-
-def _unmake(folders: Sequence[Path]) -> None:
-    """Remove folders that were just made, the innermost first, as far as they are empty."""
-    for folder in reversed(folders):
-        with contextlib.suppress(OSError):
-            folder.rmdir()

@@ -19,7 +19,7 @@ from tests.common import ROOT
 import afina
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
@@ -37,7 +37,7 @@ def run(
 ) -> afina.Run:
     monkeypatch.setenv("AFINA_SCRATCH", str(site.scratch))
     plan = make_plan(recipe(name="a <b>stars"), site, recipe_file=recipe_file())
-    directory = RunDir.claim(plan, {"rows": {"train": 160}}, ["false"], "")
+    directory = claim(plan, {"rows": {"train": 160}}, ["false"], "")
     folder = directory.begin_attempt("local-1")
     directory.event("attempt_started", attempt="local-1")
     (folder / "node0.log").write_text("".join(f"line {n}\n" for n in range(9)))

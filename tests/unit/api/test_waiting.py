@@ -23,6 +23,7 @@ import afina
 from afina.api import plan_for
 from afina.errors import AfinaError, Failure, InputError, RecipeError, SlurmError
 from afina.recipe.schema import Recipe
+from afina.run import new_run
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.outcome import Outcome
@@ -38,7 +39,7 @@ def claim(
 
     def make(name: str = "run", outcome: str = "", job: str = "", worker: str = "false", **more: Any) -> RunDir:
         plan = make_plan(recipe(), site, recipe_file=recipe_file())
-        run = RunDir.claim(plan, {}, ["bash", "-c", worker, "worker", "{run}"], "", tmp_path / name)
+        run = new_run.claim(plan, {}, ["bash", "-c", worker, "worker", "{run}"], "", tmp_path / name)
         if job:
             run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
         if outcome:
@@ -286,7 +287,7 @@ def test_a_run_is_found_by_its_jobs_number(
 ) -> None:
     monkeypatch.setenv("AFINA_SCRATCH", str(site.scratch))
     plan = make_plan(recipe(), site, recipe_file=recipe_file())
-    runs = [RunDir.claim(plan, {}, ["true"], "") for _ in range(2)]
+    runs = [new_run.claim(plan, {}, ["true"], "") for _ in range(2)]
     for run, job in zip(runs, ("41", "42_7"), strict=True):
         run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
     assert (afina.Run("41").path, afina.Run("42_7").path) == (runs[0].path, runs[1].path)
@@ -319,7 +320,7 @@ def test_submissions_in_threads_keep_their_sites_apart(
     def claimed(number: int) -> RunDir:
         site = Site(scratch=tmp_path / f"scratch{number % 2}", sbatch={"SBATCH_PARTITION": f"part{number % 2}"})
         plan = make_plan(recipe(), site, recipe_file=recipe_file())
-        return RunDir.claim(plan, {}, ["true"], "", tmp_path / f"run {number}")
+        return new_run.claim(plan, {}, ["true"], "", tmp_path / f"run {number}")
 
     def submit(number: int, run: RunDir) -> None:
         plan = run.plan()

@@ -15,6 +15,7 @@ from afina import __version__
 from afina.errors import Failure
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
@@ -25,7 +26,7 @@ COMMANDS = ["train", "resume", "submit", "prefetch", "status", "list", "logs", "
 @pytest.fixture
 def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
     plan = make_plan(recipe(), site, recipe_file=recipe_file())
-    return RunDir.claim(plan, {}, ["false"], "", tmp_path / "r; un it's")
+    return claim(plan, {}, ["false"], "", tmp_path / "r; un it's")
 
 
 def test_version_and_help(afina: Callable[..., Ran]) -> None:

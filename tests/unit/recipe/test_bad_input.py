@@ -13,7 +13,7 @@ from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, private_mounts, tree
 
 from afina.recipe.parse import load_recipe
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import make_plan
 from afina.site.settings import Site
 
@@ -124,7 +124,7 @@ def test_a_run_directory_that_is_in_use(
     command: Callable[..., Ran], recipe_file: Callable[..., Path], site: Site, tmp_path: Path
 ) -> None:
     path = recipe_file()
-    run = RunDir.claim(make_plan(load_recipe(path), site, recipe_file=path), {}, ["x"], "", tmp_path / "my run")
+    run = claim(make_plan(load_recipe(path), site, recipe_file=path), {}, ["x"], "", tmp_path / "my run")
     before = tree(tmp_path)
     remedy = f"continue it with `afina resume '{run.path}'`"
     only_message(

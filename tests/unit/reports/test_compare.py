@@ -18,6 +18,7 @@ from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.reports.compare import compare, names_of, to_json, verdicts
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.run.provenance.methods import execution_differences, execution_of
@@ -37,7 +38,7 @@ def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_fo
         plan = make_plan(
             recipe(model=str(model_folder), **changes), site, recipe_file=tmp_path / "re cipes, 'mine'/recipe.yaml"
         )
-        run = RunDir.claim(plan, {"labels": ["a", "b"]}, ["python"], "", tmp_path / name)
+        run = claim(plan, {"labels": ["a", "b"]}, ["python"], "", tmp_path / name)
         truth = np.random.default_rng(size).integers(0, 3, size)
         predicted = np.where(np.random.default_rng(seed).random(size) < right, truth, (truth + 1) % 3)
         write(run.predictions, "single-label", truth, 4 * np.eye(4)[predicted])

@@ -26,6 +26,7 @@ from afina.recipe.schema import Recipe
 from afina.reports import charts, write_report
 from afina.reports.charts import thin
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
@@ -49,7 +50,7 @@ def make_run(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_fo
             "tokens": {"train": 12345, "eval": 4321},
             "warnings": ["label '3' occurs once in train"],
         }
-        return RunDir.claim(plan, prepared, ["python"], text, tmp_path / "run <&> 'x'")
+        return claim(plan, prepared, ["python"], text, tmp_path / "run <&> 'x'")
 
     return make
 

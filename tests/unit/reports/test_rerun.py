@@ -26,7 +26,7 @@ from afina.reports.rerun import plan_again, rerun
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
-from afina.run.new_run import claim_run
+from afina.run.new_run import claim, claim_run
 from afina.run.plan import make_plan
 from afina.run.provenance.record import make_record
 from afina.site.settings import Site
@@ -115,7 +115,7 @@ def old(tmp_path: Path, site: Site, recipe: Callable[..., Recipe], model_folder:
         file = tmp_path / "re cipes, 'mine'/recipe.yaml"
         plan = make_plan(loaded, site, recipe_file=file)
         prepared = {"model_commit": None, "data_commit": None, "digest": "1" * 64}
-        return RunDir.claim(plan, prepared, ["false"], file.read_text(), tmp_path / "old 'run'", record=record)
+        return claim(plan, prepared, ["false"], file.read_text(), tmp_path / "old 'run'", record=record)
 
     return make
 

@@ -26,7 +26,7 @@ from afina.run.commands import (
     worker_argv,
     worker_environment,
 )
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import Geometry, Plan, make_plan
 from afina.site.settings import Site
 
@@ -112,7 +112,7 @@ def test_sbatch_argv_of_other_clusters(name: str, site: dict[str, Any]) -> None:
 def test_what_is_left_out_is_not_in_the_script_either(tmp_path: Path) -> None:
     """The command line cannot take back what a header of the batch script says."""
     plan = plan_with(site_with(sbatch_omit=("requeue", "signal", "time", "mem")))
-    run = RunDir.claim(plan, {}, ["x"], "", tmp_path / "r", scripts=job_scripts())
+    run = claim(plan, {}, ["x"], "", tmp_path / "r", scripts=job_scripts())
     whole = (ROOT / "slurm/finetune.sbatch").read_text().splitlines()
     kept = (run.path / "finetune.sbatch").read_text().splitlines()
     gone = ("#SBATCH --requeue", "#SBATCH --signal=", "#SBATCH --time=")
@@ -216,7 +216,7 @@ def test_node_argv_is_the_hosts_wherever_it_is_made(monkeypatch: pytest.MonkeyPa
 def test_a_run_keeps_its_own_copies_of_the_scripts(site: Site, tmp_path: Path, nasty: str) -> None:
     """What waits in the queue does not run edited code, and is found wherever the run is."""
     plan = plan_with(site)
-    run = RunDir.claim(plan, {}, node_argv(plan_with(site_with())), "", tmp_path / nasty, scripts=job_scripts())
+    run = claim(plan, {}, node_argv(plan_with(site_with())), "", tmp_path / nasty, scripts=job_scripts())
     argv = run.worker_argv()
     assert argv[:2] == ["bash", str(tmp_path / nasty / "node.sh")] and argv[-1] == str(tmp_path / nasty)
     assert Path(argv[1]).read_bytes() == (ROOT / "slurm/node.sh").read_bytes()

@@ -19,6 +19,7 @@ from afina.files import write_atomic
 from afina.recipe.schema import Recipe
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir, is_run_dir
+from afina.run.new_run import check_free, claim, next_free
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, make_plan
 from afina.run.supervise import ensure_outcome
@@ -45,7 +46,7 @@ def plan(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: 
 
 
 def claimed(plan: Plan, path: Path | None = None) -> RunDir:
-    return RunDir.claim(plan, {"prepared": "/p", "model": "/m"}, ARGV, "name: as written ☃\n", path)
+    return claim(plan, {"prepared": "/p", "model": "/m"}, ARGV, "name: as written ☃\n", path)
 
 
 def _names(folder: Path) -> list[str]:
@@ -111,7 +112,7 @@ def test_the_path_is_absolute(plan: Plan) -> None:
 
 def test_numbering(plan: Plan) -> None:
     stem = plan.site.runs / f"amazon-stars-{plan.digest[:8]}"
-    assert RunDir.next_free(plan).path == Path(f"{stem}-1") and not plan.site.runs.exists()
+    assert next_free(plan).path == Path(f"{stem}-1") and not plan.site.runs.exists()
     assert [claimed(plan).path for _ in range(3)] == [Path(f"{stem}-{n}") for n in (1, 2, 3)]
     Path(f"{stem}-4").write_text("a file is in the way")
     Path(f"{stem}-5").mkdir()
@@ -126,7 +127,7 @@ def test_a_claimed_directory_is_refused_and_untouched(plan: Plan, tmp_path: Path
     assert caught.value.exit_code == 2 and caught.value.message == f"{run.path}: this run directory is already claimed"
     assert "afina resume '/" in caught.value.remedy and "it'\"'\"'s'" in caught.value.remedy
     with pytest.raises(ClaimedError):
-        RunDir.check_free(run.path)
+        check_free(run.path)
     assert tree(run.path) == before
 
 
@@ -157,7 +158,7 @@ def test_nasty_names(plan: Plan, tmp_path: Path, nasty: str) -> None:
 
 def test_a_backslash_is_no_part_of_a_folder_that_slurm_logs_into(plan: Plan) -> None:
     named = plan.model_copy(update={"recipe": plan.recipe.model_copy(update={"name": r"a\b"})})
-    path = RunDir.next_free(named).path
+    path = next_free(named).path
     assert path.name.startswith("a_b-") and sbatch_argv(named, path)
     with pytest.raises(InputError, match="a backslash in its name"):
         sbatch_argv(plan, path.with_name(r"c\d"))
@@ -172,7 +173,7 @@ plan = load_plan(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    print("won", RunDir.claim(plan, {}, ["{run}"], "", sys.argv[2] or None).path)
+    print("won", claim(plan, {}, ["{run}"], "", sys.argv[2] or None).path)
 except ClaimedError:
     print("claimed")
 """
@@ -222,7 +223,7 @@ from afina.run.plan import load_plan
 from afina.run.directory import RunDir
 plan = load_plan(sys.argv[1])
 try:
-    RunDir.claim(plan, {}, ["{run}"] * 9000, "x" * int(sys.argv[3]), sys.argv[2])
+    claim(plan, {}, ["{run}"] * 9000, "x" * int(sys.argv[3]), sys.argv[2])
 except AfinaError as error:
     print(error)
     print(sorted(os.listdir(sys.argv[4])))

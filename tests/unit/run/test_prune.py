@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from afina.cli.watch_commands import prune as command
 from afina.errors import InputError
 from afina.run.directory import RunDir
+from afina.run.new_run import check_free
 from afina.run.outcome import Outcome
 from afina.run.prune import prune
 
@@ -115,5 +116,5 @@ def test_progress_that_one_record_alone_shows_counts(tmp_path: Path, record: str
 def test_a_finished_run_says_how_to_train_further(run: Callable[..., RunDir]) -> None:
     directory = run("done")
     with pytest.raises(InputError, match="this run has finished") as caught:
-        RunDir.check_free(directory.path)
+        check_free(directory.path)
     assert f"model={directory.model}" in caught.value.remedy

@@ -17,7 +17,7 @@ from tests.unit.conftest import recipe_dict, tree
 from afina.recipe.parse import load_recipe, parse_recipe
 from afina.recipe.schema import Recipe
 from afina.redact import redact_comments
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import make_plan
 from afina.run.provenance import git
 from afina.run.provenance.git import repository_state
@@ -201,7 +201,7 @@ def test_the_record_goes_into_the_run_directory(
     plan = make_plan(loaded, account, recipe_file=file)
     prepared: dict[str, Any] = {"digest": "d" * 64, "model_commit": "c" * 40, "data_commit": None}
     made = make_record(plan, prepared, file.read_text(), None)
-    run = RunDir.claim(plan, prepared, ["true"], file.read_text(), tmp_path / "run", record=made)
+    run = claim(plan, prepared, ["true"], file.read_text(), tmp_path / "run", record=made)
     kept = read_record(run.path)
     assert kept == json.loads(json.dumps(made))
     assert kept["recipe"]["overrides"] == ["train.epochs=2.0"] and kept["recipe"]["file"] == str(file)

@@ -12,6 +12,7 @@ import pytest
 from afina.errors import ClaimedError, EnvironmentProblem, TrainingError
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.run.requeue import decide, finish_attempt
@@ -21,7 +22,7 @@ from afina.site.settings import Site
 @pytest.fixture
 def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
     plan = make_plan(recipe(), site, recipe_file=recipe_file())
-    return RunDir.claim(plan, {}, ["false"], "", tmp_path / "a run")
+    return claim(plan, {}, ["false"], "", tmp_path / "a run")
 
 
 def attempt(run: RunDir, name: str, began: int | None, committed: int) -> None:

@@ -13,6 +13,7 @@ from tests.common import program
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import make_plan
 from afina.site.settings import Site
 
@@ -30,7 +31,7 @@ def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
     plan = make_plan(recipe(), site, recipe_file=recipe_file())
-    return RunDir.claim(plan, {}, ["echo", "{run}"], "", tmp_path / "runs; it's $(a) 100%", scripts=job_scripts())
+    return claim(plan, {}, ["echo", "{run}"], "", tmp_path / "runs; it's $(a) 100%", scripts=job_scripts())
 
 
 def no_slurm(tmp_path: Path, *programs: str) -> str:

@@ -20,6 +20,7 @@ from tests.unit.slurm.conftest import no_slurm
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import Plan, make_plan
 from afina.site.pulled import Pulled
 from afina.site.settings import Site
@@ -180,7 +181,7 @@ def test_the_exit_code_is_what_the_worker_wrote(slurm_commands: Path, run: RunDi
 def test_a_worker_that_left_no_outcome_is_recorded_as_failed(
     slurm_commands: Path, plan_for_worker: Plan, scratch: Path
 ) -> None:
-    run = RunDir.claim(
+    run = claim(
         plan_for_worker,
         {},
         [sys.executable, "-m", "afina.worker", "launch", "{run}"],
@@ -434,7 +435,7 @@ def sweep(run: RunDir, tmp_path: Path) -> Path:
     """A sweep directory whose second cell is a run."""
     folder = tmp_path / "sweep; it's $(a) 100%"
     (folder / "runs").mkdir(parents=True)
-    RunDir.claim(run.plan(), {}, ["echo", "{run}"], "", folder / "runs/b, '2'", scripts=job_scripts())
+    claim(run.plan(), {}, ["echo", "{run}"], "", folder / "runs/b, '2'", scripts=job_scripts())
     (folder / "cells").write_bytes(b"a\nb\0b, '2'\0")
     return folder
 

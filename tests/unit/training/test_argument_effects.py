@@ -14,9 +14,8 @@ from tests import tiny
 from afina.api import plan_for
 from afina.recipe.keys.training_arguments import EFFECTIVE
 from afina.run.allocation import Allocation
-from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
-from afina.run.new_run import prepare
+from afina.run.new_run import claim, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -84,7 +83,7 @@ def build(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         if not known.exists():
             known.write_text(json.dumps(prepare(plan)))
         prepared = json.loads(known.read_text())
-        run = RunDir.claim(plan, prepared, ["true"], "", tmp_path / f"run {len(taken)}")
+        run = claim(plan, prepared, ["true"], "", tmp_path / f"run {len(taken)}")
         run.begin_attempt("local-1")
         taken.append(Lease(run, "local-1"))
         taken[-1].take()

@@ -25,8 +25,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from afina.run.allocation import Allocation
-from afina.run.network import socket_interface
+from afina.run.allocation import Allocation, socket_interface
 from afina.site.finding import Finding, Level
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container

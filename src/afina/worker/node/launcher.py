@@ -19,10 +19,9 @@ from pathlib import Path
 
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.files import write_atomic
-from afina.run.allocation import Allocation
+from afina.run.allocation import Allocation, socket_interface
 from afina.run.commands import accelerate_argv, without_launcher, worker_environment
 from afina.run.directory import RunDir
-from afina.run.network import socket_interface
 from afina.run.plan import Geometry, Plan, check_cores, geometry_for
 from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
 from afina.version import __version__

@@ -29,6 +29,7 @@ from afina.errors import InputError
 from afina.recipe.parse import parse_recipe
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir, is_run_dir
+from afina.run.new_run import claim
 from afina.run.plan import geometry_for
 from afina.sweeps.space import ChoiceList, Space, value_text
 from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, failed_for_good, record_of
@@ -169,7 +170,7 @@ def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunD
     plan = base.model_copy(update={"recipe": recipe, "geometry": geometry})
     scripts = {name: sweep.path / name for name in SCRIPTS}
     about = record_of(search.run_record, plan, overrides)
-    RunDir.claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
+    claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
     allocation = Allocation.from_env()
     if allocation.array_job_id:
         run.append("submissions.jsonl", {"job_id": allocation.job, "via": "sbatch"})
