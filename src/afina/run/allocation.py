@@ -145,7 +145,7 @@ def socket_interface(allocation: Allocation, env: Mapping[str, str]) -> dict[str
     if env.get("GLOO_SOCKET_IFNAME") or not is_loopback(socket.gethostname()):
         return {}
     others = [allocation.head, *(name for name in allocation.node_names if name != allocation.node_name)]
-    name = next((found for other in others if other and (found := interface_to(other))), None)
+    name = next(filter(None, map(interface_to, filter(None, others))), None)
     if name is None:
         return {}
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": env.get("NCCL_SOCKET_IFNAME") or name}

@@ -80,8 +80,8 @@ class JobRequest:
     def resources(self) -> dict[str, int]:
         """The recipe's `resources` that are asked for otherwise."""
         nodes = 1 if self.num_processes is not None else self.nodes
-        asked = {"nodes": nodes, "gpus_per_node": self.gpus_per_node, "time": self.time_min}
-        return {name: value for name, value in asked.items() if value is not None}
+        requested = {"nodes": nodes, "gpus_per_node": self.gpus_per_node, "time": self.time_min}
+        return {name: value for name, value in requested.items() if value is not None}
 
 
 class JobOptions(TypedDict, total=False):

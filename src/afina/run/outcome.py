@@ -100,8 +100,8 @@ def data_warnings(prepared: Mapping[str, Any]) -> dict[str, list[str]]:
     spoiled = prepared.get("spoiled")
     if isinstance(spoiled, Mapping):
         return {str(split): [str(line) for line in lines] for split, lines in spoiled.items() if lines}
-    found: dict[str, list[str]] = {}
+    shared: dict[str, list[str]] = {}
     for line in map(str, prepared.get("warnings") or []):
         if match := _SHARED.search(line):
-            found.setdefault(match[1], []).append(line)
-    return found
+            shared.setdefault(match[1], []).append(line)
+    return shared

@@ -131,10 +131,10 @@ def _check_precision(recipe: Recipe, gpus_per_node: int) -> None:
         RecipeError: with the precision.
     """
     train = recipe.train
-    asked = {f"train.arguments.{name}": name for name in ("fp16", "tf32") if train.arguments.get(name)}
+    precisions = {f"train.arguments.{name}": name for name in ("fp16", "tf32") if train.arguments.get(name)}
     if train.precision in ("fp16", "tf32"):
-        asked["train.precision"] = train.precision
-    for key, precision in asked.items():
+        precisions["train.precision"] = train.precision
+    for key, precision in precisions.items():
         if not gpus_per_node:
             raise RecipeError(
                 f"{key}: {precision} needs a GPU, and the run has none (gpus_per_node is 0)",

@@ -146,8 +146,8 @@ def _too_large(partition: Partition, size: JobSize, where: str) -> Refusal | Non
         most = max(amount(kind) for kind in partition.nodes)
         if wanted > most:
             has = f"{most // 1024} GB of memory" if unit == "MB" else f"{most} {unit}" if most else f"no {unit}"
-            asked = f"{size.mem_gb} GB of memory" if unit == "MB" else f"{wanted} {unit}"
-            return f"{asked} per node are requested, and no node of {where} has more than {has}", f"lower {key}"
+            requested = f"{size.mem_gb} GB of memory" if unit == "MB" else f"{wanted} {unit}"
+            return f"{requested} per node are requested, and no node of {where} has more than {has}", f"lower {key}"
     fit = sum(kind.count for kind in partition.nodes if all(amount(kind) >= wanted for wanted, _, amount, _ in needs))
     if fit >= size.nodes:
         return None

@@ -49,7 +49,7 @@ def cancel_runs(paths: Sequence[Path]) -> list[Cancellation]:
         EnvironmentProblem: a stop file cannot be written.
     """
     readings = [read_run(Path(path).absolute()) for path in paths]
-    asked = {reading.path: _ask_to_stop(reading) for reading in readings}
+    stopping = {reading.path: _ask_to_stop(reading) for reading in readings}
     ids = {reading.path: reading.job_ids for reading in readings if not reading.result.finished}
     jobs = query(list(dict.fromkeys(job for job_ids in ids.values() for job in job_ids)), account=())
     if unknown := [job for job in jobs.values() if job.state == "UNKNOWN"]:
@@ -65,7 +65,7 @@ def cancel_runs(paths: Sequence[Path]) -> list[Cancellation]:
     for path, job_ids in live.items():
         if job_ids:
             RunDir(path).event("cancelled", job_ids=list(job_ids))
-    return [_result(reading, live.get(reading.path, ()), asked[reading.path]) for reading in readings]
+    return [_result(reading, live.get(reading.path, ()), stopping[reading.path]) for reading in readings]
 
 
 def _ask_to_stop(reading: Reading) -> bool:
@@ -86,10 +86,10 @@ def _ask_to_stop(reading: Reading) -> bool:
     return True
 
 
-def _result(reading: Reading, job_ids: tuple[str, ...], asked: bool) -> Cancellation:
+def _result(reading: Reading, job_ids: tuple[str, ...], stopping: bool) -> Cancellation:
     if job_ids:
         return Cancellation(reading.path, "cancelled", job_ids, f"cancelled job {', '.join(job_ids)}")
-    if asked:
+    if stopping:
         host, pid = reading.lease.get("host"), reading.lease.get("pid")
         message = f"asked attempt {reading.lease.get('attempt')} (process {pid} on {host}) to stop at its next step, with a checkpoint"
         return Cancellation(reading.path, "asked", (), message)

@@ -28,7 +28,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     Raises:
         InputError: no such folder, or one without a run in it.
     """
-    found: list[Path] = []
+    runs: list[Path] = []
     for folder in folders:
         path = resolve_folder(folder)
         below = _below(path, _DEPTH)
@@ -37,8 +37,8 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
                 f"{folder}: not a run directory, and there is none below it",
                 "give the folder that `afina train` or `afina submit` named; `afina list` names them",
             )
-        found += below
-    return list(dict.fromkeys(found))
+        runs += below
+    return list(dict.fromkeys(runs))
 
 
 def known_runs() -> list[Path]:
@@ -136,7 +136,7 @@ def _names(folder: Path) -> list[str]:
 
 def _below(folder: Path, depth: int) -> list[Path]:
     """The run directories below `folder`, or the folder itself if it is one. Nothing is searched inside a run directory."""
-    found: list[Path] = []
+    runs: list[Path] = []
     try:
         with os.scandir(folder) as entries:
             inside = []
@@ -146,11 +146,11 @@ def _below(folder: Path, depth: int) -> list[Path]:
                 if not entry.name.startswith(".") and _is_folder(entry):
                     inside.append(entry.name)
     except OSError:  # not readable, or removed meanwhile
-        return found
+        return runs
     if depth:
         for name in sorted(inside, key=_natural):
-            found += _below(folder / name, depth - 1)
-    return found
+            runs += _below(folder / name, depth - 1)
+    return runs
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -139,14 +139,14 @@ def _first_attempt(run: RunDir, choice: LogSelection, pause: Callable[[float], N
     return _attempt(names, choice.attempt)
 
 
-def _attempt(names: list[str], asked: str | None) -> str:
-    if asked is None:
+def _attempt(names: list[str], name: str | None) -> str:
+    if name is None:
         return names[-1]
-    if asked in names:
-        return asked
+    if name in names:
+        return name
     raise InputError(
-        f"there is no attempt {asked}; there are: {', '.join(names) or 'none'}",
-        nearest(asked, names) or "choose one of them",
+        f"there is no attempt {name}; there are: {', '.join(names) or 'none'}",
+        nearest(name, names) or "choose one of them",
     )
 
 

@@ -62,8 +62,8 @@ class _Poller:
                 now = time.monotonic()
                 self._due, self._pause = now + self._pause, min(_LAST_S, self._pause * _GROWTH)
             known = {path: self._known[path] for path in paths if path in self._known}
-            found = {path: summary for path, summary in known.items() if self._has_ended(summary, now)}
-            return found, max(0.01, self._due - now)
+            ended = {path: summary for path, summary in known.items() if self._has_ended(summary, now)}
+            return ended, max(0.01, self._due - now)
 
     def check_answers(self, paths: Sequence[Path]) -> None:
         """Refuse to wait for a job that nobody here can see.
@@ -102,13 +102,13 @@ def wait_for(paths: Sequence[Path], timeout: float | None = None, *, first: bool
     _POLLER.enter(wanted)
     try:
         while True:
-            found, pause = _POLLER.ended(wanted)
-            if len(found) == len(wanted) or (first and found):
-                return found
+            ended, pause = _POLLER.ended(wanted)
+            if len(ended) == len(wanted) or (first and ended):
+                return ended
             _POLLER.check_answers(wanted)
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
-                missing = [str(path) for path in wanted if path not in found]
+                missing = [str(path) for path in wanted if path not in ended]
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise WaitTimeout(
                     f"{missing[0]}{more}: still queued or running after {timeout:g} s",

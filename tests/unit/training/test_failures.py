@@ -11,6 +11,7 @@ import pytest
 from afina.errors import EnvironmentProblem, TrainingError
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import make_plan
 from afina.run.requeue import decide
 from afina.site.settings import Site
@@ -19,7 +20,7 @@ from afina.worker.training.train import explain_failure
 
 @pytest.fixture
 def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path) -> RunDir:
-    return RunDir.claim(make_plan(recipe(), site, recipe_file=recipe_file()), {}, ["false"], "", tmp_path / "a run")
+    return claim(make_plan(recipe(), site, recipe_file=recipe_file()), {}, ["false"], "", tmp_path / "a run")
 
 
 CONTINUES, BEGINS = (

@@ -34,7 +34,7 @@ def execution_of(run: RunDir) -> dict[str, str]:
     outcome = read_json(run.outcome_file)
     processes = outcome.get("world_size") or (geometry.get("nodes", 0) * geometry.get("processes_per_node", 0))
     # Without a precision of afina's choosing the recipe's own arguments set it.
-    found = {
+    facts = {
         "processes": processes,
         "device": outcome.get("device"),
         "GPU": device.get("name") if device.get("kind") == "cuda" else ", ".join(hardware.get("gpus") or []),
@@ -46,7 +46,7 @@ def execution_of(run: RunDir) -> dict[str, str]:
         "Python": env.get("python"),
         **(env.get("versions") or {}),
     }
-    return {name: str(value) for name, value in found.items() if value}
+    return {name: str(value) for name, value in facts.items() if value}
 
 
 def execution_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -91,8 +91,8 @@ def _model_and_data(plan: Plan, prepared: Mapping[str, Any], record: Mapping[str
 
 
 def _weights(files: Mapping[str, Any]) -> str:
-    found = [about for name, about in files.items() if name.endswith((".safetensors", ".bin"))]
-    digests = [str(about.get("sha256") if isinstance(about, Mapping) else about) for about in found]
+    weights = [about for name, about in files.items() if name.endswith((".safetensors", ".bin"))]
+    digests = [str(about.get("sha256") if isinstance(about, Mapping) else about) for about in weights]
     return ", ".join(digests[:2]) or "unknown"
 
 

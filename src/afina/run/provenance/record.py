@@ -93,7 +93,7 @@ def read_record(run: Path) -> dict[str, Any]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two records, in words; values that one lacks are not compared."""
-    found = []
+    lines = []
     for name, keys in {
         "afina": ("afina",),
         "image": ("image", "sha256"),
@@ -108,14 +108,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     }.items():
         before, after = (_at(record, keys) for record in (then, now))
         if before is not None and after is not None and before != after:
-            found.append(f"{name}: {_short(before)} then, {_short(after)} now")
+            lines.append(f"{name}: {_short(before)} then, {_short(after)} now")
     old, new = (_at(record, ("model", "files")) or {} for record in (then, now))
     changed = [name for name in old if name in new and old[name] != new[name]]
     if changed:
-        found.append(f"model files: {', '.join(changed)}")
+        lines.append(f"model files: {', '.join(changed)}")
     old, new = (_at(record, ("data", "read")) or {} for record in (then, now))
-    found += [_file_difference(name, old.get(name), new.get(name)) for name in {**old, **new} if old and new]
-    return [line for line in found if line]
+    lines += [_file_difference(name, old.get(name), new.get(name)) for name in {**old, **new} if old and new]
+    return [line for line in lines if line]
 
 
 def _file_difference(name: str, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
