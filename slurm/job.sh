@@ -8,6 +8,21 @@ afina_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 afina_job=${afina_job:-$SLURM_JOB_ID}
 export AFINA_ATTEMPT="$afina_job.${SLURM_RESTART_COUNT:-0}"
 
+# A clean environment, before the site file is read, so what that sets stays. sbatch passes on what it inherits: of a job or an salloc
+# that it was called in, which srun and squeue would obey here. What Slurm itself gives to a batch job stays.
+afina_clean_environment() {
+  local name
+  for name in "${!SLURM_@}" "${!SQUEUE_@}" "${!SCANCEL_@}" "${!SACCT_@}" "${!SINFO_@}"; do
+    case $name in
+      SLURM_JOB_* | SLURM_ARRAY_* | SLURM_CLUSTER_NAME | SLURM_CONF* | SLURM_CPUS_ON_NODE | SLURM_CPUS_PER_* | SLURM_GPUS* | SLURM_GTIDS) ;;
+      SLURM_HET_* | SLURM_HINT | SLURM_JOBID | SLURM_JWT | SLURM_LOCALID | SLURM_MEM_PER_* | SLURM_NETWORK | SLURM_NNODES | SLURM_NODE* | SLURM_OOM* | SLURM_PROCID) ;;
+      SLURM_RESTART_COUNT | SLURM_SUBMIT_* | SLURM_TASK_PID | SLURM_THREADS_PER_CORE | SLURM_TMPDIR | SLURM_TOPOLOGY_*) ;;
+      *) unset "$name" ;;
+    esac
+  done
+  unset SLURM_NODEFILE
+}
+
 afina_say() { printf 'afina: %s\n' "$*"; }
 
 # A JSON string, with its quotes.
@@ -214,6 +229,9 @@ afina_decide() { # ANSWER: what the worker's `finish` printed
   printf 'error: %s\n  remedy: %s\n' "$message" "$remedy" >&2
 }
 
+# True of an error after which Slurm may have done what it was asked for: the answer was lost (`afina.slurm.client` has the same list).
+afina_lost() { [[ ${1,,} =~ timed\ out|unable\ to\ contact|connection|communication|zero\ bytes|unexpected\ message ]]; } # MESSAGE
+
 # Follow `attempts/<id>/next`: requeue the job, or submit a new one where that is impossible or nodes are to be left out.
 afina_after() {
   local action='' exclude='' why='' pause='' state reason=''
@@ -229,9 +247,12 @@ afina_after() {
       return 0
       ;;
   esac
-  if [ -z "$exclude" ] && [ "$state" != PREEMPTED ] && reason=$(scontrol requeue "$afina_job" 2>&1); then
-    sleep 120 # until Slurm ends this shell
-    return 0
+  if [ -z "$exclude" ] && [ "$state" != PREEMPTED ]; then
+    for _ in 1 2 3; do
+      reason=$(scontrol requeue "$afina_job" 2>&1) && sleep 120 && return 0 # until Slurm ends this shell
+      afina_lost "$reason" || break
+      sleep 10 # if it was carried out, Slurm ends this shell now: a new job would be a second one
+    done
   fi
   [ -z "$reason" ] || afina_say "no requeue ($reason): submitting a new job"
   afina_submit "$exclude" "${pause:-0}"
@@ -312,16 +333,15 @@ afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
   printf '{"time": %s, "token": "%s", "clusters": "", "record": {}}\n' "$(date +%s)" "$token" >"$run/intent.json"
   if ! value=$(afina_sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run" 2>&1); then
     afina_say "$value"
-    case $value in
-      *'imed out'* | *'nable to contact'* | *'onnection'* | *'ommunication'* | *'nexpected message'*)
-        for i in 2 10 30; do
-          sleep "$i"
-          job=$(squeue --me --noheader --states all --format '%i|%k' 2>/dev/null | grep -F "afina:$token" | cut -d '|' -f 1)
-          [ -z "$job" ] || break
-        done
-        ;;
-      *) rm -f "$run/intent.json" ;;
-    esac
+    if afina_lost "$value"; then
+      for i in 2 10 30; do
+        sleep "$i"
+        job=$(squeue --me --noheader --states all --format '%i|%k' 2>/dev/null | grep -F "afina:$token" | cut -d '|' -f 1)
+        [ -z "$job" ] || break
+      done
+    else
+      rm -f "$run/intent.json"
+    fi
   else
     job=${value##*$'\n'} job=${job%%;*}
   fi

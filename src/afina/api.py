@@ -66,7 +66,7 @@ def plan_for(recipe: AnyRecipe, request: JobRequest = JobRequest()) -> Plan:
 
 def claim(plan: Plan, path: str | Path | None = None, *, text: str | None = None) -> RunDir:
     """Prepare, then claim a run directory; see `claim_run`."""
-    return claim_run(plan, path, slurm=version, text=text)
+    return claim_run(plan, path, slurm=version(), text=text)
 
 
 def train(

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def claim_run(
     plan: Plan,
     path: str | Path | None = None,
     *,
-    slurm: Callable[[], str | None],
+    slurm: str | None = None,
     text: str | None = None,
     prepared: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -54,7 +54,7 @@ def claim_run(
 
     Args:
         path: the run directory; by default the next free one of the plan.
-        slurm: gives Slurm's version for the record; called after the image has been checked.
+        slurm: Slurm's version, for the record.
         text: the recipe's text, if it is not that of the plan's recipe file.
         prepared: the answer of `prepare`, if it was called: the runs of a sweep share it.
         record: likewise of `make_record`.
@@ -69,7 +69,7 @@ def claim_run(
         whole = json.dumps(plan.recipe.model_dump(mode="json"), indent=2)
         text = plan.recipe_file.read_text(encoding="utf-8") if plan.recipe_file else whole
     text = redact_comments(text)
-    record = record or make_record(plan, prepared, text, slurm())
+    record = record or make_record(plan, prepared, text, slurm)
     return claim(plan, prepared, argv, text, path, scripts=scripts or job_scripts(), record=record)
 
 

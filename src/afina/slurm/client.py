@@ -147,9 +147,5 @@ def _remedy(command: str, reason: str) -> str:
         return "wait for some of your jobs to end, then repeat the command; `sacctmgr show qos` shows the limits"
     if named:
         waiting = explain(named[0], "")
-        return f"{waiting.words}: {waiting.remedy}".replace(
-            "cancel it, and submit again for less", "ask for less"
-        ).replace(
-            "nothing: it starts when another of them ends", "wait until another of them ends, then repeat the command"
-        )
+        return f"{waiting.words}: {waiting.refused or waiting.remedy}"
     return next(remedy for words, remedy in _REMEDIES if words in reason.lower())

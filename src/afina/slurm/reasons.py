@@ -14,9 +14,13 @@ __all__ = ["Waiting", "explain"]
 _QUEUE = "nothing: it starts when resources are free; a shorter --time fits into gaps sooner"
 _PARTITION = "`sinfo -o '%P %a %l %D'` shows the partitions; set SBATCH_PARTITION in site.env and submit again"
 _LIMITS = "`sacctmgr show qos format=name,maxtrespu,maxjobspu,maxwall` shows the limits"
+_TURN, _LATER = (
+    "nothing: it starts when another of them ends",
+    "wait until another of them ends, then repeat the command",
+)
 
-#: A pattern for the whole reason -> what it means, what to do. `{job}` stands for the job id.
-_REASONS: tuple[tuple[str, str, str], ...] = (
+#: A pattern for the whole reason -> what it means, what to do; where sbatch refuses a job for it, that too. `{job}` stands for the job id.
+_REASONS: tuple[tuple[str, str, str] | tuple[str, str, str, str], ...] = (
     ("None|WaitingForScheduling", "Slurm has not considered it yet", "nothing: check again in a minute"),
     ("Priority", "jobs with a higher priority start first", _QUEUE),
     ("Resources", "it is next, and the nodes or GPUs it asks for are busy", _QUEUE),
@@ -75,7 +79,8 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (
         "(Assoc|QOS)Grp\\w*RunMin\\w*",
         "your group's running jobs hold as much compute time as the group may have at once",
-        f"nothing: it starts when another of them ends; a shorter --time counts for less; {_LIMITS}",
+        f"{_TURN}; a shorter --time counts for less; {_LIMITS}",
+        f"{_LATER}; a shorter --time counts for less; {_LIMITS}",
     ),
     (
         "(Assoc|QOS)Grp(\\w*Minutes|Wall)(Limit)?",
@@ -91,21 +96,25 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "(QOS|Assoc)Max\\w*(PerJob|PerNode)\\w*|(QOS|Assoc)Min\\w*",
         "it asks for more (or less) than one job may have: it will not start",
         f"cancel it, and submit again for less; {_LIMITS}",
+        f"ask for less; {_LIMITS}",
     ),
     (
         "(QOS|Assoc)?(Max|Grp)(Submit)?Jobs?(?!\\w*PerNode).*|(Association|QOS)JobLimit",
         "you (or your group) have as many jobs as the limits allow",
-        f"nothing: it starts when another of them ends; {_LIMITS}",
+        f"{_TURN}; {_LIMITS}",
+        f"{_LATER}; {_LIMITS}",
     ),
     (
         "QOSMax\\w*PerUser\\w*|QOSResourceLimit",
         "your running jobs hold as many GPUs, cores or nodes as one user may have",
-        f"nothing: it starts when another of them ends; {_LIMITS}",
+        f"{_TURN}; {_LIMITS}",
+        f"{_LATER}; {_LIMITS}",
     ),
     (
         "(QOS|Assoc)Grp\\w+|AssociationResourceLimit|Max\\w+PerAccount|AccountingPolicy",
         "your group's jobs hold as much as the group may have",
-        f"nothing: it starts when another of them ends; {_LIMITS}",
+        f"{_TURN}; {_LIMITS}",
+        f"{_LATER}; {_LIMITS}",
     ),
     (
         "FrontEndDown|SystemFailure|.*[Ss]ystem.*",
@@ -117,11 +126,12 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Waiting:
-    """Why a job waits: Slurm's reason, what it means, what to do."""
+    """Why a job waits: Slurm's reason, what it means, what to do; `refused` is what to do where sbatch refuses a job for it."""
 
     reason: str
     words: str
     remedy: str
+    refused: str = ""
 
     def __str__(self) -> str:
         return self.words if self.reason in ("", "None") else f"{self.words} ({self.reason})"
@@ -130,7 +140,7 @@ class Waiting:
 def explain(reason: str, job_id: str) -> Waiting:
     """Explain squeue's reason (its format `%r`) of one job."""
     reason = reason.strip().strip("()")
-    for pattern, words, remedy in _REASONS:
+    for pattern, words, remedy, *refused in _REASONS:
         if re.fullmatch(pattern, reason or "None"):
-            return Waiting(reason, words, remedy.replace("{job}", job_id))
+            return Waiting(reason, words, remedy.replace("{job}", job_id), *refused)
     return Waiting(reason, "Slurm keeps it waiting", f"scontrol show job {job_id}")

@@ -115,9 +115,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         if share not in shared:
             shared[share] = _shared_record(draft, plan, prepared[share], say)
         about = record_of(shared[share], plan, cell.overrides)
-        new_run.claim_run(
-            plan, run.path, slurm=version, text=draft.text, prepared=prepared[share], record=about, scripts=scripts
-        )
+        new_run.claim_run(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if count % 100 == 0:
             say(f"{count} of {len(draft.plans)} run directories made")

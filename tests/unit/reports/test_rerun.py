@@ -159,7 +159,7 @@ def test_a_run_of_the_cpu_asks_for_no_gpu_as_a_job(
     file = recipe_file(model=str(model_folder), resources={"gpus_per_node": 2})
     plan = api.plan_for(file, JobRequest(num_processes=1, gpus_per_node=0))
     record = make_record(plan, {}, file.read_text(), None)
-    claim_run(plan, scratch / "runs/cpu-1", slurm=lambda: None, prepared={}, record=record)
+    claim_run(plan, scratch / "runs/cpu-1", prepared={}, record=record)
     again = plan_again("cpu-1", local=False)
     assert again.plan.recipe.resources.gpus_per_node == 0 and again.plan.geometry.gpus_per_node == 0
     assert not any("gpu" in word for word in sbatch_argv(again.plan, scratch / "runs/cpu-2"))

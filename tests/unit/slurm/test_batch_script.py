@@ -297,6 +297,34 @@ def test_what_the_worker_decided_is_done(
     assert (record["job_id"], record["via"]) == ("4300", "resubmit")
 
 
+@pytest.mark.parametrize(
+    ("answers", "calls", "submitted"), [("lost ok", 2, False), ("lost refused", 2, True), ("lost lost lost", 3, True)]
+)
+def test_a_requeue_whose_answer_is_lost_is_no_refusal(
+    slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, answers: str, calls: int, submitted: bool
+) -> None:
+    """A new job beside the one that Slurm has put back would be a second one."""
+    program(bin, "squeue", 'case "$*" in *%T*) echo RUNNING ;; esac\n')
+    program(bin, "sleep", 'case $1 in 10 | 120) ;; *) exec /bin/sleep "$@" ;; esac\n')
+    counter = shlex.quote(str(slurm_commands / "requeued"))
+    body = f"""
+[ "$1" = requeue ] || exit 1
+echo >>{counter}
+case $(cut -d ' ' -f "$(wc -l <{counter})" <<<"{answers}") in
+  lost) echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2; exit 1 ;;
+  refused) echo "Requested operation is presently disabled" >&2; exit 1 ;;
+esac
+"""
+    program(bin, "scontrol", body)
+    program(bin, "sbatch", "echo 4300\n")
+    exit_file = shlex.quote(str(run.attempts / "4242.0/exit"))
+    done = sbatch(
+        run.path, env=in_job(scratch, FAKE_SRUN=f"echo 75 >{exit_file}; {next_file(run, 'requeue', '', 'go on')}")
+    )
+    assert (slurm_commands / "requeued").read_text().count("\n") == calls, done
+    assert len(list(run.lines("submissions.jsonl"))) == submitted, done
+
+
 def test_a_recipe_is_claimed_through_the_image(
     slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, tmp_path: Path
 ) -> None:
@@ -388,12 +416,6 @@ def test_a_requeued_job_finds_its_run_without_the_pointer(
     assert done.returncode == 0 and f"continuing {run.path}, which this job began" in done.stdout, done
     log.write_text("slurmstepd: error: NODE FAILURE\n")
     assert "claims anew" in sbatch("r.yaml", env=again).stderr
-
-
-def test_the_batch_scripts_clean_their_environment_in_the_same_way() -> None:
-    texts = [(ROOT / "slurm" / name).read_text() for name in ("finetune.sbatch", "predict.sbatch", "doctor.sbatch")]
-    blocks = {text.partition("# --- a clean environment")[2].partition("# --- end of")[0] for text in texts}
-    assert len(blocks) == 1 and "SQUEUE_" in blocks.pop()
 
 
 def test_a_stop_for_an_attempt_that_lives_is_left_alone(slurm_commands: Path, run: RunDir, scratch: Path) -> None:

@@ -29,12 +29,18 @@ def apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(script: str, folder: Path, key: str, *, here: Path) -> subprocess.CompletedProcess[str]:
     """A batch script whose worker prints `started`, if it comes to that."""
     node = folder / "node.sh"
-    node.write_text("echo started >&2; exit 9\n")
+    node.write_text('echo "started ${SLURM_CPU_BIND-clean}" >&2; exit 9\n')
     words = ["bash", str(node), str(folder / "i.sif"), "apptainer", "exec", str(folder)]
     (folder / "worker.argv").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in words))
     (folder / "plan.json").touch()
     program(folder.parent / "bin", "srun", 'while [ "$1" != bash ]; do shift; done\n"$@"\n')
-    env = {**os.environ, "SLURM_JOB_ID": "1", "AFINA_SCRATCH": str(folder), "AFINA_IMAGE_KEY": key}
+    env = {
+        **os.environ,
+        "SLURM_JOB_ID": "1",
+        "AFINA_SCRATCH": str(folder),
+        "AFINA_IMAGE_KEY": key,
+        "SLURM_CPU_BIND": "x",
+    }
     argv = ["bash", str(ROOT / "slurm" / script), str(folder), *(["1"] if script == "predict.sbatch" else [])]
     return subprocess.run(argv, env=env, cwd=here, capture_output=True, text=True, timeout=60, check=False)
 
@@ -64,7 +70,8 @@ def test_an_image_starts_only_if_the_key_signed_it(
     done = run(script, folder, key, here=tmp_path)
     log = done.stderr + "".join(path.read_text() for path in folder.rglob("*.log"))
     if why is None:
-        assert "started" in log and "AFINA_IMAGE_KEY" not in log, done
+        assert "started clean" in log, "variables of a surrounding job are gone"
+        assert "AFINA_IMAGE_KEY" not in log, done
     else:
         assert done.returncode == 3 and "started" not in log
         assert f"is not the image that AFINA_IMAGE_KEY={key} signed: " in log and why in log and "remedy: fetch" in log
