@@ -36,8 +36,8 @@ class Outcome(BaseModel):
         attempts: how many there were.
         failure: what failed. A file of an afina before 0.2 has its text alone, in `error`.
         error: its text, message and remedy.
-        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, code, stall, memory, disk, node, killed, or the
-            exception's name.
+        cause: one word. Of a stop: asked, signal or limit. Of a failure: loss, code, stall, memory, disk, node, start (the worker never
+            began), killed, or the exception's name.
         warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
             better than the majority class, a metric that is undefined; and what the data say against its numbers.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.

@@ -119,14 +119,16 @@ def _without_outcome(run: RunDir, folder: Path, code: int) -> Failure:
         return Failure(
             "EnvironmentProblem", f"the job's memory{had} is used up: {how}{lines}", more + again, "host-memory"
         )
-    if absent := _absent_nodes(folder):
+    if absent := _absent_nodes(folder) or _first_to_fail(folder):
         message = f"{', '.join(absent)}: the worker never started there ({how}){lines}"
         return Failure("EnvironmentProblem", message, remedy, "node", tuple(absent))
     started = any(folder.glob("node*.json"))
     # Without a word from the worker, its code is srun's or the shell's: 2 is not the user's input.
     known = code if started or code != EXIT_INPUT else EXIT_ENVIRONMENT
-    what = "the worker ended without an outcome" if started else "the worker never started"
-    return Failure.of_exit_code(known, f"{what} ({how}){lines}", remedy, "killed")
+    if started:
+        return Failure.of_exit_code(known, f"the worker ended without an outcome ({how}){lines}", remedy, "killed")
+    remedy = f"see {folder}/srun.log and node*.log; `afina doctor --job` starts the same step"
+    return Failure.of_exit_code(known, f"the worker never started ({how}){lines}", remedy, "start")
 
 
 #: Messages of the kernel, of slurmstepd and of srun about a job that used more memory than it has.
@@ -181,6 +183,21 @@ def _absent_nodes(folder: Path) -> list[str]:
     names = Allocation.from_env().node_names
     absent = [name for number, name in enumerate(names) if not (folder / f"node{number}.json").exists()]
     return absent if len(absent) < len(names) else []
+
+
+#: What srun prints about a node that did not start a task, and about tasks that ended; it then ends all the others.
+_NODE_FAILED = re.compile(r"(?:Node failure on|failed on node) ([\w.-]+)")
+_TASK_EXITED = re.compile(r"^srun: error: ([\w.-]+): tasks? \S+: Exited", re.M)
+
+
+def _first_to_fail(folder: Path) -> list[str]:
+    """The nodes that kept the worker from starting anywhere, by srun's words; empty where it names none, or all."""
+    try:
+        text = (folder / "srun.log").read_text(errors="replace")
+    except OSError:
+        return []
+    names = _NODE_FAILED.findall(text) or _TASK_EXITED.findall(text)[:1]
+    return list(dict.fromkeys(names)) if not set(Allocation.from_env().node_names) <= set(names) else []
 
 
 def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, monitor: LeaseMonitor | None) -> int:

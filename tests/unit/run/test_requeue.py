@@ -144,7 +144,7 @@ def test_a_step_that_started_nothing_is_not_the_users_input(run: RunDir) -> None
     """srun itself ends with 2 where the step has no PATH."""
     attempt(run, "1.0", None, 0)
     outcome = finish_attempt(run, "1.0", 2)
-    assert outcome.exit_code == 3 and "the worker never started" in (outcome.error or "")
+    assert (outcome.exit_code, outcome.cause) == (3, "start") and "the worker never started" in (outcome.error or "")
 
 
 def test_a_node_on_which_nothing_began_is_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +154,32 @@ def test_a_node_on_which_nothing_began_is_left_out(run: RunDir, monkeypatch: pyt
     outcome = finish_attempt(run, "1.0", 255)
     assert (outcome.cause, outcome.exit_code) == ("node", 3)
     assert (run.attempts / "1.0/next").read_text().splitlines()[:2] == ["requeue", "n2"]
+
+
+@pytest.mark.parametrize(
+    ("log", "cause", "nodes"),
+    [
+        ("srun: error: n2: task 1: Exited with exit code 255\nsrun: error: n1: task 0: Terminated", "node", ("n2",)),
+        (
+            "srun: error: Task launch for StepId=7.0 failed on node n2: Communication connection failure",
+            "node",
+            ("n2",),
+        ),
+        ("srun: error: Node failure on n1", "node", ("n1",)),
+        ("srun: error: n[1-2]: tasks 0-1: Exited with exit code 255", "start", ()),
+        ("srun: error: Unable to create step for job 7: Invalid Trackable RESource (TRES) specification", "start", ()),
+        ("", "start", ()),
+    ],
+)
+def test_where_no_worker_began_sruns_words_tell_whose_fault_it_is(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, log: str, cause: str, nodes: tuple[str, ...]
+) -> None:
+    attempt(run, "1.0", None, 0)
+    monkeypatch.setenv("AFINA_NODES", "n1 n2 ")
+    (run.attempts / "1.0/srun.log").write_text(f"{log}\n")
+    outcome = finish_attempt(run, "1.0", 1)
+    assert outcome.failure is not None and (outcome.cause, outcome.failure.nodes) == (cause, nodes)
+    assert log.partition("\n")[0] in outcome.failure.message
 
 
 def test_the_same_failure_twice_without_a_step_is_the_end(run: RunDir) -> None:
