@@ -13,11 +13,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
+from projects import ScriptedRun
 from tests.common import ROOT
 
 
@@ -91,6 +92,24 @@ def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path]:
     shutil.chown(path, cluster.user, cluster.user)
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def project(cluster: Cluster, folder: Path, host: Path) -> Iterator[Callable[..., ScriptedRun]]:
+    """Makes a run with a scripted worker on a site with these settings."""
+    yield lambda **site: ScriptedRun(cluster, folder, host / "python", site)
+    cluster.cancel_all()
+
+
+@pytest.fixture
+def here(cluster: Cluster, project: Callable[..., ScriptedRun], monkeypatch: pytest.MonkeyPatch) -> ScriptedRun:
+    """A run that this process submits, with programs on PATH in front of Slurm's."""
+    made = project()
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    monkeypatch.setenv("PATH", f"{made.folder}/bin:/usr/bin:/bin")
+    monkeypatch.chdir(made.folder)
+    monkeypatch.setattr("afina.slurm.submit._PAUSES_S", (0.5,))
+    return made
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from typing import Any
 from cluster import Cluster
 
 from afina.recipe.schema import Recipe
+from afina.run.commands import job_scripts, sbatch_argv
+from afina.run.new_run import claim
+from afina.run.plan import Plan, make_plan
+from afina.site.settings import Site
 
-__all__ = ["give_to_user", "project_folder", "write_recipe"]
+__all__ = ["ScriptedRun", "give_to_user", "project_folder", "write_recipe"]
 
 
 def give_to_user(path: Path, cluster: Cluster) -> None:
@@ -63,3 +68,66 @@ def project_folder(
         yield path
     finally:
         shutil.rmtree(path)
+
+
+#: `bash worker.sh COMMAND RUN …`. A node with a file `bad.NODE` in the run reports that it is broken; the others finish.
+WORKER = """
+folder="$2/attempts/$AFINA_ATTEMPT"
+case $1 in
+  launch)
+    env -0 >"$2/env.$AFINA_ATTEMPT.$SLURM_NODEID"
+    echo {} >"$folder/node$SLURM_NODEID.json"
+    if [ -e "$2/bad.$SLURMD_NODENAME" ]; then
+      printf '{"exit_code": 3, "failure": {"kind": "EnvironmentProblem", "message": "%s: no driver", "cause": "node", "nodes": ["%s"]}}' \
+        "$SLURMD_NODENAME" "$SLURMD_NODENAME" >"$folder/failed.node$SLURM_NODEID.json"
+      exit 3
+    fi
+    eval "${BODY:-:}"
+    echo '{"outcome": "finished", "exit_code": 0, "attempt": "'"$AFINA_ATTEMPT"'"}' >"$2/outcome.json"
+    echo 0 >"$folder/exit"
+    ;;
+  finish) exec "$PYTHON" -m afina.worker finish "$2" "$3" "$4" ;;
+esac
+"""
+
+
+class ScriptedRun:
+    """A claimed run of the ordinary user, whose worker is `WORKER`."""
+
+    def __init__(self, cluster: Cluster, folder: Path, python: Path, site: dict[str, Any]) -> None:
+        self.cluster, self.folder = cluster, folder
+        (folder / "scratch/runs").mkdir(parents=True)
+        (folder / "worker.sh").write_text(WORKER)
+        self.plan: Plan = make_plan(
+            write_recipe(folder, "other", gpus_per_node=0), Site(scratch=folder / "scratch", **site)
+        )
+        self.env = {"AFINA_SCRATCH": str(folder / "scratch"), "AFINA_RUNTIME": "none", "PYTHON": str(python)}
+        self.claim(["bash", str(folder / "worker.sh"), "launch", "{run}"])
+
+    def claim(self, argv: list[str]) -> None:
+        shutil.rmtree(self.folder / "scratch/runs/it's 1", ignore_errors=True)
+        self.run = claim(self.plan, {}, argv, "", self.folder / "scratch/runs/it's 1", scripts=job_scripts())
+        give_to_user(self.folder, self.cluster)
+
+    def submit(self, *options: str, **env: str) -> int:
+        argv = sbatch_argv(self.plan, self.run.path)
+        argv = [*argv[:2], *options, *argv[2:]]
+        given = {**self.env, **env}
+        return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
+
+    def jobs(self) -> list[int]:
+        return [int(line["job_id"]) for line in self.run.lines("submissions.jsonl")]
+
+    def next_job(self, known: int) -> int:
+        for _ in range(300):
+            if len(jobs := self.jobs()) > known:
+                return jobs[known]
+            time.sleep(0.1)
+        raise AssertionError(self.logs())
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob("slurm-*.out")))
+
+    def environment(self, job: int) -> dict[str, str]:
+        text = (self.run.path / f"env.{job}.0.0").read_text(errors="replace")
+        return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)

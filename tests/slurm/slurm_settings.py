@@ -33,13 +33,14 @@ class Settings:
 
     `grace_s` is the GraceTime of the partition `gpu`: on preemption the tasks, not the batch script, get TERM that
     long before the job is killed and requeued. `requeue_delay_s` is the pause before a requeued job starts again (120
-    in production). `gpu_type` names the GPUs (`gpu:a100:2`); with `job_requeue` 0 no job may be put back. `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
+    in production). `constrain_memory` gives each job a memory cgroup with its limit. `gpu_type` names the GPUs (`gpu:a100:2`); with `job_requeue` 0 no job may be put back. `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
     """
 
     state: Path
     _: KW_ONLY
     proctrack: str = "linuxproc"
     accounting: bool = True
+    constrain_memory: bool = False
     nodes: int = 2
     cpus: int = 4
     gpus: int = 2
@@ -126,6 +127,8 @@ class Settings:
             "SLURMDBD_PORT": self.dbd_port,
             "FIRST_JOB_ID": self.job_ids[0],
             "PROCTRACK": self.proctrack,
+            "TASK": "cgroup" if self.constrain_memory else "none",
+            "CONSTRAIN_MEMORY": "yes" if self.constrain_memory else "no",
             "REQUEUE_DELAY": self.requeue_delay_s,
             "JOB_REQUEUE": self.job_requeue,
             "KILL_WAIT": self.kill_wait_s,

@@ -10,88 +10,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster
-from projects import give_to_user, write_recipe
+from projects import ScriptedRun, give_to_user
 from tests.common import program
 
 from afina.errors import InputError, SlurmError
 from afina.run.commands import container_argv, job_scripts, sbatch_argv
-from afina.run.new_run import claim
-from afina.run.plan import Plan, make_plan
-from afina.site.settings import Site
 from afina.slurm.client import AMBIGUOUS
 from afina.slurm.submit import check_not_queued, submit_sbatch
-
-#: `bash worker.sh COMMAND RUN …`. A node with a file `bad.NODE` in the run reports that it is broken; the others finish.
-WORKER = """
-folder="$2/attempts/$AFINA_ATTEMPT"
-case $1 in
-  launch)
-    env -0 >"$2/env.$AFINA_ATTEMPT.$SLURM_NODEID"
-    echo {} >"$folder/node$SLURM_NODEID.json"
-    if [ -e "$2/bad.$SLURMD_NODENAME" ]; then
-      printf '{"exit_code": 3, "failure": {"kind": "EnvironmentProblem", "message": "%s: no driver", "cause": "node", "nodes": ["%s"]}}' \
-        "$SLURMD_NODENAME" "$SLURMD_NODENAME" >"$folder/failed.node$SLURM_NODEID.json"
-      exit 3
-    fi
-    eval "${BODY:-:}"
-    echo '{"outcome": "finished", "exit_code": 0, "attempt": "'"$AFINA_ATTEMPT"'"}' >"$2/outcome.json"
-    echo 0 >"$folder/exit"
-    ;;
-  finish) exec "$PYTHON" -m afina.worker finish "$2" "$3" "$4" ;;
-esac
-"""
-
-
-class Project:
-    """A claimed run of the ordinary user, whose worker is `WORKER`."""
-
-    def __init__(self, cluster: Cluster, folder: Path, python: Path, site: dict[str, Any]) -> None:
-        self.cluster, self.folder = cluster, folder
-        (folder / "scratch/runs").mkdir(parents=True)
-        (folder / "worker.sh").write_text(WORKER)
-        self.plan: Plan = make_plan(
-            write_recipe(folder, "other", gpus_per_node=0), Site(scratch=folder / "scratch", **site)
-        )
-        self.env = {"AFINA_SCRATCH": str(folder / "scratch"), "AFINA_RUNTIME": "none", "PYTHON": str(python)}
-        self.claim(["bash", str(folder / "worker.sh"), "launch", "{run}"])
-
-    def claim(self, argv: list[str]) -> None:
-        shutil.rmtree(self.folder / "scratch/runs/it's 1", ignore_errors=True)
-        self.run = claim(self.plan, {}, argv, "", self.folder / "scratch/runs/it's 1", scripts=job_scripts())
-        give_to_user(self.folder, self.cluster)
-
-    def submit(self, *options: str, **env: str) -> int:
-        argv = sbatch_argv(self.plan, self.run.path)
-        argv = [*argv[:2], *options, *argv[2:]]
-        given = {**self.env, **env}
-        return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
-
-    def jobs(self) -> list[int]:
-        return [int(line["job_id"]) for line in self.run.lines("submissions.jsonl")]
-
-    def next_job(self, known: int) -> int:
-        for _ in range(300):
-            if len(jobs := self.jobs()) > known:
-                return jobs[known]
-            time.sleep(0.1)
-        raise AssertionError(self.logs())
-
-    def logs(self) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob("slurm-*.out")))
-
-    def environment(self, job: int) -> dict[str, str]:
-        text = (self.run.path / f"env.{job}.0.0").read_text(errors="replace")
-        return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
-
-
-@pytest.fixture
-def project(cluster: Cluster, folder: Path, host: Path) -> Iterator[Callable[..., Project]]:
-    yield lambda **site: Project(cluster, folder, host / "python", site)
-    cluster.cancel_all()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +31,7 @@ def three_nodes(cluster: Cluster) -> Iterator[None]:
 
 @pytest.mark.timeout(180)
 def test_all_bad_nodes_are_left_out_after_a_growing_pause(
-    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+    cluster: Cluster, three_nodes: None, project: Callable[..., ScriptedRun]
 ) -> None:
     made = project()
     for name in ("bad.n1", "bad.n2"):
@@ -122,7 +50,7 @@ def test_all_bad_nodes_are_left_out_after_a_growing_pause(
 
 @pytest.mark.timeout(180)
 def test_what_fails_on_every_node_ends_and_the_sites_exclusion_stays(
-    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+    cluster: Cluster, three_nodes: None, project: Callable[..., ScriptedRun]
 ) -> None:
     extra = ("--exclude=n3",)
     made = project(sbatch_extra=extra)
@@ -138,7 +66,7 @@ def test_what_fails_on_every_node_ends_and_the_sites_exclusion_stays(
 
 @pytest.mark.timeout(180)
 def test_bash_decides_where_the_container_does_not_start(
-    cluster: Cluster, three_nodes: None, project: Callable[..., Project]
+    cluster: Cluster, three_nodes: None, project: Callable[..., ScriptedRun]
 ) -> None:
     made = project()
     runtime, image = made.folder / "runtime", made.folder / "an image.sif"
@@ -160,7 +88,7 @@ def test_bash_decides_where_the_container_does_not_start(
 
 @pytest.mark.timeout(180)
 def test_settings_of_apptainer_that_isolate_do_not_reach_the_worker(
-    cluster: Cluster, image: Path, project: Callable[..., Project]
+    cluster: Cluster, image: Path, project: Callable[..., ScriptedRun]
 ) -> None:
     """A profile's CLEANENV would take the attempt's name from the worker, CONTAIN its folders."""
     made = project(image=image, runtime="apptainer")
@@ -192,7 +120,7 @@ def test_settings_of_apptainer_that_isolate_do_not_reach_the_worker(
     ("place", "remedy"), [("an image.sif", "put the image back"), ("scratch/cache/images/x-1.sif", "pulled again")]
 )
 def test_a_purged_image_is_named_and_not_tried_again(
-    cluster: Cluster, project: Callable[..., Project], place: str, remedy: str
+    cluster: Cluster, project: Callable[..., ScriptedRun], place: str, remedy: str
 ) -> None:
     made = project()
     image = made.folder / place
@@ -224,7 +152,7 @@ HOSTILE = {
 
 @pytest.mark.timeout(120)
 def test_variables_of_a_surrounding_job_or_profile_do_not_reach_the_step(
-    cluster: Cluster, project: Callable[..., Project]
+    cluster: Cluster, project: Callable[..., ScriptedRun]
 ) -> None:
     made = project()
     job = made.submit(**HOSTILE)
@@ -238,7 +166,9 @@ def test_variables_of_a_surrounding_job_or_profile_do_not_reach_the_step(
 
 
 @pytest.mark.timeout(120)
-def test_a_site_without_exports_and_a_step_without_variables(cluster: Cluster, project: Callable[..., Project]) -> None:
+def test_a_site_without_exports_and_a_step_without_variables(
+    cluster: Cluster, project: Callable[..., ScriptedRun]
+) -> None:
     """As where a plugin of the site makes every job `--export=NONE`: the job's srun would pass nothing on."""
     made = project()
     site = made.folder / "scratch/site.env"
@@ -250,7 +180,7 @@ def test_a_site_without_exports_and_a_step_without_variables(cluster: Cluster, p
 
 
 @pytest.mark.timeout(120)
-def test_the_step_has_the_allocations_cores(cluster: Cluster, project: Callable[..., Project]) -> None:
+def test_the_step_has_the_allocations_cores(cluster: Cluster, project: Callable[..., ScriptedRun]) -> None:
     made = project(sbatch_omit=("cpus-per-task",), sbatch_extra=("--exclusive",))
     job = made.submit()
     assert cluster.wait(job) == "COMPLETED", made.logs()
@@ -258,7 +188,7 @@ def test_the_step_has_the_allocations_cores(cluster: Cluster, project: Callable[
 
 
 @pytest.mark.timeout(120)
-def test_a_site_file_may_read_variables_that_are_not_set(cluster: Cluster, project: Callable[..., Project]) -> None:
+def test_a_site_file_may_read_variables_that_are_not_set(cluster: Cluster, project: Callable[..., ScriptedRun]) -> None:
     """As /etc/bashrc and Lmod do."""
     made = project()
     site = made.folder / "site.env"
@@ -268,7 +198,7 @@ def test_a_site_file_may_read_variables_that_are_not_set(cluster: Cluster, proje
 
 
 @pytest.mark.timeout(120)
-def test_a_new_job_keeps_what_its_owner_gave_to_sbatch(cluster: Cluster, project: Callable[..., Project]) -> None:
+def test_a_new_job_keeps_what_its_owner_gave_to_sbatch(cluster: Cluster, project: Callable[..., ScriptedRun]) -> None:
     """Without a site file that says it again: a requeue is forbidden, and Slurm knows the options."""
     cluster.restart(job_requeue=0)
     try:
@@ -287,22 +217,11 @@ def test_a_new_job_keeps_what_its_owner_gave_to_sbatch(cluster: Cluster, project
 # -- submissions whose answer is lost ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def here(cluster: Cluster, project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A run that this process submits, with programs on PATH in front of Slurm's."""
-    made = project()
-    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
-    monkeypatch.setenv("PATH", f"{made.folder}/bin:/usr/bin:/bin")
-    monkeypatch.chdir(made.folder)
-    monkeypatch.setattr("afina.slurm.submit._PAUSES_S", (0.5,))
-    return made
-
-
 LOST = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
 
 
 @pytest.mark.timeout(120)
-def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: Project) -> None:
+def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: ScriptedRun) -> None:
     program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
     job = submit_sbatch(here.plan, here.run)
     queued = cluster.root(["squeue", "--noheader", "--name=other", "--format=%i"]).stdout.split()
@@ -310,7 +229,7 @@ def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: Project) ->
 
 
 @pytest.mark.timeout(120)
-def test_an_ambiguous_answer_keeps_the_run_and_no_second_job_is_queued(cluster: Cluster, here: Project) -> None:
+def test_an_ambiguous_answer_keeps_the_run_and_no_second_job_is_queued(cluster: Cluster, here: ScriptedRun) -> None:
     program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
     program(
         here.folder / "bin", "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
@@ -327,7 +246,7 @@ def test_an_ambiguous_answer_keeps_the_run_and_no_second_job_is_queued(cluster: 
 
 
 @pytest.mark.timeout(120)
-def test_a_lost_answer_without_a_job_is_settled_after_a_while(here: Project) -> None:
+def test_a_lost_answer_without_a_job_is_settled_after_a_while(here: ScriptedRun) -> None:
     program(here.folder / "bin", "sbatch", LOST)
     with pytest.raises(SlurmError):
         submit_sbatch(here.plan, here.run)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from projects import give_to_user
-from test_other_sites import Project
+from projects import ScriptedRun, give_to_user
 from tests.common import program
 
 from afina.errors import InputError, SlurmError
@@ -68,7 +67,7 @@ RUNTIME = '[ -r "{image}" ] || exit 255\nexec bash {worker} "$@"\n'
 BY_HAND = ("memory", "disk", "image", "limit")
 
 
-class StormRun(Project):
+class StormRun(ScriptedRun):
     """A run, the faults that its attempts meet one after another, and an image that can be purged."""
 
     def __init__(self, cluster: Cluster, folder: Path, python: Path, faults: list[str]) -> None:

@@ -167,7 +167,7 @@ def test_a_backslash_is_no_part_of_a_folder_that_slurm_logs_into(plan: Plan) -> 
 CLAIM = """
 import sys, time
 from afina.run.plan import load_plan
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.errors import ClaimedError, InputError
 plan = load_plan(sys.argv[1])
 print("ready", flush=True)
@@ -220,7 +220,7 @@ CLAIM_FULL = """
 import os, sys
 from afina.errors import AfinaError
 from afina.run.plan import load_plan
-from afina.run.directory import RunDir
+from afina.run.new_run import claim
 plan = load_plan(sys.argv[1])
 try:
     claim(plan, {}, ["{run}"] * 9000, "x" * int(sys.argv[3]), sys.argv[2])
