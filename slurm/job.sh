@@ -46,6 +46,9 @@ afina_cpus() {
   echo "${least:-${SLURM_CPUS_ON_NODE:-1}}"
 }
 
+# What squeue knows of this job; a site's wrapper may print lines of its own before the answer.
+afina_queue() { squeue --noheader --jobs "$afina_job" --states all --format "$1" 2>/dev/null | tail -n 1; } # FORMAT
+
 # [D-]H:M:S or M:S, as squeue prints times -> seconds; empty for UNLIMITED, INVALID, NOT_SET
 afina_seconds() {
   [[ $1 =~ ^(([0-9]+)-)?(([0-9]+):)?([0-9]+):([0-9]+)$ ]] || return 0
@@ -107,13 +110,16 @@ afina_meet() {
   port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_ARRAY_TASK_ID:-0}) % 20000))
   while (exec 3<>"/dev/tcp/$AFINA_HEAD/$port") 2>/dev/null; do port=$((port + 1)); done
   # From the time left, not the time of the end: this node's clock may differ from Slurm's.
-  left=$(afina_seconds "$(squeue --noheader --jobs "$afina_job" --format %L 2>/dev/null)")
+  left=$(afina_seconds "$(afina_queue %L)")
   AFINA_DEADLINE=${left:+$(($(date +%s) + left))}
   : "${AFINA_DEADLINE:=${SLURM_JOB_END_TIME:-}}" # without squeue; from Slurm 23.02 on
   export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
   # The folder for each node's copy of model and data; the container must see it (these variables add to its other binds).
   if [ -n "${AFINA_STAGE:-}" ] && [ "$AFINA_STAGE" != 0 ]; then
-    if [ "$AFINA_STAGE" = 1 ]; then AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}; fi
+    if [ "$AFINA_STAGE" = 1 ]; then
+      AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
+      [ -d "$AFINA_STAGE" ] || { afina_say "$AFINA_STAGE does not exist here: the copy goes to /tmp" && AFINA_STAGE=/tmp; }
+    fi
     case $AFINA_STAGE in
       *[,:]*) afina_say "AFINA_STAGE=$AFINA_STAGE: a path with a comma or colon cannot be bound; nothing is copied" && AFINA_STAGE='' ;;
       *) export AFINA_STAGE APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$AFINA_STAGE" SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$AFINA_STAGE" ;;
@@ -238,7 +244,8 @@ afina_after() {
   { read -r action; read -r exclude; read -r why; read -r pause; } <"$run/attempts/$AFINA_ATTEMPT/next" || [ -n "$why" ] || return 0
   afina_say "$why"
   [ "$action" = requeue ] || return 0
-  state=$(squeue --noheader --jobs "$afina_job" --states all --format %T 2>/dev/null)
+  state=$(afina_queue %T)
+  [[ $state =~ ^[A-Z_]+$ ]] || state='' # not an answer
   case $state in
     RUNNING | PREEMPTED | '') ;;
     *)
@@ -294,13 +301,14 @@ afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
   [ "$(afina_field Contiguous)" != 1 ] || ask+=(--contiguous)
   exclude=$exclude,$(afina_field ExcNodeList)
   # GPUs in the spelling that the job had: gres:gpu:a100:2 in Slurm 22.05, gres/gpu:a100:2 since.
-  gres=$(squeue --noheader --jobs "$afina_job" --states all --format %b 2>/dev/null)
+  gres=$(afina_queue %b)
   if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then
     ask+=(--gpus-per-node="$SLURM_GPUS_PER_NODE")
   elif [[ $gres == gres[:/]* ]]; then
     ask+=(--gres="${gres//gres[:\/]/}")
   fi
-  value=$(squeue --noheader --jobs "$afina_job" --states all --format %l 2>/dev/null)
+  value=$(afina_queue %l)
+  [[ $value =~ ^([0-9:-]+|UNLIMITED)$ ]] || value=''
   if [ -z "$value" ] && [ -n "${SLURM_JOB_END_TIME:-}" ] && [ -n "${SLURM_JOB_START_TIME:-}" ]; then
     value=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 59) / 60))
   fi
@@ -330,7 +338,7 @@ afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
   comment=${comment%"${comment##*[![:space:]]}"}
   ask+=(--comment="$comment${comment:+ }afina:$token")
   if grep -qs '"job_id": "[^"]*;' "$run/submissions.jsonl"; then cluster=";${SLURM_CLUSTER_NAME:-}"; fi
-  printf '{"time": %s, "token": "%s", "clusters": "", "record": {}}\n' "$(date +%s)" "$token" >"$run/intent.json"
+  printf '{"time": %s, "token": "%s", "script": %s, "clusters": "", "record": {}}\n' "$(date +%s)" "$token" "$(afina_json "$run/finetune.sbatch")" >"$run/intent.json"
   if ! value=$(afina_sbatch --parsable "${ask[@]}" "$run/finetune.sbatch" "$run" 2>&1); then
     afina_say "$value"
     if afina_lost "$value"; then
@@ -343,7 +351,7 @@ afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
       rm -f "$run/intent.json"
     fi
   else
-    job=${value##*$'\n'} job=${job%%;*}
+    job=$(sed -nE 's/^(Submitted batch job )?([0-9]+)(;.*| on cluster .*)?$/\2/p' <<<"$value" | tail -n 1)
   fi
   if [[ $job =~ ^[0-9]+$ ]]; then
     printf '{"time": %s, "job_id": "%s", "via": "resubmit"}\n' "$(date +%s)" "$job$cluster" >>"$run/submissions.jsonl"

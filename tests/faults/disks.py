@@ -85,11 +85,23 @@ class Disk:
             RuntimeError: a process still has a file on it open; names it.
         """
         until = time.monotonic() + patience_s
-        while subprocess.run(["umount", str(self.folder)], capture_output=True, check=False).returncode:
+        while True:
+            if not subprocess.run(["umount", str(self.folder)], capture_output=True, check=False).returncode:
+                self.mount()
+                if self._works():
+                    return
             if time.monotonic() > until:
                 raise RuntimeError(f"{self.folder} is still in use after {patience_s:g} s, by {self._holders()}")
             time.sleep(0.1)
-        self.mount()
+
+    def _works(self) -> bool:
+        """False where a container that started meanwhile has a copy of the old mount: the new one then shares its failure."""
+        try:
+            (self.folder / ".probe").write_bytes(b"1")
+            (self.folder / ".probe").unlink()
+        except OSError:
+            return False
+        return True
 
     def _holders(self) -> list[str]:
         """Processes with an open file, folder or mapping on it."""

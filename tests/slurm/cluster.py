@@ -119,7 +119,7 @@ class Cluster(Settings):
         for mount in sorted(machine.mounts_below(self.state), reverse=True):
             subprocess.run(["umount", "--lazy", mount], check=True)
         for name in self._nodes_ever():
-            for folder in (CGROUP_ROOT / "freezer" / f"slurm_{name}").glob("uid_*/job_*"):
+            for folder in CGROUP_ROOT.glob(f"*/slurm_{name}/uid_*/job_*"):
                 # Only its own: another cluster may be about to use one that is empty.
                 if int(folder.name.removeprefix("job_")) in self.job_ids:
                     machine.remove_empty_folders(folder)
@@ -145,12 +145,12 @@ class Cluster(Settings):
         return self
 
     @staticmethod
-    def cgroup_unavailable() -> str | None:
-        """Why proctrack/cgroup cannot run here, or None. Slurm 22.05 needs the v1 freezer, mounted and writable."""
-        procs = CGROUP_ROOT / "freezer" / "cgroup.procs"
+    def cgroup_unavailable(hierarchy: str = "freezer") -> str | None:
+        """Why Slurm's cgroup plugins cannot run here, or None. Slurm 22.05 needs cgroup v1, mounted and writable."""
+        procs = CGROUP_ROOT / hierarchy / "cgroup.procs"
         if not procs.is_file():
-            return f"proctrack/cgroup needs the cgroup v1 freezer hierarchy, and {procs.parent} is not mounted"
-        return None if os.access(procs, os.W_OK) else f"proctrack/cgroup: {procs} is not writable"
+            return f"Slurm needs the cgroup v1 {hierarchy} hierarchy, and {procs.parent} is not mounted"
+        return None if os.access(procs, os.W_OK) else f"Slurm's cgroup plugins: {procs} is not writable"
 
     def daemon_pids(self) -> dict[str, int]:
         """The daemons that run now: munged, mariadbd, slurmdbd, slurmctld, slurmd-n1, slurmd-n2."""

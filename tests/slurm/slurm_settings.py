@@ -33,7 +33,7 @@ class Settings:
 
     `grace_s` is the GraceTime of the partition `gpu`: on preemption the tasks, not the batch script, get TERM that
     long before the job is killed and requeued. `requeue_delay_s` is the pause before a requeued job starts again (120
-    in production). `constrain_memory` gives each job a memory cgroup with its limit. `gpu_type` names the GPUs (`gpu:a100:2`); with `job_requeue` 0 no job may be put back. `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
+    in production). `constrain_memory` gives each job a memory cgroup with its limit; `enforce` is AccountingStorageEnforce. `gpu_type` names the GPUs (`gpu:a100:2`); with `job_requeue` 0 no job may be put back. `slurmctld_parameters` is passed on, e.g. "preempt_send_user_signal".
     """
 
     state: Path
@@ -41,6 +41,7 @@ class Settings:
     proctrack: str = "linuxproc"
     accounting: bool = True
     constrain_memory: bool = False
+    enforce: str = ""
     nodes: int = 2
     cpus: int = 4
     gpus: int = 2
@@ -117,6 +118,7 @@ class Settings:
                 # Under auth/munge the "password" is the socket of the munged to use; AuthInfo does not cover this one.
                 f"AccountingStoragePass={self.state}/run/munge.sock",
                 "AccountingStorageTRES=gres/gpu",
+                *([f"AccountingStorageEnforce={self.enforce}"] if self.enforce else []),
             ]
         kind = f"{self.gpu_type}:" if self.gpu_type else ""
         resources = f"CPUs={self.cpus} RealMemory={self.mem_mb} Gres=gpu:{kind}{self.gpus}"

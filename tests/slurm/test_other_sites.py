@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from projects import ScriptedRun, give_to_user
+from projects import LOST, ScriptedRun, give_to_user
 from tests.common import program
 
 from afina.errors import InputError, SlurmError
@@ -217,12 +217,9 @@ def test_a_new_job_keeps_what_its_owner_gave_to_sbatch(cluster: Cluster, project
 # -- submissions whose answer is lost ----------------------------------------------------------------------------------
 
 
-LOST = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
-
-
 @pytest.mark.timeout(120)
 def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: ScriptedRun) -> None:
-    program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
+    here.lose_answers()
     job = submit_sbatch(here.plan, here.run)
     queued = cluster.root(["squeue", "--noheader", "--name=other", "--format=%i"]).stdout.split()
     assert [job] == queued == [str(j) for j in here.jobs()] and not (here.run.path / "intent.json").exists()
@@ -230,7 +227,7 @@ def test_a_job_whose_answer_is_lost_is_found(cluster: Cluster, here: ScriptedRun
 
 @pytest.mark.timeout(120)
 def test_an_ambiguous_answer_keeps_the_run_and_no_second_job_is_queued(cluster: Cluster, here: ScriptedRun) -> None:
-    program(here.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
+    here.lose_answers()
     program(
         here.folder / "bin", "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
     )

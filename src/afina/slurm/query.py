@@ -15,7 +15,7 @@ from afina.errors import SlurmError
 from afina.recipe.time_limit import parse_seconds
 from afina.slurm.client import of_cluster, run_command, try_command
 
-__all__ = ["Job", "JobState", "cancel", "query", "queue_answers"]
+__all__ = ["NEW_S", "Job", "JobState", "cancel", "is_unseen", "query", "queue_answers"]
 
 JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
 
@@ -35,6 +35,7 @@ _STATES: dict[str, JobState] = {
         ),
         "PENDING",
     ),
+    "REVOKED": "RUNNING",  # another cluster of the federation runs it
     **dict.fromkeys(
         (
             "BOOT_FAIL",
@@ -45,12 +46,13 @@ _STATES: dict[str, JobState] = {
             "NODE_FAIL",
             "OUT_OF_MEMORY",
             "PREEMPTED",
-            "REVOKED",
             "TIMEOUT",
         ),
         "GONE",
     ),
 }
+#: A job that was submitted less long ago may be missing in squeue's answer: some sites serve one that is a minute old.
+NEW_S = 120.0
 #: One argument of a command may have 131,072 bytes on Linux.
 _MAX_IDS = 5000
 #: Somebody waits at a screen for the answer.
@@ -65,7 +67,7 @@ class Job:
         job_id: as in the query: `123`, or `123_4` for a task of an array.
         state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
         slurm_state: Slurm's own name of the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
-        reason: why it waits, in Slurm's word; `afina.slurm.reasons` explains it. Of UNKNOWN: what squeue answered.
+        reason: why it waits, in Slurm's word, or its state; `afina.slurm.reasons` explains it. Of UNKNOWN: what squeue answered.
         time_left_s: seconds to its time limit.
         start: when it started, or when Slurm expects it to start, in seconds since the epoch.
         nodes: the nodes that it runs on, as Slurm abbreviates them.
@@ -108,6 +110,12 @@ def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -
     return {job_id: jobs[job_id] for job_id in job_ids}
 
 
+def is_unseen(job: Job, submitted_s: float, attempts: Sequence[str]) -> bool:
+    """True of a job of which nothing is known, that was submitted so many seconds ago and has begun no attempt: it may still show up."""
+    begun = any(name.startswith(f"{of_cluster(job.job_id)[0]}.") for name in attempts)
+    return job.state == "GONE" and not job.slurm_state and not begun and 0 <= submitted_s < NEW_S
+
+
 def queue_answers() -> bool:
     """True where squeue works."""
     return try_command(["squeue", "--noheader", "--me", "--format=%i"]) is not None
@@ -145,7 +153,7 @@ def _queued(answer: str) -> dict[str, Job]:
             job_id,
             _STATES.get(state, "RUNNING"),
             state,
-            reason,
+            state if reason in ("", "None") else reason,
             None if left_s is None else int(left_s),
             float(start) if start.strip().isdigit() else None,
             nodes,

@@ -21,11 +21,17 @@ _TURN, _LATER = (
 
 #: A pattern for the whole reason -> what it means, what to do; where sbatch refuses a job for it, that too. `{job}` stands for the job id.
 _REASONS: tuple[tuple[str, str, str] | tuple[str, str, str, str], ...] = (
-    ("None|WaitingForScheduling", "Slurm has not considered it yet", "nothing: check again in a minute"),
+    ("None|PENDING|WaitingForScheduling", "Slurm has not considered it yet", "nothing: check again in a minute"),
     ("Priority", "jobs with a higher priority start first", _QUEUE),
     ("Resources", "it is next, and the nodes or GPUs it asks for are busy", _QUEUE),
     ("BeginTime", "it may not start yet (after a requeue Slurm waits about two minutes)", "nothing"),
-    ("Cleaning|Prolog|Configuring|NodesConfiguring", "its nodes are being prepared", "nothing"),
+    (
+        "SUSPENDED|STOPPED",
+        "Slurm has suspended it: its processes stand still",
+        "nothing: it goes on where it was when Slurm resumes it",
+    ),
+    ("REQUEUED|REQUEUE_FED", "Slurm is putting it back into the queue", "nothing"),
+    ("Cleaning|Prolog|Configuring|NodesConfiguring|CONFIGURING", "its nodes are being prepared", "nothing"),
     ("JobArrayTaskLimit", "its sweep runs as many jobs at once as it allows", "nothing"),
     ("Dependency", "it waits for another job to end", "nothing: `scontrol show job {job}` names that job"),
     (
@@ -36,8 +42,8 @@ _REASONS: tuple[tuple[str, str, str] | tuple[str, str, str, str], ...] = (
     ("JobHeldUser", "it is held", "scontrol release {job}"),
     ("JobHeldAdmin", "an administrator holds it", "ask the cluster's support"),
     (
-        "launch failed requeued held|job requeued in held state|JobHoldMaxRequeue",
-        "a node could not start it, and Slurm holds it",
+        "launch failed requeued held|job requeued in held state|JobHoldMaxRequeue|REQUEUE_HOLD|SPECIAL_EXIT|RESV_DEL_HOLD",
+        "Slurm has put it back and holds it, as after a node could not start it",
         "read its log (afina logs), then: scontrol release {job}",
     ),
     (

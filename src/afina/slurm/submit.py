@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -28,7 +29,7 @@ from afina.run.directory import RunDir
 from afina.run.plan import Plan
 from afina.slurm.client import AMBIGUOUS, run_command
 from afina.slurm.cluster import read_config
-from afina.slurm.query import query
+from afina.slurm.query import NEW_S, is_unseen, query
 
 __all__ = [
     "check_not_queued",
@@ -45,6 +46,8 @@ INTENT = "intent.json"
 #: Seconds between the questions for a job whose answer was lost; a busy slurmctld may carry it out later still.
 _PAUSES_S = (1, 5, 15)
 _LATE_S = 120.0
+#: `18`, `18;gpu`, and what sbatch prints where a wrapper drops `--parsable`.
+_JOB_ID = re.compile(r"(?:Submitted batch job )?([0-9]+)(?:;(\S+)| on cluster (\S+))?")
 
 
 def submit_sbatch(plan: Plan, run: RunDir) -> str:
@@ -74,32 +77,42 @@ def submitted(plan: Plan, argv: Sequence[str], folder: Path, record: Mapping[str
     """
     token, variables = secrets.token_hex(6), site_variables(plan)
     clusters = _clusters(argv, variables)
-    intent = {"time": time.time(), "token": token, "clusters": clusters, "record": dict(record)}
+    script = next((word for word in argv[1:] if not word.startswith("-")), "")
+    intent = {"time": time.time(), "token": token, "script": script, "clusters": clusters, "record": dict(record)}
     with uninterrupted():
         write_atomic(folder / INTENT, json.dumps(intent) + "\n")
         try:
-            answer = run_command(_with_token(plan, argv, token, variables), env=variables).strip()
+            job_id = _job_id(run_command(_with_token(plan, argv, token, variables), env=variables))
         except SlurmError as error:
             if error.cause != AMBIGUOUS:
                 (folder / INTENT).unlink()
                 raise
-            job_id = _find_patiently(token, clusters)
-            if job_id is None:
+            queued = _find_patiently(folder, intent)
+            if queued is None:
                 raise SlurmError(
                     f"{error.message}; the job may be in the queue all the same, so {folder} is kept",
                     "repeat the command when `squeue --me` answers: it looks for the job before it submits one; for a run: "
                     + shlex.join(["afina", "submit", str(folder)]),
                     cause=AMBIGUOUS,
                 ) from None
-        else:
-            job_id = (answer.splitlines() or [""])[-1]
-            if not job_id.partition(";")[0].isdigit():
-                (folder / INTENT).unlink()
-                raise SlurmError(
-                    f"sbatch answered {answer!r} instead of a job id", "check with `squeue --me` for the job"
-                )
+            job_id = queued
         yield job_id
         (folder / INTENT).unlink()
+
+
+def _job_id(answer: str) -> str:
+    """The job in sbatch's answer: the line that is a number alone, among what a site's wrapper or plugin prints.
+
+    Raises:
+        SlurmError: there is none, or several; with the cause `AMBIGUOUS`.
+    """
+    ids = [match for line in answer.splitlines() if (match := _JOB_ID.fullmatch(line.strip()))]
+    if len(ids) != 1:
+        raise SlurmError(
+            f"sbatch answered {answer.strip()!r} instead of a job id", "see `squeue --me` for the job", cause=AMBIGUOUS
+        )
+    number, cluster = ids[0][1], ids[0][2] or ids[0][3]
+    return f"{number};{cluster}" if cluster else number
 
 
 def recover(folder: Path) -> tuple[str, dict[str, Any]] | None:
@@ -113,10 +126,10 @@ def recover(folder: Path) -> tuple[str, dict[str, Any]] | None:
     intent = read_json(folder / INTENT)
     if not intent:
         return None
-    job_id = _find(str(intent.get("token")), str(intent.get("clusters") or ""))
+    job_id = _find(folder, intent)
     if job_id is not None:
         return job_id, dict(intent.get("record") or {})
-    if (late := _LATE_S - (time.time() - float(intent.get("time") or 0))) > 0:
+    if (late := _LATE_S - _age_s(folder / INTENT)) > 0:
         raise SlurmError(
             f"{folder}: sbatch gave no answer a moment ago, and its job may still come",
             f"repeat the command in {late:.0f} s",
@@ -124,6 +137,15 @@ def recover(folder: Path) -> tuple[str, dict[str, Any]] | None:
         )
     forget(folder)
     return None
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a file was written, by the clock of its file system: the node that wrote it may have another than this one."""
+    probe = path.with_name(f".{path.name}.now")
+    probe.touch()
+    age = probe.stat().st_mtime - path.stat().st_mtime
+    probe.unlink(missing_ok=True)
+    return age
 
 
 def forget(folder: Path) -> None:
@@ -141,7 +163,9 @@ def check_not_queued(run: RunDir) -> None:
     if (recovered := recover(run.path)) is not None:
         run.append("submissions.jsonl", {"job_id": recovered[0], "via": "recovered"})
         forget(run.path)
-    for job in query(run.job_ids(), account=()).values():
+    ids = run.job_ids()
+    jobs = query(ids, account=ids[-1:])
+    for job in jobs.values():
         if job.state == "UNKNOWN":
             raise SlurmError(
                 f"{run.path}: a job of this run may be queued or running, and Slurm does not answer: {job.reason}",
@@ -150,6 +174,16 @@ def check_not_queued(run: RunDir) -> None:
             )
         if job.state != "GONE":
             raise InputError(f"{run.path}: job {job.job_id} of this run is {job.state}", "nothing to submit")
+    newest = next(reversed(jobs.values()), None)
+    submitted_s = time.time() - max(
+        (float(line.get("time") or 0) for line in run.lines("submissions.jsonl")), default=0
+    )
+    if newest is not None and is_unseen(newest, submitted_s, run.attempt_names()):
+        raise SlurmError(
+            f"{run.path}: job {newest.job_id} was submitted {submitted_s:.0f} s ago, and squeue does not show it yet",
+            f"repeat the command in {NEW_S - submitted_s:.0f} s",
+            cause=AMBIGUOUS,
+        )
 
 
 @contextlib.contextmanager
@@ -207,28 +241,38 @@ def _clusters(argv: Sequence[str], variables: Mapping[str, str]) -> str:
     return (named or [both.get("SBATCH_CLUSTERS") or both.get("SLURM_CLUSTERS") or ""])[-1]
 
 
-def _find_patiently(token: str, clusters: str) -> str | None:
+def _find_patiently(folder: Path, intent: Mapping[str, Any]) -> str | None:
     for pause in _PAUSES_S:
         time.sleep(pause)
         with contextlib.suppress(SlurmError):
-            if (job_id := _find(token, clusters)) is not None:
+            if (job_id := _find(folder, intent)) is not None:
                 return job_id
     return None
 
 
-def _find(token: str, clusters: str) -> str | None:
-    """The job with this token in its comment: the number of an array, or of a job.
+def _find(folder: Path, intent: Mapping[str, Any]) -> str | None:
+    """The job of a submission, the number of an array, or of a job: by the token in its comment.
+
+    Where the site replaces comments, by its script: of jobs that were submitted since, and are not recorded.
 
     Raises:
         SlurmError: squeue does not answer.
     """
-    where = [f"--clusters={clusters}"] if clusters else []
-    answer = run_command(["squeue", "--me", "--noheader", "--states=all", "--format=%F|%k", *where], timeout_s=30.0)
+    token, script = f"afina:{intent.get('token')}|", f"|{intent.get('script') or '?'}"
+    since = float(intent.get("time") or 0) - _LATE_S
+    recorded = {str(line.get("job_id")) for line in RunDir(folder).lines("submissions.jsonl")}
+    where = [f"--clusters={intent['clusters']}"] if intent.get("clusters") else []
+    argv = ["squeue", "--me", "--noheader", "--states=all", "--format=%F|%V|%k|%o", *where]
     cluster = ""
-    for line in answer.splitlines():
+    for line in run_command(argv, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=30.0).splitlines():
         if line.startswith("CLUSTER: "):
             cluster = line[9:].strip()
-        number, _, comment = line.strip().partition("|")
-        if number.isdigit() and comment.endswith(f"afina:{token}"):
-            return f"{number};{cluster}" if cluster else number
+        number, _, about = line.strip().partition("|")
+        submitted_at, _, about = about.partition("|")
+        job_id = f"{number};{cluster}" if cluster else number
+        if not number.isdigit():
+            continue
+        replaced = "afina:" not in about.partition("|")[0] and submitted_at.isdigit() and int(submitted_at) > since
+        if token in about or (replaced and script in about and job_id not in recorded):
+            return job_id
     return None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from afina.recipe.trackers import sync_commands
 from afina.run.outcome import ANOTHER_RUN
-from afina.slurm.query import Job, query
+from afina.slurm.query import Job, is_unseen, query
 from afina.slurm.reasons import explain
 from afina.watch.reading import Reading, decisive_lines, read_run
 
@@ -196,11 +196,17 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
     if _end_is_recorded(reading):
         return ended, _first_line(outcome), again if ended == "STOPPED" else _remedy(outcome, again)
     if job is not None:
+        if is_unseen(job, time.time() - reading.submitted, reading.attempts) and job.job_id not in reading.cancelled:
+            return (
+                "UNKNOWN",
+                f"job {job.job_id} was just submitted, and squeue does not show it yet",
+                "try again in a minute",
+            )
         if job.slurm_state == "CANCELLED" or job.job_id in reading.cancelled:
             return "STOPPED", "its job was cancelled", again
         how = f" (Slurm: {job.slurm_state})" if job.slurm_state else ""
         what = f"attempt {reading.attempt}" if reading.attempt else f"job {job.job_id}"
-        line, remedy = decisive_lines(reading.path)
+        line, remedy = decisive_lines(reading.path, job.job_id)
         remedy = _BY_STATE.get(job.slurm_state) or remedy or logs
         return (
             "FAILED",

@@ -180,16 +180,21 @@ def read_run(path: Path) -> Reading:
     )
 
 
-def job_log(path: Path) -> Path | None:
-    """Slurm's log of the run's newest job."""
-    logs = [*path.glob("slurm-*.out"), *path.glob("submitit/*_log.out")]
+def job_log(path: Path, job_id: str = "*") -> Path | None:
+    """Slurm's log of a job of the run, by default of its newest; of a sweep's task it lies in the sweep's folder."""
+    number = job_id.partition(";")[0]
+    logs = [*path.glob(f"slurm-{number}.out"), *path.glob(f"submitit/{number}_*log.out")]
+    if "_" in number:
+        logs += path.parent.parent.glob(f"logs/{number}.out")
     return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
 
 
-def decisive_lines(path: Path) -> tuple[str, str]:
-    """The line of the newest job's log that tells why it ended, and its remedy: the last error, else the last line."""
-    log = job_log(path)
-    lines = [line.decode(errors="replace") for line in _tail_lines(log)[0]] if log else []
+def decisive_lines(path: Path, job_id: str) -> tuple[str, str]:
+    """The line of a job's log that tells why it ended, and its remedy: the last error, else the last line."""
+    log = job_log(path, job_id)
+    if log is None:
+        return "it left no log", f"do all nodes see {path}? `afina doctor --job` looks"
+    lines = [line.decode(errors="replace") for line in _tail_lines(log)[0]]
     for number in range(len(lines) - 1, -1, -1):
         if lines[number].startswith(("error: ", "slurmstepd: error: ", "srun: error: ")):
             following = lines[number + 1].strip() if number + 1 < len(lines) else ""

@@ -20,6 +20,7 @@ from afina.errors import InputError, SlurmError
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.slurm.reasons import explain
+from afina.slurm.submit import check_not_queued
 from afina.text import short_duration, size_in_words
 from afina.watch.cancel import cancel_runs
 from afina.watch.find import find_runs, known_runs, resolve_folder, short_names
@@ -68,7 +69,7 @@ def make(path: Path, *, job: str | None = None, **train: Any) -> RunDir:
     (path / "prepared.json").write_text(json.dumps({"rows": {"train": 100}}))
     run = RunDir(path)
     if job:
-        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
+        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch", "time": time.time() - 300})
     return run
 
 
@@ -157,10 +158,66 @@ def test_every_state_with_one_question_each_to_squeue_and_sacct(slurm: Slurm, ru
     assert (found["running"].nodes, found["running"].limit_s) == ("n7", 3600)
     assert found["stopped"].why == "a user asked for the stop"
     assert (found["failed"].why, found["failed"].error) == ("it broke", "it broke\nhere")
-    assert found["gone"].why == "job 7 left the queue without an outcome"
-    assert found["died"].why == "attempt 10.1 left the queue without an outcome (Slurm: NODE_FAIL)"
+    assert found["gone"].why == "job 7 left the queue without an outcome: it left no log"
+    assert "do all nodes see" in (found["gone"].remedy or "")
+    assert (found["died"].why or "").startswith("attempt 10.1 left the queue without an outcome (Slurm: NODE_FAIL)")
     assert found["waits-again"].remedy and "scontrol release 13" in found["waits-again"].remedy
     assert "afina submit" in (found["planned"].remedy or "")
+
+
+def test_the_decisive_line_is_of_the_log_of_the_job_that_ended(slurm: Slurm, runs: Path) -> None:
+    """Not of an earlier job's; a sweep's tasks have theirs in the sweep's folder."""
+    refused = make(runs / "refused", job="7")
+    (refused.path / "slurm-7.out").write_text(
+        "hello\nerror: AFINA_SITE=/home/me/site.env: no such file on n1\n  remedy: put it there\nlogout\n"
+    )
+    again = make(runs / "again", job="8")
+    (again.path / "slurm-7.out").write_text("error: of an earlier job\n")
+    cell = make(runs.parent / "sweeps/s/runs/c", job="9_3")
+    (runs.parent / "sweeps/s/logs").mkdir()
+    (runs.parent / "sweeps/s/logs/9_3.out").write_text("slurmstepd: error: couldn't chdir\n\n")
+    slurm.answer("squeue", "7|7|FAILED|0:00|N/A|n1|NonZeroExitCode", "8|8|FAILED|0:00|N/A|n1|NonZeroExitCode")
+    slurm.answer("sacct", "9_3|9|TIMEOUT")
+    first, second, third = summarise([refused.path, again.path, cell.path])
+    assert "(Slurm: FAILED): AFINA_SITE=/home/me/site.env: no such file on n1" in (first.why or "")
+    assert (first.remedy or "").startswith("put it there; then: afina submit")
+    assert "earlier job" not in (second.why or "") and "it left no log" in (second.why or "")
+    assert "couldn't chdir" in (third.why or "") and "ask for more time" in (third.remedy or "")
+
+
+def test_a_job_that_squeue_does_not_show_yet_is_not_lost(slurm: Slurm, runs: Path) -> None:
+    """Some sites serve answers of squeue that are a minute old; a second job would train beside the first."""
+    run = make(runs / "new")
+    run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
+    slurm.answer("squeue")
+    slurm.answer("sacct")
+    summary = summary_of(run.path)
+    assert summary.state == "UNKNOWN" and "squeue does not show it yet" in (summary.why or "")
+    with pytest.raises(SlurmError, match="squeue does not show it yet"):
+        check_not_queued(run)
+    slurm.answer("sacct", "7|7|FAILED")
+    assert summary_of(run.path).state == "FAILED"
+    check_not_queued(run)
+
+
+@pytest.mark.parametrize(
+    ("state", "shown", "words"),
+    [
+        ("SUSPENDED", "PENDING", "has suspended it"),
+        ("SPECIAL_EXIT", "PENDING", "holds it"),
+        ("REQUEUED", "PENDING", "putting it back"),
+        ("CONFIGURING", "PENDING", "being prepared"),
+        ("REVOKED", "RUNNING", "has started"),
+    ],
+)
+def test_states_in_which_slurm_gives_no_reason(slurm: Slurm, runs: Path, state: str, shown: str, words: str) -> None:
+    """REVOKED: another cluster of the federation runs the job."""
+    run = make(runs / "one", job="7")
+    slurm.answer("squeue", f"7|7|{state}|1:00|N/A|n1|None")
+    summary = summary_of(run.path)
+    assert (summary.state, words in (summary.why or "")) == (shown, True), summary
+    with pytest.raises(InputError, match="of this run is"):
+        check_not_queued(run)
 
 
 def test_a_question_that_fails_is_unknown_never_failed(slurm: Slurm, runs: Path) -> None:
