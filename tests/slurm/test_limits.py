@@ -15,7 +15,7 @@ from afina.slurm.submit import check_not_queued, submit_sbatch
 from afina.watch.overview import summary_of
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_job_that_the_kernel_kills_for_its_memory_names_it_and_is_not_tried_again(
     cluster: Cluster, project: Callable[..., ScriptedRun]
 ) -> None:
@@ -58,7 +58,7 @@ def limits(cluster: Cluster) -> Iterator[Callable[..., None]]:
     cluster.restart(enforce="")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_sbatchs_own_reason_decides_the_remedy(
     cluster: Cluster, limits: Callable[..., None], here: ScriptedRun
 ) -> None:
@@ -85,7 +85,7 @@ def test_sbatchs_own_reason_decides_the_remedy(
     assert summary.state == "PENDING" and "as many jobs as the limits allow" in (summary.why or ""), summary
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_job_on_a_named_cluster_keeps_its_name(
     cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch, lost: bool
@@ -103,7 +103,7 @@ def test_a_job_on_a_named_cluster_keeps_its_name(
     assert query([job])[job].state == "GONE"
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_new_job_after_one_on_a_named_cluster_has_its_name(
     cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ class Job:
         job_id: as in the query: `123`, or `123_4` for a task of an array.
         state: PENDING, RUNNING, GONE (it has left the queue) or UNKNOWN (Slurm does not answer).
         slurm_state: Slurm's own name of the state, e.g. COMPLETING, TIMEOUT, CANCELLED; empty where it is not known.
-        reason: why it waits, in Slurm's word, or its state; `afina.slurm.reasons` explains it. Of UNKNOWN: what squeue answered.
+        reason: why it waits, in Slurm's word; `afina.slurm.reasons` explains it. Of UNKNOWN: what squeue answered.
         time_left_s: seconds to its time limit.
         start: when it started, or when Slurm expects it to start, in seconds since the epoch.
         nodes: the nodes that it runs on, as Slurm abbreviates them.
@@ -153,7 +153,7 @@ def _queued(answer: str) -> dict[str, Job]:
             job_id,
             _STATES.get(state, "RUNNING"),
             state,
-            state if reason in ("", "None") else reason,
+            reason,
             None if left_s is None else int(left_s),
             float(start) if start.strip().isdigit() else None,
             nodes,

@@ -47,7 +47,7 @@ INTENT = "intent.json"
 _PAUSES_S = (1, 5, 15)
 _LATE_S = 120.0
 #: `18`, `18;gpu`, and what sbatch prints where a wrapper drops `--parsable`.
-_JOB_ID = re.compile(r"(?:Submitted batch job )?([0-9]+)(?:;(\S+)| on cluster (\S+))?")
+_JOB_ID = re.compile(r"(?:Submitted batch job )?([0-9]+)(?:;(.+)| on cluster (.+))?")
 
 
 def submit_sbatch(plan: Plan, run: RunDir) -> str:
@@ -258,11 +258,11 @@ def _find(folder: Path, intent: Mapping[str, Any]) -> str | None:
     Raises:
         SlurmError: squeue does not answer.
     """
-    token, script = f"afina:{intent.get('token')}|", f"|{intent.get('script') or '?'}"
+    token, script = f"afina:{intent.get('token')}", f"{intent.get('script') or '?'}"
     since = float(intent.get("time") or 0) - _LATE_S
     recorded = {str(line.get("job_id")) for line in RunDir(folder).lines("submissions.jsonl")}
     where = [f"--clusters={intent['clusters']}"] if intent.get("clusters") else []
-    argv = ["squeue", "--me", "--noheader", "--states=all", "--format=%F|%V|%k|%o", *where]
+    argv = ["squeue", "--me", "--noheader", "--states=all", "--format=%F|%V|%o|%k", *where]
     cluster = ""
     for line in run_command(argv, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=30.0).splitlines():
         if line.startswith("CLUSTER: "):
@@ -272,7 +272,9 @@ def _find(folder: Path, intent: Mapping[str, Any]) -> str | None:
         job_id = f"{number};{cluster}" if cluster else number
         if not number.isdigit():
             continue
-        replaced = "afina:" not in about.partition("|")[0] and submitted_at.isdigit() and int(submitted_at) > since
-        if token in about or (replaced and script in about and job_id not in recorded):
+        if about.endswith(token):
+            return job_id
+        replaced = about.startswith(script) and "afina:" not in about.rpartition(script)[2]
+        if replaced and submitted_at.isdigit() and int(submitted_at) > since and job_id not in recorded:
             return job_id
     return None

@@ -179,7 +179,7 @@ def _state(reading: Reading, job: Job | None) -> tuple[State, str | None, str | 
     if job is not None and job.state == "RUNNING":
         return "RUNNING", "its job has started" if not reading.attempts else None, None
     if job is not None and job.state == "PENDING":
-        waiting = explain(job.reason, job.job_id)
+        waiting = explain(job.slurm_state if job.reason in ("", "None") else job.reason, job.job_id)
         return "PENDING", str(waiting), waiting.remedy
     if job is not None and job.state == "UNKNOWN":
         if reading.liveness == "fresh":
