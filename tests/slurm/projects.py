@@ -123,6 +123,12 @@ class ScriptedRun:
         """From now on sbatch's answer is lost here; its jobs are queued, and held."""
         program(self.folder / "bin", "sbatch", f'/usr/bin/sbatch --hold "$@" >/dev/null\n{LOST}')
 
+    def run_slurm_as_user(self) -> None:
+        """From now on Slurm's commands of this process are the ordinary user's: root has no limits."""
+        for name in ("sbatch", "squeue", "scancel"):
+            user = f"setpriv --reuid {self.cluster.user} --regid {self.cluster.user} --init-groups"
+            program(self.folder / "bin", name, f'exec {user} /usr/bin/{name} "$@"\n')
+
     def jobs(self) -> list[int]:
         return [int(line["job_id"].partition(";")[0]) for line in self.run.lines("submissions.jsonl")]
 

@@ -24,7 +24,7 @@ def test_a_job_that_the_kernel_kills_for_its_memory_names_it_and_is_not_tried_ag
     cluster.restart(proctrack="cgroup", constrain_memory=True)
     try:
         made = project()
-        job = made.submit("--mem=300M", BODY="head -c 1G /dev/zero | tail")
+        job = made.submit("--mem=300M", BODY="head -c 1G /dev/zero | tail || exit")
         assert cluster.wait(job, timeout=90) in ("OUT_OF_MEMORY", "FAILED"), made.logs()
         outcome = made.run.outcome()
         assert outcome is not None and outcome.failure is not None, made.logs()
@@ -68,6 +68,7 @@ def test_sbatchs_own_reason_decides_the_remedy(
         assert not (here.run.path / "intent.json").exists()
         return caught.value
 
+    here.run_slurm_as_user()
     limits(MaxSubmitJobsPerUser=1)
     blocker = cluster.sbatch("--hold", script="#!/bin/bash\n")
     error = refusal()

@@ -262,7 +262,8 @@ def _find(folder: Path, intent: Mapping[str, Any]) -> str | None:
     since = float(intent.get("time") or 0) - _LATE_S
     recorded = {str(line.get("job_id")) for line in RunDir(folder).lines("submissions.jsonl")}
     where = [f"--clusters={intent['clusters']}"] if intent.get("clusters") else []
-    argv = ["squeue", "--me", "--noheader", "--states=all", "--format=%F|%V|%o|%k", *where]
+    # With its header: only then squeue prints of which cluster the lines are.
+    argv = ["squeue", "--me", "--states=all", "--format=%F|%V|%o|%k", *where]
     cluster = ""
     for line in run_command(argv, env={"SLURM_TIME_FORMAT": "%s"}, timeout_s=30.0).splitlines():
         if line.startswith("CLUSTER: "):
