@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tests.unit.conftest import Ran, sif_bytes, tree
 from afina import __version__
 from afina.doctor import CHECKS, disk, examine
 from afina.doctor.target import Target
+from afina.files import permission_remedy
 from afina.recipe.schema import Recipe
 from afina.run.plan import make_plan
 from afina.site.finding import Finding
@@ -355,3 +358,67 @@ def test_a_job_is_not_tried_where_it_cannot_be(bin: Path, afina: Callable[..., R
     (refused,) = [f for f in said["findings"] if f["level"] == "failed"]
     assert done.returncode == 3 and refused["check"] == "sbatch" and "SBATCH_ACCOUNT" in refused["remedy"]
     assert list(scratch.iterdir()) == []
+
+
+# -- a scratch that a group shares -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[None]:
+    """This process as another user; root can come back."""
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def shared(site: Site) -> Iterator[Site]:
+    """A scratch that every user reaches: pytest's own folders are closed."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield site.model_copy(update={"scratch": folder})
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "umask", "level", "words"),
+    [
+        (0o755, 0o077, None, ""),
+        (0o2775, 0o077, "warning", "umask 007 in the site file"),
+        (0o2775, 0o022, "warning", "your umask 022 keeps the group out"),
+        (0o775, 0o007, "warning", "chmod g+s"),
+        (0o2775, 0o007, "ok", "is shared by its group"),
+    ],
+)
+def test_a_scratch_that_a_group_shares(shared: Site, mode: int, umask: int, level: str | None, words: str) -> None:
+    shared.scratch.chmod(mode)
+    before = os.umask(umask)
+    try:
+        findings = list(disk.check_sharing(target(shared)))
+    finally:
+        os.umask(before)
+    assert [finding.level for finding in findings] == ([level] if level else [])
+    assert all(words in f"{finding.message} {finding.remedy}" for finding in findings)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+def test_caches_of_another_user_that_are_closed_are_named_with_their_owner(shared: Site) -> None:
+    closed = shared.scratch / "cache/hub"
+    closed.mkdir(parents=True)
+    closed.chmod(0o700)
+    assert list(disk.check_sharing(target(shared))) == [], "one's own"
+    with nobody():
+        (finding,) = disk.check_sharing(target(shared))
+        below, own = permission_remedy(closed / "models/token"), permission_remedy(Path("/proc/self/no such"))
+    assert (finding.check, finding.level, finding.message) == ("sharing", "failed", f"{closed}: permission denied")
+    assert finding.remedy == permission_of(closed) == below
+    assert "belongs to" not in own, "one's own folder"
+
+
+def permission_of(folder: Path) -> str:
+    return (
+        f"{folder} belongs to root, whose umask keeps others out: ask for `chmod -R g+rwX {folder}` and for `umask 007` in the site "
+        "file, or set AFINA_SCRATCH to a folder of your own"
+    )
