@@ -48,6 +48,12 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
+@pytest.fixture(autouse=True)
+def a_job_that_squeue_does_not_show_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that stand for squeue forget jobs of a second ago, which Slurm does not."""
+    monkeypatch.setattr("afina.slurm.query.NEW_S", 0.0)
+
+
 @pytest.fixture(params=NASTY)
 def nasty(request: pytest.FixtureRequest) -> str:
     return str(request.param)

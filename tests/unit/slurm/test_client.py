@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -242,7 +241,7 @@ def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
 
     handle = Run(run.path)
     assert handle.state == "PLANNED"
-    run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch", "time": time.time() - 300})
+    run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
     program(bin, "sacct", "exit 1\n")
     for job, slurm_state, state in ((7, "PENDING", "PENDING"), (7, "RUNNING", "RUNNING"), (8, "RUNNING", "FAILED")):
         program(bin, "squeue", f"echo '{job}|{job}|{slurm_state}|10:00|N/A|n1|Priority'\n")

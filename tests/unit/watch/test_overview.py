@@ -69,7 +69,7 @@ def make(path: Path, *, job: str | None = None, **train: Any) -> RunDir:
     (path / "prepared.json").write_text(json.dumps({"rows": {"train": 100}}))
     run = RunDir(path)
     if job:
-        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch", "time": time.time() - 300})
+        run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
     return run
 
 
@@ -185,8 +185,11 @@ def test_the_decisive_line_is_of_the_log_of_the_job_that_ended(slurm: Slurm, run
     assert "couldn't chdir" in (third.why or "") and "ask for more time" in (third.remedy or "")
 
 
-def test_a_job_that_squeue_does_not_show_yet_is_not_lost(slurm: Slurm, runs: Path) -> None:
+def test_a_job_that_squeue_does_not_show_yet_is_not_lost(
+    slurm: Slurm, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some sites serve answers of squeue that are a minute old; a second job would train beside the first."""
+    monkeypatch.setattr("afina.slurm.query.NEW_S", 120.0)
     run = make(runs / "new")
     run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
     slurm.answer("squeue")
