@@ -56,7 +56,7 @@ afina_seconds() {
   echo $((((10#${part[0]} * 24 + 10#${part[1]}) * 60 + 10#${part[2]}) * 60 + 10#${part[3]}))
 }
 
-# Slurm's list of nodes (n[1-3,07],gpu[1-2]r1) -> one name a line, in order; used where scontrol is missing.
+# Slurm's list of nodes (n[1-3,07],gpu[1-2]r1) -> one name a line, in order, as `scontrol show hostnames` prints them.
 afina_expand() {
   local list=$1 item before after low i
   local -a ranges
@@ -101,7 +101,7 @@ afina_check_image() { # RUNTIME IMAGE
 afina_meet() {
   local head address port left
   export AFINA_LAUNCH=slurm
-  AFINA_NODES=$({ scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null || afina_expand "${SLURM_JOB_NODELIST:-}"; } | tr '\n' ' ')
+  AFINA_NODES=$(afina_expand "${SLURM_JOB_NODELIST:-}" | tr '\n' ' ')
   head=${AFINA_NODES%% *}
   # The first node's address in Slurm; never localhost, which is another machine on every node.
   address=$(scontrol show node "$head" --oneliner 2>/dev/null | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
@@ -116,10 +116,7 @@ afina_meet() {
   export AFINA_NODES AFINA_HEAD AFINA_PORT=$port AFINA_DEADLINE
   # The folder for each node's copy of model and data; the container must see it (these variables add to its other binds).
   if [ -n "${AFINA_STAGE:-}" ] && [ "$AFINA_STAGE" != 0 ]; then
-    if [ "$AFINA_STAGE" = 1 ]; then
-      AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
-      [ -d "$AFINA_STAGE" ] || { afina_say "$AFINA_STAGE does not exist here: the copy goes to /tmp" && AFINA_STAGE=/tmp; }
-    fi
+    if [ "$AFINA_STAGE" = 1 ]; then AFINA_STAGE=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}; fi
     case $AFINA_STAGE in
       *[,:]*) afina_say "AFINA_STAGE=$AFINA_STAGE: a path with a comma or colon cannot be bound; nothing is copied" && AFINA_STAGE='' ;;
       *) export AFINA_STAGE APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$AFINA_STAGE" SINGULARITY_BIND="${SINGULARITY_BIND:+$SINGULARITY_BIND,}$AFINA_STAGE" ;;
@@ -360,7 +357,7 @@ afina_submit() { # NODES-TO-EXCLUDE SECONDS-TO-WAIT
     return
   fi
   case $value in
-    *'node configuration'*) [ -z "$1" ] || afina_say "no node is left that has not failed: what fails on every node is not the node" ;;
+    *'node configuration'* | *'nvalid node name'*) [ -z "$1" ] || afina_say "no node is left that has not failed: what fails on every node is not the node" ;;
   esac
   printf '{"time": %s, "event": "submission_failed", "attempt": "%s", "why": %s}\n' "$(date +%s)" "$AFINA_ATTEMPT" "$(afina_json "${value##*$'\n'}")" >>"$run/events.jsonl"
   afina_say "continue with: sbatch $(printf %q "$run/finetune.sbatch") $(printf %q "$run")"

@@ -113,11 +113,6 @@ main() { # IMAGE COMMAND…
     printf 'error: %s is not on PATH of %s\n  remedy: load its module in site.env, or have it installed on the nodes\n' "$1" "${HOSTNAME:-this node}" >&2
     exit 3
   }
-  # Of the login node's profile, which sbatch passes on.
-  if [ -n "${TMPDIR:-}" ] && { [ ! -d "$TMPDIR" ] || [ ! -w "$TMPDIR" ]; }; then
-    say "TMPDIR=$TMPDIR cannot be used on ${HOSTNAME:-this node}: /tmp is"
-    export TMPDIR=/tmp
-  fi
   # Absolute, as in /proc/self/mounts, where clear_dead searches.
   case ${TMPDIR:-/tmp} in /*) ;; *) TMPDIR=$PWD/$TMPDIR ;; esac
   for word in TERM USR1 USR2 HUP INT; do
