@@ -205,7 +205,7 @@ def cut_power(scene: Scene) -> str:
 
 def cut_power_when_finished(scene: Scene) -> str:
     """At the moment at which the outcome says finished; what a user then has, `mount_again_whole` compares."""
-    scene.live.until(lambda: scene.live.finished, "the word finished", patience_s=240, pause_s=0.0005)
+    scene.live.until(lambda: scene.live.finished, "the word finished", patience_s=600, pause_s=0.001)
     freeze(scene.live.processes())
     scene.files = _result_files(scene.live.run)
     scene.small_disk.fail(power_cut=True)
