@@ -18,8 +18,6 @@ from afina.slurm.submit import check_not_queued, submit_sbatch
 from afina.watch.overview import summary_of
 
 pytestmark = pytest.mark.timeout(600)
-#: The first attempt fails, the second finishes.
-ONCE = '[ -e "$2/once" ] || { touch "$2/once"; exit 137; }'
 
 
 def lead(made: ScriptedRun, monkeypatch: pytest.MonkeyPatch, **env: str) -> None:
