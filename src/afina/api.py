@@ -61,6 +61,8 @@ __all__ = [
 def plan_for(recipe: AnyRecipe, request: JobRequest = JobRequest()) -> Plan:
     """Load recipe and site as the request says, and compose the plan."""
     loaded = any_recipe(recipe, request.overrides)
+    for warning in loaded.warnings:
+        print(f"afina: warning: {warning}", file=sys.stderr)
     return make_plan(loaded, load_site(request.site, job=request.in_job), request)
 
 

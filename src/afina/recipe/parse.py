@@ -10,10 +10,11 @@ from pydantic import ValidationError
 from ruamel.yaml.nodes import Node
 
 from afina.errors import InputError, RecipeError, nearest
-from afina.recipe.explain import explain
+from afina.recipe.explain import combined, explain
 from afina.recipe.keys.section import shown
+from afina.recipe.plausible import implausible
 from afina.recipe.schema import Recipe
-from afina.recipe.yaml_source import apply_override, read_yaml
+from afina.recipe.yaml_source import apply_override, read_yaml, where
 
 __all__ = ["any_recipe", "load_recipe", "parse_recipe", "parse_recipes", "read_recipe"]
 
@@ -93,15 +94,27 @@ def parse_recipes(text: str, many: Iterable[Sequence[str]], *, source: str = "re
 
 def _validated(tree: Mapping[Any, Any], overrides: Sequence[str], node: Node | None, source: str) -> Recipe:
     changed = dict(tree)  # an override copies the mappings that it changes below this one
+    errors: list[RecipeError] = []
+    overridden: list[str] = []
     for override in overrides:
-        apply_override(changed, override)
-    overridden = [o.partition("=")[0].strip() for o in overrides]
+        try:
+            apply_override(changed, override)
+            overridden.append(override.partition("=")[0].strip())
+        except RecipeError as error:
+            errors.append(error)
     try:
-        return _divided_by_text(Recipe.model_validate(changed))
+        recipe = _divided_by_text(Recipe.model_validate(changed))
+        recipe._warnings = tuple(
+            f"{where(node, source, key.split('.'), overridden)}: `{key}`: {problem}"
+            for key, problem in implausible(recipe)
+        )
     except ValidationError as error:
-        raise explain(error, Recipe, node, source, overridden) from None
+        errors += explain(error, Recipe, node, source, overridden, changed)
     except RecursionError:
         raise RecipeError(f"{source}: a YAML alias (*) contains itself", "write the value out") from None
+    if errors:
+        raise combined(errors, source)
+    return recipe
 
 
 def _divided_by_text(recipe: Recipe) -> Recipe:

@@ -8,12 +8,13 @@ and passwords, because a recipe is shared.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from afina.recipe.explain import explain
+from afina.recipe.explain import combined, explain
 from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.resource_keys import Resources
@@ -41,7 +42,7 @@ else:
             try:
                 return super().__call__(*values, **named)
             except ValidationError as error:
-                raise explain(error, Recipe, None, "recipe", []) from None
+                raise combined(explain(error, Recipe, None, "recipe", [], named), "recipe") from None
 
     class _Explained(Section, metaclass=_Explaining):
         pass
@@ -67,10 +68,17 @@ class Recipe(_Explained):
     resources: Resources = Resources()
     #: The file that it was read from: relative paths start in that file's folder.
     _file: Path | None = PrivateAttr(None)
+    #: Values that are hardly meant, each with its place; set where a recipe is read.
+    _warnings: tuple[str, ...] = PrivateAttr(())
 
     @property
     def file(self) -> Path | None:
         return self._file
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Values that are allowed and hardly meant, each with its file and line."""
+        return self._warnings
 
     def read_from(self, file: Path | None) -> Recipe:
         """This recipe, with the file that it was read from."""
@@ -107,59 +115,55 @@ class Recipe(_Explained):
                 raise KeyedError(unknown(name, "a tracker", TRACKERS), str(number))
         return tuple(dict.fromkeys(value))
 
-    @model_validator(mode="after")
-    def _metrics_are_known(self) -> Recipe:
-        known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
-        best, own = self.train.best_metric, {}
-        for i, metric in enumerate(self.metrics or ()):
-            keys = ("metrics", str(i))
-            self._check_metric(metric, known, keys)
-            if own_metric(metric):
-                name = metric_name(metric)
-                if name in SCALARS or name in own:
-                    raise KeyedError(f"`{name}` is the name of another metric here; rename the function", *keys)
-                own[name] = metric
-        if best is not None and best not in own:
-            keys = ("train", "best_metric")
-            if best == "confusion_matrix":
-                raise KeyedError(
-                    "`confusion_matrix` is a table: it has no best one; choose a metric that is a number", *keys
-                )
-            self._check_metric(best, known, keys)
-            if own_metric(best) and own.get(metric_name(best), best) != best:
-                raise KeyedError(f"`metrics` has it as `{own[metric_name(best)]}`: write both alike", *keys)
-        return self
-
-    def _check_metric(self, metric: str, known: list[str], keys: tuple[str, ...]) -> None:
-        try:
-            if own_metric(metric) or metric in known:
-                return
-        except ValueError as error:
-            raise KeyedError(str(error), *keys) from None
-        of = "" if self.task == "auto" else f" of a {self.task} task"
-        raise KeyedError(unknown(metric, f"a metric{of}", known) + "; one of your own: `module:function`", *keys)
-
-    @property
-    def metric_texts(self) -> tuple[str, ...]:
-        """All metrics as the recipe writes them, `best_metric` included."""
-        return metric_texts(self.metrics, self.train.best_metric)
-
-    @model_validator(mode="after")
-    def _loss_fits(self) -> Recipe:
+    def problems(self) -> Iterator[KeyedError]:
+        yield from self._problems_of_metrics()
         if misfitting := misfit(self.train.loss_keys, self.task):
             key, problem, remedy = misfitting
-            raise KeyedError(problem, "train", key, remedy=remedy)
-        return self
-
-    @model_validator(mode="after")
-    def _foreign_code_is_pinned(self) -> Recipe:
+            yield KeyedError(problem, "train", key, remedy=remedy)
         local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
         if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
             problem = f"`{self.revision}` can move" if self.revision else "`revision` is missing"
-            raise KeyedError(
+            yield KeyedError(
                 f"runs code from the model's repository, {problem}",
                 "trust_remote_code",
                 remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits, not a branch or a "
                 "tag; write a model folder beside the recipe as `./folder`",
             )
-        return self
+
+    def _problems_of_metrics(self) -> Iterator[KeyedError]:
+        best, own = self.train.best_metric, {}
+        for i, metric in enumerate(self.metrics or ()):
+            keys = ("metrics", str(i))
+            yield from self._problem_of_metric(metric, keys)
+            if metric_name(metric) != metric:
+                name = metric_name(metric)
+                if name in SCALARS or name in own:
+                    yield KeyedError(f"`{name}` is the name of another metric here; rename the function", *keys)
+                own[name] = metric
+        if best is None or best in own:
+            return
+        keys = ("train", "best_metric")
+        if best == "confusion_matrix":
+            yield KeyedError(
+                "`confusion_matrix` is a table: it has no best one; choose a metric that is a number", *keys
+            )
+            return
+        yield from self._problem_of_metric(best, keys)
+        if metric_name(best) != best and own.get(metric_name(best), best) != best:
+            yield KeyedError(f"`metrics` has it as `{own[metric_name(best)]}`: write both alike", *keys)
+
+    def _problem_of_metric(self, metric: str, keys: tuple[str, ...]) -> Iterator[KeyedError]:
+        known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
+        try:
+            if own_metric(metric) or metric in known:
+                return
+        except ValueError as error:
+            yield KeyedError(str(error), *keys)
+            return
+        of = "" if self.task == "auto" else f" of a {self.task} task"
+        yield KeyedError(unknown(metric, f"a metric{of}", known) + "; one of your own: `module:function`", *keys)
+
+    @property
+    def metric_texts(self) -> tuple[str, ...]:
+        """All metrics as the recipe writes them, `best_metric` included."""
+        return metric_texts(self.metrics, self.train.best_metric)

@@ -80,7 +80,7 @@ def test_a_negative_weight_decay_and_all_other_errors_at_once() -> None:
         )
     lines = caught.value.message.splitlines()
     assert lines[0] == "r.yaml: 7 errors"
-    assert lines[1::2] == [
+    assert [line for line in lines[1:] if not line.startswith("    ")] == [
         "  r.yaml:7: unknown key `train.sead`",
         "  r.yaml:9: unknown key `modle`",
         "  --set tokens.max_length: must be 2 or more, found 0",
@@ -89,7 +89,7 @@ def test_a_negative_weight_decay_and_all_other_errors_at_once() -> None:
         "  r.yaml:8: `train.arguments.seed`: is set by afina itself",
         "  r.yaml:8: `train.arguments.eval_delay`: has no effect in a run of afina",
     ]
-    assert lines[2].startswith("    did you mean `seed`?") and lines[12] == "    set `train.seed`"
+    assert lines[2].startswith("    did you mean `seed`?") and "    set `train.seed`" in lines
 
 
 def test_a_mistyped_key_that_is_required_is_one_error() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from afina.formats.read_options import Delimiter, Encoding, Header, Quoting, ReadOptions
 from afina.recipe.data_files import NamedSplit
@@ -100,41 +100,35 @@ class Data(Section):
                 raise ValueError(f"names column `{name}` twice")
         return value
 
-    @model_validator(mode="after")
-    def _text_is_no_label(self) -> Data:
-        for name in self.label:
-            if name in self.text:
-                raise KeyedError(
-                    f"column `{name}` is the text too: the model would read the label in the text", "label"
-                )
+    def problems(self) -> Iterator[KeyedError]:
+        for name in (name for name in self.label if name in self.text):
+            yield KeyedError(f"column `{name}` is the text too: the model would read the label in the text", "label")
         for key in ("weight", "split_column", "group"):
             if getattr(self, key) in (*self.text, *self.label):
-                raise KeyedError(f"column `{getattr(self, key)}` is the text or the label too", key)
-        return self
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Data:
+                yield KeyedError(f"column `{getattr(self, key)}` is the text or the label too", key)
         if (self.hub is None) == (self.files is None):
-            raise ValueError("give either `hub` (a data set's id) or `files` (local paths), and only one of them")
-        if self.files is not None:
-            for key in ("config", "splits", "revision"):
-                if getattr(self, key) is not None:
-                    raise KeyedError("belongs to a Hub data set; with `files` leave it out", key)
-        for key in self.reading.given() if self.hub is not None else ():
-            raise KeyedError("is for local files; with `hub` leave it out", key)
-        if self.files is not None:
-            if not self.files:
-                raise KeyedError("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
-            for part, paths in self.files.items():
-                if not paths:
-                    raise KeyedError("names no file", "files", part)
-            if self.split_column is not None and len(self.files) > 1:
-                raise KeyedError(
-                    f"divides the rows of one source, and `files` has {len(self.files)}",
-                    "split_column",
-                    remedy="give `files` as one path or one list, or leave `split_column` out",
-                )
-        return self._enough_to_give()
+            yield KeyedError("give either `hub` (a data set's id) or `files` (local paths), and only one of them")
+        elif self.files is None:
+            for key in self.reading.given():
+                yield KeyedError("is for local files; with `hub` leave it out", key)
+        else:
+            yield from self._problems_of_files(self.files)
+        yield from self._too_much_to_give()
+
+    def _problems_of_files(self, files: Mapping[NamedSplit, Names]) -> Iterator[KeyedError]:
+        for key in ("config", "splits", "revision"):
+            if getattr(self, key) is not None:
+                yield KeyedError("belongs to a Hub data set; with `files` leave it out", key)
+        if not files:
+            yield KeyedError("is empty: write `{all: reviews.csv}` or `{train: …, eval: …}`", "files")
+        for part in (part for part, paths in files.items() if not paths):
+            yield KeyedError("names no file", "files", part)
+        if self.split_column is not None and len(files) > 1:
+            yield KeyedError(
+                f"divides the rows of one source, and `files` has {len(files)}",
+                "split_column",
+                remedy="give `files` as one path or one list, or leave `split_column` out",
+            )
 
     def _source(self, name: str) -> str:
         """The source of a split, as far as it can be known without the data."""
@@ -158,10 +152,10 @@ class Data(Section):
         alone = self.hub is not None and self.eval.split is None and "eval" not in (self.splits or {})
         return self.divides or alone or (sampled and self.files is not None)
 
-    def _enough_to_give(self) -> Data:
-        """Fractions of one source add up to 1 at most, as far as that can be known without the data."""
+    def _too_much_to_give(self) -> Iterator[KeyedError]:
+        """Fractions of one source that add up to more than 1, as far as that can be known without the data."""
         if self.split_column is not None:
-            return self  # the sources are its values
+            return  # the sources are its values
         cut: dict[str, list[str]] = {}
         for name in ("train", "eval", "test"):
             part: Part | None = getattr(self, name)
@@ -171,7 +165,6 @@ class Data(Section):
         for source, names in cut.items():
             total = sum(getattr(self, name).fraction for name in names)
             if total > 1 + 1e-9:
-                raise ValueError(
+                yield KeyedError(
                     f"the fractions of {' and '.join(names)} add up to {total:g}; at most 1 of `{source}` is there to give"
                 )
-        return self

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from afina.errors import nearest
 from afina.frozen import FrozenModel
@@ -70,6 +70,16 @@ class Section(FrozenModel):
         if not isinstance(value, dict) and looks_secret(value):
             raise KeyedError(SECRET[0], remedy=SECRET[1])
         return value
+
+    def problems(self) -> Iterator[KeyedError]:
+        """Everything in this section that does not fit together."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Any:
+        if problems := list(self.problems()):
+            raise KeyedErrors(problems)
+        return self
 
 
 def _takes_boolean(annotation: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from afina.recipe.keys.loss_keys import LOSS_KEYS, parse_label_weights
 from afina.recipe.keys.section import SECRET, KeyedError, KeyedErrors, Section, shown
@@ -78,30 +78,21 @@ class Train(Section):
             raise KeyedErrors(wrong)
         return value
 
-    @model_validator(mode="after")
-    def _one_end(self) -> Train:
+    def problems(self) -> Iterator[KeyedError]:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give `epochs` or `max_steps`, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _no_repetition(self) -> Train:
+            yield KeyedError("give `epochs` or `max_steps`, not both")
+        one_of_them = "leave one of them out"
         for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
             if key in self.arguments:
-                raise KeyedError("repeats `train.precision`", "arguments", key, remedy="leave one of them out")
+                yield KeyedError("repeats `train.precision`", "arguments", key, remedy=one_of_them)
         if self.compile and "torch_compile" in self.arguments:
-            raise KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy="leave one of them out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_loss(self) -> Train:
+            yield KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy=one_of_them)
         if self.focal_gamma is not None and self.loss != "focal":
-            raise KeyedError(
+            yield KeyedError(
                 "belongs to the focal loss", "focal_gamma", remedy="set `train.loss: focal`, or leave it out"
             )
         if self.loss == "focal" and self.label_smoothing:
-            raise KeyedError("has no definition for the focal loss", "label_smoothing", remedy="leave one of them out")
-        return self
+            yield KeyedError("has no definition for the focal loss", "label_smoothing", remedy=one_of_them)
 
     @property
     def loss_keys(self) -> tuple[str, ...]:
