@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
+from typing import TextIO
 
 __all__ = [
+    "CLEAR_LINE",
     "aligned",
+    "can_draw",
     "minutes_in_words",
     "number",
     "p_value",
@@ -14,6 +18,15 @@ __all__ = [
     "short_duration",
     "size_in_words",
 ]
+
+
+#: Goes to the beginning of the line and clears it: what a bar left there.
+CLEAR_LINE = "\r\033[K"
+
+
+def can_draw(stream: TextIO | None) -> bool:
+    """Whether a bar may be drawn there: a terminal that can clear a line, not a pipe, not `TERM=dumb`."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def minutes_in_words(number: float) -> str:

@@ -47,6 +47,7 @@ from afina.site.settings import Site, find_site_file, load_site
 from afina.slurm.client import AMBIGUOUS, need_slurm, of_cluster
 from afina.slurm.query import query
 from afina.slurm.submit import forget, recover, submitted
+from afina.text import can_draw
 from afina.watch.find import resolve_folder
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ class _RowsBar:
     def __enter__(self) -> _RowsBar:
         if self.before:
             _say(f"resuming: {self.before:,} of {self.rows:,} rows are done")
-        if not sys.stderr.isatty():
+        if not can_draw(sys.stderr):
             _say(f"loading the model, to predict {self.rows - self.before:,} rows")
             return self
         from rich.console import Console

@@ -32,6 +32,7 @@ from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.workers import cannot_start
+from afina.text import CLEAR_LINE, can_draw
 
 __all__ = ["LeaseMonitor", "Liveness", "SignalForwarder", "ensure_outcome", "lease_of", "run_node"]
 
@@ -290,10 +291,19 @@ def _tee(source: BinaryIO, log: BinaryIO) -> None:
     """Copy until the end, the log first. The log may be lost to a full disk and standard output to a reader that went away:
     the worker must not block on a pipe that nobody reads."""
     shown, decoder = True, codecs.getincrementaldecoder("utf-8")("replace")
+    beside_bar, rest = can_draw(sys.stdout) and can_draw(sys.stderr), ""
     while block := source.read1(65536) if hasattr(source, "read1") else source.read(65536):
         with contextlib.suppress(OSError):
             log.write(block)
-        shown = shown and _show(decoder.decode(block))
+        text = rest + decoder.decode(block)
+        if (
+            beside_bar
+        ):  # the worker draws on standard error: whole lines, each in place of the bar, which is drawn again below
+            text, newline, rest = text.rpartition("\n")
+            text = "".join(f"{CLEAR_LINE}{line}\n" for line in text.split("\n")) if newline else ""
+        shown = shown and _show(text)
+    if rest:
+        _show(CLEAR_LINE + rest)
 
 
 def _show(text: str) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from afina.text import seconds_in_words
+from afina.text import can_draw, seconds_in_words
 
 __all__ = ["Progress"]
 
@@ -44,7 +44,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if can_draw(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -5,14 +5,14 @@ Rates refer to the time since the previous event. Nothing is computed for them o
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 from transformers import TrainerCallback
 
-from afina.text import seconds_in_words
+from afina.text import can_draw, seconds_in_words
 from afina.worker.training.attempt import Attempt
+from afina.worker.training.log import bar_stream
 from afina.worker.training.meter import peak_memory_bytes, share_of_peak
 
 __all__ = ["LiveProgress"]
@@ -36,10 +36,19 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
         self.due = time.monotonic() + FIRST_S
         self.first_step = state.global_step + 1
         self._since_last(state)
-        if sys.stderr.isatty():
+        terminal = bar_stream()
+        if can_draw(terminal):
             from tqdm import tqdm
 
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            # `ascii`: where the terminal's encoding has no blocks.
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=terminal,
+                ascii="utf" not in (terminal.encoding or "").lower(),
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
@@ -51,7 +60,7 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
             pace = self._pace(state)
             self.attempt.event("pace", **pace)
             if self.bar is not None:
-                self.bar.set_postfix_str("  ".join(_in_words(pace)))
+                self.bar.set_postfix_str("  ".join(_in_words(pace | {"mfu": None, "seconds_left": None})))
             else:
                 print("  ".join([_position(state), *_in_words(pace)]), flush=True)
 
@@ -66,7 +75,7 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
                 if k.startswith("eval_") and isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))
             }
             line = "  ".join([_position(state), *(f"{k} {v:.4f}" for k, v in shown.items())])
-            self.bar.write(line) if self.bar is not None else print(line, flush=True)
+            print(line, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
@@ -109,5 +118,5 @@ def _in_words(pace: dict[str, Any]) -> list[str]:
         *([f"loss {pace['loss']:.4f}"] if pace["loss"] is not None else []),
         f"{pace['tokens_per_s']:,.0f} tokens/s",
         *([f"{pace['mfu']:.0%} of the peak"] if pace["mfu"] is not None else []),
-        f"{seconds_in_words(pace['seconds_left'])} left",
+        *([f"{seconds_in_words(pace['seconds_left'])} left"] if pace["seconds_left"] is not None else []),
     ]

@@ -6,19 +6,27 @@ reads. Not covered: what a library writes past Python (NCCL, the stacks of a han
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any, TextIO, cast
 
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Geometry, Plan
-from afina.text import aligned
+from afina.text import CLEAR_LINE, aligned, can_draw
 
-__all__ = ["introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
+__all__ = ["bar_stream", "introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
 
 
 def mark_lines(rank: int) -> None:
-    """Prefix what this process prints from now on; rank 0 has no prefix."""
+    """Prefix what this process prints from now on; rank 0 has no prefix. On a terminal a line takes the place of the bar."""
+    if can_draw(sys.stderr):
+        terminal = sys.stderr
+        sys.stderr = cast(TextIO, _BesideBar(terminal))
+        for name in (None, *logging.root.manager.loggerDict):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
+                    handler.setStream(sys.stderr)
     if rank:
         sys.stdout = cast(TextIO, _Marked(sys.stdout, rank))
         sys.stderr = cast(TextIO, _Marked(sys.stderr, rank))
@@ -79,6 +87,27 @@ def usage_lines(outcome: Outcome) -> list[str]:
     ]
     lines = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts).replace('_', ' and ')}" if parts else ""]
     return [line for line in lines if line]
+
+
+def bar_stream() -> TextIO:
+    """Where a bar is drawn: the terminal itself."""
+    return cast(TextIO, getattr(sys.stderr, "terminal", sys.stderr))
+
+
+class _BesideBar:
+    """A terminal on which each line takes the place of a bar; the bar's next refresh draws it below."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal, self._at_start = terminal, True
+
+    def write(self, text: str) -> int:
+        if text:
+            self.terminal.write(CLEAR_LINE * self._at_start + text)
+            self._at_start = text.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.terminal, name)
 
 
 class _Marked:
