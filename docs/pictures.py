@@ -1,8 +1,8 @@
 """Take the pictures of the documentation again, from a real run: `make pictures`.
 
-    python docs/pictures.py [RUN_DIR]
+    python docs/pictures.py [RUN]
 
-Without RUN_DIR the demo is trained first, in a temporary folder. Writes docs/pictures/*.png. Needs the Debian package `chromium`.
+Without RUN the demo is trained first, in a temporary folder. Writes docs/pictures/*.png. Needs the Debian package `chromium`.
 """
 
 from __future__ import annotations

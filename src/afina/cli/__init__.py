@@ -1,12 +1,14 @@
 """The `afina` command: parse, call, print, exit. One module for each group of commands:
 
-    start_commands     init, doctor, rehearse
+    start_commands     init
+    check_commands     doctor, rehearse, recipe keys
     run_commands       prefetch, train, resume, submit, demo
     sweep_commands     sweep
-    watch_commands     status, list, logs, cancel
+    watch_commands     status, list, logs, cancel, prune
     report_commands    report, compare, rerun
     model_commands     predict, export
     image_commands     image info, image verify
+    completion         completion
 
 Everything heavy is imported inside the commands: `afina --help` starts in a blink.
 """
@@ -21,6 +23,8 @@ from collections.abc import Sequence
 import click
 
 from afina.cli import (
+    check_commands,
+    completion,
     image_commands,
     model_commands,
     report_commands,
@@ -29,7 +33,8 @@ from afina.cli import (
     sweep_commands,
     watch_commands,
 )
-from afina.errors import EXIT_ENVIRONMENT, AfinaError
+from afina.cli.options import usage_remedy
+from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT, AfinaError, nearest
 from afina.version import __version__
 
 __all__ = ["cli", "main"]
@@ -44,13 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # paths and labels may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
-        cli.main(args=None if argv is None else list(argv), standalone_mode=False)
+        cli.main(args=None if argv is None else list(argv), prog_name="afina", standalone_mode=False)
     except AfinaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(EXIT_INPUT)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        context = getattr(error, "ctx", None)
+        usage = f"{context.get_usage()}\n" if context is not None else ""
+        print(f"{usage}error: {error.format_message()}\n  remedy: {usage_remedy(error, argv)}", file=sys.stderr)
+        sys.exit(EXIT_INPUT)
     except (click.Abort, KeyboardInterrupt):
         print("afina: interrupted; nothing incomplete is left behind", file=sys.stderr)
         sys.exit(130)
@@ -68,7 +78,60 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_ENVIRONMENT)
 
 
+#: The commands in the order of their use, each in a line of 80 columns.
+SECTIONS = {
+    "Start": {
+        "init": "write a recipe and a site file for your data and cluster",
+        "doctor": "check all that a job depends on",
+        "recipe": "the keys of a recipe",
+        "image": "what the image holds, and whether it is whole and fits",
+        "demo": "train a small model on generated reviews",
+        "completion": "complete commands, runs and keys in bash, zsh or fish",
+    },
+    "Run": {
+        "prefetch": "fetch, check and prepare the model and the data",
+        "rehearse": "run a few steps here and forecast the run",
+        "train": "train on this machine",
+        "submit": "train as a Slurm job",
+        "sweep": "train over a grid of values and seeds",
+        "resume": "continue a run on this machine",
+        "rerun": "repeat a run as a new one",
+    },
+    "Watch": {
+        "status": "how far runs are, how fast, and why they wait",
+        "list": "one line a run: state, best metric, age",
+        "logs": "print or follow the log of a run",
+        "cancel": "end the jobs of runs",
+        "prune": "remove the checkpoints of finished runs",
+    },
+    "Results": {
+        "report": "a page about a run or a sweep",
+        "compare": "recipes and scores side by side, with tests",
+        "predict": "use the model of a run",
+        "export": "a model folder to give away, with its card",
+    },
+}
+
+
+class _SectionedGroup(click.Group):
+    """A group whose help lists its commands by section, and that names the nearest command of a mistyped one."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<10}", text) for name, text in commands.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            raise click.UsageError(f"{args[0]}: no such command. {nearest(args[0], known)}".rstrip(), ctx)
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
+    cls=_SectionedGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 finished · 2 your input · 3 the environment · 4 the training failed · 75 stopped, resumable.",
 )
@@ -78,23 +141,24 @@ def cli() -> None:
 
     \b
     Examples:
-      afina train recipe.yaml                       train here
-      afina submit recipe.yaml --nodes 2            as a Slurm job
-      afina prefetch recipe.yaml                    fetch and prepare, on a node with internet
-      afina status                                  all runs, or `afina status RUN`
-      afina logs RUN -f                             follow its log
-      afina predict RUN new.csv                     use the model
+      afina init                           write a recipe for the data here
+      afina train recipe.yaml              train here
+      afina submit recipe.yaml --nodes 2   as a Slurm job
+      afina status                         all runs, or `afina status RUN`
+      afina predict RUN new.csv            use the model
     """
 
 
 for _group in (
     start_commands,
+    check_commands,
     run_commands,
     sweep_commands,
     watch_commands,
     report_commands,
     model_commands,
     image_commands,
+    completion,
 ):
     for _command in _group.COMMANDS:
         cli.add_command(_command)

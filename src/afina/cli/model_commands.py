@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import reading_options, request_options
+from afina.cli.options import json_option, reading_options, request_options, run_argument, submit_option
 from afina.errors import InputError
 from afina.run.job_request import JobRequest
 
@@ -18,7 +18,7 @@ __all__ = ["COMMANDS"]
 
 
 @click.command()
-@click.argument("run_dir")
+@run_argument
 @click.argument("inputs", nargs=-1, required=True)
 @click.option(
     "-o",
@@ -43,7 +43,13 @@ __all__ = ["COMMANDS"]
 )
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a packed batch.")
 @click.option("--chunk-rows", type=click.IntRange(1), metavar="N", help="Rows that are predicted and written together.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the weights.",
+)
 @request_options(
     "num_processes",
     "site",
@@ -54,14 +60,14 @@ __all__ = ["COMMANDS"]
     time_min="With --submit: minutes, HH:MM:SS or D-HH:MM:SS.",
     gpus_per_node={"type": click.IntRange(0, 1), "help": "With --submit: 0 predicts on the CPU."},
 )
-@click.option("--submit", "submitted", is_flag=True, help="As a Slurm job; the same command without it merges the end.")
+@submit_option(default=False, what="Predict")
 @click.option("--array", type=click.IntRange(1), metavar="N", help="With --submit: N jobs, each takes a share.")
 @click.option(
     "--dry-run", is_flag=True, help="Print what would be predicted, and with --submit the job; change nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON at the end.")
 def predict(run_dir: str, inputs: tuple[str, ...], out: str | None, request: JobRequest, **options: Any) -> None:
-    """Predict with the model of RUN_DIR (or a model folder) on INPUTS: CSV, TSV, JSON Lines, Parquet, folders or patterns
+    """Predict with the model of RUN (or a model folder) on INPUTS: CSV, TSV, JSON Lines, Parquet, folders or patterns
     of them, or `-`: texts from standard input, one a line.
 
     Every row of the input comes back in its order, with its prediction and a probability for each label. The same command
@@ -69,10 +75,10 @@ def predict(run_dir: str, inputs: tuple[str, ...], out: str | None, request: Job
 
     \b
     Examples:
-      afina predict RUN_DIR new.csv -o new.predictions.parquet
-      afina predict RUN_DIR 'shards/*.parquet' -o all.csv --text body --keep id
-      echo 'What a phone!' | afina predict RUN_DIR -
-      afina predict RUN_DIR big.parquet -o out.parquet --submit --array 8 --time 2:00:00
+      afina predict RUN new.csv -o new.predictions.parquet
+      afina predict RUN 'shards/*.parquet' -o all.csv --text body --keep id
+      echo 'What a phone!' | afina predict RUN -
+      afina predict RUN big.parquet -o out.parquet --submit --array 8 --time 2:00:00
     """
     from afina.prediction import jobs as predicting
     from afina.prediction.request import PredictRequest
@@ -119,21 +125,21 @@ def _submitted(about: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("run_dir")
+@run_argument
 @click.option("-o", "--output", "out", metavar="DIR", help="A new folder; by default one with the recipe's name here.")
 @click.option("--onnx", is_flag=True, help="Also as onnx/model.onnx, compared with PyTorch; needs the extra onnx.")
 @click.option("--site", metavar="FILE", help="Site file; by default the site of the run.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json: bool) -> None:
-    """Export the model of RUN_DIR as a folder to give away: safetensors, tokenizer, and a model card from the record.
+    """Export the model of RUN as a folder to give away: safetensors, tokenizer, and a model card from the record.
 
     transformers.pipeline("text-classification", model=DIR) loads it, label names included. What only you can say in the
     card (what it is for, its limits, its license) is marked there.
 
     \b
     Examples:
-      afina export RUN_DIR -o stars
-      afina export RUN_DIR -o stars --onnx
+      afina export RUN -o stars
+      afina export RUN -o stars --onnx
     """
     from afina.prediction import export as exporting
 

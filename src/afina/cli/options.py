@@ -6,15 +6,48 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
-from afina.errors import AfinaError, InputError
+from afina.cli.completion import complete_keys, complete_runs
+from afina.errors import AfinaError, InputError, nearest_name
 from afina.run.job_request import JobRequest
 
-__all__ = ["another_command", "finish", "minutes", "reading_options", "request_options", "watch_hint"]
+__all__ = [
+    "another_command",
+    "dry_run_option",
+    "finish",
+    "json_option",
+    "minutes",
+    "next_command",
+    "reading_options",
+    "recipe_argument",
+    "request_options",
+    "run_argument",
+    "runs_argument",
+    "submit_option",
+    "usage_remedy",
+    "watch_hint",
+]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print a summary of what would be done; change nothing.")
+recipe_argument = click.argument("recipe", type=click.Path())
+run_argument = click.argument("run_dir", metavar="RUN", shell_complete=complete_runs)
+
+
+def runs_argument(metavar: str, *, required: bool) -> Callable[..., Any]:
+    """The argument `runs`: any number of runs, sweeps and folders."""
+    return click.argument("runs", metavar=metavar, nargs=-1, required=required, shell_complete=complete_runs)
+
+
+def submit_option(*, default: bool, what: str) -> Callable[..., Any]:
+    """`--submit/--local`, the same in all commands that can do both: as a Slurm job, or on this machine."""
+    usual = "submit" if default else "local"
+    help_text = f"{what} as a Slurm job, or here; by default --{usual}."
+    return click.option("--submit/--local", "submitted", default=default, help=help_text)
 
 
 def minutes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
@@ -42,26 +75,47 @@ _OPTIONS: dict[str, Callable[..., Any]] = {
         "--set",
         metavar="KEY=VALUE",
         multiple=True,
-        help="Override a key of the recipe, e.g. train.learning_rate=3e-5.",
+        shell_complete=complete_keys,
+        help="Override a key of the recipe, e.g. train.learning_rate=3e-5; `afina recipe keys` lists them.",
     ),
     "site": _partial(
         click.option,
         "--site",
         metavar="FILE",
+        type=click.Path(),
         help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env.",
     ),
     "via": _partial(
-        click.option, "--via", type=click.Choice(["sbatch", "submitit"]), default="sbatch", show_default=True
+        click.option,
+        "--via",
+        type=click.Choice(["sbatch", "submitit"]),
+        default="sbatch",
+        show_default=True,
+        help="The batch script of afina, or the Python package submitit.",
     ),
     "run": _partial(
-        click.option, "--run", metavar="DIR", help="The run directory; by default one under $AFINA_SCRATCH/runs/."
+        click.option,
+        "--run",
+        metavar="DIR",
+        type=click.Path(),
+        help="The run directory; by default one under $AFINA_SCRATCH/runs/.",
     ),
-    "nodes": _partial(click.option, "--nodes", type=click.IntRange(1), metavar="N"),
+    "nodes": _partial(
+        click.option, "--nodes", type=click.IntRange(1), metavar="N", help="Nodes of the job; by default the recipe's."
+    ),
     "gpus_per_node": _partial(
-        click.option, "--gpus-per-node", type=click.IntRange(0), metavar="N", help="0 trains on the CPU."
+        click.option,
+        "--gpus-per-node",
+        type=click.IntRange(0),
+        metavar="N",
+        help="GPUs of each node; 0 trains on the CPU.",
     ),
     "time_min": _partial(
-        click.option, "--time", callback=minutes, metavar="TIME", help="Minutes, HH:MM:SS or D-HH:MM:SS."
+        click.option,
+        "--time",
+        callback=minutes,
+        metavar="TIME",
+        help="The job's time limit: minutes, HH:MM:SS or D-HH:MM:SS.",
     ),
     "num_processes": _partial(
         click.option,
@@ -147,8 +201,63 @@ def finish(run: Any, as_json: bool) -> None:
     elif outcome.outcome == "failed":
         print(f"error: {outcome.error}\n  run: {run.path}", file=sys.stderr)
     else:
-        print(f"afina: {outcome.outcome}: {run.path}")
+        print(f"afina: {outcome.outcome}: {run.path}\nnext: {next_command(run.path, outcome.outcome)}")
     sys.exit(outcome.exit_code)
+
+
+def next_command(run: Any, outcome: str) -> str:
+    """What to type after a run that has ended here."""
+    from afina.watch.find import short_names
+
+    name = shlex.quote(short_names([run])[0])
+    return f"afina resume {name}" if outcome == "stopped" else f"afina report {name}; afina predict {name} NEW.csv"
+
+
+def usage_remedy(error: click.ClickException, argv: Sequence[str] | None) -> str:
+    """What to type instead of a wrong option or argument: the recipe's key, the site's variable, or the command's help."""
+    context = getattr(error, "ctx", None)
+    see = f"see {context.command_path if context else 'afina'} --help"
+    if not isinstance(error, click.NoSuchOption) or not error.option_name.startswith("--"):
+        return see
+    name = error.option_name.removeprefix("--")
+    takes_keys = context is not None and any(p.name == "overrides" for p in context.command.params)
+    return _slurm_remedy(name) or (_key_remedy(name) if takes_keys else None) or _near(error) or see
+
+
+def _near(error: click.NoSuchOption) -> str:
+    if error.possibilities or error.ctx is None:  # click's message names them
+        return ""
+    known = [option for parameter in error.ctx.command.params for option in parameter.opts]
+    near = nearest_name(error.option_name, known)
+    return f"did you mean {near}?" if near else ""
+
+
+def _key_remedy(name: str) -> str | None:
+    """An option that is a key of the recipe, or an argument of Transformers' Trainer."""
+    from afina.cli.completion import recipe_keys
+    from afina.recipe.keys.training_arguments import FORMER, RESERVED_ARGUMENTS
+
+    name = name.replace("-", "_")
+    keys = [key for key, _ in recipe_keys()]
+    key = next((key for key in keys if key == name or key.rpartition(".")[2] == name), None)
+    if key is not None:
+        return f"it is a key of the recipe: --set {key}=VALUE"
+    instead = RESERVED_ARGUMENTS.get(name) or FORMER.get(name)
+    return f"in the recipe, or with --set KEY=VALUE: {instead}" if instead else None
+
+
+def _slurm_remedy(name: str) -> str | None:
+    """An option that sbatch has."""
+    from afina.site.variables import RESERVED_OPTIONS
+
+    if name in RESERVED_OPTIONS:
+        return f"an option of sbatch: {RESERVED_OPTIONS[name]}"
+    if name in ("account", "partition", "qos", "reservation", "constraint", "exclude", "nodelist", "mail-type", "gres"):
+        variable = f"SBATCH_{name.upper().replace('-', '_')}"
+        own = name in ("account", "partition", "qos", "reservation", "mail-type")
+        setting = f"{variable}=VALUE" if own else f"AFINA_SBATCH_EXTRA=--{name}=VALUE"
+        return f"an option of sbatch: set {setting} in the site file, or in the environment of this command"
+    return None
 
 
 def another_command(command: str, recipe: str, request: JobRequest = JobRequest()) -> str:

@@ -7,19 +7,29 @@ from typing import Any
 
 import click
 
-from afina.cli.options import finish, request_options, watch_hint
+from afina.cli.options import (
+    dry_run_option,
+    finish,
+    json_option,
+    request_options,
+    run_argument,
+    runs_argument,
+    submit_option,
+    watch_hint,
+)
+from afina.cli.screen import plan_lines, say, tables
 from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
 #: More runs than this are tested only with --test: each test reads predictions.
 _MOST_TESTED = 20
-#: Up to this many runs are columns of the table; more are rows.
-_MOST_BESIDE = 4
+#: Fields of an outcome by the name that all commands give them.
+_HEADS = {"samples_per_second": "examples/s", "world_size": "processes", "global_step": "step"}
 
 
 @click.command()
-@click.argument("path", metavar="[RUN_DIR|SWEEP]", required=False)
+@click.argument("path", metavar="[RUN|SWEEP]", required=False)
 @click.option("--png", is_flag=True, help="Also write the charts as PNG files.")
 @click.option("--each", is_flag=True, help="For a folder of runs: write the page of every run, too.")
 @click.option("--no-text", is_flag=True, help="Leave the texts of mistaken rows out; their rows and ids stay.")
@@ -30,7 +40,7 @@ _MOST_BESIDE = 4
 def report(path: str | None, png: bool, each: bool, no_text: bool, output: str | None, as_json: bool) -> None:
     """Write a self-contained page about a run, or about the runs of a sweep, and print its path.
 
-    Without an argument: about the newest run on scratch. The page is RUN_DIR/report/index.html and needs no network; its charts
+    Without an argument: about the newest run on scratch. The page is RUN/report/index.html and needs no network; its charts
     lie beside it as SVG files.
 
     \b
@@ -46,7 +56,7 @@ def report(path: str | None, png: bool, each: bool, no_text: bool, output: str |
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN_DIR...")
+@runs_argument("RUN...", required=True)
 @click.option("--metric", metavar="NAME", help="The score to test; by default what chooses the best checkpoint.")
 @click.option(
     "--test/--no-test",
@@ -56,7 +66,7 @@ def report(path: str | None, png: bool, each: bool, no_text: bool, output: str |
 )
 @click.option("--split", type=click.Choice(["eval", "test"]), default="eval", help="The split whose rows are compared.")
 @click.option("--html", "page", metavar="FOLDER", help="Also write it as a page with curves, FOLDER/index.html.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def compare(
     runs: tuple[str, ...], metric: str | None, test: bool | None, split: str, page: str | None, as_json: bool
 ) -> None:
@@ -94,8 +104,8 @@ def compare(
 
 
 @click.command()
-@click.argument("run_dir")
-@click.option("--submit", is_flag=True, help="As a Slurm job, instead of here.")
+@run_argument
+@submit_option(default=False, what="Train")
 @request_options(
     "run",
     "via",
@@ -108,10 +118,10 @@ def compare(
     nodes="With --submit: other resources than the first time.",
     num_processes="Here: by default as many as the first time.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what differs now, and the plan; change nothing.")
-@click.option("--json", "as_json", is_flag=True)
-def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_json: bool) -> None:
-    """Repeat RUN_DIR as a new run, with the same recipe, overrides and revisions, on today's site.
+@dry_run_option
+@json_option
+def rerun(run_dir: str, request: JobRequest, submitted: bool, dry_run: bool, as_json: bool) -> None:
+    """Repeat RUN as a new run, with the same recipe, overrides and revisions, on today's site.
 
     Differences from the first run (image, versions, git commit, data, processes) are printed first.
 
@@ -124,27 +134,23 @@ def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_jso
     from afina.reports.rerun import plan_again
     from afina.reports.rerun import rerun as run_again
 
-    asked = (request.nodes, request.gpus_per_node, request.time_min)
-    if not submit and any(value is not None for value in asked):
+    of_a_job = (request.nodes, request.gpus_per_node, request.time_min)
+    if not submitted and any(value is not None for value in of_a_job):
         raise InputError("--nodes, --gpus-per-node and --time are for a job", "add --submit, or leave them out")
-    if submit and request.num_processes is not None:
+    if submitted and request.num_processes is not None:
         raise InputError("--num-processes is for this machine", "with --submit use --nodes and --gpus-per-node")
     if dry_run:
-        again = plan_again(run_dir, request, local=not submit)
+        again = plan_again(run_dir, request, local=not submitted)
         if as_json:
-            shown = {"plan": again.plan.model_dump(mode="json"), "overrides": again.overrides, "differs": again.notes}
-            print(json.dumps(shown, ensure_ascii=False))
+            answer = {"plan": again.plan.model_dump(mode="json"), "overrides": again.overrides, "differs": again.notes}
+            print(json.dumps(answer, ensure_ascii=False))
             return
         for note in again.notes:
             print(f"afina: differs: {note}")
-        print(again.plan.to_json().rstrip())
+        print("\n".join(plan_lines(again.plan)))
         return
-
-    def say(line: str) -> None:
-        print(f"afina: {line}", flush=True)
-
-    made = run_again(run_dir, request, submit=submit, say=say)
-    if not submit:
+    made = run_again(run_dir, request, submit=submitted, say=say)
+    if not submitted:
         finish(made, as_json)
     elif as_json:
         print(json.dumps({"run": str(made.path), "job_id": made.job_id, "via": request.via}))
@@ -152,35 +158,19 @@ def rerun(run_dir: str, request: JobRequest, submit: bool, dry_run: bool, as_jso
         print(f"afina: submitted job {made.job_id} through {request.via}\n{watch_hint(made)}")
 
 
-def _print(found: Any, tests: Any) -> None:
-    """Tables on the terminal; on a pipe as wide as they are."""
+def _print(comparison: Any, tests: Any) -> None:
+    """A row for each run: scores, recipe, the rest; in several tables where one is wider than the terminal."""
     import sys
 
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
-    rows = {**found.recipe, **found.metrics, **found.about}
-    kinds = {**dict.fromkeys(found.recipe, "recipe"), **dict.fromkeys(found.metrics, "score")}
-    beside = len(found.runs) <= _MOST_BESIDE
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    if beside:
-        for head in ("", "", *found.names):
-            table.add_column(head, overflow="fold")
-        last = ""
-        for key, values in rows.items():
-            kind = kinds.get(key, "run")
-            table.add_row(kind if kind != last else "", key, *map(_shown, values))
-            last = kind
-    else:
-        for head in ("run", *rows):
-            table.add_column(head, overflow="fold")
-        for i, name in enumerate(found.names):
-            table.add_row(name, *(_shown(values[i]) for values in rows.values()))
-    if not found.recipe:
-        console.print("The recipes are the same.")
-    console.print(table)
-    for name, run in zip(found.names, found.runs, strict=True):
+    if not comparison.recipe:
+        print("The recipes are the same.")
+    values = {**comparison.metrics, **comparison.recipe, **comparison.about}
+    cells = {_HEADS.get(head, head): [_shown(value) for value in column] for head, column in values.items()}
+    print("\n".join(tables(comparison.names, cells)).rstrip())
+    for name, run in zip(comparison.names, comparison.runs, strict=True):
         for warning in run.warnings:
             console.print(f"warning: {name}: {warning}")
     if tests:

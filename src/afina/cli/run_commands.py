@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from dataclasses import replace
-from typing import Any
 
 import click
 
-from afina.cli.options import another_command, finish, request_options, watch_hint
+from afina.cli.options import (
+    another_command,
+    dry_run_option,
+    finish,
+    json_option,
+    recipe_argument,
+    request_options,
+    run_argument,
+    watch_hint,
+)
+from afina.cli.screen import plan_lines
 from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @request_options("overrides", "site", "run", "num_processes")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON at the end.")
 def train(recipe: str, request: JobRequest, as_json: bool) -> None:
@@ -35,13 +43,13 @@ def train(recipe: str, request: JobRequest, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run_dir")
+@run_argument
 @click.option(
     "--num-processes", type=click.IntRange(1), metavar="N", help="Another number of processes; the global batch stays."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON at the end.")
 def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
-    """Continue RUN_DIR on this machine from its newest complete checkpoint.
+    """Continue RUN on this machine from its newest complete checkpoint.
 
     \b
     Example:
@@ -53,11 +61,11 @@ def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @request_options("overrides", "site", "via", "run", "nodes", "gpus_per_node", "time_min", "rehearse")
-@click.option("--dry-run", is_flag=True, help="Print the plan and exactly what would be submitted; change nothing.")
+@dry_run_option
 @click.option("--wait", "wait", is_flag=True, help="Wait for the end of the run; exit as it did.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json: bool) -> None:
     """Submit RECIPE (or a run directory that stopped) to Slurm.
 
@@ -65,16 +73,19 @@ def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json:
     Examples:
       afina submit slurm/recipes/yelp.yaml --nodes 2 --gpus-per-node 4 --time 2:00:00
       afina submit recipe.yaml --dry-run
-      afina submit RUN_DIR --wait
+      afina submit RUN --wait
     """
     from afina import api
     from afina.forecast.estimate import describe
 
     if dry_run:
         plan, handle = api.plan_to_submit(recipe, request)
-        shown = api.dry_run(plan, request.via, handle.path if handle else request.run, claimed=handle is not None)
-        about = {"plan": plan.model_dump(mode="json"), "via": request.via, **shown}
-        print(json.dumps(about, indent=2, ensure_ascii=False) if as_json else _dry_run_text(plan, shown))
+        job = api.dry_run(plan, request.via, handle.path if handle else request.run, claimed=handle is not None)
+        if as_json:
+            answer = {"plan": plan.model_dump(mode="json"), "via": request.via, **job}
+            print(json.dumps(answer, indent=2, ensure_ascii=False))
+        else:
+            print("\n".join([*plan_lines(plan, job), "everything: the same command with --json"]))
         return
     made = api.submit_to_slurm(recipe, request)
     if made.estimate and not as_json:
@@ -91,10 +102,10 @@ def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json:
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @request_options("overrides", "site")
 @click.option("--refresh", is_flag=True, help="Look up the revisions again instead of the pinned ones.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def prefetch(recipe: str, request: JobRequest, refresh: bool, as_json: bool) -> None:
     """Fetch, check and prepare the model and data of RECIPE; jobs then need no network.
 
@@ -119,7 +130,7 @@ def prefetch(recipe: str, request: JobRequest, refresh: bool, as_json: bool) -> 
 
 
 @click.command(hidden=True)
-@click.argument("recipe")
+@recipe_argument
 @request_options("overrides", "site", "nodes", "gpus_per_node")
 @click.option("--pointer", required=True, help="File that gets the path of the run directory.")
 def claim(recipe: str, request: JobRequest, pointer: str) -> None:
@@ -146,22 +157,6 @@ def demo(folder: str) -> None:
     from afina.demo import run_demo
 
     sys.exit(run_demo(folder))
-
-
-def _dry_run_text(plan: Any, shown: dict[str, Any]) -> str:
-    script = shown.get("script", "").splitlines()
-    return "\n".join(
-        [
-            plan.to_json().rstrip(),
-            "",
-            "# would resume" if shown["claimed"] else "# would claim",
-            shown["run"],
-            "",
-            "# would run",
-            shlex.join(shown["command"]),
-            *(["", "# the script it submits", *script] if script else []),
-        ]
-    )
 
 
 COMMANDS = (train, resume, submit, prefetch, claim, demo)

@@ -1,23 +1,39 @@
-"""Runs on a terminal: numbers in words, columns, one line a run, the page about one run."""
+"""Runs and plans on a terminal: numbers in words, tables that fit its width, the page about one run."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from afina.text import aligned, plural, short_duration, size_in_words
+from afina.text import aligned, minutes_in_words, plural, short_duration, size_in_words
 
 if TYPE_CHECKING:
     from afina.watch.overview import RunSummary
 
-__all__ = ["columns", "list_lines", "number", "page", "status_lines", "totals"]
+__all__ = [
+    "LIST",
+    "STATUS",
+    "number",
+    "page",
+    "plan_lines",
+    "run_table",
+    "say",
+    "short_labels",
+    "sorted_runs",
+    "tables",
+    "totals",
+]
 
 _COLOURS = {
     "RUNNING": "green",
@@ -28,68 +44,333 @@ _COLOURS = {
     "UNKNOWN": "magenta",
 }
 _DASH = "-"
+#: The columns of `afina status` and of `afina list`; `*` stands for the keys in which the recipes differ.
+STATUS = ("state", "run", "*", "step", "epoch", "loss", "best", "tokens/s", "attempts", "left", "job", "why")
+LIST = ("state", "best", "age", "*", "run")
+#: More keys than these are shown only with --columns: the runs have little in common.
+_MOST_KEYS = 4
+
+
+def say(line: str) -> None:
+    print(f"afina: {line}", flush=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:
     return _DASH if value is None else f"{value:.{digits}f}"
 
 
-def columns(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> list[str]:
-    """Aligned lines, the heads first; the columns named in `right` are aligned to the right.
+@dataclass(frozen=True)
+class _Column:
+    """One column of a table of runs.
 
-    To a terminal the state is coloured and lines are cut at its width; into a pipe they are whole.
+    Attributes:
+        cell: the text of a run's cell.
+        key: what to sort by; None comes last.
+        rank: where the table is too wide, columns of a higher rank are left out first.
+        least: it may be shortened to this width; 0: never.
     """
-    flat = [list(heads), *([" ".join(cell.split()) for cell in row] for row in rows)]
-    lines = aligned(flat, [number for number, head in enumerate(heads) if head in right])
+
+    cell: Callable[[RunSummary], str]
+    key: Callable[[RunSummary], Any]
+    right: bool = False
+    rank: int = 0
+    least: int = 0
+
+
+def _columns(names: Mapping[Path, str], sizes: Mapping[Path, int]) -> dict[str, _Column]:
+    """The columns that every run has, by name."""
+    from afina.recipe.metrics import lower_is_better
+
+    now = time.time()
+
+    def best(s: RunSummary) -> Any:
+        if s.best_value is None:
+            return None
+        return (s.best_metric or "", s.best_value if lower_is_better(s.best_metric or "") else -s.best_value)
+
+    def step(s: RunSummary) -> str:
+        return f"{s.step}/{s.max_steps}" if s.max_steps else str(s.step)
+
+    return {
+        "state": _Column(lambda s: s.state, lambda s: tuple(_COLOURS).index(s.state) if s.state in _COLOURS else 9),
+        "run": _Column(lambda s: names[s.run], lambda s: _natural(names[s.run]), least=14),
+        "step": _Column(step, lambda s: -s.step, right=True, rank=2),
+        "epoch": _Column(lambda s: number(s.epoch, 2), lambda s: s.epoch, right=True, rank=7),
+        "loss": _Column(lambda s: number(s.loss), lambda s: s.loss, right=True, rank=5),
+        "best": _Column(
+            lambda s: f"{s.best_metric} {number(s.best_value)}" if s.best_value is not None else _DASH, best
+        ),
+        "tokens/s": _rate(lambda s: s.tokens_per_s),
+        "examples/s": _rate(lambda s: s.examples_per_s),
+        "attempts": _Column(lambda s: str(s.attempts), lambda s: -s.attempts, right=True, rank=6),
+        "left": _Column(lambda s: short_duration(s.seconds_left), lambda s: s.seconds_left, right=True, rank=1),
+        "job": _Column(lambda s: s.job_id or _DASH, lambda s: _natural(s.job_id or ""), rank=1),
+        "nodes": _Column(lambda s: s.nodes or _DASH, lambda s: s.nodes, rank=6),
+        "age": _Column(
+            lambda s: short_duration(now - s.made) if s.made else _DASH, lambda s: -s.made, right=True, rank=1
+        ),
+        "size": _Column(
+            lambda s: size_in_words(sizes[s.run]) if s.run in sizes else _DASH,
+            lambda s: -sizes.get(s.run, 0),
+            right=True,
+        ),
+        "why": _Column(lambda s: s.why or "", lambda s: s.why or None, rank=8),
+    }
+
+
+def _rate(of: Callable[[RunSummary], float | None]) -> _Column:
+    return _Column(lambda s: f"{rate:,.0f}" if (rate := of(s)) else _DASH, lambda s: -(of(s) or 0), right=True, rank=1)
+
+
+def _named(word: str, summaries: Sequence[RunSummary], known: Mapping[str, _Column]) -> tuple[str, _Column]:
+    """A column by its name: one that every run has, a key of the recipe or the end of one, or a metric.
+
+    Raises:
+        UsageError: there is none; with the nearest.
+    """
+    from afina.errors import nearest
+
+    word = {"name": "run", "tries": "attempts"}.get(word, word)
+    if word in known:
+        return word, known[word]
+    keys = list(dict.fromkeys(key for s in summaries for key in s.recipe))
+    named = [key for key in keys if key == word or key.rpartition(".")[2] == word]
+    if named:  # `seed` is `train.seed`, not that of a part of the data
+        key = min(named, key=lambda key: key.count("."))
+        return key, _key_column(key)
+    metrics = list(dict.fromkeys(name.removeprefix("eval_") for s in summaries for name in s.metrics or {}))
+    if word in metrics:
+
+        def value(s: RunSummary) -> Any:
+            found = (s.metrics or {}).get(f"eval_{word}", (s.metrics or {}).get(word))
+            return found if isinstance(found, int | float) else None
+
+        return word, _Column(lambda s: number(value(s)), value, right=True)
+    short = [key.rpartition(".")[2] for key in keys]
+    raise click.UsageError(
+        f"{word}: no such column. {nearest(word, [*known, *short, *metrics])} known: {', '.join(known)}, any key of the recipe, any metric"
+    )
+
+
+def _key_column(key: str) -> _Column:
+    def text(s: RunSummary) -> str:
+        value = s.recipe.get(key)
+        return _DASH if value is None else f"{value:g}" if isinstance(value, float) else _plain(value)
+
+    return _Column(text, lambda s: s.recipe.get(key), right=True, rank=4, least=8)
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def sorted_runs(
+    summaries: Sequence[RunSummary], by: str, names: Mapping[Path, str], sizes: Mapping[Path, int] = {}
+) -> list[RunSummary]:
+    """The runs by a column, the best, newest, largest or first one first; those without a value last."""
+    key = _named(by, summaries, _columns(names, sizes))[1].key
+
+    def order(s: RunSummary) -> tuple[bool, bool, Any]:
+        value = key(s)
+        return value is None, isinstance(value, str), str(value) if isinstance(value, list) and by != "run" else value
+
+    try:
+        return sorted(summaries, key=order)
+    except TypeError:  # values of several kinds
+        return sorted(summaries, key=lambda s: str(key(s)))
+
+
+def run_table(
+    summaries: Sequence[RunSummary],
+    names: Mapping[Path, str],
+    heads: Sequence[str],
+    *,
+    chosen: bool = False,
+    sizes: Mapping[Path, int] = {},
+) -> list[str]:
+    """Aligned lines, the heads first, and below them what a narrow terminal left no room for.
+
+    Args:
+        heads: names of columns; `*`: the keys in which the recipes differ.
+        chosen: the user named the columns: none is left out.
+
+    To a terminal the state is coloured and the table fits its width; into a pipe all columns are whole.
+    """
+    known = _columns(names, sizes)
+    columns: dict[str, _Column] = {}
+    for head in heads:
+        columns |= _differing(summaries) if head == "*" else dict([_named(head, summaries, known)])
+    cells = {head: [" ".join(column.cell(s).split()) for s in summaries] for head, column in columns.items()}
+    if not chosen:
+        columns = {head: c for head, c in columns.items() if head in ("state", "run") or set(cells[head]) - {_DASH, ""}}
+    metrics = {s.best_metric or "best" for s in summaries if s.best_value is not None}
+    ends = Counter(head.rpartition(".")[2] for head in columns)
+    titles = {head: end if ends[end := head.rpartition(".")[2]] == 1 else head for head in columns}
+    if len(metrics) == 1 and "best" in columns and not metrics & columns.keys():
+        titles["best"] = metrics.pop()
+        cells["best"] = [number(s.best_value) for s in summaries]
+        columns["best"] = replace(columns["best"], right=True)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return [_coloured(row[0]) + line[:width][len(row[0]) :] for row, line in zip(flat, lines, strict=True)]
+    widths = {head: max(len(titles[head]), *map(len, cells[head])) for head in columns}
+    if width is not None:
+        widths = _fitted(widths, columns, width, chosen)
+    rows = _rows([(titles[head], width, cells[head]) for head, width in widths.items()])
+    lines = aligned(rows, [place for place, head in enumerate(widths) if columns[head].right])
+    lines = [line[:width] for line in lines]
+    if "why" in columns and "why" not in widths:
+        lines += _reasons(summaries)
+    return [_coloured_line(line) for line in lines]
+
+
+def _differing(summaries: Sequence[RunSummary]) -> dict[str, _Column]:
+    from afina.watch.reading import differing
+
+    keys = [key for key in differing([s.recipe for s in summaries]) if not key.startswith("resources.")]
+    return {key: _key_column(key) for key in keys} if len(keys) <= _MOST_KEYS else {}
+
+
+def _fitted(widths: Mapping[str, int], columns: Mapping[str, _Column], width: int, chosen: bool) -> dict[str, int]:
+    """The columns that fit into `width`, and their widths: some are shortened, those of the highest rank are left out."""
+    kept = dict(widths)
+
+    def least(head: str) -> int:
+        return min(widths[head], columns[head].least or widths[head])
+
+    def room() -> int:
+        return width - sum(map(least, kept)) - 2 * (len(kept) - 1)
+
+    while room() < 0 and not chosen and any(columns[head].rank for head in kept):
+        del kept[max(kept, key=lambda head: columns[head].rank)]
+    left = max(0, room())
+    for head in kept:
+        more = min(left, widths[head] - least(head))
+        kept[head] = least(head) + more
+        left -= more
+    return kept
+
+
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def short_labels(names: Sequence[str], width: int) -> list[str]:
+    """Names of at most `width` characters that still differ: what the runs of a sweep have in common is left out first."""
+    long: dict[str, list[str]] = {}
+    for name in names:
+        if len(name) > width:
+            long.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
+    labels = {name: name for name in names}
+    for alike in long.values():
+        before = _in_common(alike)
+        after = _in_common([name[before:][::-1] for name in alike])
+        for name in alike:
+            core = name[before : len(name) - after] + "…" * (after > 0)
+            room = width - len(core) - 1
+            labels[name] = (
+                f"{name[: max(0, min(before, room))]}…{core}" if room >= 0 and before else _middle(core, width)
+            )
+    return [labels[name] for name in names]
+
+
+def _in_common(texts: Sequence[str]) -> int:
+    """Characters at the beginning that several texts share."""
+    if len(texts) < 2:
+        return 0
+    return next((n for n, letters in enumerate(zip(*texts)) if len(set(letters)) > 1), min(map(len, texts)))  # noqa: B905
+
+
+def _middle(text: str, width: int) -> str:
+    if len(text) <= width:
+        return text
+    end = (width - 1) * 2 // 3
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def _rows(columns: Sequence[tuple[str, int, Sequence[str]]]) -> list[list[str]]:
+    """Head, width and cells of each column as rows; no cell is wider than its column."""
+    shortened = [
+        [
+            _shortened(head, width),
+            *(short_labels(texts, width) if head == "run" else [_shortened(t, width) for t in texts]),
+        ]
+        for head, width, texts in columns
+    ]
+    return [list(row) for row in zip(*shortened, strict=True)]
+
+
+def tables(names: Sequence[str], values: Mapping[str, Sequence[str]]) -> list[str]:
+    """One row for each run; on a terminal several tables below each other where one would be too wide."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    left, lines = dict(values), list[str]()
+    while left:
+        name = max(3, *map(len, names))
+        part: dict[str, Sequence[str]] = {}
+        used = min(name, 24)
+        for head in list(left):
+            needed = 2 + max(len(head), *map(len, left[head]))
+            if width is not None and part and used + needed > width:
+                break
+            used += needed
+            part[head] = left.pop(head)
+        name = name if width is None else max(8, min(name, width - used + min(name, 24)))
+        columns = [
+            ("run", name, names),
+            *((head, max(len(head), *map(len, texts)), texts) for head, texts in part.items()),
+        ]
+        lines += [line[:width] for line in aligned(_rows(columns), range(1, len(columns)))] + [""]
+    return lines
+
+
+def _reasons(summaries: Sequence[RunSummary]) -> list[str]:
+    counted = Counter((s.state, s.why) for s in summaries if s.why)
+    lines = [f"{state.lower()} ({count}): {why}" for (state, why), count in counted.most_common(5)]
+    return lines + [f"… {len(counted) - 5} more reasons: afina status RUN"] * (len(counted) > 5)
+
+
+def _coloured_line(line: str) -> str:
+    word = re.match(r"[A-Z]*", line)
+    return _coloured(word[0]) + line[word.end() :] if word else line
 
 
 def _coloured(word: str) -> str:
     """A state in its colour, where somebody sees it (https://no-color.org)."""
-    wanted = word in _COLOURS and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return click.style(word, fg=_COLOURS[word]) if wanted else word
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return word if plain or word not in _COLOURS else click.style(word, fg=_COLOURS[word])
 
 
-def status_lines(summaries: Sequence[RunSummary], names: Sequence[str]) -> list[str]:
-    """One line a run: where it is, how fast, what it waits for."""
-    heads = ("state", "run", "step", "epoch", "loss", "best", "tokens/s", "tries", "left", "job", "")
-    rows = [_status_row(summary, name) for summary, name in zip(summaries, names, strict=True)]
-    return columns(heads, rows, right=("step", "epoch", "loss", "tokens/s", "tries", "left"))
+def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
+    """What a plan is about, in a few lines.
 
-
-def _status_row(s: RunSummary, name: str) -> list[str]:
+    Args:
+        job: of `api.dry_run`: the run directory and the command.
+    """
+    recipe, g, train = plan.recipe, plan.geometry, plan.recipe.train
+    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.num_epochs:g} epochs"
+    batch = f"{g.global_batch} examples per step = {g.batch_per_device} × {g.accumulation} × {g.num_processes} process{'es' * (g.num_processes > 1)}"
+    files = ", ".join(dict.fromkeys(path.name for paths in plan.files.values() for path in paths)) or recipe.data.hub
+    per_node = plural(g.gpus_per_node, "GPU") if g.gpus_per_node else "no GPU"
+    cores = f"{g.cpus_per_process * g.processes_per_node} cores"
+    memory = f", {recipe.resources.mem_gb} GB" if recipe.resources.mem_gb else ""
+    site = plan.site
+    slurm = [f"{name.removeprefix('SBATCH_').lower()} {value}" for name, value in site.sbatch.items()]
+    facts = {
+        "run": f"{job['run']} ({'resumed' if job['claimed'] else 'new'})" if job else "",
+        "data": f"{_shortened(files, 60)}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
+        "training": f"{length}, {batch}, learning rate {train.learning_rate:g}",
+        "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
+        "site": "; ".join([str(site.file or "the environment"), *slurm]),
+        "image": str(site.image or f"none: {sys.executable}"),
+        "script": f"{len(job['script'].splitlines())} lines" if job.get("script") else "",
+        "command": shlex.join(job["command"]) if job else "",
+    }
     return [
-        s.state,
-        name,
-        f"{s.step}/{s.max_steps}" if s.max_steps else str(s.step),
-        number(s.epoch, 2),
-        number(s.loss),
-        f"{s.best_metric} {number(s.best_value)}" if s.best_value is not None else _DASH,
-        f"{s.tokens_per_s:,.0f}" if s.tokens_per_s else _DASH,
-        str(s.attempts),
-        short_duration(s.seconds_left),
-        s.job_id or _DASH,
-        s.why or "",
+        f"{recipe.name}: {recipe.task}, {recipe.model}",
+        *(f"  {name:<9}{text}" for name, text in facts.items() if text),
     ]
-
-
-def list_lines(summaries: Sequence[RunSummary], names: Sequence[str], sizes: Sequence[int] | None) -> list[str]:
-    """One line a run: how it stands, how good, how old, and how large if that was asked for."""
-    heads = ["state", "best", "", "age", *(["size"] if sizes is not None else []), "run"]
-    now = time.time()
-    rows = [
-        [
-            s.state,
-            number(s.best_value),
-            s.best_metric or "",
-            short_duration(now - s.made) if s.made else _DASH,
-            *([size_in_words(sizes[i])] if sizes is not None else []),
-            name,
-        ]
-        for i, (s, name) in enumerate(zip(summaries, names, strict=True))
-    ]
-    return columns(heads, rows, right=("best", "age", "size"))
 
 
 def totals(summaries: Sequence[RunSummary]) -> str:

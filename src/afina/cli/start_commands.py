@@ -1,21 +1,21 @@
-"""Commands before the first job: init, doctor, rehearse."""
+"""`afina init`: looks at this machine and the data, asks, and writes the recipe and the site file at the end."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from afina.cli.options import another_command, reading_options, request_options
-from afina.errors import EXIT_ENVIRONMENT, InputError
-from afina.run.job_request import JobRequest
+from afina.cli.options import another_command, reading_options
+from afina.errors import EnvironmentProblem, InputError, SiteError
+from afina.text import can_draw
 
 if TYPE_CHECKING:
     from afina.formats.read_options import ReadOptions
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from afina.slurm.cluster import Cluster
     from afina.start.examine import Examined
     from afina.start.find_data import LabelledData
+    from afina.start.find_machine import Machine
     from afina.start.guess_columns import Column
+    from afina.start.recipe_text import Proposal
 
 __all__ = ["COMMANDS"]
+
+T = TypeVar("T")
 
 
 @click.command()
@@ -64,7 +68,8 @@ def init(**options: Any) -> None:
     """
     from afina.site.package import copy_slurm_files
     from afina.slurm.cluster import read_cluster
-    from afina.start.init import check_new
+    from afina.start.init import check_new, write_recipe
+    from afina.start.recipe_text import data_warnings
 
     if options.pop("files"):
         copied = copy_slurm_files(Path(options["folder"]))
@@ -79,14 +84,18 @@ def init(**options: Any) -> None:
     recipe_path = None if given.site_only else check_new(base)
     ask = _Asker(given.yes or given.as_json)
     cluster = read_cluster()
-    # The site first: a data set from the Hub needs its scratch, and perhaps its image.
-    site_path, site, is_new = _site(given, base, cluster, ask)
-    written = [str(site_path)] if is_new else []
+    place = _SiteFile(given, base, cluster, ask)
     examined: Examined | None = None
     warnings: list[str] = []
     if recipe_path is not None:
-        examined, warnings = _recipe(given, recipe_path, base, site, cluster, ask)
-        written.append(str(recipe_path))
+        data, proposal, examined = _proposal(given, base, place, cluster, ask)
+        warnings = data_warnings(proposal)
+        site = place.write()
+        write_recipe(recipe_path, proposal, site, data)
+    else:
+        site = place.write()
+    written = [*place.written, *([str(recipe_path)] if recipe_path else [])]
+    warnings = [*place.warnings, *warnings]
     following = _next_commands(recipe_path, cluster.partitions != (), site, base)
     if given.as_json:
         about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
@@ -120,50 +129,96 @@ class _Given:
     reading: ReadOptions
 
 
-def _site(given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> tuple[Path, Site | None, bool]:
-    """The existing site file or a new one; the site (None while its image is missing); whether it is new."""
-    from afina.site.settings import find_site_file, load_site
-    from afina.start.find_machine import find_machine
-    from afina.start.init import SITE, write_site
+class _SiteFile:
+    """The existing site file, or a new one that is written when everything else is known, or when the Hub needs its scratch."""
 
-    path = base / SITE
-    known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
-    if known is not None:
-        return known, load_site(known), False
-    machine = find_machine(base, os.environ, given.scratch, given.image)
-    if not given.scratch and not path.exists():
-        chosen = ask("Scratch folder, which every node sees", machine.scratch, "--scratch")
-        if chosen != machine.scratch:
-            machine = find_machine(base, os.environ, chosen, given.image)
-    return *write_site(base, machine, cluster), True
+    def __init__(self, given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> None:
+        from afina.site.settings import find_site_file, load_site
+        from afina.start.find_machine import find_machine
+        from afina.start.init import SITE
+
+        self._base, self._cluster, self._site, self._machine = base, cluster, None, None
+        self.written: list[str] = []
+        self.warnings: list[str] = []
+        path = base / SITE
+        known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
+        if known is not None:
+            try:
+                self._site = load_site(known)
+            except SiteError as error:  # its image may still have to be built
+                self.warnings.append(f"{known}: {error.message}")
+            return
+        self._machine = find_machine(base, os.environ, given.scratch, given.image)
+        if given.scratch or path.exists():
+            return
+
+        def usable(scratch: str) -> Machine:
+            machine = find_machine(base, os.environ, scratch, given.image)
+            _check_creatable(Path(machine.scratch))
+            return machine
+
+        self._machine = ask.checked("Scratch folder, which every node sees", self._machine.scratch, "--scratch", usable)
+
+    def write(self) -> Site | None:
+        """The site; None while its image is missing."""
+        from afina.start.init import write_site
+
+        if self._machine is not None:
+            path, self._site = write_site(self._base, self._machine, self._cluster)
+            self.written, self._machine = [str(path)], None
+        return self._site
 
 
-def _recipe(
-    given: _Given, path: Path, base: Path, site: Site | None, cluster: Cluster, ask: _Asker
-) -> tuple[Examined, list[str]]:
-    """Examine the data, ask for what is open, write the recipe; what was examined, and warnings."""
+def _check_creatable(folder: Path) -> None:
+    """Refuse a folder that neither exists nor can be made.
+
+    Raises:
+        InputError: with the folder above that is in the way.
+    """
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "is not writable by you" if above.is_dir() else "is a file"
+        raise InputError(f"{folder}: {above} {why}", "name a folder that you can write: --scratch FOLDER")
+
+
+def _proposal(
+    given: _Given, base: Path, place: _SiteFile, cluster: Cluster, ask: _Asker
+) -> tuple[LabelledData, Proposal, Examined]:
+    """Examine the data and ask for what is open; nothing is written but a site for a data set on the Hub."""
+    from afina.recipe.schema import Recipe
     from afina.start.find_data import data_files_here, default_name, find_data
     from afina.start.find_model import find_model
-    from afina.start.init import Choices, examine_all, propose, write_recipe
-    from afina.start.recipe_text import DEFAULT_MODEL, MULTILINGUAL_MODEL, data_warnings
+    from afina.start.init import Choices, examine_all, propose
+    from afina.start.recipe_text import DEFAULT_MODEL, MULTILINGUAL_MODEL
+
+    def data_of(text: str) -> LabelledData:
+        try:
+            return find_data(text, None, given.config, given.reading)
+        except EnvironmentProblem:  # on the Hub: fetching needs scratch
+            return find_data(text, place.write(), given.config, given.reading)
 
     here = data_files_here(base) or data_files_here(Path())
     question = "Data: a file, a folder, or the id of a Hub data set"
-    data = find_data(
-        given.data or ask(question, str(here[0]) if here else None, "--data"), site, given.config, given.reading
-    )
-    data = _without_header(given, data, site, ask)
+    data = ask.checked(question, str(here[0]) if here else None, "--data", data_of, given.data)
+    data = _without_header(given, data, None, ask)
     texts, labels, row_id, split_column = _columns(given, data, ask)
     examined = _with_bar(
         lambda tick: examine_all(data, texts, labels, tick, split_column),
         sum((s.total_rows or 0) for s in data.sources.values()),
     )
     default = MULTILINGUAL_MODEL if examined[0].non_ascii > 0.3 else DEFAULT_MODEL
-    model = find_model(given.model or ask("Model: a Hub id or a folder", default, "--model"), list(examined[0].sample))
-    name = given.name or ask("Name of the run", default_name(data), "--name")
+    sample = list(examined[0].sample)
+    model = ask.checked(
+        "Model: a Hub id or a folder", default, "--model", lambda text: find_model(text, sample), given.model
+    )
+
+    def usable_name(text: str) -> str:
+        Recipe(name=text, model="x", data={"hub": "x", "text": "text", "label": "label"})  # type: ignore[arg-type]
+        return text
+
+    name = ask.checked("Name of the run", default_name(data), "--name", usable_name, given.name)
     proposal = propose(data, Choices(name, texts, labels, row_id, model, split_column), examined, cluster, base)
-    write_recipe(path, proposal, site, data)
-    return examined[0], data_warnings(proposal)
+    return data, proposal, examined[0]
 
 
 def _without_header(given: _Given, data: LabelledData, site: Site | None, ask: _Asker) -> LabelledData:
@@ -191,12 +246,22 @@ def _columns(
     columns = columns_of(data.main)
     ask.show(_table(columns))
     text, label, row_id = guess_columns(columns)
-    texts = given.texts or (ask("Text column", text, "--text"),)
-    check_named(columns, texts, "--text", data.origin)
-    labels = given.labels or (ask("Label column", None if label in texts else label, "--label"),)
-    check_named(columns, labels, "--label", data.origin)
-    if set(texts) & set(labels):
-        raise InputError("--text: none of the columns may be a label", "name each column once")
+
+    def named(option: str, others: tuple[str, ...] = ()) -> Callable[[str], tuple[str, ...]]:
+        def check(name: str, *more: str) -> tuple[str, ...]:
+            check_named(columns, (name, *more), option, data.origin)
+            if {name, *more} & set(others):
+                raise InputError("--text: none of the columns may be a label", "name each column once")
+            return (name, *more)
+
+        return check
+
+    texts = (
+        named("--text")(*given.texts) if given.texts else ask.checked("Text column", text, "--text", named("--text"))
+    )
+    of_label = named("--label", texts)
+    guessed = None if label in texts else label
+    labels = of_label(*given.labels) if given.labels else ask.checked("Label column", guessed, "--label", of_label)
     for path in (path for paths in data.files.values() for path in paths):
         check_file(path, (*texts, *labels), data.reading)
     split_column = guess_split_column(columns, (*texts, *labels)) if len(data.sources) == 1 else None
@@ -233,6 +298,23 @@ class _Asker:
             print(file=sys.stderr)
         raise otherwise
 
+    def checked(
+        self, question: str, default: str | None, option: str, check: Callable[[str], T], given: str | None = None
+    ) -> T:
+        """What `check` makes of the answer; asks again where it refuses, and somebody is there to answer.
+
+        Raises:
+            AfinaError: `given`, or the default of a silent command, is refused.
+        """
+        if given is not None or self.silent:
+            return check(given if given is not None else self(question, default, option))
+        while True:
+            answer = self(question, default, option)
+            try:
+                return check(answer)
+            except InputError as error:
+                print(f"{error}", file=sys.stderr)
+
     def show(self, text: str) -> None:
         if not self.silent:
             print(text, file=sys.stderr)
@@ -246,7 +328,7 @@ def _table(columns: tuple[Column, ...]) -> str:
 
 def _with_bar(work: Any, total: int) -> Any:
     """Run `work(tick)`, with a progress bar on a terminal where there are many rows."""
-    if not sys.stderr.isatty() or total < 20_000:
+    if not can_draw(sys.stderr) or total < 20_000:
         return work(None)
     from rich.console import Console
     from rich.progress import Progress
@@ -270,166 +352,4 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     return [*image, *enter, *(another_command(command, recipe.name) for command in commands)]
 
 
-@click.command()
-@click.argument("recipe")
-@request_options("overrides", "site", "nodes", "gpus_per_node", "time_min")
-@click.option(
-    "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about this long."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the forecast and what was measured as JSON.")
-def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) -> None:
-    """Run a few training steps, a save and an evaluation of RECIPE here, without network, and forecast the run.
-
-    It leaves nothing behind. It measures the machine it runs on: for a GPU, call it inside an allocation.
-
-    \b
-    Examples:
-      afina rehearse recipe.yaml
-      srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
-    """
-    from afina import api
-    from afina.forecast import evidence as measure
-    from afina.forecast.estimate import describe
-    from afina.forecast.forecast import forecast
-    from afina.run.new_run import prepare
-    from afina.site.image import check_image
-    from afina.slurm.cluster import read_cluster
-
-    plan = api.plan_for(recipe, request)
-    check_image(plan.site)
-    prepared = prepare(plan)
-    measured = measure.rehearse(plan, prepared, seconds=seconds)
-    estimate = forecast(plan, prepared, read_cluster(accounting=False), measured)
-    if as_json:
-        print(json.dumps({**estimate.to_json(), "measured": measured.model_dump()}))
-        return
-    steps, step = len(measured.seconds), sum(measured.seconds) / len(measured.seconds)
-    memory = f"{measured.peak_bytes / 1e9:.2f} GB"
-    if measured.gpu_peak_bytes is not None:
-        memory += f", {measured.gpu_peak_bytes / 1e9:.2f} GB of the GPU"
-    cut = (
-        "network cut"
-        if measured.network == "cut"
-        else "network not cut: the kernel refuses; offline variables were set"
-    )
-    print(f"rehearsed on {measured.device_name} ({measured.device}, {measured.threads} threads), {cut}")
-    print(
-        f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
-        f"batch; checkpoint {(measured.checkpoint_bytes or 0) / 1e9:.3f} GB in {measured.save_seconds or 0:.1f} s"
-    )
-    print("\n".join(describe(estimate.to_json())))
-
-
-@click.command()
-@click.argument("recipe", required=False)
-@request_options(
-    "overrides",
-    "site",
-    "nodes",
-    "gpus_per_node",
-    nodes="Of that job; by default the recipe's, or one.",
-    gpus_per_node="",
-)
-@click.option("--inside", "is_inside", is_flag=True, help="Only the checks in the image (or here, without one).")
-@click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that starts like a run.")
-@click.option(
-    "--wait-minutes",
-    type=click.FloatRange(0),
-    default=60.0,
-    show_default=True,
-    help="Cancel the job if it waits longer.",
-)
-@click.option("--json", "as_json", is_flag=True)
-def doctor(
-    recipe: str | None, request: JobRequest, is_inside: bool, with_job: bool, wait_minutes: float, as_json: bool
-) -> None:
-    """Check everything that a job depends on: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
-
-    With RECIPE also that its partition can run it. Exit code 3 if something failed.
-
-    \b
-    Examples:
-      afina doctor
-      afina doctor recipe.yaml --job
-      afina doctor --inside
-    """
-    from afina import doctor as checks
-    from afina.doctor.job import try_job
-    from afina.site.finding import Finding
-
-    target = _target(recipe, request, quick=is_inside, with_job=with_job)
-    all_findings: list[Any] = []
-
-    def say(findings: Any) -> None:
-        for finding in findings:
-            all_findings.append(finding)
-            if not as_json:
-                _clear()
-                _print_finding(finding)
-
-    if is_inside:
-        say(checks.inside(target))
-    else:
-        say(checks.examine(target))
-        if with_job:
-            if target.site is None or not target.has_slurm:
-                say([Finding("job", "failed", "no job can be tried: see above", "mend the site first")])
-            else:
-                job = try_job(target, wait_s=wait_minutes * 60, progress=_progress)
-                with contextlib.closing(job):
-                    say(job)
-    _clear()
-    count = {level: sum(f.level == level for f in all_findings) for level in ("ok", "warning", "failed")}
-    if as_json:
-        print(json.dumps({**count, "findings": [f.to_json() for f in all_findings]}, ensure_ascii=False))
-    else:
-        print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
-        if recipe is not None and not count["failed"]:
-            print(f"next: {another_command('prefetch', recipe, request)}")
-    sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
-
-
-def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: bool) -> Any:
-    """What the doctor examines. A site or a recipe that cannot be read becomes a finding."""
-    from afina import api
-    from afina.doctor.target import Target
-    from afina.errors import AfinaError
-    from afina.run.plan import bare_plan
-    from afina.site.settings import environment, load_site
-    from afina.slurm.cluster import Cluster, read_cluster
-
-    where = plan = error = None
-    env = dict(os.environ)
-    try:
-        where = load_site(request.site)
-        env |= environment(where)
-        if recipe is not None:
-            plan = api.plan_for(recipe, request)
-        elif request.nodes or request.gpus_per_node:
-            plan = bare_plan(where, nodes=request.nodes or 1, gpus_per_node=request.gpus_per_node or 0)
-    except AfinaError as problem:
-        error = problem
-    return Target(env, Cluster() if quick else read_cluster(), where, plan, error, recipe is not None, with_job)
-
-
-_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
-
-
-def _print_finding(finding: Any) -> None:
-    level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
-    click.echo(f"{level} {finding.check:<11} {finding.message}")
-    if finding.remedy and finding.level != "ok":
-        click.echo(f"{'':<20} remedy: {finding.remedy}")
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def _clear() -> None:
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-COMMANDS = (init, doctor, rehearse)
+COMMANDS = (init,)

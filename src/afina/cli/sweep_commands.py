@@ -11,15 +11,17 @@ from typing import Any
 
 import click
 
-from afina.cli.options import request_options
+from afina.cli.options import json_option, recipe_argument, request_options, submit_option
+from afina.cli.screen import say
 from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, InputError
 from afina.run.job_request import JobRequest
+from afina.text import can_draw
 
 __all__ = ["COMMANDS"]
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_argument
 @request_options(
     "overrides",
     "site",
@@ -38,16 +40,22 @@ __all__ = ["COMMANDS"]
 @click.option(
     "--search-seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search's random numbers."
 )
-@click.option("--sweep", "directory", metavar="DIR", help="By default $AFINA_SCRATCH/sweeps/<name>-<digest>.")
+@click.option(
+    "--sweep",
+    "directory",
+    metavar="DIR",
+    type=click.Path(),
+    help="The sweep directory; by default $AFINA_SCRATCH/sweeps/<name>-<digest>.",
+)
 @click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="Runs at the same time.")
 @click.option("--via", type=click.Choice(["sbatch"]), default="sbatch", help="A job array goes through sbatch.")
-@click.option("--local", is_flag=True, help="Train here, one run after another, without Slurm.")
+@submit_option(default=True, what="Train")
 @click.option(
     "--dry-run", "dry", is_flag=True, help="Print the cells and exactly what would be submitted; change nothing."
 )
 @click.option("--wait", "wait", is_flag=True, help="Wait for the end of all runs, then print the table.")
 @click.option("--metric", metavar="NAME", help="Another metric for the table, e.g. f1 or test_accuracy.")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 @click.pass_context
 def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options: Any) -> None:
     """Run RECIPE over a grid of values and seeds as one job array; with a sweep directory instead, show its table.
@@ -67,6 +75,7 @@ def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options
 
     shown = _Shown(options.pop("wait"), options.pop("metric"), options.pop("as_json"))
     dry = options.pop("dry")
+    options["local"] = not options.pop("submitted")
     if (known := sweep_named(recipe)) is not None:
         _check_shown_only(known, context)
         if shown.wait:
@@ -79,7 +88,7 @@ def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options
         planned = dry_run(draft)
         print(json.dumps(planned, indent=2, ensure_ascii=False) if shown.as_json else _dry_run_text(planned))
         return
-    made = carry_out(draft, _to_stderr if shown.as_json else _to_stdout)
+    made = carry_out(draft, _to_stderr if shown.as_json else say)
     if shown.wait and not draft.local:
         _wait(made)
     if shown.wait or draft.local:
@@ -109,13 +118,13 @@ def _request(job: JobRequest, options: Mapping[str, Any]) -> Any:
     from afina.sweeps.space import parse_search
 
     search = parse_search(options["search"], job.overrides) if options["search"] else None
-    asked = {name: value for name, value in options.items() if name != "via"}
-    return SweepRequest(**{**asked, "grid": parse_grid(options["grid"]), "search": search, "job": job})
+    own = {name: value for name, value in options.items() if name != "via"}
+    return SweepRequest(**{**own, "grid": parse_grid(options["grid"]), "search": search, "job": job})
 
 
 def _check_options(context: click.Context, shown: _Shown) -> None:
     """Refuse options without the one that they belong to."""
-    local, search = context.params["local"], bool(context.params["search"])
+    local, search = not context.params["submitted"], bool(context.params["search"])
     if shown.metric is not None and not (shown.wait or local):
         raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")
     for name, needs, is_given in (
@@ -140,7 +149,13 @@ def _check_shown_only(known: Any, context: click.Context) -> None:
 
 
 def _flag(name: str) -> str:
-    flags = {"overrides": "--set", "time_min": "--time", "directory": "--sweep", "dry": "--dry-run"}
+    flags = {
+        "overrides": "--set",
+        "time_min": "--time",
+        "directory": "--sweep",
+        "dry": "--dry-run",
+        "submitted": "--submit/--local",
+    }
     return flags.get(name, f"--{name.replace('_', '-')}")
 
 
@@ -150,6 +165,8 @@ def _given(context: click.Context, name: str) -> bool:
 
 def _finish(made: Any, wanted: Sequence[str], shown: _Shown) -> None:
     """Print the table, then exit: 0 if all runs of this call have finished."""
+    from afina.watch.find import short_names
+
     shown.print_table(made, before="\n")
     states = made.states()
     left = {name: states[name] for name in wanted if states[name] != "FINISHED"}
@@ -159,6 +176,8 @@ def _finish(made: Any, wanted: Sequence[str], shown: _Shown) -> None:
         print(f"{state.lower()}: {name}{f': {why[0]}' if why else ''}", file=sys.stderr)
     if left:
         print("afina: the same command continues what is not finished", file=sys.stderr)
+    if not shown.as_json:
+        print(f"next: afina report {shlex.quote(short_names([made.path])[0])}")
     failed = any(state == "FAILED" for state in left.values())
     sys.exit(EXIT_FAILED if failed else EXIT_STOPPED if left else EXIT_FINISHED)
 
@@ -171,7 +190,7 @@ def _wait(made: Any) -> None:
         return ", ".join(f"{counts[state]} {state.lower()}" for state in order if counts.get(state))
 
     try:
-        if not sys.stderr.isatty():
+        if not can_draw(sys.stderr):
             last = ""
 
             def tell(counts: Mapping[str, int]) -> None:
@@ -194,10 +213,6 @@ def _wait(made: Any) -> None:
     except KeyboardInterrupt:
         _to_stderr(f"no longer waiting; the jobs continue. Its table: afina sweep {shlex.quote(str(made.path))}")
         sys.exit(130)
-
-
-def _to_stdout(line: str) -> None:
-    print(f"afina: {line}", flush=True)
 
 
 def _to_stderr(line: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from afina.recipe.metrics import lower_is_better
+from afina.cli.completion import complete_runs
+from afina.cli.options import json_option, run_argument, runs_argument
 
 if TYPE_CHECKING:
     from afina.watch.overview import RunSummary
@@ -25,13 +27,25 @@ _STATES = ("PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UN
 _FIRST = ("RUNNING", "PENDING", "UNKNOWN", "FAILED", "STOPPED", "PLANNED", "FINISHED")
 
 
+def _table_options(order: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        columns = click.option(
+            "--columns", metavar="NAME,…", help="Columns: state, run, any key of the recipe, any metric, …"
+        )
+        sort = click.option("--sort", metavar="NAME", help=f"Sort by a column; by default {order}.")
+        return columns(sort(command))
+
+    return decorate
+
+
 @click.command()
-@click.argument("runs", metavar="[RUN|SWEEP|FOLDER]...", nargs=-1)
+@runs_argument("[RUN|SWEEP|FOLDER]...", required=False)
+@_table_options("state, then age")
 @click.option("--watch", is_flag=True, help=f"Update every {_EVERY_S:.0f} seconds, until none is queued or running.")
 @click.option(
     "--json", "as_json", is_flag=True, help="One object for one run, else a list; with --watch one line a query."
 )
-def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
+def status(runs: tuple[str, ...], columns: str | None, sort: str | None, watch: bool, as_json: bool) -> None:
     """Show runs: state, step, loss, best metric, speed, time left, and why they wait. By default all on scratch.
 
     Slurm is asked once for all of them.
@@ -41,6 +55,7 @@ def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
       afina status
       afina status yelp-1a2b3c4d-1
       afina status /scratch/me/sweeps/yelp --watch
+      afina status sweeps/yelp --columns run,learning_rate,best --sort best
       afina status /scratch/me/runs/yelp-1a2b3c4d-1 --json
     """
     from afina.errors import InputError
@@ -52,38 +67,56 @@ def status(runs: tuple[str, ...], watch: bool, as_json: bool) -> None:
             "--watch draws on a terminal, and standard output is not one", "use --watch --json, or afina status alone"
         )
     paths = find_runs(runs) if runs else known_runs()
-    single = len(runs) == 1 and len(paths) == 1 and (_folder_of(runs[0]) == paths[0].name)
+    single = len(runs) == 1 and len(paths) == 1 and (_folder_of(runs[0]) == paths[0].name) and not columns
+    view = _View(single, columns, sort)
     if watch:
-        _watch(paths, as_json, single)
+        _watch(paths, as_json, view)
         return
     summaries = summarise(paths)
-    if as_json:
-        print(_as_json(summaries, single))
-    else:
-        print("\n".join(_text(summaries, single)))
+    print(view.json(summaries) if as_json else "\n".join(view.lines(summaries)))
 
 
 def _folder_of(word: str) -> str:
     return Path(word).absolute().name
 
 
-def _as_json(summaries: Sequence[RunSummary], single: bool) -> str:
-    records = [summary.to_dict() for summary in summaries]
-    return json.dumps(records[0] if single else records, ensure_ascii=False)
+@dataclass(frozen=True)
+class _View:
+    """How `afina status` shows runs: the page of a single one, or a table."""
+
+    single: bool
+    columns: str | None
+    sort: str | None
+
+    def json(self, summaries: Sequence[RunSummary]) -> str:
+        records = [summary.to_dict() for summary in self._sorted(summaries)]
+        return json.dumps(records[0] if self.single else records, ensure_ascii=False)
+
+    def lines(self, summaries: Sequence[RunSummary]) -> list[str]:
+        from afina.cli.screen import STATUS, page, run_table, totals
+
+        if self.single:
+            return page(summaries[0])
+        if not summaries:
+            return ["no runs yet: `afina submit RECIPE` or `afina train RECIPE` makes one"]
+        heads = self.columns.split(",") if self.columns else STATUS
+        table = run_table(self._sorted(summaries), _names(summaries), heads, chosen=bool(self.columns))
+        return [*table, totals(summaries)]
+
+    def _sorted(self, summaries: Sequence[RunSummary]) -> Sequence[RunSummary]:
+        from afina.cli.screen import sorted_runs
+
+        return sorted_runs(summaries, self.sort, _names(summaries)) if self.sort else summaries
 
 
-def _text(summaries: Sequence[RunSummary], single: bool) -> list[str]:
-    from afina.cli.screen import page, status_lines, totals
+def _names(summaries: Sequence[RunSummary]) -> dict[Path, str]:
     from afina.watch.find import short_names
 
-    if single:
-        return page(summaries[0])
-    if not summaries:
-        return ["no runs yet: `afina submit RECIPE` or `afina train RECIPE` makes one"]
-    return [*status_lines(summaries, short_names([s.run for s in summaries])), totals(summaries)]
+    runs = [s.run for s in summaries]
+    return dict(zip(runs, short_names(runs), strict=True))
 
 
-def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
+def _watch(paths: Sequence[Path], as_json: bool, view: _View) -> None:
     """Draw again and again, until Ctrl-C."""
     from afina.watch.overview import summarise
 
@@ -94,7 +127,7 @@ def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
         if as_json:
             while True:
                 summaries = summarise(paths)
-                print(_as_json(summaries, single), flush=True)
+                print(view.json(summaries), flush=True)
                 if ended(summaries):
                     return
                 time.sleep(_EVERY_S)
@@ -104,7 +137,7 @@ def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
         with Live(auto_refresh=False) as live:
             while True:
                 summaries = sorted(summarise(paths), key=lambda s: _FIRST.index(s.state))
-                lines = _text(summaries, single)
+                lines = view.lines(summaries)
                 room = live.console.size.height - 2
                 if len(lines) > room:  # the heads, the most lively runs, the totals
                     lines = [*lines[: room - 2], f"… {len(lines) - room} more", lines[-1]]
@@ -117,7 +150,7 @@ def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
 
 
 @click.command(name="list")
-@click.argument("folder", required=False)
+@click.argument("folder", required=False, shell_complete=complete_runs)
 @click.option(
     "--state",
     "states",
@@ -125,16 +158,17 @@ def _watch(paths: Sequence[Path], as_json: bool, single: bool) -> None:
     multiple=True,
     help="Only these; may be given again.",
 )
-@click.option(
-    "--sort",
-    type=click.Choice(["age", "name", "state", "best", "step", "size"]),
-    default="age",
-    show_default=True,
-    help="age: the newest first. best: the best of each metric first.",
-)
+@_table_options("age")
 @click.option("--size", "with_size", is_flag=True, help="Also how large each is on disk: reads every folder.")
-@click.option("--json", "as_json", is_flag=True)
-def list_(folder: str | None, states: tuple[str, ...], sort: str, with_size: bool, as_json: bool) -> None:
+@json_option
+def list_(
+    folder: str | None,
+    states: tuple[str, ...],
+    columns: str | None,
+    sort: str | None,
+    with_size: bool,
+    as_json: bool,
+) -> None:
     """One line a run: state, best metric, age. By default all on scratch; FOLDER may be a sweep or any folder of runs.
 
     \b
@@ -143,36 +177,26 @@ def list_(folder: str | None, states: tuple[str, ...], sort: str, with_size: boo
       afina list --state failed --state stopped
       afina list /scratch/me/sweeps/yelp --sort best --size
     """
-    from afina.cli.screen import list_lines
-    from afina.watch.find import find_runs, known_runs, short_names
+    from afina.cli.screen import LIST, run_table, sorted_runs
+    from afina.watch.find import find_runs, known_runs
     from afina.watch.overview import summarise
 
     summaries = summarise(find_runs([folder]) if folder else known_runs())
     wanted = {state.upper() for state in states} or set(_STATES)
     kept = [s for s in summaries if s.state in wanted]
-    sizes = {s.run: _size(s.run) for s in kept} if with_size or sort == "size" else {}
-    kept.sort(key=lambda s: _order(s, sort, sizes))
+    heads = (
+        columns.split(",") if columns else [*LIST[:-1], *(["size"] if with_size or sort == "size" else []), LIST[-1]]
+    )
+    sizes = {s.run: _size(s.run) for s in kept} if "size" in heads else {}
+    names = _names(kept)
+    kept = sorted_runs(kept, sort or "age", names, sizes)
     if as_json:
         records = [s.to_dict() | ({"size_bytes": sizes[s.run]} if sizes else {}) for s in kept]
         print(json.dumps(records, ensure_ascii=False))
     elif kept:
-        names = short_names([s.run for s in kept])
-        print("\n".join(list_lines(kept, names, [sizes[s.run] for s in kept] if sizes else None)))
+        print("\n".join(run_table(kept, names, heads, chosen=bool(columns), sizes=sizes)))
     else:
         print("no runs" + (f" that are {' or '.join(sorted(wanted)).lower()}" if states else " yet"))
-
-
-def _order(s: RunSummary, sort: str, sizes: dict[Path, int]) -> Any:
-    if sort == "best":
-        value = s.best_value if s.best_value is not None else float("-inf")
-        return s.best_value is None, s.best_metric or "", value if lower_is_better(s.best_metric or "") else -value
-    keys = {
-        "age": -s.made,
-        "state": _FIRST.index(s.state),
-        "step": -s.step,
-        "size": -sizes.get(s.run, 0),
-    }
-    return keys.get(sort, 0)  # by name: as they were found
 
 
 def _size(folder: Path) -> int:
@@ -190,7 +214,7 @@ def _size(folder: Path) -> int:
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option(
     "-f", "--follow", "following", is_flag=True, help="Follow it, through later attempts, until the run ends."
 )
@@ -200,7 +224,9 @@ def _size(folder: Path) -> int:
 @click.option(
     "-n", "--lines", "last", type=click.IntRange(0), metavar="N", help="Only the last N lines (and what follows)."
 )
-def logs(run: str, following: bool, rank: int | None, node: int | None, attempt: str | None, last: int | None) -> None:
+def logs(
+    run_dir: str, following: bool, rank: int | None, node: int | None, attempt: str | None, last: int | None
+) -> None:
     """Print the log of RUN.
 
     \b
@@ -216,7 +242,7 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
     if rank is not None and node is not None:
         raise InputError("--rank and --node: give one of them", "a rank's node follows from its number")
     choice = LogSelection(attempt, node, rank)
-    directory = RunDir(_one(run))
+    directory = RunDir(_one(run_dir))
     try:
         for line in follow(directory, choice, last) if following else log_lines(directory, choice, last):
             sys.stdout.write(line)
@@ -228,12 +254,12 @@ def logs(run: str, following: bool, rank: int | None, node: int | None, attempt:
 
 
 @click.command()
-@click.argument("runs", metavar="RUN|SWEEP|FOLDER...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True)
+@runs_argument("RUN|SWEEP|FOLDER...", required=True)
+@json_option
 def cancel(runs: tuple[str, ...], as_json: bool) -> None:
     """Cancel the jobs of runs, queued or running; a run that trains without Slurm is asked to stop.
 
-    A run that trains leaves a checkpoint first: `afina submit RUN_DIR` or `afina resume RUN_DIR` continues it.
+    A run that trains leaves a checkpoint first: `afina submit RUN` or `afina resume RUN` continues it.
 
     \b
     Examples:
@@ -252,7 +278,7 @@ def cancel(runs: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("runs", metavar="RUN|SWEEP|FOLDER...", nargs=-1, required=True)
+@runs_argument("RUN|SWEEP|FOLDER...", required=True)
 @click.option(
     "--keep", type=click.Choice(["best", "none"]), default="best", show_default=True, help="The checkpoint that stays."
 )
@@ -303,13 +329,13 @@ def _one(word: str) -> Path:
     from afina.errors import InputError
     from afina.watch.find import find_runs, short_names
 
-    found = find_runs([word])
-    if len(found) > 1:
-        names = short_names(found[:5])
+    runs = find_runs([word])
+    if len(runs) > 1:
+        names = short_names(runs[:5])
         raise InputError(
-            f"{word}: holds {len(found)} runs", f"name one of them: {', '.join(names)}{', …' if len(found) > 5 else ''}"
+            f"{word}: holds {len(runs)} runs", f"name one of them: {', '.join(names)}{', …' if len(runs) > 5 else ''}"
         )
-    return found[0]
+    return runs[0]
 
 
 COMMANDS = (status, list_, logs, cancel, prune)

@@ -106,7 +106,7 @@ def check_after_the_end(target: Target) -> Iterator[Finding]:
     mode = config.get("PreemptMode", "OFF").upper()
     if "CANCEL" in mode:
         message = f"PreemptMode={mode}: a preempted job is cancelled, not requeued"
-        yield Finding("preemption", "warning", message, "`afina submit RUN_DIR` resumes it from its checkpoint")
+        yield Finding("preemption", "warning", message, "`afina submit RUN` resumes it from its checkpoint")
     else:
         yield Finding("preemption", "ok", f"PreemptMode={mode}")
     if config.get("JobRequeue", "1") != "0":

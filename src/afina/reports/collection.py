@@ -20,7 +20,7 @@ from afina.errors import AfinaError
 from afina.files import read_json
 from afina.recipe.metrics import SCALARS, lower_is_better
 from afina.reports.charts import Chart, points_of, smoothed
-from afina.reports.compare import Comparison, Verdict, differing, names_of, test_rows
+from afina.reports.compare import Comparison, Verdict, names_of, test_rows
 from afina.reports.page import document, figures, note, pairs, seconds, table, tiles, warnings
 from afina.run.directory import RunDir
 from afina.statistics.intervals import mean_interval
@@ -29,7 +29,7 @@ from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
 from afina.statistics.weakness import weaknesses
 from afina.text import number, p_value
-from afina.watch.reading import RunResult, read_result
+from afina.watch.reading import RunResult, differing, read_result
 
 __all__ = ["collection_page", "comparison_page"]
 

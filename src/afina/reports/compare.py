@@ -8,7 +8,7 @@ an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from afina.statistics.paired import Paired, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.text import number, p_value
 from afina.watch.find import find_runs
-from afina.watch.reading import RunResult, read_result
+from afina.watch.reading import RunResult, differing, read_result
 
-__all__ = ["Comparison", "Verdict", "compare", "differing", "names_of", "test_rows", "to_json", "verdicts"]
+__all__ = ["Comparison", "Verdict", "compare", "names_of", "test_rows", "to_json", "verdicts"]
 
 #: With more runs, what computed them is not read.
 _MOST_EXECUTIONS = 50
@@ -105,16 +105,6 @@ def _of_split(run: RunResult, split: str) -> dict[str, float]:
     if split == "test":
         return {name[5:]: value for name, value in run.metrics.items() if name.startswith("test_")}
     return {name: value for name, value in run.metrics.items() if not name.startswith("test_")}
-
-
-def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys of flat recipes that are not the same in all, in the order of the recipe; the name aside."""
-    missing = object()
-    return [
-        key
-        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
-        if key != "name" and any(recipe.get(key, missing) != recipes[0].get(key, missing) for recipe in recipes[1:])
-    ]
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:

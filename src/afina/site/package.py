@@ -67,6 +67,7 @@ def build_folder() -> Iterator[Path]:
         folder = Path(made)
         shutil.copytree(_PACKAGE / "_build", folder, dirs_exist_ok=True)
         shutil.copytree(_PACKAGE / "_slurm", folder / "slurm")
-        own = shutil.ignore_patterns("_build", "_slurm", "__pycache__")
+        shutil.copytree(_PACKAGE / "_docs", folder / "docs")
+        own = shutil.ignore_patterns("_build", "_slurm", "_docs", "__pycache__")
         shutil.copytree(_PACKAGE, folder / "src/afina", ignore=own)
         yield folder

@@ -12,6 +12,7 @@ from afina.errors import SiteError, nearest
 
 __all__ = [
     "KNOWN",
+    "RESERVED_OPTIONS",
     "UNWANTED_SBATCH",
     "declared_size",
     "existing_scratch",
@@ -60,7 +61,7 @@ UNWANTED_SBATCH = (
 )
 
 #: Options of sbatch that AFINA_SBATCH_EXTRA may not hold, and what to do instead.
-_RESERVED = {
+RESERVED_OPTIONS = {
     "nodes": "set resources.nodes in the recipe",
     "gpus-per-node": "set resources.gpus_per_node in the recipe, and its spelling in AFINA_GPU_REQUEST",
     "gpus": "set resources.gpus_per_node in the recipe",
@@ -206,8 +207,8 @@ def sbatch_extra(value: str, name: str = "AFINA_SBATCH_EXTRA") -> tuple[str, ...
                 "write each in its long form with `=`, on a line of its own: --constraint=a100, or --exclusive",
             )
         option = line[2:].partition("=")[0]
-        if option in _RESERVED:
-            raise SiteError(f"{name}: --{option} cannot be set by the site", _RESERVED[option])
+        if option in RESERVED_OPTIONS:
+            raise SiteError(f"{name}: --{option} cannot be set by the site", RESERVED_OPTIONS[option])
     return lines
 
 

@@ -62,7 +62,7 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    remedy = "`afina resume RUN_DIR` on a finished run does not write it again; start the run anew with `afina rerun RUN_DIR`"
+    remedy = "`afina resume RUN` on a finished run does not write it again; start the run anew with `afina rerun RUN`"
     try:
         names = None if texts else [name for name in pq.read_schema(path).names if name not in ("text", "text_pair")]
         table = pq.read_table(path, columns=names)

@@ -10,7 +10,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class RunSummary:
         step, max_steps: optimizer steps done, and of the whole run.
         epoch, loss: of the last log line.
         best_metric, best_value, best_step: the best evaluation by the metric that chooses the best checkpoint.
-        tokens_per_s: real tokens (no padding) per second, all processes together.
+        tokens_per_s, examples_per_s: real tokens (no padding) and examples per second, all processes together.
         attempts: how many there were; `attempt` names the newest.
         seconds_left: of training, estimated from its speed.
         limit_s: seconds until the job's time limit.
@@ -55,6 +55,7 @@ class RunSummary:
         warnings: what stands against its metrics: of the outcome, and of the data.
         error: what failed.
         made, ended: when the run was claimed, and when its outcome was written, in seconds since the epoch.
+        recipe: the keys that are set: `train.learning_rate` -> value.
         sync: commands that upload its records to a tracker's server, or show them.
     """
 
@@ -69,6 +70,7 @@ class RunSummary:
     best_value: float | None = None
     best_step: int | None = None
     tokens_per_s: float | None = None
+    examples_per_s: float | None = None
     attempts: int = 0
     attempt: str | None = None
     seconds_left: float | None = None
@@ -83,6 +85,7 @@ class RunSummary:
     error: str | None = None
     made: float = 0.0
     ended: float | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
     sync: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +155,7 @@ def _summary(reading: Reading, job: Job | None, now: float) -> RunSummary:
         best_value=best[1],
         best_step=best[2],
         tokens_per_s=speed,
+        examples_per_s=pace.get("examples_per_s") if running else outcome.get("samples_per_second"),
         attempts=len(reading.attempts),
         attempt=reading.attempt,
         seconds_left=_seconds_left(reading, now) if running else None,
@@ -166,6 +170,7 @@ def _summary(reading: Reading, job: Job | None, now: float) -> RunSummary:
         error=outcome.get("error") if state != "FINISHED" else None,
         made=result.made,
         ended=result.recorded if state in ("FINISHED", "STOPPED", "FAILED") and result.recorded else None,
+        recipe=result.flat_recipe(),
         sync=tuple(sync_commands(reading.path, list(map(str, result.recipe.get("trackers") or ())))),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from afina.run.outcome import data_warnings
 from afina.run.supervise import Liveness, lease_of
 from afina.schedule import Schedule
 
-__all__ = ["Reading", "RunResult", "decisive_lines", "job_log", "read_result", "read_run"]
+__all__ = ["Reading", "RunResult", "decisive_lines", "differing", "job_log", "read_result", "read_run"]
 
 #: Bytes read from the end of a log: some four hours of its once-a-minute lines.
 _TAIL = 65536
@@ -137,6 +137,16 @@ class Reading:
     @property
     def path(self) -> Path:
         return self.result.path
+
+
+def differing(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of flat recipes that are not the same in all, in the order of the recipe; the name aside."""
+    missing = object()
+    return [
+        key
+        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
+        if key != "name" and any(recipe.get(key, missing) != recipes[0].get(key, missing) for recipe in recipes[1:])
+    ]
 
 
 def read_result(path: Path) -> RunResult:

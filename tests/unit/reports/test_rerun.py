@@ -177,7 +177,9 @@ def test_a_run_goes_on_with_another_time_limit_and_no_other_change(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run = old()
     shown = command("submit", run.path, "--time", "90", "--dry-run")
-    assert shown.returncode == 0 and f"# would resume\n{run.path}\n" in shown.stdout and "--time=90" in shown.stdout
+    assert (
+        shown.returncode == 0 and f"  run      {run.path} (resumed)\n" in shown.stdout and "--time=90" in shown.stdout
+    )
     changes = [["--set", "train.epochs=9"], ["--nodes", "2"], ["--run", "elsewhere"], ["--site", "other.env"]]
     for option in (*changes, ["--gpus-per-node", "0"], ["--rehearse"], ["--rehearse", "--dry-run"]):
         done = command("submit", run.path, *option)

@@ -317,3 +317,10 @@ def _rows(page: str, heading: str) -> list[list[str]]:
     rows = [re.split(r"(?<!`\")\|(?!\"`)", line.strip().strip("|")) for line in lines[2:]]
     assert rows, f"no table under {heading} in {page}"
     return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_page_of_the_site_names_every_variable() -> None:
+    sources = [*(ROOT / "src/afina").rglob("*.py"), *(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "slurm").glob("*.sh")]
+    used = {name for path in sources for name in re.findall(r"\bAFINA_[A-Z_]*[A-Z]\b", path.read_text("utf-8"))}
+    page = (ROOT / "docs/site.md").read_text("utf-8")
+    assert not {name for name in used if f"`{name}`" not in page and f"`_{name}`" not in page}

@@ -297,19 +297,19 @@ def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
     assert (plan.geometry.nodes, plan.geometry.processes_per_node, plan.recipe.resources.time) == (2, 2, 90)
     assert answer["via"] == via and answer["run"].startswith(str(scratch / "runs"))
     text = done.stdout
-    assert f"# would claim\n{answer['run']}\n" in text
-    assert f"# would run\n{shlex.join(answer['command'])}" in text
+    assert f"  run      {answer['run']} (new)\n" in text and 8 <= len(text.splitlines()) <= 12
+    assert f"  command  {shlex.join(answer['command'])}\n" in text
     if via == "sbatch":
         assert answer["command"] == sbatch_argv(plan, Path(answer["run"]))
     else:
-        assert "#SBATCH --nodes=2" in answer["script"] and answer["script"] in text + "\n"
+        assert "#SBATCH --nodes=2" in answer["script"] and "  script   " in text
         checked = subprocess.run(["bash", "-n"], input=answer["script"], text=True, capture_output=True, check=False)
         assert checked.returncode == 0, checked.stderr
 
 
 def test_a_dry_run_needs_no_slurm(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     done = afina("submit", recipe_file(), "--dry-run", env={"PATH": no_slurm(tmp_path)})
-    assert done.returncode == 0 and "# would run\nsbatch --parsable" in done.stdout, done.stderr
+    assert done.returncode == 0 and "  command  sbatch --parsable" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("via", ["sbatch", "submitit"])

@@ -1,0 +1,222 @@
+"""Commands that check before the first job: doctor, rehearse, and the keys of a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from typing import Any
+
+import click
+
+from afina.cli.completion import complete_keys
+from afina.cli.options import another_command, json_option, recipe_argument, request_options
+from afina.errors import EXIT_ENVIRONMENT, InputError
+from afina.run.job_request import JobRequest
+from afina.text import CLEAR_LINE, can_draw
+
+__all__ = ["COMMANDS"]
+
+
+@click.command()
+@recipe_argument
+@request_options("overrides", "site", "nodes", "gpus_per_node", "time_min")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Time steps for about this long."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the forecast and what was measured as JSON.")
+def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) -> None:
+    """Run a few training steps, a save and an evaluation of RECIPE here, without network, and forecast the run.
+
+    It leaves nothing behind. It measures the machine it runs on: for a GPU, call it inside an allocation.
+
+    \b
+    Examples:
+      afina rehearse recipe.yaml
+      srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
+    """
+    from afina import api
+    from afina.forecast import evidence as measure
+    from afina.forecast.estimate import describe
+    from afina.forecast.forecast import forecast
+    from afina.run.new_run import prepare
+    from afina.site.image import check_image
+    from afina.slurm.cluster import read_cluster
+
+    plan = api.plan_for(recipe, request)
+    check_image(plan.site)
+    prepared = prepare(plan)
+    measured = measure.rehearse(plan, prepared, seconds=seconds)
+    estimate = forecast(plan, prepared, read_cluster(accounting=False), measured)
+    if as_json:
+        print(json.dumps({**estimate.to_json(), "measured": measured.model_dump()}))
+        return
+    steps, step = len(measured.seconds), sum(measured.seconds) / len(measured.seconds)
+    memory = f"{measured.peak_bytes / 1e9:.2f} GB"
+    if measured.gpu_peak_bytes is not None:
+        memory += f", {measured.gpu_peak_bytes / 1e9:.2f} GB of the GPU"
+    cut = (
+        "network cut"
+        if measured.network == "cut"
+        else "network not cut: the kernel refuses; offline variables were set"
+    )
+    print(f"rehearsed on {measured.device_name} ({measured.device}, {measured.threads} threads), {cut}")
+    print(
+        f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
+        f"batch; checkpoint {(measured.checkpoint_bytes or 0) / 1e9:.3f} GB in {measured.save_seconds or 0:.1f} s"
+    )
+    print("\n".join(describe(estimate.to_json())))
+
+
+@click.command()
+@click.argument("recipe", required=False, type=click.Path())
+@request_options(
+    "overrides",
+    "site",
+    "nodes",
+    "gpus_per_node",
+    nodes="Of that job; by default the recipe's, or one.",
+    gpus_per_node="GPUs of each node of that job.",
+)
+@click.option("--inside", "is_inside", is_flag=True, help="Only the checks in the image (or here, without one).")
+@click.option("--job", "with_job", is_flag=True, help="Then also submit a short job that starts like a run.")
+@click.option(
+    "--wait-minutes",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Cancel the job if it waits longer.",
+)
+@json_option
+def doctor(
+    recipe: str | None, request: JobRequest, is_inside: bool, with_job: bool, wait_minutes: float, as_json: bool
+) -> None:
+    """Check everything that a job depends on: site, scratch, image, Slurm; each line ok, a warning or failed, with its remedy.
+
+    With RECIPE also that its partition can run it. Exit code 3 if something failed.
+
+    \b
+    Examples:
+      afina doctor
+      afina doctor recipe.yaml --job
+      afina doctor --inside
+    """
+    from afina import doctor as checks
+    from afina.doctor.job import try_job
+    from afina.site.finding import Finding
+
+    target = _target(recipe, request, quick=is_inside, with_job=with_job)
+    all_findings: list[Any] = []
+
+    def say(findings: Any) -> None:
+        for finding in findings:
+            all_findings.append(finding)
+            if not as_json:
+                _clear()
+                _print_finding(finding)
+
+    if is_inside:
+        say(checks.inside(target))
+    else:
+        say(checks.examine(target))
+        if with_job:
+            if target.site is None or not target.has_slurm:
+                say([Finding("job", "failed", "no job can be tried: see above", "mend the site first")])
+            else:
+                job = try_job(target, wait_s=wait_minutes * 60, progress=_progress)
+                with contextlib.closing(job):
+                    say(job)
+    _clear()
+    count = {level: sum(f.level == level for f in all_findings) for level in ("ok", "warning", "failed")}
+    if as_json:
+        print(json.dumps({**count, "findings": [f.to_json() for f in all_findings]}, ensure_ascii=False))
+    else:
+        print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
+        if recipe is not None and not count["failed"]:
+            print(f"next: {another_command('prefetch', recipe, request)}")
+    sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
+
+
+def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: bool) -> Any:
+    """What the doctor examines. A site or a recipe that cannot be read becomes a finding."""
+    from afina import api
+    from afina.doctor.target import Target
+    from afina.errors import AfinaError
+    from afina.run.plan import bare_plan
+    from afina.site.settings import environment, load_site
+    from afina.slurm.cluster import Cluster, read_cluster
+
+    where = plan = error = None
+    env = dict(os.environ)
+    try:
+        where = load_site(request.site)
+        env |= environment(where)
+        if recipe is not None:
+            plan = api.plan_for(recipe, request)
+        elif request.nodes or request.gpus_per_node:
+            plan = bare_plan(where, nodes=request.nodes or 1, gpus_per_node=request.gpus_per_node or 0)
+    except AfinaError as problem:
+        error = problem
+    return Target(env, Cluster() if quick else read_cluster(), where, plan, error, recipe is not None, with_job)
+
+
+_COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def _print_finding(finding: Any) -> None:
+    level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
+    click.echo(f"{level} {finding.check:<11} {finding.message}")
+    if finding.remedy and finding.level != "ok":
+        click.echo(f"{'':<20} remedy: {finding.remedy}")
+
+
+def _progress(line: str) -> None:
+    if can_draw(sys.stderr):
+        print(f"{CLEAR_LINE}{line}", end="", file=sys.stderr, flush=True)
+
+
+def _clear() -> None:
+    if can_draw(sys.stderr):
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+@click.group()
+def recipe() -> None:
+    """The keys of a recipe."""
+
+
+@recipe.command()
+@click.argument("keys", nargs=-1, metavar="[KEY]...", shell_complete=complete_keys)
+@json_option
+def keys(keys: tuple[str, ...], as_json: bool) -> None:
+    """List the keys of a recipe with their defaults and meanings; those that begin with KEY, or contain it.
+
+    \b
+    Examples:
+      afina recipe keys
+      afina recipe keys train.l
+      afina recipe keys scheduler
+    """
+    from afina.recipe.manual import key_rows
+
+    rows = [row for row in key_rows() if not keys or any(key.strip("=") in row.key for key in keys)]
+    if not rows:
+        raise InputError(f"{' '.join(keys)}: no key has that in its name", "afina recipe keys lists all of them")
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], ensure_ascii=False))
+        return
+    for row in rows:
+        click.echo(f"{click.style(row.key, bold=True)}  {row.default}".rstrip())
+        click.echo(
+            click.wrap_text(
+                row.meaning,
+                width=shutil.get_terminal_size().columns - 2,
+                initial_indent="    ",
+                subsequent_indent="    ",
+            )
+        )
+
+
+COMMANDS = (doctor, rehearse, recipe)
