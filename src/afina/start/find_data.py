@@ -163,7 +163,7 @@ def _fetch(question: Mapping[str, Any], site: Site) -> dict[str, str]:
         if site.image is None:
             raise EnvironmentProblem(
                 f"{question['hub']}: neither the package `datasets` nor an image is here to fetch it",
-                "build the image (container/build.sh) and name it in site.env, or `pip install 'afina[train]'`",
+                "build the image (container/build.sh) and name it in site.env, or `pip install '.[train]'` in a checkout of afina",
             )
         check_image(site)
         argv = container_argv(bare_plan(site), ["python", *argv[1:]], [])

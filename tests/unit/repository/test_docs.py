@@ -119,6 +119,12 @@ def test_the_image_and_the_batch_script_are_called_with_what_afina_takes() -> No
         _parse(["train", *words[1:]])
 
 
+def test_nothing_is_installed_from_an_index_where_afina_is_not() -> None:
+    """There is no release yet: `pip install afina` would fetch a stranger's package."""
+    for path in [*PAGES, *(ROOT / "src").rglob("*.py")]:
+        assert not re.search(r"pip install ['\"]?afina\b", path.read_text("utf-8")), path
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = {words[0] for _, words in _commands("make")}

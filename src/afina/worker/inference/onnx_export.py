@@ -39,7 +39,7 @@ def check_installed() -> None:
     if missing:
         raise EnvironmentProblem(
             f"--onnx: {', '.join(missing)} is not installed where the export runs",
-            "pip install 'afina[onnx]' there (in the image: build one with it), or export without --onnx",
+            "pip install '.[onnx]' there in a checkout of afina (in the image: build one with it), or export without --onnx",
         )
 
 
