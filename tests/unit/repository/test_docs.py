@@ -257,6 +257,12 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in slugs, f"{page.name}: {target}"
 
 
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    """Sphinx refuses a page outside of every toctree; this fails sooner."""
+    contents = " ".join(text for kind, text in _FENCE.findall((ROOT / "docs/index.md").read_text("utf-8")))
+    assert {page.stem for page in PAGES if page.parent == ROOT / "docs"} - {"index"} <= set(contents.split())
+
+
 #: Dotted names of the package in running text; not in paths, and not behind another name.
 _DOTTED = re.compile(r"(?<![\w./:-])(?:afina|worker)(?:\.[A-Za-z_]\w*)+(?![\w/])")
 _FILES = {"sif", "json", "argv", "sh"}
