@@ -103,6 +103,13 @@ def _complete(app: Any, page: str, source: list[str]) -> None:
             source[0] = source[0].replace(mark, text())
 
 
+def _one_sentence(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes `text: more` in the docstring of a property for `type: description`."""
+    if what in ("attribute", "property") and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
 def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", _complete)
+    app.connect("autodoc-process-docstring", _one_sentence, priority=100)
     return {"parallel_read_safe": True}
