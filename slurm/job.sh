@@ -253,7 +253,10 @@ afina_after() {
   esac
   if [ -z "$exclude" ] && [ "$state" != PREEMPTED ]; then
     for _ in 1 2 3; do
-      reason=$(scontrol requeue "$afina_job" 2>&1) && sleep 120 && return 0 # until Slurm ends this shell
+      if reason=$(scontrol requeue "$afina_job" 2>&1); then
+        sleep 120 # until Slurm ends this shell; TERM ends the sleep first
+        return 0
+      fi
       afina_lost "$reason" || break
       sleep 10 # if it was carried out, Slurm ends this shell now: a new job would be a second one
     done

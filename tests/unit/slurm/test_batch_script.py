@@ -298,14 +298,15 @@ def test_what_the_worker_decided_is_done(
 
 
 @pytest.mark.parametrize(
-    ("answers", "calls", "submitted"), [("lost ok", 2, False), ("lost refused", 2, True), ("lost lost lost", 3, True)]
+    ("answers", "calls", "submitted"),
+    [("ok", 1, False), ("lost ok", 2, False), ("lost refused", 2, True), ("lost lost lost", 3, True)],
 )
 def test_a_requeue_whose_answer_is_lost_is_no_refusal(
     slurm_commands: Path, run: RunDir, bin: Path, scratch: Path, answers: str, calls: int, submitted: bool
 ) -> None:
-    """A new job beside the one that Slurm has put back would be a second one."""
+    """A new job beside the one that Slurm has put back would be a second one. Slurm's TERM ends the pause after it."""
     program(bin, "squeue", 'case "$*" in *%T*) echo RUNNING ;; esac\n')
-    program(bin, "sleep", 'case $1 in 10 | 120) ;; *) exec /bin/sleep "$@" ;; esac\n')
+    program(bin, "sleep", 'case $1 in 10) ;; 120) exit 143 ;; *) exec /bin/sleep "$@" ;; esac\n')
     counter = shlex.quote(str(slurm_commands / "requeued"))
     body = f"""
 [ "$1" = requeue ] || exit 1
