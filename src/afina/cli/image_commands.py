@@ -12,7 +12,7 @@ import click
 
 __all__ = ["COMMANDS"]
 
-_MARKS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED ", "unknown": "-      "}
+_SIGNS = {"ok": "ok     ", "warning": "WARNING", "failed": "FAILED ", "unknown": "-      "}
 
 
 @click.group()
@@ -60,7 +60,7 @@ def info(image: str | None, site: str | None, as_json: bool) -> None:
     for name, value in _lines(about):
         print(f"  {name:<11}{value}")
     for finding in findings:
-        _tell(finding)
+        _print_finding(finding)
 
 
 @image.command()
@@ -147,7 +147,7 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
     for finding in images.verify(read, image_key(key) if key else wanted, runtime, env):
         findings.append(finding)
         if not as_json:
-            _tell(finding)
+            _print_finding(finding)
     if as_json:
         answer = {"image": str(read.path), "findings": [finding.to_json() for finding in findings]}
         print(json.dumps(answer, indent=2, ensure_ascii=False))
@@ -155,8 +155,8 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
         sys.exit(EXIT_ENVIRONMENT)
 
 
-def _tell(finding: Any) -> None:
-    print(f"  {_MARKS[finding.level]} {finding.check}: {finding.message}", flush=True)
+def _print_finding(finding: Any) -> None:
+    print(f"  {_SIGNS[finding.level]} {finding.check}: {finding.message}", flush=True)
     if finding.remedy and finding.level in ("failed", "warning"):
         print(f"          remedy: {finding.remedy}", flush=True)
 

@@ -26,12 +26,12 @@ def visible(env: Mapping[str, str]) -> tuple[str, ...] | None:
     value = env.get("CUDA_VISIBLE_DEVICES")
     if value is None:
         return None
-    found: list[str] = []
+    devices: list[str] = []
     for entry in (part.strip() for part in value.split(",")):
         if not re.fullmatch(r"\d+|(GPU|MIG)-[0-9A-Za-z/-]+", entry):
             break
-        found.append(entry)
-    return tuple(found)
+        devices.append(entry)
+    return tuple(devices)
 
 
 def mig_slices(env: Mapping[str, str]) -> tuple[str, ...]:
@@ -42,10 +42,10 @@ def mig_slices(env: Mapping[str, str]) -> tuple[str, ...]:
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
     """The NVIDIA driver of this machine, e.g. `535.104.05`; None where there is none, or its file holds no version."""
     try:
-        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text(errors="replace"))
+        match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text(errors="replace"))
     except OSError:
         return None
-    return found[0] if found else None
+    return match[0] if match else None
 
 
 def minimum_driver(cuda: str | None) -> str | None:

@@ -236,10 +236,10 @@ def _unpacked(path: Path) -> Image:
 def _labels(text: str) -> dict[str, str]:
     """From `inspect --json --labels`, or from `labels.json`; empty where the text is damaged."""
     try:
-        found: Any = json.loads(text)
-        if "data" in found:
-            found = found["data"]["attributes"].get("labels") or {}
-        return {str(name): str(value) for name, value in found.items()}
+        value: Any = json.loads(text)
+        if "data" in value:
+            value = value["data"]["attributes"].get("labels") or {}
+        return {str(name): str(label) for name, label in value.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -216,11 +216,11 @@ class Registry:
         kind, _, rest = challenge.partition(" ")
         if kind.lower() != "bearer":
             return basic
-        asked = dict(re.findall(r'(\w+)="([^"]*)"', rest))
-        query = urllib.parse.urlencode({name: asked[name] for name in ("service", "scope") if name in asked})
+        named = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        query = urllib.parse.urlencode({name: named[name] for name in ("service", "scope") if name in named})
         self._authorization = basic
         try:
-            with self._request(f"{asked.get('realm', '')}?{query}", {}) as answer:
+            with self._request(f"{named.get('realm', '')}?{query}", {}) as answer:
                 value = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None

@@ -140,28 +140,28 @@ def load_site(given: str | Path | None = None, env: Mapping[str, str] | None = N
     env = dict(os.environ if env is None else env)
     inside = job or in_container(env)
     file = None if job else _host_file(given, env)
-    found = _source(file, env) if file else env
-    _refuse_unknown(found, env, file)
+    sourced = _source(file, env) if file else env
+    _refuse_unknown(sourced, env, file)
 
     def value(name: str) -> str:
-        return found.get(f"AFINA_{name}", "")
+        return sourced.get(f"AFINA_{name}", "")
 
     scratch = variables.usable_scratch(value("SCRATCH"), file)
-    image, pulled = _image(value("IMAGE"), scratch / "cache", found, file, inside=inside)
+    image, pulled = _image(value("IMAGE"), scratch / "cache", sourced, file, inside=inside)
     return Site(
         scratch=scratch,
         image=image,
         image_address=pulled.address if pulled else None,
         image_digest=pulled.digest if pulled else None,
         image_key=variables.image_key(value("IMAGE_KEY"), file, visible=not inside),
-        runtime=_runtime(value("RUNTIME"), image, found, job=job),
+        runtime=_runtime(value("RUNTIME"), image, sourced, job=job),
         binds=tuple(bind for bind in value("BIND").split(",") if bind),
         gpu_request=variables.gpu_request(value("GPU_REQUEST")),
         sbatch_extra=variables.sbatch_extra(value("SBATCH_EXTRA")),
         sbatch_omit=variables.sbatch_omit(value("SBATCH_OMIT")),
         stage=variables.stage_folder(value("STAGE")),
-        sbatch=variables.sbatch_variables(found, env),
-        setup=tuple(sorted(n for n in _changes(found, env) if not n.startswith(("AFINA_", "SBATCH_", "BASH")))),
+        sbatch=variables.sbatch_variables(sourced, env),
+        setup=tuple(sorted(n for n in _changes(sourced, env) if not n.startswith(("AFINA_", "SBATCH_", "BASH")))),
         file=file,
     )
 
@@ -174,8 +174,8 @@ def scratch_of(given: str | Path | None = None, env: Mapping[str, str] | None = 
     """
     env = dict(os.environ if env is None else env)
     file = _host_file(given, env)
-    found = _source(file, env) if file else env
-    return variables.existing_scratch(found.get("AFINA_SCRATCH", ""), file)
+    sourced = _source(file, env) if file else env
+    return variables.existing_scratch(sourced.get("AFINA_SCRATCH", ""), file)
 
 
 def site_image(
@@ -188,10 +188,15 @@ def site_image(
     """
     env = dict(os.environ if env is None else env)
     file = find_site_file(given, env)
-    found = _source(file, env) if file else env
-    named = found.get("AFINA_IMAGE", "")
-    key = variables.image_key(found.get("AFINA_IMAGE_KEY", ""), file)
-    return named, key, _runtime(found.get("AFINA_RUNTIME", ""), Path(named or "afina.sif"), found, job=False), found
+    sourced = _source(file, env) if file else env
+    named = sourced.get("AFINA_IMAGE", "")
+    key = variables.image_key(sourced.get("AFINA_IMAGE_KEY", ""), file)
+    return (
+        named,
+        key,
+        _runtime(sourced.get("AFINA_RUNTIME", ""), Path(named or "afina.sif"), sourced, job=False),
+        sourced,
+    )
 
 
 def environment(site: Site) -> dict[str, str]:
@@ -292,13 +297,13 @@ def _source(file: Path, env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _changes(found: Mapping[str, str], env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in found.items() if env.get(name) != value and name not in _OF_BASH}
+def _changes(sourced: Mapping[str, str], env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in sourced.items() if env.get(name) != value and name not in _OF_BASH}
 
 
-def _refuse_unknown(found: Mapping[str, str], env: Mapping[str, str], file: Path | None) -> None:
+def _refuse_unknown(sourced: Mapping[str, str], env: Mapping[str, str], file: Path | None) -> None:
     """A misspelt variable in the site file; the environment may hold other variables of that prefix."""
-    for name in found if file else ():
+    for name in sourced if file else ():
         if name.startswith("AFINA_") and name not in (*variables.KNOWN, "AFINA_SITE") and name not in env:
             remedy = f"{nearest(name, variables.KNOWN)} known: {', '.join(variables.KNOWN)}".strip()
             raise SiteError(f"site file {file}: unknown variable {name}", remedy)

@@ -212,15 +212,15 @@ def sbatch_extra(value: str, name: str = "AFINA_SBATCH_EXTRA") -> tuple[str, ...
     return lines
 
 
-def sbatch_variables(found: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
+def sbatch_variables(values: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
     """The `SBATCH_*` for a submission. Those that would change what it is are refused in a site file, and not inherited."""
     for name in UNWANTED_SBATCH:
-        if name in found and found[name] != inherited.get(name):
+        if name in values and values[name] != inherited.get(name):
             raise SiteError(
                 f"{name} cannot be set by the site",
                 "leave it out: afina sets this itself; AFINA_SBATCH_OMIT=requeue where requeueing is forbidden",
             )
-    kept = {n: text for n, text in sorted(found.items()) if n.startswith("SBATCH_") and n not in UNWANTED_SBATCH}
+    kept = {n: text for n, text in sorted(values.items()) if n.startswith("SBATCH_") and n not in UNWANTED_SBATCH}
     for name, text in kept.items():
         try:
             text.encode()
