@@ -16,7 +16,7 @@ from afina.run.directory import RunDir
 from afina.site.image import push_image
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_pulled_image_trains_also_after_a_purge_under_the_queued_job(
     cluster: Cluster, image: Path, host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,12 +33,12 @@ def test_a_pulled_image_trains_also_after_a_purge_under_the_queued_job(
 
         def submit(what: str) -> tuple[RunDir, int, str]:
             argv = [str(host / "afina"), "submit", what, "--json"]
-            done = cluster.run_as_user(argv, cwd=folder)
+            done = cluster.run_as_user(argv, cwd=folder, timeout=400)
             assert done.returncode == 0, done.stdout + done.stderr
             answer = json.loads(done.stdout)
             return RunDir(answer["run"]), int(answer["job_id"]), done.stderr
 
-        blocking = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 300"]
+        blocking = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 900"]
         before = int(cluster.run_as_user(blocking, check=True).stdout)
         run, job, log = submit("recipe.yaml")
         path = run.plan().site.image
@@ -54,7 +54,7 @@ def test_a_pulled_image_trains_also_after_a_purge_under_the_queued_job(
         assert "is pulled again by: afina submit" in outcome.failure.remedy
         again, job, log = submit(str(run.path))
         assert again.path == run.path and "pulled " in log and path.is_file()
-        assert cluster.wait(job, timeout=200) == "COMPLETED", (run.path / f"slurm-{job}.out").read_text()
+        assert cluster.wait(job, timeout=300) == "COMPLETED", (run.path / f"slurm-{job}.out").read_text()
         outcome = run.outcome()
         assert outcome is not None and outcome.outcome == "finished"
         (environment,) = [json.loads(file.read_text()) for file in run.path.glob("attempts/*/env.json")]
