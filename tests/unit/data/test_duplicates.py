@@ -15,6 +15,7 @@ from tests.tiny import tiny_reviews, words, write_csv
 from tests.unit.data.stage import prepare_here
 
 from afina.run.plan import Plan
+from afina.run.record import differences
 from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.prepared import Split, load_manifest
@@ -231,3 +232,33 @@ def test_the_manifest_counts_the_rows_of_each_file(prepared: Callable[..., dict[
     assert {name: about["rows"] for name, about in answer["files"].items()} == {"train.csv": 100, "eval.csv": 40}
     manifest = load_manifest(answer["prepared"])
     assert sorted(manifest["read"].values()) == [40, 100]
+
+
+def test_files_of_one_name_are_recorded_apart(tmp_path: Path, plan: Callable[..., Plan]) -> None:
+    rows = tiny_reviews(140, 2)
+    for part, some in (("a/x", rows[:100]), ("b/x", rows[100:]), ("b/y", rows[:9])):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        write_csv(tmp_path / f"{part}.csv", some)
+    files = {"train": [f"{tmp_path}/a/x.csv", f"{tmp_path}/b/y.csv"], "eval": f"{tmp_path}/b/x.csv"}
+    answer = prepare_here(plan(data={"files": files}))
+    assert {name: about["rows"] for name, about in answer["files"].items()} == {
+        "a/x.csv": 100,
+        "y.csv": 9,
+        "b/x.csv": 40,
+    }
+    assert answer["files"]["a/x.csv"]["sha256"] != answer["files"]["b/x.csv"]["sha256"]
+
+
+def test_a_record_names_the_data_files_that_changed_with_their_rows(prepared: Callable[..., dict[str, Any]]) -> None:
+    rows = tiny_reviews(150, 2)
+    first = {"train": rows[:100], "eval": rows[100:140]}
+    grown = {"train": [*rows[:100], *rows[140:]], "eval": [*rows[100:139], {**rows[139], "text": "another one"}]}
+    then, now, more = (
+        {"data": {"read": prepared(files)["files"]}} for files in (first, grown, {**grown, "test": rows[90:100]})
+    )
+    assert differences(then, then) == []
+    assert differences(then, now) == [
+        "data file train.csv: 100 rows then, 110 now",
+        "data file eval.csv: changed, 40 rows as before",
+    ]
+    assert differences(now, more) == ["data file test.csv: not used then"]

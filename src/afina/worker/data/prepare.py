@@ -130,7 +130,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "tokens": {split: about["tokens"] for split, about in splits.items()},
         "warnings": [*manifest["warnings"], *late],
         "spoiled": {split: warnings for split, warnings in spoiled.items() if warnings},
-        "files": _files_of(manifest),
+        "files": _files_of(plan, manifest),
         "reused": reused,
     }
 
@@ -215,15 +215,22 @@ def _check_metric(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """SHA-256 and rows of each data file, by name."""
+def _files_of(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """SHA-256 and rows of each data file, by its name; of several files with one name by the path below their common folder."""
+    digests = manifest["source"].get("files") or {}
+    files = {
+        path: each["sha256"]
+        for part, paths in plan.files.items()
+        for path, each in zip(paths, digests.get(part, ()), strict=False)
+    }
     read = manifest.get("read") or {}
-    files_by_name: dict[str, dict[str, Any]] = {}
-    for files in (manifest["source"].get("files") or {}).values():
-        for each in files:
-            rows = [count for path, count in read.items() if Path(path).name == each["name"]]
-            files_by_name[each["name"]] = {"sha256": each["sha256"], "rows": rows[0] if len(rows) == 1 else None}
-    return files_by_name
+    records = {}
+    for path, digest in files.items():
+        alike = [other for other in files if other.name == path.name]
+        name = path.name if len(alike) == 1 else str(path.relative_to(os.path.commonpath(alike)))
+        rows = [count for other, count in read.items() if Path(other).name == path.name]
+        records[name] = {"sha256": digest, "rows": read.get(str(path), rows[0] if len(rows) == 1 else None)}
+    return records
 
 
 def _make(
