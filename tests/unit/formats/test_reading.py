@@ -282,6 +282,7 @@ def test_columnar_types(tmp_path: Path, suffix: str) -> None:
             "time": pa.array([datetime.datetime(2024, 1, 2, 3), None, None]),
             "bool": [True, None, False],
             "half": pa.array(np.array([1, 0.5, 2], np.float16)),
+            "single": pa.array([0.1, None, float("inf")], pa.float32()),
             "nothing": pa.nulls(3),
             "lists": [["a", "b"], [], None],
             "list of dictionary": pa.array([["a"], ["b"], None], pa.list_(pa.dictionary(pa.int32(), pa.string()))) if suffix != ".feather" else [["a"], ["b"], None],
@@ -293,6 +294,7 @@ def test_columnar_types(tmp_path: Path, suffix: str) -> None:
         "unsigned": [str(2**64 - 1), "7", None], "binary": ["a", "ü", None],
         "whole": [str(10**30), None, "5"], "decimal": [1.5, None, 5.0], "date": ["2024-01-02", None, None],
         "time": ["2024-01-02 03:00:00.000000", None, None], "bool": [True, None, False], "half": [1.0, 0.5, 2.0],
+        "single": [0.1, None, float("inf")],
         "nothing": [None] * 3, "lists": [["a", "b"], [], None], "list of dictionary": [["a"], ["b"], None],
     }  # fmt: skip
 

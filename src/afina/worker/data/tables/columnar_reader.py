@@ -125,6 +125,8 @@ def _plain(path: Path, name: str, column: pa.Array, classes: list[str] | None) -
         return column.cast(pa.int64())
     if pa.types.is_decimal(kind) and kind.scale <= 0:
         return column.cast(pa.large_string())
+    if pa.types.is_float32(kind):  # 0.1 as it is written, not 0.10000000149011612
+        return column.cast(pa.large_string()).cast(pa.float64())
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return column.cast(pa.float64())
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):  # how Impala and old Spark write texts
