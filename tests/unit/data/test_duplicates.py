@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from afina.run.record import differences
 from tests.tiny import tiny_reviews, words, write_csv
 from tests.unit.data.stage import prepare_here
 
 from afina.run.plan import Plan
+from afina.run.provenance.record import differences
 from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.prepared import Split, load_manifest
