@@ -67,3 +67,14 @@ def test_an_optimizer_whose_package_is_missing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(optimizers, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(RecipeError, match="adamw_bnb_8bit needs a package that is not installed here"):
         check_arguments(Train(arguments={"optim": "adamw_bnb_8bit"}), tmp_path)
+
+
+def test_a_schedule_that_fails_at_the_length_of_this_training_is_refused(tmp_path: Path) -> None:
+    """Transformers divides by the steps behind the warmup, at the end of the run."""
+    train = Train(max_steps=1, arguments={"lr_scheduler_type": "polynomial", "warmup_steps": 0.3})
+    assert check_arguments(train, tmp_path / "pins", 40) == []
+    with pytest.raises(
+        RecipeError, match=r"polynomial fails in a training of 1 steps with 1 of warmup: .*zero"
+    ) as refused:
+        check_arguments(train, tmp_path / "pins", 1)
+    assert "more steps" in refused.value.remedy

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny
+from tests.unit.training.in_process import STEPS, lines, weights
 
-from afina.api import plan_for
 from afina.recipe.keys.training_arguments import EFFECTIVE
-from afina.run.allocation import Allocation
-from afina.run.job_request import JobRequest
-from afina.run.new_run import claim, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS = 4
 #: Arguments, and those that the training to compare with has; without any, the recipe alone.
 WEIGHTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lr_scheduler_type": ({"lr_scheduler_type": "constant"}, {}),
@@ -43,77 +36,6 @@ ELSEWHERE = {
     "tf32": "tests/gpu",
     "optim_target_modules": "GaLore and APOLLO are not installed; refused with any other optimizer (test_check_arguments)",
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_project(
-        tmp_path_factory.mktemp("it's a place"),
-        rows=80,
-        train={"max_steps": STEPS, "seed": 1, "precision": "auto", "fast_dropout": False},
-    ).parent
-
-
-@pytest.fixture
-def build(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Builds the trainer of a run with these training arguments; `train=True` trains it."""
-    import torch
-    import transformers
-    from accelerate.state import AcceleratorState
-
-    from afina.worker.survival.lease import Lease
-    from afina.worker.survival.stop import StopRequest
-    from afina.worker.training.attempt import open_data
-    from afina.worker.training.build import build_attempt
-    from afina.worker.training.trainer import RunTrainer
-
-    monkeypatch.setenv("AFINA_SCRATCH", str(place / "scratch"))
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    }
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
-    taken: list[Any] = []
-
-    def make(arguments: dict[str, Any], *overrides: str, train: bool = True) -> Any:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        words = [f"train.arguments={json.dumps(arguments)}", *overrides]
-        plan = plan_for(place / "recipe.yaml", JobRequest(overrides=words, num_processes=1, gpus_per_node=0))
-        known = place / "prepared.json"
-        if not known.exists():
-            known.write_text(json.dumps(prepare(plan)))
-        prepared = json.loads(known.read_text())
-        run = claim(plan, prepared, ["true"], "", tmp_path / f"run {len(taken)}")
-        run.begin_attempt("local-1")
-        taken.append(Lease(run, "local-1"))
-        taken[-1].take()
-        data = open_data(plan, prepared, verify=False)
-        allocation = Allocation(attempt="local-1")
-        attempt, model, given = build_attempt(run, allocation, plan.geometry, data, StopRequest(run), taken[-1])
-        trainer = RunTrainer(attempt, model, given)
-        if train:
-            trainer.train()
-            attempt.saver.finish()
-        return trainer
-
-    yield make
-    for lease in taken:
-        lease.release()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-
-
-def weights(trainer: Any) -> Any:
-    import torch
-
-    return torch.cat([p.detach().float().flatten() for p in trainer.model.parameters()])
-
-
-def lines(trainer: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in trainer.attempt.run.metrics_file.read_text().splitlines()]
 
 
 def test_every_effective_argument_is_shown() -> None:

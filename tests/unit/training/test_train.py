@@ -191,7 +191,7 @@ def _assert_close(run: Path, reference: Path, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("batching", ["longest", "grouped"])
+@pytest.mark.parametrize("batching", ["longest", pytest.param("grouped", marks=pytest.mark.series)])
 def test_two_processes_that_accumulate_are_the_same_training(place: Path, batching: str) -> None:
     """Uneven last steps included."""
     recipe = _recipe(**STILL, tokens={"batching": batching})

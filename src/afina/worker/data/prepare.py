@@ -102,7 +102,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
                 manifest, late = _make(plan, inputs, states, final, content, say)
     discard(shards_folder(plan), final.name)
     if late is None:
-        late = _check_model(plan, inputs.model_folder)
+        late = _check_model(plan, inputs.model_folder, manifest["splits"]["train"]["rows"])
     _check_measures(plan, final, manifest)
     splits = manifest["splits"]
     before = check_trained_before(final, inputs.model_folder, splits)
@@ -246,17 +246,17 @@ def _make(
         data = fetch_data(plan.site, plan.recipe.data, inputs.data_pin, say, digests=True)
     # Data is checked first: a wrong column is reported within a second, importing transformers takes several.
     checked = read_splits(plan, data, states, say)
-    warnings = _check_model(plan, inputs.model_folder)
+    warnings = _check_model(plan, inputs.model_folder, len(checked.splits["train"]))
     return build(plan, inputs.model_folder, checked, final, content, say), warnings
 
 
-def _check_model(plan: Plan, folder: Path) -> list[str]:
-    """Warnings about the model and the arguments of the training."""
+def _check_model(plan: Plan, folder: Path, rows: int) -> list[str]:
+    """Warnings about the model and the arguments of the training on `rows` rows."""
     from afina.worker.model.check_arguments import check_arguments
     from afina.worker.model.pretrained import check_model
 
-    pins = plan.site.scratch / "pins"
-    return [*check_model(folder, plan.recipe, pins), *check_arguments(plan.recipe.train, pins)]
+    pins, steps = plan.site.scratch / "pins", plan.recipe.train.schedule(rows, 0).total_steps
+    return [*check_model(folder, plan.recipe, pins), *check_arguments(plan.recipe.train, pins, steps)]
 
 
 def set_environment(plan: Plan, env: MutableMapping[str, str]) -> None:

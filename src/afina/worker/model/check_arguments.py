@@ -6,10 +6,11 @@ Not covered: arguments that need a GPU (`bf16`, `tf32`, `torch_compile`); only t
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,21 @@ _OF_SCHEDULE = ("lr_scheduler_kwargs", "warmup_steps")
 _STEPS = 50
 
 
-def check_arguments(train: Train, pins: Path) -> list[str]:
+def check_arguments(train: Train, pins: Path, steps: int | None = None) -> list[str]:
     """Build TrainingArguments, optimizer and schedule of a recipe; returns warnings.
+
+    Args:
+        steps: of the whole training, if they are known: some schedules cannot be as short as their own parts.
 
     Raises:
         RecipeError: an unknown name, a value of the wrong type, values that do not work together, a package that is missing, a
             setting that the optimizer or the schedule does not use.
     """
     arguments, rate = dict(train.arguments), train.learning_rate
-    return checked_once(pins, ["arguments", 2, arguments, rate], lambda: _try_arguments(arguments, rate))
+    return checked_once(pins, ["arguments", 3, arguments, rate, steps], lambda: _try_arguments(arguments, rate, steps))
 
 
-def _try_arguments(arguments: Mapping[str, Any], learning_rate: float) -> list[str]:
+def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: int | None) -> list[str]:
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
@@ -67,7 +71,9 @@ def _try_arguments(arguments: Mapping[str, Any], learning_rate: float) -> list[s
         warnings.simplefilter("always")
         given = _built(checked, installed)
         if {"optim", "lr_scheduler_type", *_OF_OPTIMIZER, *_OF_SCHEDULE} & checked.keys():
-            _check_schedule(given, checked, _check_optimizer(given, checked, installed), installed)
+            optimizer = _check_optimizer(given, checked, installed)
+            _check_schedule(given, checked, optimizer, installed)
+            _check_steps(given, optimizer, steps)
     return [f"train.arguments: {w.message}" for w in caught if issubclass(w.category, FutureWarning)]
 
 
@@ -155,14 +161,34 @@ def _check_schedule(given: Any, arguments: Mapping[str, Any], optimizer: Any, in
                 raise RecipeError(f"train.arguments.{key}: the schedule {name} does not use it", with_warmup)
 
 
-def _rates(given: Any, optimizer: Any) -> list[float]:
-    """The learning rates of a short run."""
+def _check_steps(given: Any, optimizer: Any, steps: int | None) -> None:
+    """Refuse a schedule that fails at a step of this training: its warmup, say, takes all of it."""
+    if steps is None:
+        return
+    warmup = given.get_warmup_steps(steps)
+    at = sorted({step for near in (0, warmup, steps) for step in range(max(0, near - 1), min(steps, near + 1) + 1)})
+    try:
+        rates = _rates(given, optimizer, steps, at)
+    except Exception as error:  # any: a division by the steps that are left
+        rates, why = [], _line(error)
+    else:
+        why = "a rate is not finite"
+    if not rates or not all(map(math.isfinite, rates)):
+        name = getattr(given.lr_scheduler_type, "value", given.lr_scheduler_type)
+        raise RecipeError(
+            f"train.arguments.lr_scheduler_type: {name} fails in a training of {steps:,} steps with {warmup:,} of warmup: {why}",
+            "train for more steps, or lower `warmup_steps`",
+        )
+
+
+def _rates(given: Any, optimizer: Any, steps: int = 0, at: Iterable[int] = ()) -> list[float]:
+    """The learning rates of a short run; or of one of `steps` steps, at some of them."""
     from transformers import get_scheduler
 
     for group in optimizer.param_groups:
         group.pop("initial_lr", None)
         group["lr"] = given.learning_rate
-    steps = max(_STEPS, 2 * int(given.warmup_steps) if given.warmup_steps < 10_000 else _STEPS)
+    steps = steps or max(_STEPS, 2 * int(given.warmup_steps) if given.warmup_steps < 10_000 else _STEPS)
     schedule = get_scheduler(
         given.lr_scheduler_type,
         optimizer=optimizer,
@@ -170,7 +196,7 @@ def _rates(given: Any, optimizer: Any) -> list[float]:
         num_training_steps=steps,
         scheduler_specific_kwargs=given.lr_scheduler_kwargs,
     )
-    return [float(each) for step in range(steps) for each in [schedule.lr_lambdas[0](step)]]
+    return [float(each) for step in at or range(steps) for each in [schedule.lr_lambdas[0](step)]]
 
 
 def _default(name: str) -> Any:
