@@ -79,14 +79,13 @@ class _Column:
 
 def _columns(names: Mapping[Path, str], sizes: Mapping[Path, int]) -> dict[str, _Column]:
     """The columns that every run has, by name."""
-    from afina.recipe.metrics import lower_is_better
 
     now = time.time()
 
     def best(s: RunSummary) -> Any:
         if s.best_value is None:
             return None
-        return (s.best_metric or "", s.best_value if lower_is_better(s.best_metric or "") else -s.best_value)
+        return (s.best_metric or "", s.best_value if s.best_is_lowest else -s.best_value)
 
     def step(s: RunSummary) -> str:
         return f"{s.step}/{s.max_steps}" if s.max_steps else str(s.step)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from afina.recipe.metrics import lower_is_better
 from afina.recipe.trackers import sync_commands
 from afina.run.outcome import ANOTHER_RUN
 from afina.slurm.query import Job, is_unseen, query
@@ -43,6 +44,7 @@ class RunSummary:
         step, max_steps: optimizer steps done, and of the whole run.
         epoch, loss: of the last log line.
         best_metric, best_value, best_step: the best evaluation by the metric that chooses the best checkpoint.
+        best_is_lowest: less of that metric is better; of one of the user's own the recipe says it.
         tokens_per_s, examples_per_s: real tokens (no padding) and examples per second, all processes together.
         attempts: how many there were; `attempt` names the newest.
         seconds_left: of training, estimated from its speed.
@@ -69,6 +71,7 @@ class RunSummary:
     best_metric: str | None = None
     best_value: float | None = None
     best_step: int | None = None
+    best_is_lowest: bool = False
     tokens_per_s: float | None = None
     examples_per_s: float | None = None
     attempts: int = 0
@@ -154,6 +157,7 @@ def _summary(reading: Reading, job: Job | None, now: float) -> RunSummary:
         best_metric=best[0],
         best_value=best[1],
         best_step=best[2],
+        best_is_lowest=best[0] is not None and lower_is_better(best[0], result.metric_texts),
         tokens_per_s=speed,
         examples_per_s=pace.get("examples_per_s") if running else outcome.get("samples_per_second"),
         attempts=len(reading.attempts),

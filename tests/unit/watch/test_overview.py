@@ -535,6 +535,20 @@ def test_list_filters_and_sorts(slurm: Slurm, runs: Path, afina: Callable[..., R
     assert as_json[0]["size_bytes"] == on_disk
 
 
+def test_list_sorts_by_a_metric_of_ones_own_in_its_direction(
+    slurm: Slurm, runs: Path, command: Callable[..., Ran]
+) -> None:
+    for name, value in (("dear", 9.0), ("cheap", 2.0)):
+        begin(run := make(runs / name, best_metric="costs:total:lower"), "local-1")
+        metric(run, step=3, eval_loss=1.0, eval_total=value)
+        end(run, "local-1", "stopped", "asked", "")
+    lines = command("list", "--sort", "best").stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["cheap", "dear"] and lines[1].split()[1:3] == [
+        "2.0000",
+        "total",
+    ]
+
+
 def test_watch_needs_a_terminal(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
     make(runs / "a")
     done = afina("status", "--watch")
