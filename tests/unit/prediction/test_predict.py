@@ -311,11 +311,11 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     run: Path, reviews: Path, tmp_path: Path, one_thread: None
 ) -> None:
     """SIGKILL to the worker, SIGINT to the command, then to the end."""
-    data = _large(reviews, 40)
+    data = _large(reviews, 20)
     folder = tmp_path / "outputs"
     folder.mkdir()
     whole, out = folder / "whole.parquet", folder / "killed.parquet"
-    here(run, data, whole, chunk_rows=200)
+    here(run, data, whole, chunk_rows=100)
     parts = folder_of(out)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -326,7 +326,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
             time.sleep(0.01)
         raise AssertionError("no part was made")
 
-    about = planned(run, data, out, chunk_rows=200)
+    about = planned(run, data, out, chunk_rows=100)
     assert about["chunks"] == 41
     killed = subprocess.Popen([sys.executable, "-m", "afina.worker", "predict", "run", str(parts)], env=env)
     until(2)
@@ -334,7 +334,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     killed.wait()
     there = len(list(parts.glob("part-*")))
     assert 2 <= there < 41
-    command = [sys.executable, "-m", "afina.cli", "predict", str(run), str(data), "-o", str(out), "--chunk-rows", "200"]
+    command = [sys.executable, "-m", "afina.cli", "predict", str(run), str(data), "-o", str(out), "--chunk-rows", "100"]
     stopped = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     until(there + 2)
     stopped.send_signal(signal.SIGINT)
@@ -343,7 +343,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(
     assert "afina: resuming: " in errors and "Continue with: afina predict" in errors and "Traceback" not in errors
     assert there + 2 <= len(list(parts.glob("part-*"))) < 41
     assert not out.exists()
-    here(run, data, out, chunk_rows=200)
+    here(run, data, out, chunk_rows=100)
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ["killed.parquet", "whole.parquet"]
 
