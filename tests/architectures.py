@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.tiny import words
 
-__all__ = ["ARCHITECTURES", "LEFT", "architecture_folder"]
+__all__ = ["ARCHITECTURES", "LEFT", "MORE", "architecture_folder"]
 
 #: The families of the issue, and their relatives.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -81,6 +81,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {},
 }
+#: Further kinds, without options of their own.
+MORE = (
+    *(
+        "arcee",
+        "bigbird_pegasus",
+        "ctrl",
+        "diffllama",
+        "doge",
+        "eurobert",
+        "exaone4",
+        "glm",
+        "glm4",
+        "gpt-sw3",
+        "gpt_bigcode",
+    ),
+    *("gte", "helium", "jetmoe", "jina_embeddings_v3"),
+)
 #: Decoders, whose tokenizers are often saved with padding on the left; XLNet's is so by itself.
 LEFT = ("biogpt", "bloom", "falcon", "gemma", "gpt2", "llama", "mistral", "opt", "phi", "qwen2", "xlnet")
 

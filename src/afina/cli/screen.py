@@ -79,7 +79,6 @@ class _Column:
 
 def _columns(names: Mapping[Path, str], sizes: Mapping[Path, int]) -> dict[str, _Column]:
     """The columns that every run has, by name."""
-
     now = time.time()
 
     def best(s: RunSummary) -> Any:

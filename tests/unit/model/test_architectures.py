@@ -1,4 +1,4 @@
-"""Sixty architectures: trained a step, predicted in batches and alone, against plain Transformers with each row by itself."""
+"""Seventy-five architectures: trained a step, predicted in batches and alone, against plain Transformers with each row by itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from tests import tiny
-from tests.architectures import ARCHITECTURES, LEFT, architecture_folder
+from tests.architectures import ARCHITECTURES, LEFT, MORE, architecture_folder
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
 from afina.recipe.parse import parse_recipe
@@ -94,7 +94,11 @@ def train_a_step(folder: Path, out: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "side"), CASES, ids=[f"{kind}-{side}" for kind, side in CASES])
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [*CASES, *(pytest.param(kind, "right", marks=pytest.mark.series) for kind in MORE)],
+    ids=[*(f"{kind}-{side}" for kind, side in CASES), *MORE],
+)
 def test_a_row_has_the_logits_that_transformers_gives_it_alone(kind: str, side: str, tmp_path: Path) -> None:
     base = architecture_folder(tmp_path / "base", kind, side=side)
     train_a_step(base, tmp_path / "trained")

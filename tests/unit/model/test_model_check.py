@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.architectures import architecture_folder
 
@@ -24,6 +25,7 @@ from afina.start.find_model import find_model
 from afina.worker.checks.model_check import check_model_on_rows
 from afina.worker.compute import packed_model
 from afina.worker.data import prepare as stage
+from afina.worker.inference import classifier
 from afina.worker.inference.classifier import Classifier
 from afina.worker.model import head, padding
 
@@ -112,6 +114,30 @@ def test_the_check_finds_what_the_mends_prevent(
     assert any(line.startswith("model check: 8 rows") for line in prefetch(folder))
 
 
+@pytest.mark.parametrize(
+    ("kind", "function", "broken"),
+    [("bert", None, None), ("xlnet", "padding_side", lambda *_: "right"), ("fnet", "separate_rows", lambda _: None)],
+)
+def test_predict_checks_a_folder_that_no_run_made(
+    kind: str, function: str | None, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = architecture_folder(tmp_path / "model", kind)
+    texts = pa.array([row["text"] for row in tiny.tiny_reviews(20, 4)], pa.large_string())
+
+    def line() -> str:
+        model = Classifier(folder)
+        return model.check_rows(model.encode([texts]))
+
+    if function is not None:
+        # Where the classifier looks them up, and where a training does.
+        for module in (packed_model, classifier):
+            monkeypatch.setattr(module, function, broken, raising=False)
+        with pytest.raises(AfinaError, match="of these texts, grouped, have other logits than each alone"):
+            line()
+        monkeypatch.undo()
+    assert line().startswith(f"model check: 8 texts {'packed' if kind == 'bert' else 'grouped'} and each alone")
+
+
 # -- the head ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +209,22 @@ def _own_tokenizer(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def _cast(folder: Path, kind: torch.dtype) -> None:
+    weights = {name: weight.to(kind) for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _without(folder: Path, part: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if part not in n}, folder / "model.safetensors", {"format": "pt"})
+
+
+def _more_tokens(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["oo"])
+    tokenizer.save_pretrained(folder)
+
+
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "adapter beside": ("bert", lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter", "merge_and_unload"),
     "adapter only": ("bert", _adapter_only, "holds an adapter", "merge_and_unload"),
@@ -193,6 +235,9 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
     "pointer": ("bert", _pointer, "pointer of Git LFS", "git lfs pull"),
     "padding beyond": ("gpt2", _larger_tokenizer, r"padding token \[PAD\] is number 99", "resize_token_embeddings"),
     "positions": ("bert", lambda f: _config(f, max_position_embeddings=16), "more than the 16 positions", "16 or less"),
+    "integers": ("bert", lambda f: _cast(f, torch.int8), "is quantized .its weights are I8.", "made from"),
+    "layers missing": ("bert", lambda f: _config(f, num_hidden_layers=3), "are not in its files and would start", "save_pretrained"),
+    "tokens beyond": ("bert", _more_tokens, "gives token 99, its embeddings have 99 rows", "resize_token_embeddings"),
     "tokenizer's code": ("bert", _own_tokenizer, "tokenizer of .* needs Python code", "trust_remote_code: true"),
 }  # fmt: skip
 
@@ -211,6 +256,52 @@ def test_models_that_cannot_be_trained_are_refused(name: str, prefetch: Prefetch
     if name in PREDICTION_TOO:
         with pytest.raises(AfinaError, match=message):
             Classifier(folder)
+
+
+#: Classifiers with which nothing can be predicted: what is done to one of three labels, the message, the remedy.
+NO_CLASSIFIER: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "names from 1": (lambda f: named(f, "a") and _config(f, id2label={"1": "a", "2": "b", "3": "c"}), "no name for output 0 of 3", "from 0"),
+    "one name twice": (lambda f: named(f, "a", "a", "b"), "names several outputs `a`", "of its own"),
+    "unknown problem": (lambda f: _config(f, problem_type="junk"), "problem_type is 'junk'", "single_label_classification, "),
+    "regression of 3": (lambda f: _config(f, problem_type="regression"), "a regression with 3 outputs", "num_labels"),
+    "other head": (lambda f: _config(f, num_labels=5, id2label=None), r"classifier\.\w+ has shape \(3,.*, \(5,", "take both from one model"),
+    "no head": (lambda f: _without(f, "classifier"), "was not trained to classify", "train it first"),
+    "incomplete": (lambda f: _without(f, "layer.1.output.dense"), "layer.1.output.dense.bias, .*: its files are incomplete", "download it again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_CLASSIFIER)
+def test_folders_that_are_no_classifier_are_refused_by_predict(name: str, tmp_path: Path) -> None:
+    change, message, remedy = NO_CLASSIFIER[name]
+    change(folder := architecture_folder(tmp_path / "model", "bert"))
+    with pytest.raises(AfinaError, match=message) as refused:
+        Classifier(folder)
+    assert remedy in refused.value.remedy and str(folder) in refused.value.message
+
+
+def test_a_text_with_a_token_that_the_model_does_not_have_is_refused_by_predict(tmp_path: Path) -> None:
+    _more_tokens(folder := architecture_folder(tmp_path / "model", "bert"))
+    model = Classifier(folder)
+    assert model.predict(["nice"])[0]["prediction"]
+    with pytest.raises(AfinaError, match="gives token 99, its embeddings have 99 rows"):
+        model.predict(["nice oo"])
+
+
+def test_double_precision_trains_and_a_config_of_fewer_layers_is_a_warning(prefetch: Prefetch, tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path / "model", "bert", None)
+    _cast(folder, torch.float64)
+    _config(folder, num_hidden_layers=1)
+    lines = prefetch(folder)
+    assert any(
+        "weights in the files of" in line and "have no place by its config.json: encoder.layer.1" in line
+        for line in lines
+    )
+
+
+def test_an_exported_folder_as_base_says_what_is_not_checked(prefetch: Prefetch, tmp_path: Path) -> None:
+    folder = architecture_folder(tmp_path / "model", "bert")
+    (folder / "afina.json").write_text(json.dumps({"afina": "0.2"}))
+    assert any("eval and test are not checked against them" in line for line in prefetch(folder))
 
 
 def test_an_adapter_is_named_by_init_and_predict_too(tmp_path: Path) -> None:

@@ -27,23 +27,28 @@ from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepare
 from afina.worker.data.prepared import Split, digest_of, load_manifest, open_split
+from afina.worker.inference.row_check import (
+    REMEDY,
+    choose_rows,
+    count_special,
+    logits_alone,
+    logits_of_batch,
+    require_equal,
+)
 from afina.worker.model.check_cache import checked_once
+from afina.worker.model.pretrained import check_tokens
 from afina.worker.startup import gc_paused, hide_packages
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = ["answer", "check_model_on_rows"]
 
-#: Largest difference of a logit, as a share of the largest logit; and what float32 may differ by where all are tiny.
-_TOLERANCE = 1e-4
-_LEAST = 1e-6
-_ROWS = 8
-#: A larger model is checked on fewer rows, two at least: so many tokens times parameters take seconds on a core.
-_WORK = 4e10
-#: Tokens among which rows with unusual special tokens are searched.
-_COUNTED = 20_000_000
-_REMEDY = "do not train it with this afina: its scores would not be those of the model; please report its architecture"
+#: For code that is not of Transformers, whose padding only its tokenizer tells.
+_OTHER_SIDE = (
+    'its code may read the last token: set "padding_side" in its tokenizer_config.json to the other side (left or right), and '
+    "prefetch again; see docs/models.md"
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -93,31 +98,11 @@ def _special_tokens(folder: Path) -> list[int]:
     return sorted({token["id"] for token in listed if token.get("special")})
 
 
-def _counts(split: Split, special: list[int]) -> Array:
-    """How often each special token occurs in each of the first rows, int64 (N, S)."""
-    rows = max(1, int(np.searchsorted(split.offsets, _COUNTED, side="right")) - 1)
-    tokens, starts = np.asarray(split.tokens[: split.offsets[rows]]), split.offsets[:rows]
-    counts = [np.add.reduceat((tokens == token).astype(np.int32), starts) for token in special]
-    return np.stack(counts, -1) if counts else np.zeros((rows, 0), np.int32)
-
-
 def _kind_of_rows(split: Split, special: list[int]) -> list[Any]:
     """What of the rows may matter to a model: the power of two above the longest, special tokens in texts, token types."""
-    counts = _counts(split, special)
+    counts = count_special(split, special)
     varying = [token for token, column in zip(special, counts.T, strict=True) if column.min() < column.max()]
     return [1 << int(split.lengths.max() - 1).bit_length(), varying, split.types is not None]
-
-
-def _choose(split: Split, special: list[int], parameters: int) -> list[int]:
-    """At most eight rows, longest first: rows with unusual special tokens, the longest and shortest, and some between."""
-    lengths, counts = split.lengths, _counts(split, special)
-    order = np.argsort(-lengths, kind="stable")
-    spread = [int(order[i * (len(order) - 1) // (_ROWS - 1)]) for i in range(_ROWS)]
-    odd = [int(column.argmax()) for column in counts.T if column.min() < column.max()]
-    rows = list(dict.fromkeys([spread[0], *odd[:2], spread[-1], *odd, *spread]))[:_ROWS]
-    while len(rows) > 2 and float(lengths[rows].sum()) * parameters > _WORK:
-        rows.pop()
-    return sorted(rows, key=lambda row: -int(lengths[row]))
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------
@@ -158,9 +143,9 @@ def _compare(
     try:
         with torch.inference_mode():
             model.eval()
-            rows = _choose(split, special, model.num_parameters())
-            _check_embeddings(model, recipe.model, split, manifest["pad_token_id"])
-            alone = _alone(model, split, rows)
+            rows = choose_rows(split, special, model.num_parameters())
+            _check_embeddings(model, split, manifest["pad_token_id"])
+            alone = logits_alone(model, split, rows)
             by_name = _of_the_base(recipe, folder, manifest["labels"], head, split, rows[-1:])
             way, together = _as_in_a_run(model, plan, manifest, split, rows)
             _check_half_precision(model, recipe, split, rows[-1:])
@@ -173,9 +158,13 @@ def _compare(
             "tokens that it needs",
         ) from None
     largest = float(np.abs(together - alone).max())
-    _require(largest, alone, f"{len(rows)} rows of train, {way}, have other logits than each alone in transformers")
+    own_code = not type(model).__module__.startswith("transformers.")
+    what = f"{len(rows)} rows of train, {way}, have other logits than each alone in transformers"
+    require_equal(largest, alone, what, _OTHER_SIDE if own_code else REMEDY)
     if by_name is not None:
-        _require(float(np.abs(by_name - alone[-1:]).max()), alone, "the head's rows are not those of the labels' names")
+        require_equal(
+            float(np.abs(by_name - alone[-1:]).max()), alone, "the head's rows are not those of the labels' names"
+        )
     seconds = time.monotonic() - began
     return (
         f"model check: {len(rows)} rows {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
@@ -191,44 +180,12 @@ def _free_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _require(difference: float, logits: Array, what: str) -> None:
-    allowed = max(_LEAST, _TOLERANCE * float(np.abs(logits).max()))
-    if not difference <= allowed:
-        raise InputError(f"model: {what}: they differ by {difference:.1e}, {allowed:.1e} is rounding", _REMEDY)
-
-
-def _check_embeddings(model: Any, name: str, split: Split, pad: int) -> None:
+def _check_embeddings(model: Any, split: Split, pad: int) -> None:
     try:
         size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:  # CANINE hashes characters
         return
-    largest = max(pad, int(np.asarray(split.tokens).max()))
-    if size is not None and largest >= size:
-        raise InputError(
-            f"model: the tokenizer of {name} gives token {largest}, its embeddings have {size} rows",
-            "tokenizer and weights do not belong together: take both from one model, or call "
-            "model.resize_token_embeddings(len(tokenizer)) and save both again",
-        )
-
-
-def _alone(model: Any, split: Split, rows: list[int]) -> Array:
-    """Logits of each row by itself, without padding, as the class of Transformers computes them."""
-    import torch
-
-    logits = []
-    for row in rows:
-        place = slice(int(split.offsets[row]), int(split.offsets[row + 1]))
-        ids = torch.from_numpy(np.array(split.tokens[place], np.int64))[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if split.types is not None:
-            inputs["token_type_ids"] = torch.from_numpy(np.array(split.types[place], np.int64))[None]
-        logits.append(_logits(model, inputs))
-    return np.concatenate(logits)
-
-
-def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> Array:
-    logits: Array = model(**inputs)["logits"].float().numpy()
-    return logits
+    check_tokens(max(pad, int(np.asarray(split.tokens).max())), size)
 
 
 def _as_in_a_run(
@@ -261,7 +218,7 @@ def _as_in_a_run(
     way = {"packed": "packed", "padded": "padded"}.get(batching, "padded to the longest")
     if any("run apart" in note for note in notes):
         way = "of equal length together"
-    return way, _logits(model, inputs)
+    return way, logits_of_batch(model, inputs)
 
 
 def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[int]) -> None:
@@ -278,7 +235,7 @@ def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[i
     kind = torch.float16 if "fp16" in half else torch.bfloat16
     try:
         with torch.autocast("cpu", kind):
-            _alone(model, split, rows)
+            logits_alone(model, split, rows)
     except Exception as error:  # whatever a model's code raises
         raise InputError(
             f"train.precision: {recipe.model} fails in {'fp16' if kind == torch.float16 else 'bf16'}: {first_line(error)}",
@@ -299,8 +256,8 @@ def _of_the_base(
     if labels is None or head.startswith("head: new") or base_names == placeholders(len(base_names)):
         return None
     if set(base_names) != set(labels):
-        raise InputError(f"model: its head is for the labels {', '.join(base_names)}, not for the recipe's", _REMEDY)
+        raise InputError(f"model: its head is for the labels {', '.join(base_names)}, not for the recipe's", REMEDY)
     base = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
     )
-    return _alone(base.eval(), split, rows)[:, [base_names.index(name) for name in labels]]
+    return logits_alone(base.eval(), split, rows)[:, [base_names.index(name) for name in labels]]

@@ -28,9 +28,19 @@ from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
+from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.padding import separate_rows, set_pad_token
-from afina.worker.model.pretrained import check_files, check_pad_token, give_pad_token, max_positions, vocabulary_size
+from afina.worker.model.pretrained import (
+    check_files,
+    check_pad_token,
+    check_tokens,
+    give_pad_token,
+    max_positions,
+    vocabulary_size,
+)
+from afina.worker.model.tasks import task_of_config
+from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
@@ -43,11 +53,6 @@ _MAX_LENGTH = 512
 _BATCH_ROWS = 32
 #: Texts that the tokenizer is given at once; it shares them out over the cores.
 _TOKENIZED = 4096
-_TASKS = {
-    "single_label_classification": "single-label",
-    "multi_label_classification": "multi-label",
-    "regression": "regression",
-}
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,14 @@ class Classifier:
         info = export_info(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
-        config = self.model.config
-        kind = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
-        self.task = _TASKS[kind]
-        names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        self.labels: list[str] | None = None if self.task == "regression" else names
+        config, self._vocabulary = self.model.config, vocabulary_size(path)
+        self.task, self.labels = task_of_config(config, path)
         self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
         self.max_length = max_length or info.get("max_length") or _limit(self.tokenizer, config)
         self.batch_size = batch_size or _BATCH_ROWS
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
+        self._attention = self.model.config._attn_implementation
         attention.disable_cudnn_sdpa(self.device)
         separate_rows(self.model)
         if packed_model.why_not_packed(self.model) is None:
@@ -184,6 +187,8 @@ class Classifier:
         # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
         encoder = Encoder(self.tokenizer, self.max_length)
         batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in pieces)])
+        if len(batch.tokens):
+            check_tokens(int(batch.tokens.max()), self._vocabulary)
         kept = batch.lengths > 0  # a tokenizer without special tokens may make no token of a text
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[kept])])
         split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types)
@@ -205,6 +210,38 @@ class Classifier:
         for rows, logits in waiting:
             result[rows] = logits.cpu().numpy()
         return result
+
+    def check_rows(self, encoded: EncodedTexts) -> str:
+        """Compare up to eight texts, as `run` batches them, with each alone in plain Transformers; returns a line for the log.
+
+        Raises:
+            InputError: the logits differ.
+        """
+        split = encoded.split
+        rows = choose_rows(split, sorted(set(self.tokenizer.all_special_ids)), self.model.num_parameters())
+        chosen = [slice(int(split.offsets[row]), int(split.offsets[row + 1])) for row in rows]
+        some = Split(
+            np.concatenate([split.tokens[place] for place in chosen]),
+            np.concatenate([[0], np.cumsum(split.lengths[rows])]),
+            np.zeros(len(rows), np.int64),
+            None if split.types is None else np.concatenate([split.types[place] for place in chosen]),
+        )
+        together = self.run(EncodedTexts(some, np.arange(len(rows)), 0))
+        ours = self.model.config._attn_implementation
+        try:
+            if ours != self._attention:
+                self.model.set_attn_implementation(self._attention)
+            with torch.inference_mode():
+                alone = logits_alone(self.model, some, list(range(len(rows))))
+        finally:
+            if ours != self._attention:
+                self.model.set_attn_implementation(ours)
+        largest = float(np.abs(together - alone).max())
+        require_equal(largest, alone, f"{len(rows)} of these texts, {self.batching}, have other logits than each alone")
+        return (
+            f"model check: {len(rows)} texts {self.batching} and each alone in transformers: largest difference of a "
+            f"logit {largest:.1e}"
+        )
 
     def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
         if not len(split):  # a chunk of blank texts
@@ -236,7 +273,12 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                str(folder), config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                str(folder),
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with their names
             )
     except Exception as error:  # whatever a broken file or foreign code makes it raise
         reason = first_line(error)
@@ -244,11 +286,15 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             f"model: transformers {transformers.__version__} cannot load {folder}: {reason}",
             "give a run directory of afina, or a folder with a sequence classifier and its tokenizer",
         ) from None
-    missing = sorted(report["missing_keys"])
-    if missing:
+    check_shapes(folder, report["mismatched_keys"])
+    if missing := sorted(report["missing_keys"]):
+        below = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+        why = "its files are incomplete" if below else "it was not trained to classify"
         raise InputError(
-            f"model: {folder} has no weights for {', '.join(missing[:3])}: it was not trained to classify",
-            "train it first (`afina train RECIPE`), and give the run directory",
+            f"model: {folder} has no weights for {', '.join((below or missing)[:3])}: {why}",
+            "save it again with save_pretrained, or download it again"
+            if below
+            else "train it first (`afina train RECIPE`), and give the run directory",
         )
     give_pad_token(tokenizer)
     check_pad_token(tokenizer, vocabulary_size(folder))

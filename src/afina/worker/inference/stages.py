@@ -252,12 +252,17 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
         chunk = next(source, None)
         return (chunk, classifier.encode(chunk.texts)) if chunk is not None else None
 
+    # A run has checked its model; of another folder nobody knows whether its rows may share a batch.
+    unchecked = not parts.job.trained and parts.job.dtype == "float32"
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool, _progress(progress, rows) as advance:
         # While the model works on a chunk the next one is read and tokenised.
         waiting = pool.submit(encode_next)
         while (ready := waiting.result()) is not None:
             waiting = pool.submit(encode_next)
+            if unchecked and len(ready[1].rows):
+                _say(classifier.check_rows(ready[1]))
+                unchecked = False
             _write(parts, *ready, classifier, advance)
             del ready
     seconds = time.monotonic() - began

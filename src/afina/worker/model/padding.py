@@ -65,8 +65,9 @@ def separate_rows(model: Any) -> str | None:
 
     Only the forward pass changes, so training, evaluation and prediction all do it. Rows that go together are one call, as before.
     """
-    why, eos, sparse = needs_equal_lengths(model), getattr(model.config, "eos_token_id", None), _sparse(model)
-    if why is None and (eos is None or "eos_token_id" not in _names(model)):
+    why, sparse = needs_equal_lengths(model), _sparse(model)
+    eos = getattr(model.config, "eos_token_id", None) if "eos_token_id" in _names(model) else None
+    if why is None and eos is None:
         return None
     usual, parameters = model.forward, inspect.signature(type(model).forward).parameters
     takes_mask = "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -82,14 +83,15 @@ def separate_rows(model: Any) -> str | None:
         tensors = {"input_ids": input_ids, **({"attention_mask": mask} if takes_mask else {}), **named}
         # Trainer adds numbers, such as that of the labels in the batch.
         wide = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor) and v.shape == input_ids.shape}
-        if sparse and input_ids.shape[1] <= short:
-            return SequenceClassifierOutput(logits=usual(**tensors)["logits"])
-        keys = mask.sum(-1) if why else torch.eq(input_ids, int(eos or 0)).sum(-1)
+        longest, lengths = input_ids.shape[1], mask.sum(-1)
+        by_length = why is not None and not (sparse and longest <= short)
+        ends = torch.zeros_like(lengths) if eos is None else torch.eq(input_ids, int(eos)).sum(-1)
+        keys = (lengths if by_length else 0) * (longest + 1) + ends
         logits, order = [], []
         for key in sorted(set(keys.tolist())):
             rows = (keys == key).nonzero()[:, 0]
-            width = key if why else input_ids.shape[1]
-            for module in sparse[:1]:  # the outermost one sets those below it
+            width = int(lengths[rows[0]]) if by_length else longest
+            for module in sparse[:1] if by_length else ():  # the outermost one sets those below it
                 module.set_attention_type("block_sparse")
             logits.append(usual(**{**tensors, **{name: value[rows, :width] for name, value in wide.items()}})["logits"])
             order.append(rows)

@@ -28,6 +28,7 @@ __all__ = [
     "check_files",
     "check_model",
     "check_pad_token",
+    "check_tokens",
     "give_pad_token",
     "load_tokenizer",
     "max_positions",
@@ -60,6 +61,8 @@ _TOKENIZER_SETTINGS = (
     "bpe.codes",
 )
 
+#: Data types of weights, as safetensors names them, that become float32 without a loss that counts.
+_TRAINABLE = frozenset({"F64", "F32", "F16", "BF16"})
 _SAVE_AGAIN = "download the model again, or save it with `save_pretrained`"
 _READ_CODE = (
     "read that code, then set `trust_remote_code: true`, and for a model from the Hub `revision:` to its full commit"
@@ -231,8 +234,23 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
     if recipe.trust_remote_code:
         _check_code(folder)
     config = sha256(folder / "config.json")
-    about = ["model", recipe.model, config, recipe.trust_remote_code, recipe.tokens.max_length, headers_digest(folder)]
-    return checked_once(pins, about, lambda: _check_architecture(folder, recipe))
+    about = [
+        "model",
+        2,
+        recipe.model,
+        config,
+        recipe.trust_remote_code,
+        recipe.tokens.max_length,
+        headers_digest(folder),
+    ]
+    warnings = checked_once(pins, about, lambda: _check_architecture(folder, recipe))
+    if "afina" in read_json(folder / "afina.json"):
+        unknown = (
+            f"model: {folder} was exported by afina, without the rows that it was trained on: eval and test are not checked "
+            "against them; with `model: RUN_DIR/model` they are"
+        )
+        return [*warnings, unknown]
+    return warnings
 
 
 def _check_code(folder: Path) -> None:
@@ -293,8 +311,8 @@ def _check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     settings = config.get("quantization_config")
     kinds = {tensor_type for path in folder.glob("*.safetensors") for tensor_type in tensor_types(path)}
     method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else None
-    if method is None and any(kind.startswith(("F8", "F4", "F6")) for kind in kinds):
-        method = "8 bits or fewer"
+    if method is None and (odd := sorted(kind for kind in kinds if kind not in _TRAINABLE)):
+        method = f"its weights are {', '.join(odd)}"
     if method is not None:
         raise InputError(
             f"model: {folder} is quantized ({method}): all of its weights are to be trained, in float32",
@@ -356,6 +374,24 @@ def check_pad_token(tokenizer: Any, size: int | None) -> None:
             "tokens that the model did not",
             "model.resize_token_embeddings(len(tokenizer)) and save both again, or set tokenizer.pad_token to a token that "
             "the model has, such as tokenizer.eos_token",
+        )
+
+
+def check_tokens(largest: int, size: int | None) -> None:
+    """Refuse tokens beyond the embeddings.
+
+    Args:
+        largest: the largest token number of some texts.
+        size: rows of the embeddings; None where the model has no vocabulary.
+
+    Raises:
+        InputError: tokenizer and model do not belong together.
+    """
+    if size is not None and largest >= size:
+        raise InputError(
+            f"model: its tokenizer gives token {largest}, its embeddings have {size} rows (vocab_size)",
+            "tokenizer and weights do not belong together: take both from one model, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and save both again",
         )
 
 

@@ -1,14 +1,18 @@
-"""Tasks as a table: the head and the decision of each. Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
+"""Tasks as a table: the head and the decision of each; the task of a classifier by its configuration. Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["TASKS", "Task", "decisions"]
+from afina.errors import InputError
+
+__all__ = ["TASKS", "Task", "decisions", "task_of_config"]
 
 Array = np.ndarray[Any, Any]
 
@@ -37,3 +41,38 @@ def decisions(task: str, logits: Array) -> Array:
     """The predictions of logits (N, K): class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
     kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}[task]
     return np.asarray(TASKS[task].decide(logits).astype(kind))
+
+
+def task_of_config(config: Any, folder: Path) -> tuple[str, list[str] | None]:
+    """The task of a classifier, and its label names in the order of the outputs (None for regression).
+
+    Args:
+        config: of Transformers. Without a `problem_type` one output is a regression, several are classes.
+
+    Raises:
+        InputError: another `problem_type`, a regression of several outputs, an output without a name, two of one name.
+    """
+
+    def refused(what: str, remedy: str) -> InputError:
+        return InputError(f"model: {folder / 'config.json'}: {what}", remedy)
+
+    count = config.num_labels
+    kind = config.problem_type or ("regression" if count == 1 else "single_label_classification")
+    task = next((name for name, row in TASKS.items() if row.problem_type == kind), None)
+    if task is None:
+        known = ", ".join(row.problem_type for row in TASKS.values())
+        raise refused(f"problem_type is {kind!r}", f"correct it: {known}, or leave it out")
+    if task == "regression":
+        if count != 1:
+            raise refused(
+                f"a regression with {count} outputs", "a regression has one: correct problem_type or num_labels"
+            )
+        return task, None
+    names = config.id2label or {}
+    unnamed = [str(number) for number in range(count) if number not in names]
+    if unnamed:
+        raise refused(f"id2label has no name for output {', '.join(unnamed[:5])} of {count}", "number its names from 0")
+    labels = [str(names[number]) for number in range(count)]
+    if repeated := [name for name, times in Counter(labels).items() if times > 1]:
+        raise refused(f"id2label names several outputs `{repeated[0]}`", "give each output a name of its own")
+    return task, labels

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["check_weights", "headers_digest", "tensor_types"]
+__all__ = ["check_shapes", "check_weights", "headers_digest", "tensor_types"]
 
 _LARGEST_HEADER = 100_000_000
-_SHARE = 0.5
+#: With more of the weights below the head missing, the files are not those of a model.
+_SHARE = 0.2
 _SHOWN = 3
 
 
@@ -30,10 +32,10 @@ def headers_digest(folder: Path) -> str:
 
 
 def tensor_types(path: Path) -> set[str]:
-    """The data types in a safetensors file, as it names them: F32, BF16, F8_E4M3, …"""
+    """The data types of the weights in a safetensors file, as it names them: F32, BF16, F8_E4M3, I8, … Masks and other buffers do not count."""
     with path.open("rb") as file:
         header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEADER)))
-    return {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"}
+    return {tensor["dtype"] for name, tensor in header.items() if name.endswith("weight")}
 
 
 def check_weights(folder: Path, config: Any) -> list[str]:
@@ -42,7 +44,7 @@ def check_weights(folder: Path, config: Any) -> list[str]:
     A missing head is normal, and so is a missing pooler: masked language models have none.
 
     Raises:
-        InputError: most weights below the head are missing, or one has another shape.
+        InputError: more than a fifth of the weights below the head are missing, or one has another shape.
     """
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -60,14 +62,20 @@ def check_weights(folder: Path, config: Any) -> list[str]:
             logging.enable_progress_bar()
     prefix = f"{model.base_model_prefix}."
     body = [name for name, _ in model.named_parameters() if _below_head(name, prefix)]
-    for name, stored, wanted in sorted(m for m in report["mismatched_keys"] if _below_head(m[0], prefix)):
-        raise InputError(
-            f"model: {name} has shape {tuple(stored)} in the weights of {folder}, {tuple(wanted)} by its config.json",
-            "weights and config.json do not belong together: take both from one model",
-        )
+    check_shapes(folder, [entry for entry in report["mismatched_keys"] if _below_head(entry[0], prefix)])
+    parts = {name.removeprefix(prefix).partition(".")[0] for name in body}  # a body's own file has no prefix
+    unused = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name.endswith(".weight") and name.removeprefix(prefix).partition(".")[0] in parts and "pooler" not in name
+    )
+    warnings = []
+    if unused:
+        some = f"{', '.join(unused[:_SHOWN])}{', …' if len(unused) > _SHOWN else ''}"
+        warnings = [f"model: {len(unused):,} weights in the files of {folder} have no place by its config.json: {some}"]
     missing = sorted(name for name in report["missing_keys"] if _below_head(name, prefix))
     if not missing:
-        return []
+        return warnings
     gap = f"{len(missing):,} of {len(body):,} weights of {folder} ({', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''})"
     if len(missing) > _SHARE * len(body):
         unknown = sorted(report["unexpected_keys"])
@@ -80,7 +88,23 @@ def check_weights(folder: Path, config: Any) -> list[str]:
             ),
             "save the model itself with save_pretrained: not one that wraps it (prefixes such as `module.` and `_orig_mod.`)",
         )
-    return [f"model: {gap} are not in its files and start as random numbers"]
+    return [*warnings, f"model: {gap} are not in its files and start as random numbers"]
+
+
+def check_shapes(folder: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse the first weight of another shape.
+
+    Args:
+        mismatched: name, stored shape and the configuration's, as Transformers reports them.
+
+    Raises:
+        InputError: there is one.
+    """
+    for name, stored, wanted in sorted(mismatched):
+        raise InputError(
+            f"model: {name} has shape {tuple(stored)} in the weights of {folder}, {tuple(wanted)} by its config.json",
+            "weights and config.json do not belong together: take both from one model",
+        )
 
 
 def _below_head(name: str, prefix: str) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afina.errors import DataError, EnvironmentProblem, InputError, RecipeError
+from afina.errors import DataError, EnvironmentProblem, RecipeError
 from afina.publish import publish, staging
 from afina.run.plan import Plan
 from afina.text import size_in_words
@@ -31,7 +31,7 @@ from afina.worker.data.tables.data_table import DataSource, Examples
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.tokens.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
 from afina.worker.data.tokens.write_split import TEXTS, TokenStats, write_split
-from afina.worker.model.pretrained import check_pad_token, load_tokenizer, vocabulary_size
+from afina.worker.model.pretrained import check_pad_token, check_tokens, load_tokenizer, vocabulary_size
 from afina.worker.progress import Progress
 
 __all__ = ["Tokenising", "build", "shards_folder"]
@@ -230,11 +230,7 @@ class Tokenising:
             )
             place = examples.table.where(int(np.flatnonzero(examples.rows == row)[0]))
             raise DataError(f"{split}: {place}: the tokenizer makes no token of this text", "remove this row")
-        if self.size is not None and batch.tokens.max() >= self.size:
-            raise InputError(
-                f"model: its tokenizer gives token {batch.tokens.max()}, its config has vocab_size {self.size}",
-                "tokenizer and weights do not belong together: take both from one model",
-            )
+        check_tokens(int(batch.tokens.max()), self.size)
 
 
 def _check_max_length(tokenizer: Any, max_length: int, texts: int) -> None:
