@@ -41,7 +41,7 @@ Bar = tuple[float, float, float]
 #: Name, low, value, high.
 Range = tuple[str, float, float, float]
 
-MOST_POINTS = 600
+MOST_POINTS = 400
 #: From so many points on a line is smoothed.
 _SMOOTH_FROM = 60
 #: The page's variable of each colour, and its value in files and on paper.
@@ -84,7 +84,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
 }
 _WIDTH, _HEIGHT, _DPI = 4.8, 2.5, 200
-_MOST_NAME = 30
+_MOST_NAME = 38
 #: A legend's row, a row of a chart of intervals and the side of a matrix's cell, in inches.
 _LEGEND_ROW, _ROW, _CELL = 0.18, 0.22, 0.27
 
@@ -107,6 +107,7 @@ class Chart:
         diagonal: draw y = x.
         frame: x and y limits; by default the range of the data.
         log: a logarithmic x axis.
+        ticks: where the x axis has numbers; by default at round ones.
         description: the content in words; by default the ends of the lines.
         note: stands behind the title in the page.
     """
@@ -128,6 +129,7 @@ class Chart:
     diagonal: bool = False
     frame: tuple[Point, Point] | None = None
     log: bool = False
+    ticks: Sequence[float] = ()
     description: str = ""
     note: str = ""
 
@@ -261,6 +263,10 @@ def _draw(chart: Chart, axes: Any) -> None:
         axes.axline((0, 0), slope=1, color=LIGHT["soft"], linestyle=(0, (3, 3)), linewidth=0.8)
     if chart.log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+    if chart.ticks:
+        axes.set_xticks(chart.ticks)
     if chart.frame is not None:
         axes.set_xlim(*chart.frame[0])
         axes.set_ylim(*chart.frame[1])
@@ -271,8 +277,9 @@ def _draw(chart: Chart, axes: Any) -> None:
         shown += [axes.lines[-1]]
         axes.lines[-1].set_label(label)
     if len(shown) > 1:
-        names = [short_name(str(one.get_label())) for one in shown]
-        axes.figure.legend(shown, names, loc="outside upper left", ncols=_legends_per_row(chart), fontsize=8.5)
+        per_row = _legends_per_row(chart)
+        names = [short_name(str(one.get_label()), 52 // per_row) for one in shown]
+        axes.figure.legend(shown, names, loc="outside upper left", ncols=per_row, fontsize=8.5)
 
 
 def _draw_marks(chart: Chart, axes: Any, *, above: bool = False) -> None:

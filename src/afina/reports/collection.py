@@ -7,6 +7,7 @@ over each other. The intervals of single runs cover the sampling of eval rows.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -106,7 +107,7 @@ def _overlaid(runs: Sequence[RunResult], names: Sequence[str], metric: str | Non
         lines = [line for line in RunDir(run.path).lines("metrics.jsonl") if isinstance(line, dict)]
         if lines and len(logs) < _MOST_CURVES:
             logs[name] = lines
-    note = f"Of the first {_MOST_CURVES} of {len(runs)} runs." if len(runs) > _MOST_CURVES else ""
+    note = f"The first {_MOST_CURVES} of {len(runs)} runs in the table." if len(runs) > _MOST_CURVES else ""
     charts = []
     for key, column, title in (
         ("curves-score", f"eval_{metric}", f"{metric} on eval by step"),
@@ -137,6 +138,7 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
         log = values[0] > 0 and values[-1] / values[0] >= 10
         words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means)
         series: Any = {"dots": {"runs": dots}, "lines": {"mean": means}, "log": log, "description": words}
+        series["ticks"] = values if len(values) <= 6 else ()
         charts.append(Chart(f"effect-{key}", f"{metric} by {key}", x=key, y=str(metric), **series))
     return charts
 
@@ -155,7 +157,7 @@ def _points(
         scores = {i: runs[i].metrics.get(metric or "", math.nan) for i in group if runs[i].finished}
         values = {runs[i].train.get("seed", i): v for i, v in scores.items() if math.isfinite(v)}
         overrides = {key: str(_shown(recipes[group[0]].get(key))) for key in keys}
-        words = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items())
+        words = ", ".join(f"{key}={value}" for key, value in zip(_short_keys(keys), overrides.values(), strict=True))
         rows.append(
             Row(
                 names[group[0]] if len(group) == 1 else words or "the recipe",
@@ -176,31 +178,23 @@ def _points_table(rows: Sequence[Row], best: Row | None, metric: str | None) -> 
     cells = []
     for row in rows:
         mean, against = row.interval, row.against_best.difference if row.against_best else None
+        beside = f" ({against.low:+.4f} to {against.high:+.4f})" if against and against.low is not None else ""
         cells.append(
             [
                 row.point,
                 number(mean.mean) if mean else None,
                 f"{number(mean.low)}–{number(mean.high)}" if mean and mean.low is not None else None,
                 f"{len(row.values)}/{row.runs}",
-                "best" if row is best else f"{against.mean:+.4f}" if against else None,
-                f"{against.low:+.4f} to {against.high:+.4f}" if against and against.low is not None else None,
+                "best" if row is best else f"{against.mean:+.4f}{beside}" if against else None,
                 None if row is best or row.p is None else p_value(row.p),
-                row.weak or None,
             ]
         )
-    heads = [
-        "point",
-        f"mean {metric or 'score'}",
-        "95 % interval",
-        "seeds",
-        "against the best",
-        "95 % interval",
-        "p (Holm)",
+    heads = ["point", f"mean {metric or 'score'}", "95 % interval", "seeds", "against the best", "p (Holm)"]
+    notes = useless(rows) or [
+        *remarks(rows, best),
+        *(f"{row.point}: the model {row.weak}." for row in rows if row.weak),
     ]
-    if any(row.weak for row in rows):
-        heads.append("remark")
-    html = table(heads, [row[: len(heads)] for row in cells], "Means over seeds, the best first")
-    return html + "".join(map(note, useless(rows) or remarks(rows, best)))
+    return table(heads, cells, "Means over seeds, the best first") + "".join(map(note, notes))
 
 
 def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: str = "") -> Page:
@@ -218,9 +212,11 @@ def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: 
 
     def html(drawings: Mapping[str, str]) -> str:
         lines = [f"{name}: {line}" for name, run in zip(found.names, found.runs, strict=True) for line in run.warnings]
-        lines += [f"{found.names[i]}: {reason}" for i, reason in weak.items()]
+        lines += [f"{found.names[i]}: the model {reason}" for i, reason in weak.items()]
         same = "" if found.recipe else note("The recipes are the same.")
         heads, rows = test_rows(tests) if tests else ([], [])
+        for before, row in itertools.pairwise(rows):  # a row that is sorted elsewhere keeps its run
+            row[0] = row[0] or before[0]
         about_tests = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much."
         body = [
             ("Scores", figures(scores, drawings) + beside(found.metrics, number, f"On {found.split}") + note(why)),
@@ -234,6 +230,12 @@ def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: 
         return document("Comparison", ", ".join(found.names[:6]) + (" …" if len(found.names) > 6 else ""), lead, body)
 
     return [*scores, *curves, *effects], html
+
+
+def _short_keys(keys: Sequence[str]) -> list[str]:
+    """The last parts of the keys, where these differ."""
+    short = [key.rpartition(".")[2] for key in keys]
+    return short if len(set(short)) == len(short) else list(keys)
 
 
 def _page_of(run: RunResult) -> Path:
@@ -264,7 +266,16 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
                 *([weak] if remarks else []),
             ]
         )
-    heads = ["run", *keys, "outcome", metric or "score", "95 % interval", "steps", "wall time", "examples/s"]
+    heads = [
+        "run",
+        *_short_keys(keys),
+        "outcome",
+        metric or "score",
+        "95 % interval",
+        "steps",
+        "wall time",
+        "examples/s",
+    ]
     heads += ["remark"] if remarks else []
     return table(heads, rows, "The best first", links=links)
 

@@ -73,12 +73,13 @@ def _matrix(matrix: Matrix, labels: Sequence[str], split: str) -> str:
     rows = []
     for name, label, row in zip(shown, labels, matrix, strict=True):
         total = sum(row) or 1
-        cells = "".join(
-            f'<td style="background: rgba(var(--cell), {0.5 * n / total:.2f})" '
-            f'title="{escape(f"{label} predicted as {other}: {n:,} ({n / total:.1%})", quote=True)}">'
-            f"{n if n or not numbered else '·'}</td>"
-            for other, n in zip(labels, row, strict=True)
-        )
+        cells = ""
+        for other, n in zip(labels, row, strict=True):
+            if not n:
+                cells += "<td>·</td>" if numbered else "<td>0</td>"
+                continue
+            hint = escape(f"{label} predicted as {other}: {n:,} ({n / total:.1%})", quote=True)
+            cells += f'<td style="background: rgba(var(--cell), {0.5 * n / total:.2f})" title="{hint}">{n}</td>'
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     how = ", by their numbers" if numbered else ""
     caption = f"On {split}: rows are the labels, columns the predictions{how}; darker is a larger share of the row"

@@ -33,7 +33,10 @@
           use.style.display = x < x0 - 1 || x > x1 + 1 || y < y0 - 1 || y > y1 + 1 ? "none" : ""; });
         if (!group.querySelector("path[d]:not(defs path)")) points.push(at);
       }
-      if (points.length && "bd".includes(kind[1])) series.push([names[+kind[2]] ?? "", points]);
+      if (!points.length || !"bd".includes(kind[1])) continue;
+      const known = kind[1] === "b" && series.find(([name]) => name === names[+kind[2]]);
+      if (known) known[1].push(...points);
+      else series.push([names[+kind[2]] ?? "", points]);
     }
     for (const axis of ["x", "y"])
       for (const tick of svg.querySelectorAll(`.tick-${axis}`)) {

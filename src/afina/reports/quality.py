@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afina.recipe.metrics import metric_name, own_metric
-from afina.reports.charts import Chart, Point
+from afina.reports.charts import Chart, Point, thin
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, table, warnings
 from afina.statistics.calibration import calibrate
@@ -18,8 +18,8 @@ from afina.text import number
 __all__ = ["calibration", "class_intervals", "classes", "overall", "score_chart", "thresholds"]
 
 _MOST_DOTS = 500
-#: Curves in one chart, and classes in the chart of their F1.
-_MOST_CURVES, _MOST_CLASSES = 5, 60
+#: Curves in one chart, points of each, and classes in the chart of their F1.
+_MOST_CURVES, _MOST_STEPS, _MOST_CLASSES = 5, 150, 60
 
 #: Scores that say what others say, or need a reason to be shown: only if the recipe names them.
 _ON_REQUEST = {
@@ -177,8 +177,12 @@ def thresholds(facts: RunFacts) -> list[Chart]:
         recall: dict[str, list[Point]] = {}
         for area, name, flags, scores in areas[:_MOST_CURVES]:
             wrong, right, precision = threshold_curves(flags, scores)
-            roc[f"{name} {number(auroc(flags, scores))}"] = list(zip(wrong.tolist(), right.tolist(), strict=True))
-            recall[f"{name} {number(area)}"] = list(zip(right.tolist(), precision.tolist(), strict=True))
+            roc[f"{name} {number(auroc(flags, scores))}"] = thin(
+                list(zip(wrong.tolist(), right.tolist(), strict=True)), _MOST_STEPS
+            )
+            recall[f"{name} {number(area)}"] = thin(
+                list(zip(right.tolist(), precision.tolist(), strict=True)), _MOST_STEPS
+            )
         note = (
             f"The {_MOST_CURVES} classes of {len(areas)} with the least average precision."
             if len(areas) > _MOST_CURVES

@@ -73,7 +73,7 @@ def happened(facts: RunFacts) -> str:
     html = f'<p class="end"><strong>{now.state.capitalize()}</strong>{at}{escape(why)}</p>'
     if end is None:
         html += note("No outcome is recorded: the run has not ended, or was never started.")
-    if end and end.failure and now.state != "RUNNING":
+    if end and end.failure and now.state != "RUNNING" and end.failure.message != now.why:
         html += pre(end.failure.message, "What failed")
     if now.remedy:
         html += f"<h3>What to do next</h3><p>{escape(now.remedy)}</p>"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.unit.conftest import Ran, tree
+from tests.unit.reports.test_report import Page, data_of
 from tests.unit.statistics.test_scores import write
 
 from afina.errors import InputError
@@ -28,6 +29,8 @@ from afina.watch.find import find_runs
 from afina.watch.reading import read_result
 
 MakeRun = Callable[..., Path]
+#: Name, share of right predictions, seed, learning rate.
+RUNS = (("base", 0.6, 0, 5e-5), ("better", 0.95, 1, 1e-4), ("worse", 0.5, 2, 1e-3))
 
 
 @pytest.fixture
@@ -77,6 +80,31 @@ def test_differences_and_their_tests(make_run: MakeRun) -> None:
     assert alike.paired.differences[0].p == 1.0 and (alike.paired.only_first, alike.paired.only_second) == (0, 0)
     assert verdicts(found, "f1")[0].paired.differences[0].metric == "f1"  # type: ignore[union-attr]
     assert json.loads(json.dumps(to_json(found, [better, alike]), allow_nan=False))["tests"][0]["paired"]["rows"] == 200
+
+
+def test_a_comparison_is_a_page_with_curves_over_each_other(
+    make_run: MakeRun, command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    runs = [make_run(name, right, seed, train__learning_rate=rate) for name, right, seed, rate in RUNS]
+    for run, (_, right, *_) in zip(runs, RUNS, strict=True):
+        steps = [{"step": step, "eval_loss": 1 / step, "eval_accuracy": right - 1 / step} for step in (10, 20, 30)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    shown = command("compare", *runs, "--html", tmp_path / "a page")
+    assert shown.stdout.endswith(f"{tmp_path / 'a page/index.html'}\n")
+    page = Page(tmp_path / "a page/index.html")
+    assert page.headings[1:4] == ["Scores", "Tests", "Learning curves"]
+    svgs = page.svgs()
+    assert json.loads(str(svgs["curves-score"].get("data-names"))) == ["base", "better", "worse"]
+    for part, (_, right, *_) in zip(("d0", "d1", "d2"), RUNS, strict=True):
+        assert [y for _, y in data_of(svgs["curves-score"], part)[0]] == pytest.approx(
+            [right - 1 / step for step in (10, 20, 30)], abs=2e-3
+        )
+    assert {"runs", "curves-eval-loss", "effect-train.learning_rate"} <= svgs.keys() and "curves-loss" not in svgs
+    first = verdicts(compare(runs))[0].paired.differences[0]  # type: ignore[union-attr]
+    row = next(row for row in page.rows if row[:2] == ["better (200 rows)", "accuracy"])
+    assert row[2:5] == [f"{first.first:.4f}", f"{first.second:.4f}", f"{first.second - first.first:+.4f}"]
+    assert (tmp_path / "a page/curves-score.svg").is_file()
+    assert json.loads(command("compare", *runs, "--html", tmp_path / "b", "--json").stdout)["report"]
 
 
 def test_warnings_stand_below_the_table(make_run: MakeRun, command: Callable[..., Ran]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
+from tests.bench.page import Browser
 from tests.unit.conftest import Ran, tree
 
 from afina.errors import EnvironmentProblem, Failure, InputError
@@ -263,7 +265,7 @@ def test_a_long_curve_is_smoothed_and_its_values_stay_visible(make_run: MakeRun)
     (line,), (pale,) = data_of(svg, "d0"), data_of(svg, "f0")
     assert max(abs(y - (2 - x / 10_000)) for x, y in line[50:]) < 0.03 and max(y for _, y in pale) > 2.05
     assert re.search(
-        r"Strong line: moving average over about 400 values of training; pale: the values themselves\. \d,\d{3} of 20,001 points are drawn",
+        r"Strong line: moving average over about 400 values of training; pale: the values themselves\. 8\d\d of 20,001 points are drawn",
         page.text,
     )
     assert path.stat().st_size < 150_000
@@ -372,6 +374,65 @@ def test_a_page_that_cannot_be_written_is_an_error(make_run: MakeRun) -> None:
 def test_the_command_prints_the_page(make_run: MakeRun, command: Callable[..., Ran]) -> None:
     run = make_run()
     assert command("report", run.path).stdout == f"{run.path / 'report/index.html'}\n"
+
+
+def test_without_a_name_it_is_about_the_newest_run(
+    make_run: MakeRun, command: Callable[..., Ran], scratch: Path
+) -> None:
+    refused = command("report")
+    assert refused.returncode == 2 and "there is no run on scratch yet" in refused.stderr
+    for at, where in enumerate(("runs/old", "sweeps/rates/runs/new", "runs/middle")):
+        run = make_run()
+        (scratch / where).parent.mkdir(parents=True, exist_ok=True)
+        run.path.rename(scratch / where)
+        os.utime(scratch / where / "plan.json", (0, (1, 3, 2)[at]))
+    done = command("report")
+    assert done.stdout == f"{scratch / 'sweeps/rates/runs/new/report/index.html'}\n", done.stderr
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@pytest.mark.timeout(200)
+def test_values_zoom_and_sorting_in_a_browser(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    finish(run)
+    log(run, *CURVE)
+    page = write_report(run.path)
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        browser.call("Page.navigate", url=page.as_uri())
+        browser.wait_for("Page.loadEventFired")
+        place = "(() => { const s = document.querySelector('svg[data-box]'); s.scrollIntoView(); const r = s.getBoundingClientRect(); "
+        x, y, width, height = browser.evaluate(place + "return [r.left, r.top, r.width, r.height] })()")
+
+        def mouse(kind: str, across: float, down: float, count: int = 0) -> None:
+            button: Any = {"button": "left", "buttons": 1, "clickCount": count} if count else {}
+            where = {"x": x + across * width, "y": y + down * height}
+            browser.call("Input.dispatchMouseEvent", type=f"mouse{kind}", **where, **button)
+
+        mouse("Moved", 0.97, 0.5)
+        shown = browser.evaluate("document.getElementById('value').textContent")
+        assert re.fullmatch(
+            r"step (40|39\.99\d*|40\.00\d*)\ntraining: 0\.[67]\d*\nvalidation: 0\.(5|49|50)\d*", shown
+        ), shown
+        ticks = "[...document.querySelector('svg[data-box]').querySelectorAll('.tick-x text')].map(t => +t.textContent)"
+        before = browser.evaluate(ticks)
+        mouse("Pressed", 0.4, 0.3, 1)
+        mouse("Moved", 0.6, 0.6, 1)
+        mouse("Released", 0.6, 0.6, 1)
+        after = browser.evaluate(ticks)
+        assert max(after) - min(after) < 0.4 * (max(before) - min(before))
+        for count in (1, 2):
+            mouse("Pressed", 0.5, 0.5, count)
+            mouse("Released", 0.5, 0.5, count)
+        assert browser.evaluate(ticks) == before
+        column = "[...[...document.querySelectorAll('table.sortable')].find(t => t.caption.textContent.startsWith('One row per evaluation')).tBodies[0].rows].map(r => r.cells[1].textContent)"
+        assert browser.evaluate(column) == ["20", "40"]
+        browser.evaluate("[...document.querySelectorAll('th button')].find(b => b.textContent === 'step').click()")
+        assert browser.evaluate(column) == ["40", "20"]
+        assert [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")] == []
+    finally:
+        browser.close()
 
 
 def test_the_page_can_lie_elsewhere_and_a_refusal_names_the_permission(
@@ -713,12 +774,11 @@ def test_a_sweep_is_headed_by_the_mean_of_its_best_point(make_run: MakeRun, tmp_
             run.path.rename(tmp_path / f"sweep/runs/{rate},{seed}")
     page = Page(write_report(tmp_path / "sweep", output=tmp_path / "page"))
     low, high = stats.t.interval(0.95, 2, loc=0.86, scale=stats.sem(values[2e-5]))
-    assert ["learning_rate=2e-05", "0.8600", f"{low:.4f}–{high:.4f}", "3/3", "best", "–", "–"] in page.rows
+    assert ["learning_rate=2e-05", "0.8600", f"{low:.4f}–{high:.4f}", "3/3", "best", "–"] in page.rows
     test = stats.ttest_rel(values[1e-5], values[2e-5])
     limits, difference = test.confidence_interval(), sum(values[1e-5]) / 3 - 0.86
     assert page.rows[page.rows.index(next(r for r in page.rows if r[0] == "learning_rate=1e-05"))][4:] == [
-        f"{difference:+.4f}",
-        f"{limits.low:+.4f} to {limits.high:+.4f}",
+        f"{difference:+.4f} ({limits.low:+.4f} to {limits.high:+.4f})",
         f"{test.pvalue:.3f}",
     ]
     assert "It is NOT distinguishable from the next (learning_rate=1e-05): paired over 3 seeds" in page.text

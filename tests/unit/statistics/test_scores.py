@@ -17,6 +17,7 @@ from sklearn.calibration import calibration_curve
 from afina.errors import DataError
 from afina.recipe.metrics import METRICS
 from afina.statistics.calibration import calibrate
+from afina.statistics.measures import one_vs_rest, threshold_curves
 from afina.statistics.paired import align, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import mistakes, score
@@ -178,6 +179,38 @@ def test_an_interval_has_the_width_of_theory_and_is_reproducible(tmp_path: Path)
     deviation = math.sqrt(accuracy.value * (1 - accuracy.value) / 1000)
     assert accuracy.high - accuracy.low == pytest.approx(2 * 1.96 * deviation + 1 / 1000, rel=0.02)
     assert accuracy.low < accuracy.value < accuracy.high
+
+
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_curves_over_thresholds_are_those_of_scikit_learn(task: str, tmp_path: Path) -> None:
+    found = MADE[task](tmp_path / "p.parquet")
+    for flags, column in one_vs_rest(task, found.truth, np.round(found.scores, 2)):  # with ties
+        if 0 < flags.sum() < len(flags):
+            wrong, right, precision = threshold_curves(flags, column)
+            known = metrics.roc_curve(flags, column, drop_intermediate=False)
+            assert wrong == pytest.approx(known[0][1:]) and right == pytest.approx(known[1][1:])
+            known = metrics.precision_recall_curve(flags, column)
+            assert precision[::-1] == pytest.approx(known[0][:-1]) and right[::-1] == pytest.approx(known[1][:-1])
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_the_simplest_model_has_the_scores_of_a_dummy(task: str, tmp_path: Path) -> None:
+    """Of scikit-learn's dummies, and of the shares of the labels."""
+    found = MADE[task](tmp_path / "p.parquet")
+    truth, always = found.truth, score(found, 200).always
+    if task == "regression":
+        dummy = np.full(len(truth), truth.mean())
+        assert always["mse"] == pytest.approx(metrics.mean_squared_error(truth, dummy)) and always[
+            "r2"
+        ] == pytest.approx(0)
+    elif task == "single-label":
+        dummy = np.full(len(truth), np.bincount(truth).argmax())
+        assert always["accuracy"] == pytest.approx(metrics.accuracy_score(truth, dummy))
+        assert always["f1"] == pytest.approx(metrics.f1_score(truth, dummy, average="macro", zero_division=0))
+        assert always["auroc"] == pytest.approx(0.5)
+    else:
+        dummy = np.tile(truth.mean(0) > 0.5, (len(truth), 1))
+        assert always["f1_micro"] == pytest.approx(metrics.f1_score(truth, dummy, average="micro", zero_division=0))
 
 
 @pytest.mark.parametrize("task", ["single-label", "multi-label"])
