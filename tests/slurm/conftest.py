@@ -76,7 +76,7 @@ def host() -> Iterator[Path]:
     (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "src", "slurm"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "docs", "src", "slurm"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
     subprocess.run(pip, check=True)

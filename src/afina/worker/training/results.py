@@ -181,6 +181,7 @@ def _write_trained_rows(prepared: Path, run: RunDir) -> None:
     aside = name_aside(path)
     with aside.open("wb") as file:
         np.save(file, trained_rows(prepared, Path(run.prepared()["model_folder"])))
+    sync_file(aside)
     os.replace(aside, path)
 
 
