@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
 
 from afina.errors import AfinaError, InputError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from pydantic import BaseModel
 
 __all__ = ["COMMANDS", "complete_keys", "complete_runs", "recipe_keys"]
@@ -33,6 +33,8 @@ _NO_BLANK = {
 
 def complete_runs(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Short names of runs on scratch that begin so, then files."""
+    from click.shell_completion import CompletionItem
+
     from afina.watch.find import known_runs, short_names
 
     names: list[str] = []
@@ -43,6 +45,8 @@ def complete_runs(context: click.Context, option: click.Parameter, incomplete: s
 
 def complete_keys(context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Keys of a recipe as `key=`; behind the sign the values of a choice."""
+    from click.shell_completion import CompletionItem
+
     key, equals, value = incomplete.partition("=")
     if not equals:
         return [CompletionItem(f"{name}=") for name, _ in recipe_keys() if name.startswith(key)]
@@ -96,6 +100,8 @@ def completion(context: click.Context, shell: str | None) -> None:
     """
     import os
     from pathlib import Path
+
+    from click.shell_completion import get_completion_class
 
     shell = shell or Path(os.environ.get("SHELL", "")).name
     made = get_completion_class(shell) if shell in _SHELLS else None

@@ -27,6 +27,7 @@ __all__ = [
     "request_options",
     "run_argument",
     "runs_argument",
+    "say",
     "submit_option",
     "usage_remedy",
     "watch_hint",
@@ -189,6 +190,10 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         decorated = option(decorated)
     return decorated
+
+
+def say(line: str) -> None:
+    print(f"afina: {line}", flush=True)
 
 
 def finish(run: Any, as_json: bool) -> None:

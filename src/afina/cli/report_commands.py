@@ -14,10 +14,10 @@ from afina.cli.options import (
     request_options,
     run_argument,
     runs_argument,
+    say,
     submit_option,
     watch_hint,
 )
-from afina.cli.screen import plan_lines, say, tables
 from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
@@ -147,6 +147,8 @@ def rerun(run_dir: str, request: JobRequest, submitted: bool, dry_run: bool, as_
             return
         for note in again.notes:
             print(f"afina: differs: {note}")
+        from afina.cli.screen import plan_lines
+
         print("\n".join(plan_lines(again.plan)))
         return
     made = run_again(run_dir, request, submit=submitted, say=say)
@@ -165,6 +167,8 @@ def _print(comparison: Any, tests: Any) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False)
+    from afina.cli.screen import tables
+
     if not comparison.recipe:
         print("The recipes are the same.")
     values = {**comparison.metrics, **comparison.recipe, **comparison.about}

@@ -19,7 +19,6 @@ from afina.cli.options import (
     run_argument,
     watch_hint,
 )
-from afina.cli.screen import plan_lines
 from afina.run.job_request import JobRequest
 
 __all__ = ["COMMANDS"]
@@ -85,6 +84,8 @@ def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json:
             answer = {"plan": plan.model_dump(mode="json"), "via": request.via, **job}
             print(json.dumps(answer, indent=2, ensure_ascii=False))
         else:
+            from afina.cli.screen import plan_lines
+
             print("\n".join([*plan_lines(plan, job), "everything: the same command with --json"]))
         return
     made = api.submit_to_slurm(recipe, request)

@@ -28,7 +28,6 @@ __all__ = [
     "page",
     "plan_lines",
     "run_table",
-    "say",
     "short_labels",
     "sorted_runs",
     "tables",
@@ -49,10 +48,6 @@ STATUS = ("state", "run", "*", "step", "epoch", "loss", "best", "tokens/s", "att
 LIST = ("state", "best", "age", "*", "run")
 #: More keys than these are shown only with --columns: the runs have little in common.
 _MOST_KEYS = 4
-
-
-def say(line: str) -> None:
-    print(f"afina: {line}", flush=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -146,7 +141,7 @@ def _named(word: str, summaries: Sequence[RunSummary], known: Mapping[str, _Colu
         return word, _Column(lambda s: number(value(s)), value, right=True)
     short = [key.rpartition(".")[2] for key in keys]
     raise click.UsageError(
-        f"{word}: no such column. {nearest(word, [*known, *short, *metrics])} known: {', '.join(known)}, any key of the recipe, any metric"
+        f"{word}: no such column. {nearest(word, [*known, *short, *metrics])} Known: {', '.join(known)}, any key of the recipe, any metric"
     )
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import json_option, recipe_argument, request_options, submit_option
-from afina.cli.screen import say
+from afina.cli.options import json_option, recipe_argument, request_options, say, submit_option
 from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, InputError
 from afina.run.job_request import JobRequest
 from afina.text import can_draw
