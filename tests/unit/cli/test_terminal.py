@@ -16,6 +16,7 @@ from afina.cli.screen import short_labels
 from afina.errors import Failure
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
@@ -88,7 +89,7 @@ def sweep(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site:
         for seed in (42, 43):
             name = f"train.learning_rate={rate:g},train.seed={seed},train.arguments.warmup_steps=0.06"
             plan = make_plan(recipe(train={"learning_rate": rate, "seed": seed}), site, recipe_file=recipe_file())
-            run = RunDir.claim(plan, {}, ["false"], "", scratch / "sweeps/yelp-1a2b3c4d/runs" / name)
+            run = claim(plan, {}, ["false"], "", scratch / "sweeps/yelp-1a2b3c4d/runs" / name)
             run.begin_attempt(f"{1000 + seed}.0")
             run.append("submissions.jsonl", {"job_id": str(1000 + seed), "via": "sbatch", "time": 1.0})
             score = seed / 100 + rate
@@ -136,7 +137,7 @@ def test_chosen_columns_and_order(sweep: list[RunDir], command: Callable[..., Ra
 
 def test_a_reason_that_has_no_room_moves_below(sweep: list[RunDir], scratch: Path) -> None:
     folder = sweep[0].path.parent
-    failed = RunDir.claim(sweep[0].plan(), {}, ["false"], "", folder / "other")
+    failed = claim(sweep[0].plan(), {}, ["false"], "", folder / "other")
     failed.record_failure("local-1", Failure("TrainingError", "the loss is not finite at step 120", "a smaller rate"))
     code, written = in_terminal(*AFINA, "status", "yelp", env={"AFINA_SCRATCH": str(scratch)})
     assert code == 0 and "failed (1): the loss is not finite at step 120" in screen(written)
@@ -172,7 +173,7 @@ def test_a_line_never_tears_the_bar(
     recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, scratch: Path, term: str
 ) -> None:
     """A worker that draws on standard error as the training does, and prints lines meanwhile."""
-    run = RunDir.claim(make_plan(recipe(), site, recipe_file=recipe_file()), {}, ["false"], "", scratch / "runs/r")
+    run = claim(make_plan(recipe(), site, recipe_file=recipe_file()), {}, ["false"], "", scratch / "runs/r")
     script = (
         'for i in {1..40}; do printf "\\r bar bar bar %s" $i >&2; echo "line $i of the log"; sleep 0.01; done; exit 4'
     )
