@@ -115,7 +115,7 @@ class ScriptedRun:
 
     def submit(self, *options: str, **env: str) -> int:
         argv = sbatch_argv(self.plan, self.run.path)
-        argv = [*argv[:2], *options, *argv[2:]]
+        argv = [*argv[:-2], *options, *argv[-2:]]  # after the plan's own: the last one counts
         given = {**self.env, **env}
         return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
 

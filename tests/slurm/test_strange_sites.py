@@ -1,4 +1,4 @@
-"""Things that sites and their wrappers do and no manual names, on the real Slurm; a scripted worker makes runs of seconds."""
+"""Ten things that sites and their wrappers do and no manual names, on the real Slurm; a scripted worker makes runs of seconds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from afina.slurm.submit import check_not_queued, submit_sbatch
 from afina.watch.overview import summary_of
 
 pytestmark = pytest.mark.timeout(600)
+#: The first attempt fails, the second finishes.
+ONCE = '[ -e "$2/once" ] || { touch "$2/once"; exit 137; }'
 
 
 def lead(made: ScriptedRun, monkeypatch: pytest.MonkeyPatch, **env: str) -> None:
@@ -31,6 +33,21 @@ def until(reached: Callable[[], bool], made: ScriptedRun, seconds: float = 60) -
     while not reached():
         assert time.monotonic() < ends, (summary_of(made.run.path), made.logs())
         time.sleep(0.3)
+
+
+def test_wrappers_that_greet(cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch drops --parsable and adds a line behind its answer; squeue and scontrol begin with one."""
+    greet = 'echo "Welcome to the cluster! 3 jobs of yours run."\n'
+    program(
+        here.folder / "bin", "sbatch", f'{greet}shift; /usr/bin/sbatch "$@" || exit; echo "Check your quota: 7 GB"\n'
+    )
+    for name in ("squeue", "scontrol"):
+        program(here.folder / "bin", name, f'{greet}exec /usr/bin/{name} "$@"\n')
+    lead(here, monkeypatch, BODY=ONCE)
+    job = submit_sbatch(here.plan, here.run)
+    assert cluster.wait(job, restarts=1) == "COMPLETED", here.logs()
+    assert here.environment(int(job))["AFINA_DEADLINE"], "squeue's answer stands behind the greeting"
+    assert here.run.outcome().outcome == "finished" and here.jobs() == [int(job)]  # type: ignore[union-attr]
 
 
 def test_a_site_that_replaces_comments(cluster: Cluster, here: ScriptedRun) -> None:
@@ -69,6 +86,44 @@ def test_a_job_that_is_suspended_or_put_back_and_held(
     (here.run.path / "go").touch()
     cluster.root(["scontrol", "release", job])
     assert cluster.wait(job, restarts=1) == "COMPLETED", here.logs()
+
+
+def test_the_login_nodes_temporary_folder_is_not_on_the_nodes(
+    cluster: Cluster, project: Callable[..., ScriptedRun]
+) -> None:
+    """sbatch passes TMPDIR on; slurmd takes /tmp in its place, and so does the copy of model and data."""
+    made = project()
+    runtime = program(made.folder, "runtime", f'exec bash {made.folder}/worker.sh "$@"\n')
+    made.claim(["bash", "{run}/node.sh", str(runtime), str(runtime), "launch", "{run}"])
+    job = made.submit(TMPDIR="/local/login/tmp.x", AFINA_STAGE="1")
+    assert cluster.wait(job) == "COMPLETED", made.logs()
+    seen = made.environment(job)
+    assert seen["TMPDIR"] == "/tmp" == seen["AFINA_STAGE"], seen
+
+
+@pytest.mark.parametrize("name", ["Überprüfung – 評価 №1", 'it\'s $(a) "job" %j', "x" * 100])
+def test_names_of_jobs_come_through_a_new_job(cluster: Cluster, project: Callable[..., ScriptedRun], name: str) -> None:
+    made = project()
+    (made.run.path / "bad.n1").touch()
+    first = made.submit(f"--job-name={name}")
+    second = made.next_job(0)
+    cluster.wait(first)
+    cluster.wait(second, states=("PENDING", "COMPLETED"))
+    shown = cluster.root(["squeue", "--noheader", "--states=all", f"--jobs={second}", "--format=%j"]).stdout.rstrip(
+        "\n"
+    )
+    assert shown == name, made.logs()
+
+
+def test_a_job_without_a_time_limit(cluster: Cluster, project: Callable[..., ScriptedRun]) -> None:
+    made = project()
+    (made.run.path / "bad.n1").touch()
+    first = made.submit("--time=UNLIMITED")
+    second = made.next_job(0)
+    cluster.wait(first)
+    assert cluster.job(second)["TimeLimit"] == "UNLIMITED", made.logs()
+    assert made.environment(first).get("AFINA_DEADLINE", "") == ""
+    assert summary_of(made.run.path).limit_s is None
 
 
 def test_the_accounting_is_down(cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch) -> None:
