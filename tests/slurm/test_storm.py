@@ -205,6 +205,7 @@ def test_a_storm_loses_nothing_doubles_nothing_and_ends(cluster: Cluster, storm:
     assert {e["next"] for e in ends if e["cause"] == "node"} <= {"requeue"}
     assert attempts <= len(storm) + struck.total() + struck["image"] + by_hand + weather.disturbed, "tried without end"
     recorded = {job for project in storm for job in project.jobs()}
-    argv = ["squeue", "--noheader", "--states=all", "--partition=gpu", "--name=other", "--format=%A"]
-    assert {int(job) for job in cluster.root(argv).stdout.split()} <= recorded, "a job that no run knows of"
+    lines = cluster.root(["squeue", "--noheader", "--states=all", "--format=%A|%o"]).stdout.splitlines()
+    queued = {int(line.partition("|")[0]) for line in lines if f"|{storm[0].folder.parent}/" in line}
+    assert queued <= recorded and queued, "a job that no run knows of"
     assert sum(jobs) <= len(storm) + struck["bad"] + by_hand + weather.disturbed, "a job was queued twice"
