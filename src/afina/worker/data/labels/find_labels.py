@@ -171,14 +171,7 @@ def find_labels(
     if several and task != "multi-label":
         raise RecipeError(f"data.label: {len(data.label)} columns, task {task} has one", "name one column")
     if task == "single-label" and any(c.is_list for c in columns):
-        column = next(c for c in columns if not c.has_one_each)
-        lengths = pc.fill_null(pc.list_value_length(column.columns[0]), 1).to_numpy(zero_copy_only=False)
-        row = int(np.flatnonzero(lengths != 1)[0])
-        raise DataError(
-            f"{column.table.where(row)}: column `{data.label[0]}` holds a list of {lengths[row]} labels, and task "
-            "single-label has one per row",
-            "set task: multi-label, or correct the row",
-        )
+        raise _several_labels(data.label[0], next(c for c in columns if not c.has_one_each))
     if task == "regression":
         if data.labels is not None:
             raise RecipeError("data.labels: a regression has no label names", "leave it out")
@@ -201,6 +194,15 @@ def find_labels(
         values = column.text() if task == "single-label" else column.lists()[0]
         label_names.update(v for v in pc.unique(values).to_pylist() if v is not None)
     return Labels(task, tuple(_sorted(label_names)))
+
+
+def _several_labels(name: str, column: LabelColumns) -> DataError:
+    lengths = pc.fill_null(pc.list_value_length(column.columns[0]), 1).to_numpy(zero_copy_only=False)
+    row = int(np.flatnonzero(lengths != 1)[0])
+    return DataError(
+        f"{column.table.where(row)}: column `{name}` holds a list of {lengths[row]} labels, and task single-label has one per row",
+        "set task: multi-label, or correct the row",
+    )
 
 
 def _empty_lists(columns: Sequence[LabelColumns]) -> str:
