@@ -54,6 +54,7 @@ class Monitor:
         self.repeated = self.overlooked = 0
         self.silent = False
         self._last_step = self._committed = self._read = self._starts = 0
+        self._begun: set[str | None] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -68,7 +69,9 @@ class Monitor:
         with self._lock, contextlib.suppress(OSError):  # a failing disk is part of some scenarios
             events = self.live.events()
             for event in events[self._read :]:
-                if event.get("event") == "first_step":
+                # Read again where the file could not be read for a while, or lost its end.
+                if event.get("event") == "first_step" and event.get("attempt") not in self._begun:
+                    self._begun.add(event.get("attempt"))
                     self._started(int(event["step"]) - 1)
             self._read = len(events)
             self._last_step = max(self._last_step, self.live.step())

@@ -33,6 +33,8 @@ class Scene:
     damaged: bool = False
     #: Folders that a repair keeps for the next one.
     kept: dict[str, Path] = field(default_factory=dict)
+    #: Contents of files before a fault.
+    files: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def local(self) -> LocalRun:
@@ -201,6 +203,32 @@ def cut_power(scene: Scene) -> str:
     return f"power cut at step {step}: what was not flushed to the disk is lost"
 
 
+def cut_power_when_finished(scene: Scene) -> str:
+    """At the moment at which the outcome says finished; what a user then has, `mount_again_whole` compares."""
+    scene.live.until(lambda: scene.live.finished, "the word finished", patience_s=600, pause_s=0.001)
+    freeze(scene.live.processes())
+    scene.files = _result_files(scene.live.run)
+    scene.small_disk.fail(power_cut=True)
+    scene.live.kill_everything()
+    return f"power cut when the outcome said finished; {len(scene.files)} files were there"
+
+
+def _result_files(run: Path) -> dict[str, bytes]:
+    """The files of a finished run that people use, by name; events and checkpoints are not among them."""
+    files = [
+        *run.glob("*.json*"),
+        *run.glob("*.parquet"),
+        *run.glob("*.npy"),
+        *run.glob("model/**/*"),
+        run / "worker.argv",
+    ]
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in files
+        if file.is_file() and file.name not in ("events.jsonl", "lease.json")
+    }
+
+
 def stop_rank(scene: Scene) -> str:
     rank, step, pause = _some_rank(scene), _some_step(scene), scene.rng.uniform(2, 4)
     pid = scene.live.rank(rank)
@@ -281,6 +309,15 @@ def mount_again(scene: Scene) -> str:
     scene.live.clean_up()
     scene.small_disk.mount_again()
     return "file system mounted again"
+
+
+def mount_again_whole(scene: Scene) -> str:
+    mount_again(scene)
+    lost = {
+        name for name, content in _result_files(scene.live.run).items() if scene.files.pop(name, content) != content
+    }
+    assert not lost and not scene.files, f"not on the disk, or not whole: {sorted(lost)} {sorted(scene.files)}"
+    return "file system mounted again: all files are whole"
 
 
 def _newest(scene: Scene) -> Path:

@@ -146,6 +146,14 @@ def _scenarios() -> list[Scenario]:
             disk="ext4",
             where=only_local,
         ),
+        Scenario(
+            "power-cut-finished",
+            "The machine loses power when the run is called finished.",
+            (inject.cut_power_when_finished,),
+            (inject.mount_again_whole,),
+            disk="ext4",
+            where=only_local,
+        ),
         *(
             Scenario(
                 f"checkpoint-{how}",
