@@ -57,7 +57,7 @@ def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: in
     hints = typing.get_type_hints(TrainingArguments)
     for name, value in arguments.items():
         if name not in known:
-            near = nearest(name, EFFECTIVE) or "docs/arguments.md lists them"
+            near = nearest(name, EFFECTIVE) or "`afina recipe keys train` lists them"
             raise RecipeError(f"train.arguments.{name}: TrainingArguments of {installed} has no such argument", near)
         if not _fits(value, hints[name]):
             wanted = " or ".join(t.__name__ for t in _plain_types(hints[name]))
