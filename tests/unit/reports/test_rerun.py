@@ -76,9 +76,7 @@ def test_a_run_is_recorded_reported_and_made_again(place: Path, tmp_path: Path) 
     assert facts["hardware"]["cpu"] and facts["hardware"]["memory_gb"] > 0.5
 
     page = Page(write_report(first))
-    assert {"Scores", "Each class", "Calibration", "Worst mistakes", "Lengths and padding", "Time"} <= set(
-        page.headings
-    )
+    assert {"Scores", "Each class", "Calibration", "Mistakes", "Lengths and padding", "Time"} <= set(page.headings)
     accuracy = json.loads((first / "outcome.json").read_text())["metrics"]["eval_accuracy"]
     assert next(row for row in page.rows if row[0] == "accuracy" and len(row) == 4)[1] == f"{accuracy:.4f}"
     assert next(row for row in page.rows if row[:1] == ["train"])[:2] == ["train", "89"]
