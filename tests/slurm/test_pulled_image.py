@@ -59,5 +59,6 @@ def test_a_pulled_image_trains_also_after_a_purge_under_the_queued_job(
         assert outcome is not None and outcome.outcome == "finished"
         (environment,) = [json.loads(file.read_text()) for file in run.path.glob("attempts/*/env.json")]
         assert (
-            re.search(r"afina-image-[\w-]+/afina\.sif", environment["container"]) or path.name in environment["container"]
+            re.search(r"afina-image-[\w-]+/afina\.sif", environment["container"])
+            or path.name in environment["container"]
         )
