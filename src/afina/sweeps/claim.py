@@ -20,6 +20,7 @@ from afina.recipe.parse import parse_recipes
 from afina.run import new_run
 from afina.run.commands import job_scripts, node_argv
 from afina.run.directory import is_run_dir
+from afina.run.new_run import make_folder, remove_empty
 from afina.run.plan import Plan
 from afina.run.provenance.record import make_record, overrides_of
 from afina.site.image import check_image
@@ -29,8 +30,9 @@ from afina.sweeps.space import corners
 from afina.sweeps.sweep_dir import SCRIPTS, SearchRecord, SweepDir, SweepRecord, record_of
 from afina.sweeps.table import best_metric
 
-__all__ = ["claim_cells", "make_home", "prepare_cells"]
+__all__ = ["Say", "claim_cells", "make_home", "prepare_cells"]
 
+#: Tells the caller how far it is.
 Say = Callable[[str], None]
 
 
@@ -52,17 +54,17 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
                 plans.setdefault(_share(plan), (cell.point, plan))
     if plans:
         check_image(draft.record.plan.site)
-    found = {}
+    prepared = {}
     for count, (share, (point, plan)) in enumerate(plans.items(), start=1):
         if len(plans) > 1:
             say(f"preparing {count} of {len(plans)}{f': {point}' if point else ''}")
         try:
-            found[share] = new_run.prepare(plan)
+            prepared[share] = new_run.prepare(plan)
         except InputError as error:
             if len(plans) > 1 and point:
                 raise type(error)(f"cell {point}: {error.message}", error.remedy) from None
             raise
-    return {"": next(iter(found.values()))} if draft.record.search is not None else found
+    return {"": next(iter(prepared.values()))} if draft.record.search is not None else prepared
 
 
 def _share(plan: Plan) -> str:
@@ -76,11 +78,9 @@ def _share(plan: Plan) -> str:
 
 
 def make_home(home: SweepDir, undo: contextlib.ExitStack) -> None:
-    missing = [folder for folder in (home.path, *home.path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True, mode=0o700 if folder == home.path else 0o777)
-        undo.callback(_remove_empty, folder)
-    if missing:
+    made = make_folder(home.path)
+    undo.callback(remove_empty, made)
+    if made:
         undo.callback(lambda: (home.path / ".lock").unlink(missing_ok=True))
 
 
@@ -93,9 +93,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
             undo.callback(scripts[name].unlink, missing_ok=True)
             write_atomic(scripts[name], source.read_bytes())
     for folder in (home.runs, home.logs):
-        if not folder.is_dir():
-            folder.mkdir(mode=0o700)
-            undo.callback(_remove_empty, folder)
+        undo.callback(remove_empty, make_folder(folder))
     if record.search is not None:
         record = record.model_copy(update={"search": _search_record(draft, prepared[""], say)})
         if not home.trial_argv.is_file():
@@ -166,8 +164,3 @@ def _restore(home: SweepDir, before: SweepRecord | None) -> None:
     else:
         home.file.unlink(missing_ok=True)
         home.cells_file.unlink(missing_ok=True)
-
-
-def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +56,10 @@ class Draft:
     plans: Mapping[int, Plan]
     request: SweepRequest
 
-    @property
-    def local(self) -> bool:
-        return self.request.local
-
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What a caller asks for: which runs, and the request that is the same for each.
-
-    Attributes:
-        grid: the values of each key, as text.
-        seeds: so many from the recipe's own on, or these.
-        search: what Optuna may choose from, instead of a grid.
-        trials: how many trials of a search shall succeed.
-        search_seed: of the search's random numbers.
-        directory: the sweep directory; by default `<scratch>/sweeps/<name>-<digest8>`.
-        max_parallel: how many runs at the same time.
-        local: train here, one run after another, without Slurm.
-        job: overrides, site and resources of each run.
-    """
+    """What a caller asks for: which runs (the arguments of `afina.sweep`, values as text), and the request of each, `job`."""
 
     grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seeds: int | str | Sequence[int] | None = None
@@ -125,8 +109,7 @@ def draft_sweep(recipe: str | Path | Recipe, request: SweepRequest) -> Draft:
     before = home.read()
     if before is not None:
         _check_same(home, before, plan, request.search)
-    draft = _draft_search if request.search is not None else _draft_grid
-    return draft(source, request, plan, home, before)
+    return (_draft_grid if request.search is None else _draft_search)(source, request, plan, home, before)
 
 
 def _draft_search(
@@ -183,7 +166,7 @@ def dry_run(draft: Draft) -> dict[str, Any]:
         }
         for number in draft.wanted
     ]
-    commands = [] if draft.local else [argv for argv, _, _ in arrays(draft, missing)]
+    commands = [] if draft.request.local else [part.argv for part in arrays(draft, missing)]
     return {"sweep": str(draft.home.path), "cells": cells, "commands": commands}
 
 
@@ -203,10 +186,10 @@ def cell_states(home: SweepDir, cells: Sequence[CellRecord]) -> list[State]:
                 unrecorded[number] = unknown
     queue = query([job for ids in unrecorded.values() for job in ids], account=())
     for number, ids in unrecorded.items():
-        found = {queue[job].state for job in ids}
+        in_queue = {queue[job].state for job in ids}
         active: tuple[State, ...] = ("RUNNING", "PENDING", "UNKNOWN")
         lost: State = "FAILED" if states[number] == "PLANNED" else states[number]
-        states[number] = next((state for state in active if state in found), lost)
+        states[number] = next((state for state in active if state in in_queue), lost)
     return states
 
 
@@ -224,8 +207,27 @@ def todo(draft: Draft) -> tuple[list[int], dict[str, int]]:
     return [number for number in draft.wanted if states[number] not in ("FINISHED", *BUSY)], counts
 
 
-def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[tuple[list[str], int, list[int]]]:
-    """The command, the first cell and the tasks of each array: an array's numbers end at Slurm's MaxArraySize."""
+@dataclass(frozen=True)
+class ArrayPart:
+    """A job array: its task n is cell `first + n`, and `at_once` of them may run at the same time (None: any number)."""
+
+    plan: Plan
+    home: Path
+    first: int
+    tasks: list[int]
+    at_once: int | None
+
+    @property
+    def argv(self) -> list[str]:
+        return sweep_argv(self.plan, self.home, self.tasks, first=self.first, at_once=self.at_once)
+
+    def halves(self) -> list[ArrayPart]:
+        middle = (len(self.tasks) + 1) // 2
+        return [replace(self, tasks=self.tasks[:middle]), replace(self, tasks=self.tasks[middle:])]
+
+
+def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[ArrayPart]:
+    """The job arrays of the missing cells: an array's numbers end at Slurm's MaxArraySize."""
     size = max_array_size() if missing else 1
     max_parallel = draft.request.max_parallel
     firsts = sorted({number // size * size for number in missing})
@@ -234,7 +236,7 @@ def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[tupl
         # Slurm limits each array by itself: running cells and the other arrays have their share.
         at_once = max(1, (max_parallel - min(busy, max_parallel)) // len(firsts)) if max_parallel else None
         plan = draft.plans[first + tasks[0]] if draft.plans else draft.record.plan
-        yield sweep_argv(plan, draft.home.path, tasks, first=first, at_once=at_once), first, tasks
+        yield ArrayPart(plan, draft.home.path, first, tasks, at_once)
 
 
 def _check_same(home: SweepDir, before: SweepRecord, plan: Plan, search: Space | None) -> None:

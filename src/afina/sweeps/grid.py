@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,18 @@ from afina.errors import InputError, RecipeError
 from afina.recipe.parse import parse_recipes
 from afina.recipe.schema import Recipe
 
-__all__ = ["Cell", "expand_sweep", "grid_of", "parse_grid", "parse_seeds", "point_name", "refuse_keys", "split_values"]
+__all__ = [
+    "Cell",
+    "expand_sweep",
+    "grid_of",
+    "key_values",
+    "parse_grid",
+    "parse_seeds",
+    "point_name",
+    "refuse_keys",
+    "split_values",
+    "texts_of",
+]
 
 #: More runs than this are taken for a typing error.
 _MOST = 10_000
@@ -78,19 +89,26 @@ def parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
     Raises:
         InputError: not of that form, a key twice, an empty value.
     """
-    grid: dict[str, tuple[str, ...]] = {}
-    for word in given:
+    pairs = key_values("--grid", given, "key.sub=value,value", "for example --grid train.learning_rate=1e-5,3e-5,5e-5")
+    return _checked({key: tuple(split_values(text)) for key, text in pairs.items()})
+
+
+def key_values(option: str, words: Sequence[str], form: str, example: str) -> dict[str, str]:
+    """`key=text` each, of an option that is given once for each key.
+
+    Raises:
+        InputError: not of that form, or a key twice.
+    """
+    pairs: dict[str, str] = {}
+    for word in words:
         key, equals, text = word.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise InputError(
-                f"--grid {word}: not of the form key.sub=value,value",
-                "for example --grid train.learning_rate=1e-5,3e-5,5e-5",
-            )
-        if key in grid:
-            raise InputError(f"--grid {key}: is given twice", f"give all its values at once: --grid {key}=A,B,C")
-        grid[key] = tuple(split_values(text))
-    return _checked(grid)
+            raise InputError(f"{option} {word}: not of the form {form}", example)
+        if key in pairs:
+            raise InputError(f"{option} {key}: is given twice", f"give all its values at once: {option} {key}=A,B,C")
+        pairs[key] = text
+    return pairs
 
 
 def grid_of(values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
@@ -101,13 +119,23 @@ def grid_of(values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
     """
     grid: dict[str, tuple[str, ...]] = {}
     for key, listed in values.items():
-        if isinstance(listed, str | bytes | Mapping) or not hasattr(listed, "__iter__"):
-            raise InputError(f"grid[{key!r}]: must be a list of values, found {listed!r}", "for example [1e-5, 3e-5]")
-        try:
-            grid[key] = tuple(json.dumps(_plain(value), allow_nan=False, ensure_ascii=False) for value in listed)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"grid[{key!r}]: {error}", "values are numbers, text, lists or true and false") from None
+        grid[key] = texts_of(f"grid[{key!r}]", listed)
     return _checked(grid)
+
+
+def texts_of(name: str, values: Any) -> tuple[str, ...]:
+    """Values of Python, numpy's scalars among them (`numpy.logspace`), as `--set` takes them.
+
+    Raises:
+        InputError: no list, or values that are not plain; `name` is the argument's.
+    """
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise InputError(f"{name}: must be a list of values, found {values!r}", "for example [1e-5, 3e-5]")
+    plain = [value.item() if hasattr(value, "item") and not isinstance(value, str) else value for value in values]
+    try:
+        return tuple(json.dumps(value, allow_nan=False, ensure_ascii=False) for value in plain)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: {error}", "values are numbers, text, lists or true and false") from None
 
 
 def parse_seeds(given: str | int | Sequence[int], first: int) -> tuple[int, ...]:
@@ -167,13 +195,18 @@ def expand_sweep(
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = _unique([point_name(point) for point in points], points)
     drafts = [
-        (f"{name},seed={seed}" if name else f"seed={seed}", name, seed, (*_words(point), f"train.seed={seed}"))
+        (
+            f"{name},seed={seed}" if name else f"seed={seed}",
+            name,
+            seed,
+            (*(f"{k}={v}" for k, v in point.items()), f"train.seed={seed}"),
+        )
         for name, point in zip(names, points, strict=True)
         for seed in seeds
     ]
     recipes = parse_recipes(text, ([*overrides, *words] for *_, words in drafts), source=source)
     cells: list[Cell] = []
-    seen: dict[str, str] = {}
+    cell_of: dict[str, str] = {}
     for name, point, seed, words in drafts:
         try:
             recipe = next(recipes)
@@ -181,11 +214,11 @@ def expand_sweep(
             message = error.message.replace("--set ", "--grid ") if grid else error.message
             raise RecipeError(f"cell {name}: {message}" if grid else message, error.remedy) from None
         same = json.dumps(recipe.model_dump(mode="json", exclude={"name", "resources"}), sort_keys=True)
-        if same in seen:
+        if same in cell_of:
             raise RecipeError(
-                f"--grid: the cells {seen[same]} and {name} are the same run", "keep one of the two values"
+                f"--grid: the cells {cell_of[same]} and {name} are the same run", "keep one of the two values"
             )
-        seen[same] = name
+        cell_of[same] = name
         cells.append(Cell(name, point, seed, words, recipe))
     return cells
 
@@ -235,15 +268,6 @@ def _checked(grid: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
                 f"for example --grid {key}=A,B,C; an empty text is written '\"\"'",
             )
     return grid
-
-
-def _words(point: Mapping[str, str]) -> Iterator[str]:
-    return (f"{key}={value}" for key, value in point.items())
-
-
-def _plain(value: Any) -> Any:
-    """numpy's scalars as Python's: a grid is often written with `numpy.logspace`."""
-    return value.item() if hasattr(value, "item") and not isinstance(value, str) else value
 
 
 def _unquoted(text: str) -> str:

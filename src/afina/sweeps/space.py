@@ -20,7 +20,7 @@ from pydantic import Field
 
 from afina.errors import InputError
 from afina.frozen import FrozenModel
-from afina.sweeps.grid import refuse_keys, split_values
+from afina.sweeps.grid import key_values, refuse_keys, split_values, texts_of
 
 __all__ = ["ChoiceList", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
 
@@ -57,30 +57,16 @@ def parse_search(given: Sequence[str], overrides: Sequence[str] = ()) -> Space:
     Raises:
         InputError: not of that form, a range that is empty, a key that is not searched.
     """
-    space: Space = {}
-    for word in given:
-        key, equals, text = word.partition("=")
-        key = key.strip()
-        if not equals or not key or not all(key.split(".")):
-            raise InputError(f"--search {word}: not of the form key.sub=LOW..HIGH or key.sub=A,B", _EXAMPLE)
-        if key in space:
-            raise InputError(f"--search {key}: is given twice", "keep one of the two")
-        space[key] = _domain(key, text)
-    return _checked(space, overrides)
+    pairs = key_values("--search", given, "key.sub=LOW..HIGH or key.sub=A,B", _EXAMPLE)
+    return _checked({key: _domain(key, text) for key, text in pairs.items()}, overrides)
 
 
 def space_of(given: Mapping[str, str | Sequence[Any]], overrides: Sequence[str] = ()) -> Space:
     """The space of the Python API: `{"train.learning_rate": "1e-6..1e-4:log", "tokens.batching": ["packed", "grouped"]}`."""
-    space: Space = {}
-    for key, domain in given.items():
-        if isinstance(domain, str):
-            space[key] = _domain(key, domain)
-            continue
-        try:
-            texts = [json.dumps(value, allow_nan=False, ensure_ascii=False) for value in domain]
-        except (TypeError, ValueError) as error:
-            raise InputError(f"search[{key!r}]: {error}", _EXAMPLE) from None
-        space[key] = _choices(key, texts)
+    space = {
+        key: _domain(key, domain) if isinstance(domain, str) else _choices(key, texts_of(f"search[{key!r}]", domain))
+        for key, domain in given.items()
+    }
     return _checked(space, overrides)
 
 
@@ -106,14 +92,14 @@ def value_text(domain: Range | ChoiceList, value: Any) -> str:
 
 
 def _domain(key: str, text: str) -> Range | ChoiceList:
-    found = _RANGE.fullmatch(text)
-    if found is None:
+    match = _RANGE.fullmatch(text)
+    if match is None:
         if re.fullmatch(r"[^,'\"\[{]*\.\.[^,]*", text):
             raise InputError(
                 f"--search {key}: {text.strip()!r} is not a range: LOW..HIGH or LOW..HIGH:log with numbers", _EXAMPLE
             )
         return _choices(key, split_values(text))
-    low, high, how = found.groups()
+    low, high, how = match.groups()
     if how not in (None, "log", "linear"):
         raise InputError(f"--search {key}: `:{how}` is not known", "`:log`, `:linear` (as without)")
     whole = all(re.fullmatch(r"[+-]?\d+", end) for end in (low, high))
@@ -140,6 +126,8 @@ def _checked(space: Space, overrides: Sequence[str]) -> Space:
         raise InputError("--search: no key is given", _EXAMPLE)
     refuse_keys("--search", list(space), overrides)
     for key in space:
+        if not all(key.split(".")):
+            raise InputError(f"--search {key}: is not a key", _EXAMPLE)
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in _PREPARED):
             raise InputError(
                 f"--search {key}: decides what is prepared, and all trials share the prepared data",

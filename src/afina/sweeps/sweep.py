@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina import api
-from afina.errors import AfinaError, ClaimedError, InputError, SlurmError, check_argument
+from afina.errors import AfinaError, ClaimedError, InputError, SlurmError, WaitTimeout, check_argument
 from afina.files import read_json, read_words
+from afina.formats.columns import value_at
 from afina.recipe.schema import Recipe
-from afina.run.commands import host_environment, sweep_argv
+from afina.run.commands import host_environment
 from afina.run.directory import RunDir, is_run_dir, task_of
 from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.outcome import Outcome, data_warnings
@@ -37,7 +38,7 @@ from afina.slurm.submit import forget, recover, submitted
 from afina.statistics.points import Row
 from afina.statistics.predictions import read_predictions
 from afina.statistics.weakness import weaknesses
-from afina.sweeps.claim import claim_cells, make_home, prepare_cells
+from afina.sweeps.claim import Say, claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
 from afina.sweeps.space import space_of
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Sweep", "SweepOptions", "carry_out", "sweep", "sweep_named"]
-
-Say = Callable[[str], None]
 
 
 class Sweep:
@@ -79,9 +78,9 @@ class Sweep:
 
     @property
     def record(self) -> SweepRecord:
-        found = self.dir.read()
-        assert found is not None
-        return found
+        record = self.dir.read()
+        assert record is not None
+        return record
 
     @property
     def runs(self) -> Runs:
@@ -101,7 +100,7 @@ class Sweep:
             tell: is called with the number of cells in each state, after every query.
 
         Raises:
-            TimeoutError: after `timeout_s` seconds.
+            WaitTimeout: after `timeout_s` seconds; it is a TimeoutError too.
         """
         began, pause, checked_again = time.monotonic(), 0.5, False
         while True:
@@ -114,7 +113,9 @@ class Sweep:
             # A shared file system may show the last outcomes a little later.
             checked_again = not busy
             if timeout_s is not None and time.monotonic() - began > timeout_s:
-                raise TimeoutError(f"{self.path}: still running after {timeout_s:g} s")
+                raise WaitTimeout(
+                    f"{self.path}: still running after {timeout_s:g} s", "wait longer, or see Sweep.states()"
+                )
             time.sleep(2.0 if not busy else pause)
             pause = min(15.0, pause * 1.3)
 
@@ -129,8 +130,8 @@ class Sweep:
         weak = [_weakness(run, outcome, chosen) for run, outcome in zip(runs, outcomes, strict=True)]
         table = tabulate(record, outcomes, states, sweep=str(self.path), metric=metric, tried=tried, weak=weak)
         if table.shown:
-            seen = look_at_test([run.path for run in runs if is_run_dir(run.path)], "sweep", table.shown)
-            table = replace(table, notes=(*table.notes, seen))
+            looks = look_at_test([run.path for run in runs if is_run_dir(run.path)], "sweep", table.shown)
+            table = replace(table, notes=(*table.notes, looks))
         splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}
         return replace(table, notes=(*table.notes, *_about_data(runs, splits)))
 
@@ -182,17 +183,17 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
     Raises:
         AfinaError: what would have failed in the queue is refused here; a new sweep then leaves nothing behind.
     """
-    asked: dict[str, Any] = dict(options)
-    job = JobRequest(**{f.name: asked.pop(f.name) for f in fields(JobRequest) if f.name in asked})
+    values: dict[str, Any] = dict(options)
+    job = JobRequest(**{f.name: values.pop(f.name) for f in fields(JobRequest) if f.name in values})
     for name in ("grid", "search"):
-        check_argument(name, asked.get(name), (Mapping,), 'a mapping such as {"train.learning_rate": [1e-5, 3e-5]}')
+        check_argument(name, values.get(name), (Mapping,), 'a mapping such as {"train.learning_rate": [1e-5, 3e-5]}')
     for name, least in (("trials", 1), ("search_seed", 0), ("max_parallel", 1)):
-        check_argument(name, asked.get(name), (int,), "a whole number", least=least)
-    check_argument("seeds", asked.get("seeds"), (int, str, list, tuple), "a number of seeds, or a list of seeds")
-    check_argument("directory", asked.get("directory"), (str, Path), "a path")
-    search = asked.pop("search", None)
+        check_argument(name, values.get(name), (int,), "a whole number", least=least)
+    check_argument("seeds", values.get("seeds"), (int, str, list, tuple), "a number of seeds, or a list of seeds")
+    check_argument("directory", values.get("directory"), (str, Path), "a path")
+    search = values.pop("search", None)
     space = space_of(search, job.overrides) if search is not None else None
-    request = SweepRequest(**{**asked, "grid": grid_of(asked.get("grid") or {})}, search=space, job=job)
+    request = SweepRequest(**{**values, "grid": grid_of(values.get("grid") or {})}, search=space, job=job)
     return carry_out(draft_sweep(recipe, request))
 
 
@@ -211,7 +212,7 @@ def carry_out(draft: Draft, say: Say = lambda line: print(f"afina: {line}", flus
     Raises:
         AfinaError: a new sweep leaves nothing behind, an old one is as it was before.
     """
-    if not draft.local:
+    if not draft.request.local:
         need_slurm()
         check_possible(draft.record.plan)  # resources are the same in all cells
     prepared = prepare_cells(draft, say)
@@ -221,7 +222,7 @@ def carry_out(draft: Draft, say: Say = lambda line: print(f"afina: {line}", flus
             if draft.home.read() != draft.before:
                 raise ClaimedError(f"{draft.home.path}: was changed by another `afina sweep`", "try it again")
             record = claim_cells(draft, prepared, undo, say)
-            if draft.local:
+            if draft.request.local:
                 undo.pop_all()
                 _run_here(draft, record, say)
                 return Sweep(draft.home.path)
@@ -234,22 +235,15 @@ def _tried(run: RunDir, search: SearchRecord) -> dict[str, str]:
     if not is_run_dir(run.path):
         return {}
     recipe = run.plan().recipe.model_dump(mode="json")
-    found = {}
-    for key in search.space:
-        value: Any = recipe
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        found[key] = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return found
+    values = {key: value_at(recipe, key) for key in search.space}
+    return {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in values.items()}
 
 
 def _about_data(runs: Sequence[RunDir], splits: Collection[str]) -> list[str]:
     """Warnings about the data that spoil the numbers of these splits, once for all runs."""
-    found: dict[str, None] = {}
-    for prepared in (read_json(run.path / "prepared.json") for run in runs):
-        for split, lines in data_warnings(prepared).items():
-            found |= dict.fromkeys(f"Warning: {line}" for line in lines if split in splits)
-    return list(found)
+    warnings = (data_warnings(read_json(run.path / "prepared.json")).items() for run in runs)
+    lines = (line for each in warnings for split, lines in each if split in splits for line in lines)
+    return list(dict.fromkeys(f"Warning: {line}" for line in lines))
 
 
 def _weakness(run: RunDir, outcome: Outcome | None, metric: str) -> str | None:
@@ -270,37 +264,35 @@ def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: 
         forget(home.path)
     missing, counts = todo(replace(draft, record=record))
     busy = sum(counts.get(state, 0) for state in BUSY)
-    arrays_of: list[str] = []
+    job_ids: list[str] = []
     portions = list(arrays(draft, missing, busy))
     while portions:
-        argv, first, tasks = portions.pop(0)
-        plan = draft.plans[first + tasks[0]] if draft.plans else record.plan
+        part = portions.pop(0)
         try:
-            with submitted(plan, argv, home.path, {"first": first, "tasks": tasks}) as job:
+            record_of_part = {"first": part.first, "tasks": part.tasks}
+            with submitted(part.plan, part.argv, {home.path: record_of_part}) as job:
                 undo.pop_all()
-                _record_array(home, record, job, first, tasks)
+                _record_array(home, record, job, part.first, part.tasks)
         except SlurmError as error:
             if error.cause == AMBIGUOUS:
                 undo.pop_all()
-            if error.cause != SUBMIT_LIMIT or (len(tasks) == 1 and not arrays_of):
+            if error.cause != SUBMIT_LIMIT or (len(part.tasks) == 1 and not job_ids):
                 raise
-            if len(tasks) == 1:
-                left = 1 + sum(len(tasks) for _, _, tasks in portions)
-                say(f"{error.message}: {left} runs are left; repeat the command when some of your jobs have ended")
-                missing = missing[: len(missing) - left]
+            if len(part.tasks) == 1:
+                unsubmitted = 1 + sum(len(later.tasks) for later in portions)
+                say(
+                    f"{error.message}: {unsubmitted} runs are left; repeat the command when some of your jobs have ended"
+                )
+                missing = missing[: len(missing) - unsubmitted]
                 break
-            # As many as the limit lets in: the first half, then the rest.
-            at_once = next(word for word in argv if word.startswith("--array=")).partition("%")[2]
-            for part in (tasks[len(tasks) // 2 :], tasks[: len(tasks) // 2]):
-                again = sweep_argv(plan, home.path, part, first=first, at_once=int(at_once) if at_once else None)
-                portions.insert(0, (again, first, part))
+            portions = [*part.halves(), *portions]  # as many as the limit lets in
             continue
-        arrays_of.append(job)
+        job_ids.append(job)
     undo.pop_all()
     kept = f"{counts.get('FINISHED', 0)} finished, {busy} queued or running, " if draft.before else ""
-    which = f" as job array {', '.join(arrays_of)}" if arrays_of else ""
+    which = f" as job array {', '.join(job_ids)}" if job_ids else ""
     say(f"sweep {draft.home.path}: {len(draft.wanted)} runs: {kept}{len(missing)} submitted{which}")
-    return arrays_of
+    return job_ids
 
 
 def _record_array(home: SweepDir, record: SweepRecord, job: str, first: int, tasks: list[int]) -> None:
@@ -309,7 +301,8 @@ def _record_array(home: SweepDir, record: SweepRecord, job: str, first: int, tas
     for task in tasks:
         run = home.run(record.cells[first + task].name)
         if is_run_dir(run.path):
-            run.append("submissions.jsonl", {"job_id": task_of(job, task), "via": "sbatch"})
+            log = home.logs / f"{job.partition(';')[0]}_{task}.out"
+            run.append("submissions.jsonl", {"job_id": task_of(job, task), "via": "sbatch", "log": str(log)})
 
 
 # -- running here ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.files import encode_words, write_atomic
+from afina.formats.columns import flatten
 from afina.frozen import FrozenModel
 from afina.recipe.keys.train_keys import AS_RECORDED
 from afina.run.directory import RunDir, is_run_dir, task_of
@@ -233,20 +234,9 @@ def failed_for_good(run: RunDir, outcome: Outcome | None) -> bool:
 
 
 def _flat(plan: Plan) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, Mapping):
-            for name, below in value.items():
-                walk(below, f"{key}.{name}" if key else str(name))
-        elif value is not None:
-            found[key] = value
-
     recipe = plan.recipe.model_dump(mode="json", exclude={"name", "resources"})
-    recipe["data"].pop("files", None)  # as absolute paths: below
-    walk(recipe, "")
-    walk({part: [str(path) for path in paths] for part, paths in plan.files.items()}, "data.files")
-    return found
+    recipe["data"]["files"] = {part: [str(path) for path in paths] for part, paths in plan.files.items()}  # absolute
+    return {key: value for key, value in flatten(recipe).items() if value not in (None, {})}
 
 
 def _shown(value: Any) -> str:
