@@ -8,39 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from afina.errors import AfinaError, InputError, SiteError
+from afina.errors import InputError, SiteError
 from afina.forecast.forecast import write_forecast
 from afina.recipe.parse import any_recipe
 from afina.recipe.schema import Recipe
-from afina.run.commands import sbatch_argv
+from afina.run.commands import sbatch_argv, sbatch_options
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts
 from afina.run.new_run import check_free, claim_run, next_free
-from afina.run.plan import Plan, check_cores, geometry_for, make_plan
-from afina.run.supervise import ensure_outcome, run_node
+from afina.run.plan import Plan, check_cores, make_plan
+from afina.run.requeue import ensure_outcome
+from afina.run.supervise import background_argv, run_node
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
-from afina.site.image import check_image
-from afina.site.settings import environment, load_site
+from afina.site.settings import load_site
 from afina.site.variables import sbatch_extra
-from afina.slurm.client import AMBIGUOUS, need_slurm, version
+from afina.slurm.client import need_slurm, version
 from afina.slurm.limits import check_possible
-from afina.slurm.submit import submit_sbatch
+from afina.slurm.submit import max_array_size, submit_array, submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
-from afina.watch.handle import Run, run_named
+from afina.watch.handle import Run, Runs, run_named
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: A recipe's file, a mapping of its keys, or one that was made before; `submit` also takes a run.
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
+Several = list[Any] | tuple[AnyRecipe, ...]
 
 __all__ = [
     "claim",
@@ -51,6 +53,7 @@ __all__ = [
     "resume",
     "resume_here",
     "submit",
+    "submit_many",
     "submit_to_slurm",
     "train",
     "train_here",
@@ -102,8 +105,9 @@ def train_here(recipe: AnyRecipe, request: JobRequest, received: list[int] | Non
     directory = claim(plan, request.run)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # standard output may be gone
         print(f"afina: run {directory.path}", flush=True)
-    _attempt(directory, {}, received)
-    return Run(directory.path)
+    run = Run(directory.path)
+    _attempt(directory, run.variables_here(), received)
+    return run
 
 
 def _checked(run: Run, received: Sequence[int], check: bool) -> Run:
@@ -149,19 +153,7 @@ def resume_here(path: str | Path, *, num_processes: int | None = None, received:
         steps = f" its {outcome.global_step} steps" if outcome.global_step else ""
         print(f"afina: nothing to do: this run has finished{steps}; {run.dir.how_to_train_on()}", file=sys.stderr)
         return run
-    plan = run.dir.plan()
-    run.dir.check_place()
-    run.dir.check_progress()
-    check_image(plan.site)
-    if num_processes is not None:
-        check_cores(num_processes)
-        geometry_for(plan.recipe, num_processes, nodes=1)
-    elif plan.geometry.nodes > 1:
-        raise InputError(
-            f"{path}: was planned for {plan.geometry.nodes} nodes",
-            "continue it on the cluster with `afina submit DIR`, or here with --num-processes N",
-        )
-    _attempt(run.dir, {"AFINA_PROCESSES": str(num_processes)} if num_processes else {}, received)
+    _attempt(run.dir, run.variables_here(num_processes), received)
     return run
 
 
@@ -169,38 +161,127 @@ def resume_here(path: str | Path, *, num_processes: int | None = None, received:
 def submit(recipe: AnyRecipe | Run, *, dry_run: Literal[True], **options: Unpack[SubmitOptions]) -> Plan: ...
 @overload
 def submit(recipe: AnyRecipe | Run, *, dry_run: Literal[False] = False, **options: Unpack[SubmitOptions]) -> Run: ...
+@overload
+def submit(recipe: Several, *, dry_run: Literal[True], **options: Unpack[SubmitOptions]) -> list[Plan]: ...
+@overload
+def submit(recipe: Several, *, dry_run: Literal[False] = False, **options: Unpack[SubmitOptions]) -> Runs: ...
 @accepts(SubmitOptions, JobRequest)
-def submit(recipe: AnyRecipe | Run, *, dry_run: bool = False, **options: Unpack[SubmitOptions]) -> Run | Plan:
+def submit(
+    recipe: AnyRecipe | Run | Several, *, dry_run: bool = False, **options: Unpack[SubmitOptions]
+) -> Run | Plan | Runs | list[Plan]:
     """Prepare, claim and submit to Slurm; returns at once. `recipe` may be a run: it is submitted again.
 
+    A list of recipes becomes one job array, or one for each size of job, through sbatch; if one is refused, none is submitted.
+
     Args:
-        dry_run: change nothing, and return the plan.
+        dry_run: change nothing, and return the plan, or the plans.
         options: of `JobRequest`; for a run only `time_min` (the job's time limit in minutes) and `via`.
 
     Raises:
         AfinaError: what would have failed in the queue is refused here.
     """
+    if isinstance(recipe, list | tuple):
+        options.setdefault("via", "sbatch")
+        return _plans(recipe, JobRequest(**options)) if dry_run else submit_many(recipe, JobRequest(**options))
     request = JobRequest(**options)
     return plan_to_submit(recipe, request)[0] if dry_run else submit_to_slurm(recipe, request)
 
 
 def submit_to_slurm(recipe: AnyRecipe | Run, request: JobRequest) -> Run:
     """`submit` for a request."""
-    need_slurm()
+    if request.via != "local":
+        need_slurm()
     plan, handle = plan_to_submit(recipe, request)
     if handle is not None:
-        return handle.submit(time_min=request.time_min, via=request.via)
-    submitted = _with_options(plan, request)
-    cluster = check_possible(submitted)
-    directory = claim(plan, request.run)
-    write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
+        return handle.submit(time_min=request.time_min, via=request.via, num_processes=request.num_processes)
+    directory, job_plan = _claimed(plan, request)
+    with _kept_if_submitted(directory):
+        if request.via == "local":
+            return Run(directory.path).submit(via="local", num_processes=plan.geometry.num_processes)
+        (submit_sbatch if request.via == "sbatch" else submit_submitit)(job_plan, directory)
+    return Run(directory.path)
+
+
+def submit_many(recipes: Sequence[AnyRecipe], request: JobRequest) -> Runs:
+    """Submit several recipes, each with a run directory of its own, as one job array for each size of job.
+
+    Raises:
+        AfinaError: as `submit`; nothing of what was not submitted is left.
+    """
+    need_slurm()
+    plans = _plans(recipes, request)
+    for plan in plans:  # all before the first is prepared
+        check_possible(_with_options(plan, request))
+    runs, arrays = Runs(), dict[tuple[str, ...], list[tuple[RunDir, Plan]]]()
+    with contextlib.ExitStack() as undo:
+        for plan in plans:
+            directory, job_plan = _claimed(plan, request)
+            undo.enter_context(_kept_if_submitted(directory))
+            runs.append(Run(directory.path))
+            alike = tuple(word for word in sbatch_options(job_plan) if not word.startswith("--job-name="))
+            arrays.setdefault(alike, []).append((directory, job_plan))
+        size = max_array_size()
+        for members in arrays.values():
+            for first in range(0, len(members), size):
+                _submit_array(members[first : first + size])
+    return runs
+
+
+def _submit_array(members: Sequence[tuple[RunDir, Plan]]) -> None:
+    directories, (plan, *_) = [directory for directory, _ in members], [plan for _, plan in members]
+    home = plan.site.scratch / "arrays" / f"{directories[0].path.name}-{secrets.token_hex(4)}"
     try:
-        (submit_sbatch if request.via == "sbatch" else submit_submitit)(submitted, directory)
-    except AfinaError as error:
-        if error.cause != AMBIGUOUS:  # claimed a moment ago, for this submission
+        job = submit_array(plan, directories, home)
+    except BaseException:
+        if not _may_be_queued(directories[0]):
+            shutil.rmtree(home, ignore_errors=True)
+        raise
+    print(f"afina: {len(members)} runs submitted as job array {job}", file=sys.stderr)
+
+
+def _claimed(plan: Plan, request: JobRequest) -> tuple[RunDir, Plan]:
+    """The claimed run with its forecast, and the plan of its job."""
+    job_plan = _with_options(plan, request)
+    cluster = None if request.via == "local" else check_possible(job_plan)
+    directory = claim(plan, request.run)
+    if cluster is not None:
+        write_forecast(plan, directory, cluster, rehearsed=request.rehearse)
+    return directory, job_plan
+
+
+@contextlib.contextmanager
+def _kept_if_submitted(directory: RunDir) -> Iterator[None]:
+    """Remove a run directory that was claimed a moment ago, for a submission that is refused or interrupted."""
+    try:
+        yield
+    except BaseException:
+        if not _may_be_queued(directory):
             shutil.rmtree(directory.path)
         raise
-    return Run(directory.path)
+
+
+def _may_be_queued(directory: RunDir) -> bool:
+    return any((directory.path / name).exists() for name in ("submissions.jsonl", "intent.json"))
+
+
+def _plans(recipes: Sequence[AnyRecipe], request: JobRequest) -> list[Plan]:
+    """The plans of several recipes.
+
+    Raises:
+        InputError: what is for one run alone, or not for a list.
+    """
+    if request.run is not None:
+        raise InputError("run: names one run directory, and there are several recipes", "leave it out")
+    if request.via != "sbatch":
+        raise InputError(
+            f"via: several recipes are a job array, which goes through sbatch, not {request.via}", "leave it out"
+        )
+    if not recipes:
+        raise InputError("recipe: the list is empty", "give at least one recipe")
+    if run := next((run for one in recipes if (run := run_named(one)) is not None), None):
+        raise InputError(f"{run.path}: is a run, and a list is of recipes", "submit it by itself: run.submit()")
+    request.check_via()
+    return [plan_for(recipe, request) for recipe in recipes]
 
 
 def _with_options(plan: Plan, request: JobRequest) -> Plan:
@@ -231,7 +312,7 @@ def _job_of(one: object) -> str | None:
     if run.state == "FINISHED":
         return None
     if run.job_id is None:
-        raise InputError(f"after: {run.path} has no job to wait for: it is {run.state}", "submit it first")
+        raise InputError(f"after: {run.path} has no job to wait for: it is {run.state}", "submit it to Slurm first")
     return run.job_id.partition(";")[0]
 
 
@@ -241,10 +322,11 @@ def plan_to_submit(recipe: AnyRecipe | Run, request: JobRequest) -> tuple[Plan, 
     Raises:
         InputError: the request changes something else of a run.
     """
+    request.check_via()
     handle = run_named(recipe)
     if handle is None:
         assert not isinstance(recipe, Run)
-        return plan_for(recipe, request), None
+        return plan_for(recipe, on_this_machine(request) if request.via == "local" else request), None
     given = {
         "--set": request.overrides or None,
         "--run": request.run,
@@ -265,8 +347,7 @@ def plan_to_submit(recipe: AnyRecipe | Run, request: JobRequest) -> tuple[Plan, 
 
 def _attempt(directory: RunDir, env: dict[str, str], received: list[int] | None) -> None:
     folder = directory.begin_attempt()
-    site = environment(directory.plan().site)
-    code = run_node(directory, folder.name, env={**site, "AFINA_LAUNCH": "local", **env}, received=received)
+    code = run_node(directory, folder.name, env=env, received=received)
     outcome = ensure_outcome(directory, folder.name, code)
     recorded = directory.outcome()
     if recorded is None or recorded.attempt != folder.name:
@@ -294,6 +375,8 @@ def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bo
     run = RunDir(path) if path else next_free(plan)
     if not claimed:
         check_free(run.path)
+    if via == "local":
+        return {"run": str(run.path), "claimed": claimed, "command": background_argv(run.path, "local-1")}
     if via == "sbatch":
         return {"run": str(run.path), "claimed": claimed, "command": sbatch_argv(plan, run.path)}
     return {

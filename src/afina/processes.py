@@ -29,6 +29,7 @@ __all__ = [
     "advisory_lock",
     "boot_id",
     "run_captured",
+    "spawn_detached",
     "start_time",
 ]
 
@@ -224,6 +225,38 @@ def _pid_namespace() -> int:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         return 0
+
+
+def spawn_detached(argv: Sequence[str], env: Mapping[str, str], log: Path, *, blocked: Sequence[int] = ()) -> int:
+    """Start a process in a session of its own, which goes on when this one ends; returns its number.
+
+    Args:
+        argv: the command; its first word is a path.
+        log: gets its standard error; standard input is empty, standard output is dropped.
+        blocked: signals that wait until the process unblocks them.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    pid = os.posix_spawn(
+        argv[0],
+        list(argv),
+        dict(env),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        ],
+        setsid=True,
+        setsigmask=blocked,
+    )
+
+    def reap() -> None:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+    threading.Thread(target=reap, name=f"reap {pid}", daemon=True).start()
+    return pid
 
 
 def run_captured(

@@ -61,12 +61,27 @@ def resume(run_dir: str, num_processes: int | None, as_json: bool) -> None:
 
 @click.command()
 @recipe_argument
-@request_options("overrides", "site", "via", "run", "nodes", "gpus_per_node", "time_min", "rehearse")
+@request_options(
+    "overrides",
+    "site",
+    "via",
+    "run",
+    "nodes",
+    "gpus_per_node",
+    "time_min",
+    "rehearse",
+    "num_processes",
+    via={
+        "type": click.Choice(["sbatch", "submitit", "local"]),
+        "help": "`local` trains on this machine, in the background.",
+    },
+    num_processes="With --via local: by default one per GPU, or one.",
+)
 @dry_run_option
 @click.option("--wait", "wait", is_flag=True, help="Wait for the end of the run; exit as it did.")
 @json_option
 def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json: bool) -> None:
-    """Submit RECIPE (or a run directory that stopped) to Slurm.
+    """Submit RECIPE (or a run directory that stopped) to Slurm, or start it here in the background.
 
     \b
     Examples:
@@ -92,7 +107,12 @@ def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json:
     if made.estimate and not as_json:
         print("\n".join(f"afina: {line}" for line in describe(made.estimate)))
     if not (as_json and not wait):
-        print(f"afina: run {made.path}\nafina: submitted job {made.job_id} through {request.via}", flush=True)
+        how = (
+            "it trains here, in the background"
+            if request.via == "local"
+            else f"submitted job {made.job_id} through {request.via}"
+        )
+        print(f"afina: run {made.path}\nafina: {how}", flush=True)
     if wait:
         made.wait()
         finish(made, as_json)

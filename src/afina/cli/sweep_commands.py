@@ -88,9 +88,9 @@ def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options
         print(json.dumps(planned, indent=2, ensure_ascii=False) if shown.as_json else _dry_run_text(planned))
         return
     made = carry_out(draft, _to_stderr if shown.as_json else say)
-    if shown.wait and not draft.local:
+    if shown.wait and not draft.request.local:
         _wait(made)
-    if shown.wait or draft.local:
+    if shown.wait or draft.request.local:
         _finish(made, [draft.record.cells[number].name for number in draft.wanted], shown)
     if shown.as_json:
         print(json.dumps({"sweep": str(made.path), "jobs": list(made.submitted), "states": made.states()}))

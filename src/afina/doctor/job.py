@@ -45,7 +45,7 @@ def try_job(target: Target, *, wait_s: float, progress: Callable[[str], None]) -
     try:
         argv = _prepare(plan, folder)
         try:
-            with submitted(plan, argv, folder) as job:
+            with submitted(plan, argv, {folder: {}}) as job:
                 pass
         except SlurmError as error:
             yield Finding("sbatch", "failed", error.message, error.remedy)

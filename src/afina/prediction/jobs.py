@@ -196,7 +196,7 @@ def submit_prediction(job: Prediction, *, array: int = 1, stdin: IO[bytes] | Non
         words = predict_argv(job.plan, parts, _binds(job))
         write_atomic(parts / "worker.argv", encode_words(words))
         argv = submission(job, tasks)
-        with submitted(job.plan, argv, parts, {"tasks": tasks}) as job_id:
+        with submitted(job.plan, argv, {parts: {"tasks": tasks}}) as job_id:
             RunDir(parts).append("submissions.jsonl", {"job_id": job_id, "tasks": tasks, "argv": argv})
     except AfinaError as error:
         if about["state"] == "begun" and error.cause != AMBIGUOUS:  # a moment ago, for this submission

@@ -23,6 +23,7 @@ from afina.site.package import slurm_folder
 from afina.site.settings import cache_environment, environment, hub_token, in_container, without_isolation
 
 __all__ = [
+    "MEET_S",
     "accelerate_argv",
     "array_argv",
     "container_argv",
@@ -40,6 +41,8 @@ __all__ = [
     "worker_environment",
 ]
 
+#: Seconds that nodes wait for each other at the start, without `ddp_timeout`: the slowest copies the data first, or mounts the image.
+MEET_S = 600
 _LAUNCHER = re.compile(
     "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(TORCHELASTIC|PET|ACCELERATE|FSDP|PMI|PMIX|OMPI|MV2)_.*"
 )
@@ -153,9 +156,21 @@ def host_environment(plan: Plan, *, offline: bool) -> dict[str, str]:
 
 
 def accelerate_argv(
-    geometry: Geometry, *, node: int, head: str, port: int, config: Path, python: str, command: Sequence[str]
+    geometry: Geometry,
+    *,
+    node: int,
+    head: str,
+    port: int,
+    config: Path,
+    python: str,
+    command: Sequence[str],
+    meet_s: int = MEET_S,
 ) -> list[str]:
-    """`accelerate launch` for one node. `--multi_gpu` also on CPU: its `--cpu` with several processes expects MPI."""
+    """`accelerate launch` for one node. `--multi_gpu` also on CPU: its `--cpu` with several processes expects MPI.
+
+    Args:
+        meet_s: seconds that the nodes wait for each other at the start.
+    """
     return [
         python,
         "-m",
@@ -175,6 +190,8 @@ def accelerate_argv(
         str(port),
         "--rdzv_backend",
         "static",
+        "--rdzv_conf",
+        f"timeout={meet_s}",
         "--same_network",
         "--max_restarts",
         "0",

@@ -18,7 +18,8 @@ from afina.errors import InputError, check_argument, nearest
 __all__ = ["JobOptions", "JobRequest", "SubmitOptions", "Via", "accepts"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-Via = Literal["sbatch", "submitit"]
+#: `local`: on this machine, in the background.
+Via = Literal["sbatch", "submitit", "local"]
 #: The least that can be asked for.
 _LEAST = {"nodes": 1, "gpus_per_node": 0, "time_min": 1, "num_processes": 1}
 
@@ -37,7 +38,7 @@ class JobRequest:
         nodes, gpus_per_node: of the job; 0 GPUs trains on the CPU.
         time_min: the job's time limit in minutes.
         num_processes: train on this machine alone, with so many processes.
-        via: how a job is submitted.
+        via: how a job is submitted; `local` trains on this machine, in the background.
         rehearse: first make a few steps and a save here; submit only if they succeed.
         slurm: options of sbatch for this submission, e.g. `{"partition": "gpu"}`.
         after: runs, or numbers of jobs, that must finish first.
@@ -77,6 +78,18 @@ class JobRequest:
                 nearest(str(self.via), get_args(Via)) or f"choose from: {choices}",
             )
 
+    def check_via(self) -> None:
+        """Refuse options that have no effect with this `via`.
+
+        Raises:
+            InputError: with the option's name.
+        """
+        local = self.via == "local"
+        for name in ("nodes", "gpus_per_node", "time_min", "slurm", "after") if local else ("num_processes",):
+            if getattr(self, name) not in (None, (), [], {}):
+                where = "on this machine" if local else "on a job of Slurm"
+                raise InputError(f"{name}: has no effect {where} (via={self.via!r})", "leave it out")
+
     def resources(self) -> dict[str, int]:
         """The recipe's `resources` that are asked for otherwise."""
         nodes = 1 if self.num_processes is not None else self.nodes
@@ -102,6 +115,7 @@ class SubmitOptions(JobOptions, total=False):
     rehearse: bool
     slurm: Mapping[str, Any]
     after: Sequence[Any]
+    num_processes: int | None
 
 
 def accepts(options: type, *values: type) -> Callable[[F], F]:

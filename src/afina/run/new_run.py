@@ -23,7 +23,7 @@ from afina.run.provenance.record import make_record
 from afina.run.workers import ask_worker
 from afina.site.image import check_image
 
-__all__ = ["check_free", "claim", "claim_run", "next_free", "prepare"]
+__all__ = ["check_free", "claim", "claim_run", "make_folder", "next_free", "prepare", "remove_empty"]
 
 
 def prepare(plan: Plan, *, refresh: bool = False) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def claim(
     except BaseException:
         for name in contents:
             (run.path / name).unlink(missing_ok=True)
-        _unmake(made)
+        remove_empty(made)
         raise
     return run
 
@@ -162,7 +162,7 @@ def _make(plan: Plan, path: str | Path | None) -> tuple[RunDir, list[Path]]:
     try:
         if run:
             check_free(run.path)
-            made = _make_folder(run.path)
+            made = make_folder(run.path)
         else:
             run = _next(plan)
             made = [run.path]
@@ -174,7 +174,7 @@ def _make(plan: Plan, path: str | Path | None) -> tuple[RunDir, list[Path]]:
         made.append(run.attempts)
         run.path.chmod(0o700 | (run.path.stat().st_mode & stat.S_ISGID))  # a group's folder passes its group on
     except OSError as error:
-        _unmake(made)
+        remove_empty(made)
         where = run.path if run else plan.site.runs
         raise EnvironmentProblem(
             f"{where}: {error.strerror}", "check AFINA_SCRATCH or --run DIR, its permissions and quota"
@@ -226,7 +226,7 @@ def _without(script: bytes, options: Sequence[str]) -> bytes:
     )
 
 
-def _make_folder(path: Path) -> list[Path]:
+def make_folder(path: Path) -> list[Path]:
     """Make `path` and the folders above it; returns those that were not there, the outermost first."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     made: list[Path] = []
@@ -238,12 +238,12 @@ def _make_folder(path: Path) -> list[Path]:
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     except OSError:
-        _unmake(made)
+        remove_empty(made)
         raise
     return made
 
 
-def _unmake(folders: Sequence[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Remove folders that were just made, the innermost first, as far as they are empty."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError):

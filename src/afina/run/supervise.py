@@ -2,39 +2,42 @@
 
 Used by `afina train`; `slurm/job.sh` does the same in bash. A signal makes the run's stop file:
 the ranks then agree on a step, commit a checkpoint and leave. An attempt that could not record its outcome gets one here.
+`python -m afina.run.supervise RUN ATTEMPT` is the same in the background: it outlives the process that submitted it.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import math
 import os
 import platform
-import re
-import resource
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Literal
 
-from afina.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_INPUT, AfinaError, EnvironmentProblem, Failure
-from afina.files import read_json, write_atomic
-from afina.processes import boot_id, start_time
-from afina.run.allocation import Allocation
+from afina.errors import EXIT_FAILED, AfinaError
+from afina.files import read_json
+from afina.processes import boot_id, spawn_detached, start_time
 from afina.run.directory import RunDir
-from afina.run.outcome import Outcome
+from afina.run.requeue import ensure_outcome
 from afina.run.workers import cannot_start
 from afina.text import CLEAR_LINE, can_draw
 
-__all__ = ["LeaseMonitor", "Liveness", "SignalForwarder", "ensure_outcome", "lease_of", "run_node"]
+__all__ = [
+    "LeaseMonitor",
+    "Liveness",
+    "SignalForwarder",
+    "background_argv",
+    "lease_of",
+    "run_node",
+    "start_in_background",
+]
 
 #: alive: its process runs on this machine; dead: it did; fresh: renewed within the last minute elsewhere; silent: not renewed.
 Liveness = Literal["alive", "fresh", "dead", "silent"]
@@ -62,19 +65,21 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     if lease_of(run.path)[1] not in ("alive", "fresh"):  # else the stop is for the attempt that lives
         run.stop_file.unlink(missing_ok=True)
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    try:
-        worker = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=None if on_terminal else subprocess.STDOUT,
-            env={**os.environ, **env, "AFINA_ATTEMPT": attempt},
-            start_new_session=True,  # the terminal's Ctrl-C is for the supervisor: the ranks stop together, at a step
-        )
-    except OSError as error:
-        raise cannot_start(argv[0], error) from None
-    assert worker.stdout is not None
-    with (folder / "node0.log").open("ab", buffering=0) as log, SignalForwarder(run, worker, received):
+    # The signals are caught before the worker exists: one between the two would end this process alone, and the worker go on.
+    with (folder / "node0.log").open("ab", buffering=0) as log, SignalForwarder(run, received) as forwarder:
+        try:
+            worker = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=None if on_terminal else subprocess.STDOUT,
+                env={**os.environ, **env, "AFINA_ATTEMPT": attempt},
+                start_new_session=True,  # the terminal's Ctrl-C is for the supervisor: the ranks stop together, at a step
+            )
+        except OSError as error:
+            raise cannot_start(argv[0], error) from None
+        forwarder.worker = worker
+        assert worker.stdout is not None
         copy = threading.Thread(target=_tee, args=(worker.stdout, log), daemon=True)
         copy.start()
         code = _wait(worker, copy, LeaseMonitor(run, attempt))
@@ -82,123 +87,6 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
         worker.stdout.close()
     return _recorded_code(folder, code)
-
-
-def ensure_outcome(run: RunDir, attempt: str, code: int) -> Outcome:
-    """The outcome of an attempt that has ended; one that could not record its own is recorded as failed.
-
-    Args:
-        code: the exit code of the attempt's first node.
-    """
-    known = run.outcome()
-    if known is not None and known.attempt == attempt:
-        return known
-    folder = run.attempts / attempt
-    reported = run.reported_failures(attempt)
-    if code == EXIT_ENVIRONMENT and not reported and (full := _full_disk(run.path)):
-        return Outcome(outcome="failed", attempt=attempt, exit_code=code, failure=full)
-    if reported and reported[0].cause == "claimed":  # the outcome belongs to the attempt that is running
-        return Outcome(outcome="failed", attempt=attempt, exit_code=reported[0].exit_code, failure=reported[0])
-    return run.record_failure(attempt, reported[0] if reported else _without_outcome(run, folder, code))
-
-
-def _without_outcome(run: RunDir, folder: Path, code: int) -> Failure:
-    """The failure of an attempt that recorded nothing: what its exit code, its nodes and its logs show."""
-    number = -code if code < 0 else code - 128 if code > 128 else 0
-    how = f"killed by signal {number}{_signal_name(number)}" if number else f"exit code {code}"
-    remedy = f"see {folder}/node*.log; {run.how_to_resume()}"
-    last = _last_lines(folder)
-    lines = f"; its last lines:\n{last}" if last else ""
-    if limit := _limit(number, last):
-        return Failure("EnvironmentProblem", f"{limit}{lines}", _LIMIT_REMEDY, "ulimit")
-    if _OUT_OF_MEMORY.search(last):
-        gb = _memory_gb(run)
-        more = f"raise resources.mem_gb to {math.ceil(gb * 1.5)} in the recipe" if gb else "set resources.mem_gb"
-        script = shlex.join([str(run.path / "finetune.sbatch"), str(run.path)])
-        again = f"; this run continues with: sbatch --mem={math.ceil((gb or 8) * 1.5)}G {script}"
-        had = f" ({gb:g} GB per node)" if gb else ""
-        return Failure(
-            "EnvironmentProblem", f"the job's memory{had} is used up: {how}{lines}", more + again, "host-memory"
-        )
-    if absent := _absent_nodes(folder) or _first_to_fail(folder):
-        message = f"{', '.join(absent)}: the worker never started there ({how}){lines}"
-        return Failure("EnvironmentProblem", message, remedy, "node", tuple(absent))
-    started = any(folder.glob("node*.json"))
-    # Without a word from the worker, its code is srun's or the shell's: 2 is not the user's input.
-    known = code if started or code != EXIT_INPUT else EXIT_ENVIRONMENT
-    if started:
-        return Failure.of_exit_code(known, f"the worker ended without an outcome ({how}){lines}", remedy, "killed")
-    remedy = f"see {folder}/srun.log and node*.log; `afina doctor --job` starts the same step"
-    return Failure.of_exit_code(known, f"the worker never started ({how}){lines}", remedy, "start")
-
-
-#: Messages of the kernel, of slurmstepd and of srun about a job that used more memory than it has.
-_OUT_OF_MEMORY = re.compile(
-    r"oom[-_ ]?kill|(?<!CUDA )Out Of Memory|OUT_OF_ME|(exceeded|over) .{0,20}memory limit|memory cgroup", re.I
-)
-_LIMIT_REMEDY = "raise the limit (ulimit) in the site file, or ask your administrators; then submit the run again"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return f" ({signal.Signals(number).name})"
-    except ValueError:
-        return ""
-
-
-def _limit(number: int, last: str) -> str:
-    """Which limit of the shell ended the worker; empty for none."""
-    for signum, kind, what in (
-        (signal.SIGXCPU, resource.RLIMIT_CPU, "processor time of {} s (ulimit -t)"),
-        (signal.SIGXFSZ, resource.RLIMIT_FSIZE, "{} bytes in a file (ulimit -f)"),
-    ):
-        # The launcher of several processes reports the signal of the one that it killed.
-        if number == signum or re.search(rf"\bSignal {int(signum)} |{signum.name}|exitcode *: *-{int(signum)}\b", last):
-            limit = resource.getrlimit(kind)[0]
-            shown = "a limit" if limit == resource.RLIM_INFINITY else f"{limit:,}"
-            return f"the worker was ended by a limit of its node or shell: {what.format(shown)}"
-    return ""
-
-
-def _memory_gb(run: RunDir) -> float | None:
-    """GB per node that the job has; None if that is not known."""
-    if (given := Allocation.from_env().memory_gb) is not None:
-        return given
-    with contextlib.suppress(AfinaError):
-        return run.plan().recipe.resources.mem_gb
-    return None
-
-
-def _full_disk(folder: Path) -> Failure | None:
-    """The failure of a disk on which not even the outcome can be recorded."""
-    try:
-        write_atomic(folder / ".room", bytes(4096))
-    except EnvironmentProblem as error:
-        return replace(error.failure, cause="disk")
-    (folder / ".room").unlink()
-    return None
-
-
-def _absent_nodes(folder: Path) -> list[str]:
-    """Nodes of the allocation on which no worker began, if it did on others."""
-    names = Allocation.from_env().node_names
-    absent = [name for number, name in enumerate(names) if not (folder / f"node{number}.json").exists()]
-    return absent if len(absent) < len(names) else []
-
-
-#: What srun prints about a node that did not start a task, and about tasks that ended; it then ends all the others.
-_NODE_FAILED = re.compile(r"(?:Node failure on|failed on node) ([\w.-]+)")
-_TASK_EXITED = re.compile(r"^srun: error: ([\w.-]+): tasks? \S+: Exited", re.M)
-
-
-def _first_to_fail(folder: Path) -> list[str]:
-    """The nodes that kept the worker from starting anywhere, by srun's words; empty where it names none, or all."""
-    try:
-        text = (folder / "srun.log").read_text(errors="replace")
-    except OSError:
-        return []
-    names = _NODE_FAILED.findall(text) or _TASK_EXITED.findall(text)[:1]
-    return list(dict.fromkeys(names)) if not set(Allocation.from_env().node_names) <= set(names) else []
 
 
 def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, monitor: LeaseMonitor | None) -> int:
@@ -247,22 +135,24 @@ class LeaseMonitor:
 class SignalForwarder:
     """Signal handlers that write the stop file, and nothing else: Slurm delivers a signal two or three times."""
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
     _PATIENCE_S = 10.0
 
-    def __init__(self, run: RunDir, worker: subprocess.Popen[bytes], received: list[int] | None = None) -> None:
-        self.run, self.worker = run, worker
+    def __init__(self, run: RunDir, received: list[int] | None = None) -> None:
+        self.run = run
+        #: A second signal ends it; None before it starts.
+        self.worker: subprocess.Popen[bytes] | None = None
         self.received = received if received is not None else []
         self._first = 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> SignalForwarder:
         # Outside the main thread (a notebook's, a test's) signals belong to the surrounding program.
-        self.before = (
-            {number: signal.signal(number, self._forward) for number in self._SIGNALS}
-            if threading.current_thread() is threading.main_thread()
-            else {}
-        )
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._forward) for number in self.SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)  # blocked until now in the background
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -279,7 +169,7 @@ class SignalForwarder:
         late = number == signal.SIGTERM and bool(self.received) and now - self._first > self._PATIENCE_S
         self._first = self._first if self.received else now
         self.received.append(number)
-        if again or late:
+        if (again or late) and self.worker is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.worker.pid, signal.SIGKILL)
         elif number == signal.SIGINT:
@@ -326,23 +216,83 @@ def _recorded_code(folder: Path, code: int) -> int:
 
 
 def lease_of(run: Path) -> tuple[dict[str, Any], Liveness | None, float]:
-    """The lease of a run, whether its holder lives, and seconds since its renewal; an empty one where no attempt holds it."""
-    path = run / "lease.json"
-    lease = read_json(path)
-    if not lease:
-        return {}, None, 0.0
-    silent_s = max(0.0, time.time() - path.stat().st_mtime) if path.exists() else 0.0
-    if lease.get("boot") == boot_id():
+    """The lease of a run, whether its holder lives, and seconds since its renewal; an empty one where no attempt holds it.
+
+    A run in the background that holds none (it is starting, or ending) has the record of its supervisor in its place.
+    """
+    lease = read_json(run / "lease.json")
+    last: dict[str, Any] = next(reversed([*RunDir(run).lines("submissions.jsonl")]), {})
+    renewed = _written(run / "lease.json") if lease else 0.0
+    held = (lease, *_liveness(lease, renewed)) if lease else ({}, None, 0.0)
+    if last.get("via") != "local" or held[1] in ("alive", "fresh"):
+        return held
+    background = (last, *_liveness(last, float(last["time"])))
+    over = float(last["time"]) < max(renewed, _written(run / "outcome.json"))
+    return held if over and background[1] != "alive" else background
+
+
+def _written(path: Path) -> float:
+    """When a file was written, in seconds since the epoch; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _liveness(holder: Mapping[str, Any], since: float) -> tuple[Liveness, float]:
+    """Whether a process lives that wrote down its `pid`, when it `started`, its `host` and that one's `boot`; seconds since then."""
+    silent_s = max(0.0, time.time() - since)
+    if holder.get("boot") == boot_id():
         # The process id alone is not enough: it may be another process's by now.
-        pid = lease.get("pid")
-        alive = isinstance(pid, int) and lease.get("started") == start_time(pid)
-        return lease, "alive" if alive else "dead", silent_s
-    if lease.get("host") == platform.node():
-        return lease, "dead", silent_s  # the machine has rebooted since
-    return lease, "fresh" if silent_s < _FRESH_S else "silent", silent_s
+        pid = holder.get("pid")
+        return "alive" if isinstance(pid, int) and holder.get("started") == start_time(pid) else "dead", silent_s
+    if holder.get("host") == platform.node():
+        return "dead", silent_s  # the machine has rebooted since
+    return "fresh" if silent_s < _FRESH_S else "silent", silent_s
 
 
-def _last_lines(folder: Path, count: int = 15) -> str:
-    logs = [*sorted(folder.glob("node*.log")), *folder.glob("srun.log")]
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()[-count:]]
-    return "\n".join(f"  | {line}" for line in lines[-count:])
+# -- in the background -------------------------------------------------------------------------------------------------
+
+
+def background_argv(run: Path, attempt: str) -> list[str]:
+    """The command of an attempt in the background."""
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    return [sys.executable, *safe, "-m", "afina.run.supervise", str(run), attempt]
+
+
+def start_in_background(run: RunDir, env: Mapping[str, str]) -> str:
+    """Start the next attempt in a session of its own, which goes on when this process ends; returns the attempt's name.
+
+    Its output goes to the attempt's log alone. It is recorded in `submissions.jsonl`, with its process.
+
+    Args:
+        env: added to this process's environment.
+
+    Raises:
+        EnvironmentProblem: it cannot be started.
+    """
+    attempt = run.begin_attempt().name
+    run.stop_file.unlink(missing_ok=True)
+    log = run.attempts / attempt / "node0.log"
+    argv = background_argv(run.path, attempt)
+    try:
+        # Signals wait until the forwarder is there.
+        pid = spawn_detached(argv, {**os.environ, **env}, log, blocked=SignalForwarder.SIGNALS)
+    except OSError as error:
+        raise cannot_start(argv[0], error) from None
+    who = {"pid": pid, "started": start_time(pid), "host": platform.node(), "boot": boot_id()}
+    run.append("submissions.jsonl", {"via": "local", "attempt": attempt, **who})
+    return attempt
+
+
+def _main(path: str, attempt: str) -> int:
+    run = RunDir(path)
+    try:
+        return ensure_outcome(run, attempt, run_node(run, attempt, env={})).exit_code
+    except AfinaError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return run.record_failure(attempt, error.failure).exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

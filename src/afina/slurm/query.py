@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from afina.errors import SlurmError
 from afina.recipe.time_limit import parse_seconds
 from afina.slurm.client import of_cluster, run_command, try_command
 
-__all__ = ["NEW_S", "Job", "JobState", "cancel", "is_unseen", "query", "queue_answers"]
+__all__ = ["NEW_S", "Job", "JobState", "cancel", "is_unseen", "jobs_below", "query", "queue_answers"]
 
 JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
 
@@ -108,6 +109,14 @@ def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -
             known = queued.get(number) or Job(number, "GONE", ended.get(number, ""))
             jobs[job_id] = replace(known, job_id=job_id if ";" in job_id else known.job_id)
     return {job_id: jobs[job_id] for job_id in job_ids}
+
+
+def jobs_below(folders: Collection[Path]) -> dict[Path, tuple[str, ...]]:
+    """Jobs in the queue whose batch script lies in one of these folders, there or not; empty where squeue does not answer."""
+    answer = try_command(["squeue", "--me", "--noheader", "--array", "--format=%i|%o"], timeout_s=_TIMEOUT_S) or ""
+    jobs = [line.strip().split("|", 1) for line in answer.splitlines() if "|" in line]
+    below = {path: tuple(number for number, command in jobs if command.startswith(f"{path}/")) for path in folders}
+    return {path: numbers for path, numbers in below.items() if numbers}
 
 
 def is_unseen(job: Job, submitted_s: float, attempts: Sequence[str]) -> bool:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError, SlurmError
-from afina.files import read_json, write_atomic
+from afina.files import encode_words, read_json, write_atomic
 from afina.redact import redact_settings
-from afina.run.commands import sbatch_argv
-from afina.run.directory import RunDir
+from afina.run.commands import sbatch_argv, sweep_argv
+from afina.run.directory import RunDir, task_of
 from afina.run.plan import Plan
 from afina.slurm.client import AMBIGUOUS, run_command
 from afina.slurm.cluster import read_config
@@ -37,6 +37,7 @@ __all__ = [
     "forget",
     "recover",
     "site_variables",
+    "submit_array",
     "submit_sbatch",
     "submitted",
     "uninterrupted",
@@ -57,18 +58,39 @@ def submit_sbatch(plan: Plan, run: RunDir) -> str:
         SlurmError: no sbatch on PATH, or Slurm refused; with its own message. With the cause `AMBIGUOUS` the job may be queued.
     """
     argv = sbatch_argv(plan, run.path)
-    with submitted(plan, argv, run.path) as job_id:
+    with submitted(plan, argv, {run.path: {}}) as job_id:
         run.append("submissions.jsonl", {"job_id": job_id, "via": "sbatch", "argv": [redact_settings(w) for w in argv]})
     return job_id
 
 
+def submit_array(plan: Plan, runs: Sequence[RunDir], home: Path) -> str:
+    """Submit runs with the same resources as one job array; returns its job id. Task n is the n-th run.
+
+    Args:
+        plan: of one of them.
+        home: a folder that is made for the array: the list of its runs, and the logs of its tasks.
+
+    Raises:
+        SlurmError: as `submit_sbatch`.
+    """
+    logs = home / "logs"
+    logs.mkdir(mode=0o700, parents=True)
+    write_atomic(home / "cells", encode_words(str(run.path) for run in runs))
+    write_atomic(home / "finetune.sbatch", (runs[0].path / "finetune.sbatch").read_bytes())
+    argv = sweep_argv(plan, home, range(len(runs)))
+    with submitted(plan, argv, {run.path: {"task": task} for task, run in enumerate(runs)}) as job_id:
+        for task, run in enumerate(runs):
+            log = logs / f"{job_id.partition(';')[0]}_{task}.out"
+            run.append("submissions.jsonl", {"job_id": task_of(job_id, task), "via": "sbatch", "log": str(log)})
+    return job_id
+
+
 @contextlib.contextmanager
-def submitted(plan: Plan, argv: Sequence[str], folder: Path, record: Mapping[str, Any] = {}) -> Iterator[str]:
+def submitted(plan: Plan, argv: Sequence[str], records: Mapping[Path, Mapping[str, Any]]) -> Iterator[str]:
     """Run `argv`, an `sbatch --parsable …`, with the variables of the plan's site; the block records the job, whose id it gets.
 
     Args:
-        folder: for the intent.
-        record: kept with the intent, for `recover`.
+        records: the folders that get the intent, and what is kept with it, for `recover`.
 
     Ctrl-C waits until the job is recorded. The id is `18`, or `18;gpu` where the job went to another cluster.
 
@@ -78,15 +100,17 @@ def submitted(plan: Plan, argv: Sequence[str], folder: Path, record: Mapping[str
     token, variables = secrets.token_hex(6), site_variables(plan)
     clusters = _clusters(argv, variables)
     script = next((word for word in argv[1:] if not word.startswith("-")), "")
-    intent = {"time": time.time(), "token": token, "script": script, "clusters": clusters, "record": dict(record)}
+    intent = {"time": time.time(), "token": token, "script": script, "clusters": clusters}
     with uninterrupted():
-        write_atomic(folder / INTENT, json.dumps(intent) + "\n")
+        for folder, record in records.items():
+            write_atomic(folder / INTENT, json.dumps({**intent, "record": dict(record)}) + "\n")
         try:
             job_id = _job_id(run_command(_with_token(plan, argv, token, variables), env=variables))
         except SlurmError as error:
             if error.cause != AMBIGUOUS:
-                (folder / INTENT).unlink()
+                forget(*records)
                 raise
+            folder = next(iter(records))
             queued = _find_patiently(folder, intent)
             if queued is None:
                 raise SlurmError(
@@ -97,7 +121,7 @@ def submitted(plan: Plan, argv: Sequence[str], folder: Path, record: Mapping[str
                 ) from None
             job_id = queued
         yield job_id
-        (folder / INTENT).unlink()
+        forget(*records)
 
 
 def _job_id(answer: str) -> str:
@@ -148,9 +172,10 @@ def _age_s(path: Path) -> float:
     return age
 
 
-def forget(folder: Path) -> None:
-    """Remove the intent of a submission that is recorded."""
-    (folder / INTENT).unlink(missing_ok=True)
+def forget(*folders: Path) -> None:
+    """Remove the intent of a submission that is recorded, or refused."""
+    for folder in folders:
+        (folder / INTENT).unlink(missing_ok=True)
 
 
 def check_not_queued(run: RunDir) -> None:
@@ -161,7 +186,9 @@ def check_not_queued(run: RunDir) -> None:
         InputError: a job is queued or running.
     """
     if (recovered := recover(run.path)) is not None:
-        run.append("submissions.jsonl", {"job_id": recovered[0], "via": "recovered"})
+        job_id, record = recovered
+        job_id = task_of(job_id, record["task"]) if "task" in record else job_id
+        run.append("submissions.jsonl", {"job_id": job_id, "via": "recovered"})
         forget(run.path)
     ids = run.job_ids()
     jobs = query(ids, account=ids[-1:])

@@ -7,11 +7,13 @@ task runs once in the batch shell, so that `submitit.Job.result()` returns the o
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from shlex import quote
 from typing import Any
 
+from afina.errors import EnvironmentProblem
 from afina.run.commands import plain_path, slurm_options
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
@@ -19,6 +21,10 @@ from afina.slurm.client import need_command
 from afina.slurm.submit import submitted
 
 __all__ = ["NodeTask", "submit_submitit", "submitit_script"]
+
+
+#: Tried: 1.4 and 1.5.1 lack arguments that are used here, 1.5.2 and 1.5.3 import pkg_resources in the job.
+_LOWEST = (1, 5, 4)
 
 
 class NodeTask:
@@ -51,6 +57,11 @@ def submitit_script(plan: Plan, run: RunDir) -> str:
 def _executor(plan: Plan, run: RunDir) -> Any:
     import submitit
 
+    if tuple(map(int, re.findall(r"\d+", submitit.__version__)[:3])) < _LOWEST:
+        raise EnvironmentProblem(
+            f"submitit {submitit.__version__}: its jobs fail where setuptools is missing or new (pkg_resources)",
+            f"{quote(sys.executable)} -m pip install 'submitit>={'.'.join(map(str, _LOWEST))}', or via=\"sbatch\"",
+        )
     need_command("sbatch")
     need_command("srun")  # submitit asks for it
 
@@ -63,7 +74,7 @@ def _executor(plan: Plan, run: RunDir) -> Any:
             script.write_text(self._make_submission_file_text(command, name), encoding="utf-8")
             # On the command line: in a script Slurm would read quotes and backslashes in it once more.
             argv = ["sbatch", "--parsable", f"--output={plain_path(self.folder)}/%j_0_log.out", str(script)]
-            with submitted(plan, argv, run.path) as job_id:
+            with submitted(plan, argv, {run.path: {}}) as job_id:
                 run.append("submissions.jsonl", {"job_id": job_id, "via": "submitit"})
             job = self.job_class(folder=self.folder, job_id=job_id.partition(";")[0], tasks=[0])
             job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)

@@ -28,7 +28,7 @@ from afina.sweeps.space import Space, corners
 from afina.sweeps.sweep_dir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, failed_for_good
 from afina.watch.overview import State, summarise
 
-__all__ = ["BUSY", "Draft", "SweepRequest", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
+__all__ = ["BUSY", "ArrayPart", "Draft", "SweepRequest", "arrays", "cell_states", "draft_sweep", "dry_run", "todo"]
 
 #: States of a cell that is queued or running.
 BUSY = ("PENDING", "RUNNING")

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from afina.errors import EnvironmentProblem, SlurmError
 from afina.run.directory import RunDir
 from afina.slurm.query import cancel, query
-from afina.watch.reading import Reading, read_run
+from afina.watch.overview import read_runs
+from afina.watch.reading import Reading
 
 __all__ = ["Cancellation", "cancel_runs"]
 
@@ -48,7 +49,7 @@ def cancel_runs(paths: Sequence[Path]) -> list[Cancellation]:
         SlurmError: Slurm does not answer, or refused; trainings outside of Slurm have been asked to stop even so.
         EnvironmentProblem: a stop file cannot be written.
     """
-    readings = [read_run(Path(path).absolute()) for path in paths]
+    readings = read_runs(paths)
     stopping = {reading.path: _ask_to_stop(reading) for reading in readings}
     ids = {reading.path: reading.job_ids for reading in readings if not reading.result.finished}
     jobs = query(list(dict.fromkeys(job for job_ids in ids.values() for job in job_ids)), account=())
@@ -63,7 +64,7 @@ def cancel_runs(paths: Sequence[Path]) -> list[Cancellation]:
     }
     cancel(*dict.fromkeys(job for job_ids in live.values() for job in job_ids))
     for path, job_ids in live.items():
-        if job_ids:
+        if job_ids and path.exists():
             RunDir(path).event("cancelled", job_ids=list(job_ids))
     return [_result(reading, live.get(reading.path, ()), stopping[reading.path]) for reading in readings]
 

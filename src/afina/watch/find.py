@@ -51,14 +51,14 @@ def known_runs() -> list[Path]:
     return [run for folder in ("runs", "sweeps") for run in _below(scratch / folder, _DEPTH - 1)]
 
 
-def resolve_folder(folder: str | Path) -> Path:
+def resolve_folder(folder: str | os.PathLike[str]) -> Path:
     """A folder by its path, by its short name (see `short_names`), by an unambiguous beginning of that, or by the number of its job.
 
     Raises:
         InputError: there is none, or several short names begin so.
     """
-    if folder is None or not isinstance(folder, str | Path):
-        raise InputError(f"run: must be a path or a name; found {folder!r}", "`afina list` names the runs")
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(f"run: must be a run, a path or a name; found {folder!r}", "`afina list` names the runs")
     path = Path(folder).expanduser()
     if _exists(path):
         return path

@@ -13,28 +13,42 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from afina.errors import AfinaError, Cancelled, EnvironmentProblem, Failed, InputError, Stopped
 from afina.files import read_json
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest, Via
 from afina.run.outcome import ANOTHER_RUN, Outcome
+from afina.run.plan import check_cores, geometry_for
+from afina.run.supervise import start_in_background
 from afina.site.image import check_image
+from afina.site.settings import environment
 from afina.slurm.client import need_slurm
 from afina.slurm.limits import check_possible
-from afina.slurm.submit import check_not_queued, submit_sbatch
+from afina.slurm.submit import check_not_queued, submit_sbatch, uninterrupted
 from afina.slurm.submitit_job import submit_submitit
 from afina.watch.cancel import Cancellation, cancel_runs
 from afina.watch.find import find_runs, known_runs, resolve_folder
 from afina.watch.logs import LogSelection, log_lines
+from afina.watch.logs import follow as follow_log
 from afina.watch.overview import RunSummary, State, summarise, summary_of
-from afina.watch.wait import OPEN, wait_for
+from afina.watch.reading import read_result
+from afina.watch.wait import OPEN, wait_for, wait_until_ended
 
 if TYPE_CHECKING:
     import pandas
+    from typing_extensions import Unpack
 
-__all__ = ["Run", "Runs", "as_completed", "run_named", "runs", "wait"]
+__all__ = ["LogOptions", "Run", "Runs", "as_completed", "run_named", "runs", "wait"]
+
+
+class LogOptions(TypedDict, total=False):
+    """Which log; see `LogSelection`."""
+
+    attempt: str | None
+    node: int | None
+    rank: int | None
 
 
 class Run:
@@ -51,15 +65,17 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.dir.path)!r})"
 
+    def __fspath__(self) -> str:
+        return str(self.dir.path)
+
     @property
     def path(self) -> Path:
         return self.dir.path
 
     @property
     def job_id(self) -> str | None:
-        """The last Slurm job that was submitted for it."""
-        ids = [str(s["job_id"]) for s in self.dir.lines("submissions.jsonl")]
-        return ids[-1] if ids else None
+        """Its newest Slurm job; None where it was never in a queue."""
+        return next(reversed(self.dir.job_ids()), None)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -120,10 +136,12 @@ class Run:
         return None
 
     def __await__(self) -> Generator[Any, None, Outcome]:
-        """`await run` is `run.result()`, in a thread."""
-        import asyncio
+        """`await run` is `run.result()`; the event loop goes on meanwhile."""
+        return self._awaited().__await__()
 
-        return asyncio.to_thread(self.result).__await__()
+    async def _awaited(self) -> Outcome:
+        await wait_until_ended(self.path)
+        return self.result()
 
     def _error(self, summary: RunSummary, outcome: Outcome | None) -> AfinaError:
         """The exception of a run that has not finished."""
@@ -148,23 +166,51 @@ class Run:
         error.exit_code = outcome.exit_code if outcome else error.exit_code
         return error
 
-    def submit(self, *, time_min: int | None = None, via: Via = "submitit") -> Run:
+    def variables_here(self, num_processes: int | None = None) -> dict[str, str]:
+        """The environment of an attempt on this machine, beside this process's.
+
+        Raises:
+            InputError: the run was moved, its checkpoints are gone, or its plan is for several nodes.
+        """
+        plan = self.dir.plan()
+        self.dir.check_place()
+        self.dir.check_progress()
+        check_image(plan.site)
+        if num_processes is not None:
+            check_cores(num_processes)
+            geometry_for(plan.recipe, num_processes, nodes=1)
+        elif plan.geometry.nodes > 1:
+            raise InputError(
+                f"{self.path}: was planned for {plan.geometry.nodes} nodes",
+                "continue it on the cluster with `afina submit DIR`, or here with --num-processes N",
+            )
+        processes = {"AFINA_PROCESSES": str(num_processes)} if num_processes else {}
+        return {**environment(plan.site), "AFINA_LAUNCH": "local", **processes}
+
+    def submit(self, *, time_min: int | None = None, via: Via = "submitit", num_processes: int | None = None) -> Run:
         """Submit it again: the job continues from the newest checkpoint.
 
         Args:
             time_min: another time limit for this job, in minutes.
+            via: `local` continues it on this machine, in the background, with `num_processes`.
 
         Raises:
             InputError: it has finished, or a job of it is queued or running.
             SlurmError: Slurm refused, or does not answer.
         """
-        request = JobRequest(time_min=time_min, via=via)
-        need_slurm()
+        request = JobRequest(time_min=time_min, via=via, num_processes=num_processes)
+        request.check_via()
+        if via != "local":
+            need_slurm()
         if (state := self.state) in ("PENDING", "RUNNING", "FINISHED"):
             remedy = self.dir.how_to_train_on() if state == "FINISHED" else "nothing to submit"
             raise InputError(f"{self.path}: this run is {state}", remedy)
-        plan = self.dir.plan().with_time(request.time_min)
         check_not_queued(self.dir)
+        if via == "local":
+            with uninterrupted():
+                start_in_background(self.dir, self.variables_here(num_processes))
+            return self
+        plan = self.dir.plan().with_time(request.time_min)
         self.dir.check_place()
         self.dir.check_progress()
         check_image(plan.site)
@@ -190,15 +236,38 @@ class Run:
             row.update({name: value for name, value in record.items() if not isinstance(value, list | dict)})
         return _pandas().DataFrame(list(rows.values())).set_index("step") if rows else _pandas().DataFrame()
 
-    def log(
-        self, *, attempt: str | None = None, node: int | None = None, rank: int | None = None, last: int | None = None
-    ) -> str:
+    @overload
+    def log(self, *, follow: Literal[True], last: int | None = None, **which: Unpack[LogOptions]) -> Iterator[str]: ...
+    @overload
+    def log(self, *, follow: Literal[False] = False, last: int | None = None, **which: Unpack[LogOptions]) -> str: ...
+    def log(self, *, follow: bool = False, last: int | None = None, **which: Unpack[LogOptions]) -> str | Iterator[str]:
         """The log of an attempt, by default the newest, of node 0; `last` lines of it, or all.
+
+        Args:
+            follow: return an iterator: the lines, then new ones as they come, through later attempts, until the run has ended.
+            which: `attempt`, `node`, `rank`.
 
         Raises:
             InputError: no such attempt, node or rank; or nothing was logged yet.
         """
-        return "".join(log_lines(self.dir, LogSelection(attempt, node, rank), last))
+        lines = (follow_log if follow else log_lines)(self.dir, LogSelection(**which), last)
+        return lines if follow else "".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings about the data and the scores, such as texts that are in two splits; known once the data is prepared."""
+        return read_result(self.path).warnings
+
+    @property
+    def model_path(self) -> Path:
+        """The folder of the trained model, for the next step.
+
+        Raises:
+            InputError: it is not there yet.
+        """
+        if self.outcome is None or not self.dir.model.is_dir():
+            raise InputError(f"{self.path}: has no model yet: it is {self.state}", "wait for it: run.result()")
+        return Path(self.dir.model)
 
     def cancel(self) -> Cancellation:
         """Cancel its jobs, or ask it to stop where it trains outside of Slurm; returns what was done.
@@ -226,8 +295,8 @@ class Runs(list[Run]):
         Raises:
             WaitTimeout: after `timeout` seconds.
         """
-        found = wait_for([run.path for run in self], timeout)
-        return [found[run.path].state for run in self]
+        ended = wait_for([run.path for run in self], timeout)
+        return [ended[run.path].state for run in self]
 
     def cancel(self) -> list[Cancellation]:
         """Cancel the jobs of all, with one query of Slurm and one scancel.
@@ -261,7 +330,7 @@ def runs(path: str | Path | None = None) -> Runs:
         InputError: no such folder, or no run in it.
         SiteError: no folder given, and scratch is not known.
     """
-    return Runs(Run(found) for found in (known_runs() if path is None else find_runs([path])))
+    return Runs(map(Run, known_runs() if path is None else find_runs([path])))
 
 
 def wait(runs: Iterable[Run], timeout: float | None = None) -> Runs:
@@ -270,9 +339,9 @@ def wait(runs: Iterable[Run], timeout: float | None = None) -> Runs:
     Raises:
         WaitTimeout: after `timeout` seconds.
     """
-    given = Runs(runs)
-    given.wait(timeout)
-    return given
+    waiting = Runs(runs)
+    waiting.wait(timeout)
+    return waiting
 
 
 def as_completed(runs: Iterable[Run], timeout: float | None = None) -> Iterator[Run]:

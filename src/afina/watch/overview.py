@@ -10,18 +10,18 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from afina.recipe.metrics import lower_is_better
 from afina.recipe.trackers import sync_commands
 from afina.run.outcome import ANOTHER_RUN
-from afina.slurm.query import Job, is_unseen, query
+from afina.slurm.query import Job, is_unseen, jobs_below, query
 from afina.slurm.reasons import explain
 from afina.watch.reading import Reading, decisive_lines, read_run
 
-__all__ = ["STATES", "RunSummary", "State", "summarise", "summary_of"]
+__all__ = ["STATES", "RunSummary", "State", "read_runs", "summarise", "summary_of"]
 
 State = Literal["PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UNKNOWN"]
 STATES: tuple[State, ...] = ("PLANNED", "PENDING", "RUNNING", "FINISHED", "STOPPED", "FAILED", "UNKNOWN")
@@ -103,17 +103,25 @@ class RunSummary:
 
 def summarise(paths: Sequence[str | Path]) -> list[RunSummary]:
     """Summaries in the order of `paths`, with one call of squeue, and at most one of sacct, for all of them."""
+    readings = read_runs(paths)
+    open_jobs = {r.path: r.job_ids[-1] for r in readings if r.job_ids and not r.result.finished and not _has_ended(r)}
+    unrecorded = [open_jobs[r.path] for r in readings if r.path in open_jobs and not _end_is_recorded(r)]
+    jobs = query(list(dict.fromkeys(open_jobs.values())), account=unrecorded)
+    now = time.time()
+    return [_summary(reading, jobs.get(open_jobs.get(reading.path, "")), now) for reading in readings]
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Reading]:
+    """The readings of run directories; where one was deleted, its job is looked for in the queue."""
     folders = [Path(path).absolute() for path in paths]
     if len(folders) < 2:
         readings = [read_run(path) for path in folders]
     else:
         with ThreadPoolExecutor(_READERS) as pool:
             readings = list(pool.map(read_run, folders))
-    open_jobs = {r.path: r.job_ids[-1] for r in readings if r.job_ids and not r.result.finished and not _has_ended(r)}
-    unrecorded = [open_jobs[r.path] for r in readings if r.path in open_jobs and not _end_is_recorded(r)]
-    jobs = query(list(dict.fromkeys(open_jobs.values())), account=unrecorded)
-    now = time.time()
-    return [_summary(reading, jobs.get(open_jobs.get(reading.path, "")), now) for reading in readings]
+    deleted = [reading.path for reading in readings if not reading.path.exists()]
+    jobs = jobs_below(deleted) if deleted else {}
+    return [replace(reading, job_ids=jobs.get(reading.path, reading.job_ids)) for reading in readings]
 
 
 def summary_of(path: str | Path) -> RunSummary:
@@ -184,10 +192,13 @@ def _state(reading: Reading, job: Job | None) -> tuple[State, str | None, str | 
     if reading.result.finished:
         return "FINISHED", None, None
     if reading.liveness == "alive" or (reading.liveness == "fresh" and _is_local(reading.lease.get("attempt"))):
-        return "RUNNING", None, None
+        where = f"starting in the background: process {reading.lease.get('pid')} on {reading.lease.get('host')}"
+        return "RUNNING", where if reading.lease.get("via") == "local" else None, None
     if job is not None and job.state == "RUNNING":
         return "RUNNING", "its job has started" if not reading.attempts else None, None
     if job is not None and job.state == "PENDING":
+        if not reading.path.exists():
+            return "PENDING", "its run directory was deleted: the job will fail", f"scancel {job.job_id}"
         waiting = explain(job.slurm_state if job.reason in ("", "None") else job.reason, job.job_id)
         return "PENDING", str(waiting), waiting.remedy
     if job is not None and job.state == "UNKNOWN":
@@ -199,9 +210,12 @@ def _state(reading: Reading, job: Job | None) -> tuple[State, str | None, str | 
 
 def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | None, str | None]:
     """The state of a run that is neither queued nor seen alive."""
-    outcome, path = reading.result.outcome, shlex.quote(str(reading.path))
+    outcome, path, holder = reading.result.outcome, shlex.quote(str(reading.path)), reading.lease
     ended: State = "STOPPED" if outcome.get("outcome") == "stopped" else "FAILED"
     again, logs = f"afina {'submit' if job else 'resume'} {path}", f"see `afina logs {path}`"
+    died = f"attempt {holder.get('attempt')} died without an outcome"
+    if reading.liveness == "dead" and holder.get("via") == "local":  # after whatever was recorded
+        return "FAILED", died, f"{logs}; then: {again}"
     if _end_is_recorded(reading):
         return ended, _first_line(outcome), again if ended == "STOPPED" else _remedy(outcome, again)
     if job is not None:
@@ -223,9 +237,9 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
             f"{remedy}; then: {again}",
         )
     if reading.liveness == "dead":
-        return "FAILED", f"attempt {reading.lease.get('attempt')} died without an outcome", again
+        return "FAILED", died, again
     if reading.liveness == "silent":
-        host, minutes = reading.lease.get("host"), reading.silent_s / 60
+        host, minutes = holder.get("host"), reading.silent_s / 60
         return (
             "UNKNOWN",
             f"its attempt on {host} has not renewed its lease for {minutes:.0f} min",
@@ -235,6 +249,8 @@ def _state_when_gone(reading: Reading, job: Job | None) -> tuple[State, str | No
         return "UNKNOWN", "its attempt is starting, or died before it began to train", logs
     if outcome:
         return ended, _first_line(outcome), again if ended == "STOPPED" else _remedy(outcome, again)
+    if not reading.path.exists():
+        return "FAILED", "its run directory was deleted", "start another run from the recipe"
     if (reading.path / "intent.json").exists():
         return "UNKNOWN", "sbatch gave no answer when it was submitted", f"afina submit {path} looks for its job first"
     return "PLANNED", None, f"afina submit {path}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.files import read_json
+from afina.formats.columns import flatten
 from afina.recipe.metrics import METRICS, lower_is_better, metric_name, selection_metric
 from afina.run.directory import job_ids_of
 from afina.run.outcome import data_warnings
@@ -92,7 +93,7 @@ class RunResult:
 
     def flat_recipe(self) -> dict[str, Any]:
         """The keys that are set: `train.learning_rate` -> value."""
-        return _flat(self.recipe)
+        return {key: value for key, value in flatten(self.recipe).items() if value not in (None, {}, [])}
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,14 @@ def read_run(path: Path) -> Reading:
 
 
 def job_log(path: Path, job_id: str = "*") -> Path | None:
-    """Slurm's log of a job of the run, by default of its newest; of a sweep's task it lies in the sweep's folder."""
+    """Slurm's log of a job of the run, by default of its newest; a task of an array has it in the array's folder."""
     number = job_id.partition(";")[0]
     logs = [*path.glob(f"slurm-{number}.out"), *path.glob(f"submitit/{number}_*log.out")]
+    lines = (_record(line) for line in _tail_lines(path / "submissions.jsonl")[0])
+    logs += [Path(line["log"]) for line in lines if line.get("log") and job_id in ("*", line.get("job_id"))]
     if "_" in number:
         logs += path.parent.parent.glob(f"logs/{number}.out")
+    logs = [log for log in logs if log.is_file()]
     return max(logs, key=lambda log: log.stat().st_mtime_ns, default=None)
 
 
@@ -260,16 +264,6 @@ def _folders(path: Path) -> tuple[str, ...]:
             return tuple(sorted(entry.name for entry in entries if entry.is_dir()))
     except OSError:
         return ()
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{path}{key}.")
-        elif value not in (None, {}, []):
-            flat[f"{path}{key}"] = value
-    return flat
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A hundred handles in a hundred threads ask squeue as often as one does.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from afina.errors import WaitTimeout
 from afina.slurm.client import need_command
 from afina.watch.overview import RunSummary, State, summarise
 
-__all__ = ["OPEN", "wait_for"]
+__all__ = ["OPEN", "wait_for", "wait_until_ended"]
 
 #: A run in one of these states may still end by itself.
 OPEN: tuple[State, ...] = ("PENDING", "RUNNING", "UNKNOWN")
@@ -88,6 +89,24 @@ class _Poller:
 
 
 _POLLER = _Poller()
+# A child of os.fork has its own: its parent's lock may be held by a thread that the child does not have.
+os.register_at_fork(after_in_child=_POLLER.__init__)  # type: ignore[misc]
+
+
+async def wait_until_ended(path: Path) -> None:
+    """As `wait_for` of one run, for asyncio: a task that is cancelled stops at once, and no thread goes on waiting."""
+    import asyncio
+
+    _POLLER.enter([path])
+    try:
+        while True:
+            ended, pause = await asyncio.to_thread(_POLLER.ended, [path])
+            if ended:
+                return
+            _POLLER.check_answers([path])
+            await asyncio.sleep(pause)
+    finally:
+        _POLLER.leave([path])
 
 
 def wait_for(paths: Sequence[Path], timeout: float | None = None, *, first: bool = False) -> dict[Path, RunSummary]:

@@ -42,6 +42,7 @@ def run(
     directory.event("attempt_started", attempt="local-1")
     (folder / "node0.log").write_text("".join(f"line {n}\n" for n in range(9)))
     directory.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    directory.model.mkdir()
     directory.record(
         Outcome(outcome="finished", exit_code=0, attempt="local-1", global_step=20, metrics={"eval_accuracy": 0.75})
     )

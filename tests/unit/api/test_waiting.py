@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from tests.unit.conftest import recipe_dict
 
 import afina
 from afina.api import plan_for
-from afina.errors import AfinaError, Failure, InputError, RecipeError, SlurmError
+from afina.errors import AfinaError, EnvironmentProblem, Failure, InputError, RecipeError, SlurmError
 from afina.recipe.schema import Recipe
 from afina.run import new_run
 from afina.run.directory import RunDir
@@ -29,41 +32,6 @@ from afina.run.job_request import JobRequest
 from afina.run.outcome import Outcome
 from afina.run.plan import make_plan
 from afina.site.settings import Site
-
-
-@pytest.fixture
-def claim(
-    recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: Site, tmp_path: Path
-) -> Callable[..., RunDir]:
-    """Claims a run; with `outcome` its attempt has ended so, with `job` it has a job."""
-
-    def make(name: str = "run", outcome: str = "", job: str = "", worker: str = "false", **more: Any) -> RunDir:
-        plan = make_plan(recipe(), site, recipe_file=recipe_file())
-        run = new_run.claim(plan, {}, ["bash", "-c", worker, "worker", "{run}"], "", tmp_path / name)
-        if job:
-            run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
-        if outcome:
-            attempt = f"{job}.0" if job else "local-1"
-            code = {"finished": 0, "stopped": 75}.get(outcome, 4)
-            run.begin_attempt(attempt)
-            run.record(Outcome(**{"outcome": outcome, "exit_code": code, "attempt": attempt, **more}))  # type: ignore[arg-type]
-            (run.attempts / attempt / "next").write_text("end\n\n\n")
-        return run
-
-    return make
-
-
-@pytest.fixture
-def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Slurm whose queue is the file `queue`; each question is a line of `questions`."""
-    folder = tmp_path / "bin"
-    where = shlex.quote(str(tmp_path))
-    program(folder, "squeue", f"echo squeue >>{where}/questions; cat {where}/queue 2>/dev/null || true\n")
-    program(folder, "scancel", f"echo scancel >>{where}/questions\n")
-    for name in ("sbatch", "srun", "sacct"):
-        program(folder, name, "exit 1\n")
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return tmp_path / "queue"
 
 
 def failure(kind: str, cause: str) -> Failure:
@@ -75,7 +43,8 @@ def failure(kind: str, cause: str) -> Failure:
     [
         ({"outcome": "stopped", "cause": "limit"}, afina.Stopped, 75, "run.submit(), or `afina submit"),
         ({"outcome": "stopped", "cause": "asked"}, afina.Cancelled, 75, "run.submit(), or `afina submit"),
-        ({"outcome": "failed", "failure": failure("TrainingError", "loss")}, afina.Failed, 4, "mend it; then run.submit()"),
+        ({"outcome": "failed", "failure": failure("TrainingError", "disk")}, afina.Failed, 4, "mend it; then run.submit()"),
+        ({"outcome": "failed", "failure": failure("TrainingError", "loss")}, afina.Failed, 4, "mend it"),
         ({"outcome": "failed", "exit_code": 2, "failure": failure("DataError", "")}, afina.Failed, 2, "mend it; then run"),
         ({"outcome": "failed", "failure": Failure("TrainingError", "killed")}, afina.Failed, 4, "run.submit(), or `afina"),
     ],
@@ -102,6 +71,39 @@ def test_a_run_that_finished_and_one_that_was_never_submitted(claim: Callable[..
     assert asyncio.run(awaited()) == run.outcome
     with pytest.raises(InputError, match="was never submitted"):
         afina.Run(claim("b").path).result()
+
+
+def test_a_cancelled_await_ends_at_once(claim: Callable[..., RunDir], squeue: Path) -> None:
+    """No thread goes on waiting, which asyncio would wait for at its end."""
+    runs = [afina.Run(claim(name, job=job).path) for name, job in (("a", "1"), ("b", "2"))]
+    squeue.write_text("1|1|RUNNING|1:00|N/A|n1|\n2|2|RUNNING|1:00|N/A|n1|\n")
+
+    async def main() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*runs), 0.5)
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 20
+
+
+def test_a_forked_child_waits_while_a_thread_of_its_parent_asks_slurm(
+    claim: Callable[..., RunDir], squeue: Path
+) -> None:
+    """multiprocessing forks by default up to Python 3.13; the lock of the poller is not the parent's."""
+    from afina.watch.wait import _POLLER
+
+    run = afina.Run(claim(outcome="finished").path)
+    with _POLLER._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads
+        if (pid := os.fork()) == 0:
+            os._exit(0 if run.wait() == "FINISHED" else 1)
+        end = time.monotonic() + 30
+        while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+            time.sleep(0.05)
+        if status == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+    assert status == (pid, 0)
 
 
 def test_waiting_has_a_limit_of_its_own_kind(claim: Callable[..., RunDir], squeue: Path) -> None:
@@ -152,6 +154,28 @@ def test_runs_are_cancelled_with_one_command(claim: Callable[..., RunDir], squeu
     squeue.write_text("")
     for run in runs:
         assert isinstance(run.exception(timeout=10), afina.Cancelled)
+
+
+def test_a_deleted_run_directory_is_found_by_its_job(
+    claim: Callable[..., RunDir], squeue: Path, tmp_path: Path
+) -> None:
+    """By the batch script that Slurm names; another run's job is left alone."""
+    run, other = (afina.Run(claim(name, job=job).path) for name, job in (("run", "7"), ("run 2", "8")))
+    squeue.write_text("7|7|PENDING|1:00|N/A||Resources\n8|8|PENDING|1:00|N/A||Resources\n")
+    commands = f"7|{run.path}/submitit/7_submission.sh\n8|{other.path}/finetune.sbatch {other.path}\n"
+    (tmp_path / "commands").write_text(commands)
+    program(
+        tmp_path / "bin",
+        "squeue",
+        f"case $* in *%o*) cat {shlex.quote(str(tmp_path))}/commands ;; *) cat {shlex.quote(str(squeue))} ;; esac\n",
+    )
+    shutil.rmtree(run.path)
+    assert run.state == "PENDING" and "was deleted" in str(run.summary.why)
+    cancelled = run.cancel()
+    assert (cancelled.did, cancelled.job_ids, run.path.exists()) == ("cancelled", ("7",), False)
+    squeue.write_text("")
+    (tmp_path / "commands").write_text("")
+    assert "its run directory was deleted" in str(run.exception(timeout=30)) and other.path.exists()
 
 
 def test_as_completed_gives_each_when_it_has_ended(claim: Callable[..., RunDir], squeue: Path) -> None:
@@ -296,10 +320,15 @@ def test_a_run_is_found_by_its_jobs_number(
 
 
 def test_the_package_is_typed_and_lists_its_names() -> None:
-    assert {"submit", "wait", "as_completed", "Stopped"} <= set(dir(afina))
+    """Each name has one home, is imported lazily, and nothing else is public."""
+    from afina import _HOMES
+
     assert (ROOT / "src/afina/py.typed").exists()
+    assert sorted(afina.__all__) == sorted([*_HOMES, "__version__"]) and set(afina.__all__) <= set(dir(afina))
     for name in afina.__all__:
-        assert getattr(afina, name) is not None
+        value = getattr(afina, name)
+        assert name == "__version__" or inspect.getdoc(value), name
+    assert [name for name in dir(afina) if not name.startswith("_")] == sorted(set(afina.__all__) - {"__version__"})
 
 
 def test_submissions_in_threads_keep_their_sites_apart(
@@ -334,6 +363,23 @@ def test_submissions_in_threads_keep_their_sites_apart(
         thread.join(timeout=60)
     assert {number: (tmp_path / f"seen.{number}").read_text() for number in jobs} == jobs and len(jobs) == 8
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("version", ["1.4.6", "1.5.3"])
+def test_a_submitit_whose_jobs_would_fail_is_refused(
+    claim: Callable[..., RunDir], squeue: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """By its number; the requirement names the same one. Which fail was tried with each, see `_LOWEST`."""
+    import submitit
+
+    from afina.slurm.submitit_job import _LOWEST
+
+    lowest = ".".join(map(str, _LOWEST))
+    assert f'"submitit>={lowest}"' in (ROOT / "pyproject.toml").read_text()
+    monkeypatch.setattr(submitit, "__version__", version)
+    with pytest.raises(EnvironmentProblem, match=f"submitit {version}: ") as caught:
+        afina.Run(claim().path).submit()
+    assert f"submitit>={lowest}" in caught.value.remedy
 
 
 @pytest.mark.slow
@@ -373,7 +419,7 @@ for path in sys.argv[1:]:
 #: A worker that stops when it is asked to, as a training does, and records that it did.
 STOPS = """
 echo up; for i in {1..400}; do [ ! -e "$1/stop" ] || break; sleep 0.05; done
-printf '{"outcome": "stopped", "exit_code": 75, "attempt": "local-1", "cause": "asked"}' >"$1/outcome.json"; exit 75
+printf '{"outcome": "stopped", "exit_code": 75, "attempt": "%s", "cause": "asked"}' "$AFINA_ATTEMPT" >"$1/outcome.json"; exit 75
 """
 
 

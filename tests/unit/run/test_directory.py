@@ -22,7 +22,7 @@ from afina.run.directory import RunDir, is_run_dir
 from afina.run.new_run import check_free, claim, next_free
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, make_plan
-from afina.run.supervise import ensure_outcome
+from afina.run.requeue import ensure_outcome
 from afina.site.settings import Site
 
 ARGV = [

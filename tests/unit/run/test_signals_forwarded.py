@@ -19,7 +19,8 @@ def test_the_first_signal_asks_for_a_stop(tmp_path: Path, number: int) -> None:
     run, received = RunDir(tmp_path), []  # type: ignore[var-annotated]
     worker = subprocess.Popen(["sleep", "30"], start_new_session=True)
     try:
-        with SignalForwarder(run, worker, received):
+        with SignalForwarder(run, received) as forwarder:
+            forwarder.worker = worker
             for count in (1, 2) if number != signal.SIGINT else (1,):
                 os.kill(os.getpid(), number)
                 deadline = time.monotonic() + 5

@@ -20,7 +20,7 @@ from pathlib import Path
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.files import write_atomic
 from afina.run.allocation import Allocation, socket_interface
-from afina.run.commands import accelerate_argv, without_launcher, worker_environment
+from afina.run.commands import MEET_S, accelerate_argv, without_launcher, worker_environment
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan, check_cores, geometry_for
 from afina.site.gpus import DRIVER_FILE, driver_version, mig_slices, visible
@@ -165,6 +165,7 @@ def _command(run: RunDir, geometry: Geometry, allocation: Allocation, devices: s
         config=config,
         python=sys.executable,
         command=train,
+        meet_s=int(run.plan().recipe.train.arguments.get("ddp_timeout") or MEET_S),
     )
 
 
