@@ -78,7 +78,7 @@ def test_a_run_is_recorded_reported_and_made_again(place: Path, tmp_path: Path) 
     page = Page(write_report(first))
     assert {"Scores", "Each class", "Calibration", "Mistakes", "Lengths and padding", "Time"} <= set(page.headings)
     accuracy = json.loads((first / "outcome.json").read_text())["metrics"]["eval_accuracy"]
-    assert next(row for row in page.rows if row[0] == "accuracy" and len(row) == 4)[1] == f"{accuracy:.4f}"
+    assert next(row for row in page.rows if row[0] == "accuracy" and len(row) == 5)[1] == f"{accuracy:.4f}"
     assert next(row for row in page.rows if row[:1] == ["train"])[:2] == ["train", "89"]
     assert f"afina rerun {re.escape(str(first))}" not in page.text and "afina rerun" in page.text, (
         "quoted for the shell"
