@@ -63,16 +63,19 @@ class Image:
     signatures: int = 0
 
 
-def check_image(site: Site) -> None:
+def check_image(site: Site, *, resumed: bool = False) -> None:
     """Have the site's image here, pulled if it comes from a registry, and check its signature if the site names a key.
 
     Where the site runs no image, this Python must be able to train. In the container nothing is checked: the host has done it.
+
+    Args:
+        resumed: for a run that exists: without an image it keeps the Python that it was made with, which need not be this one.
 
     Raises:
         SiteError: this Python cannot train; the image cannot be pulled; it is not signed, not by this key, or was altered since; or it cannot be checked.
     """
     pulled = site.pulled
-    if site.runtime == "none" and not in_container():
+    if site.runtime == "none" and not in_container() and not resumed:
         check_python()
     if site.image is None or site.runtime == "none" or in_container() or not (site.image_key or pulled):
         return

@@ -175,7 +175,7 @@ class Run:
         plan = self.dir.plan()
         self.dir.check_place()
         self.dir.check_progress()
-        check_image(plan.site)
+        check_image(plan.site, resumed=True)
         if num_processes is not None:
             check_cores(num_processes)
             geometry_for(plan.recipe, num_processes, nodes=1)
@@ -213,7 +213,7 @@ class Run:
         plan = self.dir.plan().with_time(request.time_min)
         self.dir.check_place()
         self.dir.check_progress()
-        check_image(plan.site)
+        check_image(plan.site, resumed=True)
         check_possible(plan)
         (submit_sbatch if request.via == "sbatch" else submit_submitit)(plan, self.dir)
         return self
