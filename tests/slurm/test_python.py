@@ -17,6 +17,7 @@ from cluster import Cluster
 from afina.recipe.parse import any_recipe
 from afina.run.commands import job_scripts
 from afina.run.directory import RunDir
+from afina.run.new_run import claim
 from afina.run.plan import make_plan
 from afina.site.settings import Site
 
@@ -74,7 +75,7 @@ def claimed(cluster: Cluster, folder: Path) -> Iterator[Callable[..., RunDir]]:
     (folder / "worker.sh").write_text(WORKER)
     (folder / "reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
 
-    def claim(*attempts: tuple[str, int, dict[str, Any]], name: str = "run it's 100%u %x") -> RunDir:
+    def with_attempts(*attempts: tuple[str, int, dict[str, Any]], name: str = "run it's 100%u %x") -> RunDir:
         resources = {"gpus_per_node": 0, "cpus_per_gpu": 1, "time": 5}
         data = {"files": str(folder / "reviews.csv"), "text": "text", "label": "stars"}
         recipe = any_recipe({"name": name, "model": "owner/model", "data": data, "resources": resources})
@@ -90,7 +91,7 @@ def claimed(cluster: Cluster, folder: Path) -> Iterator[Callable[..., RunDir]]:
             shutil.chown(path, cluster.user, cluster.user)
         return run
 
-    yield claim
+    yield with_attempts
     cluster.cancel_all()
 
 
