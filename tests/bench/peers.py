@@ -58,8 +58,7 @@ SEED = 42
 
 
 def recipe_of(folder: Path, model: Path, lengths: str, options: argparse.Namespace) -> Path:
-    """The tutorial's recipe with afina's defaults; `sample` gives the rows the tutorial's order."""
-    rows = {"sample": options.rows, "seed": 42}
+    """The tutorial's recipe with afina's defaults, on all rows of the files in their order."""
     recipe = {
         "name": f"bench-{lengths}",
         "model": str(model),
@@ -68,8 +67,6 @@ def recipe_of(folder: Path, model: Path, lengths: str, options: argparse.Namespa
             "files": {part: str(folder / f"{lengths}-{part}.csv") for part in ("train", "eval")},
             "text": "text",
             "label": "stars",
-            "train": rows,
-            "eval": rows,
         },
         "tokens": {"max_length": 64 if options.quick else 512},
         "train": {"batch_size": 8, "epochs": options.epochs, "learning_rate": 5e-5, "seed": SEED, "keep": "last"},
@@ -115,7 +112,7 @@ def _argv(options: argparse.Namespace, cell: dict[str, Any], half: bool) -> list
         script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
         prepared = prepared_of(folder, recipe, options.threads)
         return [*launch, str(HERE / script), "--prepared", str(prepared), *common]
-    argv = [*launch, str(HERE / "tutorial.py"), "--out", str(log), "--sample", str(options.rows), *common]
+    argv = [*launch, str(HERE / "tutorial.py"), "--out", str(log), "--sample", "0", *common]
     argv += [word for part in ("train", "eval") for word in (f"--{part}", str(folder / f"{lengths}-{part}.csv"))]
     argv += ["--max-length", "64" if options.quick else "512"]
     return [*argv, *(["--best"] if peer == "trainer" else ["--pad-to-batch"] if options.pad_to_batch else [])]

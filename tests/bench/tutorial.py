@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--label", default="stars")
-    parser.add_argument("--sample", type=int, default=1000)
+    parser.add_argument("--sample", type=int, default=1000, help="rows of each part, shuffled; 0: all in their order")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--seed", type=int, default=42)
@@ -65,8 +65,9 @@ def main() -> None:
         ),
         batched=True,
     )
-    train = tokenized["train"].shuffle(seed=42).select(range(min(options.sample, len(tokenized["train"]))))
-    test = tokenized["test"].shuffle(seed=42).select(range(min(options.sample, len(tokenized["test"]))))
+    train, test = tokenized["train"], tokenized["test"]
+    if options.sample:
+        train, test = (part.shuffle(seed=42).select(range(min(options.sample, len(part)))) for part in (train, test))
 
     gpu = torch.cuda.is_available()
     set_seed(options.seed)

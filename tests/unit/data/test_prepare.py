@@ -230,7 +230,7 @@ def test_a_limit_while_writing_is_one_message(plan: Callable[..., Plan], tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
     message = refused(prepare(made, preexec_fn=limit), 3)
-    assert "File too large" in message and "are free on the file system of" in message
+    assert "File too large" in message and "(200,000 bytes here, `ulimit -f`)" in message
     assert leftovers(made) == [] and list(made.site.cache.glob("prepare/*")) == []
 
 
