@@ -300,13 +300,13 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(pla
 
 @pytest.mark.timeout(300)
 def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_age_of_the_newest(place: Path) -> None:
-    """The stop begins 15 seconds, two saves and three steps before the deadline: 40 seconds leave some for the training."""
+    """The stop begins 15 seconds, two saves and three steps before the deadline: 60 seconds leave some for the training."""
     train = {"epochs": 4000, "save_every": 50000, "save_minutes": 0.005, "evaluate": 50000, "log_every": 100}
     recipe = _recipe(train=train)
     run = place / "limited"
     file = run.with_suffix(".yaml")
     file.write_text(json.dumps(recipe))
-    deadline = time.time() + 40
+    deadline = time.time() + 60
     done = subprocess.run(
         [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)],
         env={**_environment(place), "AFINA_DEADLINE": str(deadline)},
