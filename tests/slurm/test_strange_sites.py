@@ -170,8 +170,9 @@ def test_folders_that_are_gone_when_the_job_starts(
     job = cluster.run_as_user(lost, env=here.env, cwd=here.folder, check=True).stdout.strip()
     here.run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
     assert cluster.wait(job) == "FAILED"
+    until(lambda: summary_of(here.run.path).state == "FAILED", here)  # the accounting may come later than the queue
     summary = summary_of(here.run.path)
-    assert summary.state == "FAILED" and "it left no log" in (summary.why or ""), summary
+    assert "it left no log" in (summary.why or ""), summary
     assert "do all nodes see" in (summary.remedy or "") and "afina doctor --job" in (summary.remedy or "")
 
 
@@ -180,8 +181,7 @@ def test_a_site_file_that_the_nodes_do_not_see(cluster: Cluster, here: ScriptedR
     job = here.submit(AFINA_SITE="/home/of/the/login/node/site.env")
     here.run.append("submissions.jsonl", {"job_id": str(job), "via": "sbatch"})
     assert cluster.wait(job) == "FAILED"
+    until(lambda: summary_of(here.run.path).state == "FAILED", here)
     summary = summary_of(here.run.path)
-    assert summary.state == "FAILED" and "AFINA_SITE=/home/of/the/login/node/site.env: no such file on" in (
-        summary.why or ""
-    )
+    assert "AFINA_SITE=/home/of/the/login/node/site.env: no such file on" in (summary.why or ""), summary
     assert (summary.remedy or "").startswith("put the site file where every node sees it; then: afina submit"), summary
