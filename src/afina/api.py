@@ -134,7 +134,7 @@ def on_this_machine(request: JobRequest) -> JobRequest:
     return replace(request, num_processes=processes, gpus_per_node=gpus, nodes=None)
 
 
-def resume(path: str | Path, *, num_processes: int | None = None, check: bool = True) -> Run:
+def resume(path: str | os.PathLike[str], *, num_processes: int | None = None, check: bool = True) -> Run:
     """Continue a run here from its newest checkpoint. A finished one is returned as it is.
 
     Raises:
@@ -145,7 +145,9 @@ def resume(path: str | Path, *, num_processes: int | None = None, check: bool = 
     return _checked(resume_here(path, num_processes=num_processes, received=received), received, check)
 
 
-def resume_here(path: str | Path, *, num_processes: int | None = None, received: list[int] | None = None) -> Run:
+def resume_here(
+    path: str | os.PathLike[str], *, num_processes: int | None = None, received: list[int] | None = None
+) -> Run:
     """`resume`; returns however the attempt ended."""
     run = Run(path)
     outcome = run.outcome
@@ -195,7 +197,7 @@ def submit_to_slurm(recipe: AnyRecipe | Run, request: JobRequest) -> Run:
     if handle is not None:
         return handle.submit(time_min=request.time_min, via=request.via, num_processes=request.num_processes)
     directory, job_plan = _claimed(plan, request)
-    with _kept_if_submitted(directory):
+    with _removed_if_refused(directory.path, directory):
         if request.via == "local":
             return Run(directory.path).submit(via="local", num_processes=plan.geometry.num_processes)
         (submit_sbatch if request.via == "sbatch" else submit_submitit)(job_plan, directory)
@@ -216,7 +218,7 @@ def submit_many(recipes: Sequence[AnyRecipe], request: JobRequest) -> Runs:
     with contextlib.ExitStack() as undo:
         for plan in plans:
             directory, job_plan = _claimed(plan, request)
-            undo.enter_context(_kept_if_submitted(directory))
+            undo.enter_context(_removed_if_refused(directory.path, directory))
             runs.append(Run(directory.path))
             alike = tuple(word for word in sbatch_options(job_plan) if not word.startswith("--job-name="))
             arrays.setdefault(alike, []).append((directory, job_plan))
@@ -230,12 +232,8 @@ def submit_many(recipes: Sequence[AnyRecipe], request: JobRequest) -> Runs:
 def _submit_array(members: Sequence[tuple[RunDir, Plan]]) -> None:
     directories, (plan, *_) = [directory for directory, _ in members], [plan for _, plan in members]
     home = plan.site.scratch / "arrays" / f"{directories[0].path.name}-{secrets.token_hex(4)}"
-    try:
+    with _removed_if_refused(home, directories[0]):
         job = submit_array(plan, directories, home)
-    except BaseException:
-        if not _may_be_queued(directories[0]):
-            shutil.rmtree(home, ignore_errors=True)
-        raise
     print(f"afina: {len(members)} runs submitted as job array {job}", file=sys.stderr)
 
 
@@ -250,18 +248,14 @@ def _claimed(plan: Plan, request: JobRequest) -> tuple[RunDir, Plan]:
 
 
 @contextlib.contextmanager
-def _kept_if_submitted(directory: RunDir) -> Iterator[None]:
-    """Remove a run directory that was claimed a moment ago, for a submission that is refused or interrupted."""
+def _removed_if_refused(folder: Path, run: RunDir) -> Iterator[None]:
+    """Remove a folder that was made for a submission of `run`, if that is refused or interrupted, and no job of it may be queued."""
     try:
         yield
     except BaseException:
-        if not _may_be_queued(directory):
-            shutil.rmtree(directory.path)
+        if not any((run.path / name).exists() for name in ("submissions.jsonl", "intent.json")):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _may_be_queued(directory: RunDir) -> bool:
-    return any((directory.path / name).exists() for name in ("submissions.jsonl", "intent.json"))
 
 
 def _plans(recipes: Sequence[AnyRecipe], request: JobRequest) -> list[Plan]:

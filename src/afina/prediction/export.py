@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ __all__ = ["export"]
 
 
 def export(
-    run: str | Path, out: str | Path | None = None, *, onnx: bool = False, site: str | Path | None = None
+    run: str | os.PathLike[str], out: str | Path | None = None, *, onnx: bool = False, site: str | Path | None = None
 ) -> dict[str, Any]:
     """Write safetensors, tokenizer, model card (and ONNX) into a new folder.
 

@@ -57,7 +57,7 @@ __all__ = ["compose", "predict", "predict_here", "site_for", "submission", "subm
 
 
 def compose(
-    run: str | Path,
+    run: str | os.PathLike[str],
     inputs: Sequence[str | Path],
     out: str | Path | None = None,
     request: PredictRequest = PredictRequest(),
@@ -100,7 +100,7 @@ def compose(
 
 @accepts(PredictOptions, PredictRequest, JobRequest)
 def predict(
-    run: str | Path,
+    run: str | os.PathLike[str],
     inputs: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,

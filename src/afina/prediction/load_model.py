@@ -8,7 +8,7 @@ object. PyTorch and Transformers must be installed here; no container is started
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import EnvironmentProblem, InputError, check_argument
@@ -22,7 +22,7 @@ __all__ = ["load"]
 
 
 def load(
-    run: str | Path,
+    run: str | os.PathLike[str],
     *,
     batch_size: int | None = None,
     max_tokens: int | None = None,

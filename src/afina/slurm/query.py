@@ -7,12 +7,14 @@ Not covered: jobs of other users.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from afina.errors import SlurmError
+from afina.files import read_words
 from afina.recipe.time_limit import parse_seconds
 from afina.slurm.client import of_cluster, run_command, try_command
 
@@ -112,11 +114,24 @@ def query(job_ids: Collection[str], *, account: Collection[str] | None = None) -
 
 
 def jobs_below(folders: Collection[Path]) -> dict[Path, tuple[str, ...]]:
-    """Jobs in the queue whose batch script lies in one of these folders, there or not; empty where squeue does not answer."""
+    """Jobs in the queue that are of these run directories, there or not; empty where squeue does not answer.
+
+    Their batch script lies in the run directory; that of an array in a folder with the list of its runs.
+    """
     answer = try_command(["squeue", "--me", "--noheader", "--array", "--format=%i|%o"], timeout_s=_TIMEOUT_S) or ""
-    jobs = [line.strip().split("|", 1) for line in answer.splitlines() if "|" in line]
-    below = {path: tuple(number for number, command in jobs if command.startswith(f"{path}/")) for path in folders}
+    lines = [line.strip().partition("|") for line in answer.splitlines() if "|" in line]
+    jobs = [(number, _work_of(number, command)) for number, _, command in lines]
+    below = {path: tuple(number for number, work in jobs if f"{work}/".startswith(f"{path}/")) for path in folders}
     return {path: numbers for path, numbers in below.items() if numbers}
+
+
+def _work_of(number: str, command: str) -> str:
+    """The run directory of an array's task, from the array's list (as `finetune.sbatch` finds it); of another job its command."""
+    folder, _, arguments = command.partition("/finetune.sbatch ")
+    task, first = number.partition("_")[2], arguments.removeprefix(folder).strip() or "0"
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return read_words(Path(folder) / "cells")[int(first) + int(task)]
+    return command
 
 
 def is_unseen(job: Job, submitted_s: float, attempts: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ afina.submit("recipe.yaml").result().metrics
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import time
@@ -54,7 +55,7 @@ class LogOptions(TypedDict, total=False):
 class Run:
     """A run, by its directory or its short name. It keeps no state: everything is read from the run directory and from squeue."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         place = resolve_folder(path)
         if not is_run_dir(place):
             raise InputError(

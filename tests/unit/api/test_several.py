@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,20 @@ def test_an_array_whose_answer_was_lost_is_found_again(
             run.submit()
     assert sorted(str(run.job_id) for run in runs) == ["77_0", "77_1"]
     assert isinstance(RunDir(runs[0].path).job_ids(), tuple)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_a_deleted_run_of_an_array_is_found_by_its_task(calls: Path, tmp_path: Path, first: int) -> None:
+    """The array's list names the run of each task, from `first` on where it is a sweep's later array."""
+    gone, other = afina.submit(recipes("a", "b"))
+    home = Path(calls.read_text().rstrip("\t\n").split("\t")[-1])
+    (home / "cells").write_bytes(b"/another run\0" * first + (home / "cells").read_bytes())
+    shutil.rmtree(gone.path)
+    arguments = f"{home} {first}" if first else str(home)
+    commands = "".join(f"100_{task}|{home}/finetune.sbatch {arguments}\n" for task in (0, 1))
+    states = "".join(f"100_{task}|{200 + task}|PENDING|1:00|N/A||Resources\n" for task in (0, 1))
+    (tmp_path / "queue").write_text(commands + states)
+    assert gone.state == "PENDING" and "was deleted" in str(gone.summary.why)
+    program(tmp_path / "bin", "scancel", f'echo "$@" >{shlex.quote(str(tmp_path))}/cancelled\n')
+    assert gone.cancel().job_ids == ("100_0",) and (tmp_path / "cancelled").read_text() == "100_0\n"
+    assert other.state == "PENDING" and other.job_id == "100_1"

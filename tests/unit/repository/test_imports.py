@@ -57,6 +57,13 @@ def test_starting_imports_nothing_heavy(code: str) -> None:
     assert "pydantic" not in modules, "help needs no validation"
 
 
+def test_importing_afina_loads_its_version_alone() -> None:
+    """Everything else is imported when a name is first used, and the functions that submit and wait load nothing heavy either."""
+    assert {m for m in loaded_after("import afina") if m.partition(".")[0] == "afina"} == {"afina", "afina.version"}
+    used = loaded_after("import afina; [getattr(afina, name) for name in afina.__all__]")
+    assert "afina.api" in used and [m for m in LATE if m in used] == []
+
+
 def test_no_host_module_imports_the_worker_or_torch() -> None:
     script = f"""
 import importlib, sys
