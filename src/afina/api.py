@@ -21,18 +21,18 @@ from afina.errors import InputError, SiteError
 from afina.forecast.forecast import write_forecast
 from afina.recipe.parse import any_recipe
 from afina.recipe.schema import Recipe
+from afina.run.causes import ensure_outcome
 from afina.run.commands import sbatch_argv, sbatch_options
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest, SubmitOptions, Via, accepts
 from afina.run.new_run import check_free, claim_run, next_free
 from afina.run.plan import Plan, check_cores, make_plan
-from afina.run.requeue import ensure_outcome
 from afina.run.supervise import background_argv, run_node
 from afina.site.gpus import DRIVER_FILE, mig_slices, visible
 from afina.site.settings import load_site
 from afina.site.variables import sbatch_extra
 from afina.slurm.client import need_slurm, version
-from afina.slurm.limits import check_possible
+from afina.slurm.job_limits import check_possible
 from afina.slurm.submit import max_array_size, submit_array, submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
 from afina.watch.handle import Run, Runs, run_named

@@ -10,7 +10,7 @@ from afina.doctor.target import Target
 from afina.site.finding import Finding
 from afina.slurm.accounting import accounting_works
 from afina.slurm.cluster import Partition
-from afina.slurm.limits import default_qos, job_size, refusal
+from afina.slurm.job_limits import default_qos, job_size, refusal
 from afina.slurm.query import queue_answers
 from afina.text import minutes_in_words
 

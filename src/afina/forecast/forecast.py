@@ -16,7 +16,7 @@ from afina.forecast.evidence import earlier_runs, rehearse, workload_of
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster
-from afina.slurm.limits import job_size, limit_of
+from afina.slurm.job_limits import job_size, limit_of
 
 __all__ = ["forecast", "write_forecast"]
 

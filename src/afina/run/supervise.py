@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, Literal
 from afina.errors import EXIT_FAILED, AfinaError
 from afina.files import read_json
 from afina.processes import boot_id, spawn_detached, start_time
+from afina.run.causes import ensure_outcome
 from afina.run.directory import RunDir
-from afina.run.requeue import ensure_outcome
 from afina.run.workers import cannot_start
 from afina.text import CLEAR_LINE, can_draw
 

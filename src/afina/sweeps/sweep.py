@@ -33,7 +33,7 @@ from afina.run.plan import Plan
 from afina.run.provenance.split_looks import look_at_test
 from afina.run.workers import ask_worker
 from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
-from afina.slurm.limits import check_possible
+from afina.slurm.job_limits import check_possible
 from afina.slurm.submit import forget, recover, submitted
 from afina.statistics.points import Row
 from afina.statistics.predictions import read_predictions

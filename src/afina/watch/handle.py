@@ -26,7 +26,7 @@ from afina.run.supervise import start_in_background
 from afina.site.image import check_image
 from afina.site.settings import environment
 from afina.slurm.client import need_slurm
-from afina.slurm.limits import check_possible
+from afina.slurm.job_limits import check_possible
 from afina.slurm.submit import check_not_queued, submit_sbatch, uninterrupted
 from afina.slurm.submitit_job import submit_submitit
 from afina.watch.cancel import Cancellation, cancel_runs

@@ -17,12 +17,12 @@ from tests.unit.conftest import private_mounts, tree
 from afina.errors import ClaimedError, EnvironmentProblem, Failure, InputError
 from afina.files import write_atomic
 from afina.recipe.schema import Recipe
+from afina.run.causes import ensure_outcome
 from afina.run.commands import sbatch_argv
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.new_run import check_free, claim, next_free
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, make_plan
-from afina.run.requeue import ensure_outcome
 from afina.site.settings import Site
 
 ARGV = [

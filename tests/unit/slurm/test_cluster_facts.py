@@ -12,7 +12,7 @@ from tests.common import program
 from tests.unit.conftest import Ran, tree
 
 from afina.slurm.cluster import Cluster, Qos, parse_associations, parse_config, parse_partitions, read_cluster
-from afina.slurm.limits import JobSize, limit_of, refusal
+from afina.slurm.job_limits import JobSize, limit_of, refusal
 
 #: As sinfo 22.05 and 23.11 print it: two kinds of nodes, a drained one, types, sockets, no GPUs, a limit on nodes.
 SINFO = """\

@@ -113,9 +113,6 @@ def _compare(
 ) -> str:
     """The line; see `check_model_on_rows`."""
     import torch
-    import transformers
-
-    from afina.worker.model.head import build_model
 
     began = time.monotonic()
     needed = 2 * sum(
@@ -126,20 +123,8 @@ def _compare(
         return (
             f"model check: left out: it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here"
         )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     recipe, folder = plan.recipe, result["model_folder"]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.train.seed)
-            model, head = build_model(recipe, folder, manifest["task"], manifest["labels"], manifest["num_labels"])
-    except AfinaError:
-        raise
-    except Exception as error:  # whatever a broken file or a model's code raises
-        raise InputError(
-            f"model: transformers {transformers.__version__} cannot load {folder}: {first_line(error)}",
-            "download the model again, or save it with `save_pretrained`",
-        ) from None
+    model, head = _load(recipe, folder, manifest)
     try:
         with torch.inference_mode():
             model.eval()
@@ -170,6 +155,28 @@ def _compare(
         f"model check: {len(rows)} rows {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
         f"({seconds:.1f} s); {head}"
     )
+
+
+def _load(recipe: Recipe, folder: str, manifest: Mapping[str, Any]) -> tuple[Any, str]:
+    """The model as a run builds it, and the sentence about its head."""
+    import torch
+    import transformers
+
+    from afina.worker.model.head import build_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.seed)
+            return build_model(recipe, folder, manifest["task"], manifest["labels"], manifest["num_labels"])
+    except AfinaError:
+        raise
+    except Exception as error:  # whatever a broken file or a model's code raises
+        raise InputError(
+            f"model: transformers {transformers.__version__} cannot load {folder}: {first_line(error)}",
+            "download the model again, or save it with `save_pretrained`",
+        ) from None
 
 
 def _free_memory() -> int:
