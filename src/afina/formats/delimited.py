@@ -8,7 +8,9 @@ Not covered: separators of several characters, comment lines, escapes with a bac
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -85,6 +87,8 @@ def read_delimited(
             if any(seen) and reading.header is None:
                 notes.add(_LABEL_HEADER)
         except csv.Error as error:
+            if number == 0 and rows.line_num <= 1 and (other := _other_delimiter(path, reading)):
+                raise DataError(f"{path}: the file seems to be separated by {other[0]}", other[1]) from None
             raise _misquoted(path, number + 1, rows.line_num, str(error)) from None
 
 
@@ -154,6 +158,17 @@ def _cell_remedy(cells: Sequence[str], reading: ReadOptions) -> str:
     return remedy
 
 
+def _other_delimiter(path: Path, reading: ReadOptions) -> tuple[str, str] | None:
+    """The separator with which the first line is a row of quoted cells, in words, and the option for it."""
+    with open_text(path, reading) as file:
+        line = file.readline()
+    for mark in SEPARATORS:
+        with contextlib.suppress(csv.Error, StopIteration):
+            if mark != reading.delimiter_for(path) and len(next(csv.reader([line], delimiter=mark, strict=True))) > 1:
+                return separator_words(mark)
+    return None
+
+
 def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:
     if "end of data" in reason:
         return DataError(
@@ -169,7 +184,7 @@ def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:
 def _swallows(cell: str, place: int, width: int, delimiter: str) -> bool:
     """Whether a cell holds the ends and beginnings of other rows: each of its lines has the separators of a row, and none of prose."""
     lines = cell.split("\n")
-    if len(lines) < 2 or width < 2 or f"{delimiter} " in cell:
+    if len(lines) < 2 or width < 2 or re.search(rf"{re.escape(delimiter)}\s", cell):
         return False
     counts = [line.count(delimiter) for line in lines]
     return counts == [width - 1 - place, *[width - 1] * (len(lines) - 2), place]

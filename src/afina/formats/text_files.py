@@ -20,7 +20,17 @@ from afina.errors import DataError
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of, option
 
-__all__ = ["foreign", "note_damaged", "open_binary", "open_text", "readable", "undecodable", "utf_16_hint"]
+__all__ = [
+    "MISSING_WORDS",
+    "foreign",
+    "note_damaged",
+    "note_missing",
+    "open_binary",
+    "open_text",
+    "readable",
+    "undecodable",
+    "utf_16_hint",
+]
 
 #: First bytes of files that are not text: what the file is, and the remedy.
 _MAGIC = {
@@ -39,6 +49,28 @@ _FOREIGN = {
     b"<!doctype html": ("a web page", "download the file itself, not the page about it"),
     b"<html": ("a web page", "download the file itself, not the page about it"),
 }
+#: How programs write a missing value or a cell that failed, in lower case.
+MISSING_WORDS = frozenset(
+    [
+        "nan",
+        "na",
+        "n/a",
+        "#n/a",
+        "<na>",
+        "none",
+        "null",
+        "(null)",
+        "nat",
+        "#ref!",
+        "#value!",
+        "#div/0!",
+        "#name?",
+        "#num!",
+        "#null!",
+    ]
+)
+_LONGEST_WORD = max(map(len, MISSING_WORDS))
+_MISSING_TEXT = "the text is a word for a missing value (NA, nan, None, #REF!, …): correct or remove such rows"
 #: Bytes that no text in Windows-1252 has.
 _NOT_CP1252 = frozenset(b"\x81\x8d\x8f\x90\x9d")
 _MOST_LINES = 1000
@@ -222,6 +254,23 @@ def note_damaged(notes: Notes, texts: Any, rows: Any) -> None:
         indices = _found(pattern, texts)
         if len(indices):
             notes.add(message, rows[indices[0]], len(indices))
+
+
+def note_missing(notes: Notes, texts: Any, rows: Any) -> None:
+    """Note texts that are nothing but a word for a missing value. Arguments as those of `note_damaged`."""
+    if isinstance(texts, list):
+        missing: Any = [i for i, text in enumerate(texts) if text.strip().lower() in MISSING_WORDS]
+    else:
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        few = pc.fill_null(pc.less_equal(pc.binary_length(texts), _LONGEST_WORD), False)
+        short = np.flatnonzero(few.to_numpy(zero_copy_only=False))
+        words = pc.utf8_lower(pc.utf8_trim_whitespace(texts.take(pa.array(short))))
+        missing = short[pc.is_in(words, pa.array(MISSING_WORDS, words.type)).to_numpy(zero_copy_only=False)]
+    if len(missing):
+        notes.add(_MISSING_TEXT, rows[missing[0]], len(missing))
 
 
 def _found(pattern: str, texts: Any) -> Any:

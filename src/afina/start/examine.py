@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.formats.json_rows import number_text
-from afina.formats.text_files import note_damaged
+from afina.formats.text_files import note_damaged, note_missing
 from afina.recipe.data_files import split_named
 from afina.start.guess_columns import MOST_CLASSES, Source, number_of, text_of
 
@@ -69,6 +69,7 @@ class Examined:
         digests: of the texts, to find the same ones in another split.
         sample: some texts.
         odd: what was odd in the rows.
+        flags: where one label column holds 0 and 1: the columns that do so too.
     """
 
     rows: int
@@ -87,6 +88,7 @@ class Examined:
     digests: frozenset[bytes]
     sample: tuple[str, ...]
     odd: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 def examine(
@@ -107,12 +109,16 @@ def examine(
     texts, labels = _Texts(), _Labels(label)
     splits: Counter[str | None] = Counter()
     number = 0
+    flags: dict[str, None] = {}
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
         parts = [text_of(row.get(name)) for name in text]
         texts.add(number, parts)
         note_damaged(source.notes, parts, [number] * len(parts))
+        note_missing(source.notes, parts, [number] * len(parts))
         labels.add(number, [row.get(name) for name in label])
+        if number <= _SAMPLE:
+            flags = {name: None for name in (row if number == 1 else flags) if number_of(row.get(name)) in (0, 1)}
         if split_column is not None:
             splits[split_named(text_of(row.get(split_column)))] += 1
         if tick is not None and number % 5000 == 0:
@@ -137,6 +143,9 @@ def examine(
         digests=frozenset(texts.digests),
         sample=tuple(texts.sample),
         odd=tuple(source.notes.warnings(source.name, "row")),
+        flags=tuple(name for name in flags if name not in (*text, *label))
+        if flags.keys() & {label[0]} == set(label)
+        else (),
     )
 
 

@@ -135,6 +135,20 @@ def data_warnings(p: Proposal) -> list[str]:
                 f"{where}{rows.count:,} {have} {what} ({_row_numbers(rows.first)}): afina prefetch refuses that; correct or "
                 "remove them"
             )
+    x = p.examined
+    if x.flags:
+        warnings.append(
+            f"`{p.label[0]}` holds 0 and 1, as {', '.join(map(_code, x.flags[:8]))} {'does' if len(x.flags) == 1 else 'do'}: for several "
+            f"labels a row `label: {_flow([*p.label, *x.flags[:8]])}`"
+        )
+    if x.complete and len(x.labels) == 1 and not x.multiple:
+        warnings.append(
+            f"every row has the label {_short(next(iter(x.labels)))}: afina prefetch refuses that; is it the label column?"
+        )
+    if len(p.label) == 1 and x.multiple and x.labels and set(x.labels) <= {"0", "1", "0.0", "1.0", "false", "true"}:
+        warnings.append(
+            f"`{p.label[0]}` holds lists of 0 and 1: afina prefetch refuses that; write the names of the labels, or one 0/1 column for each"
+        )
     if shared := sum(len(p.examined.digests & other.digests) for other in p.others.values()):
         are = "text of the other splits is" if shared == 1 else "texts of the other splits are"
         warnings.append(f"{shared:,} {are} in train too: the scores will be too good")
@@ -296,6 +310,10 @@ def _memory_gb(p: Proposal) -> int:
 
 def _row_numbers(rows: Sequence[int]) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows))}{', …' if len(rows) == 5 else ''}"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
 
 
 def _short(name: str) -> str:

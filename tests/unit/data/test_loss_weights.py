@@ -65,3 +65,16 @@ def test_each_part_has_the_weights_of_its_rows(tmp_path: Path) -> None:
     for examples in splits.values():
         assert examples.weights is not None
         assert examples.weights.tolist() == pytest.approx((examples.rows / 10 + 1).tolist())
+
+
+@pytest.mark.parametrize(("label", "ignored"), [("single", "'b'"), ("multi", "'c'")])
+def test_a_label_whose_rows_all_weigh_nothing_is_named(tmp_path: Path, label: str, ignored: str) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"t {n}", "single": "ab"[n % 2], "multi": ["a", "bc"[n % 2]], "w": 1 - n % 2} for n in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = read_files([path], ["w", label], ["text"])
+    data = Data.model_validate({"files": {"train": "x", "eval": "x"}, "text": "text", "label": label, "weight": "w"})
+    warnings: list[str] = []
+    build_splits("auto", data, {"x": table}, {"train": "x", "eval": "x"}, warnings)
+    expected = f"every row of train with label {ignored} has weight 0: nothing is learnt from it"
+    assert expected in warnings, warnings

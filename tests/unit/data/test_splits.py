@@ -568,6 +568,9 @@ def test_a_split_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
             "labels that look alike are separate classes: 'a' (PLACE, row 1; 4 in all), 'a\\u200b' (PLACE, row 3; 4 in all)",
         ),
         (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text and a class"),
+        (["yes", "no", "?"], "label '?' (PLACE, row 3) is text and a class"),
+        (["a", "b", "a, b"], "label 'a, b' (PLACE, row 3) looks like several labels, but is one class: for several"),
+        (["a", "a;c", "c;a"], "label 'a;c' (PLACE, row 2) looks like several labels, but is one class, as are 1 more"),
         (["['a']", "['a', 'b']", "[]"], "label \"['a', 'b']\" (PLACE, row 2) looks like a list written as text"),
         (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
     ],
@@ -577,7 +580,9 @@ def test_suspicious_labels_are_warned_of(tmp_path: Path, values: list[str], mess
     warnings = build(tmp_path, both(rows))[2]
     expected = message.replace("PLACE", f"{tmp_path}/train.csv")
     assert any(warning.startswith(expected) for warning in warnings), warnings
-    assert not any("alike" in w or "is text" in w for w in build(tmp_path, both(rows), labels=values)[2])
+    assert not any(
+        "alike" in w or "is text" in w or "several" in w for w in build(tmp_path, both(rows), labels=values)[2]
+    )
 
 
 @pytest.mark.parametrize("values", [["1", "nan", "2"], ["0.5", "1.5", "None"], ["1", "2", "N/A"], ["1", "inf", "2"]])

@@ -176,6 +176,19 @@ def test_a_file_without_a_header(tmp_path: Path) -> None:
     assert "--no-header on a command line" in error.value.remedy
 
 
+def test_quoted_cells_with_another_separator_than_the_option_say_which(tmp_path: Path) -> None:
+    """A file of commas for a run that was trained on one of semicolons, and the reverse."""
+    path = tmp_path / "a.csv"
+    for mark, reading in ((",", ReadOptions(delimiter=";")), (";", PLAIN)):
+        path.write_text(f'"text"{mark}"label"\n"one, two"{mark}"pos"\n')
+        with pytest.raises(DataError, match=f"seems to be separated by `{mark}`") as error:
+            list(read_rows(path, reading))
+        assert f"--delimiter '{mark}'" in error.value.remedy
+    path.write_text('"text" and more\n"one"\n')
+    with pytest.raises(DataError, match="text follows a closing quote"):
+        list(read_rows(path))
+
+
 # -- warnings ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +207,8 @@ def test_quotes_that_swallow_rows_are_noted_with_their_row(tmp_path: Path) -> No
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"a\nb, c",pos\n"two\nlines",neg\n')
     assert warnings_of(path) == [], "texts of several lines are usual in CSV"
+    path.write_text('text,label\r\n"however,\r\nit works",pos\r\n"well,\r\nit does",neg\r\n')
+    assert warnings_of(path) == [], "a comma at the end of a line is prose"
     path.write_text('text,label\n"great,pos\nbad,neg\nthe end",pos\nc,neg\n')
     assert "row 1: holds a quote that swallows the rows up to the next one" in warnings_of(path)[0]
 
@@ -207,6 +222,9 @@ def test_quotes_that_swallow_rows_are_noted_with_their_row(tmp_path: Path) -> No
         ("text", "row 2: repeats the header"),
         ("\ufefftext", "row 2: repeats the header"),
         ("âge Ânesse NÃO Ã propos", ""),
+        (" NaN", "row 2: the text is a word for a missing value"),
+        ("#VALUE!", "row 2: the text is a word for a missing value"),
+        ("nan bread and none of it null", ""),
     ],
 )
 def test_damaged_texts_are_noted(tmp_path: Path, content: str, warning: str) -> None:

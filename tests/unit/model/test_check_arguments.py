@@ -78,3 +78,12 @@ def test_a_schedule_that_fails_at_the_length_of_this_training_is_refused(tmp_pat
     ) as refused:
         check_arguments(train, tmp_path / "pins", 1)
     assert "more steps" in refused.value.remedy
+
+
+def test_a_warmup_that_takes_all_of_the_training_is_said(tmp_path: Path) -> None:
+    def remarks(warmup: float, steps: int | None) -> list[str]:
+        return check_arguments(Train(arguments={"warmup_steps": warmup}), tmp_path / "pins", steps)
+
+    assert remarks(100, 101) == remarks(0.1, 10) == remarks(100, None) == []
+    (remark,) = remarks(100, 100)
+    assert "warmup_steps: 100 steps, and the training has 100: the learning rate never reaches 5e-05" in remark

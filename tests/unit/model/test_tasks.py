@@ -172,7 +172,10 @@ def test_each_metric_is_better_in_the_direction_that_is_named(task: str) -> None
 
 
 CODE = """
+import random
+
 import numpy as np
+import torch
 
 def cost(labels, predictions):
     return np.mean(labels != predictions) * 10
@@ -188,6 +191,15 @@ def wrong(labels, predictions):
 
 def text(labels, predictions, *, scores=None):
     return "good"
+
+def rude(labels, predictions, scores):
+    np.random.seed(0), random.seed(0), torch.manual_seed(0)
+    for array in (labels, predictions, scores):
+        array[:] = 0
+    return 0.5
+
+def gone(labels, predictions):
+    raise SystemExit(3)
 
 def picky(labels, predictions):
     return 1 / (labels == 2).sum().item()
@@ -212,11 +224,28 @@ def test_a_metric_of_ones_own_is_computed_and_one_that_fails_stops_nothing() -> 
     assert lower_is_better("eval_cost", names) and not lower_is_better("eval_sure", names)
 
 
+def test_a_metric_of_ones_own_changes_neither_what_others_see_nor_the_training() -> None:
+    """It may write into its arrays and seed every generator; it may even end the process."""
+    import random
+
+    import torch
+
+    labels, scores = np.array([0.5, 1.5, 2.5]), np.array([0.4, 1.4, 2.9])
+    states = repr(random.getstate()), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
+    names = ["mine:rude", "mine:gone", "mae", "mine:cost:lower"]
+    found = compute_metrics("regression", names, scores, labels, 1, scores, {"mine": CODE})
+    assert found["rude"] == 0.5 and found["cost"] == 10 and found["mae"] == pytest.approx(0.2)
+    assert found["gone"] is None and "SystemExit" in found["undefined"]["gone"]
+    assert scores.tolist() == [0.4, 1.4, 2.9] and labels.tolist() == [0.5, 1.5, 2.5]
+    assert states == (repr(random.getstate()), repr(np.random.get_state()), torch.random.get_rng_state().tolist())
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
         (["mine:wrong"], "no such thing"),
         (["mine:text"], "returned str, not a number"),
+        (["mine:gone"], "SystemExit: 3"),
         (["mine:absent"], "has no attribute 'absent'"),
         (["mine:np"], "is not a function"),
         (["broken:cost"], "SyntaxError"),
@@ -230,7 +259,7 @@ def test_a_metric_that_cannot_work_is_refused_with_its_traceback(metrics: list[s
         check_metrics("single-label", metrics, None, 3, code)
     assert message in caught.value.message and caught.value.remedy
     if metrics == ["mine:wrong"]:
-        assert 'File "mine.py", line 14, in wrong' in caught.value.message
+        assert 'File "mine.py", line 17, in wrong' in caught.value.message
         assert 'raise ValueError("no such thing")' in caught.value.message
     for task, width in (("single-label", 3), ("multi-label", 3), ("regression", 1)):
         check_metrics(task, ["mine:cost:lower"], "cost", width, code)

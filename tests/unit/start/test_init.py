@@ -232,6 +232,26 @@ def test_labels_are_those_that_prefetch_takes(
     assert refused in " ".join(answer["warnings"]) and bool(answer["warnings"]) == bool(refused)
 
 
+@pytest.mark.parametrize(
+    ("columns", "warning"),
+    [
+        (lambda n: {"label": "good"}, "every row has the label 'good': afina prefetch refuses that"),
+        (lambda n: {"label": [n % 2, 1]}, "`label` holds lists of 0 and 1: afina prefetch refuses that"),
+        (lambda n: {"label": n % 2, "it's b": 1.0, "c": n}, "`label` holds 0 and 1, as `it's b` does: for several labels a "
+         "row `label: [label, \"it's b\"]`"),
+        (lambda n: {"label": n % 2, "b": n % 3}, ""),
+        (lambda n: {"label": n % 3, "b": n % 2}, ""),
+    ],
+)  # fmt: skip
+def test_labels_of_another_kind_than_proposed_are_said(
+    init: Init, tmp_path: Path, model: Path, columns: Callable[[int], dict[str, Any]], warning: str
+) -> None:
+    rows = [{"text": f"it was good {n}", **columns(n)} for n in range(12)]
+    path = tiny.write_jsonl(tmp_path / "r.jsonl", rows)
+    answer = init(tmp_path / "p", "--data", path, "--label", "label", "--model", model)
+    assert [w[: len(warning)] for w in answer["warnings"]] == ([warning] if warning else [])
+
+
 def test_every_file_has_the_columns(
     init: Init, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

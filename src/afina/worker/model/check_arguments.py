@@ -41,7 +41,7 @@ def check_arguments(train: Train, pins: Path, steps: int | None = None) -> list[
             setting that the optimizer or the schedule does not use.
     """
     arguments, rate = dict(train.arguments), train.learning_rate
-    return checked_once(pins, ["arguments", 3, arguments, rate, steps], lambda: _try_arguments(arguments, rate, steps))
+    return checked_once(pins, ["arguments", 4, arguments, rate, steps], lambda: _try_arguments(arguments, rate, steps))
 
 
 def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: int | None) -> list[str]:
@@ -74,7 +74,13 @@ def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: in
             optimizer = _check_optimizer(given, checked, installed)
             _check_schedule(given, checked, optimizer, installed)
             _check_steps(given, optimizer, steps)
-    return [f"train.arguments: {w.message}" for w in caught if issubclass(w.category, FutureWarning)]
+    remarks = [f"train.arguments: {w.message}" for w in caught if issubclass(w.category, FutureWarning)]
+    if steps is not None and (warmup := given.get_warmup_steps(steps)) >= steps:
+        remarks.append(
+            f"train.arguments.warmup_steps: {warmup:,} steps, and the training has {steps:,}: the learning rate never reaches "
+            f"{learning_rate:g}"
+        )
+    return remarks
 
 
 def _built(arguments: Mapping[str, Any], installed: str) -> Any:

@@ -8,11 +8,13 @@ it is not defined. Not covered: a file beside the recipe that imports another on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import linecache
+import random
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +63,7 @@ def call(function: Function, labels: Array, predictions: Array, scores: Array | 
         TypeError: it returned something else than a number.
         Exception: the function's own.
     """
+    scores = None if scores is None else scores.copy()
     arguments = [labels.copy(), predictions.copy()]
     parameters = list(inspect.signature(function).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -69,12 +72,27 @@ def call(function: Function, labels: Array, predictions: Array, scores: Array | 
         named = {"scores": scores}
     elif len(positional) > 2 and positional[2].default is inspect.Parameter.empty:
         arguments.append(np.asarray(scores))
-    value = function(*arguments, **named)
+    with _random_states_kept():
+        value = function(*arguments, **named)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):
         raise TypeError(f"returned {type(value).__name__}, not a number")
     return float(value)
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Seeds and draws inside do not change the training: its dropout comes from the same generators."""
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def check_metrics(
@@ -96,7 +114,7 @@ def check_metrics(
     for metric in own:
         try:
             call(load(metric, code), *arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             trace = "".join(traceback.format_exception(error)).rstrip()
             where = f"{metric.module}.py beside the recipe" if metric.module in code else f"module {metric.module}"
             raise RecipeError(

@@ -54,7 +54,7 @@ class _Metrics(evaluate.Metric):  # type: ignore[misc]
                 continue
             try:
                 value = call(load(own, self._code), labels, predicted, scores)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 value, undefined[own.name] = (
                     None,
                     f"{own.module}.{own.function} raised {type(error).__name__}: {first_line(error)}",

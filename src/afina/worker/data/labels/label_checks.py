@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError, nearest
+from afina.formats.text_files import MISSING_WORDS
 from afina.recipe.keys.data_keys import Data
 from afina.worker.data.labels.find_labels import LabelColumns, Labels, as_number, listed
 from afina.worker.data.tables.data_table import Examples, list_places
@@ -26,11 +27,13 @@ __all__ = ["check_found_labels", "check_labels", "nearest_label"]
 Array = np.ndarray[Any, Any]
 
 _SHOWN = 5
-#: How programs write a missing value.
-_MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "none", "null", "nat"}
+#: How a missing label is written.
+_MISSING = MISSING_WORDS | {"?"}
 #: Near-misses: at most so many labels are compared, and the other one must have so many times the rows.
 _MOST_COMPARED = 1000
 _TIMES_AS_FREQUENT = 10
+#: What people write between the labels of a row.
+_SEPARATORS = ",;|/&+"
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
@@ -76,12 +79,29 @@ def check_found_labels(labels: Labels, data: Data, columns: Sequence[LabelColumn
             f"label {lists[0]!r} ({_place(columns, labels, lists[0])}) looks like a list written as text, but is one class: "
             "for several labels a row give lists (JSON, Parquet) or `data.label_separator`"
         )
+    warnings += _joined(labels.names, columns, labels)
     commas = [name for name in labels.names if _DECIMAL_COMMA.fullmatch(name)]
     if commas and all(_DECIMAL_COMMA.fullmatch(name) or as_number(name) is not None for name in labels.names):
         warnings.append(
             f"label {commas[0]!r} ({_place(columns, labels, commas[0])}) looks like a number with a decimal comma, but is one "
             "class: for a regression write 1.5"
         )
+
+
+def _joined(names: Sequence[str], columns: Sequence[LabelColumns], labels: Labels) -> Iterator[str]:
+    """Labels that are others with a separator between them: `a, b` beside `a`, where `b` occurs elsewhere too."""
+    for mark in _SEPARATORS:
+        parts = {name: {part.strip() for part in name.split(mark)} for name in names}
+        often = Counter(part for each in parts.values() for part in each)
+        joined = [
+            n for n, each in parts.items() if len(each) > 1 and each & set(names) and all(often[p] > 1 for p in each)
+        ]
+        if joined:
+            more = f", as are {len(joined) - 1} more" if len(joined) > 1 else ""
+            yield (
+                f"label {joined[0]!r} ({_place(columns, labels, joined[0])}) looks like several labels, but is one class{more}: "
+                f"for several labels a row set `data.label_separator: {mark!r}`"
+            )
 
 
 def _counts(labels: Labels, columns: Sequence[LabelColumns]) -> dict[str, int]:
@@ -202,12 +222,20 @@ def check_labels(labels: Labels, splits: Mapping[str, Examples], warnings: list[
     nowhere = names[sum(counts.values()) == 0]
     if len(nowhere):
         warnings.append(f"no row with label {listed(nowhere)} in any split; the model keeps an output for it")
+    if len(ignored := names[(counts["train"] > 0) & (_weighed(train, len(names)) == 0)]):
+        warnings.append(f"every row of train with label {listed(ignored)} has weight 0: nothing is learnt from it")
     for index in np.flatnonzero(counts["train"] == 1)[:_SHOWN]:
         row = np.flatnonzero(train.labels == index if labels.task == "single-label" else train.labels[:, index])[0]
         warnings.append(f"label {names[index]!r} occurs once in train ({train.table.where(int(row))})")
     more = int((counts["train"] == 1).sum()) - _SHOWN
     if more > 0:
         warnings.append(f"{more} more labels occur once in train")
+
+
+def _weighed(train: Examples, width: int) -> Array:
+    """Sum of the weights of each label's rows, (K,)."""
+    weights = np.ones(len(train.labels)) if train.weights is None else train.weights
+    return np.bincount(train.labels, weights, width) if train.labels.ndim == 1 else weights @ train.labels
 
 
 def _meaning(name: str) -> str:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from afina.formats.columns import check_columns, distinct
 from afina.formats.notes import Notes
-from afina.formats.text_files import note_damaged
+from afina.formats.text_files import note_damaged, note_missing
 
 __all__ = [
     "BATCH_BYTES",
@@ -126,12 +126,13 @@ def choose_columns(path: Path, header: Sequence[str], wanted: Sequence[str], oth
 
 
 def note_texts(notes: Notes, texts: pa.Array, rows: Array, name: str) -> None:
-    """Note texts that a wrong conversion has damaged, and columns that look like ids.
+    """Note texts that a wrong conversion has damaged or that say that there is none, and columns that look like ids.
 
     Args:
         rows: number of each text's row.
     """
     note_damaged(notes, texts, rows)
+    note_missing(notes, texts, rows)
     if len(texts) > 1 and rows[0] == 1:
         like_ids = pc.fill_null(pc.match_substring_regex(texts, _ID), False)
         if pc.all(like_ids).as_py() and len(pc.unique(texts)) == len(texts):
