@@ -114,6 +114,76 @@ def test_the_check_finds_what_the_mends_prevent(
     assert any(line.startswith("model check: 8 rows") for line in prefetch(folder))
 
 
+#: A classifier with code of its own. Its head reads one place of a row; no token knows its neighbours.
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "our_own"
+    vocab_size, hidden_size, max_position_embeddings = 99, 8, 64
+
+
+class OwnClassifier(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None):
+        return SequenceClassifierOutput(logits=self.classifier(READ))
+"""
+
+
+def _own_model(folder: Path, read: str, side: str) -> Path:
+    """`read`: of `words`, the (B, T, H) embeddings of a batch."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(architecture_folder(folder / "bert", "bert"))
+    tokenizer.padding_side = side
+    tokenizer.save_pretrained(model := folder / f"reads {side}")
+    (model / "own.py").write_text(OWN_CODE.replace("READ", read.replace("words", "self.words(input_ids)")))
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnClassifier"}
+    (model / "config.json").write_text(json.dumps({"model_type": "our_own", "auto_map": auto}))
+    torch.manual_seed(0)
+    weights = {
+        "words.weight": torch.randn(99, 8),
+        "classifier.weight": torch.randn(2, 8),
+        "classifier.bias": torch.zeros(2),
+    }
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("read", "works"), [("words[:, -1]", "left"), ("words[:, 0]", "right"), ("words.mean(1)", "neither")]
+)
+def test_code_of_its_own_is_padded_on_the_side_of_its_tokenizer_and_refused_with_the_other(
+    read: str, works: str, prefetch: Prefetch, tmp_path: Path
+) -> None:
+    """The remedy is followed: `padding_side` in tokenizer_config.json."""
+    for side in ("left", "right"):
+        folder = _own_model(tmp_path / side, read, side)
+        if side == works:
+            assert any(line.startswith("model check: 8 rows") for line in prefetch(folder, trust_remote_code=True))
+            continue
+        with pytest.raises(AfinaError, match="have other logits than each alone") as refused:
+            prefetch(folder, trust_remote_code=True)
+        assert 'set "padding_side" in its tokenizer_config.json to the other side' in refused.value.remedy
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["padding_side"] == side
+        settings["padding_side"] = {"left": "right", "right": "left"}[side]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        if works != "neither":
+            assert any(line.startswith("model check: 8 rows") for line in prefetch(folder, trust_remote_code=True))
+
+
 @pytest.mark.parametrize(
     ("kind", "function", "broken"),
     [("bert", None, None), ("xlnet", "padding_side", lambda *_: "right"), ("fnet", "separate_rows", lambda _: None)],

@@ -88,7 +88,7 @@ def _random_states_kept() -> Iterator[None]:
 
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):  # type: ignore[no-untyped-call]
             yield
     finally:
         random.setstate(states[0])
