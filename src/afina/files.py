@@ -35,6 +35,7 @@ __all__ = [
     "sync_folder",
     "sync_tree",
     "write_atomic",
+    "write_problem",
 ]
 
 #: Bytes read at once: larger blocks fall out of the core's cache before they are hashed.
@@ -72,9 +73,19 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        remedy = "correct the permissions of the folder" if denied else "free space or quota (`df`, `quota`)"
-        raise EnvironmentProblem(f"{path}: {error.strerror}", f"{remedy}, then run the same command again") from error
+        raise write_problem(path, error) from error
+
+
+def write_problem(path: Path, error: OSError) -> EnvironmentProblem:
+    """The error for a file or folder that cannot be written: closed, without its folder, or on a full disk."""
+    remedy = "free space or quota (`df`, `quota`)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "correct the permissions of the folder"
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        remedy = (
+            f"{path.parent} is gone: put it back where it was (a scratch may have been purged, moved or not mounted)"
+        )
+    return EnvironmentProblem(f"{path}: {error.strerror}", f"{remedy}, then run the same command again")
 
 
 def append_line(path: Path, line: str) -> int:

@@ -32,8 +32,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from afina.errors import EnvironmentProblem, Failure, InputError
-from afina.files import read_words, write_atomic
+from afina.errors import Failure, InputError
+from afina.files import read_words, write_atomic, write_problem
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
@@ -184,10 +184,7 @@ class RunDir:
                 number += 1
                 continue
             except OSError as error:
-                raise EnvironmentProblem(
-                    f"{folder}: {error.strerror}",
-                    "free space or quota (`df`, `quota`), then run the same command again",
-                ) from None
+                raise write_problem(folder, error) from None
             return Path(folder)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:

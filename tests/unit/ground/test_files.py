@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from afina.files import append_line, encode_words, name_aside, read_json, read_words
+from afina.errors import EnvironmentProblem
+from afina.files import append_line, encode_words, name_aside, read_json, read_words, write_atomic, write_problem
 from afina.text import aligned, minutes_in_words, plural, seconds_in_words
 
 
@@ -61,3 +64,16 @@ def test_nothing_of_a_line_that_does_not_fit_stays(tmp_path: Path) -> None:
     file = tmp_path / "log"
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
     assert "File too large" in done.stderr and file.read_text() == "x" * 60 + "\n"
+
+
+def test_a_file_that_cannot_be_written_names_the_reason_that_it_has(tmp_path: Path) -> None:
+    """A folder that was removed is not a full disk."""
+    with pytest.raises(EnvironmentProblem, match=r"outcome\.json: No such file or directory") as gone:
+        write_atomic(tmp_path / "run" / "outcome.json", "{}")
+    assert f"{tmp_path / 'run'} is gone: put it back" in gone.value.remedy
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentProblem, match="Not a directory") as blocked:
+        write_atomic(tmp_path / "file" / "outcome.json", "{}")
+    assert "is gone" in blocked.value.remedy
+    for number, remedy in ((errno.EROFS, "permissions of the folder"), (errno.EDQUOT, "free space or quota")):
+        assert remedy in write_problem(tmp_path / "a", OSError(number, os.strerror(number))).remedy
