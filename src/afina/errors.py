@@ -48,6 +48,7 @@ __all__ = [
     "TrainingError",
     "WaitTimeout",
     "check_argument",
+    "check_overrides",
     "first_line",
     "nearest",
     "nearest_name",
@@ -206,21 +207,45 @@ _KINDS: dict[str, type[AfinaError]] = {
 }  # fmt: skip
 
 
-def check_argument(name: str, value: object, kinds: tuple[type, ...], what: str, *, least: int | None = None) -> None:
+def check_argument(
+    name: str,
+    value: object,
+    kinds: tuple[type, ...],
+    what: str,
+    *,
+    least: int | None = None,
+    of: tuple[type, ...] = (object,),
+    required: bool = False,
+) -> None:
     """Refuse an argument of a Python function that is of another type; None is left to the caller.
 
     Args:
         kinds: the types that it may have; a boolean is not a number.
         what: the same in words: "a path".
         least: the smallest number.
+        of: the types that the elements of a list or tuple may have.
+        required: None is refused too.
 
     Raises:
         InputError: with the argument's name and what was found.
     """
     fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if value is not None and not (fits and (least is None or value >= least)):  # type: ignore[operator]
+    if isinstance(value, list | tuple):
+        fits = fits and all(isinstance(one, of) for one in value)
+    if (value is not None or required) and not (fits and (least is None or value >= least)):  # type: ignore[operator]
         limit = "" if least is None else f", {least} or more"
         raise InputError(f"{name}: must be {what}{limit}; found {value!r}", "correct the argument")
+
+
+def check_overrides(overrides: object) -> None:
+    """Refuse what is not a list of texts.
+
+    Raises:
+        InputError: with what was found.
+    """
+    check_argument(
+        "overrides", overrides, (list, tuple), 'a list of texts such as ["train.epochs=1"]', of=(str,), required=True
+    )
 
 
 def first_line(error: BaseException) -> str:

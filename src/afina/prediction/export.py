@@ -32,7 +32,9 @@ def export(
     Raises:
         AfinaError: as the command says it.
     """
-    check_argument("out", out, (str, Path), "a path")
+    for name, path in (("out", out), ("site", site)):
+        check_argument(name, path, (str, Path), "a path")
+    check_argument("onnx", onnx, (bool,), "True or False", required=True)
     directory, model = find_model(resolve_folder(run))
     if directory is None:
         raise InputError(

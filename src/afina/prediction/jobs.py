@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError, check_argument
@@ -53,6 +53,8 @@ from afina.watch.find import resolve_folder
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_Model = TypeVar("_Model", bound=BaseModel)
+
 __all__ = ["compose", "predict", "predict_here", "site_for", "submission", "submit_prediction", "worker_env"]
 
 
@@ -68,8 +70,6 @@ def compose(
         InputError, DataError: no such run, model, input; an output that cannot be written.
     """
     check_argument("out", out, (str, Path), "a path")
-    for name in inputs:
-        check_argument("inputs", name if name is not None else (), (str, Path), "paths")
     directory, model = find_model(resolve_folder(run))
     files = find_inputs(inputs)
     target = result_name(files) if out is None else Path(out).expanduser().absolute()
@@ -80,21 +80,23 @@ def compose(
         raise DataError(f"{', '.join(map(str, inputs))}: no data file but the output itself", "name another output: -o")
     job = request.job
     plan = plan_of(directory, model, kept, site_for(directory, job.site), gpus=job.gpus_per_node, time_min=job.time_min)
-    reading = reading_for(
-        directory,
-        [Path("-.txt") if path == STDIN else path for path in kept],
-        ReadOptions.model_validate(request.reading),
-    )
+    texts = [Path("-.txt") if path == STDIN else path for path in kept]
+    reading = reading_for(directory, texts, _validated(ReadOptions, request.reading, "reading"))
     if reading is not None and reading != request.reading:
         _say(f"reading as in training: {', '.join(f'{key} {value!r}' for key, value in reading.given().items())}")
     fixed = {
         "plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target, "reading": reading
     }  # fmt: skip
+    return _validated(Prediction, {**fixed, **request.options()})
+
+
+def _validated(kind: type[_Model], values: object, above: str = "") -> _Model:
+    """The model of these values; a key that is wrong is named, below the argument `above`."""
     try:
-        return Prediction.model_validate({**fixed, **request.options()})
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
+        name = ".".join(filter(None, [above, *map(str, first["loc"])]))
         raise InputError(f"{name}: {first['msg']}, found {first['input']!r}", "correct the argument") from None
 
 
@@ -122,10 +124,8 @@ def predict(
     """
     of_request: dict[str, Any] = dict(options)
     job = JobRequest(**{name: of_request.pop(name) for name in ("site", "num_processes") if name in of_request})
-    check_argument(
-        "inputs", inputs if inputs is not None else (), (str, Path, list, tuple), "a path, or a list of paths"
-    )
-    named = [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+    named = [inputs] if isinstance(inputs, str | Path) else inputs
+    check_argument("inputs", named or None, (list, tuple), "a path, or a list of paths", of=(str, Path), required=True)
     return predict_here(compose(run, named, out, PredictRequest(**of_request, job=job)), job.num_processes, stdin=stdin)
 
 

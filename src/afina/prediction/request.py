@@ -82,8 +82,8 @@ class PredictRequest:
     def options(self) -> dict[str, object]:
         """The fields of a `Prediction` that are asked for."""
         options = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
-        check_argument("text", self.text, (str, list, tuple), "a column, or a list of columns")
-        text = (self.text,) if isinstance(self.text, str) else tuple(self.text)
+        check_argument("text", self.text, (str, list, tuple), "a column, or a list of columns", of=(str,))
+        text = (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
         return {
             "text": text,
             "keep": self.keep,

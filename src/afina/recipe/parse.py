@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml.nodes import Node
 
-from afina.errors import InputError, RecipeError, nearest
+from afina.errors import InputError, RecipeError, check_argument, check_overrides, nearest
 from afina.recipe.explain import combined, explain
 from afina.recipe.keys.section import shown
 from afina.recipe.plausible import implausible
@@ -29,6 +29,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with the file, the line, the value found and those allowed.
     """
+    check_argument("path", path, (str, Path), "a path", required=True)
+    check_overrides(overrides)
     return parse_recipe(read_recipe(path), overrides, source=str(Path(path))).read_from(Path(path))
 
 

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from afina.errors import InputError, check_argument, nearest
+from afina.errors import InputError, check_argument, check_overrides, nearest
 
 __all__ = ["JobOptions", "JobRequest", "SubmitOptions", "Via", "accepts"]
 
@@ -59,12 +59,9 @@ class JobRequest:
     in_job: bool = False
 
     def __post_init__(self) -> None:
-        given = self.overrides
-        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
-            raise InputError(
-                f"overrides: must be a list of texts, found {given!r}", 'for example overrides=["train.epochs=1"]'
-            )
-        object.__setattr__(self, "overrides", tuple(given))
+        check_overrides(self.overrides)
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        check_argument("rehearse", self.rehearse, (bool,), "True or False", required=True)
         check_argument("slurm", self.slurm, (Mapping,), "a mapping of sbatch's options")
         check_argument("after", self.after, (list, tuple), "a list of runs")
         for name, least in _LEAST.items():

@@ -11,12 +11,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
-from afina.errors import AfinaError, Cancelled, EnvironmentProblem, Failed, InputError, Stopped
+from afina.errors import AfinaError, Cancelled, EnvironmentProblem, Failed, InputError, Stopped, check_argument
 from afina.files import read_json
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest, Via
@@ -288,7 +288,12 @@ class Run:
 
 
 class Runs(list[Run]):
-    """Several runs; a notebook shows them as a table."""
+    """Several runs, from handles, paths or short names; a notebook shows them as a table."""
+
+    def __init__(self, runs: Iterable[Run | str | os.PathLike[str]] = ()) -> None:
+        if isinstance(runs, str | bytes | Mapping | os.PathLike) or not isinstance(runs, Iterable):
+            raise InputError(f"runs: must be a list of runs; found {runs!r}", "for example afina.wait([run])")
+        super().__init__(run if isinstance(run, Run) else Run(run) for run in runs)
 
     def wait(self, timeout: float | None = None) -> list[State]:
         """Wait for all of them, with one query of Slurm at a time; returns their states.
@@ -331,10 +336,10 @@ def runs(path: str | Path | None = None) -> Runs:
         InputError: no such folder, or no run in it.
         SiteError: no folder given, and scratch is not known.
     """
-    return Runs(map(Run, known_runs() if path is None else find_runs([path])))
+    return Runs(known_runs() if path is None else find_runs([path]))
 
 
-def wait(runs: Iterable[Run], timeout: float | None = None) -> Runs:
+def wait(runs: Iterable[Run | str | os.PathLike[str]], timeout: float | None = None) -> Runs:
     """Wait until none of the runs is queued or running; returns them. However many there are, Slurm is asked once at a time.
 
     Raises:
@@ -345,13 +350,14 @@ def wait(runs: Iterable[Run], timeout: float | None = None) -> Runs:
     return waiting
 
 
-def as_completed(runs: Iterable[Run], timeout: float | None = None) -> Iterator[Run]:
+def as_completed(runs: Iterable[Run | str | os.PathLike[str]], timeout: float | None = None) -> Iterator[Run]:
     """The runs, each when it is neither queued nor running any more; `result()` then returns or raises at once.
 
     Raises:
         WaitTimeout: after `timeout` seconds.
     """
-    left = {run.path: run for run in runs}
+    left = {run.path: run for run in Runs(runs)}
+    check_argument("timeout", timeout, (int, float), "a number of seconds", least=0)
     end = None if timeout is None else time.monotonic() + timeout
     while left:
         for path in wait_for(list(left), None if end is None else max(0.0, end - time.monotonic()), first=True):

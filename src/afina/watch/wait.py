@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from afina.errors import WaitTimeout
+from afina.errors import WaitTimeout, check_argument
 from afina.slurm.client import need_command
 from afina.watch.overview import RunSummary, State, summarise
 
@@ -116,6 +116,7 @@ def wait_for(paths: Sequence[Path], timeout: float | None = None, *, first: bool
         WaitTimeout: after `timeout` seconds.
         SlurmError: a job is waited for where there is no squeue.
     """
+    check_argument("timeout", timeout, (int, float), "a number of seconds", least=0)
     end = None if timeout is None else time.monotonic() + timeout
     wanted = list(dict.fromkeys(paths))
     _POLLER.enter(wanted)

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests import tiny
 from tests.common import ROOT
 
 import afina
@@ -121,16 +122,32 @@ def test_the_log_is_text(run: afina.Run) -> None:
 def test_the_examples_of_the_page_run(
     run: afina.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the first, which submits: that is done on a real cluster, in tests/slurm."""
+    """All but the first, which submits: that is done on a real cluster, in tests/slurm; and the last, which needs a model."""
     pytest.importorskip("pandas")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 3 and "afina.submit(" in blocks[0]
+    assert len(blocks) == 4 and "afina.submit(" in blocks[0] and "afina.predict(" in blocks[3]
     Path("runs").mkdir()
     Path("runs/first").symlink_to(run.path)
-    for block in blocks[1:]:
+    for block in blocks[1:3]:
         exec(compile(block, "docs/python.md", "exec"), {})
     said = capsys.readouterr().out
     assert "FINISHED 20 None\n0.7\n" in said and "line 8\n" in said and "nothing to cancel: it has finished" in said
+
+
+@pytest.mark.series
+def test_the_next_step_of_the_page_runs(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in its handle, its path in words: predict, load and export take both."""
+    monkeypatch.setenv("AFINA_SCRATCH", str(scratch))
+    block = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)[-1]
+    recipe = tiny.write_project(Path("project"), rows=60, train={"max_steps": 2})
+    Path("runs").mkdir()
+    tiny.write_csv(Path("new.csv"), tiny.tiny_reviews(9, 3))
+    train = f"import afina; afina.train({str(recipe)!r}, run='runs/first', num_processes=1)\n"
+    done = subprocess.run([sys.executable, "-c", train + block], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer, predicted, exported = done.stdout.splitlines()[-3:]
+    assert answer.startswith("9 {") and predicted.startswith("[") and Path(exported) == Path.cwd() / "to-publish"
+    assert (Path(exported) / "config.json").is_file() and Path("new.predictions.csv").is_file()
 
 
 def test_the_first_example_submits_and_waits(run: afina.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,6 +255,22 @@ def test_a_wrong_argument_is_named(options: dict[str, Any], name: str) -> None:
         (lambda run: afina.Run(7), "run"),  # type: ignore[arg-type]
         (lambda run: afina.runs(3), "run"),  # type: ignore[arg-type]
         (lambda run: afina.resume(None), "run"),  # type: ignore[arg-type]
+        (lambda run: afina.load_recipe(None), "path"),  # type: ignore[arg-type]
+        (lambda run: afina.load_recipe("r.yaml", overrides=None), "overrides"),  # type: ignore[arg-type]
+        (lambda run: afina.load_recipe("r.yaml", overrides=[("a", 1)]), "overrides"),  # type: ignore[list-item]
+        (lambda run: afina.wait(3), "runs"),  # type: ignore[arg-type]
+        (lambda run: afina.wait(afina.Run(run)), "runs"),  # type: ignore[arg-type]
+        (lambda run: afina.Runs([None]), "run"),  # type: ignore[list-item]
+        (lambda run: afina.wait([run], timeout="1"), "timeout"),  # type: ignore[arg-type]
+        (lambda run: list(afina.as_completed(str(run))), "runs"),  # type: ignore[arg-type]
+        (lambda run: list(afina.as_completed([run], timeout=[1])), "timeout"),  # type: ignore[arg-type]
+        (lambda run: afina.Run(run).result(timeout=float("nan")), "timeout"),
+        (lambda run: afina.Run(run).exception(timeout=True), "timeout"),
+        (lambda run: afina.predict(run, None), "inputs"),  # type: ignore[arg-type]
+        (lambda run: afina.predict(run, []), "inputs"),
+        (lambda run: afina.export(run, onnx="no"), "onnx"),  # type: ignore[arg-type]
+        (lambda run: afina.export(run, site=3), "site"),  # type: ignore[arg-type]
+        (lambda run: afina.submit("r.yaml", rehearse="no"), "rehearse"),  # type: ignore[call-overload]
         (lambda run: afina.predict(run, 3), "inputs"),  # type: ignore[arg-type]
         (lambda run: afina.predict(run, [None]), "inputs"),  # type: ignore[list-item]
         (lambda run: afina.predict(run, "a.csv", out=3), "out"),  # type: ignore[arg-type]
@@ -278,6 +294,8 @@ def test_a_wrong_argument_of_the_other_functions_is_named(
     with pytest.raises(InputError) as caught:
         call(run.path)
     assert caught.value.message.startswith(f"{name}: must be "), caught.value.message
+    with pytest.raises(InputError, match=r"^reading\.delimitr: "):
+        afina.predict(run.path, "a.csv", reading={"delimitr": ";"})
 
 
 def test_wrong_recipes(recipe_file: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
