@@ -32,7 +32,7 @@ from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.provenance.split_looks import look_at_test
 from afina.run.workers import ask_worker
-from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_slurm
+from afina.slurm.client import AMBIGUOUS, SUBMIT_LIMIT, need_command, need_slurm
 from afina.slurm.job_limits import check_possible
 from afina.slurm.submit import forget, recover, submitted
 from afina.statistics.points import Row
@@ -101,12 +101,16 @@ class Sweep:
 
         Raises:
             WaitTimeout: after `timeout_s` seconds; it is a TimeoutError too.
+            SlurmError: a job is waited for where there is no squeue.
         """
+        check_argument("timeout_s", timeout_s, (int, float), "a number of seconds", least=0)
         began, pause, checked_again = time.monotonic(), 0.5, False
         while True:
             states = list(self.states().values())
             if tell is not None:
                 tell({state: states.count(state) for state in dict.fromkeys(states)})
+            if "UNKNOWN" in states:
+                need_command("squeue")
             busy = any(state in (*BUSY, "UNKNOWN") for state in states)
             if not busy and checked_again:
                 return

@@ -25,7 +25,7 @@ from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran, tree
 from tests.unit.statistics.test_scores import write
 
-from afina.errors import ClaimedError, DataError, InputError, SlurmError
+from afina.errors import ClaimedError, DataError, InputError, SlurmError, WaitTimeout
 from afina.recipe.parse import parse_recipe
 from afina.run import new_run
 from afina.run.commands import sweep_argv
@@ -290,6 +290,20 @@ def test_squeue_without_an_answer_submits_nothing_twice(
     with pytest.raises(SlurmError, match="none is submitted twice"):
         sweep(GRID)
     assert len(submitted()) == 1
+
+
+def test_waiting_for_a_sweep_ends(sweep: Callable[..., Sweep], bin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its limit, and at once where there is no squeue: nobody here would ever know."""
+    made = sweep(GRID)
+    with pytest.raises(InputError, match=r"^timeout_s: must be a number of seconds"):
+        made.wait("1")  # type: ignore[arg-type]
+    program(bin, "squeue", "exit 1\n")
+    with pytest.raises(WaitTimeout, match="still running"):
+        made.wait(0)
+    (bin / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(bin))
+    with pytest.raises(SlurmError, match="squeue is not on PATH"):
+        made.wait()
 
 
 def test_a_changed_grid_adds_cells_and_keeps_the_old(
