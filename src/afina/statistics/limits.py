@@ -51,6 +51,8 @@ MOST_CELLS = 100_000_000
 #: More rows than this, and the bootstrap of a mean is the normal distribution.
 _MANY = 2000
 _Z = 1.959963984540054
+#: As near to 0 or 1 as an area of other than 0 or 1 may be.
+_NEAR = 1e-12
 
 Array = Any
 Limits = tuple[float, float]
@@ -166,8 +168,9 @@ def _newcombe(area: float, positive: int, negative: int) -> Limits:
         shape = 1 + middle * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return (area - theta) ** 2 - _Z**2 * theta * (1 - theta) * shape / (positive * negative)
 
-    low = float(brentq(off, 0, area)) if area > 0 and off(0) * off(area) < 0 else 0.0
-    high = float(brentq(off, area, 1)) if area < 1 and off(1) * off(area) < 0 else 1.0
+    # Of an area of 1 (0), 1 (0) itself is a solution too.
+    low = float(brentq(off, 0, min(area, 1 - _NEAR))) if area > _NEAR else 0.0
+    high = float(brentq(off, max(area, _NEAR), 1)) if area < 1 - _NEAR else 1.0
     return low, high
 
 

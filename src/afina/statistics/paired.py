@@ -32,7 +32,7 @@ class Difference:
         first, second: the scores.
         low, high: 95 % bootstrap interval of the difference.
         p: two-sided p-value of `test`.
-        test: McNemar exact, Wilcoxon or paired bootstrap.
+        test: McNemar exact, Wilcoxon, paired bootstrap, or from the interval.
     """
 
     metric: str
@@ -185,7 +185,7 @@ def _mean_limits(differences: Array) -> tuple[float, float]:
 def _of_scores(
     task: str, truth: Array, scores: tuple[Array, Array], names: Sequence[str], draws: int
 ) -> list[Difference]:
-    """Metrics of probabilities; the limits of areas come from those of both models, which is cautious (Zou and Donner 2008)."""
+    """Metrics of probabilities; limits and p of areas come from the limits of both models and their correlation (Zou and Donner 2008)."""
     import numpy as np
 
     found = []
@@ -198,13 +198,13 @@ def _of_scores(
             spread = resample(np.stack([by, np.ones(len(by))], axis=1), np.ones(len(by)), draws)
             drawn = spread[:, 0] / spread[:, 1]
             a, b, (low, high) = float(losses[0][name].mean()), float(losses[1][name].mean()), _mean_limits(by)
+            p, test = _bootstrap_p(drawn, drawn), "paired bootstrap"
         else:
             a, b = (_mean_area(areas[name], task, truth, part, None) for part in scores)
-            drawn = _area_differences(areas[name], task, truth, scores, draws)
             limits = [single.get(name, (float("nan"), float("nan"))) for single in singles]
-            low = b - a - ((b - limits[1][0]) ** 2 + (limits[0][1] - a) ** 2) ** 0.5
-            high = b - a + ((limits[1][1] - b) ** 2 + (a - limits[0][0]) ** 2) ** 0.5
-        found.append(Difference(name, a, b, low, high, _bootstrap_p(drawn, drawn), "paired bootstrap"))
+            low, high = _difference_limits(a, b, limits, _area_correlation(areas[name], task, truth, scores, draws))
+            p, test = _p_of_limits(b - a, low, high), "from the interval"
+        found.append(Difference(name, a, b, low, high, p, test))
     return found
 
 
@@ -216,7 +216,8 @@ def _mean_area(area: Any, task: str, truth: Array, scores: Array, weights: Array
     return np.nanmean(each, axis=0) if each else np.nan
 
 
-def _area_differences(area: Any, task: str, truth: Array, scores: tuple[Array, Array], draws: int) -> Array:
+def _area_correlation(area: Any, task: str, truth: Array, scores: tuple[Array, Array], draws: int) -> float:
+    """Correlation of the areas of both models over Bayesian bootstrap samples of the rows; 0 where one does not vary."""
     import numpy as np
 
     rng, size = np.random.default_rng(8), len(truth)
@@ -225,9 +226,34 @@ def _area_differences(area: Any, task: str, truth: Array, scores: tuple[Array, A
     parts = []
     for start in range(0, draws, block):
         weights = rng.standard_exponential((min(block, draws - start), size))
-        one, two = (_mean_area(area, task, truth, part, weights) for part in scores)
-        parts.append(two - one)
-    return np.concatenate(parts)
+        parts.append([_mean_area(area, task, truth, part, weights) for part in scores])
+    one, two = np.concatenate(parts, axis=1)
+    known = np.isfinite(one) & np.isfinite(two)
+    if known.sum() < 2 or min(one[known].std(), two[known].std()) < 1e-12:
+        return 0.0
+    return float(np.corrcoef(one[known], two[known])[0, 1])
+
+
+def _difference_limits(
+    a: float, b: float, limits: Sequence[tuple[float, float]], correlation: float
+) -> tuple[float, float]:
+    """Limits of b - a from those of both."""
+    (low_a, high_a), (low_b, high_b) = limits
+
+    def away(first: float, second: float) -> float:
+        return float(max(0.0, first**2 + second**2 - 2 * correlation * first * second) ** 0.5)
+
+    return b - a - away(b - low_b, high_a - a), b - a + away(high_b - b, a - low_a)
+
+
+def _p_of_limits(difference: float, low: float, high: float) -> float:
+    """Two-sided p-value of a normal test whose 95 % interval on the side of 0 is this one: below 0.05 where it leaves 0 out."""
+    from scipy.special import ndtr, ndtri
+
+    half = difference - low if difference > 0 else high - difference
+    if half == 0:
+        return 1.0
+    return float(2 * ndtr(-abs(difference) / half * ndtri(0.975)))
 
 
 def _spearman(truth: Array, one: Array, two: Array, draws: int) -> Difference:

@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import binom
 
@@ -190,8 +191,6 @@ def test_intervals_of_differences_cover(rows: int, classes: int, first: float, s
     held: dict[str, list[bool]] = {}
     for _ in range(150):
         truth = rng.integers(0, classes, rows)
-        import pyarrow as pa
-
         table = pa.table({"text": [str(i) for i in range(rows)], "label": [labels[t] for t in truth]})
         pair = [
             Predictions(
@@ -207,4 +206,34 @@ def test_intervals_of_differences_cover(rows: int, classes: int, first: float, s
         for d in compare_paired(*pair, 300).differences:
             if d.metric in ("accuracy", "f1", "recall", "balanced_accuracy"):
                 held.setdefault(d.metric, []).append(d.low <= second - first <= d.high)
+    assert all(np.mean(of) >= 0.93 - 2 * 0.021 for of in held.values()), {k: np.mean(v) for k, v in held.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "first", "second", "shared"), [(40, 1.0, 1.0, 0.9), (40, 2.5, 2.5, 0.0), (150, 1.0, 2.0, 0.7)]
+)
+def test_intervals_of_differences_of_areas_cover_and_agree_with_p(
+    size: int, first: float, second: float, shared: float
+) -> None:
+    """Two models whose errors have a part in common."""
+    rng = np.random.default_rng(size)
+
+    def both(rows: int) -> tuple[Array, list[Array]]:
+        truth = (rng.random(rows) < 0.3).astype(int)
+        truth[:2] = 0, 1
+        same = rng.normal(size=rows) * shared**0.5
+        return truth, [a * truth + same + rng.normal(size=rows) * (1 - shared) ** 0.5 for a in (first, second)]
+
+    truth, values = both(400_000)
+    true = {of.__name__: of(truth, values[1]) - of(truth, values[0]) for of in (auroc, average_precision)}
+    held: dict[str, list[bool]] = {name: [] for name in true}
+    for _ in range(150):
+        truth, values = both(size)
+        table = pa.table({"text": [str(i) for i in range(size)], "label": [str(t) for t in truth]})
+        scores = [np.stack([1 - _logistic(v), _logistic(v)], axis=1) for v in values]
+        pair = [Predictions("single-label", ("0", "1"), truth, s.argmax(1), s, table) for s in scores]
+        for d in compare_paired(*pair, 200, list(true)).differences:
+            if d.metric in true:
+                held[d.metric].append(d.low <= true[d.metric] <= d.high)
+                assert (d.p < 0.05) == (not d.low <= 0 <= d.high), d
     assert all(np.mean(of) >= 0.93 - 2 * 0.021 for of in held.values()), {k: np.mean(v) for k, v in held.items()}

@@ -162,6 +162,30 @@ def test_no_interval_collapses_where_every_row_is_right_or_wrong(rows: int, righ
     assert found.absent == ["three"], "the absent class is named, not counted as 0"
 
 
+@pytest.mark.parametrize(
+    ("positive", "negative", "right"), [(1, 1, 1), (4, 30, 1), (50, 50, 1), (4, 30, 0), (9, 9, 0.5)]
+)
+def test_the_interval_of_an_area_ends_where_the_area_is_196_standard_errors_away(
+    positive: int, negative: int, right: float
+) -> None:
+    """Also of a perfect one. The standard error is Hanley and McNeil's with Newcombe's mean of both numbers of rows."""
+    truth = np.repeat([1, 0], [positive, negative])
+    value = {1: truth * 1.0, 0: 1.0 - truth, 0.5: np.full(len(truth), 0.5)}[right]
+    scores = np.stack([1 - value, value], axis=1)
+    interval = score(Predictions("single-label", LABELS[:2], truth, scores.argmax(1), scores, None), 100).overall[
+        "auroc"
+    ]
+    assert interval.value == right
+    half = (positive + negative) / 2 - 1
+    for limit, end in ((interval.low, 0), (interval.high, 1)):
+        if right == end:
+            assert limit == end
+            continue
+        q1, q2 = limit / (2 - limit), 2 * limit**2 / (1 + limit)
+        variance = (limit * (1 - limit) + half * (q1 - limit**2) + half * (q2 - limit**2)) / (positive * negative)
+        assert abs(limit - right) / variance**0.5 == pytest.approx(stats.norm.ppf(0.975), rel=1e-6)
+
+
 def test_what_is_not_defined_has_a_reason_and_no_interval(tmp_path: Path) -> None:
     flat = score(read_predictions(write(tmp_path / "f.parquet", "regression", np.ones(5), np.ones((5, 1)))))
     assert all(math.isnan(getattr(flat.overall["pearson"], key)) for key in ("value", "low", "high"))
