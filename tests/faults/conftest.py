@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 from tests.faults import slurm_run  # noqa: F401  adds tests/slurm to sys.path
-from tests.slurm.conftest import cluster, image, pytest_runtest_makereport, tracker  # noqa: F401
+from tests.slurm.conftest import cluster, host, image, pytest_runtest_makereport, tracker  # noqa: F401

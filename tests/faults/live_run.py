@@ -49,19 +49,21 @@ class Setting:
         where: `local` (afina train, no container) or `slurm` (the image on the test cluster).
         nodes, per_node: nodes, and processes on each.
         tracker: Slurm's process tracker, linuxproc or cgroup.
+        via: `sbatch`, or `submitit`: from Python, as `afina.submit` does it.
     """
 
     where: str = "local"
     nodes: int = 1
     per_node: int = 1
     tracker: str = ""
+    via: str = "sbatch"
 
     @property
     def processes(self) -> int:
         return self.nodes * self.per_node
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.where, self.tracker, self.geometry)))
+        return " ".join(filter(None, (self.where, self.tracker, self.via.replace("sbatch", ""), self.geometry)))
 
     @property
     def geometry(self) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import random
 import shutil
@@ -39,9 +40,9 @@ from tests.faults.local_run import LocalRun, needs_root
 from tests.faults.project import prefetch, write_project
 from tests.faults.results import Result
 from tests.faults.scenarios import SCENARIOS, Scenario, find_scenario
-from tests.faults.slurm_run import Cluster, SlurmRun, give_to_user
+from tests.faults.slurm_run import Cluster, SlurmRun, give_to_user, host_programs
 
-__all__ = ["Suite", "local_suite", "main", "slurm_suite"]
+__all__ = ["Suite", "local_suite", "main", "python_suite", "slurm_suite"]
 
 KILLS_PER_RUN = 5
 
@@ -49,9 +50,10 @@ KILLS_PER_RUN = 5
 class Suite:
     """A prepared project folder, a way to make runs in it, and the undisturbed run."""
 
-    def __init__(self, place: Path, setting: Setting, make: MakeRun) -> None:
+    def __init__(self, place: Path, setting: Setting, make: MakeRun, like: Suite | None = None) -> None:
+        """With `like` the runs are compared with that suite's undisturbed one, in the same place."""
         self.place, self.setting, self.make = place, setting, make
-        self.reference = references(make)
+        self.reference = like.reference if like else references(make)
 
     def applies(self, scenario: Scenario) -> str | None:
         """Why a scenario does not apply to this setting, or None."""
@@ -92,6 +94,16 @@ def slurm_suite(place: Path, setting: Setting, cluster: Cluster, image: Path) ->
         return SlurmRun(place, _free(place / "scratch/runs", name).name, setting, cluster)
 
     return Suite(place, setting, make)
+
+
+def python_suite(like: Suite, cluster: Cluster, host: Path) -> Suite:
+    """The suite whose jobs the Python in `host` submits, through submitit; compared with the undisturbed run through sbatch."""
+    setting = dataclasses.replace(like.setting, via="submitit")
+
+    def make(name: str, disk: Disk | None, network: Sequence[str]) -> LiveRun:
+        return SlurmRun(like.place, _free(like.place / "scratch/runs", name).name, setting, cluster, host)
+
+    return Suite(like.place, setting, make, like)
 
 
 def _free(folder: Path, name: str) -> Path:
@@ -208,7 +220,10 @@ def _suite(options: argparse.Namespace) -> Iterator[Suite]:
                 state = Path(tempfile.mkdtemp(prefix="afina-cluster-", dir="/tmp"))
                 stack.callback(shutil.rmtree, state, ignore_errors=True)
                 cluster = stack.enter_context(Cluster(state, proctrack=options.tracker))
-            yield slurm_suite(place, setting, cluster, options.image.resolve())
+            suite = slurm_suite(place, setting, cluster, options.image.resolve())
+            if options.via == "submitit":
+                suite = python_suite(suite, cluster, stack.enter_context(host_programs()))
+            yield suite
     if not options.place and not options.keep:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -247,6 +262,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--where", choices=["local", "slurm"], default="local")
     parser.add_argument(
         "--tracker", choices=["linuxproc", "cgroup"], default="linuxproc", help="Slurm's process tracker"
+    )
+    parser.add_argument(
+        "--via",
+        choices=["sbatch", "submitit"],
+        default="sbatch",
+        help="how jobs are submitted: submitit is from Python",
     )
     parser.add_argument("--processes", choices=["1", "2", "2x2"], default="1", help="processes, or nodes x processes")
     parser.add_argument(

@@ -1,4 +1,5 @@
-"""A run as a batch job in the image, on the test cluster of tests/slurm: `sbatch finetune.sbatch` and Slurm's commands.
+"""A run as a batch job in the image, on the test cluster of tests/slurm: `sbatch finetune.sbatch`, or `afina.submit` in Python, and
+Slurm's commands.
 
 Both nodes of that cluster are this machine, so a rank is found by its command line on either node.
 """
@@ -6,6 +7,7 @@ Both nodes of that cluster are this machine, so a rank is found by its command l
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import shutil
 import signal
@@ -23,9 +25,18 @@ from tests.processes import environ, pids, signal_all
 sys.path.insert(0, str(ROOT / "tests/slurm"))  # its modules name each other without a package
 import slurm_machine as machine
 from cluster import TERMINAL, Cluster, ClusterError
+from projects import host_programs
 
-__all__ = ["Cluster", "ClusterError", "SlurmRun", "give_to_user"]
+__all__ = ["Cluster", "ClusterError", "SlurmRun", "give_to_user", "host_programs"]
 
+#: A user's session in Python: new runs from a recipe, or a run again; `submit` refuses what cannot be.
+_SUBMIT = """
+import json, sys
+import afina
+what, options = json.loads(sys.argv[1])
+run = afina.submit(what, via="submitit", **options)
+print(run.job_id)
+"""
 #: Seconds in an end state before a job counts as ended: one that requeues itself passes through such a state.
 _ENDED_S = 3.0
 
@@ -44,8 +55,9 @@ def give_to_user(place: Path, image: Path, cluster: Cluster) -> None:
 
 
 class SlurmRun(LiveRun):
-    def __init__(self, place: Path, name: str, setting: Setting, cluster: Cluster) -> None:
-        self.place, self.name, self.setting, self.cluster = place, name, setting, cluster
+    def __init__(self, place: Path, name: str, setting: Setting, cluster: Cluster, host: Path | None = None) -> None:
+        """`host` is the folder of the user's Python with afina, which submits where `setting.via` is submitit."""
+        self.place, self.name, self.setting, self.cluster, self.host = place, name, setting, cluster, host
         self.run = place / "scratch/runs" / name  # replaced by its full name once the job has claimed it
         self.jobs: list[int] = []
         self._ended_since: float | None = None
@@ -57,17 +69,14 @@ class SlurmRun(LiveRun):
         return self.jobs[-1]
 
     def start(self, changes: Mapping[str, Any], limit_min: int = 0) -> None:
-        limit = [f"--time={limit_min}"] if limit_min else []
-        self._submit(
-            *limit, script=["slurm/finetune.sbatch", "recipe.yaml", *overrides({"name": self.name, **changes})]
-        )
+        self._submit("recipe.yaml", {"name": self.name, **changes}, limit_min)
         runs = self.place / "scratch/runs"
         found = self.until(lambda: list(runs.glob(f"{self.name}-*/plan.json")), "the run directory", pause_s=0.1)
         self.run = found[0].parent
 
     def resume(self) -> None:
         self.mark()
-        self._submit(script=["slurm/finetune.sbatch", str(self.run)])
+        self._submit(str(self.run))
 
     def ended(self) -> str | None:
         """Asks Slurm twice a second at most, and repeats the last answer in between."""
@@ -98,7 +107,12 @@ class SlurmRun(LiveRun):
 
     def second(self) -> str:
         before = list(self.jobs)
-        self._submit(script=["slurm/finetune.sbatch", str(self.run)])
+        try:
+            self._submit(str(self.run))
+        except ClusterError as error:
+            if self.setting.via == "submitit" and "nothing to submit" in str(error):
+                return "the second submission was refused"
+            raise
         job = self.job
         self.jobs = [job, *before]  # known, but not the current one
         try:
@@ -158,10 +172,23 @@ class SlurmRun(LiveRun):
         finally:
             self.cluster.start_slurmd(node)
 
-    def _submit(self, *options: str, script: list[str]) -> None:
+    def _submit(self, what: str, changes: Mapping[str, Any] | None = None, limit_min: int = 0) -> None:
+        """Submit a recipe, with changed keys, or a run again."""
         nodes, per_node = self.setting.nodes, self.setting.per_node
-        geometry = [f"--nodes={nodes}", f"--gpus-per-node={per_node}", f"--cpus-per-task={per_node}"]
-        self.jobs.append(self.cluster.sbatch(*geometry, *options, *script, cwd=self.place))
+        if self.setting.via == "submitit":
+            assert self.host is not None
+            given = (
+                {"nodes": nodes, "gpus_per_node": per_node, "overrides": overrides(changes)[1::2]} if changes else {}
+            )
+            words = json.dumps([what, given | ({"time_min": limit_min} if limit_min else {})])
+            argv = [self.host / "python", "-c", _SUBMIT, words]
+            done = self.cluster.run_as_user(argv, cwd=self.place, timeout=300, check=True)
+            self.jobs.append(int(done.stdout.split()[-1]))
+        else:
+            limit = [f"--time={limit_min}"] if limit_min else []
+            geometry = [f"--nodes={nodes}", f"--gpus-per-node={per_node}", f"--cpus-per-task={per_node}", *limit]
+            script = ["slurm/finetune.sbatch", what, *overrides(changes or {})]
+            self.jobs.append(self.cluster.sbatch(*geometry, *script, cwd=self.place))
         self._ended_since = self._answer = None
 
     def _user(self, *argv: str) -> None:

@@ -1,7 +1,8 @@
 """The fault suite through a real Slurm, in the real image: scenarios that need a cluster.
 
-One process, under both process trackers, and two nodes with two processes each. The whole table, every scenario on every
-geometry, takes a night: `run.py --where slurm`.
+One process, under both process trackers, and two nodes with two processes each; of jobs from Python one scenario of each, since
+tests/slurm/test_python.py gives every kind of fault to scripted trainings both ways. The whole table, every scenario on every
+geometry, takes a night: `run.py --where slurm`, with `--via submitit` for jobs from Python.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.faults import results
 from tests.faults.live_run import Setting
-from tests.faults.run import Suite, slurm_suite
+from tests.faults.run import Suite, python_suite, slurm_suite
 from tests.faults.scenarios import find_scenario
 from tests.faults.slurm_run import Cluster
 
@@ -57,6 +58,14 @@ def test_a_job_survives(one: Suite, tracker: str, name: str) -> None:
 @pytest.mark.parametrize("name", FOUR)
 def test_a_job_on_two_nodes_survives(four: Suite, name: str) -> None:
     _survives(four, name)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("geometry", "name"), [("one", "preempt"), ("four", "node-fail")])
+def test_a_job_from_python_survives(
+    request: pytest.FixtureRequest, cluster: Cluster, host: Path, geometry: str, name: str
+) -> None:
+    _survives(python_suite(request.getfixturevalue(geometry), cluster, host), name)
 
 
 def _survives(suite: Suite, name: str, tracker: str = "") -> None:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing_programs
-from projects import ScriptedRun
-from tests.common import ROOT
+from projects import ScriptedRun, host_programs
 
 
 def _unavailable(reason: str) -> None:
@@ -68,20 +66,9 @@ def image() -> Path:
 
 @pytest.fixture(scope="session")
 def host() -> Iterator[Path]:
-    """A virtual environment that the ordinary user can read, with afina's host side only: as on a login node."""
-    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
-    folder.chmod(0o755)
-    subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
-    lock = (ROOT / "tests/requirements.txt").read_text()
-    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "docs", "src", "slurm"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
-    subprocess.run(pip, check=True)
-    yield folder / "venv/bin"
-    shutil.rmtree(folder)
+    """Programs of a virtual environment with afina's host side; see `host_programs`."""
+    with host_programs() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
-from tests.common import program
+from tests.common import ROOT, program
 
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts, sbatch_argv
@@ -21,13 +23,33 @@ from afina.run.new_run import claim
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 
-__all__ = ["LOST", "ScriptedRun", "give_to_user", "project_folder", "write_recipe"]
+__all__ = ["LOST", "ScriptedRun", "give_to_user", "host_programs", "project_folder", "write_recipe"]
 
 
 def give_to_user(path: Path, cluster: Cluster) -> None:
     """Let the ordinary user own `path` and everything in it."""
     for name in (path, *path.rglob("*")):
         shutil.chown(name, cluster.user, cluster.user)
+
+
+@contextlib.contextmanager
+def host_programs() -> Iterator[Path]:
+    """`bin` of a virtual environment that the ordinary user can read, with afina's host side only: as on a login node."""
+    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
+        lock = (ROOT / "tests/requirements.txt").read_text()
+        (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
+        source = folder / "source"
+        source.mkdir()
+        for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "docs", "src", "slurm"):
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+        pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
+        subprocess.run(pip, check=True)
+        yield folder / "venv/bin"
+    finally:
+        shutil.rmtree(folder)
 
 
 def write_recipe(folder: Path, name: str, **resources: Any) -> Recipe:

@@ -11,6 +11,7 @@ from ruamel.yaml.nodes import Node
 
 from afina.errors import InputError, RecipeError, check_argument, check_overrides, nearest
 from afina.recipe.explain import combined, explain
+from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.section import shown
 from afina.recipe.plausible import implausible
 from afina.recipe.schema import Recipe
@@ -42,12 +43,12 @@ def any_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Seque
         InputError: nothing of the three.
     """
     if isinstance(recipe, Recipe):
-        if not overrides:
-            return recipe
-        values = recipe.model_dump(mode="json")
-        if not recipe.data.chooses_rows:  # an override may make it do so
+        # Checked again, with unknown keys: `model_copy(update=…)` takes anything.
+        values = {**vars(recipe), **recipe.model_dump(mode="json", warnings=False)}
+        if isinstance(recipe.data, Data) and not recipe.data.chooses_rows:  # an override may make it do so
             del values["data"]["split_by"]
-        return _validated(values, overrides, None, "recipe").read_from(recipe.file)
+        checked = _validated(values, overrides, None, "recipe").read_from(recipe.file)
+        return recipe if not overrides and dict(checked) == dict(recipe) else checked
     if isinstance(recipe, Mapping):
         return _validated(recipe, overrides, None, "recipe")
     if not isinstance(recipe, str | Path):

@@ -321,6 +321,11 @@ def test_a_recipe_knows_its_folder_and_takes_overrides(
         plan = plan_for(given, JobRequest(overrides=["train.epochs=2"]))
         assert plan.files == {"all": (path.parent / "reviews.csv",)} and plan.recipe_file == path
         assert plan.recipe.train.epochs == 2
+    copied = plan_for(loaded.model_copy(update={"train": {"epochs": 2}}))
+    assert copied.recipe.train.epochs == 2 and copied.files["all"] == (path.parent / "reviews.csv",)
+    for wrong in ({"name": "a/b"}, {"modle": "x"}, {"train": {"epoch": 2}}, {"train": 3}, {"data": {"files": 3}}):
+        with pytest.raises(RecipeError):
+            plan_for(loaded.model_copy(update=wrong))
     plan = plan_for(recipe_dict(name="mapped"), JobRequest(overrides=["train.epochs=2"]))
     assert (plan.recipe.name, plan.recipe.train.epochs, plan.files["all"]) == (
         "mapped",
