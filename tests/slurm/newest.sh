@@ -85,6 +85,8 @@ else
     folders+=("$prefix")
 fi
 while IFS= read -r folder; do
+    folder=${folder%/}
+    folder=${folder%/simple} # an index names files that lie beside its pages
     if [[ -d $folder ]]; then folders+=("$folder"); fi
 done < <(printf '%s\n' ${settings[@]+"${settings[@]}"} | grep -oE '(file://|=| )/[^ ]+' | sed -E 's#^(file://|=| )##')
 folders+=("$repository")
