@@ -96,6 +96,7 @@ def trained(project: Path, run: Path, overrides: list[str], processes: int) -> l
     done = subprocess.run(argv, env={**os.environ, **scratch}, capture_output=True, text=True, timeout=500, check=False)
     if done.returncode == 2:
         assert "remedy: " in done.stderr, done.stderr
+        print(processes, done.stderr)
         return None
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
