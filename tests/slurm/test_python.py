@@ -291,7 +291,8 @@ def test_faults_leave_the_same_weights_and_states_both_ways(
 
     runs = {via: claimed(name=via) for via in ("submitit", "sbatch")}
     jobs = {
-        via: python(f"print(afina.Run(sys.argv[1]).submit(via={via!r}).job_id)", run.path) for via, run in runs.items()
+        via: python(f"print(afina.Run(sys.argv[1]).submit(via={via!r}, time_min=60).job_id)", run.path)
+        for via, run in runs.items()
     }
     both = BothWays(cluster, jobs, runs)
     kinds = ["time limit", "preemption", "node failure", "requeue", *["kill"] * KILLS]

@@ -119,6 +119,17 @@ def test_the_script_without_an_image_or_afina(bin: Path, tmp_path: Path, scratch
     assert done.returncode == 3 and "apptainer is not on PATH of" in done.stderr, done
 
 
+def test_a_signal_in_the_first_seconds_does_not_kill_the_job(
+    slurm_commands: Path, run: RunDir, scratch: Path, tmp_path: Path
+) -> None:
+    """Where the time limit is short Slurm sends USR1 while the site file is still read."""
+    (tmp_path / "site.env").write_text("kill -USR1 $$\n")
+    leaves = f"echo 0 >{shlex.quote(str(run.attempts / '4242.0/exit'))}"
+    done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=leaves, AFINA_SITE=str(tmp_path / "site.env")))
+    assert done.returncode == 0, done
+    assert recorded(slurm_commands)[0][-2:] == run.worker_argv()
+
+
 def test_a_run_directory_passes_through_unharmed(slurm_commands: Path, run: RunDir, scratch: Path) -> None:
     attempt = run.attempts / "4242.0"
     done = sbatch(run.path, env=in_job(scratch, FAKE_SRUN=f"echo 0 >{shlex.quote(str(attempt / 'exit'))}"))
