@@ -21,7 +21,6 @@ are defects of afina: they keep their traceback.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -256,6 +255,8 @@ def first_line(error: BaseException) -> str:
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like `name`; None where none does."""
+    import difflib  # only a mistake needs it
+
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:

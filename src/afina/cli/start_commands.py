@@ -7,9 +7,8 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -110,8 +109,7 @@ def init(**options: Any) -> None:
     print("\n".join(["next:", *(f"  {command}" for command in following)]))
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """The options of `afina init`; it asks for what is None or empty."""
 
     folder: str

@@ -6,8 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -98,8 +97,7 @@ def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options
         print(f"afina: its table: afina sweep {shlex.quote(str(made.path))}")
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Shown(NamedTuple):
     """How a sweep's table is shown."""
 
     wait: bool

@@ -6,9 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
@@ -80,8 +79,7 @@ def _folder_of(word: str) -> str:
     return Path(word).absolute().name
 
 
-@dataclass(frozen=True)
-class _View:
+class _View(NamedTuple):
     """How `afina status` shows runs: the page of a single one, or a table."""
 
     single: bool
