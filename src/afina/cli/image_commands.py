@@ -156,9 +156,11 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
 
 
 def _print_finding(finding: Any) -> None:
+    from afina.site.package import with_pages
+
     print(f"  {_SIGNS[finding.level]} {finding.check}: {finding.message}", flush=True)
     if finding.remedy and finding.level in ("failed", "warning"):
-        print(f"          remedy: {finding.remedy}", flush=True)
+        print(f"          remedy: {with_pages(finding.remedy)}", flush=True)
 
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,16 +84,16 @@ def init(**options: Any) -> None:
     recipe_path = None if given.site_only else check_new(base)
     ask = _Asker(given.yes or given.as_json)
     cluster = read_cluster()
-    place = _SiteFile(given, base, cluster, ask)
     examined: Examined | None = None
     warnings: list[str] = []
-    if recipe_path is not None:
-        data, proposal, examined = _proposal(given, base, place, cluster, ask)
-        warnings = data_warnings(proposal)
-        site = place.write()
-        write_recipe(recipe_path, proposal, site, data)
-    else:
-        site = place.write()
+    with _SiteFile(given, base, cluster, ask) as place:
+        if recipe_path is not None:
+            data, proposal, examined = _proposal(given, base, place, cluster, ask)
+            warnings = data_warnings(proposal)
+            site = place.write()
+            write_recipe(recipe_path, proposal, site, data)
+        else:
+            site = place.write()
     written = [*place.written, *([str(recipe_path)] if recipe_path else [])]
     warnings = [*place.warnings, *warnings]
     following = _next_commands(recipe_path, cluster.partitions != (), site, base)
@@ -128,7 +129,10 @@ class _Given(NamedTuple):
 
 
 class _SiteFile:
-    """The existing site file, or a new one that is written when everything else is known, or when the Hub needs its scratch."""
+    """The existing site file, or a new one that is written when everything else is known, or when the Hub needs its scratch.
+
+    Left by an exception, it removes what it made.
+    """
 
     def __init__(self, given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> None:
         from afina.site.settings import find_site_file, load_site
@@ -136,6 +140,7 @@ class _SiteFile:
         from afina.start.init import SITE
 
         self._base, self._cluster, self._site, self._machine = base, cluster, None, None
+        self._made: list[Path] = []
         self.written: list[str] = []
         self.warnings: list[str] = []
         path = base / SITE
@@ -159,12 +164,23 @@ class _SiteFile:
 
     def write(self) -> Site | None:
         """The site; None while its image is missing."""
-        from afina.start.init import write_site
+        from afina.start.init import SITE, write_site
 
         if self._machine is not None:
+            wanted = (Path(self._machine.scratch), self._base.absolute() / SITE)
+            self._made = [
+                missing[-1] for path in wanted if (missing := [p for p in (path, *path.parents) if not p.exists()])
+            ]
             path, self._site = write_site(self._base, self._machine, self._cluster)
             self.written, self._machine = [str(path)], None
         return self._site
+
+    def __enter__(self) -> _SiteFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for path in self._made if kind is not None else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_creatable(folder: Path) -> None:

@@ -10,6 +10,7 @@ is replaced after the check, and, with a PGP key, a keyring that somebody else c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from afina.site.python import check_python
 from afina.site.references import is_reference
 from afina.site.settings import Site, environment, in_container, scratch_of, site_image
 from afina.site.variables import declared_size
-from afina.version import __version__
+from afina.version import INTERFACE, __version__
 
 __all__ = [
     "Image",
@@ -47,6 +48,10 @@ __all__ = [
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "386": "i686"}
 _PATIENCE_S = 300
+_AGAIN = (
+    "build or pull the image again (`container/build.sh --update IMAGE` installs this afina in it), or install the afina of "
+    "the image here"
+)
 
 
 @dataclass(frozen=True)
@@ -72,18 +77,36 @@ def check_image(site: Site, *, resumed: bool = False) -> None:
         resumed: for a run that exists: without an image it keeps the Python that it was made with, which need not be this one.
 
     Raises:
-        SiteError: this Python cannot train; the image cannot be pulled; it is not signed, not by this key, or was altered since; or it cannot be checked.
+        SiteError: this Python cannot train; the image cannot be pulled; its afina reads other plans; it is not signed, not by this key, or was altered since; or it cannot be checked.
     """
     pulled = site.pulled
     if site.runtime == "none" and not in_container() and not resumed:
         check_python()
-    if site.image is None or site.runtime == "none" or in_container() or not (site.image_key or pulled):
+    if site.image is None or site.runtime == "none" or in_container():
         return
     env = {**os.environ, **environment(site)}
     if pulled is not None:
         pull(pulled, site.runtime, env)
     if site.image_key is not None:
         _check_signature(site.image, site.image_key, site.runtime, env)
+    _check_interface(site.image, site.runtime, env)
+
+
+def _check_interface(image: Path, runtime: str, env: Mapping[str, str]) -> None:
+    """Refuse an image whose afina reads other plans; one that cannot be read, or is not of afina, is for others to refuse."""
+    with contextlib.suppress(OSError):
+        labels = _read_labels(image, runtime, env)
+        if labels.get("org.opencontainers.image.title") == "afina" and (other := _other_interface(labels)):
+            raise SiteError(f"AFINA_IMAGE={image}: {other}", _AGAIN)
+
+
+def _other_interface(labels: Mapping[str, str]) -> str | None:
+    """What to say of an image with another interface than this afina's; None where it is the same."""
+    inside = labels.get("afina.interface", "none")
+    if inside == str(INTERFACE):
+        return None
+    version = labels.get("org.opencontainers.image.version", "?")
+    return f"holds an afina ({version}, interface {inside}) that does not fit this one ({__version__}, interface {INTERFACE})"
 
 
 def _check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]) -> None:
@@ -217,7 +240,7 @@ def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, s
         )
     env = os.environ if env is None else env
     try:
-        about = run_captured([runtime, "inspect", "--json", "--labels", str(path)], env)
+        about = _inspect(path, runtime, env)
         objects = run_captured([runtime, "sif", "list", str(path)], env)
     except OSError as error:
         raise SiteError(
@@ -230,10 +253,22 @@ def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, s
 
 
 def _unpacked(path: Path) -> Image:
-    labels = path / ".singularity.d/labels.json"
     if not (path / ".singularity.d").is_dir():
         raise InputError(f"{path}: a folder without .singularity.d is not an unpacked image", "give the .sif file")
-    return Image(path, _labels(labels.read_text(errors="replace")) if labels.is_file() else {})
+    return Image(path, _labels_of_folder(path))
+
+
+def _read_labels(path: Path, runtime: str, env: Mapping[str, str]) -> dict[str, str]:
+    return _labels_of_folder(path) if path.is_dir() else _labels(_inspect(path, runtime, env).stdout)
+
+
+def _labels_of_folder(path: Path) -> dict[str, str]:
+    labels = path / ".singularity.d/labels.json"
+    return _labels(labels.read_text(errors="replace")) if labels.is_file() else {}
+
+
+def _inspect(path: Path, runtime: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return run_captured([runtime, "inspect", "--json", "--labels", str(path)], env)
 
 
 def _labels(text: str) -> dict[str, str]:
@@ -255,6 +290,7 @@ def summary(image: Image) -> dict[str, Any]:
         "image": str(image.path),
         "version": labels.get(f"{opencontainers}version"),
         "revision": labels.get(f"{opencontainers}revision"),
+        "interface": labels.get("afina.interface"),
         "lock": labels.get("afina.lock"),
         "torch": labels.get("afina.torch"),
         "device": labels.get("afina.device"),
@@ -278,13 +314,15 @@ def check_fit(image: Image, driver: str | None = None) -> Iterator[Finding]:
     """Compare the image with this afina and this machine; `driver` is the NVIDIA driver's version, None without one."""
     about = summary(image)
     inside = about["version"]
-    if not inside:
+    other = _other_interface(image.labels)
+    if other and inside:
+        yield Finding("version", "failed", other, _AGAIN)
+    elif not inside:
         yield Finding("version", "unknown", "the image has no version label", "build it with container/build.sh")
     elif inside == __version__:
         yield Finding("version", "ok", f"afina {inside} is inside, as here")
     else:
-        message = f"afina {inside} is inside, and {__version__} here: a run's plan may not be readable there"
-        yield Finding("version", "warning", message, "container/build.sh --update IMAGE installs this afina in it")
+        yield Finding("version", "warning", f"afina {inside} is inside, and {__version__} here", _AGAIN)
     wanted, here = _MACHINES.get(about["architecture"] or ""), platform.machine()
     if wanted is not None and wanted != here:
         message = f"the image is for {wanted}, and this machine is {here}"

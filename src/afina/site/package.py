@@ -1,19 +1,19 @@
-"""Files that come with afina beside its modules: batch scripts, recipes, examples of sites, and what the image is built from.
+"""Files that come with afina beside its modules: batch scripts, recipes, examples of sites, the documentation, and what the image is built from.
 
-In a wheel they lie in the package (`_slurm`, `_build`), in a checkout around it.
+In a wheel they lie in the package (`_slurm`, `_docs`, `_build`), in a checkout around it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from afina.errors import EnvironmentProblem, InputError
 
-__all__ = ["build_folder", "copy_slurm_files", "slurm_folder"]
+__all__ = ["build_folder", "copy_slurm_files", "docs_folder", "slurm_folder", "with_pages"]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = _PACKAGE.parents[1]
@@ -29,6 +29,22 @@ def slurm_folder() -> Path:
         if (folder / "finetune.sbatch").is_file():
             return folder
     raise EnvironmentProblem("the batch scripts are not installed with afina", "install afina again")
+
+
+def docs_folder() -> Path:
+    """The folder of the documentation's pages."""
+    installed = _PACKAGE / "_docs"
+    return installed if installed.is_dir() else _CHECKOUT / "docs"
+
+
+def with_pages(text: str) -> str:
+    """`text` in which a page of the documentation is named by its path on this machine."""
+
+    def path(match: re.Match[str]) -> str:
+        page = docs_folder() / match[1]
+        return str(page) if page.is_file() else match[0]
+
+    return re.sub(r"(?<![\w/])docs/([a-z-]+\.md)", path, text)
 
 
 def copy_slurm_files(folder: Path) -> list[Path]:
@@ -63,6 +79,8 @@ def build_folder() -> Iterator[Path]:
         return
     if not (_PACKAGE / "_build").is_dir():
         raise EnvironmentProblem("what the image is built from is not installed with afina", "install afina again")
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="afina-build-") as made:
         folder = Path(made)
         shutil.copytree(_PACKAGE / "_build", folder, dirs_exist_ok=True)

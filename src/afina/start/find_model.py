@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from afina.errors import InputError
+from afina.errors import InputError, nearest
 from afina.recipe.local_model import check_no_adapter, num_parameters
 from afina.recipe.positions import longest_input
 from afina.start.examine import count_words
@@ -45,10 +45,14 @@ def find_model(model: str, sample: Sequence[str]) -> ModelFacts:
         sample: texts to count tokens in, where the package `tokenizers` is installed.
 
     Raises:
-        InputError: the folder cannot be read.
+        InputError: the folder is missing, or cannot be read.
     """
     folder = Path(os.path.expandvars(model)).expanduser()
     check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
+    if not folder.exists() and (model.startswith((".", "/", "~", "$")) or model.count("/") > 1):
+        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        remedy = nearest(folder.name, beside) or "give a model folder, or a Hub id (owner/name)"
+        raise InputError(f"--model {model}: no such folder", remedy)
     if not (folder / "config.json").is_file():
         small, large = re.search("mini|small|tiny", model.lower()), "large" in model.lower()
         return ModelFacts(model, parameters=335_000_000 if large else 33_000_000 if small else _BASE_PARAMETERS)

@@ -125,13 +125,13 @@ def write_recipe(path: Path, proposal: Proposal, site: Site | None, data: Labell
     """
     text = recipe_text(proposal)
     recipe = parse_recipe(text, source=str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     if site is not None and data.files:
         plan = make_plan(recipe, site, recipe_file=path)
         if {split: set(files) for split, files in plan.files.items()} != {k: set(v) for k, v in data.files.items()}:
             raise InputError(
                 f"{data.origin}: this path means another one in a recipe ($NAME and ~ are expanded)", "rename it"
             )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 
 

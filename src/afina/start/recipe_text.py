@@ -110,7 +110,7 @@ def recipe_text(p: Proposal) -> str:
     length = min(max(16, math.ceil(quantile(tokens, 0.99) / 16) * 16), p.model.positions)
     known = f"{p.model.parameters / 1e6:.0f} million parameters, {p.model.positions} positions" if p.model.known else ""
     lines = [
-        "# Proposed by `afina init` from the data; change what you know better. Keys: docs/recipe.md",
+        "# Proposed by `afina init` from the data; change what you know better. Keys: afina recipe keys",
         f"name: {_yaml(p.name)}",
         *_comments([known] if known else []),
         f"model: {_yaml(p.model.id)}",

@@ -27,7 +27,7 @@ def site_text(machine: Machine, cluster: Cluster) -> str:
     plain = re.fullmatch(r"[\w./@+-]+", scratch, re.ASCII)
     lines = [
         "# Where afina runs, proposed by `afina init` from this machine and its cluster. bash reads it, on the login node and in",
-        "# the job; docs/site.md describes it. It names your account: keep it out of git.",
+        "# the job; docs/site.md describes it (`afina --help` names the folder). It names your account: keep it out of git.",
         "",
         f"# {machine.scratch_why}",
         f': "${{AFINA_SCRATCH:={scratch}}}"'

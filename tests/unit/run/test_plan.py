@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 from tests.unit.conftest import DROP, recipe_dict
 
 from afina import __version__
 from afina.errors import DataError, InputError, RecipeError
 from afina.formats.read_options import DATA_SUFFIXES
+from afina.prediction.request import Prediction
 from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, check_cores, geometry_for, load_plan, make_plan
 from afina.site.settings import Site
+from afina.version import INTERFACE
 
 Load = Callable[..., Recipe]
 
@@ -396,3 +400,32 @@ def test_planning_changes_nothing(tmp_path: Path, recipe: Load, site: Site, reci
     make_plan(loaded, site, recipe_file=path)
     assert tree(tmp_path) == before
     assert DROP not in json.dumps(recipe_dict())
+
+
+# -- what crosses into the image ---------------------------------------------------------------------------------------
+
+
+def shape(model: type[BaseModel]) -> dict[str, list[str]]:
+    """The keys of a model and of those below it; a key with a default ends in `?`."""
+    shapes, waiting = dict[str, list[str]](), [model]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            if one.__name__ not in shapes:
+                shapes[one.__name__] = sorted(
+                    f"{n}{'' if f.is_required() else '?'}" for n, f in one.model_fields.items()
+                )
+                waiting += [f.annotation for f in one.model_fields.values() if f.annotation is not None]
+        else:
+            waiting += get_args(one)
+    return dict(sorted(shapes.items()))
+
+
+def test_a_changed_plan_is_another_interface() -> None:
+    """An image refuses plans with keys that it does not know: then `INTERFACE` must be another one, which the host compares first.
+
+    To accept a change: raise INTERFACE in src/afina/version.py, and put the new digest here.
+    """
+    text = json.dumps([shape(Plan), shape(Prediction)])
+    assert {"Train", "Geometry", "Site"} <= shape(Plan).keys()
+    assert (INTERFACE, hashlib.sha256(text.encode()).hexdigest()[:12]) == (1, "c235f17c20da")

@@ -17,10 +17,14 @@ from tests.unit.conftest import Ran, sif_bytes
 from afina import __version__
 from afina.errors import InputError, SiteError
 from afina.site.finding import Finding
-from afina.site.image import Image, check_fit, read_image, summary, verify
+from afina.site.image import Image, check_fit, check_image, read_image, summary, verify
+from afina.site.settings import Site
 from afina.site.variables import declared_size
+from afina.version import INTERFACE
 
 LABELS = {
+    "org.opencontainers.image.title": "afina",
+    "afina.interface": str(INTERFACE),
     "org.opencontainers.image.version": __version__,
     "org.opencontainers.image.revision": "abc",
     "org.label-schema.build-arch": "amd64",
@@ -79,6 +83,26 @@ def test_a_folder_is_an_unpacked_image(tmp_path: Path) -> None:
     assert read_image(tmp_path / "box").labels == LABELS
     with pytest.raises(InputError, match=r"without \.singularity\.d"):
         read_image(tmp_path)
+
+
+@pytest.mark.parametrize("interface", [None, "0", str(INTERFACE + 1)])
+def test_an_image_that_reads_other_plans_is_refused(apptainer: Path, tmp_path: Path, interface: str | None) -> None:
+    """Older or newer, of the same version, in a file or unpacked; an image that is not afina's is not judged."""
+    site = Site(scratch=tmp_path, image=image_file(tmp_path / "x.sif"), runtime="apptainer")
+    check_image(site)
+    labels = LABELS | {"afina.interface": interface or ""}
+    if interface is None:
+        del labels["afina.interface"]
+    image = image_file(tmp_path / "x.sif", labels)
+    box = tmp_path / "box"
+    (box / ".singularity.d").mkdir(parents=True)
+    (box / ".singularity.d/labels.json").write_text(json.dumps(labels))
+    for path in (image, box):
+        with pytest.raises(SiteError, match=f"interface {interface or 'none'}.* does not fit this one") as caught:
+            check_image(site.model_copy(update={"image": path}))
+        assert "build or pull the image again" in caught.value.remedy
+    assert levels(check_fit(read_image(image)))["version"] == "failed"
+    check_image(site.model_copy(update={"image": image_file(tmp_path / "y.sif", {"a": "b"})}))
 
 
 @pytest.mark.parametrize("content", [b"", b"#!/bin/sh\n" * 40, b"\0" * 127])

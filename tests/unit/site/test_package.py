@@ -5,6 +5,7 @@ The wheel is built here; its virtual environment sees this one's packages (all, 
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -124,6 +125,19 @@ def test_a_wheel_builds_the_image_from_what_the_checkout_has(
     assert run("python", "-c", code, str(made)).returncode == 0
     assert {name: (made / name).read_bytes() for name in BUILD} == {name: (ROOT / name).read_bytes() for name in BUILD}
     assert contents(build_wheel(made, tmp_path / "again")) == contents(wheel), "the image gets the same afina"
+
+
+def test_a_wheel_brings_the_pages_that_messages_name(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """All that the code names; an error names the page by its path."""
+    (tmp_path / "here/recipe.yaml").write_text("a: 1\n")
+    done = run("afina", "train", "recipe.yaml")
+    page = re.search(r"`afina recipe keys` and (/.*/_docs/recipe\.md) list", done.stderr)
+    assert done.returncode == 2 and page, done
+    assert Path(page[1]).read_bytes() == (ROOT / "docs/recipe.md").read_bytes()
+    assert f"Documentation: {Path(page[1]).parent}\n" in run("afina", "--help").stdout
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "slurm").glob("*.s*")]
+    named = {name for path in sources for name in re.findall(r"docs/([a-z-]+\.md)", path.read_text("utf-8"))}
+    assert {"recipe.md", "image.md", "stopping.md"} <= named <= {path.name for path in Path(page[1]).parent.iterdir()}
 
 
 def test_a_wheel_trains_here(run: Callable[..., Ran], tmp_path: Path) -> None:

@@ -416,11 +416,13 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
         (["--data", "reviews.csv", "--label", "text", "--text", "text"], "none of the columns may be a label", "once"),
         (["--data", "numbers.csv"], "no default: Text column", "give it with --text"),
+        (["--data", "reviews.csv", "--model", "./minlm"], "--model ./minlm: no such folder", "did you mean `minilm`?"),
+        (["--data", "reviews.csv", "--model", "a/b/c"], "--model a/b/c: no such folder", "or a Hub id (owner/name)"),
         (["--data", "reviews.csv", "--config", "x"], "belongs to a Hub data set", "leave it out"),
         ([], "no default: Data", "give it with --data"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_no_recipe(
+def test_bad_input_is_refused_and_leaves_nothing(
     afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, arguments: list[str], answer: str, remedy: str
 ) -> None:
     here = tmp_path / "files" if arguments else tmp_path / "none"
@@ -428,6 +430,7 @@ def test_bad_input_is_refused_and_leaves_no_recipe(
     if arguments:
         tiny.write_csv(here / "reviews.csv", reviews(20))
         tiny.write_csv(here / "numbers.csv", [{"a": n, "b": n % 2} for n in range(20)])
+        (here / "minilm").mkdir()
         for name, raw in {
             "reviews.xlsx": b"PK", "empty.csv": b"", "head.csv": b"text,label\n", "semi.csv": b"text;label\ngood;1\n",
             "no head.csv": b'"2","Awful","it was broken"\n"1","Nice","it was best"\n' * 9,
@@ -438,7 +441,20 @@ def test_bad_input_is_refused_and_leaves_no_recipe(
     done = afina("init", "new", *arguments, "--yes", cwd=here)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
     assert answer in done.stderr and remedy in done.stderr
-    assert not (here / "new/recipe.yaml").exists()
+    assert not (here / "new").exists(), "looks first, writes last"
+
+
+def test_a_data_set_that_the_hub_does_not_have_leaves_nothing(
+    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetching it needs a site and its scratch; both are removed, and what was there before stays."""
+    (tmp_path / "project").mkdir()
+    with HubServer(tmp_path / "hub") as hub:
+        for name, value in hub.env(tmp_path / "cache").items():
+            monkeypatch.setenv(name, value)
+        done = afina("init", "project", "--data", "me/none", "--scratch", tmp_path / "new/scratch", "--yes")
+    assert done.returncode in (2, 3) and "me/none" in done.stderr and "remedy" in done.stderr, done
+    assert list((tmp_path / "project").iterdir()) == [] and not (tmp_path / "new").exists()
 
 
 def test_questions_have_defaults(tmp_path: Path, no_cluster: Path, scratch: Path) -> None:
