@@ -172,18 +172,29 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [points[i] for i in sorted(kept)]
 
 
-def smoothed(chart: Chart, name: str) -> Chart:
-    """The chart with a line of many points smoothed: an exponential moving average, its first values corrected for their small number."""
-    points = chart.lines.get(name, ())
-    if len(points) < _SMOOTH_FROM:
+def smoothed(chart: Chart, *names: str) -> Chart:
+    """The chart with lines of many points smoothed: an exponential moving average, its first values corrected for their small number.
+
+    The values themselves stay as a pale line where it is one line.
+    """
+    long = {name: chart.lines[name] for name in names if len(chart.lines[name]) >= _SMOOTH_FROM}
+    if not long:
         return chart
-    span = max(10, len(points) // 25)
+    spans = {name: max(10, len(points) // 25) for name, points in long.items()}
+    lines = {name: _moving_average(points, spans[name]) for name, points in long.items()}
+    note = f"Moving averages over about {max(spans.values())} values."
+    if len(names) == 1:
+        note = f"Strong line: moving average over about {spans[names[0]]} values of {names[0]}; pale: the values themselves."
+    note = f"{chart.note} {note}".lstrip()
+    return replace(chart, lines={**chart.lines, **lines}, faint=long if len(names) == 1 else {}, note=note)
+
+
+def _moving_average(points: Sequence[Point], span: int) -> list[Point]:
     average, weight, keep, line = 0.0, 0.0, 1 - 2 / (span + 1), []
     for x, y in points:
         average, weight = keep * average + (1 - keep) * y, keep * weight + 1 - keep
         line.append((x, average / weight))
-    note = f"Strong line: moving average over about {span} values of {name}; pale: the values themselves."
-    return replace(chart, lines={**chart.lines, name: line}, faint={name: points}, note=note)
+    return line
 
 
 def points_of(lines: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
@@ -224,8 +235,14 @@ def _figure(chart: Chart) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _is_legend_needed(chart: Chart) -> bool:
+    """A single line needs one where the title does not name it."""
+    return any(name.lower() not in chart.title.lower() for name in chart.drawn)
+
+
 def _legends_per_row(chart: Chart) -> int:
-    longest = max(map(len, (*chart.bars, *chart.drawn, *chart.dots)), default=0)
+    best = [chart.best[2]] if chart.best else []
+    longest = max(map(len, (*chart.bars, *chart.drawn, *chart.dots, *best)), default=0)
     return 3 if longest <= 14 else 2 if longest <= 26 else 1
 
 
@@ -276,7 +293,7 @@ def _draw(chart: Chart, axes: Any) -> None:
         axes.plot([x], [y], marker="D", markersize=6, color=LIGHT["text"], linestyle="none", gid=f"{chart.key}-o0")
         shown += [axes.lines[-1]]
         axes.lines[-1].set_label(label)
-    if len(shown) > 1:
+    if len(shown) > 1 or _is_legend_needed(chart):
         per_row = _legends_per_row(chart)
         names = [short_name(str(one.get_label()), 52 // per_row) for one in shown]
         axes.figure.legend(shown, names, loc="outside upper left", ncols=per_row, fontsize=8.5)
@@ -292,7 +309,8 @@ def _draw_marks(chart: Chart, axes: Any, *, above: bool = False) -> None:
             if number < 6:
                 place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "color": LIGHT["soft"], "fontsize": 8}
                 if above:
-                    axes.annotate(label, (at, 1), ha="center", va="bottom", **place)
+                    if label not in list(chart.marks.values())[:number]:
+                        axes.annotate(label, (at, 1), ha="center", va="bottom", **place)
                     continue
                 beside = {"xytext": (2, 3), "textcoords": "offset points", "rotation": 90}
                 axes.annotate(label, (at, 0), **beside, **place).set_in_layout(False)

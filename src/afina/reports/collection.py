@@ -115,14 +115,12 @@ def _overlaid(runs: Sequence[RunResult], names: Sequence[str], metric: str | Non
         ("curves-loss", "loss", "Training loss by step"),
     ):
         chart = Chart(key, title, note=note, lines={name: points_of(lines, column) for name, lines in logs.items()})
-        for name in chart.drawn:
-            chart = smoothed(chart, name)
-        charts.append(chart)
+        charts.append(smoothed(chart, *chart.drawn))
     return charts
 
 
 def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
-    """The score by each hyperparameter that differs: one dot a run, and the mean of each value."""
+    """The score by each hyperparameter that differs: one dot a run, and the mean of each value where values come again."""
     scored = [run for run in runs if metric and math.isfinite(run.metrics.get(metric, math.nan))]
     recipes = [run.flat_recipe() for run in scored]
     charts = []
@@ -135,9 +133,10 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
             continue
         dots = [(float(value), y) for value, y in pairs]
         means = [(float(x), sum(of) / len(of)) for x in values if (of := [y for value, y in pairs if value == x])]
+        means = means if len(values) < len(pairs) / 2 else []
         log = values[0] > 0 and values[-1] / values[0] >= 10
-        words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means)
-        series: Any = {"dots": {"runs": dots}, "lines": {"mean": means}, "log": log, "description": words}
+        words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means) or f"{len(dots)} runs, one dot each"
+        series: Any = {"dots": {"runs": dots}, "lines": {"mean": means} if means else {}, "log": log, "description": words}
         series["ticks"] = values if len(values) <= 6 else ()
         charts.append(Chart(f"effect-{key}", f"{metric} by {key}", x=key, y=str(metric), **series))
     return charts

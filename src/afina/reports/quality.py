@@ -94,7 +94,7 @@ def _about_intervals(facts: RunFacts) -> str:
     draws = max(scores.draws for scores in facts.scores.values())
     return note(
         f"Intervals: Wilson's for shares, else {draws:,} bootstrap samples of the rows with a fixed seed, areas and correlations by "
-        "formula (docs/report.md). They cover the sampling of rows, not randomness in training. Averages over classes (macro) go over "
+        "formula. They cover the sampling of rows, not randomness in training. Averages over classes (macro) go over "
         "the classes that occur in the labels or the predictions."
     )
 

@@ -43,7 +43,7 @@ def summary(facts: RunFacts) -> str:
             below = f"95 % interval {number(best.low)} to {number(best.high)}" if best.low == best.low else ""
             always = facts.scores[split].always.get(facts.metric)
             known = (
-                f"{number(always)} by always predicting {facts.scores[split].simplest}" if always is not None else ""
+                f"{number(always)} by the simplest model" if always is not None else ""
             )
             rows[f"{facts.metric} on {split}"] = (number(best.value), "; ".join(filter(None, [below, known])))
         elif end and isinstance(value := end.metrics.get(f"{split}_{facts.metric}"), int | float):
@@ -75,9 +75,10 @@ def happened(facts: RunFacts) -> str:
         html += note("No outcome is recorded: the run has not ended, or was never started.")
     if end and end.failure and now.state != "RUNNING" and end.failure.message != now.why:
         html += pre(end.failure.message, "What failed")
-    if now.remedy:
-        html += f"<h3>What to do next</h3><p>{escape(now.remedy)}</p>"
     run = shlex.quote(str(facts.path))
+    if now.remedy:
+        html += "<h3>What to do next</h3>"
+        html += f"<p>{escape(now.remedy)}</p>" if now.remedy != f"afina submit {run}" else ""
     commands = [f"afina status {run}", f"afina logs {run}"] if facts.attempts or now.job_id else []
     if now.state in ("STOPPED", "FAILED", "PLANNED"):
         again = "submit" if now.job_id or now.state == "PLANNED" else "resume"
