@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from afina.version import __version__
 
 if TYPE_CHECKING:
+    from afina.ahead import doctor, prefetch, rehearse
     from afina.api import resume, submit, train
     from afina.errors import AfinaError, Cancelled, Failed, Stopped, WaitTimeout
     from afina.prediction.export import export
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from afina.prediction.load_model import load
     from afina.recipe.parse import load_recipe
     from afina.recipe.schema import Recipe
+    from afina.reports import write_report as report
+    from afina.reports.compare import compare
     from afina.run.outcome import Outcome
     from afina.run.plan import Plan
     from afina.sweeps.sweep import Sweep, sweep
@@ -42,10 +45,15 @@ __all__ = [
     "WaitTimeout",
     "__version__",
     "as_completed",
+    "compare",
+    "doctor",
     "export",
     "load",
     "load_recipe",
     "predict",
+    "prefetch",
+    "rehearse",
+    "report",
     "resume",
     "runs",
     "submit",
@@ -57,16 +65,19 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("AfinaError", "Cancelled", "Failed", "Stopped", "WaitTimeout"), "afina.errors"),
     **dict.fromkeys(("Run", "Runs", "as_completed", "runs", "wait"), "afina.watch.handle"),
+    **dict.fromkeys(("doctor", "prefetch", "rehearse"), "afina.ahead"),
     **dict.fromkeys(("resume", "submit", "train"), "afina.api"),
     **dict.fromkeys(("Sweep", "sweep"), "afina.sweeps.sweep"),
     "Outcome": "afina.run.outcome",
     "Plan": "afina.run.plan",
     "Recipe": "afina.recipe.schema",
     "RunSummary": "afina.watch.overview",
+    "compare": "afina.reports.compare",
     "export": "afina.prediction.export",
     "load": "afina.prediction.load_model",
     "load_recipe": "afina.recipe.parse",
     "predict": "afina.prediction.jobs",
+    "report": "afina.reports:write_report",
 }
 
 
@@ -75,7 +86,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'afina' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    module, _, inside = _HOMES[name].partition(":")
+    return getattr(import_module(module), inside or name)
 
 
 def __dir__() -> list[str]:

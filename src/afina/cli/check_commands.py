@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from typing import Any
@@ -37,19 +36,18 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
       afina rehearse recipe.yaml
       srun --gpus=1 --pty afina rehearse recipe.yaml --nodes 2
     """
-    from afina import api
-    from afina.forecast import evidence as measure
+    from afina import ahead
     from afina.forecast.estimate import describe
-    from afina.forecast.forecast import forecast
-    from afina.run.new_run import prepare
-    from afina.site.image import check_image
-    from afina.slurm.cluster import read_cluster
 
-    plan = api.plan_for(recipe, request)
-    check_image(plan.site)
-    prepared = prepare(plan)
-    measured = measure.rehearse(plan, prepared, seconds=seconds)
-    estimate = forecast(plan, prepared, read_cluster(accounting=False), measured)
+    estimate, measured = ahead.rehearse(
+        recipe,
+        seconds=seconds,
+        overrides=request.overrides,
+        site=request.site,
+        nodes=request.nodes,
+        gpus_per_node=request.gpus_per_node,
+        time_min=request.time_min,
+    )
     if as_json:
         print(json.dumps({**estimate.to_json(), "measured": measured.model_dump()}))
         return
@@ -103,11 +101,12 @@ def doctor(
       afina doctor recipe.yaml --job
       afina doctor --inside
     """
-    from afina import doctor as checks
-    from afina.doctor.job import try_job
+    from afina import diagnosis as checks
+    from afina.ahead import target_for
+    from afina.diagnosis.job import try_job
     from afina.site.finding import Finding
 
-    target = _target(recipe, request, quick=is_inside, with_job=with_job)
+    target = target_for(recipe, request, quick=is_inside, with_job=with_job)
     all_findings: list[Any] = []
 
     def say(findings: Any) -> None:
@@ -137,29 +136,6 @@ def doctor(
         if recipe is not None and not count["failed"]:
             print(f"next: {another_command('prefetch', recipe, request)}")
     sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)
-
-
-def _target(recipe: str | None, request: JobRequest, *, quick: bool, with_job: bool) -> Any:
-    """What the doctor examines. A site or a recipe that cannot be read becomes a finding."""
-    from afina import api
-    from afina.doctor.target import Target
-    from afina.errors import AfinaError
-    from afina.run.plan import bare_plan
-    from afina.site.settings import environment, load_site
-    from afina.slurm.cluster import Cluster, read_cluster
-
-    where = plan = error = None
-    env = dict(os.environ)
-    try:
-        where = load_site(request.site)
-        env |= environment(where)
-        if recipe is not None:
-            plan = api.plan_for(recipe, request)
-        elif request.nodes or request.gpus_per_node:
-            plan = bare_plan(where, nodes=request.nodes or 1, gpus_per_node=request.gpus_per_node or 0)
-    except AfinaError as problem:
-        error = problem
-    return Target(env, Cluster() if quick else read_cluster(), where, plan, error, recipe is not None, with_job)
 
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}

@@ -49,9 +49,9 @@ def report(path: str | None, png: bool, each: bool, no_text: bool, output: str |
       afina report /scratch/me/runs/yelp-1a2b3c4d-1
       afina report /scratch/me/sweeps/rates --each --png
     """
-    from afina.reports import newest_run, write_report
+    from afina.reports import write_report
 
-    page = write_report(path or newest_run(), png=png, texts=not no_text, each=each, output=output)
+    page = write_report(path, png=png, texts=not no_text, each=each, output=output)
     print(json.dumps({"report": str(page)}) if as_json else page)
 
 

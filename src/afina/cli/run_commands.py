@@ -134,13 +134,9 @@ def prefetch(recipe: str, request: JobRequest, refresh: bool, as_json: bool) -> 
     Example:
       afina prefetch slurm/recipes/yelp.yaml
     """
-    from afina import api
-    from afina.run.new_run import prepare
-    from afina.site.image import check_image
+    from afina import ahead
 
-    plan = api.plan_for(recipe, request)
-    check_image(plan.site)
-    prepared = prepare(plan, refresh=refresh)
+    prepared = ahead.prefetch(recipe, overrides=request.overrides, site=request.site, refresh=refresh)
     if as_json:
         print(json.dumps(prepared))
         return

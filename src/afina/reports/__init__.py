@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from html import escape
+from pathlib import Path, PosixPath
 
 from afina.errors import EnvironmentProblem, InputError
 from afina.files import write_atomic
@@ -26,18 +27,32 @@ from afina.reports.page import document, figures
 from afina.run.directory import RunDir, is_run_dir
 from afina.watch.find import find_runs, known_runs, resolve_folder
 
-__all__ = ["newest_run", "write_comparison", "write_report"]
+__all__ = ["ReportPage", "write_comparison", "write_report"]
 
 #: Sections that are closed until someone opens them.
 _FOLDED = ("Outcome", "Requested and used", "Plan", "Attempts", "Record", "Recipe", "Run it again")
 
 
+class ReportPage(PosixPath):
+    """The path of a page; a notebook shows the page itself."""
+
+    def _repr_html_(self) -> str:
+        page = escape(self.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe title="{escape(str(self))}" sandbox="allow-scripts" style="width:100%;height:48rem;border:0" srcdoc="{page}"></iframe>'
+
+
 def write_report(
-    path: str | Path, *, png: bool = False, texts: bool = True, each: bool = False, output: str | Path | None = None
-) -> Path:
+    path: str | os.PathLike[str] | None = None,
+    *,
+    png: bool = False,
+    texts: bool = True,
+    each: bool = False,
+    output: str | Path | None = None,
+) -> ReportPage:
     """Write the page of a run, or of the runs below a folder (a sweep), over an older page; returns its path.
 
     Args:
+        path: by default the newest run on scratch.
         png: also write the charts as PNG files.
         texts: show the texts of mistakes.
         each: for a folder, also write the page of every run in it.
@@ -47,10 +62,10 @@ def write_report(
         InputError: the path is no run directory and has none below it, or a plan cannot be read.
         EnvironmentProblem: the page cannot be written.
     """
-    path = resolve_folder(path)
+    path = _newest_run() if path is None else resolve_folder(path)
     if is_run_dir(path):
         run = RunDir(path)
-        return _write_run(read_facts(run), Path(output or run.path / "report"), png=png, texts=texts)
+        return ReportPage(_write_run(read_facts(run), Path(output or run.path / "report"), png=png, texts=texts))
     runs = find_runs([path])
     if each:
         for found in runs:
@@ -58,7 +73,7 @@ def write_report(
     folder = _made(Path(output or path.absolute() / "report"))
     charts, html = collection_page(path.absolute(), runs, folder)
     write_atomic(folder / "index.html", html(write_figures(folder, charts, png=png)))
-    return folder / "index.html"
+    return ReportPage(folder / "index.html")
 
 
 def write_comparison(
@@ -78,7 +93,7 @@ def write_comparison(
     return folder / "index.html"
 
 
-def newest_run() -> Path:
+def _newest_run() -> Path:
     """The run on scratch that was claimed last.
 
     Raises:

@@ -136,7 +136,12 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
         means = means if len(values) < len(pairs) / 2 else []
         log = values[0] > 0 and values[-1] / values[0] >= 10
         words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means) or f"{len(dots)} runs, one dot each"
-        series: Any = {"dots": {"runs": dots}, "lines": {"mean": means} if means else {}, "log": log, "description": words}
+        series: Any = {
+            "dots": {"runs": dots},
+            "lines": {"mean": means} if means else {},
+            "log": log,
+            "description": words,
+        }
         series["ticks"] = values if len(values) <= 6 else ()
         charts.append(Chart(f"effect-{key}", f"{metric} by {key}", x=key, y=str(metric), **series))
     return charts

@@ -8,6 +8,7 @@ an error.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ class Comparison:
     about: dict[str, list[Any]]
     split: str = "eval"
 
+    def tests(self, metric: str | None = None) -> list[Verdict]:
+        """Paired tests of each run against the first; `metric` is by default what chooses the best checkpoint."""
+        return verdicts(self, metric)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -66,8 +71,8 @@ class Verdict:
     p_corrected: float | None = None
 
 
-def compare(paths: Iterable[str | Path], split: str = "eval") -> Comparison:
-    """Read runs; a folder stands for the runs below it.
+def compare(paths: Iterable[str | os.PathLike[str]], split: str = "eval") -> Comparison:
+    """Recipes and scores of runs side by side; `.tests()` tests whether they differ. A folder stands for the runs below it.
 
     Raises:
         InputError: a path is no run directory and has none below it; fewer than two runs.

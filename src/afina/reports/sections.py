@@ -42,9 +42,7 @@ def summary(facts: RunFacts) -> str:
         if split in facts.scores and (best := facts.scores[split].overall.get(facts.metric)) is not None:
             below = f"95 % interval {number(best.low)} to {number(best.high)}" if best.low == best.low else ""
             always = facts.scores[split].always.get(facts.metric)
-            known = (
-                f"{number(always)} by the simplest model" if always is not None else ""
-            )
+            known = f"{number(always)} by the simplest model" if always is not None else ""
             rows[f"{facts.metric} on {split}"] = (number(best.value), "; ".join(filter(None, [below, known])))
         elif end and isinstance(value := end.metrics.get(f"{split}_{facts.metric}"), int | float):
             rows[f"{facts.metric} on {split}"] = (number(value), "")

@@ -7,8 +7,10 @@ import inspect
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests import tiny
 from tests.common import ROOT
 
 import afina
+from afina.cli import main
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.run.new_run import claim
@@ -125,13 +128,47 @@ def test_the_examples_of_the_page_run(
     """All but the first, which submits: that is done on a real cluster, in tests/slurm; and the last, which needs a model."""
     pytest.importorskip("pandas")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 4 and "afina.submit(" in blocks[0] and "afina.predict(" in blocks[3]
+    assert len(blocks) == 5 and "afina.submit(" in blocks[0] and "afina.predict(" in blocks[4]
     Path("runs").mkdir()
     Path("runs/first").symlink_to(run.path)
-    for block in blocks[1:3]:
+    shutil.copytree(run.path, "runs/second")
+    for block in blocks[1:4]:
         exec(compile(block, "docs/python.md", "exec"), {})
     said = capsys.readouterr().out
     assert "FINISHED 20 None\n0.7\n" in said and "line 8\n" in said and "nothing to cancel: it has finished" in said
+    assert f"{run.path}/report/index.html" in said or "runs/first/report/index.html" in said
+    assert "{'accuracy': [0.75, 0.75]}" in said and "predictions.parquet" in said
+
+
+def test_a_notebook_shows_the_page(run: afina.Run, tmp_path: Path) -> None:
+    """`afina.report` of a run; without one of the newest; the frame runs the page's own script and reaches nothing around it."""
+    page = afina.report(run, output=tmp_path / "page")
+    assert page == tmp_path / "page/index.html" and afina.report() == run.path / "report/index.html"
+    frame = ElementTree.fromstring(page._repr_html_())
+    assert (frame.tag, frame.get("sandbox")) == ("iframe", "allow-scripts")
+    assert frame.get("srcdoc") == page.read_text().replace("\n", " ")  # as XML reads an attribute
+
+
+def test_the_doctor_is_the_command(run: afina.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = afina.doctor(in_image=True)
+    with contextlib.suppress(SystemExit):
+        main(["doctor", "--inside", "--json"])
+    told = json.loads(capsys.readouterr().out)["findings"]
+    assert [(one.check, one.level) for one in found] == [(one["check"], one["level"]) for one in told] and told
+    with pytest.raises(TypeError, match="nods"):
+        afina.doctor(nods=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.series
+def test_prefetch_and_rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prepares, the other finds it prepared and leaves no run."""
+    tiny.write_project(tmp_path / "project")
+    monkeypatch.setenv("AFINA_SCRATCH", str(tmp_path))
+    recipe = tmp_path / "project/recipe.yaml"
+    prepared = afina.prefetch(recipe, overrides=["train.epochs=1"])
+    assert prepared["rows"]["train"] > 0 and Path(prepared["prepared"]).is_dir() and not prepared["reused"]
+    seen = afina.rehearse(recipe, seconds=0.1, gpus_per_node=0, overrides=["train.epochs=1"])
+    assert seen.measured.seconds and seen.forecast.basis == "rehearsal" and not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.series

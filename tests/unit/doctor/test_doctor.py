@@ -19,8 +19,8 @@ from tests.common import program
 from tests.unit.conftest import Ran, sif_bytes, tree
 
 from afina import __version__
-from afina.doctor import CHECKS, disk, examine
-from afina.doctor.target import Target
+from afina.diagnosis import CHECKS, disk, examine
+from afina.diagnosis.target import Target
 from afina.files import permission_remedy
 from afina.recipe.schema import Recipe
 from afina.run.plan import make_plan

@@ -3,7 +3,7 @@
     python -m afina.worker doctor                       the checks of this environment, each reported as it ends
     python -m afina.worker check-node FOLDER COUNT      one node of a job: its checks, then COUNT processes that meet the others
 
-`check-node` writes its findings into FOLDER, one file of lines a node, for `afina.doctor.job`; its exit code is 3 if something
+`check-node` writes its findings into FOLDER, one file of lines a node, for `afina.diagnosis.job`; its exit code is 3 if something
 failed. The checks of GPUs, NCCL and InfiniBand follow the documentation and were not run on such hardware.
 """
 

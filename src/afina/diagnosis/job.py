@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from afina.doctor.target import Target
+from afina.diagnosis.target import Target
 from afina.errors import AfinaError, SlurmError
 from afina.files import encode_words, write_atomic
 from afina.run.commands import container_argv, job_scripts, sbatch_options, worker_argv

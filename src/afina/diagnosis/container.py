@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from afina.doctor.target import ANSWER_S, Target, answer_of
+from afina.diagnosis.target import ANSWER_S, Target, answer_of
 from afina.processes import run_captured
 from afina.run.commands import container_argv
 from afina.site.finding import Finding

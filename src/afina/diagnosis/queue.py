@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from afina.doctor.target import Target
+from afina.diagnosis.target import Target
 from afina.site.finding import Finding
 from afina.slurm.accounting import accounting_works
 from afina.slurm.cluster import Partition

@@ -1,7 +1,7 @@
 """Checks of everything that a job depends on: a plain list of functions; each finding is ok, a warning or failed, with its remedy.
 
 Checks try things out where they can: locks and renames in a temporary file on scratch, the container by starting it. They leave
-nothing behind and print no secret. The checks in a batch job are in `afina.doctor.job`, those in the image in `afina.worker.checks.environment`.
+nothing behind and print no secret. The checks in a batch job are in `afina.diagnosis.job`, those in the image in `afina.worker.checks.environment`.
 
 Not covered: quotas of file systems whose tools (`quota`, `lfs`) are missing here, and limits that Slurm does not show.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from afina.doctor.container import check_binds, check_image_file, check_runtime
-from afina.doctor.disk import (
+from afina.diagnosis.container import check_binds, check_image_file, check_runtime
+from afina.diagnosis.disk import (
     check_caches,
     check_clock,
     check_locks,
@@ -23,8 +23,8 @@ from afina.doctor.disk import (
     check_site,
     check_token,
 )
-from afina.doctor.queue import check_account, check_after_the_end, check_partitions, check_slurm
-from afina.doctor.target import Target
+from afina.diagnosis.queue import check_account, check_after_the_end, check_partitions, check_slurm
+from afina.diagnosis.target import Target
 from afina.errors import AfinaError
 from afina.run.commands import worker_argv, worker_environment
 from afina.run.workers import follow_worker

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from afina.doctor.target import ANSWER_S, Target, answer_of
+from afina.diagnosis.target import ANSWER_S, Target, answer_of
 from afina.errors import EnvironmentProblem
 from afina.files import permission_remedy
 from afina.site.finding import Finding, Level
