@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from ruamel.yaml.nodes import Node
 
 from afina.errors import InputError, RecipeError, check_argument, check_overrides, nearest
+from afina.formats.read_options import format_of
 from afina.recipe.explain import combined, explain
 from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.section import shown
@@ -60,9 +62,14 @@ def read_recipe(path: str | Path) -> str:
     """The text of a recipe's file.
 
     Raises:
-        RecipeError: it cannot be read; with the nearest name where it does not exist.
+        RecipeError: it cannot be read, or is a file of data; with the nearest name where it does not exist.
     """
     file = Path(path)
+    if file.is_file() and format_of(file) not in (None, "json", "txt"):
+        remedy = (
+            f"give the path of a YAML recipe; one for these data: afina init FOLDER --data {shlex.quote(str(file))}"
+        )
+        raise RecipeError(f"recipe {file}: is a file of data", remedy)
     try:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.errors import DataError, EnvironmentProblem, InputError, nearest
+from afina.errors import DataError, EnvironmentProblem, HubError, InputError, nearest
 from afina.formats.columnar import count_rows
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of
@@ -71,11 +71,16 @@ def find_data(data: str, site: Site | None, config: str | None = None, reading: 
     """
     path = Path(os.path.expandvars(data)).expanduser()
     if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         local = data.startswith((".", "/", "~", "$")) or format_of(path) is not None or data.count("/") > 1
         if not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
             reading.check_used([], "--{}".format)
-            return _find_on_hub(data, config, site)
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            try:
+                return _find_on_hub(data, config, site)
+            except HubError as error:
+                raise error.reworded(
+                    f"{error.message}; and no file or folder here has that name. {nearest(path.name, siblings)}".rstrip()
+                ) from None
         raise DataError(
             f"--data {data}: no such file or folder",
             nearest(path.name, siblings) or "give a file, a folder, or the id of a Hub data set (owner/name)",

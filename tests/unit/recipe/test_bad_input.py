@@ -83,6 +83,7 @@ def test_no_such_recipe(command: Callable[..., Ran], recipe_file: Callable[..., 
     path = recipe_file()
     only_message(command("train", path.with_name("recipee.yaml")), 2, "no such file", f"did you mean `{path}`?")
     only_message(command("train", path.parent), 2, "is a folder")
+    only_message(command("train", path.with_name("reviews.csv")), 2, "is a file of data", "afina init FOLDER --data")
     only_message(command("train", str(path) + "x" * 300), 2, "File name too long")
 
 

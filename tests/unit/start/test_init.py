@@ -449,11 +449,13 @@ def test_a_data_set_that_the_hub_does_not_have_leaves_nothing(
 ) -> None:
     """Fetching it needs a site and its scratch; both are removed, and what was there before stays."""
     (tmp_path / "project").mkdir()
+    (Path.cwd() / "reviews").mkdir()
     with HubServer(tmp_path / "hub") as hub:
         for name, value in hub.env(tmp_path / "cache").items():
             monkeypatch.setenv(name, value)
-        done = afina("init", "project", "--data", "me/none", "--scratch", tmp_path / "new/scratch", "--yes")
-    assert done.returncode in (2, 3) and "me/none" in done.stderr and "remedy" in done.stderr, done
+        done = afina("init", "project", "--data", "reviws", "--scratch", tmp_path / "new/scratch", "--yes")
+    assert done.returncode == 3 and "reviws" in done.stderr and "remedy" in done.stderr, done
+    assert "no file or folder here has that name. did you mean `reviews`?" in done.stderr
     assert list((tmp_path / "project").iterdir()) == [] and not (tmp_path / "new").exists()
 
 
