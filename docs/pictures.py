@@ -22,8 +22,8 @@ from afina.reports import write_report  # noqa: E402
 
 #: Picture -> the heading at which it begins (None: the top of the page), its width and height in pixels.
 PICTURES = {
-    "report": (None, 1000, 610),
-    "curves": ("Learning curves", 1000, 345),
+    "report": (None, 1000, 585),
+    "curves": ("Learning curves", 1000, 365),
     "confusion": ("Confusion matrix", 560, 480),
 }
 WIDTH = 1000

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from tests.common import ROOT
 
+from afina.version import INTERFACE
+
 Apptainer = Callable[..., subprocess.CompletedProcess[str]]
 
 LOCK = ROOT / "container" / "requirements.txt"
@@ -129,6 +131,7 @@ def test_labels_say_what_it_is(image: Path, apptainer: Apptainer) -> None:
     assert labels["org.opencontainers.image.version"] == project["version"]
     assert labels["org.opencontainers.image.licenses"] == project["license"]
     assert labels["org.opencontainers.image.revision"]
+    assert labels["afina.interface"] == str(INTERFACE)
     assert labels["afina.torch"] == torch
     assert labels["afina.lock"] == hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]
 
