@@ -30,10 +30,10 @@ from afina.slurm.cluster import Cluster, read_cluster
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Rehearsal", "doctor", "prefetch", "rehearse", "target_for"]
+__all__ = ["Rehearsed", "doctor", "prefetch", "rehearse", "target_for"]
 
 
-class Rehearsal(NamedTuple):
+class Rehearsed(NamedTuple):
     """What a rehearsal measured, and the forecast of the run that follows from it."""
 
     forecast: Estimate
@@ -58,7 +58,7 @@ def prefetch(
 
 
 @accepts(JobOptions, JobRequest)
-def rehearse(recipe: AnyRecipe, *, seconds: float = 10.0, **options: Unpack[JobOptions]) -> Rehearsal:
+def rehearse(recipe: AnyRecipe, *, seconds: float = 10.0, **options: Unpack[JobOptions]) -> Rehearsed:
     """Run a few training steps, a save and an evaluation here, without network, and forecast the run. Leaves nothing behind.
 
     Args:
@@ -70,7 +70,7 @@ def rehearse(recipe: AnyRecipe, *, seconds: float = 10.0, **options: Unpack[JobO
     """
     plan, prepared = _prepared(recipe, JobRequest(**options))
     measured = evidence.rehearse(plan, prepared, seconds=seconds)
-    return Rehearsal(forecast(plan, prepared, read_cluster(accounting=False), measured), measured)
+    return Rehearsed(forecast(plan, prepared, read_cluster(accounting=False), measured), measured)
 
 
 @accepts(JobOptions, JobRequest)
