@@ -65,12 +65,12 @@ def read_recipe(path: str | Path) -> str:
         RecipeError: it cannot be read, or is a file of data; with the nearest name where it does not exist.
     """
     file = Path(path)
-    if file.is_file() and format_of(file) not in (None, "json", "txt"):
-        remedy = (
-            f"give the path of a YAML recipe; one for these data: afina init FOLDER --data {shlex.quote(str(file))}"
-        )
-        raise RecipeError(f"recipe {file}: is a file of data", remedy)
     try:
+        if file.is_file() and format_of(file) not in (None, "json", "txt"):
+            remedy = (
+                f"give the path of a YAML recipe; one for these data: afina init FOLDER --data {shlex.quote(str(file))}"
+            )
+            raise RecipeError(f"recipe {file}: is a file of data", remedy)
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(p) for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
