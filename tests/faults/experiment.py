@@ -29,7 +29,6 @@ MAX_RESUMES = 8
 HANG_S = {"local": 150, "slurm": 300}
 #: Recipe keys that change how a run is saved, not what is trained.
 _SAVING = {"train.stall_minutes", "train.save_every", "train.save_minutes"}
-_WEIGHTS = Path("model/model.safetensors")
 _REQUEUED = "requeued"
 
 #: Makes the run of a name, on a small disk or none, with a command prefix.
@@ -117,7 +116,7 @@ def _undisturbed(live: LiveRun, changes: Mapping[str, Any]) -> Reference:
         if not live.finished:
             raise RuntimeError(f"the undisturbed run did not finish: {live.ended()}, {live.outcome()} in {live.run}")
         lines = (live.run / "metrics.jsonl").read_text().splitlines()
-        return Reference(_digest(live.run / _WEIGHTS), _digest(live.run / "metrics.jsonl"), seconds, tuple(lines))
+        return Reference(_digest(_weights(live.run)), _digest(live.run / "metrics.jsonl"), seconds, tuple(lines))
     finally:
         live.clean_up()
 
@@ -140,13 +139,16 @@ def run_scenario(scenario: Scenario, make: MakeRun, reference: Reference, seed: 
         return result
 
 
-def run_random_kills(make: MakeRun, reference: Reference, seed: str, kills: int) -> Result:
-    """One run that is killed `kills` times at random."""
+def run_random_kills(
+    make: MakeRun, reference: Reference, seed: str, kills: int, changes: Mapping[str, Any] = {}
+) -> Result:
+    """One run, with these changes of its recipe, that is killed `kills` times at random."""
     live = make(f"kills-{seed.replace('/', '-')}", None, ())
     scene = Scene(live, random.Random(seed))
     faults = tuple(partial(random_kill, share=0.5 / kills, last=n == kills) for n in range(1, kills + 1))
     try:
-        return _run(Scenario(RANDOM, "Killed at random moments, repeatedly.", faults), scene, reference, seed)
+        scenario = Scenario(RANDOM, "Killed at random moments, repeatedly.", faults, changes=changes)
+        return _run(scenario, scene, reference, seed)
     finally:
         live.clean_up()
 
@@ -235,7 +237,7 @@ def _result(
         by_hand=log.by_hand,
         repeated=monitor.repeated,
         overlooked=monitor.overlooked,
-        weights_equal=not lost and _digest(live.run / _WEIGHTS) == reference.weights,
+        weights_equal=not lost and _digest(_weights(live.run)) == reference.weights,
         metrics_equal=not lost and _digest(live.run / "metrics.jsonl") == reference.metrics,
         seconds=round(seconds, 1),
         seconds_lost=round(seconds - reference.seconds, 1),
@@ -258,6 +260,11 @@ def _first_difference(run: Path, reference: Reference) -> str:
     if len(lines) != len(reference.log_lines):
         return f"metrics.jsonl has {len(lines)} lines instead of {len(reference.log_lines)}"
     return ""
+
+
+def _weights(run: Path) -> Path:
+    """The weights of the finished model: all, or an adapter's."""
+    return next((run / "model").glob("*.safetensors"))
 
 
 def _digest(path: Path) -> str:

@@ -25,10 +25,11 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -72,8 +73,8 @@ class Suite:
         reference = self.reference(scenario.changes)
         return run_scenario(scenario, self.make, reference, f"{seed}/{scenario.name}", folder)
 
-    def random_kills(self, seed: int | str, number: int, kills: int) -> Result:
-        return run_random_kills(self.make, self.reference({}), f"{seed}/{number}", kills)
+    def random_kills(self, seed: int | str, number: int, kills: int, changes: Mapping[str, Any] = {}) -> Result:
+        return run_random_kills(self.make, self.reference(changes), f"{seed}/{number}", kills, changes)
 
 
 def local_suite(place: Path, setting: Setting) -> Suite:

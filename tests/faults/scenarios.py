@@ -14,7 +14,10 @@ from tests.faults import inject
 from tests.faults.live_run import STAGES
 from tests.faults.local_run import NO_NETWORK, OWN_NETWORK
 
-__all__ = ["SCENARIOS", "Scenario", "find_scenario"]
+__all__ = ["ADAPTER", "SCENARIOS", "Scenario", "find_scenario"]
+
+#: Recipe keys of a run that trains an adapter and the head alone.
+ADAPTER: dict[str, Any] = {"adapter": "{rank: 4, dropout: 0.1}"}
 
 LOCAL, SLURM = "local", "slurm"
 
@@ -78,6 +81,19 @@ def _scenarios() -> list[Scenario]:
             "kill-again",
             "Every process is killed, in three attempts.",
             (inject.kill_all, inject.kill_starting, inject.kill_all),
+        ),
+        Scenario(
+            "adapter-kill",
+            "Every process of a training with an adapter is killed.",
+            (inject.kill_all,),
+            changes=ADAPTER,
+        ),
+        Scenario(
+            "adapter-stop",
+            "SIGTERM reaches every process of a training with an adapter.",
+            (inject.signal_step(signal.SIGTERM),),
+            changes=ADAPTER,
+            graceful=True,
         ),
         Scenario("kill-host", "The host process is killed; the training may continue.", (inject.kill_host,)),
         Scenario("kill-starting", "Killed during start-up.", (inject.kill_starting,)),

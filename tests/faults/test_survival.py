@@ -21,13 +21,13 @@ from tests.faults import results
 from tests.faults.live_run import Setting
 from tests.faults.results import Result
 from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
-from tests.faults.scenarios import SCENARIOS
+from tests.faults.scenarios import ADAPTER, SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 KILLS = 20
 _KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
-#: Killed, stopped on request, a full disk, damaged checkpoints.
-ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped")
+#: Killed, stopped on request, a full disk, damaged checkpoints; killed and stopped with an adapter.
+ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped", "adapter-kill", "adapter-stop")
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS if "local" in scenario.where and not scenario.slow}
 
 ResultOf = Callable[[str], Result]
@@ -92,6 +92,19 @@ def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], result_of:
         runs.append(suites[1].random_kills(SEED, len(runs), min(missing, KILLS_PER_RUN)))
     print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(runs)}\n" + "\n".join(result.difference for result in runs))
     assert not [result.broken for result in runs if result.broken]
+
+
+@pytest.mark.series
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_random_kills_change_nothing_with_an_adapter(suites: dict[int, Suite]) -> None:
+    """With one process, and with two on gloo."""
+    results_of_kills: list[Result] = []
+    for processes in (1, 2):
+        while sum(result.kills for result in results_of_kills) < processes * KILLS_PER_RUN:
+            results_of_kills.append(suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, ADAPTER))
+    print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(results_of_kills)}")
+    assert not [result.broken for result in results_of_kills if result.broken]
 
 
 def test_the_command_lists_the_scenarios(capsys: pytest.CaptureFixture[str]) -> None:

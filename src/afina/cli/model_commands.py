@@ -128,9 +128,10 @@ def _submitted(about: dict[str, Any]) -> str:
 @run_argument
 @click.option("-o", "--output", "out", metavar="DIR", help="A new folder; by default one with the recipe's name here.")
 @click.option("--onnx", is_flag=True, help="Also as onnx/model.onnx, compared with PyTorch; needs the extra onnx.")
+@click.option("--merge", is_flag=True, help="Of a run with an adapter: whole weights, with the adapter in them.")
 @click.option("--site", metavar="FILE", help="Site file; by default the site of the run.")
 @json_option
-def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json: bool) -> None:
+def export(run_dir: str, out: str | None, onnx: bool, merge: bool, site: str | None, as_json: bool) -> None:
     """Export the model of RUN as a folder to give away: safetensors, tokenizer, and a model card from the record.
 
     transformers.pipeline("text-classification", model=DIR) loads it, label names included. What only you can say in the
@@ -140,10 +141,11 @@ def export(run_dir: str, out: str | None, onnx: bool, site: str | None, as_json:
     Examples:
       afina export RUN -o stars
       afina export RUN -o stars --onnx
+      afina export RUN -o stars --merge
     """
     from afina.prediction import export as exporting
 
-    made = exporting.export(run_dir, out, onnx=onnx, site=site)
+    made = exporting.export(run_dir, out, onnx=onnx, merge=merge, site=site)
     if as_json:
         print(json.dumps(made, ensure_ascii=False))
         return

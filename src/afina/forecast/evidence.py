@@ -70,7 +70,7 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
 
 
 def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
-    """The rows of each split and the parameters of the model, from the prepared data and the model folder.
+    """The rows of each split and the parameters of the model (unknown with an adapter), from the prepared data and the model folder.
 
     Raises:
         EnvironmentProblem: one of them cannot be read.
@@ -80,7 +80,8 @@ def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
     try:
         manifest = json.loads((Path(prepared["prepared"]) / "manifest.json").read_text(encoding="utf-8"))
         rows = {split: int(about["rows"]) for split, about in manifest["splits"].items()}
-        parameters = num_parameters(Path(prepared["model_folder"]))
+        # The sizes that follow from their number are those of a training of all weights.
+        parameters = None if plan.recipe.adapter else num_parameters(Path(prepared["model_folder"]))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EnvironmentProblem(
             f"model or prepared data cannot be read: {error}", "run `afina prefetch RECIPE` again"
@@ -120,7 +121,7 @@ def _likeness(plan: Plan) -> list[Any]:
     model = str(plan.model_folder) if plan.model_folder else plan.recipe.model
     layout = (g.num_processes, g.gpus_per_node, g.cpus_per_process, g.batch_per_device, g.accumulation)
     numbers = (train.fast_dropout, train.attention_dropout, train.precision, train.compile)
-    return [model, plan.recipe.tokens, layout, train.arguments, numbers]
+    return [model, plan.recipe.adapter, plan.recipe.tokens, layout, train.arguments, numbers]
 
 
 def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:

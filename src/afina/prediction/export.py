@@ -19,13 +19,19 @@ __all__ = ["export"]
 
 
 def export(
-    run: str | os.PathLike[str], out: str | Path | None = None, *, onnx: bool = False, site: str | Path | None = None
+    run: str | os.PathLike[str],
+    out: str | Path | None = None,
+    *,
+    onnx: bool = False,
+    merge: bool = False,
+    site: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write safetensors, tokenizer, model card (and ONNX) into a new folder.
 
     Args:
         out: by default a folder with the recipe's name in the working directory.
         onnx: also as `onnx/model.onnx`, compared with PyTorch; needs the extra `onnx`.
+        merge: of a run with an adapter: whole weights, with the adapter in them.
 
     Returns: out, bytes, parameters, onnx_difference (the largest of any logit).
 
@@ -34,7 +40,8 @@ def export(
     """
     for name, path in (("out", out), ("site", site)):
         check_argument(name, path, (str, Path), "a path")
-    check_argument("onnx", onnx, (bool,), "True or False", required=True)
+    for name, flag in (("onnx", onnx), ("merge", merge)):
+        check_argument(name, flag, (bool,), "True or False", required=True)
     directory, model = find_model(resolve_folder(run))
     if directory is None:
         raise InputError(
@@ -50,5 +57,5 @@ def export(
     plan = plan_of(directory, model, [], site_for(directory, site), gpus=0)
     check_image(plan.site)
     argv = worker_argv(plan, "export", binds=[directory.path, target.parent])
-    question = {"run": str(directory.path), "out": str(target), "onnx": onnx}
+    question = {"run": str(directory.path), "out": str(target), "onnx": onnx, "merge": merge}
     return ask_worker(argv, worker_env(plan), question, name="the export")

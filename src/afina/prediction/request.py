@@ -21,7 +21,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
 from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.resource_keys import Resources
-from afina.recipe.local_model import check_no_adapter
+from afina.recipe.local_model import adapter_base, check_no_adapter
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
 from afina.run.job_request import JobRequest
@@ -172,6 +172,8 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
         return run, run.model
     if not folder.is_dir():
         raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
+    if adapter_base(folder) is not None:
+        return None, folder
     check_no_adapter(str(folder), [entry.name for entry in folder.iterdir()])
     if not (folder / "config.json").is_file():
         raise InputError(

@@ -5,6 +5,7 @@ Not covered: what these files hold; the worker examines that.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 from afina.errors import InputError, nearest
 from afina.recipe.data_files import check_utf8, find_paths
 
-__all__ = ["check_no_adapter", "find_model_folder", "num_parameters"]
+__all__ = ["ADAPTER_LABELS", "adapter_base", "check_no_adapter", "find_model_folder", "num_parameters"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+#: Folder beside an adapter's weights that afina wrote: the classifier's configuration, and the digests of its base.
+ADAPTER_LABELS = "classifier"
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -64,10 +68,26 @@ def check_no_adapter(model: str, names: Iterable[str]) -> None:
     if any(name in _ADAPTER for name in names):
         raise InputError(
             f"model: {model} holds an adapter (adapter_config.json), whose weights would not be read",
-            "merge it into its base with peft, and give the new folder: "
+            "merge it into its base, and give the new folder: of a run with `afina export RUN --merge`, else with peft: "
             "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER), and save the tokenizer there "
             "too; or take the adapter's files out of the folder to train the base alone",
         )
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None] | None:
+    """The base model of the adapter in `folder` that afina wrote, a Hub id or a folder, and its revision; None for anything else.
+
+    Raises:
+        InputError: its files cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    if not (folder / ADAPTER_LABELS / "config.json").is_file() or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"model: {path} cannot be read: {error}", "copy the adapter's folder again") from None
 
 
 def num_parameters(model: Path) -> int | None:

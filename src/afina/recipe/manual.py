@@ -19,6 +19,7 @@ _PLACES = {
     "### Part": ("data.train.", "data.eval.", "data.test."),
     "## Tokens": ("tokens.",),
     "## Train": ("train.",),
+    "## Adapter": ("adapter.",),
     "## Resources": ("resources.",),
 }
 
@@ -53,7 +54,17 @@ def key_rows() -> Iterator[KeyRow]:
 
 def _is_section(key: str) -> bool:
     """Whether a key is a section, whose own keys follow; of `train.arguments` the arguments do."""
-    return key in ("data", "tokens", "train", "resources", "data.train", "data.eval", "data.test", "train.arguments")
+    return key in (
+        "data",
+        "tokens",
+        "train",
+        "adapter",
+        "resources",
+        "data.train",
+        "data.eval",
+        "data.test",
+        "train.arguments",
+    )
 
 
 def _plain(cell: str) -> str:

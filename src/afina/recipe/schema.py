@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from afina.recipe.explain import combined, explain
+from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.resource_keys import Resources
@@ -55,6 +56,8 @@ class Recipe(_Explained):
         RecipeError: a key or value is wrong.
     """
 
+    added_later = ("adapter",)
+
     name: str
     model: Text
     revision: Text | None = None
@@ -63,6 +66,7 @@ class Recipe(_Explained):
     data: Data
     tokens: Tokens = Tokens()
     train: Train = Train()
+    adapter: Adapter | None = None
     metrics: tuple[str, ...] | None = None
     trackers: tuple[str, ...] = ()
     resources: Resources = Resources()

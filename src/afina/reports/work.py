@@ -63,6 +63,7 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
         "share of real tokens": _percent(utilisation.get("real_token_share")),
         "model FLOP utilisation": _percent(utilisation.get("mfu")),
         "of a peak of": _peak(utilisation),
+        "trained parameters": _trained(facts),
         "largest memory, GB": utilisation.get("peak_memory_gb"),
         "examples per step": utilisation.get("examples_per_step"),
     }
@@ -75,6 +76,17 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
     if charts[0]:
         del charts[1]
     return pairs(rows), [chart for chart in charts if chart]
+
+
+def _trained(facts: RunFacts) -> str | None:
+    """With an adapter: which, and how many of the model's parameters."""
+    outcome, adapter = facts.outcome, facts.plan.recipe.adapter
+    if adapter is None:
+        return None
+    count = (
+        f": {outcome.trained_parameters:,} of {outcome.parameters:,}" if outcome and outcome.trained_parameters else ""
+    )
+    return f"{adapter.variant} of rank {adapter.rank} on {adapter.layers}, and the head{count}"
 
 
 def time_spent(facts: RunFacts) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from afina.errors import EnvironmentProblem, InputError
+from afina.recipe.local_model import adapter_base
 from afina.run.plan import Geometry, Plan
 from afina.site.package import slurm_folder
 from afina.site.settings import cache_environment, environment, hub_token, in_container, without_isolation
@@ -341,15 +342,13 @@ def _data_folders(plan: Plan) -> list[Path]:
 
 
 def _model_folders(plan: Plan) -> list[Path]:
-    """The model folder, and the folders of what its files are links to (a Hub cache is made of links)."""
+    """The model folder, that of an adapter's base, and the folders of what their files are links to (a Hub cache is made of links)."""
     if plan.model_folder is None:
         return []
-    linked = (
-        [p.resolve().parent for p in plan.model_folder.iterdir() if p.is_symlink()]
-        if plan.model_folder.is_dir()
-        else []
-    )
-    return [plan.model_folder, plan.model_folder.resolve(), *linked]
+    base = adapter_base(plan.model_folder)
+    folders = [plan.model_folder, *([Path(base[0])] if base and Path(base[0]).is_dir() else [])]
+    linked = [p.resolve().parent for folder in folders if folder.is_dir() for p in folder.iterdir() if p.is_symlink()]
+    return [*folders, *(folder.resolve() for folder in folders), *linked]
 
 
 def _outermost(folders: Iterable[Path]) -> list[Path]:

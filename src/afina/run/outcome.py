@@ -42,6 +42,7 @@ class Outcome(BaseModel):
             better than the majority class, a metric that is undefined; and what the data say against its numbers.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
+        parameters, trained_parameters: of the model; with an adapter fewer are trained.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -66,6 +67,8 @@ class Outcome(BaseModel):
     device: str | None = None
     world_size: int | None = None
     global_batch: int | None = None
+    parameters: int | None = None
+    trained_parameters: int | None = None
 
     @property
     def fails_again(self) -> bool:

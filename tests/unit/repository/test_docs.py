@@ -19,6 +19,7 @@ from tests.common import ROOT
 
 from afina import errors
 from afina.cli import cli
+from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.keys.data_keys import Data, Part
 from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.keys.train_keys import Tokens, Train
@@ -148,14 +149,14 @@ def test_scripts_that_are_named_exist_and_can_be_run() -> None:
         assert (ROOT / script).stat().st_mode & 0o100, script
 
 
-@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Resources], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Adapter, Resources], ids=lambda m: m.__name__)
 def test_every_key_is_in_its_table(model: type[BaseModel]) -> None:
     rows = _rows("recipe.md", model.__name__)
     keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row[0])]
     assert sorted(keys) == sorted(model.model_fields)
 
 
-@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Resources], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Recipe, Data, Part, Tokens, Train, Adapter, Resources], ids=lambda m: m.__name__)
 def test_required_keys_and_numbers_in_the_tables_are_those_of_the_code(model: type[BaseModel]) -> None:
     for name, default, _ in _rows("recipe.md", model.__name__):
         for key in re.findall(r"`([^`]+)`", name):

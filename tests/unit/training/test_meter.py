@@ -25,7 +25,7 @@ def test_the_parts_add_up_over_attempts() -> None:
     time.sleep(0.05)
     with first.within("evaluation"):
         time.sleep(0.02)
-    first.count_step(8, 100, 1e6)
+    first.count_step(8, 100, 3e6)
     first.computed = first.real = 100
     first.enter("saving")
     summary = first.summary(1)
@@ -43,7 +43,7 @@ def test_the_parts_add_up_over_attempts() -> None:
     second.peak = Peak(3e9, "faster")
     second.enter("forward_backward")
     time.sleep(0.03)
-    second.count_step(8, 100, 1e6)
+    second.count_step(8, 100, 3e6)
     second.enter("saving")
     summary, mine = second.summary(2), second.training_s - trained
     assert summary["mfu"] == pytest.approx(6e6 / (1e9 * trained + 3e9 * mine), rel=1e-3)

@@ -136,8 +136,21 @@ def _training(plan: Plan, outcome: Outcome | None) -> str:
     steps = f" ({outcome.global_step:,} steps)" if outcome and outcome.global_step else ""
     more = "".join(f", {key} {value}" for key, value in sorted(given.items()))
     return (
-        f"Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}, "
+        f"{_adapter(plan, outcome)}Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}, "
         f"{schedule} schedule{more}; {train.batch_size} examples per step, {length}{steps}, seed {train.seed}."
+    )
+
+
+def _adapter(plan: Plan, outcome: Outcome | None) -> str:
+    adapter = plan.recipe.adapter
+    if adapter is None:
+        return ""
+    share = ""
+    if outcome and outcome.trained_parameters and outcome.parameters:
+        share = f" ({outcome.trained_parameters:,} of {outcome.parameters:,} parameters)"
+    return (
+        f"Trained were {adapter.variant} adapters of rank {adapter.rank} (α {adapter.alpha:g}, dropout {adapter.dropout:g}) on {adapter.layers}, and the "
+        f"head{share}; all other weights were frozen. "
     )
 
 

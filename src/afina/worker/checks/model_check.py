@@ -74,12 +74,13 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
         [plan.recipe.train.compile, plan.recipe.train.precision],
         [plan.recipe.train.arguments.get(name) for name in ("torch_compile", "neftune_noise_alpha", "bf16", "fp16")],
         plan.recipe.trust_remote_code,
+        *([plan.recipe.adapter.model_dump(mode="json")] if plan.recipe.adapter else []),
         [manifest[key] for key in ("task", "labels", "num_labels", "pad_token_id")],
         _kind_of_rows(split, special),
     ]
 
     def compare() -> list[str]:
-        with hide_packages("datasets", "scipy"), gc_paused():
+        with hide_packages("datasets", "scipy", "peft"), gc_paused():
             return [_compare(plan, result, manifest, split, special)]
 
     for line in checked_once(plan.site.scratch / "pins", ["rows", *about], compare):

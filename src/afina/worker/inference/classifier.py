@@ -29,6 +29,7 @@ from afina.worker.data.tables.row_batches import is_blank
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
+from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.padding import separate_rows, set_pad_token
 from afina.worker.model.pretrained import (
@@ -270,22 +271,36 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
     transformers.logging.disable_progress_bar()
     try:
         with gc_paused():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with their names
-            )
+            if (
+                labels_config(folder) != folder
+            ):  # merged in float32: an adapter that is rounded first loses its last digits
+                model = load_merged(folder, trust_remote_code).to(dtype)
+            else:
+                model = _load_plain(folder, dtype, trust_remote_code)
+    except InputError:
+        raise
     except Exception as error:  # whatever a broken file or foreign code makes it raise
         reason = first_line(error)
         raise InputError(
             f"model: transformers {transformers.__version__} cannot load {folder}: {reason}",
             "give a run directory of afina, or a folder with a sequence classifier and its tokenizer",
         ) from None
+    give_pad_token(tokenizer)
+    check_pad_token(tokenizer, vocabulary_size(folder))
+    set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    return tokenizer, model.to(device).eval()
+
+
+def _load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        str(folder),
+        config=AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with their names
+    )
     check_shapes(folder, report["mismatched_keys"])
     if missing := sorted(report["missing_keys"]):
         below = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
@@ -296,10 +311,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
             if below
             else "train it first (`afina train RECIPE`), and give the run directory",
         )
-    give_pad_token(tokenizer)
-    check_pad_token(tokenizer, vocabulary_size(folder))
-    set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    return tokenizer, model.to(device).eval()
+    return model
 
 
 def _limit(tokenizer: Any, config: Any) -> int:

@@ -20,6 +20,7 @@ from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.provenance.methods import execution_of, methods
 from afina.statistics.predictions import read_predictions
+from afina.worker.model.adapters import labels_config
 
 __all__ = ["CardFacts", "facts_of", "model_card"]
 
@@ -54,6 +55,7 @@ class CardFacts:
         record: `record.json` of the run; empty where it has none.
         parameters: their number in the model.
         onnx: `onnx/model.onnx` is exported too.
+        adapter: the folder holds an adapter, not the whole weights.
     """
 
     plan: Plan
@@ -67,11 +69,12 @@ class CardFacts:
     record: Mapping[str, Any] = field(default_factory=dict)
     parameters: int = 0
     onnx: bool = False
+    adapter: bool = False
 
 
 def facts_of(run: RunDir, outcome: Outcome) -> CardFacts:
     """Read the facts; of the weights only the headers."""
-    config = read_json(run.model / "config.json")
+    config = read_json(labels_config(run.model) / "config.json")
     names = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
     labels = None if outcome.task == "regression" else names
     return CardFacts(
@@ -84,7 +87,7 @@ def facts_of(run: RunDir, outcome: Outcome) -> CardFacts:
         ran=execution_of(run),
         versions=_versions(run, outcome),
         record=read_json(run.path / "record.json"),
-        parameters=_parameters(run.model),
+        parameters=outcome.parameters or _parameters(run.model),
     )
 
 
@@ -94,7 +97,7 @@ def model_card(facts: CardFacts) -> str:
 
     recipe = facts.plan.recipe
     metadata = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-classification",
         base_model=recipe.model if _on_hub(facts) else None,
         datasets=[recipe.data.hub] if recipe.data.hub else None,
@@ -129,6 +132,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "joined": len(recipe.data.text) if len(recipe.data.text) > 2 else None,
         "max_length": recipe.tokens.max_length,
         "onnx": facts.onnx,
+        "adapter": facts.adapter,
         "labels": labels,
         "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
         "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
@@ -177,6 +181,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "asked for": length,
         "optimizer steps": f"{outcome.global_step:,}; the weights are those of step {outcome.model_step or outcome.global_step:,}",
         "examples per step": train.batch_size,
+        "adapter": _adapter(facts),
         "learning rate": f"{train.learning_rate:g}, {train.arguments.get('lr_scheduler_type', 'linear')} schedule",
         "seed": train.seed,
         **{f"`{name}`": value for name, value in train.arguments.items() if name != "lr_scheduler_type"},
@@ -185,6 +190,16 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         **_origins(facts),
     }
+
+
+def _adapter(facts: CardFacts) -> str:
+    adapter, trained = facts.plan.recipe.adapter, facts.outcome.trained_parameters
+    if adapter is None:
+        return ""
+    count = f"; {trained:,} parameters trained" if trained else ""
+    return (
+        f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}{'' if facts.adapter else ', merged'}{count}"
+    )
 
 
 def _origins(facts: CardFacts) -> dict[str, str]:

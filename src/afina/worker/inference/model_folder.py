@@ -1,6 +1,6 @@
 """Exports a finished run as a model folder to publish: `python -m afina.worker export < request.json`.
 
-    DIR/  config.json, model.safetensors     as the run's model/
+    DIR/  config.json, model.safetensors     as the run's model/; of a run with an adapter its adapter and head, or merged if asked for
           tokenizer …                        as the run's model/; its longest input is that of the training
           afina.json                         text columns and longest input, for predictions with this folder
           README.md                          the model card (`afina.worker.inference.model_card`)
@@ -20,8 +20,10 @@ from typing import Any
 from afina.errors import InputError
 from afina.files import name_aside
 from afina.publish import rename_new
+from afina.recipe.local_model import adapter_base
 from afina.run.directory import RunDir
 from afina.version import __version__
+from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.reply import read_question
 
 __all__ = ["answer", "export", "export_info"]
@@ -34,15 +36,19 @@ _COMPARED = 26
 
 
 def answer(arguments: list[str]) -> dict[str, Any]:
-    """The question is {"run": …, "out": …, "onnx": …}, as `export`."""
+    """The question is {"run": …, "out": …, "onnx": …, "merge": …}, as `export`."""
     return export(**read_question("a request to export"))
 
 
-def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
+def export(run: str, out: str, onnx: bool, merge: bool = False) -> dict[str, Any]:
     """Publish the model of `run` at `out`.
 
+    Args:
+        onnx: also as ONNX; with an adapter the merged model.
+        merge: write whole weights, with the adapter in them.
+
     Raises:
-        InputError: the run has not finished, its model is damaged, `out` exists.
+        InputError: the run has not finished, its model is damaged, `out` exists, there is nothing to merge.
         EnvironmentProblem: the extra `onnx` is missing.
     """
     from dataclasses import replace
@@ -58,18 +64,19 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
             f"{run}: nothing to export: {how}", f"`{shlex.join(['afina', 'resume', str(run)])}` continues it"
         )
     check_files(directory.model, "the run's model is damaged: copy the run directory again")
+    adapted = adapter_base(directory.model) is not None
+    if merge and not adapted:
+        raise InputError(f"--merge: {run} has trained all weights: there is no adapter to merge", "leave --merge out")
     if onnx:
         from afina.worker.inference.onnx_export import check_installed, export_onnx
 
         check_installed()
-    facts = replace(facts_of(directory, outcome), onnx=onnx)
+    facts = replace(facts_of(directory, outcome), onnx=onnx, adapter=adapted and not merge)
     recipe = facts.plan.recipe
     aside = name_aside(final)
     aside.mkdir()
     try:
-        for path in sorted(directory.model.iterdir()):
-            if path.is_file() and path.name not in _LEFT_OUT:
-                shutil.copyfile(path, aside / path.name)
+        _copy_model(directory.model, aside, merge, recipe.trust_remote_code)
         _limit_tokenizer(aside, recipe.tokens.max_length)
         info = {
             "afina": __version__,
@@ -81,14 +88,31 @@ def export(run: str, out: str, onnx: bool) -> dict[str, Any]:
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
         difference = None
         if onnx:
+            whole = aside / ".merged" if adapted and not merge else aside
+            if whole != aside:
+                _copy_model(directory.model, whole, True, recipe.trust_remote_code)
             target, longest = aside / "onnx/model.onnx", recipe.tokens.max_length
-            difference = export_onnx(aside, target, _texts(directory), longest, recipe.trust_remote_code)
+            difference = export_onnx(whole, target, _texts(directory), longest, recipe.trust_remote_code)
+            shutil.rmtree(aside / ".merged", ignore_errors=True)
         if not rename_new(aside, final):
             raise InputError(f"{final}: exists; nothing that exists is overwritten", "choose another folder with -o")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     return {"out": str(final), "bytes": size, "parameters": facts.parameters, "onnx_difference": difference}
+
+
+def _copy_model(model: Path, target: Path, merge: bool, trust_remote_code: bool) -> None:
+    """Copy the model's folder; with `merge` whole weights take the place of its adapter."""
+    target.mkdir(exist_ok=True)
+    labels = labels_config(model)
+    for path in sorted([*model.iterdir(), *([] if labels == model else labels.iterdir())]):
+        of_adapter = path.parent == labels != model or path.name.startswith("adapter_")
+        if path.is_file() and path.name not in _LEFT_OUT and not (merge and of_adapter):
+            (target / path.relative_to(model)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(model))
+    if merge:
+        load_merged(model, trust_remote_code).save_pretrained(target)
 
 
 def export_info(folder: Path) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from typing import Any
 
 from afina.errors import InputError, RecipeError, SiteError, first_line
 from afina.files import FileRecord, describe, difference, read_json, sha256
-from afina.recipe.local_model import check_no_adapter
+from afina.recipe.local_model import adapter_base, check_no_adapter
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
+from afina.worker.model.adapters import WEIGHTS, check_targets, find_base, labels_config
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest, tensor_types
 from afina.worker.startup import gc_paused, hide_packages
@@ -75,17 +76,22 @@ _SMALL = (".json", ".txt", ".model", ".jinja", ".codes")
 def check_files(folder: Path, remedy: str = _SAVE_AGAIN) -> dict[str, Any]:
     """Check config, tokenizer files and the completeness of the weights, without transformers. Returns config.json.
 
+    Of an adapter that afina wrote, its base too.
+
     Raises:
         InputError: with the name of the bad file.
     """
-    check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
-    config = _read_config(folder, remedy)
+    if with_adapter := adapter_base(folder) is not None:
+        check_files(find_base(folder, digests=False), remedy)
+    else:
+        check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
+    config = _read_config(labels_config(folder), remedy)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES) and not _works_without_files(folder, config):
         raise InputError(
             f"model: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES[:3])}, …)",
             "save the tokenizer into the same folder: tokenizer.save_pretrained(FOLDER)",
         )
-    for path in _weights(folder, remedy):
+    for path in [folder / WEIGHTS] if with_adapter else _weights(folder, remedy):
         _check_weight_file(path, remedy)
     return config
 
@@ -184,6 +190,9 @@ def training_files(files: Iterable[str], recipe: Recipe) -> list[str]:
 def record_model(folder: Path, recipe: Recipe) -> dict[str, FileRecord]:
     """Size and SHA-256 of the files of a local model folder that training reads, for `verify_model`. Reads all files."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if adapter_base(folder) is not None:
+        # The digests of its base are in one of its files.
+        return describe(folder, sorted(name for name in names if not name.startswith("onnx/")))
     weights = [path.relative_to(folder).as_posix() for path in _weights(folder, _SAVE_AGAIN)]
     return describe(folder, sorted({*training_files(names, recipe), *weights}))
 
@@ -229,7 +238,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
     Raises:
         InputError: no sequence classification for this architecture, a config that transformers refuses, weights of another
             model, unpinned third-party code.
-        RecipeError: `tokens.max_length` beyond the model's positions.
+        RecipeError: `tokens.max_length` beyond the model's positions, `adapter.targets` that are no layers of it.
     """
     if recipe.trust_remote_code:
         _check_code(folder)
@@ -242,6 +251,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
         recipe.trust_remote_code,
         recipe.tokens.max_length,
         headers_digest(folder),
+        *([recipe.adapter.model_dump(mode="json")] if recipe.adapter else []),
     ]
     warnings = checked_once(pins, about, lambda: _check_architecture(folder, recipe))
     if "afina" in read_json(folder / "afina.json"):
@@ -265,7 +275,7 @@ def _check_code(folder: Path) -> None:
 
 
 def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
-    with hide_packages("datasets", "scipy"):
+    with hide_packages("datasets", "scipy", "peft"):
         return _check_model_type(folder, recipe)
 
 
@@ -299,6 +309,8 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
+    if recipe.adapter is not None:
+        check_targets(config, recipe.adapter, recipe.trust_remote_code)
     if own_code and recipe.trust_remote_code:
         return []
     unused = (
@@ -356,7 +368,7 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> Any:
 
 def vocabulary_size(folder: Path) -> int | None:
     """The rows of the model's embeddings by its configuration; None where that has no vocabulary (CANINE)."""
-    config = read_json(folder / "config.json")
+    config = read_json(labels_config(folder) / "config.json")
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else None
 

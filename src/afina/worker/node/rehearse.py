@@ -26,7 +26,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     question = read_question("a question for a rehearsal")
     run, geometry = RunDir(arguments[0]), Geometry.model_validate(question["geometry"])
     try:
-        with hide_packages("datasets", "scipy"):
+        with hide_packages("datasets", "scipy", "peft"):
             from afina.worker.training.rehearsal import rehearse
 
         measured = rehearse(run, geometry, question["steps"], question["seconds"], began)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from afina.errors import EnvironmentProblem, TrainingError
 from afina.run.directory import RunDir
 from afina.worker.compute import ranks
+from afina.worker.model.adapters import has_adapter
 
 __all__ = ["check_ranks", "check_room", "state_bytes"]
 
@@ -32,8 +33,9 @@ _SMALL_SHM = 64_000_000
 
 
 def state_bytes(model: torch.nn.Module) -> int:
-    """Bytes of one checkpoint: all weights, and AdamW's two moments of each trained one."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+    """Bytes of one checkpoint: all weights, or with an adapter the trained ones; and AdamW's two moments of each trained one."""
+    frozen = 0 if has_adapter(model) else 1
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else frozen) for p in model.parameters())
 
 
 def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:

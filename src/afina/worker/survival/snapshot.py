@@ -4,7 +4,7 @@ Rank 0 copies model, optimizer, schedule and scaler to host memory and collects 
 stands still for that only. A thread of rank 0 then writes and commits the copy while the training continues. One process
 writes everything, so that no rank waits for another's disk.
 
-    model.safetensors  config.json      the weights
+    model.safetensors  config.json      the weights; with an adapter adapter_model.safetensors and adapter_config.json
     optimizer.pt  scheduler.pt          as Trainer reads them; scaler.pt with float16
     ranks.pt                            of every rank: random state, the loss since the last log line
     trainer_state.json  progress.json   step, best metric; training time, the length of the log

@@ -119,7 +119,8 @@ class Attempt:
         precision: what training computes in; on a CPU evaluations are in float32 whatever it is, so that anybody who
             computes with the exported model gets what the run recorded of it.
         batching: the recipe's, or what the model can take.
-        forward_flops: floating-point operations of the forward pass of each training row, (N,).
+        flops: floating-point operations of the forward and backward pass of each training row, (N,).
+        parameters: how many are trained, and how many there are.
         checkpoint_bytes: the size of a checkpoint.
     """
 
@@ -132,7 +133,8 @@ class Attempt:
     data: TrainingData
     precision: PrecisionChoice
     batching: Batching
-    forward_flops: np.ndarray[Any, Any]
+    flops: np.ndarray[Any, Any]
+    parameters: tuple[int, int]
     checkpoint_bytes: int
     stop: StopRequest
     lease: Lease
@@ -152,7 +154,7 @@ class Attempt:
         """Examples, tokens, operations and the loss's divisor of any step, over all processes."""
         train, seed = self.data.splits["train"], self.plan.recipe.train.seed
         divisors = self.data.loss.divisors(np.asarray(train.labels), train.weights)
-        return Work(train.lengths, self.forward_flops, self.schedule, seed, self.batching, divisors)
+        return Work(train.lengths, self.flops, self.schedule, seed, self.batching, divisors)
 
     @cached_property
     def meter(self) -> Meter:

@@ -28,6 +28,7 @@ from afina.worker.compute.batches import (
 )
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
+from afina.worker.model.adapters import has_adapter, parameter_counts, set_base
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
 from afina.worker.startup import gc_paused
@@ -123,6 +124,10 @@ def build_attempt(
     with gc_paused():
         changes = packed_model.attention_dropout(plan.recipe, data.model_folder)
         model, head = build_model(plan.recipe, data.model_folder, data.task, data.labels, data.num_labels, changes)
+    if has_adapter(model):
+        # Not the folder of this attempt, which may be a copy on the node.
+        prepared, commit = run.prepared(), run.prepared().get("model_commit")
+        set_base(model, plan.recipe.model if commit else prepared["model_folder"], commit)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:
@@ -138,7 +143,9 @@ def build_attempt(
         data=data,
         precision=choice,
         batching=batching,
-        forward_flops=forward_flops(model.config, data.splits["train"].lengths, parameters),
+        # Backward is twice forward; of frozen weights only their inputs' gradients are computed.
+        flops=(2 if has_adapter(model) else 3) * forward_flops(model.config, data.splits["train"].lengths, parameters),
+        parameters=parameter_counts(model),
         checkpoint_bytes=state_bytes(model),
         stop=stop,
         lease=lease,

@@ -93,10 +93,10 @@ class Meter:
                 self.real += int(batch["attention_mask"].sum())
 
     def count_step(self, examples: int, tokens: int, flops: float) -> None:
-        """Count a step; `flops` of its forward pass."""
+        """Count a step; `flops` of its forward and backward pass."""
         self.examples += examples
         self.tokens += tokens
-        self.flops += 3 * flops
+        self.flops += flops
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint; `restore` in the next attempt continues from it."""

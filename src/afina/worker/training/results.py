@@ -22,6 +22,7 @@ from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
+from afina.worker.model.adapters import has_adapter, save_labels, save_weights
 from afina.worker.model.losses import Loss
 from afina.worker.model.outputs import label_lists, prediction_columns, probabilities
 from afina.worker.model.padding import padding_side
@@ -162,7 +163,9 @@ def _export_model(trainer: RunTrainer) -> None:
     staging, old = (run.path / name for name in (".model.staging", ".model.old"))
     for folder in (staging, old):
         shutil.rmtree(folder, ignore_errors=True)
-    trainer.model.save_pretrained(staging)
+    save_weights(trainer.model, staging)
+    if has_adapter(trainer.model):
+        save_labels(trainer.model, staging, run.prepared()["model_files"])
     tokenizer = trainer.processing_class
     # Others who pad batches with it get the scores of single texts too.
     tokenizer.padding_side = padding_side(trainer.model, tokenizer.padding_side)

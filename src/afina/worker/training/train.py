@@ -138,7 +138,7 @@ def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
 
 
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
-    with hide_packages("datasets", "scipy"):
+    with hide_packages("datasets", "scipy", "peft"):
         from afina.worker.compute import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
         from afina.worker.training.results import Results, export_results
@@ -292,6 +292,8 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         world_size=attempt.geometry.num_processes,
         global_batch=attempt.geometry.global_batch,
         device=attempt.device.type,
+        parameters=attempt.parameters[1],
+        trained_parameters=attempt.parameters[0],
     )
     if run.metrics_file.exists():
         sync_file(run.metrics_file)

@@ -36,6 +36,7 @@ from afina.version import __version__
 from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, ranks
 from afina.worker.compute.batches import Rows, Targets
 from afina.worker.data.prepared import Split
+from afina.worker.model.adapters import checkpoint_weights, has_adapter, load_adapter, save_weights
 from afina.worker.survival import checkpoint as checkpoints
 from afina.worker.survival.snapshot import (
     PROGRESS,
@@ -308,8 +309,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model)
         return Snapshot(
             step=step,
-            write_model=lambda folder, weights: model.save_pretrained(folder, state_dict=weights),
-            weights=copy_to_host(model.state_dict(), memory),
+            write_model=lambda folder, weights: save_weights(model, folder, weights),
+            weights=copy_to_host(checkpoint_weights(model), memory),
             tensors={
                 "optimizer.pt": copy_to_host(self.optimizer.state_dict(), memory),
                 "scheduler.pt": copy_to_host(self.lr_scheduler.state_dict(), memory),
@@ -393,3 +394,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 "set `--set train.keep=last` in a new run, or restore the folder",
             )
         self._load_from_checkpoint(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if has_adapter(self.model):
+            load_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,111 @@
+"""Runs with a LoRA adapter: frozen weights stay, checkpoints resume exactly, and `model/` has the run's logits everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from afina.api import plan_for
+from afina.errors import AfinaError
+from afina.prediction.request import find_model
+from afina.run.job_request import JobRequest
+from afina.run.outcome import Outcome
+
+ADAPTER = "adapter={rank: 4, dropout: 0.1, targets: all-linear}"
+#: Without afina: the logits of texts by peft and by Transformers, and the labels of a pipeline.
+PLAIN = """
+import json, sys
+import numpy as np, torch
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder, merged, texts = sys.argv[1], sys.argv[2], json.load(sys.stdin)
+assert not [name for name in sys.modules if name.startswith("afina")]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+named = AutoModelForSequenceClassification.from_pretrained(folder, config=AutoConfig.from_pretrained(folder + "/classifier"))
+models = [
+    AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=named.config.num_labels),
+    named,
+    AutoModelForSequenceClassification.from_pretrained(merged),
+]
+with torch.inference_mode():
+    logits = [[model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts] for model in models]
+classify = pipeline("text-classification", model=named, tokenizer=tokenizer)
+again = pipeline("text-classification", model=merged)
+labels = [[row["label"] for row in one(texts)] for one in (classify, again)]
+print(json.dumps({"logits": logits, "labels": labels}))
+"""
+
+
+def test_the_model_folder_has_the_logits_of_the_run_in_plain_peft_and_merged(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    from afina.worker.inference.classifier import Classifier
+    from afina.worker.inference.model_folder import export
+    from afina.worker.training.results import export_results
+
+    trainer = build({}, ADAPTER, "train.learning_rate=0.05")
+    attempt, run = trainer.attempt, trainer.attempt.run
+    results = export_results(trainer)
+    trained, total = attempt.parameters
+    about = {"task": attempt.data.task, "labels": attempt.data.labels, "model_step": results.model_step}
+    counts = {"parameters": total, "trained_parameters": trained, "metrics": results.metrics}
+    run.record(Outcome(outcome="finished", exit_code=0, attempt="local-1", global_step=4, **about, **counts))
+    table = pq.read_table(run.predictions).to_pydict()
+    classifier = Classifier(find_model(run.path)[1])
+    assert classifier.batching == "packed" and classifier.labels == attempt.data.labels
+    logits = classifier.logits(table["text"])
+    assert np.abs(logits - trainer.logits).max() <= 1e-5
+    assert [row["prediction"] for row in classifier.predict(table["text"])] == table["prediction"]
+
+    adapter, merged = tmp_path / "stars", tmp_path / "merged"
+    export(str(run.path), str(adapter), False)
+    made = export(str(run.path), str(merged), True, merge=True)
+    assert made["onnx_difference"] <= 1e-4 and made["parameters"] == total
+    assert not list(merged.glob("adapter*")) and (merged / "model.safetensors").is_file()
+    card = (adapter / "README.md").read_text()
+    assert "library_name: peft" in card and f"{trained:,} parameters trained" in card and "adapters of rank 4" in card
+    assert "library_name: transformers" in (merged / "README.md").read_text()
+    for folder in (adapter, merged):
+        assert np.abs(Classifier(folder).logits(table["text"]) - logits).max() <= 1e-5
+    argv = [sys.executable, "-c", PLAIN, str(adapter), str(merged)]
+    done = subprocess.run(argv, input=json.dumps(table["text"]), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)
+    for each in theirs["logits"]:
+        assert np.abs(np.array(each) - logits).max() <= 1e-5
+    assert theirs["labels"] == [table["prediction"]] * 2
+
+
+def test_only_the_adapter_changes_and_a_checkpoint_resumes_exactly(build: Callable[..., Any]) -> None:
+    trainer = build({}, ADAPTER, "train.save_every=2", "train.keep_after=all")
+    before = build({}, ADAPTER, train=False)
+    started = {name: weight.detach().clone() for name, weight in before.model.named_parameters()}
+    for name, weight in trainer.model.named_parameters():
+        assert bool((weight != started[name]).any()) == weight.requires_grad, name
+    step = trainer.attempt.run.checkpoints / "step-2"
+    assert {"adapter_model.safetensors", "adapter_config.json"} < {path.name for path in step.iterdir()}
+    assert not (step / "model.safetensors").exists()
+    event = next(e for e in trainer.attempt.run.lines("events.jsonl") if e.get("event") == "checkpoint")
+    assert event["bytes"] < 2 * trainer.attempt.checkpoint_bytes + 60_000, (
+        "what preflight expects, and the states of a rank"
+    )
+    shutil.copytree(step, before.attempt.run.checkpoints / "step-2")
+    before.train(resume_from_checkpoint=str(before.attempt.run.checkpoints / "step-2"))
+    before.attempt.saver.finish()
+    for (name, one), (_, other) in zip(trainer.model.named_parameters(), before.model.named_parameters(), strict=True):
+        assert bool((one == other).all()), name
+
+
+@pytest.mark.parametrize("missing", ["kind: qlora", "rank: 0", "targets: []", "ranks: 4"])
+def test_a_wrong_section_is_refused(project: Path, missing: str) -> None:
+    with pytest.raises(AfinaError, match="adapter"):
+        plan_for(project / "recipe.yaml", JobRequest(overrides=[f"adapter={{{missing}}}"]))
