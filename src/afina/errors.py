@@ -49,6 +49,7 @@ __all__ = [
     "check_argument",
     "check_overrides",
     "first_line",
+    "is_out_of_memory",
     "nearest",
     "nearest_name",
 ]
@@ -251,6 +252,15 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the error's class where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+#: The words of torch for memory of a GPU and of the host, and of the system: not all of them raise a MemoryError.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True of an error of a library that got no memory, on the host or on a GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

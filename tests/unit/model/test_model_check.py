@@ -22,6 +22,7 @@ from afina.recipe.schema import Recipe
 from afina.run.plan import make_plan
 from afina.site.settings import Site
 from afina.start.find_model import find_model
+from afina.worker.checks import model_check
 from afina.worker.checks.model_check import check_model_on_rows
 from afina.worker.compute import packed_model
 from afina.worker.data import prepare as stage
@@ -67,6 +68,18 @@ def test_the_line_is_printed_each_time_and_the_model_is_run_once(
     assert "largest difference of a logit" in line and line.endswith("head: new (the model comes without one)")
     monkeypatch.setattr(head, "build_model", None)
     assert line in prefetch(model)
+
+
+def test_without_memory_the_check_is_left_out_this_time_only(
+    prefetch: Prefetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = architecture_folder(tmp_path / "model", "bert", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_check, "logits_alone", lambda *_: torch.empty(10**15))
+        assert any(line.startswith("model check: left out: [enforce fail at alloc_cpu") for line in prefetch(model))
+        patch.setattr(model_check, "_free_memory", lambda: 100)
+        assert any("of memory, 100 B are free here; a job's first steps try it" in line for line in prefetch(model))
+    assert any(line.startswith("model check: 8 rows packed") for line in prefetch(model))
 
 
 APART = "of equal length together"

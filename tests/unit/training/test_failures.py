@@ -42,6 +42,8 @@ TABLE = [
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), True, 10, "", f"put it back; then {CONTINUES}", "end"),
     (MemoryError(), True, 10, "memory", ANOTHER, "requeue"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True, 10, "memory", ANOTHER, "requeue"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), True, 10, "memory", ANOTHER, "requeue"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), False, 0, "memory", ANOTHER, "requeue"),
     (TypeError("optimizer() got an unexpected keyword"), False, 0, "code", ANOTHER, "end"),
     (IndexError("index out of range in self"), True, 10, "code", ANOTHER, "end"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, 0, "code", ANOTHER, "end"),

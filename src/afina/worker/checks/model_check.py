@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from afina.errors import AfinaError, InputError, first_line
+from afina.errors import AfinaError, InputError, first_line, is_out_of_memory
 from afina.files import read_json
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
@@ -38,9 +38,6 @@ from afina.worker.inference.row_check import (
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.pretrained import check_tokens
 from afina.worker.startup import gc_paused, hide_packages
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["answer", "check_model_on_rows"]
 
@@ -83,9 +80,17 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
         with hide_packages("datasets", "scipy", "peft"), gc_paused():
             return [_compare(plan, result, manifest, split, special)]
 
-    for line in checked_once(plan.site.scratch / "pins", ["rows", *about], compare):
+    try:
+        lines = checked_once(plan.site.scratch / "pins", ["rows", *about], compare)
+    except _NoMemory as error:  # not recorded: the next prefetch, perhaps on a larger machine, tries again
+        lines = [f"model check: left out: {error}; a job's first steps try it: `afina submit --rehearse`"]
+    for line in lines:
         say(line)
     return []
+
+
+class _NoMemory(Exception):
+    """This machine has not the memory that the check takes."""
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -121,9 +126,7 @@ def _compare(
     )
     free = _free_memory()
     if needed > free:
-        return (
-            f"model check: left out: it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here"
-        )
+        raise _NoMemory(f"it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here")
     recipe, folder = plan.recipe, result["model_folder"]
     model, head = _load(recipe, folder, manifest)
     try:
@@ -138,6 +141,8 @@ def _compare(
     except AfinaError:
         raise
     except Exception as error:  # whatever a model's code raises
+        if is_out_of_memory(error):
+            raise _NoMemory(first_line(error)) from None
         raise InputError(
             f"model: {recipe.model} refuses a batch of rows of train: {type(error).__name__}: {first_line(error)}",
             "check that config.json, weights and tokenizer are those of one model, and that the tokenizer adds the special "
@@ -174,6 +179,8 @@ def _load(recipe: Recipe, folder: str, manifest: Mapping[str, Any]) -> tuple[Any
     except AfinaError:
         raise
     except Exception as error:  # whatever a broken file or a model's code raises
+        if is_out_of_memory(error):
+            raise _NoMemory(first_line(error)) from None
         raise InputError(
             f"model: transformers {transformers.__version__} cannot load {folder}: {first_line(error)}",
             "download the model again, or save it with `save_pretrained`",
@@ -245,6 +252,8 @@ def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[i
         with torch.autocast("cpu", kind):
             logits_alone(model, split, rows)
     except Exception as error:  # whatever a model's code raises
+        if is_out_of_memory(error):
+            raise _NoMemory(first_line(error)) from None
         raise InputError(
             f"train.precision: {recipe.model} fails in {'fp16' if kind == torch.float16 else 'bf16'}: {first_line(error)}",
             "set train.precision: fp32, and leave bf16 and fp16 out of train.arguments",

@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import Any
 
-from afina.errors import AfinaError, TrainingError, first_line
+from afina.errors import AfinaError, TrainingError, first_line, is_out_of_memory
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.isolation import cut_network, interfaces
@@ -33,7 +33,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     except AfinaError:
         raise
     except Exception as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             traceback.print_exc()
             raise TrainingError(
                 f"the first steps failed: {type(error).__name__}: {first_line(error)}",
@@ -41,7 +41,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
                 cause=type(error).__name__,
             ) from error
         raise TrainingError(
-            f"the longest batch does not fit into memory: {str(error).splitlines()[0] if str(error) else 'MemoryError'}",
+            f"the longest batch does not fit into memory: {first_line(error)}",
             "set train.max_batch_per_device lower; the global batch and the result stay the same",
             cause="memory",
         ) from error

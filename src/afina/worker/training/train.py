@@ -14,7 +14,15 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from afina.errors import EXIT_FINISHED, EXIT_STOPPED, AfinaError, EnvironmentProblem, InputError, TrainingError
+from afina.errors import (
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    AfinaError,
+    EnvironmentProblem,
+    InputError,
+    TrainingError,
+    is_out_of_memory,
+)
 from afina.files import sync_file
 from afina.recipe.metrics import metric_name
 from afina.run.allocation import Allocation
@@ -124,7 +132,7 @@ def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return EnvironmentProblem(message, f"was it removed or purged? put it back; then {run.how_to_resume()}")
-    if isinstance(error, MemoryError) or "out of memory" in message.lower():
+    if is_out_of_memory(error):
         remedy = (
             "start another run with a lower train.max_batch_per_device; the global batch and the result stay the same"
         )
