@@ -200,7 +200,7 @@ def test_the_section_is_checked_and_digested() -> None:
     for wrong, reason in (
         ({"kind": "qlora"}, "needs bitsandbytes"),
         ({"targets": []}, "empty list"),
-        ({"rank": 0}, ""),
+        ({"rank": 0}, "rank"),
     ):
         with pytest.raises(ValidationError, match=reason):
             Adapter.model_validate(wrong)
