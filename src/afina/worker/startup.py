@@ -15,7 +15,10 @@ import gc
 import importlib
 from collections.abc import Iterator
 
-__all__ = ["gc_paused", "hide_packages"]
+__all__ = ["NOT_NEEDED", "gc_paused", "hide_packages"]
+
+#: What Transformers would import and afina imports itself, where it is needed: peft only with an adapter.
+NOT_NEEDED = ("datasets", "scipy", "peft")
 
 
 @contextlib.contextmanager

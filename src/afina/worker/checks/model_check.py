@@ -37,7 +37,7 @@ from afina.worker.inference.row_check import (
 )
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.pretrained import check_tokens
-from afina.worker.startup import gc_paused, hide_packages
+from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 
 __all__ = ["answer", "check_model_on_rows"]
 
@@ -77,7 +77,7 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
     ]
 
     def compare() -> list[str]:
-        with hide_packages("datasets", "scipy", "peft"), gc_paused():
+        with hide_packages(*NOT_NEEDED), gc_paused():
             return [_compare(plan, result, manifest, split, special)]
 
     try:
@@ -141,9 +141,8 @@ def _compare(
     except AfinaError:
         raise
     except Exception as error:  # whatever a model's code raises
-        if is_out_of_memory(error):
-            raise _NoMemory(first_line(error)) from None
-        raise InputError(
+        raise _refusal(
+            error,
             f"model: {recipe.model} refuses a batch of rows of train: {type(error).__name__}: {first_line(error)}",
             "check that config.json, weights and tokenizer are those of one model, and that the tokenizer adds the special "
             "tokens that it needs",
@@ -179,12 +178,16 @@ def _load(recipe: Recipe, folder: str, manifest: Mapping[str, Any]) -> tuple[Any
     except AfinaError:
         raise
     except Exception as error:  # whatever a broken file or a model's code raises
-        if is_out_of_memory(error):
-            raise _NoMemory(first_line(error)) from None
-        raise InputError(
+        raise _refusal(
+            error,
             f"model: transformers {transformers.__version__} cannot load {folder}: {first_line(error)}",
             "download the model again, or save it with `save_pretrained`",
         ) from None
+
+
+def _refusal(error: Exception, message: str, remedy: str) -> Exception:
+    """The refusal of a model by what it raised; of an error of memory, which says nothing about the model, that of the check."""
+    return _NoMemory(first_line(error)) if is_out_of_memory(error) else InputError(message, remedy)
 
 
 def _free_memory() -> int:
@@ -252,9 +255,8 @@ def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[i
         with torch.autocast("cpu", kind):
             logits_alone(model, split, rows)
     except Exception as error:  # whatever a model's code raises
-        if is_out_of_memory(error):
-            raise _NoMemory(first_line(error)) from None
-        raise InputError(
+        raise _refusal(
+            error,
             f"train.precision: {recipe.model} fails in {'fp16' if kind == torch.float16 else 'bf16'}: {first_line(error)}",
             "set train.precision: fp32, and leave bf16 and fp16 out of train.arguments",
         ) from None

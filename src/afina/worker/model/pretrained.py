@@ -23,7 +23,7 @@ from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import WEIGHTS, check_targets, find_base, labels_config
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest, tensor_types
-from afina.worker.startup import gc_paused, hide_packages
+from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 
 __all__ = [
     "check_files",
@@ -275,7 +275,7 @@ def _check_code(folder: Path) -> None:
 
 
 def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
-    with hide_packages("datasets", "scipy", "peft"):
+    with hide_packages(*NOT_NEEDED):
         return _check_model_type(folder, recipe)
 
 

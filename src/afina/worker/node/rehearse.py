@@ -14,7 +14,7 @@ from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.isolation import cut_network, interfaces
 from afina.worker.reply import read_question
-from afina.worker.startup import hide_packages
+from afina.worker.startup import NOT_NEEDED, hide_packages
 
 __all__ = ["answer"]
 
@@ -26,7 +26,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     question = read_question("a question for a rehearsal")
     run, geometry = RunDir(arguments[0]), Geometry.model_validate(question["geometry"])
     try:
-        with hide_packages("datasets", "scipy", "peft"):
+        with hide_packages(*NOT_NEEDED):
             from afina.worker.training.rehearsal import rehearse
 
         measured = rehearse(run, geometry, question["steps"], question["seconds"], began)

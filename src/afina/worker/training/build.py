@@ -126,7 +126,8 @@ def build_attempt(
         model, head = build_model(plan.recipe, data.model_folder, data.task, data.labels, data.num_labels, changes)
     if has_adapter(model):
         # Not the folder of this attempt, which may be a copy on the node.
-        prepared, commit = run.prepared(), run.prepared().get("model_commit")
+        prepared = run.prepared()
+        commit = prepared.get("model_commit")
         set_base(model, plan.recipe.model if commit else prepared["model_folder"], commit)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)

@@ -32,7 +32,7 @@ from afina.run.plan import Geometry, Plan, geometry_for
 from afina.run.prune import prune
 from afina.worker.data import stage_in
 from afina.worker.disk_errors import disk_problem
-from afina.worker.startup import gc_paused, hide_packages
+from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
 from afina.worker.training.log import introduction, mark_lines, metrics_table, say, usage_lines
@@ -146,7 +146,7 @@ def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
 
 
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
-    with hide_packages("datasets", "scipy", "peft"):
+    with hide_packages(*NOT_NEEDED):
         from afina.worker.compute import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned
         from afina.worker.training.results import Results, export_results
