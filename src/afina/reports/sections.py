@@ -183,10 +183,15 @@ def data(facts: RunFacts) -> str:
     if not prepared:
         return ""
     tokens = prepared.get("tokens") or {}
-    rows = [[split, count, tokens.get(split)] for split, count in (prepared.get("rows") or {}).items()]
+    groups = prepared.get("groups") or {}
+    own = [f"groups ({facts.plan.recipe.data.group})"] if groups else []
+    rows = [
+        [split, count, tokens.get(split), *(groups.get(split) for _ in own)]
+        for split, count in (prepared.get("rows") or {}).items()
+    ]
     lines = [str(w) for w in prepared.get("warnings") or []]
     return (
-        table(["split", "rows", "tokens"], rows, "")
+        table(["split", "rows", "tokens", *own], rows, "")
         + pairs(
             {
                 "labels": ", ".join(map(str, prepared.get("labels") or [])) or None,

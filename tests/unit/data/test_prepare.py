@@ -63,6 +63,24 @@ def test_prepare_then_find_it_again(plan: Callable[..., Plan], reviews: Path) ->
             assert manifest["labels"][split.labels[i]] == row["stars"]
 
 
+def test_groups_are_counted_and_a_shared_one_stands_beside_the_numbers(
+    plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    rows = [{**row, "author": f"author {i % 30}"} for i, row in enumerate(tiny_reviews(120, seed=5))]
+    whole, first, rest = (
+        str(write_csv(tmp_path / f"{name}.csv", some))
+        for name, some in (("whole", rows), ("first", rows[:89]), ("rest", rows[89:]))
+    )
+    divided = prepare_here(plan(data={"files": whole, "group": "author", "split_by": "text"}))
+    assert divided["groups"] == {"train": 24, "eval": 6} and divided["rows"] == {"train": 96, "eval": 24}
+    assert divided["spoiled"] == {} and divided["digest"] != prepare_here(plan(data={"files": whole}))["digest"]
+    leaking = prepare_here(plan(data={"files": {"train": first, "eval": rest}, "group": "author"}))
+    assert leaking["groups"] == {"train": 30, "eval": 30}
+    (warning,) = leaking["spoiled"]["eval"]
+    assert warning.startswith("31 of 31 rows of eval belong to groups (`author`) that are in train too: 30 groups")
+    assert warning in leaking["warnings"]
+
+
 def test_the_same_input_gives_the_same_bytes(plan: Callable[..., Plan]) -> None:
     made = plan()
     folder = Path(result(prepare(made))["prepared"])

@@ -59,7 +59,7 @@ def making(models: Callable[..., Path]) -> Making:
         labels, parts = build_splits("auto", recipe.data, {"all": table}, chosen, [])
         checked = tokenise.CheckedData(labels, parts, [], {"all": source}, {"all": state})
         encoder = Encoder(load_tokenizer(models(arch), recipe), max_length)
-        return tokenise.Tokenising(checked, recipe.data.text, encoder, None, np.uint16)
+        return tokenise.Tokenising(checked, recipe.data, encoder, None, np.uint16)
 
     return make
 
@@ -349,7 +349,7 @@ data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label"
 table = source.read(data.label, data.text)
 labels, examples = build_splits("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
 checked = tokenise.CheckedData(labels, examples, [], {"all": source}, {"all": source.state()})
-tokenising = tokenise.Tokenising(checked, data.text, Encoder(Tokenizer(), 32), None, "uint16")
+tokenising = tokenise.Tokenising(checked, data, Encoder(Tokenizer(), 32), None, "uint16")
 store = shards.ShardFolder(path.parent, "digest", {})
 tokenising.make(store, print)
 tokenising.write_splits(store, path.parent)

@@ -104,7 +104,9 @@ def _files(plan: Plan) -> str:
 def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
     rows, data = prepared.get("rows") or {}, plan.recipe.data
     parts = []
-    divided = f"by a hash of the {'text' if data.group is None else data.group}" if data.split_by else "stratified"
+    divided = "by a hash of the text" if data.split_by else "stratified"
+    if data.group is not None:
+        divided = f"whole groups (column {data.group}), stratified"
     if data.split_column:
         divided += f", column {data.split_column}"
     for name in ("train", "eval", "test"):
@@ -117,7 +119,9 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
                 f"split {part.split}" if part.split else "",
             ]
             about = ", ".join(filter(None, how))
-            parts.append(f"{name} {rows[name]:,} rows{f' ({about})' if about else ''}")
+            groups = (prepared.get("groups") or {}).get(name)
+            of = f" of {groups:,} groups" if groups else ""
+            parts.append(f"{name} {rows[name]:,} rows{of}{f' ({about})' if about else ''}")
     cut = f"Texts were cut after {plan.recipe.tokens.max_length} tokens."
     return f"Splits: {'; '.join(parts)}. {cut}" if parts else cut
 

@@ -128,6 +128,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "data_commit": inputs.data.commit if inputs.data else None,
         "rows": {split: about["rows"] for split, about in splits.items()},
         "tokens": {split: about["tokens"] for split, about in splits.items()},
+        "groups": {split: about["groups"] for split, about in splits.items() if "groups" in about},
         "warnings": [*manifest["warnings"], *late],
         "spoiled": {split: warnings for split, warnings in spoiled.items() if warnings},
         "files": _files_of(plan, manifest),
@@ -319,6 +320,7 @@ def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
         }
     return {
         "format": _RECIPE_FORMAT,
+        **({"groups": "whole"} if recipe.data.group else {}),
         "source": source,
         "data": recipe.data.digested(exclude=("files", "hub", "config", "revision")),
         "task": recipe.task,

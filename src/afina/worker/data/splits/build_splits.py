@@ -3,9 +3,10 @@
 Pure: nothing is read or written, and the same input gives the same rows on every platform.
 
 A split with a `fraction` takes about that share of its source. With `split_by: text` a row's split follows from its text (but for
-case and white space), or its `group`, and the seed of `train` alone: rows that are added later move no other row, and equal
+case and white space) and the seed of `train` alone: rows that are added later move no other row, and equal
 texts stay together. Only a label that train would lack, or a sizeable one that another split would lack, takes the row that is
-nearest to the border. Without it, as in afina 0.1, rows are shuffled with the seed (NumPy's PCG64), each stratum is divided in
+nearest to the border. With `group` whole groups are divided, so that each split has about its share of the rows of each label; a row
+without a group is one with the rows of the same text. Without it, as in afina 0.1, rows are shuffled with the seed (NumPy's PCG64), each stratum is divided in
 proportion to the fractions, and a rounding remainder is carried to the next stratum: exact shares, another split for other data.
 Strata are the labels (single-label) or ten equal groups of the numbers (regression); a multi-label source has none. A
 `split_column` names the split of each row.
@@ -16,9 +17,8 @@ With `split_by: text` a `sample` follows from the rows' texts too; of a Hub spli
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -42,7 +42,8 @@ from afina.worker.data.splits.divide import (
     stratified_split,
     value_groups,
 )
-from afina.worker.data.tables.data_table import DataSource, DataTable, Examples, TextDigests, as_text, list_places
+from afina.worker.data.splits.groups import check_groups, divide_groups, group_codes
+from afina.worker.data.tables.data_table import DataSource, DataTable, Examples, as_text, list_places
 from afina.worker.hub.datasets import HubData
 from afina.worker.progress import Progress
 
@@ -149,10 +150,11 @@ def build_splits(
             labels=label_array(column, labels, chosen),
             ids=ids,
             weights=row_weights(split, table, data.weight, chosen) if data.weight else None,
+            groups=as_text(table.columns[data.group]).take(pa.array(chosen)) if data.group else None,
         )
     check_labels(labels, splits, warnings)
     if data.group is not None:
-        _check_groups(data.group, tables, splits, warnings)
+        check_groups(data.group, splits, warnings)
     return labels, splits
 
 
@@ -218,9 +220,9 @@ def _choose_rows(
         sharing = [split for split in names if names[split] == name]
         dividing = [split for split in sharing if split in shares]
         if dividing:
-            if labels.task == "multi-label":
+            if labels.task == "multi-label" and data.group is None:
                 warnings.append(f"`{name}` is divided at random: multi-label rows are not stratified")
-            divided = _divide_pool(data, pool, labels, [shares[split] for split in dividing])
+            divided = _divide_pool(data, pool, labels, {split: shares[split] for split in dividing}, warnings)
             rows |= {split: pool.rows[some] for split, some in zip(dividing, divided, strict=True)}
         rows |= {split: pool.rows for split in sharing if split not in shares}
     for split, (_, pool) in pools.items():
@@ -241,46 +243,24 @@ def _choose_rows(
     return {split: rows[split] for split in pools}
 
 
-def _divide_pool(data: Data, pool: _Pool, labels: Labels, shares: Sequence[Fraction]) -> list[Array]:
+def _divide_pool(
+    data: Data, pool: _Pool, labels: Labels, shares: Mapping[str, Fraction], warnings: list[str]
+) -> list[Array]:
     """Positions in the pool for each share."""
+    wanted, seed, table = list(shares.values()), data.train.seed, pool.column.table
     if data.split_by is None:
-        return stratified_split(_strata(pool, labels, rank_groups), len(pool.rows), shares, data.train.seed)
-    keys = _split_keys(data, pool.column.table)[pool.rows]
-    return split_by_key(keys, _strata(pool, labels, value_groups), shares, data.train.seed)
-
-
-def _split_keys(data: Data, table: DataTable) -> Array:
-    """What decides a row's split, uint64 (N, K): its group, or its text where it has none."""
-    keys = _text_keys(data, table)
+        return stratified_split(_strata(pool, labels, rank_groups), len(pool.rows), wanted, seed)
     if data.group is None:
-        return keys
-    groups = as_text(table.columns[data.group])
-    named = pc.fill_null(pc.not_equal(groups, ""), False).to_numpy(zero_copy_only=False)
-    keys[named] = 0
-    keys[named, :2] = TextDigests.of(groups.filter(pa.array(named))).keys
-    return keys
+        return split_by_key(_text_keys(data, table)[pool.rows], _strata(pool, labels, value_groups), wanted, seed)
+    codes = group_codes(as_text(table.columns[data.group]), _text_keys(data, table))[pool.rows]
+    codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
+    several = labels.task == "multi-label"
+    strata = label_array(pool.column, labels, pool.rows) > 0 if several else _strata(pool, labels, value_groups)
+    return divide_groups(data.group, codes, strata, shares, seed, warnings)
 
 
 def _text_keys(data: Data, table: DataTable) -> Array:
     return np.hstack([table.texts[name].keys for name in data.text])
-
-
-def _check_groups(
-    name: str, tables: Mapping[str, DataTable], splits: Mapping[str, Examples], warnings: list[str]
-) -> None:
-    """Warn of groups that two splits share."""
-    groups = {
-        split: as_text(tables[examples.source].columns[name]).take(pa.array(examples.rows))
-        for split, examples in splits.items()
-    }
-    for first, second in itertools.combinations(splits, 2):
-        here, there = (set(pc.unique(groups[split]).to_pylist()) - {None, ""} for split in (first, second))
-        if shared := sorted(here & there):
-            row = pc.index(groups[second], pa.scalar(shared[0], pa.large_string())).as_py()
-            warnings.append(
-                f"{len(shared):,} groups (`{name}`) of {second} are in {first} too: {shared[0]!r} "
-                f"({splits[second].table.where(row)})"
-            )
 
 
 def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data: Data, labels: Labels) -> DataError:

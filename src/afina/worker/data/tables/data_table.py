@@ -131,6 +131,7 @@ class Examples:
         labels: int64 (N,) single-label, float32 (N, L) multi-label, float32 (N,) regression.
         ids: large_string (N,), or None where the recipe names no id column.
         weights: float32 (N,), or None where the recipe names no column of weights.
+        groups: names of the rows' groups, large_string (N,), or None where the recipe names no column of groups.
     """
 
     source: str
@@ -140,6 +141,7 @@ class Examples:
     labels: Array
     ids: pa.Array | None
     weights: Array | None = None
+    groups: pa.Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

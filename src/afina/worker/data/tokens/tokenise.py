@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, EnvironmentProblem, RecipeError
 from afina.publish import publish, staging
+from afina.recipe.keys.data_keys import Data
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
@@ -27,6 +28,7 @@ from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.splits.build_splits import CheckedData
 from afina.worker.data.splits.duplicates import check_conflicts, check_duplicates
+from afina.worker.data.splits.groups import check_shared_groups, group_codes
 from afina.worker.data.tables.data_table import DataSource, Examples
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.tokens.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
@@ -73,7 +75,7 @@ def build(
     size = vocabulary_size(folder)
     check_pad_token(tokenizer, size)
     dtype = np.uint16 if max(len(tokenizer), size or 0) <= 1 << 16 else np.uint32
-    tokenising = Tokenising(checked, recipe.data.text, Encoder(tokenizer, recipe.tokens.max_length), size, dtype)
+    tokenising = Tokenising(checked, recipe.data, Encoder(tokenizer, recipe.tokens.max_length), size, dtype)
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
     store = ShardFolder(shards_folder(plan), final.name, versions)
     try:
@@ -127,15 +129,14 @@ class Tokenising:
     """Makes shards from checked data, and splits from shards.
 
     Args:
-        names: the text columns.
+        data: names the columns.
         size: of the model's vocabulary, if its config states it.
         dtype: of token ids.
     """
 
-    def __init__(
-        self, checked: CheckedData, names: Sequence[str], encoder: Encoder, size: int | None, dtype: Any
-    ) -> None:
-        self.checked, self.names, self.encoder, self.size, self.dtype = checked, names, encoder, size, dtype
+    def __init__(self, checked: CheckedData, data: Data, encoder: Encoder, size: int | None, dtype: Any) -> None:
+        self.checked, self.encoder, self.size, self.dtype = checked, encoder, size, dtype
+        self.names, self.group = data.text, data.group
         self.shards = {source: _shards(number, source, checked.splits) for number, source in enumerate(checked.sources)}
 
     def make(self, store: ShardFolder, say: Say) -> None:
@@ -182,6 +183,11 @@ class Tokenising:
             warnings += stats.warnings(split, examples, tokenizer, self.encoder.max_length)
         splits = self.checked.splits
         spoiled = check_duplicates(splits, keys)
+        if self.group is not None:
+            for split, lines in check_shared_groups(self.group, splits).items():
+                spoiled.setdefault(split, []).extend(lines)
+            for split, examples in splits.items():
+                entries[split]["groups"] = int(group_codes(examples.groups, keys[split]).max()) + 1
         warnings += [warning for each in spoiled.values() for warning in each]
         labels, train = self.checked.labels, splits["train"]
         plain = copy.deepcopy(tokenizer)  # a call of it would switch the encoder's truncation off

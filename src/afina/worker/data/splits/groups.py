@@ -1,0 +1,125 @@
+"""Groups: rows of one author, document or patient, which no two splits may share.
+
+A row without a group is one with the rows of the same text. Not covered: equal texts of two groups may be in two splits, which
+`afina.worker.data.splits.duplicates` warns of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afina.errors import DataError
+from afina.worker.data.splits.divide import split_groups
+from afina.worker.data.tables.data_table import Examples, TextDigests, list_places
+
+__all__ = ["check_groups", "check_shared_groups", "divide_groups", "group_codes", "has_group"]
+
+Array = np.ndarray[Any, Any]
+
+
+def has_group(groups: pa.Array) -> Array:
+    """Whether each row has a group, bool (N,)."""
+    return np.asarray(pc.fill_null(pc.not_equal(groups, ""), False).to_numpy(zero_copy_only=False), bool)
+
+
+def group_codes(groups: pa.Array | None, keys: Array) -> Array:
+    """The code of each row's group, int64 (N,) from 0 on: of its name, or of its text where it has none.
+
+    Args:
+        groups: names, large_string (N,); None: no row has one.
+        keys: digests of the texts, uint64 (N, K), K >= 2.
+    """
+    keys = keys.copy()
+    if groups is not None:
+        named = has_group(groups)
+        keys[named] = 0
+        keys[named, :2] = TextDigests.of(groups.filter(pa.array(named))).keys
+    return np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def check_groups(name: str, splits: Mapping[str, Examples], warnings: list[str]) -> None:
+    """Warn of rows without a group, and of groups of one row each.
+
+    Args:
+        name: of the column.
+
+    Raises:
+        DataError: no row of a split has a group.
+    """
+    for split, examples in splits.items():
+        assert examples.groups is not None
+        without = np.flatnonzero(~has_group(examples.groups))
+        if len(without) == len(examples):
+            raise DataError(
+                f"{split}: no row has a group (`{name}`)", "name another column in `data.group`, or leave it out"
+            )
+        if len(without):
+            warnings.append(
+                f"{len(without):,} of {len(examples):,} rows of {split} have no group (`{name}`); each counts as one of its own: "
+                f"{list_places(examples.table, without)}"
+            )
+        elif split == "train" and len(pc.unique(examples.groups)) == len(examples) > 1:
+            warnings.append(
+                f"every row of train is a group of its own: is `{name}` the column of authors, documents or patients?"
+            )
+
+
+def divide_groups(
+    name: str, codes: Array, strata: Array | None, shares: Mapping[str, Fraction], seed: int, warnings: list[str]
+) -> list[Array]:
+    """Row numbers for each share, see `split_groups`; warns of sizes that are far from what was asked for.
+
+    Args:
+        name: of the column.
+        shares: of the rows, by the name of the split.
+
+    Raises:
+        DataError: a group is larger than every split, or there are fewer groups than splits.
+    """
+    total, largest = len(codes), int(np.bincount(codes).max(initial=0))
+    most = max(shares.values())
+    if largest > most * total:
+        raise DataError(
+            f"data.group: one group (`{name}`) has {largest:,} of {total:,} rows, and the largest split holds "
+            f"{int(most * total):,}: it is not divided",
+            "give fractions that hold it, leave rows of it out, or give each split a file of its own",
+        )
+    divided = split_groups(codes, strata, list(shares.values()), seed)
+    for (split, share), rows in zip(shares.items(), divided, strict=True):
+        if not len(rows):
+            raise DataError(
+                f"data.{split}: no group (`{name}`) is left for this split: there are {int(codes.max(initial=-1)) + 1}",
+                "give it a larger `fraction`, more groups, or a file of its own",
+            )
+        if not share / 2 <= Fraction(len(rows), total) <= share * 3 / 2:
+            warnings.append(
+                f"{split} has {len(rows) / total:.1%} of the rows, {float(share):.1%} were asked for: groups (`{name}`) are not "
+                "divided, and these are few or large"
+            )
+    return divided
+
+
+def check_shared_groups(name: str, splits: Mapping[str, Examples]) -> dict[str, list[str]]:
+    """Warnings about groups that two splits share, by the split whose numbers they spoil."""
+    warnings: dict[str, list[str]] = {}
+    for first, second in itertools.combinations(splits, 2):
+        here, there = splits[first], splits[second]
+        if here.source == there.source and np.array_equal(here.rows, there.rows):
+            continue  # asked for: `choose_sources` has said so
+        assert here.groups is not None and there.groups is not None
+        shared = pc.is_in(there.groups, pc.unique(here.groups.filter(pa.array(has_group(here.groups)))))
+        rows = np.flatnonzero(shared.to_numpy(zero_copy_only=False))
+        if len(rows):
+            names: Sequence[str] = pc.unique(there.groups.take(pa.array(rows))).to_pylist()
+            warnings.setdefault(second, []).append(
+                f"{len(rows):,} of {len(there):,} rows of {second} belong to groups (`{name}`) that are in {first} too: "
+                f"{len(names):,} groups, the first {names[0]!r} ({there.table.where(int(rows[0]))})"
+            )
+    return warnings
