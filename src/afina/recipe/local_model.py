@@ -9,11 +9,20 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from afina.errors import InputError, nearest
+from afina.errors import InputError, RecipeError, nearest
 from afina.recipe.data_files import check_utf8, find_paths
+from afina.recipe.keys.adapter_keys import Adapter
 
-__all__ = ["ADAPTER_LABELS", "adapter_base", "check_no_adapter", "find_model_folder", "num_parameters"]
+__all__ = [
+    "ADAPTER_LABELS",
+    "adapter_base",
+    "check_no_adapter",
+    "find_model_folder",
+    "num_parameters",
+    "with_stored_adapter",
+]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -45,6 +54,8 @@ def find_model_folder(model: str, base: Path) -> Path | None:
                 nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
             )
         return None
+    if adapter_base(path) is not None:
+        return path
     check_no_adapter(str(path), [entry.name for entry in path.iterdir()])
     if not (path / "config.json").is_file():
         raise InputError(
@@ -80,14 +91,65 @@ def adapter_base(folder: Path) -> tuple[str, str | None] | None:
     Raises:
         InputError: its files cannot be read.
     """
+    config = _read_adapter(folder)
+    return None if config is None else (str(config["base_model_name_or_path"]), config.get("revision"))
+
+
+def with_stored_adapter(given: Adapter | None, folder: Path) -> Adapter | None:
+    """The section `adapter` of a recipe whose model is `folder`: of an adapter that afina wrote as it was trained, so that it is
+    trained on; only its dropout may be another. For any other folder as given.
+
+    Raises:
+        InputError: the folder holds an adapter, and the recipe has no such section.
+        RecipeError: the section asks for an adapter of another kind.
+    """
+    config = _read_adapter(folder)
+    if config is None:
+        return given
+    merge = "merge it into its base (`afina export RUN --merge`) and give the new folder"
+    if given is None:
+        raise InputError(
+            f"model: {folder} holds an adapter, and the recipe trains all weights",
+            f"write `adapter: {{}}` to train it on; to train all weights, {merge}",
+        )
+    stored = Adapter(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config["lora_dropout"],
+        targets=tuple(sorted(config["target_modules"])),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
+    )
+    for key in sorted(given.model_fields_set - {"dropout"}):
+        wanted, there = getattr(given, key), getattr(stored, key)
+        if key == "targets" and (wanted == "auto" or sorted(wanted) == sorted(there)):
+            continue
+        if wanted != there:
+            shown = f"[{', '.join(there)}]" if isinstance(there, tuple) else f"{there:g}" if key == "alpha" else there
+            raise RecipeError(
+                f"adapter.{key}: the adapter in {folder} has {shown}, which training on does not change",
+                f"leave `{key}` out; for an adapter of another kind, {merge}",
+            )
+    return stored.model_copy(update={"dropout": given.dropout} if "dropout" in given.model_fields_set else {})
+
+
+def _read_adapter(folder: Path) -> dict[str, Any] | None:
+    """adapter_config.json of an adapter that afina wrote; None: the folder holds none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     path = folder / "adapter_config.json"
     if not (folder / ADAPTER_LABELS / "config.json").is_file() or not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return str(config["base_model_name_or_path"]), config.get("revision")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"} - config.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"model: {path} cannot be read: {error}", "copy the adapter's folder again") from None
+    if missing:
+        raise InputError(f"model: {path} names no {min(missing)}", "copy the adapter's folder again")
+    return config
 
 
 def num_parameters(model: Path) -> int | None:

@@ -18,7 +18,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_utf8, find_files
 from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.keys.train_keys import AS_RECORDED
-from afina.recipe.local_model import find_model_folder
+from afina.recipe.local_model import find_model_folder, with_stored_adapter
 from afina.recipe.metrics import own_metric
 from afina.recipe.parse import parse_recipe
 from afina.recipe.schema import Recipe
@@ -93,7 +93,7 @@ def make_plan(
     Raises:
         RecipeError: a global batch that does not divide.
         DataError: data files that are missing or of an unknown format.
-        InputError: a model folder without weights or tokenizer.
+        InputError: a model folder without weights or tokenizer; an adapter, and no section `adapter` to train it on with.
     """
     try:
         resources = Resources.model_validate({**recipe.resources.model_dump(), **request.resources()})
@@ -111,6 +111,9 @@ def make_plan(
     for path in (site.scratch, site.image, recipe_file):
         check_utf8(path)
     files = find_files(recipe.data.files or {}, base, bind)
+    model_folder = find_model_folder(recipe.model, base)
+    if model_folder is not None and (adapter := with_stored_adapter(recipe.adapter, model_folder)) != recipe.adapter:
+        recipe = recipe.model_copy(update={"adapter": adapter})
     recipe.data.reading.check_used((path for paths in files.values() for path in paths), "data.{}".format)
     return Plan(
         afina_version=__version__,
@@ -119,7 +122,7 @@ def make_plan(
         geometry=geometry,
         recipe_file=Path(recipe_file).absolute() if recipe_file else None,
         files=files,
-        model_folder=find_model_folder(recipe.model, base),
+        model_folder=model_folder,
         metric_code=_metric_code(recipe, base),
     )
 

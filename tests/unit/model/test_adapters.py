@@ -72,9 +72,10 @@ def test_the_saved_folder_has_the_same_logits_again_and_merged(
     plain = model_of(about)
     plain.save_pretrained(base)
     model = adapted(about, Adapter(rank=4, **variant))
-    adapters.set_base(model, str(base), None)
+    prepared = {"model_folder": str(base), "model_files": describe(base, ["config.json", "model.safetensors"])}
+    adapters.set_base(model, prepared, "")
     adapters.save_weights(model, tmp_path / "adapter")
-    adapters.save_labels(model, tmp_path / "adapter", describe(base, ["config.json", "model.safetensors"]))
+    adapters.save_labels(model, tmp_path / "adapter", prepared)
     assert not torch.allclose(logits(model), logits(plain), atol=1e-3), "the adapter does something"
     again = model_of(about)
     adapters.add_adapter(again, Adapter(rank=4, **variant))

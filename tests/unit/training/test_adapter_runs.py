@@ -109,3 +109,58 @@ def test_only_the_adapter_changes_and_a_checkpoint_resumes_exactly(build: Callab
 def test_a_wrong_section_is_refused(project: Path, missing: str) -> None:
     with pytest.raises(AfinaError, match="adapter"):
         plan_for(project / "recipe.yaml", JobRequest(overrides=[f"adapter={{{missing}}}"]))
+
+
+def test_a_run_goes_on_from_an_adapter(build: Callable[..., Any], project: Path, tmp_path: Path) -> None:
+    """With the same labels from the same logits; with others from the same adapter. Both write an adapter beside the same base."""
+    from afina.worker.inference.classifier import Classifier
+    from afina.worker.training.results import export_results
+
+    first = build({}, "adapter={rank: 4, alpha: 8, targets: all-linear}", "train.learning_rate=0.05")
+    export_results(first)
+    folder = first.attempt.run.model.rename(tmp_path / "first stars")
+    given = (f"model={folder}", "adapter={dropout: 0.2}")
+    second = build({}, *given, train=False)
+    adapter = second.attempt.plan.recipe.adapter
+    assert (adapter.rank, adapter.alpha, adapter.dropout) == (4, 8, 0.2)
+    for (name, one), (_, other) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert bool((one == other).all()), name
+        assert one.requires_grad == other.requires_grad
+    second = build({}, *given, "train.learning_rate=0.05")
+    export_results(second)
+    assert json.loads((second.attempt.run.model / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        project / "model"
+    )
+    table = pq.read_table(second.attempt.run.predictions).to_pydict()
+    assert np.abs(Classifier(second.attempt.run.model).logits(table["text"]) - second.logits).max() <= 1e-5
+    assert np.abs(Classifier(folder).logits(table["text"]) - second.logits).max() > 1e-3
+
+    one_output = shutil.copytree(folder, tmp_path / "regression")
+    scores = build({}, f"model={one_output}", "adapter={}", "task=regression", train=False)
+    before = dict(first.model.named_parameters())
+    for name, weight in scores.model.named_parameters():
+        if not name.startswith("classifier."):
+            assert bool((weight == before[name]).all()), name
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (None, "holds an adapter, and the recipe trains all weights"),
+        ("{rank: 8}", "adapter.rank: the adapter in .* has 4"),
+        ("{targets: [query]}", "adapter.targets"),
+        ("{dora: true}", "adapter.dora"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_before_the_queue(
+    project: Path, section: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFINA_SCRATCH", str(project / "scratch"))
+    folder = project / "adapter"
+    (folder / "classifier").mkdir(parents=True, exist_ok=True)
+    shutil.copy(project / "model/config.json", folder / "classifier")
+    about = {"base_model_name_or_path": str(project / "model"), "r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps({**about, "target_modules": ["query", "value"]}))
+    words = [f"model={folder}", *([f"adapter={section}"] if section else [])]
+    with pytest.raises(AfinaError, match=message):
+        plan_for(project / "recipe.yaml", JobRequest(overrides=words))

@@ -35,6 +35,7 @@ from afina.worker.inference.row_check import (
     logits_of_batch,
     require_equal,
 )
+from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.pretrained import check_tokens
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
@@ -271,12 +272,15 @@ def _of_the_base(
 
     from afina.worker.model.head import base_labels, placeholders
 
-    base_names = base_labels(AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
+    own, trusted = labels_config(Path(folder)), recipe.trust_remote_code
+    base_names = base_labels(AutoConfig.from_pretrained(str(own), trust_remote_code=trusted))
     if labels is None or head.startswith("head: new") or base_names == placeholders(len(base_names)):
         return None
     if set(base_names) != set(labels):
         raise InputError(f"model: its head is for the labels {', '.join(base_names)}, not for the recipe's", REMEDY)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
+    base = (
+        AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusted)
+        if own == Path(folder)
+        else load_merged(Path(folder), trusted)
     )
     return logits_alone(base.eval(), split, rows)[:, [base_names.index(name) for name in labels]]

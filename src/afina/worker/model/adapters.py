@@ -42,6 +42,7 @@ __all__ = [
     "save_adapter",
     "save_labels",
     "save_weights",
+    "weights_folder",
     "set_base",
     "choose_layers",
 ]
@@ -192,10 +193,16 @@ def _inject(model: Any, config: Any, whole: Collection[str], *, trainable: bool 
             weight.requires_grad_(trainable)
 
 
-def set_base(model: Any, name: str, revision: str | None) -> None:
-    """The base that the saved adapter names: a Hub id with its commit, or a folder."""
+def set_base(model: Any, prepared: Mapping[str, Any], name: str) -> None:
+    """The base that the saved adapter names: a Hub id with its commit, or a folder.
+
+    Args:
+        prepared: the run's `prepared.json`.
+        name: the recipe's model.
+    """
+    folder, commit = prepared["model_folder"], prepared.get("model_commit")
     config = model.peft_config[_NAME]
-    config.base_model_name_or_path, config.revision = name, revision
+    config.base_model_name_or_path, config.revision = adapter_base(Path(folder)) or (name if commit else folder, commit)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -226,8 +233,14 @@ def save_weights(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] |
         model.save_pretrained(folder, state_dict=weights)
 
 
-def save_labels(model: Any, folder: Path, base_files: Mapping[str, Any]) -> None:
-    """Write the classifier's configuration and the digests of its base beside the adapter in `folder`."""
+def save_labels(model: Any, folder: Path, prepared: Mapping[str, Any]) -> None:
+    """Write the classifier's configuration and the digests of its base beside the adapter in `folder`.
+
+    Args:
+        prepared: the run's `prepared.json`.
+    """
+    before = Path(prepared["model_folder"])
+    base_files = prepared["model_files"] if adapter_base(before) is None else read_json(before / ADAPTER_LABELS / _BASE)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]  # of the classifier, as `save_pretrained` of the model would name it
     config.save_pretrained(folder / ADAPTER_LABELS)
@@ -251,8 +264,8 @@ def save_adapter(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] |
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapter(model: Any, folder: Path, *, head: bool = True) -> None:
-    """Load what `save_adapter` wrote into a model with the same adapter.
+def load_adapter(model: Any, folder: Path, *, head: bool = True) -> list[str]:
+    """Load what `save_adapter` wrote into a model with the same adapter; returns the names of weights that were left out.
 
     Args:
         head: its weights too.
@@ -268,10 +281,12 @@ def load_adapter(model: Any, folder: Path, *, head: bool = True) -> None:
     state = {name.removeprefix(prefix): weight for name, weight in load_file(folder / WEIGHTS).items()}
     of_head = {name: weight for name, weight in state.items() if _in(name, whole)}
     places = {name for name, _ in model.named_parameters() if "lora_" in name or _in(name, whole)}
+    left_out = [] if head else [name for name in of_head if not name.startswith(f"{model.base_model_prefix}.")]
     try:
         result = set_peft_model_state_dict(model, {n: w for n, w in state.items() if n not in of_head}, _NAME)
         # Not through peft, which knows no head that is trained in place.
-        unknown = model.load_state_dict(of_head if head else {}, strict=False).unexpected_keys
+        kept = {name: weight for name, weight in of_head.items() if name not in left_out}
+        unknown = model.load_state_dict(kept, strict=False).unexpected_keys
     except RuntimeError as error:  # of another shape
         raise InputError(
             f"model: {folder}: {str(error).splitlines()[0]}", "adapter and base do not belong together"
@@ -282,6 +297,7 @@ def load_adapter(model: Any, folder: Path, *, head: bool = True) -> None:
             f"model: {folder / WEIGHTS} has {len(state)} weights, the model {len(places)} places for them",
             "adapter and base do not belong together: take both from one run",
         )
+    return left_out
 
 
 def _in(name: str, modules: Collection[str]) -> bool:
@@ -291,6 +307,15 @@ def _in(name: str, modules: Collection[str]) -> bool:
 def labels_config(folder: Path) -> Path:
     """The folder of config.json of the classifier in `folder`: its own, or beside an adapter's weights."""
     return folder / ADAPTER_LABELS if (folder / "adapter_config.json").is_file() else folder
+
+
+def weights_folder(folder: Path) -> Path:
+    """The folder whose weights the classifier in `folder` starts with: its own, or that of an adapter's base.
+
+    Raises:
+        InputError: the base is not on this machine, or its files have another size.
+    """
+    return folder if adapter_base(folder) is None else find_base(folder, digests=False)
 
 
 def find_base(folder: Path, *, digests: bool = True) -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
-from afina.worker.model.adapters import add_adapter
+from afina.worker.model.adapters import add_adapter, labels_config, load_adapter, weights_folder
 from afina.worker.model.tasks import TASKS
 
 __all__ = ["base_labels", "build_model", "placeholders"]
@@ -43,9 +43,11 @@ def build_model(
         RecipeError: the adapter's targets are no layers of the model.
     """
     names = list(labels or placeholders(num_labels))
-    base = AutoConfig.from_pretrained(str(folder), trust_remote_code=recipe.trust_remote_code)
+    folder = Path(folder)
+    weights = weights_folder(folder)
+    base = AutoConfig.from_pretrained(str(labels_config(folder)), trust_remote_code=recipe.trust_remote_code)
     model, report = AutoModelForSequenceClassification.from_pretrained(
-        str(folder),
+        str(weights),
         num_labels=num_labels,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
@@ -64,10 +66,16 @@ def build_model(
             )
     # The output of a regression has no name.
     base_names = base_labels(base) if labels else placeholders(base.num_labels)
-    head = _fit_head(model, report, base_names, names, recipe.trust_remote_code)
+    fitting = (base_names, names, recipe.trust_remote_code)
     if recipe.adapter is None:
-        return model, head
-    return model, f"{head}; {add_adapter(model, recipe.adapter, report['missing_keys'])}"
+        return model, _fit_head(model, report, *fitting)
+    if weights == folder:
+        head = _fit_head(model, report, *fitting)
+        return model, f"{head}; {add_adapter(model, recipe.adapter, report['missing_keys'])}"
+    adapter = add_adapter(model, recipe.adapter, report["missing_keys"])
+    changed = load_adapter(model, folder, head=base.num_labels == num_labels)
+    head = _fit_head(model, {"missing_keys": [], "mismatched_keys": [(name,) for name in changed]}, *fitting)
+    return model, f"{head}; trained on from {folder}: {adapter}"
 
 
 def base_labels(config: Any) -> list[str]:
@@ -120,7 +128,7 @@ def _outputs(model: Any, trusted: bool) -> list[tuple[Any, str]]:
     with torch.device("meta"):
         larger = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
     shapes = {name: weight.shape for name, weight in larger.named_parameters()}
-    changed = [name for name, weight in model.named_parameters() if weight.shape != shapes[name]]
+    changed = [name for name, weight in model.named_parameters() if weight.shape != shapes.get(name, weight.shape)]
     parts = [name.rpartition(".") for name in sorted(changed, key=lambda name: name.endswith("bias"))]
     return [(model.get_submodule(path), name) for path, _, name in parts]
 

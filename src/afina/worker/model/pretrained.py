@@ -20,7 +20,7 @@ from afina.files import FileRecord, describe, difference, read_json, sha256
 from afina.recipe.local_model import adapter_base, check_no_adapter
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
-from afina.worker.model.adapters import WEIGHTS, check_targets, find_base, labels_config
+from afina.worker.model.adapters import WEIGHTS, check_targets, find_base, labels_config, weights_folder
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest, tensor_types
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
@@ -206,8 +206,12 @@ def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
 
     Raises:
         SiteError: a file is missing or altered; with the remedy.
+        InputError: so is one of an adapter's base.
     """
-    wrong = difference(Path(prepared["model_folder"]), prepared.get("model_files", {}), digests=digests)
+    folder = Path(prepared["model_folder"])
+    wrong = difference(folder, prepared.get("model_files", {}), digests=digests)
+    if wrong is None and adapter_base(folder) is not None:
+        find_base(folder, digests=digests)
     if wrong is None:
         return
     if prepared.get("model_commit"):
@@ -221,7 +225,7 @@ def verify_model(prepared: Mapping[str, Any], *, digests: bool = True) -> None:
 def tokenizer_identity(folder: Path) -> str:
     """SHA-256 of everything in `folder` that affects tokenisation."""
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((labels_config(folder) / "config.json").read_text(encoding="utf-8"))
     kept = {key: config.get(key) for key in ("model_type", "tokenizer_class", "auto_map")}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     code = [p.name for p in folder.glob("*.py")]
@@ -242,15 +246,16 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
     """
     if recipe.trust_remote_code:
         _check_code(folder)
-    config = sha256(folder / "config.json")
+    adapted = adapter_base(folder) is not None
     about = [
         "model",
         2,
         recipe.model,
-        config,
+        sha256(labels_config(folder) / "config.json"),
         recipe.trust_remote_code,
         recipe.tokens.max_length,
         headers_digest(folder),
+        *([headers_digest(weights_folder(folder))] if adapted else []),
         *([recipe.adapter.model_dump(mode="json")] if recipe.adapter else []),
     ]
     warnings = checked_once(pins, about, lambda: _check_architecture(folder, recipe))
@@ -283,11 +288,12 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own, weights = labels_config(folder), weights_folder(folder)
+    raw = json.loads((own / "config.json").read_text(encoding="utf-8"))
     own_code = raw.get("auto_map") or {}
-    _check_not_quantized(folder, raw)
+    _check_not_quantized(weights, raw)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=recipe.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(str(own), trust_remote_code=recipe.trust_remote_code)
     except Exception as error:
         if own_code and not recipe.trust_remote_code:
             raise InputError(
@@ -295,7 +301,7 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
                 _READ_CODE,
             ) from None
         raise InputError(
-            f"model: transformers {transformers.__version__} refuses {folder / 'config.json'}: {first_line(error)}",
+            f"model: transformers {transformers.__version__} refuses {own / 'config.json'}: {first_line(error)}",
             "use a model of a type that this version knows, or another version of transformers",
         ) from None
     if config.model_type not in HEADS and "AutoModelForSequenceClassification" not in own_code:
@@ -316,7 +322,7 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
     )
-    return [*unused, *check_weights(folder, config)]
+    return [*unused, *check_weights(weights, config)]
 
 
 def _check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from afina.worker.compute.batches import (
 )
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
-from afina.worker.model.adapters import has_adapter, parameter_counts, set_base
+from afina.worker.model.adapters import has_adapter, labels_config, parameter_counts, set_base
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
 from afina.worker.startup import gc_paused
@@ -117,18 +117,17 @@ def build_attempt(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     plan = run.plan()
-    model_type = read_json(Path(data.model_folder) / "config.json").get("model_type", "")
+    config_folder = labels_config(Path(data.model_folder))
+    model_type = read_json(config_folder / "config.json").get("model_type", "")
     choice = precision.choose_for_run(run, plan.recipe.train, model_type)
     arguments = build_arguments(plan, geometry, run, data, choice)
     transformers.set_seed(plan.recipe.train.seed)
     with gc_paused():
-        changes = packed_model.attention_dropout(plan.recipe, data.model_folder)
+        changes = packed_model.attention_dropout(plan.recipe, str(config_folder))
         model, head = build_model(plan.recipe, data.model_folder, data.task, data.labels, data.num_labels, changes)
     if has_adapter(model):
         # Not the folder of this attempt, which may be a copy on the node.
-        prepared = run.prepared()
-        commit = prepared.get("model_commit")
-        set_base(model, plan.recipe.model if commit else prepared["model_folder"], commit)
+        set_base(model, run.prepared(), plan.recipe.model)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:

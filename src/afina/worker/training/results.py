@@ -165,7 +165,7 @@ def _export_model(trainer: RunTrainer) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     save_weights(trainer.model, staging)
     if has_adapter(trainer.model):
-        save_labels(trainer.model, staging, run.prepared()["model_files"])
+        save_labels(trainer.model, staging, run.prepared())
     tokenizer = trainer.processing_class
     # Others who pad batches with it get the scores of single texts too.
     tokenizer.padding_side = padding_side(trainer.model, tokenizer.padding_side)
