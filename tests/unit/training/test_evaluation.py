@@ -11,9 +11,8 @@ import pytest
 from tests.unit.training.patched import run_with
 
 from afina.worker.model.losses import Loss
-from afina.worker.model.outputs import probabilities
 from afina.worker.model.scoring import compute_metrics
-from afina.worker.model.tasks import TASKS, decisions
+from afina.worker.model.tasks import TASKS, decisions, probabilities
 from afina.worker.training import evaluation
 from afina.worker.training.results import _columns
 

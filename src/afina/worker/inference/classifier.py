@@ -30,7 +30,6 @@ from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
 from afina.worker.model.adapters import labels_config, load_merged
-from afina.worker.model.outputs import prediction_columns, probabilities
 from afina.worker.model.padding import separate_rows, set_pad_token
 from afina.worker.model.pretrained import (
     check_files,
@@ -40,7 +39,7 @@ from afina.worker.model.pretrained import (
     max_positions,
     vocabulary_size,
 )
-from afina.worker.model.tasks import task_of_config
+from afina.worker.model.tasks import prediction_columns, probabilities, task_of_config
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from afina.errors import RecipeError
 from afina.recipe.metrics import METRICS, OwnMetric, metric_texts, own_metric
-from afina.worker.model.outputs import probabilities
-from afina.worker.model.tasks import decisions
+from afina.worker.model.tasks import decisions, probabilities
 
 __all__ = ["call", "check_metrics", "load"]
 

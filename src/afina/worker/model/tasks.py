@@ -1,18 +1,25 @@
-"""Tasks as a table: the head and the decision of each; the task of a classifier by its configuration. Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
+"""Tasks as a table: the head and the decision of each, the columns of its predictions; the task of a classifier by its configuration.
+
+single-label   the most probable label; softmax
+multi-label    every label with a probability above one half; a sigmoid each
+regression     the value itself; no probabilities
+
+Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from afina.errors import InputError
 
-__all__ = ["TASKS", "Task", "decisions", "task_of_config"]
+__all__ = ["TASKS", "Task", "decisions", "label_lists", "prediction_columns", "probabilities", "task_of_config"]
 
 Array = np.ndarray[Any, Any]
 
@@ -41,6 +48,48 @@ def decisions(task: str, logits: Array) -> Array:
     """The predictions of logits (N, K): class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
     kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}[task]
     return np.asarray(TASKS[task].decide(logits).astype(kind))
+
+
+def probabilities(task: str, logits: Array) -> Array:
+    """Logits (N, K) -> probabilities (N, K) of the same dtype; for regression the values as they are. NaN stays NaN."""
+    if task == "single-label":
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+    if task == "multi-label":
+        with np.errstate(over="ignore"):
+            return np.asarray(1 / (1 + np.exp(-logits)))
+    return logits
+
+
+def prediction_columns(task: str, labels: Sequence[str] | None, logits: Array) -> dict[str, pa.Array]:
+    """`prediction`, and `score: NAME` for each label; null where the logits are NaN.
+
+    Args:
+        labels: names in the order of the logits; unused for regression.
+        logits: (N, K).
+
+    Returns: arrays of length N. A prediction is a label's name, a list of names, or a number.
+    """
+    empty = np.isnan(logits[:, 0])
+    decided = decisions(task, np.nan_to_num(logits))
+    if task == "regression":
+        return {"prediction": pa.array(decided, mask=empty)}
+    assert labels is not None
+    names = pa.array(labels, pa.string())
+    scores = probabilities(task, logits)
+    single = task == "single-label"
+    chosen = names.take(pa.array(decided, mask=empty)) if single else label_lists(names, decided > 0, empty)
+    return {
+        "prediction": chosen,
+        **{f"score: {name}": pa.array(scores[:, i], mask=empty) for i, name in enumerate(labels)},
+    }
+
+
+def label_lists(names: pa.Array, chosen: Array, empty: Array | None = None) -> pa.ListArray:
+    """The names that each row of a (N, K) mask selects; null where `empty`."""
+    ends = np.concatenate([[0], np.cumsum(chosen.sum(-1))]).astype(np.int32)
+    values = names.take(pa.array(np.nonzero(chosen)[1]))
+    return pa.ListArray.from_arrays(pa.array(ends), values, mask=None if empty is None else pa.array(empty))
 
 
 def task_of_config(config: Any, folder: Path) -> tuple[str, list[str] | None]:

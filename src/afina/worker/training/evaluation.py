@@ -23,8 +23,7 @@ from afina.recipe.metrics import NEED_SCORES, own_metric
 from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
 from afina.worker.model.losses import Loss
-from afina.worker.model.outputs import probabilities
-from afina.worker.model.tasks import decisions
+from afina.worker.model.tasks import decisions, probabilities
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training.attempt import Attempt

@@ -24,9 +24,8 @@ from afina.worker.data.prepared import Split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.model.adapters import has_adapter, save_labels, save_weights
 from afina.worker.model.losses import Loss
-from afina.worker.model.outputs import label_lists, prediction_columns, probabilities
 from afina.worker.model.padding import padding_side
-from afina.worker.model.tasks import decisions
+from afina.worker.model.tasks import decisions, label_lists, prediction_columns, probabilities
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.trainer import RunTrainer
