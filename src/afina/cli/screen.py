@@ -354,9 +354,7 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
         "run": f"{job['run']} ({'resumed' if job['claimed'] else 'new'})" if job else "",
         "data": f"{_shortened(files, 60)}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
         "training": f"{length}, {batch}, learning rate {train.learning_rate:g}",
-        "adapter": f"{adapter.variant}, rank {adapter.rank}, on {adapter.layers}"
-        if (adapter := recipe.adapter)
-        else "",
+        "trained": recipe.trained,
         "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
         "site": "; ".join([str(site.file or "the environment"), *slurm]),
         "image": str(site.image or f"none: {sys.executable}"),

@@ -124,6 +124,9 @@ class Recipe(_Explained):
         if misfitting := misfit(self.train.loss_keys, self.task):
             key, problem, remedy = misfitting
             yield KeyedError(problem, "train", key, remedy=remedy)
+        if self.adapter is not None and self.train.freeze is not None:
+            remedy = "leave `train.freeze` out: with an adapter all weights but adapter and head are frozen"
+            yield KeyedError("has no meaning beside `adapter`", "train", "freeze", remedy=remedy)
         local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
         if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
             problem = f"`{self.revision}` can move" if self.revision else "`revision` is missing"
@@ -166,6 +169,13 @@ class Recipe(_Explained):
             return
         of = "" if self.task == "auto" else f" of a {self.task} task"
         yield KeyedError(unknown(metric, f"a metric{of}", known) + "; one of your own: `module:function`", *keys)
+
+    @property
+    def trained(self) -> str:
+        """What of the model is trained, in words; empty: all of it."""
+        if adapter := self.adapter:
+            return f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.layers}, and the head"
+        return "" if self.train.freeze is None else f"all but {self.train.frozen}"
 
     @property
     def metric_texts(self) -> tuple[str, ...]:

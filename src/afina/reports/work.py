@@ -9,6 +9,7 @@ from afina.reports.charts import Chart, Point
 from afina.reports.facts import Lengths, RunFacts
 from afina.reports.page import note, pairs, seconds, table
 from afina.reports.sections import wall_time
+from afina.run.provenance.methods import trained_count
 from afina.slurm.accounting import JobUsage
 
 __all__ = ["lengths", "requested_and_used", "speed", "time_spent"]
@@ -56,14 +57,14 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
 
 def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
     """Throughput, utilisation and memory, as far as the run measured them."""
-    utilisation = facts.utilisation
+    utilisation, trained = facts.utilisation, facts.plan.recipe.trained
     rows: dict[str, Any] = {
         "training examples per second": facts.outcome.samples_per_second if facts.outcome else None,
         "tokens per second": utilisation.get("tokens_per_second"),
         "share of real tokens": _percent(utilisation.get("real_token_share")),
         "model FLOP utilisation": _percent(utilisation.get("mfu")),
         "of a peak of": _peak(utilisation),
-        "trained parameters": _trained(facts),
+        "trained": f"{trained} ({trained_count(facts.outcome)})" if trained else None,
         "largest memory, GB": utilisation.get("peak_memory_gb"),
         "examples per step": utilisation.get("examples_per_step"),
     }
@@ -76,17 +77,6 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
     if charts[0]:
         del charts[1]
     return pairs(rows), [chart for chart in charts if chart]
-
-
-def _trained(facts: RunFacts) -> str | None:
-    """With an adapter: which, and how many of the model's parameters."""
-    outcome, adapter = facts.outcome, facts.plan.recipe.adapter
-    if adapter is None:
-        return None
-    count = (
-        f": {outcome.trained_parameters:,} of {outcome.parameters:,}" if outcome and outcome.trained_parameters else ""
-    )
-    return f"{adapter.variant} of rank {adapter.rank} on {adapter.layers}, and the head{count}"
 
 
 def time_spent(facts: RunFacts) -> str:

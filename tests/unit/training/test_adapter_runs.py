@@ -1,4 +1,6 @@
-"""Runs with a LoRA adapter: frozen weights stay, checkpoints resume exactly, and `model/` has the run's logits everywhere."""
+"""Runs that do not train all weights alike: with a LoRA adapter, with frozen layers, with rates by depth. Frozen weights stay, checkpoints resume
+exactly, and `model/` of an adapter has the run's logits everywhere.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_the_model_folder_has_the_logits_of_the_run_in_plain_peft_and_merged(
     assert made["onnx_difference"] <= 1e-4 and made["parameters"] == total
     assert not list(merged.glob("adapter*")) and (merged / "model.safetensors").is_file()
     card = (adapter / "README.md").read_text()
-    assert "library_name: peft" in card and f"{trained:,} parameters trained" in card and "adapters of rank 4" in card
+    assert (
+        "library_name: peft" in card and f"{trained:,} of {total:,} parameters" in card and "adapters of rank 4" in card
+    )
     assert "library_name: transformers" in (merged / "README.md").read_text()
     for folder in (adapter, merged):
         assert np.abs(Classifier(folder).logits(table["text"]) - logits).max() <= 1e-5
@@ -85,15 +89,22 @@ def test_the_model_folder_has_the_logits_of_the_run_in_plain_peft_and_merged(
     assert theirs["labels"] == [table["prediction"]] * 2
 
 
-def test_only_the_adapter_changes_and_a_checkpoint_resumes_exactly(build: Callable[..., Any]) -> None:
-    trainer = build({}, ADAPTER, "train.save_every=2", "train.keep_after=all")
-    before = build({}, ADAPTER, train=False)
+LAYERS = ("train.freeze=1", "train.layer_decay=0.5", "train.head_learning_rate=0.01")
+
+
+@pytest.mark.parametrize("keys", [(ADAPTER,), LAYERS], ids=["adapter", "layers"])
+def test_only_what_is_trained_changes_and_a_checkpoint_resumes_exactly(
+    build: Callable[..., Any], keys: tuple[str, ...]
+) -> None:
+    trainer = build({}, *keys, "train.save_every=2", "train.keep_after=all")
+    before = build({}, *keys, train=False)
     started = {name: weight.detach().clone() for name, weight in before.model.named_parameters()}
     for name, weight in trainer.model.named_parameters():
         assert bool((weight != started[name]).any()) == weight.requires_grad, name
     step = trainer.attempt.run.checkpoints / "step-2"
-    assert {"adapter_model.safetensors", "adapter_config.json"} < {path.name for path in step.iterdir()}
-    assert not (step / "model.safetensors").exists()
+    files = {path.name for path in step.iterdir()}
+    assert ({"adapter_model.safetensors", "adapter_config.json"} < files) == (keys == (ADAPTER,))
+    assert ("model.safetensors" in files) == (keys == LAYERS)
     event = next(e for e in trainer.attempt.run.lines("events.jsonl") if e.get("event") == "checkpoint")
     assert event["bytes"] < 2 * trainer.attempt.checkpoint_bytes + 60_000, (
         "what preflight expects, and the states of a rank"
@@ -103,6 +114,29 @@ def test_only_the_adapter_changes_and_a_checkpoint_resumes_exactly(build: Callab
     before.attempt.saver.finish()
     for (name, one), (_, other) in zip(trainer.model.named_parameters(), before.model.named_parameters(), strict=True):
         assert bool((one == other).all()), name
+
+
+def test_each_layer_moves_at_its_rate(build: Callable[..., Any]) -> None:
+    """One step of SGD on the same gradients as without these keys."""
+    arguments = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    one = ("train.max_steps=1", "train.learning_rate=0.1", "train.precision=fp32")
+    start = {
+        name: weight.detach().clone() for name, weight in build(arguments, *one, train=False).model.named_parameters()
+    }
+    plain, rated = (build(arguments, *one, *keys) for keys in ((), LAYERS[1:]))
+    assert [line["learning_rate"] for line in rated.attempt.run.lines("metrics.jsonl") if "loss" in line] == [0.1]
+    expected = {
+        "bert.embeddings": 0.125,
+        "bert.encoder.layer.0": 0.25,
+        "bert.encoder.layer.1": 0.5,
+        "bert.pooler": 1,
+        "classifier": 0.1,
+    }
+    of_plain, of_rated = (dict(trainer.model.named_parameters()) for trainer in (plain, rated))
+    for name, before in start.items():
+        factor = next(value for path, value in expected.items() if name.startswith(path))
+        moved, by_rate = of_plain[name] - before, of_rated[name] - before
+        assert bool(((by_rate - factor * moved).abs() <= 1e-6 + 1e-3 * moved.abs().max()).all()), name
 
 
 @pytest.mark.parametrize("missing", ["kind: qlora", "rank: 0", "targets: []", "ranks: 4"])

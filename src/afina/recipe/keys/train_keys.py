@@ -26,7 +26,14 @@ def _epoch_or_steps(value: Any) -> Any:
     raise ValueError(f"must be `epoch`, or a number of optimizer steps (1 or more), found {shown(value)}")
 
 
+def _part_or_layers(value: Any) -> Any:
+    if value in (None, "embeddings", "body") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be `embeddings`, `body`, or a number of layers (1 or more), found {shown(value)}")
+
+
 EpochOrSteps = Annotated[Literal["epoch"] | int, BeforeValidator(_epoch_or_steps)]
+PartOrLayers = Annotated[Literal["embeddings", "body"] | int, BeforeValidator(_part_or_layers)]
 LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(parse_label_weights)]
 
 
@@ -40,7 +47,17 @@ class Tokens(Section):
 class Train(Section):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
-    added_later = ("loss", "focal_gamma", "class_weights", "pos_weight", "label_smoothing", "keep_after")
+    added_later = (
+        "loss",
+        "focal_gamma",
+        "class_weights",
+        "pos_weight",
+        "label_smoothing",
+        "keep_after",
+        "freeze",
+        "layer_decay",
+        "head_learning_rate",
+    )
 
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
     max_batch_per_device: Annotated[int, Field(ge=1, le=10**9)] | None = None
@@ -48,6 +65,9 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 5e-5
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    head_learning_rate: Annotated[float, Field(gt=0, le=1e30)] | None = None
+    freeze: PartOrLayers | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     evaluate: EpochOrSteps = "epoch"
     save_every: EpochOrSteps = "epoch"
@@ -91,6 +111,8 @@ class Train(Section):
             yield KeyedError(
                 "belongs to the focal loss", "focal_gamma", remedy="set `train.loss: focal`, or leave it out"
             )
+        if self.freeze == "body" and self.layer_decay != 1:
+            yield KeyedError("has no layers to act on with `freeze: body`", "layer_decay", remedy=one_of_them)
         if self.loss == "focal" and self.label_smoothing:
             yield KeyedError("has no definition for the focal loss", "label_smoothing", remedy=one_of_them)
 
@@ -98,6 +120,18 @@ class Train(Section):
     def loss_keys(self) -> tuple[str, ...]:
         """The keys of the loss that the recipe uses."""
         return tuple(key for key in LOSS_KEYS if getattr(self, key) != type(self).model_fields[key].get_default())
+
+    @property
+    def frozen(self) -> str:
+        """What `freeze` freezes, in words."""
+        return {"embeddings": "the embeddings", "body": "all weights below the head"}.get(
+            str(self.freeze), f"the embeddings and the first {self.freeze} layers"
+        )
+
+    @property
+    def rates_differ(self) -> bool:
+        """Whether some weights have a learning rate of their own."""
+        return self.layer_decay != 1 or self.head_learning_rate is not None
 
     @property
     def num_epochs(self) -> float:

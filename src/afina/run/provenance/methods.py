@@ -12,12 +12,13 @@ from typing import Any
 
 from afina.files import read_json
 from afina.recipe.keys.data_keys import Part
+from afina.recipe.keys.train_keys import Train
 from afina.recipe.metrics import lower_is_better, metric_name, selection_metric
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 
-__all__ = ["execution_differences", "execution_of", "methods"]
+__all__ = ["execution_differences", "execution_of", "methods", "trained_count"]
 
 _TASKS = {"single-label": "single-label classification", "multi-label": "multi-label classification"}
 
@@ -140,22 +141,35 @@ def _training(plan: Plan, outcome: Outcome | None) -> str:
     steps = f" ({outcome.global_step:,} steps)" if outcome and outcome.global_step else ""
     more = "".join(f", {key} {value}" for key, value in sorted(given.items()))
     return (
-        f"{_adapter(plan, outcome)}Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}, "
+        f"{_trained(plan, outcome)}Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}{_rates(train)}, "
         f"{schedule} schedule{more}; {train.batch_size} examples per step, {length}{steps}, seed {train.seed}."
     )
 
 
-def _adapter(plan: Plan, outcome: Outcome | None) -> str:
-    adapter = plan.recipe.adapter
-    if adapter is None:
-        return ""
-    share = ""
-    if outcome and outcome.trained_parameters and outcome.parameters:
-        share = f" ({outcome.trained_parameters:,} of {outcome.parameters:,} parameters)"
+def _trained(plan: Plan, outcome: Outcome | None) -> str:
+    recipe = plan.recipe
+    share = f" ({trained_count(outcome)})"
+    if adapter := recipe.adapter:
+        return (
+            f"Trained were {adapter.variant} adapters of rank {adapter.rank} (α {adapter.alpha:g}, dropout {adapter.dropout:g}) on {adapter.layers}, and the "
+            f"head{share}; all other weights were frozen. "
+        )
     return (
-        f"Trained were {adapter.variant} adapters of rank {adapter.rank} (α {adapter.alpha:g}, dropout {adapter.dropout:g}) on {adapter.layers}, and the "
-        f"head{share}; all other weights were frozen. "
+        f"Frozen were {recipe.train.frozen}; trained was the rest{share}. " if recipe.train.freeze is not None else ""
     )
+
+
+def trained_count(outcome: Outcome | None) -> str:
+    """How many of the model's parameters were trained, in words."""
+    if outcome is None or not outcome.trained_parameters:
+        return "their number is not known"
+    return f"{outcome.trained_parameters:,} of {outcome.parameters:,} parameters"
+
+
+def _rates(train: Train) -> str:
+    """The learning rates beside that of the recipe."""
+    head = "" if train.head_learning_rate is None else f", of the head {train.head_learning_rate:g}"
+    return head + (f", times {train.layer_decay:g} for each layer down" if train.layer_decay != 1 else "")
 
 
 def _machine(plan: Plan, ran: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from afina.redact import redact
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
-from afina.run.provenance.methods import execution_of, methods
+from afina.run.provenance.methods import execution_of, methods, trained_count
 from afina.statistics.predictions import read_predictions
 from afina.worker.model.adapters import labels_config
 
@@ -172,6 +172,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
     recipe, outcome = facts.plan.recipe, facts.outcome
     train, rows, tokens = recipe.train, facts.prepared.get("rows", {}), facts.prepared.get("tokens", {})
     speed = f", {outcome.samples_per_second:,.1f} examples/s" if outcome.samples_per_second else ""
+    merged = ", merged" if recipe.adapter and not facts.adapter else ""
     length = f"{train.num_epochs:g} epochs" if train.max_steps is None else f"at most {train.max_steps:,} steps"
     return {
         "data": _data_name(facts),
@@ -181,7 +182,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "asked for": length,
         "optimizer steps": f"{outcome.global_step:,}; the weights are those of step {outcome.model_step or outcome.global_step:,}",
         "examples per step": train.batch_size,
-        "adapter": _adapter(facts),
+        "trained": "; ".join(filter(None, (recipe.trained + merged, trained_count(outcome)))) if recipe.trained else "",
         "learning rate": f"{train.learning_rate:g}, {train.arguments.get('lr_scheduler_type', 'linear')} schedule",
         "seed": train.seed,
         **{f"`{name}`": value for name, value in train.arguments.items() if name != "lr_scheduler_type"},
@@ -190,16 +191,6 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         **_origins(facts),
     }
-
-
-def _adapter(facts: CardFacts) -> str:
-    adapter, trained = facts.plan.recipe.adapter, facts.outcome.trained_parameters
-    if adapter is None:
-        return ""
-    count = f"; {trained:,} parameters trained" if trained else ""
-    return (
-        f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}{'' if facts.adapter else ', merged'}{count}"
-    )
 
 
 def _origins(facts: CardFacts) -> dict[str, str]:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = [
     "WEIGHTS",
     "add_adapter",
-    "check_targets",
     "checkpoint_weights",
     "find_base",
     "has_adapter",
@@ -146,20 +145,6 @@ def choose_layers(model: Any, adapter: Adapter, whole: Collection[str] = ()) -> 
     ends = sorted({name.rpartition(".")[2] for name in chosen})
     matched = {name for name, _ in model.named_modules() if any(_ends_with(name, end) for end in ends)}
     return chosen, ends if matched == set(chosen) else chosen, note
-
-
-def check_targets(config: Any, adapter: Adapter, trust_remote_code: bool) -> None:
-    """Refuse targets that are no linear layers of the classifier of this configuration; builds it without memory.
-
-    Raises:
-        RecipeError: with the layers that there are.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-    choose_layers(model, adapter)
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -1,4 +1,4 @@
-"""The pretrained model with a head for the recipe's labels, and the recipe's adapter, in float32.
+"""The pretrained model with a head for the recipe's labels, with the recipe's adapter or frozen layers, in float32.
 
 The base may be a classifier already. Its head is kept where its label names are those of the recipe, each row under its own name,
 in whatever order either lists them; where names differ, the rows mean something else and the head is new. `LABEL_0`, `LABEL_1`, … are
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import add_adapter, labels_config, load_adapter, weights_folder
+from afina.worker.model.depth import freeze
 from afina.worker.model.tasks import TASKS
 
 __all__ = ["base_labels", "build_model", "placeholders"]
@@ -32,7 +33,7 @@ def build_model(
     num_labels: int,
     changes: Mapping[str, Any] | None = None,
 ) -> tuple[Any, str]:
-    """The model, with the label names in its config; and what became of the head, and of the adapter, for the log.
+    """The model, with the label names in its config; and what became of head, adapter and frozen layers, for the log.
 
     Args:
         labels: names in the order of the outputs; None for regression.
@@ -40,7 +41,7 @@ def build_model(
 
     Raises:
         InputError: a stored weight is not finite.
-        RecipeError: the adapter's targets are no layers of the model.
+        RecipeError: the adapter's targets are no layers of the model; more layers are to be frozen than there are.
     """
     names = list(labels or placeholders(num_labels))
     folder = Path(folder)
@@ -68,7 +69,10 @@ def build_model(
     base_names = base_labels(base) if labels else placeholders(base.num_labels)
     fitting = (base_names, names, recipe.trust_remote_code)
     if recipe.adapter is None:
-        return model, _fit_head(model, report, *fitting)
+        head = _fit_head(model, report, *fitting)
+        if recipe.train.freeze is None:
+            return model, head
+        return model, f"{head}; {freeze(model, recipe.train, report['missing_keys'])}"
     if weights == folder:
         head = _fit_head(model, report, *fitting)
         return model, f"{head}; {add_adapter(model, recipe.adapter, report['missing_keys'])}"

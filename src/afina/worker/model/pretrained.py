@@ -20,7 +20,7 @@ from afina.files import FileRecord, describe, difference, read_json, sha256
 from afina.recipe.local_model import adapter_base, check_no_adapter
 from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
-from afina.worker.model.adapters import WEIGHTS, check_targets, find_base, labels_config, weights_folder
+from afina.worker.model.adapters import WEIGHTS, choose_layers, find_base, labels_config, weights_folder
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.weights import check_weights, headers_digest, tensor_types
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
@@ -242,7 +242,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
     Raises:
         InputError: no sequence classification for this architecture, a config that transformers refuses, weights of another
             model, unpinned third-party code.
-        RecipeError: `tokens.max_length` beyond the model's positions, `adapter.targets` that are no layers of it.
+        RecipeError: `tokens.max_length` beyond the model's positions, `adapter.targets` that are no layers of it, more frozen layers than it has.
     """
     if recipe.trust_remote_code:
         _check_code(folder)
@@ -257,6 +257,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
         headers_digest(folder),
         *([headers_digest(weights_folder(folder))] if adapted else []),
         *([recipe.adapter.model_dump(mode="json")] if recipe.adapter else []),
+        *([recipe.train.freeze] if recipe.train.freeze is not None else []),
     ]
     warnings = checked_once(pins, about, lambda: _check_architecture(folder, recipe))
     if "afina" in read_json(folder / "afina.json"):
@@ -315,14 +316,28 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
-    if recipe.adapter is not None:
-        check_targets(config, recipe.adapter, recipe.trust_remote_code)
+    if recipe.adapter is not None or recipe.train.freeze is not None:
+        _check_layers(config, recipe)
     if own_code and recipe.trust_remote_code:
         return []
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
     )
     return [*unused, *check_weights(weights, config)]
+
+
+def _check_layers(config: Any, recipe: Recipe) -> None:
+    """Refuse an adapter on layers, or more frozen layers, than the classifier of this configuration has; builds it without memory."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from afina.worker.model.depth import check_freeze
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    if recipe.adapter is not None:
+        choose_layers(model, recipe.adapter)
+    check_freeze(recipe.train.freeze, model)
 
 
 def _check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:

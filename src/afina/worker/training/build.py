@@ -29,6 +29,7 @@ from afina.worker.compute.batches import (
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import has_adapter, labels_config, parameter_counts, set_base
+from afina.worker.model.depth import step_cost
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
 from afina.worker.startup import gc_paused
@@ -143,8 +144,7 @@ def build_attempt(
         data=data,
         precision=choice,
         batching=batching,
-        # Backward is twice forward; of frozen weights only their inputs' gradients are computed.
-        flops=(2 if has_adapter(model) else 3) * forward_flops(model.config, data.splits["train"].lengths, parameters),
+        flops=step_cost(model) * forward_flops(model.config, data.splits["train"].lengths, parameters),
         parameters=parameter_counts(model),
         checkpoint_bytes=state_bytes(model),
         stop=stop,

@@ -37,6 +37,7 @@ from afina.worker.compute import cuda_graphs, dropout, packed_model, precision, 
 from afina.worker.compute.batches import Rows, Targets
 from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import checkpoint_weights, has_adapter, load_adapter, save_weights
+from afina.worker.model.depth import learning_rates
 from afina.worker.survival import checkpoint as checkpoints
 from afina.worker.survival.snapshot import (
     PROGRESS,
@@ -101,6 +102,20 @@ class RunTrainer(Trainer):  # type: ignore[misc]
     def matmul_dtype(self) -> str:
         """The number format of matrix products in training, as `compute.flops` names it."""
         return precision.matmul_dtype(self.attempt.precision, self.args)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, with a group for each learning rate; that of the recipe first, which is the one in the log."""
+        optimizer, train = super().create_optimizer(model), self.attempt.plan.recipe.train
+        if train.rates_differ:
+            rates = learning_rates(self.model if model is None else model, train)
+            groups: list[dict[str, Any]] = []
+            for group in optimizer.param_groups:
+                of_rate: dict[float, list[Any]] = {}
+                for weight in group["params"]:
+                    of_rate.setdefault(rates[weight], []).append(weight)
+                groups += [{**group, "params": weights, "lr": rate} for rate, weights in of_rate.items()]
+            optimizer.param_groups = sorted(groups, key=lambda group: group["lr"] != train.learning_rate)
+        return optimizer
 
     # Batches and loss
 
