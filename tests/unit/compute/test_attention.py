@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.unit.compute.encoders import CONFIGS, LENGTHS, PAD, assert_same, model_of, split_of, step, without_dropout
+from tests.unit.compute.encoders import (
+    CONFIGS,
+    LENGTHS,
+    OTHERS,
+    PAD,
+    assert_same,
+    model_of,
+    split_of,
+    step,
+    without_dropout,
+)
 
 from afina.worker.compute import attention, dropout, packed_model
 from afina.worker.compute.attention import attend
-from afina.worker.compute.batches import Collator, PackedCollator
+from afina.worker.compute.batches import Collator
 from afina.worker.compute.packing import Packing, pack
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, p: float, sizes: list[int], first_only: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, p: float, sizes: list[int], way: str
 ) -> torch.Tensor:
     """Textbook attention, sequence by sequence, with the masks that the generator draws in this order."""
+    first_only = way == "first only"
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     outs, first, heads = [], 0, q.shape[1]
     for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
         group = LENGTHS[start : start + size]
@@ -29,6 +42,9 @@ def reference(
         for length, mask in zip(group, masks, strict=True):
             a, b, c = (x[0, :, first : first + length] for x in (q, k, v))
             scores = (a @ b.transpose(1, 2)) * q.shape[-1] ** -0.5 + bias[0, :, :length, :length]
+            if way.startswith("causal"):
+                back = torch.arange(length)[:, None] - torch.arange(length)
+                scores = scores.masked_fill((back < 0) | ((back >= 5) & way.endswith("window")), -torch.inf)
             weights = scores.softmax(-1)[:, : min(rows, length)]
             out = (weights * mask[:, :length, :length] / (1 - p)) @ c
             outs.append(torch.nn.functional.pad(out, (0, 0, 0, length - out.shape[1])))
@@ -36,17 +52,20 @@ def reference(
     return torch.cat(outs, 1).transpose(0, 1)[None]
 
 
-@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("way", ["whole", "first only", "causal", "causal, window"])
 @pytest.mark.parametrize("call", [1e-9, 40_000, 1e12])
 def test_attention_with_dropout_matches_the_formula_and_its_gradient(
-    call: float, first_only: bool, monkeypatch: pytest.MonkeyPatch
+    call: float, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("afina.worker.compute.packing.CALL_SCORES", {"cpu": call})
     torch.manual_seed(0)
     packing = pack(LENGTHS, heads=4)
     module = torch.nn.Identity()
-    setattr(module, attention.FIRST_ONLY, first_only)
-    shapes = [(1, 4, sum(LENGTHS), 8)] * 4 + [(1, 4, max(LENGTHS), max(LENGTHS))]
+    setattr(module, attention.FIRST_ONLY, way == "first only")
+    module.is_causal = way.startswith("causal")
+    window, key_heads = 5 if way.endswith("window") else None, 2 if module.is_causal else 4
+    shapes = [(1, heads, sum(LENGTHS), 8) for heads in (4, key_heads, key_heads, 4)]
+    shapes += [(1, 4, max(LENGTHS), max(LENGTHS))]
     draw = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     found: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
@@ -54,9 +73,10 @@ def test_attention_with_dropout_matches_the_formula_and_its_gradient(
         q, k, v, bias = (x.clone().requires_grad_() for x in (*draw[:3], draw[4]))
         dropout.seed(11, 0)
         if results is found:
-            out, _ = attend(module, q, k, v, None, dropout=0.3, packing=packing, bias=bias, fast_dropout=True)
+            options: dict[str, Any] = {"bias": bias, "fast_dropout": True, "sliding_window": window}
+            out, _ = attend(module, q, k, v, None, dropout=0.3, packing=packing, **options)
         else:
-            out = reference(q, k, v, bias, 0.3, [group.count for group in packing.groups], first_only)
+            out = reference(q, k, v, bias, 0.3, [group.count for group in packing.groups], way)
         out.backward(draw[3].transpose(1, 2))
         results += [out.detach(), q.grad, k.grad, v.grad, bias.grad]
     for a, b, what in zip(found, expected, ("out", "query", "key", "value", "bias"), strict=True):
@@ -96,7 +116,9 @@ def test_attention_with_dropout_stays_float32_under_autocast() -> None:
         assert torch.allclose(mine, true, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "modernbert, mean", "distilbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "modernbert", "modernbert, mean", "distilbert", "llama", "mistral"]
+)
 def test_flash_attention_gets_the_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments of the GPU kernel, computed by a plain loop instead."""
     calls: list[bool] = []
@@ -109,30 +131,32 @@ def test_flash_attention_gets_the_sequences(name: str, monkeypatch: pytest.Monke
         first_only: bool,
         scale: float,
         dropout: float,
-        window: int | None,
+        reach: tuple[int | None, int | None],
     ) -> torch.Tensor:
         calls.append(first_only)
-        assert dropout == 0 and not (first_only and window)
+        assert dropout == 0 and not (first_only and reach != (None, None))
         assert packing.bounds.dtype == torch.int32 and packing.lengths[0] == max(LENGTHS)
         assert len(q) == (len(LENGTHS) if first_only else sum(LENGTHS)) and len(k) == len(v) == sum(LENGTHS)
         parts = []
         for number, (a, b) in enumerate(itertools.pairwise(packing.bounds.tolist())):
             mine = q[number : number + 1] if first_only else q[a:b]
-            scores = torch.einsum("qhd,khd->hqk", mine, k[a:b]) * scale
-            if window is not None:
-                at = torch.arange(b - a)
-                scores.masked_fill_((at[:, None] - at).abs() >= window, -torch.inf)
-            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[a:b]))
+            heads = [x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)]
+            scores = torch.einsum("qhd,khd->hqk", mine, heads[0][a:b]) * scale
+            back = torch.arange(b - a)[:, None] - torch.arange(b - a)
+            for limit, distance in zip(reach, (back, -back), strict=True):
+                if limit is not None and not first_only:
+                    scores.masked_fill_(distance > limit, -torch.inf)
+            parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), heads[1][a:b]))
         return torch.cat(parts)
 
     monkeypatch.setattr(attention.flash, "supports", lambda query: True)
     monkeypatch.setattr(attention.flash, "attend", attend)
-    model = without_dropout(model_of(CONFIGS[name])).train()
+    model = without_dropout(model_of({**CONFIGS, **OTHERS}[name])).train()
     split, rows = split_of(LENGTHS, 6), list(range(len(LENGTHS)))
     expected = step(model, Collator(split, PAD)(rows))
     packed_model.enable_packing(model, attention.PLAIN)
-    found = step(model, PackedCollator(split, PAD, 4, packed_model.PROVEN[model.config.model_type].offset)(rows))
-    assert calls == [False, False, not name.endswith("mean")]
+    found = step(model, packed_model.collator(model, split, "packed", PAD)(rows))
+    assert calls == [False, False, name in CONFIGS and not name.endswith("mean")]
     for number, what in enumerate(("logits", "loss")):
         assert_same(found[number], expected[number], 2e-5, what)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tests.smollm2 import smollm2_folder
 from tests.unit.compute.encoders import (
     BERT,
     CONFIGS,
     LENGTHS,
+    OTHERS,
     PAD,
     SMALL,
     assert_same,
@@ -32,6 +36,8 @@ from afina.recipe.schema import Recipe
 from afina.worker.compute import attention, dropout, packed_model
 from afina.worker.compute.attention import attend
 from afina.worker.compute.batches import Collator, PackedCollator
+from afina.worker.compute.packing import pack
+from afina.worker.data.prepared import Split
 
 
 @pytest.mark.parametrize("cuts", ["by cost", "each alone", "all together"])
@@ -65,11 +71,116 @@ def test_packed_equals_padded(name: str, precision: torch.dtype, cuts: str, monk
     assert_same(again[0], expected[0], tolerance, "padded batches after packed ones")
 
 
-def test_activation_checkpointing_with_packed_batches() -> None:
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_packed_body_equals_each_row_alone(name: str, precision: torch.dtype) -> None:
+    """Decoders and today's encoders: logits, loss and every gradient; the head pools as in Transformers, padding tokens in texts included."""
+    model = without_dropout(model_of(OTHERS[name], dtype=precision)).train()
+    assert packed_model.why_not_packed(model) is None
+    split = split_of(LENGTHS, 5, types="token_type_ids" in forward_arguments(model), forbidden=None)
+    ends = split.offsets[1:] - 1
+    split.tokens[ends[:2]] = PAD  # what a model whose padding token is that of the end of a text meets
+    rows = list(range(len(LENGTHS)))
+    alone = [step(model, Collator(split, PAD)([row])) for row in rows]
+    wanted = {key: sum(each[2][key].double() for each in alone) for key in alone[0][2]}
+    packed_model.enable_packing(model, attention.FAST)
+    found = step(model, packed_model.collator(model, split, "packed", PAD)(rows))
+    # float64: norms and rotations of Transformers stay in float32.
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 2e-2}[precision]
+    assert_same(found[0], torch.cat([each[0] for each in alone]), tolerance, "logits")
+    assert_same(found[1], sum(each[1] for each in alone), tolerance, "loss")
+    assert found[2].keys() == wanted.keys()
+    order = 2 if precision == torch.bfloat16 else torch.inf  # single sums of bfloat16 are rounded by more
+    largest = max(float(g.norm(order)) for g in wanted.values())
+    for key, gradient in wanted.items():
+        scale = max(float(gradient.norm(order)), 1e-3 * largest)
+        assert float((found[2][key] - gradient).norm(order)) / scale <= 4 * tolerance, key
+    again = step(model, Collator(split, PAD)(rows))
+    assert_same(again[0], found[0], tolerance, "padded batches after packed ones")
+    with torch.inference_mode():
+        kinds = {} if split.types is None else {"token_type_ids": Collator(split, PAD)([0])["token_type_ids"]}
+        first = model(input_ids=Collator(split, PAD)([0])["input_ids"], **kinds)["logits"]
+    assert_same(first, found[0][:1], tolerance, "a row without a mask")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("llama", lambda: {"packing": pack([38], 2)}),
+        ("llama", lambda: {"is_causal": False}),
+        ("mistral", lambda: {"sliding_window": None}),
+        ("mistral", lambda: {"sliding_window": 5}),
+        ("gemma2", lambda: {"softcap": None}),
+        ("eurobert, mean", lambda: {"is_causal": True}),
+    ],
+)
+def test_the_comparison_notices_attention_that_is_wrong(
+    name: str, broken: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What unnamed architectures are tried with finds each thing that attention may do wrong, and what the collator may."""
+    packed_model._prove.cache_clear()
+    model = model_of(OTHERS[name])
+
+    def wrong(*arguments: Any, **named: Any) -> Any:
+        return attend(*arguments, **{**named, **(broken() if named.get("packing") else {})})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attend", wrong)
+        assert "has other logits than its rows alone" in str(packed_model.why_not_packed(model))
+    packed_model._prove.cache_clear()
+    monkeypatch.setattr(packed_model, "_LENGTHS", (11, 9, 9, 6, 2, 1))
+    assert packed_model.why_not_packed(model) is None
+
+
+def test_the_comparison_notices_positions_and_code_that_stops_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = PackedCollator.__call__
+    for change, what in (("position_ids", "logits"), ("gradient", "gradients")):
+        packed_model._prove.cache_clear()
+
+        def collate(self: Any, rows: Any, change: str = change) -> Any:
+            batch = usual(self, rows)
+            if change == "position_ids":
+                batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+            return batch
+
+        def detached(*arguments: Any, **named: Any) -> Any:
+            out, nothing = attend(*arguments, **named)
+            return (out.detach() if named.get("packing") else out), nothing
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PackedCollator, "__call__", collate)
+            if change == "gradient":
+                patch.setattr(attention, "attend", detached)
+            assert f"other {what} than its rows" in str(packed_model.why_not_packed(model_of(OTHERS["gpt2"])))
+    packed_model._prove.cache_clear()
+
+
+@pytest.mark.series
+def test_a_real_decoder_packed_equals_each_row_alone() -> None:
+    """SmolLM2-135M, all 30 layers, in float32: logits, and the gradient of every weight."""
+    folder = smollm2_folder()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5, dtype=torch.float32).train()
+    assert packed_model.why_not_packed(model) is None
+    lengths = (60, 41, 22, 9, 3)
+    draw = np.random.default_rng(4)
+    tokens = draw.integers(3, 49_152, sum(lengths)).astype(np.uint16)
+    split = Split(tokens, np.concatenate([[0], np.cumsum(lengths)]), draw.integers(0, 5, 5), None)
+    rows = list(range(len(lengths)))
+    alone = [step(model, Collator(split, 2)([row])) for row in rows]
+    packed_model.enable_packing(model, attention.FAST)
+    found = step(model, packed_model.collator(model, split, "packed", 2)(rows))
+    assert_same(found[0], torch.cat([each[0] for each in alone]), 1e-4, "logits")
+    for key, gradient in found[2].items():
+        wanted = sum(each[2][key] for each in alone)
+        assert float((gradient - wanted).norm()) <= 1e-3 * float(wanted.norm()), key
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_activation_checkpointing_with_packed_batches(name: str) -> None:
     split, rows = split_of(LENGTHS, 6), list(range(len(LENGTHS)))
     steps = []
     for checkpointing in (False, True):
-        model = without_dropout(model_of(CONFIGS["bert"])).train()
+        model = without_dropout(model_of({**CONFIGS, **OTHERS}[name])).train()
         packed_model.enable_packing(model, attention.FAST)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -109,7 +220,7 @@ def test_with_dropout_packed_and_padded_differ_by_chance_only() -> None:
 def test_only_proven_architectures_pack() -> None:
     assert packed_model.why_not_packed(model_of({**BERT, "model_type": "bert"})) is None
     other = model_of({"model_type": "albert", "hidden_size": 64, "num_attention_heads": 4, "embedding_size": 16})
-    assert packed_model.why_not_packed(other) == "not proven for albert"
+    assert str(packed_model.why_not_packed(other)).startswith("albert does not take packed batches: IndexError")
     decoder = model_of({**BERT, "model_type": "bert", "is_decoder": True})
     assert packed_model.why_not_packed(decoder) == "the model is configured as a decoder"
 
@@ -124,8 +235,9 @@ def test_only_proven_architectures_pack() -> None:
     [
         ("bert", "auto", {}, "packed", None),
         ("bert", "longest", {}, "longest", None),
-        ("albert", "auto", {}, "grouped", "not proven for albert"),
-        ("albert", "packed", {}, "grouped", "not proven for albert"),
+        ("albert", "auto", {}, "grouped", "albert does not take packed batches"),
+        ("albert", "packed", {}, "grouped", "albert does not take packed batches"),
+        ("llama", "auto", {}, "packed", None),
         ("albert", "padded", {}, "padded", None),
         ("bert", "auto", {"torch_compile": True}, "grouped", "not proven under torch_compile"),
     ],
@@ -139,9 +251,10 @@ def test_what_cannot_be_packed_is_grouped_with_a_note(
     settings = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", **arguments)
     batching, notes = packed_model.configure(model, recipe, settings)
     assert batching == expected
-    assert notes == ([f"batches are grouped by length, not packed: {reason}"] if reason else [])
+    assert len(notes) == bool(reason)
+    assert not reason or notes[0].startswith(f"batches are grouped by length, not packed: {reason}")
     fast = any(isinstance(module, dropout.FastDropout) for module in model.modules())
-    assert fast == ("torch_compile" not in arguments)
+    assert fast == ("torch_compile" not in arguments and kind != "llama"), "Llama has no dropout"
     assert torch.get_float32_matmul_precision() == "highest", "torch's default"
 
 

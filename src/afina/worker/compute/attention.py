@@ -4,9 +4,13 @@ In a packed batch each sequence attends to itself, one group of sequences at a t
 dropout on the CPU, one autograd function computes the whole micro-batch: torch's flash kernel has no dropout there, and its
 general path draws a slow mask and keeps three copies of the probabilities; this one keeps the probabilities and 16 bits for each.
 On GPUs in half precision it is one call of variable-length flash attention (`afina.worker.compute.flash`). Everywhere else it is
-`scaled_dot_product_attention`.
+`scaled_dot_product_attention`, or where scores are capped the formula itself.
 
-Not covered: causal attention, keys of another length than the queries, returning the probabilities.
+What a layer does beyond that is read where Transformers' own flash attention reads it: `is_causal` of the module, the options
+`sliding_window` and `softcap`, and fewer key heads than query heads. Causal sequences padded on the right need no mask: no token
+sees one behind it.
+
+Not covered: keys of another length than the queries, attention sinks, returning the probabilities.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def register() -> None:
     """Register both implementations with Transformers; may be repeated."""
     for name, function in ((PLAIN, attend), (FAST, partial(attend, fast_dropout=True))):
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, _mask)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def disable_cudnn_sdpa(device: torch.device) -> None:
@@ -50,26 +54,23 @@ def disable_cudnn_sdpa(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:
-    # A batch without a mask is packed: a mask over all its tokens would be large and unused.
-    mask: torch.Tensor | None = (
-        sdpa_mask(*arguments, attention_mask=attention_mask, **named) if attention_mask is not None else None
-    )
-    return mask
-
-
 class AttentionOptions(TypedDict, total=False):
     """Keyword arguments of `attend`.
 
     Keys:
         packing: how the sequences lie in a packed batch; absent: the batch is padded.
-        sliding_window: keys at this distance or further are masked.
+        is_causal: a token sees those before it only; by default the module's attribute.
+        sliding_window: keys at this distance or further are masked, in packed batches; in others the mask tells.
+        softcap: scores are limited to this by a tangent (Gemma 2).
         bias: added to the scores, (1, heads, longest, longest).
         fast_dropout: draw from `afina.worker.compute.dropout`'s generator where that is possible.
     """
 
     packing: Packing | None
+    is_causal: bool | None
     sliding_window: int | None
+    softcap: float | None
+    s_aux: torch.Tensor | None
     bias: torch.Tensor | None
     fast_dropout: bool
 
@@ -87,30 +88,46 @@ def attend(
     """Transformers' attention interface; it passes options of other implementations too, which are ignored.
 
     Args:
-        query, key, value: (B, heads, L, D); packed: (1, heads, T, D).
-        attention_mask: True where a key is visible, bool (B, 1, 1 or L, L), or None.
+        query, key, value: (B, heads, L, D); packed: (1, heads, T, D). Keys and values may have fewer heads, each for several of the queries.
+        attention_mask: True where a key is visible, bool (B, 1, 1 or L, L), or None; packed: ignored.
 
     Returns: (B, L, heads, D), None.
+
+    Raises:
+        NotImplementedError: the layer has attention sinks.
     """
-    packing, bias, sliding_window = options.get("packing"), options.get("bias"), options.get("sliding_window")
+    if options.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks")
+    packing, bias, window = options.get("packing"), options.get("bias"), options.get("sliding_window")
+    causal, cap = options.get("is_causal"), options.get("softcap")
+    if causal is None:
+        causal = getattr(module, "is_causal", False)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
-    by_flash = packing is not None and bias is None and not (first_only and sliding_window) and flash.supports(q)
+    by_flash = packing is not None and bias is None and cap is None and not (first_only and (window or causal))
+    by_flash = by_flash and flash.supports(q) and q.shape[2] == v.shape[2]
     if packing is None:
-        calls = [Call(whole := Group(query.shape[0], query.shape[2], tokens), whole, attention_mask)]
+        whole = Group(query.shape[0], query.shape[2], tokens)
+        calls = [Call(whole, whole, attention_mask, causal and attention_mask is None)]
     else:
-        calls = [] if by_flash else [_call(group, first_only, sliding_window, query.device) for group in packing.groups]
+        calls = [] if by_flash else [_call(g, first_only, window, causal, query.device) for g in packing.groups]
         if first_only:
             q = q.index_select(0, packing.starts)
+    if not by_flash and k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     # Under autocast it computes in float32: torch's general path is slower, in bfloat16 as well.
     in_float32 = query.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu")
     if by_flash and packing is not None:
-        out: torch.Tensor = flash.attend(q, k, v, packing, first_only, scale, dropout, sliding_window)
-    elif dropout and options.get("fast_dropout") and query.device.type == "cpu" and in_float32:
+        before = None if window is None else window - 1
+        reach = (before, 0 if causal else before)
+        out: torch.Tensor = flash.attend(q, k, v, packing, first_only, scale, dropout, reach)
+    elif dropout and cap is None and options.get("fast_dropout") and query.device.type == "cpu" and in_float32:
         out = _Attention.apply(q, k, v, calls, scale, dropout, bias)  # type: ignore[no-untyped-call]
     else:
-        out = products.by_mkl_backward_too(_with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias)
+        out = products.by_mkl_backward_too(
+            _with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias, cap=cap
+        )
     if packing is not None and first_only:
         out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
@@ -118,34 +135,30 @@ def attend(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of attention: the layout of its queries, the layout of its keys and values, and its mask."""
+    """One call of attention: the layout of its queries, the layout of its keys and values, and its mask, or that it is causal."""
 
     queries: Group
     keys: Group
     mask: torch.Tensor | None
+    causal: bool = False
+
+    def visible(self, device: torch.device) -> torch.Tensor | None:
+        """The mask, also of a causal call: True where a key is visible; None: all are."""
+        if not self.causal:
+            return self.mask
+        return torch.ones(self.queries.width, self.keys.width, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def _call(group: Group, first_only: bool, window: int | None, device: torch.device) -> Call:
+def _call(group: Group, first_only: bool, window: int | None, causal: bool, device: torch.device) -> Call:
     queries = Group(group.count, 1, group.count) if first_only else group
     if window is None or group.width <= window:
-        return Call(queries, group, group.mask)
+        return Call(queries, group, None if causal else group.mask, causal)
     position = torch.arange(group.width, device=device)
-    visible = ((position[: queries.width, None] - position).abs() < window)[None, None]
+    back = position[: queries.width, None] - position
+    if causal:
+        return Call(queries, group, ((back >= 0) & (back < window))[None, None])
+    visible = (back.abs() < window)[None, None]
     return Call(queries, group, visible if group.mask is None else visible & group.mask)
-
-
-def _padded(rows: torch.Tensor, group: Group) -> torch.Tensor:
-    """(tokens, heads, D) -> (count, width, heads, D)."""
-    if group.real is not None:
-        empty = rows.new_zeros(group.count * group.width, *rows.shape[1:])
-        rows = empty.index_copy(0, group.real, rows)
-    return rows.view(group.count, group.width, *rows.shape[1:])
-
-
-def _real(rows: torch.Tensor, group: Group) -> torch.Tensor:
-    """(count, width, heads, D) -> (tokens, heads, D)."""
-    rows = rows.reshape(-1, *rows.shape[2:])
-    return rows if group.real is None else rows.index_select(0, group.real)
 
 
 def _with_sdpa(
@@ -156,35 +169,50 @@ def _with_sdpa(
     scale: float,
     dropout: float,
     bias: torch.Tensor | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
     # torch.split, because the gradient of each slice would be as large as all tokens.
     queries = torch.split(query, [call.queries.tokens for call in calls])
     keys, values = (torch.split(x, [call.keys.tokens for call in calls]) for x in (key, value))
     outs = []
     for call, q, k, v in zip(calls, queries, keys, values, strict=True):
-        added = call.mask
+        causal, added = call.causal, call.mask
         if bias is not None:
-            added = bias[:, :, : call.queries.width, : call.keys.width]
-            if call.mask is not None:
-                added = added.masked_fill(~call.mask, torch.finfo(added.dtype).min)
-        q, k, v = (
-            _padded(x, group).transpose(1, 2) for x, group in ((q, call.queries), (k, call.keys), (v, call.keys))
-        )
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout, scale=scale)
-        outs.append(_real(out.transpose(1, 2), call.queries))
+            added, causal = bias[:, :, : call.queries.width, : call.keys.width], False
+            if (mask := call.visible(q.device)) is not None:
+                added = added.masked_fill(~mask, torch.finfo(added.dtype).min)
+        q, k, v = (group.pad(x).transpose(1, 2) for x, group in ((q, call.queries), (k, call.keys), (v, call.keys)))
+        if cap is not None:
+            out = _capped(q, k, v, call, scale, dropout, cap)
+        else:
+            out = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=added, dropout_p=dropout, is_causal=causal, scale=scale
+            )
+        outs.append(call.queries.unpad(out.transpose(1, 2)))
     return torch.cat(outs)
+
+
+def _capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scale: float, dropout: float, cap: float
+) -> torch.Tensor:
+    """softmax(cap tanh(scale q kᵀ / cap)), dropout, times v; (count, heads, width, D), as Transformers' eager attention computes it."""
+    scores = (query @ key.transpose(2, 3) * (scale / cap)).tanh() * cap
+    if (mask := call.visible(query.device)) is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return functional.dropout(probabilities, dropout) @ value
 
 
 def _heads_first(rows: torch.Tensor, group: Group) -> torch.Tensor:
     """(tokens, heads, D) -> (count × heads, width, D), a view where there is one sequence."""
     if group.count == 1:
         return rows.transpose(0, 1)
-    return _padded(rows, group).transpose(1, 2).reshape(-1, group.width, rows.shape[2])
+    return group.pad(rows).transpose(1, 2).reshape(-1, group.width, rows.shape[2])
 
 
 def _rows_first(batch: torch.Tensor, group: Group) -> torch.Tensor:
     """(count × heads, width, D) -> (tokens, heads, D)."""
-    return _real(batch.view(group.count, -1, *batch.shape[1:]).transpose(1, 2), group)
+    return group.unpad(batch.view(group.count, -1, *batch.shape[1:]).transpose(1, 2))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
@@ -221,8 +249,8 @@ class _Attention(torch.autograd.Function):
             by_head = scores.view(call.keys.count, -1, *scores.shape[1:])
             if bias is not None:
                 by_head += bias[:, :, : scores.shape[1], : scores.shape[2]]
-            if call.mask is not None:
-                by_head.masked_fill_(~call.mask, -torch.inf)
+            if (mask := call.visible(query.device)) is not None:
+                by_head.masked_fill_(~mask, -torch.inf)
             probabilities = scores.softmax(-1)
             bits = fast.random_bits(*probabilities.shape)
             dropped = fast.keep_mask(bits, p, query.dtype).mul_(probabilities)

@@ -43,23 +43,23 @@ def attend(
     first_only: bool,
     scale: float,
     dropout: float,
-    window: int | None,
+    reach: tuple[int | None, int | None],
 ) -> torch.Tensor:
     """softmax(scale q kᵀ), dropout, times v, within each sequence.
 
     Args:
         query: (T, heads, D), or the first token of each sequence, (B, heads, D).
-        key, value: (T, heads, D).
-        window: keys at this distance or further are masked; None: no key is.
+        key, value: (T, heads, D); of grouped-query attention fewer heads.
+        reach: how many keys before and behind its own a query sees; None: all. With none behind, attention is causal.
 
     Returns: as `query`.
     """
     longest = packing.lengths[0]
     queries, height = packing.bounds, longest
+    before, behind = reach
     if first_only:
-        assert window is None, "the kernel would align the window with the last keys"
+        assert reach == (None, None), "the kernel would align the window with the last keys"
         queries, height = torch.arange(len(packing.lengths) + 1, dtype=torch.int32, device=query.device), 1
-    reach = None if window is None else window - 1
     forward: Any = torch.ops.aten._flash_attention_forward
     out: torch.Tensor = forward(
         query,
@@ -70,10 +70,10 @@ def attend(
         height,
         longest,
         dropout,
-        False,
+        behind == 0,
         False,
         scale=scale,
-        window_size_left=reach,
-        window_size_right=reach,
+        window_size_left=before,
+        window_size_right=behind,
     )[0]
     return out

@@ -38,6 +38,18 @@ class Group:
     real: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
+    def pad(self, rows: torch.Tensor, value: int = 0) -> torch.Tensor:
+        """Tokens (tokens, …) as sequences (count, width, …), filled up with `value`."""
+        if self.real is not None:
+            empty = rows.new_full((self.count * self.width, *rows.shape[1:]), value)
+            rows = empty.index_copy(0, self.real, rows)
+        return rows.view(self.count, self.width, *rows.shape[1:])
+
+    def unpad(self, batch: torch.Tensor) -> torch.Tensor:
+        """Sequences (count, width, …) as their tokens (tokens, …)."""
+        rows = batch.reshape(-1, *batch.shape[2:])
+        return rows if self.real is None else rows.index_select(0, self.real)
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -48,12 +60,14 @@ class Packing:
         starts: position of each sequence's first token, int64 (B,).
         bounds: the same, and the end of the last sequence, int32 (B + 1,).
         groups: the groups for attention; together they hold all tokens in order.
+        whole: all sequences as one group, for a module that takes padded tokens.
     """
 
     lengths: tuple[int, ...]
     starts: torch.Tensor
     bounds: torch.Tensor
     groups: tuple[Group, ...]
+    whole: Group | None = None
 
     def to(self, device: torch.device) -> Packing:
         """A copy on `device`."""
@@ -63,9 +77,12 @@ class Packing:
         def moved(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value.to(device, non_blocking=True)
 
-        groups = tuple(Group(g.count, g.width, g.tokens, moved(g.real), moved(g.mask)) for g in self.groups)
+        def group(g: Group) -> Group:
+            return Group(g.count, g.width, g.tokens, moved(g.real), moved(g.mask))
+
         starts, bounds = (x.to(device, non_blocking=True) for x in (self.starts, self.bounds))
-        return Packing(self.lengths, starts, bounds, groups)
+        whole = None if self.whole is None else group(self.whole)
+        return Packing(self.lengths, starts, bounds, tuple(group(g) for g in self.groups), whole)
 
 
 def group_sequences(lengths: Sequence[int], call: float) -> list[int]:
@@ -102,7 +119,7 @@ def pack(lengths: Sequence[int], heads: int, device: str = "cpu") -> Packing:
         groups.append(_group(lengths[start : start + size]))
         start += size
     bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    return Packing(tuple(int(n) for n in lengths), bounds[:-1], bounds.int(), tuple(groups))
+    return Packing(tuple(int(n) for n in lengths), bounds[:-1], bounds.int(), tuple(groups), _group(lengths))
 
 
 def _group(lengths: Sequence[int]) -> Group:
