@@ -38,7 +38,7 @@ test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DA
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit tests/hub
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
-test-series: $(STAMP) ## every fault scenario without a cluster, random kills, the benches on tiny inputs
+test-series: $(STAMP) ## fault scenarios without a cluster, random kills, benches on tiny inputs; AFINA_LONG=1: all cases of each series
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) tests/unit
 	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 

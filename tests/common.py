@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
-__all__ = ["NASTY", "ROOT", "program", "readme_block"]
+__all__ = ["LONG", "NASTY", "ROOT", "program", "readme_block", "some_of"]
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: `AFINA_LONG=1 make test-series`: series in full.
+LONG = bool(os.environ.get("AFINA_LONG"))
 
 #: Names of files and folders that a careless shell, pattern, format or option parser trips over.
 NASTY = [
@@ -29,6 +39,16 @@ NASTY = [
     "back\\040slash",
     "line\nbreak",
 ]
+
+
+def some_of(cases: Iterable[T], count: int) -> list[T]:
+    """`count` of the cases of a series, others on each day, in their order; all of them if AFINA_LONG is set."""
+    cases = list(cases)
+    if LONG:
+        return cases
+    # By date, so that all processes of a session draw the same.
+    drawn = random.Random(datetime.date.today().toordinal()).sample(range(len(cases)), min(count, len(cases)))
+    return [cases[n] for n in sorted(drawn)]
 
 
 def program(folder: Path, name: str, body: str) -> Path:

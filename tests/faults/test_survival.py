@@ -1,6 +1,7 @@
-"""The fault suite without a cluster: each scenario once, and twenty random kills.
+"""The fault suite without a cluster: each scenario once, and random kills.
 
-`make test` runs one scenario of each kind (`ONE_OF_EACH_KIND`), `make test-series` all the others.
+`make test` runs one scenario of each kind (`ONE_OF_EACH_KIND`), `make test-series` some of the others on each day and ten kills;
+with AFINA_LONG=1 all of them and fifty.
 
 Three runs at a time: a run often waits, so two cores suffice. AFINA_FAULTS_SEED repeats the choices of an earlier session;
 their effect depends on the machine. A fault that comes too late proves nothing, and its scenario is run once more.
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.common import LONG, some_of
 from tests.faults import results
 from tests.faults.live_run import Setting
 from tests.faults.results import Result
@@ -24,11 +26,12 @@ from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
 from tests.faults.scenarios import ADAPTER, SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
-KILLS = 20
+KILLS = 50 if LONG else 10
 _KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
 #: Killed, stopped on request, a full disk, damaged checkpoints; killed and stopped with an adapter.
 ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped", "adapter-kill", "adapter-stop")
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS if "local" in scenario.where and not scenario.slow}
+_OTHERS = [name for name in _BY_NAME if name not in ONE_OF_EACH_KIND]
 
 ResultOf = Callable[[str], Result]
 
@@ -50,7 +53,7 @@ def result_of(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Itera
     for item in request.session.items:
         if (call := getattr(item, "callspec", None)) and "scenario" in call.params:
             names.append(call.params["scenario"])
-        elif item.name == test_twenty_random_kills_change_nothing.__name__:
+        elif item.name == test_random_kills_change_nothing.__name__:
             names += _KILLED_RUNS
     with ThreadPoolExecutor(3) as pool:
         futures = {name: pool.submit(_run, suites, name) for name in names}
@@ -72,7 +75,10 @@ def _run(suites: dict[int, Suite], name: str) -> Result:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "scenario",
-    [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.series) for name in _BY_NAME],
+    [
+        *ONE_OF_EACH_KIND,
+        *(pytest.param(name, marks=pytest.mark.series) for name in some_of(_OTHERS, 14)),
+    ],
 )
 def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario: str) -> None:
     if reason := suites[_BY_NAME[scenario].num_processes].applies(_BY_NAME[scenario]):
@@ -86,7 +92,7 @@ def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario:
 @pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf) -> None:
+def test_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf) -> None:
     runs = [result_of(name) for name in _KILLED_RUNS]
     while (missing := KILLS - sum(result.kills for result in runs)) > 0:  # replaces kills that came too late
         runs.append(suites[1].random_kills(SEED, len(runs), min(missing, KILLS_PER_RUN)))
@@ -98,11 +104,14 @@ def test_twenty_random_kills_change_nothing(suites: dict[int, Suite], result_of:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_random_kills_change_nothing_with_an_adapter(suites: dict[int, Suite]) -> None:
-    """With one process, and with two on gloo."""
+    """With two processes on gloo, and with one."""
     results_of_kills: list[Result] = []
-    for processes in (1, 2):
-        while sum(result.kills for result in results_of_kills) < processes * KILLS_PER_RUN:
-            results_of_kills.append(suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, ADAPTER))
+    for processes in (2, 1) if LONG else (2,):
+        kills = 0
+        while kills < KILLS / 2:
+            result = suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, ADAPTER)
+            results_of_kills.append(result)
+            kills += result.kills
     print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(results_of_kills)}")
     assert not [result.broken for result in results_of_kills if result.broken]
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from tests import tiny
 from tests.architectures import ARCHITECTURES, LEFT, MORE, architecture_folder
+from tests.common import some_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
 from afina.recipe.parse import parse_recipe
@@ -138,7 +139,7 @@ def test_sparse_attention_of_big_bird_does_not_depend_on_what_came_before(tmp_pa
 
 @pytest.mark.series
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", some_of(RUNS, 4))
 def test_a_run_of_an_architecture(kind: str, tmp_path: Path) -> None:
     """By the command line: prefetch with its model check, train, predict, export; transformers reads what was exported."""
     architecture_folder(tmp_path / "model", kind, num_labels=None, side="left" if kind in LEFT else "right")

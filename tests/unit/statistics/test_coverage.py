@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from scipy.stats import binom
+from tests.common import some_of
 
 from afina.statistics.intervals import wilson
 from afina.statistics.measures import auroc, average_precision
@@ -97,10 +98,9 @@ def test_intervals_of_averages_cover(case: tuple[int, int, float, int]) -> None:
 def test_intervals_of_averages_cover_everywhere(classes: int) -> None:
     """Shares from .02 to .98, 20 to 2,000 rows, balanced and not: 0.93 less two standard errors of 400 samples."""
     low = {}
-    for case in _ALL:
-        if case[0] == classes:
-            found = _coverage(*case, 400 if classes < 24 or case[1] < 2000 else 150, 400)
-            low |= {(*case, name): coverage for name, coverage in found.items() if coverage < 0.93 - 2 * 0.0128}
+    for case in some_of((case for case in _ALL if case[0] == classes), 4):
+        found = _coverage(*case, 400 if classes < 24 or case[1] < 2000 else 150, 400)
+        low |= {(*case, name): coverage for name, coverage in found.items() if coverage < 0.93 - 2 * 0.0128}
     assert not low, low
 
 

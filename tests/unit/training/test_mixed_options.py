@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.common import some_of
 from tests.unit.training.in_process import lines
 
 from afina.api import plan_for
@@ -104,7 +105,7 @@ def trained(project: Path, run: Path, overrides: list[str], processes: int) -> l
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number", range(DRAWS, DRAWS + PAIRS))
+@pytest.mark.parametrize("number", some_of(range(DRAWS, DRAWS + PAIRS), 3))
 def test_a_combination_on_two_processes_is_that_on_one(project: Path, number: int, tmp_path: Path) -> None:
     """Without dropout and noise, whose random numbers depend on the number of processes."""
     keys, arguments = drawn(number)
@@ -123,7 +124,7 @@ def test_a_combination_on_two_processes_is_that_on_one(project: Path, number: in
     assert first == pytest.approx(second, rel=2e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("number", range(DRAWS))
+@pytest.mark.parametrize("number", some_of(range(DRAWS), 12))
 def test_a_combination_is_refused_or_trains_to_the_end(
     build: Callable[..., Any], project: Path, number: int, tmp_path: Path
 ) -> None:
