@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from tests.unit.compute.encoders import CONFIGS, model_of
+from tests.unit.compute.encoders import CONFIGS, OTHERS, model_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from afina.worker.compute import flops
@@ -31,6 +31,27 @@ def test_the_formulas_count_what_torch_counts(name: str) -> None:
             local = sum(kind == "sliding_attention" for kind in model.config.layer_types)
             hidden = 4 * model.config.hidden_size * apart * local
         assert forward_flops(model.config, np.array([length]))[0] == counter.get_total_flops() - hidden
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt2", "smollm3"])
+def test_a_decoder_is_counted_without_what_a_token_does_not_see(name: str) -> None:
+    model = model_of(OTHERS[name]).eval()
+    model.set_attn_implementation("eager")
+    config = model.config
+    assert "approximation" not in flops_formula(config)
+    heads = config.num_attention_heads
+    wide = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [window and "sliding_attention"] * config.num_hidden_layers
+    for length in (2, 9, 40):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.full((1, length), 5), use_cache=False)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        masks = [(back < 0) | (back >= (window if kind == "sliding_attention" else length)) for kind in kinds]
+        unseen = 4 * wide * sum(int(mask.sum()) for mask in masks)
+        other_rows = 2 * config.hidden_size * config.num_labels * (length - 1)
+        wanted = counter.get_total_flops() - unseen - other_rows
+        assert forward_flops(config, np.array([length]))[0] == wanted, length
 
 
 def test_an_unknown_architecture_is_marked_as_an_approximation() -> None:

@@ -7,7 +7,8 @@ only (`afina.worker.compute.packed_model`) and are credited with all of it, a se
 
 A multiplication and an addition are 2 operations. Per layer and token of a text of L tokens, with H the width and I that of the
 feed-forward network, forward: 8 H² for queries, keys, values and output, 4 H I for the network (6 H I where it is gated), 4 H
-for each attended token. Per text: 2 H² + 2 H K for the head. Backward is twice forward. Element-wise work,
+for each attended token. Per text: 2 H² + 2 H K for the head. Decoders: queries and output as wide as their heads, keys and values as wide
+as theirs, which may be fewer; a token attends to those before it, within the layer's window; the head is 2 H K. Backward is twice forward. Element-wise work,
 embeddings and the optimizer are left out.
 
 Not covered: the GPUs in the table were not measured. A peak that is measured while others use the same cores is too low.
@@ -29,6 +30,12 @@ Array = np.ndarray[Any, Any]
 
 #: Encoders with BERT's matrix products, by `model_type`.
 _BERTS = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "mpnet")
+
+#: Decoders by `model_type`, and matrices of their feed-forward networks: three where these are gated.
+_DECODERS = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3"), 3),
+    "gpt2": 2,
+}
 
 #: Dense TFLOP/s of NVIDIA's data sheets and architecture white papers (A100, H100, H200, V100, T4, A30, A40, L4, L40S, RTX …;
 #: where a sheet gives tensor cores with sparsity only, half of it; GeForce: with accumulation in float32). float32 without
@@ -78,7 +85,7 @@ class Peak:
 def flops_formula(config: Any) -> str:
     """The formula that `forward_flops` uses for this configuration, in words."""
     kind = getattr(config, "model_type", "")
-    if kind in (*_BERTS, "distilbert", "modernbert"):
+    if kind in (*_BERTS, *_DECODERS, "distilbert", "modernbert"):
         return f"matrix products of {kind} from its configuration"
     return (
         "2 × parameters × tokens forward, embeddings left out (Kaplan et al. 2020): an approximation, without attention"
@@ -97,6 +104,8 @@ def forward_flops(config: Any, lengths: Array, matrix_parameters: int = 0) -> Ar
     kind = getattr(config, "model_type", "")
     if kind == "distilbert":
         return _encoder(each, config.dim, config.hidden_dim, config.n_layers, config.num_labels)
+    if kind in _DECODERS:
+        return _decoder(each, config, _DECODERS[kind])
     if kind not in (*_BERTS, "modernbert"):
         return np.asarray(2.0 * matrix_parameters * each)
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -113,6 +122,22 @@ def forward_flops(config: Any, lengths: Array, matrix_parameters: int = 0) -> Ar
 def _encoder(lengths: Array, width: int, inner: float, layers: int, labels: int) -> Array:
     layer = (8 * width**2 + 4 * width * inner) * lengths + 4 * width * lengths**2
     return np.asarray(layers * layer + 2 * width**2 + 2 * width * labels)
+
+
+def _decoder(lengths: Array, config: Any, matrices: int) -> Array:
+    width, heads = config.hidden_size, config.num_attention_heads
+    wide = (getattr(config, "head_dim", None) or width // heads) * heads
+    both = wide + wide // heads * (getattr(config, "num_key_value_heads", None) or heads)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    total = (
+        2 * width * config.num_labels + config.num_hidden_layers * 2 * width * (2 * both + matrices * inner) * lengths
+    )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [window and "sliding_attention"] * config.num_hidden_layers
+    for kind in kinds:
+        seen = np.minimum(lengths, window) if kind == "sliding_attention" and window else lengths
+        total = total + 4 * wide * (seen * (seen + 1) / 2 + seen * (lengths - seen))
+    return np.asarray(total)
 
 
 def _near_pairs(lengths: Array, window: int) -> Array:
