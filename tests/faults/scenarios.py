@@ -19,6 +19,9 @@ __all__ = ["ADAPTER", "SCENARIOS", "Scenario", "find_scenario"]
 #: Recipe keys of a run that trains an adapter and the head alone.
 ADAPTER: dict[str, Any] = {"adapter": "{rank: 4, dropout: 0.1}"}
 
+#: Recipe keys of a run that ends before its planned steps.
+EARLY: dict[str, Any] = {"train.early_stopping": "{patience: 12, min_delta: 10}", "train.evaluate": 20}
+
 LOCAL, SLURM = "local", "slurm"
 
 
@@ -94,6 +97,12 @@ def _scenarios() -> list[Scenario]:
             (inject.signal_step(signal.SIGTERM),),
             changes=ADAPTER,
             graceful=True,
+        ),
+        Scenario(
+            "early-kill",
+            "Every process of a training that stops early is killed, in three attempts.",
+            (inject.kill_all, inject.kill_starting, inject.kill_all),
+            changes=EARLY,
         ),
         Scenario("kill-host", "The host process is killed; the training may continue.", (inject.kill_host,)),
         Scenario("kill-starting", "Killed during start-up.", (inject.kill_starting,)),

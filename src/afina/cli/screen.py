@@ -342,7 +342,6 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
         job: of `api.dry_run`: the run directory and the command.
     """
     recipe, g, train = plan.recipe, plan.geometry, plan.recipe.train
-    length = f"{train.max_steps:,} steps" if train.max_steps else f"{train.num_epochs:g} epochs"
     batch = f"{g.global_batch} examples per step = {g.batch_per_device} × {g.accumulation} × {g.num_processes} process{'es' * (g.num_processes > 1)}"
     files = ", ".join(dict.fromkeys(path.name for paths in plan.files.values() for path in paths)) or recipe.data.hub
     per_node = plural(g.gpus_per_node, "GPU") if g.gpus_per_node else "no GPU"
@@ -353,7 +352,7 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
     facts = {
         "run": f"{job['run']} ({'resumed' if job['claimed'] else 'new'})" if job else "",
         "data": f"{_shortened(files, 60)}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
-        "training": f"{length}, {batch}, learning rate {train.learning_rate:g}",
+        "training": f"{train.length}, {batch}, learning rate {train.learning_rate:g}",
         "trained": recipe.trained,
         "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
         "site": "; ".join([str(site.file or "the environment"), *slurm]),
@@ -387,7 +386,7 @@ def page(s: RunSummary) -> list[str]:
             lambda: f"best {s.best_metric} {number(s.best_value)} at step {s.best_step}",
         ),
         (bool(s.tokens_per_s), lambda: f"{s.tokens_per_s:,.0f} real tokens/s"),
-        (s.seconds_left is not None, lambda: f"about {short_duration(s.seconds_left)} of training left"),
+        (s.seconds_left is not None, lambda: f"{_about(s)} {short_duration(s.seconds_left)} of training left"),
         (s.limit_s is not None, lambda: f"{short_duration(s.limit_s)} to the job's time limit"),
         (s.attempts > 1, lambda: f"{s.attempts} attempts, the newest {s.attempt}"),
         (bool(s.nodes), lambda: f"on {s.nodes}"),
@@ -401,6 +400,11 @@ def page(s: RunSummary) -> list[str]:
         lines.append(f"  to do: {s.remedy}")
     lines += [f"  records: {command}" for command in s.sync]
     return lines
+
+
+def _about(s: RunSummary) -> str:
+    """The planned steps are the most that a run with early stopping makes."""
+    return "at most" if any(key.startswith("train.early_stopping") for key in s.recipe) else "about"
 
 
 def _clock(when: float | None) -> str:

@@ -33,6 +33,7 @@ _CUDA_BYTES = 1.0e9
 #: Margins of a request: machines differ, and a job that is killed costs more than one that asks for too much.
 _MORE_TIME, _MORE_MEMORY = 1.25, 1.2
 _STOP_LEAD_S = 15.0
+_EARLY = "early stopping may end the run sooner: steps and time are the most that it takes"
 _REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehearse` before it submits"
 
 
@@ -192,7 +193,7 @@ def estimate(
         mem_gb=None if host is None else max(1, math.ceil(host / GB * _MORE_MEMORY)),
         attempts=attempts,
         limit_min=limit_min,
-        notes=_notes(plan, basis, measured),
+        notes=(*_notes(plan, basis, measured), *([_EARLY] if train.early_stopping else [])),
         state_gb=_gb(work.parameters and 16 * work.parameters, 3),
     )
 

@@ -19,6 +19,7 @@ _PLACES = {
     "### Part": ("data.train.", "data.eval.", "data.test."),
     "## Tokens": ("tokens.",),
     "## Train": ("train.",),
+    "### Early stopping": ("train.early_stopping.",),
     "## Adapter": ("adapter.",),
     "## Resources": ("resources.",),
 }
@@ -64,6 +65,7 @@ def _is_section(key: str) -> bool:
         "data.eval",
         "data.test",
         "train.arguments",
+        "train.early_stopping",
     )
 
 

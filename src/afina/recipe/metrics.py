@@ -73,10 +73,11 @@ def metric_name(text: str) -> str:
     return text.split(":")[1] if ":" in text else text
 
 
-def metric_texts(metrics: Sequence[str] | None, best: str | None) -> tuple[str, ...]:
-    """All metrics as a recipe writes them, `best_metric` included, which may name one of the user's own by its function."""
-    own = {metric_name(text) for text in metrics or () if own_metric(text)}
-    return tuple(dict.fromkeys([*(metrics or ()), *([best] if best and best not in own else [])]))
+def metric_texts(metrics: Sequence[str] | None, *chosen: str | None) -> tuple[str, ...]:
+    """All metrics as a recipe writes them, and the `chosen` ones (`best_metric`, that of early stopping), which may name one of
+    the user's own by its function, or the loss."""
+    known = {metric_name(text) for text in metrics or () if own_metric(text)} | {"loss"}
+    return tuple(dict.fromkeys([*(metrics or ()), *(text for text in chosen if text and text not in known)]))
 
 
 def default_metrics(task: str, given: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -147,17 +147,22 @@ class Recipe(_Explained):
                 if name in SCALARS or name in own:
                     yield KeyedError(f"`{name}` is the name of another metric here; rename the function", *keys)
                 own[name] = metric
-        if best is None or best in own:
-            return
-        keys = ("train", "best_metric")
-        if best == "confusion_matrix":
-            yield KeyedError(
-                "`confusion_matrix` is a table: it has no best one; choose a metric that is a number", *keys
-            )
-            return
-        yield from self._problem_of_metric(best, keys)
-        if metric_name(best) != best and own.get(metric_name(best), best) != best:
-            yield KeyedError(f"`metrics` has it as `{own[metric_name(best)]}`: write both alike", *keys)
+        early = self.train.early_stopping
+        chosen = {
+            ("train", "best_metric"): best,
+            ("train", "early_stopping", "metric"): early.metric if early else None,
+        }
+        for place, text in chosen.items():
+            if text is None or text in own or (text == "loss" and text != best):
+                continue
+            if text == "confusion_matrix":
+                yield KeyedError(
+                    "`confusion_matrix` is a table: it has no best one; choose a metric that is a number", *place
+                )
+                continue
+            yield from self._problem_of_metric(text, place)
+            if metric_name(text) != text and own.get(metric_name(text), text) != text:
+                yield KeyedError(f"`metrics` has it as `{own[metric_name(text)]}`: write both alike", *place)
 
     def _problem_of_metric(self, metric: str, keys: tuple[str, ...]) -> Iterator[KeyedError]:
         known = list(dict.fromkeys(m for task, ms in METRICS.items() if self.task in (task, "auto") for m in ms))
@@ -179,5 +184,6 @@ class Recipe(_Explained):
 
     @property
     def metric_texts(self) -> tuple[str, ...]:
-        """All metrics as the recipe writes them, `best_metric` included."""
-        return metric_texts(self.metrics, self.train.best_metric)
+        """All metrics as the recipe writes them, with `best_metric` and that of early stopping."""
+        early = self.train.early_stopping
+        return metric_texts(self.metrics, self.train.best_metric, early.metric if early else None)

@@ -50,7 +50,8 @@ def summary(facts: RunFacts) -> str:
         rows[f"best {now.best_metric} on eval"] = (number(now.best_value), f"at step {now.best_step:,}")
     rows["state"] = (now.state.lower(), (end.cause or "") if end and end.outcome != "finished" else "")
     if now.step or end:
-        rows["steps"] = (f"{now.step:,}", f"of {now.max_steps:,}" if now.max_steps else "")
+        early = ", stopped early" if end and end.early_stop else ""
+        rows["steps"] = (f"{now.step:,}", f"of {now.max_steps:,}{early}" if now.max_steps else "")
     if now.seconds_left is not None:
         rows["time left"] = (seconds_in_words(now.seconds_left), "estimated from its speed")
     if (spent := wall_time(facts)) is not None:
@@ -119,6 +120,7 @@ def outcome(facts: RunFacts) -> str:
     rows: dict[str, Any] = {
         "outcome": end.outcome,
         "steps": f"{end.global_step}" + (f" of {end.max_steps}" if end.max_steps else ""),
+        "stopped early": end.early_stop,
         "weights in model/": f"step {end.model_step}" if end.model_step else None,
         "task": end.task,
         "training examples per second": end.samples_per_second,

@@ -40,6 +40,8 @@ class Outcome(BaseModel):
             began), killed, or the exception's name.
         warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
             better than the majority class, a metric that is undefined; and what the data say against its numbers.
+        max_steps: those that were planned.
+        early_stop: why the training ended before them, of a run with early stopping.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
         parameters, trained_parameters: of the model; with an adapter fewer are trained.
@@ -60,6 +62,7 @@ class Outcome(BaseModel):
     cause: str | None = None
     warnings: list[str] = []
     max_steps: int | None = None
+    early_stop: str | None = None
     best_step: int | None = None
     model_step: int | None = None
     task: str | None = None
@@ -76,6 +79,11 @@ class Outcome(BaseModel):
         causes, codes = (*ANOTHER_RUN, "disk", "claimed", "host-memory", "ulimit"), (EXIT_INPUT, EXIT_ENVIRONMENT)
         lasting = self.cause in causes or self.exit_code in codes
         return self.outcome == "failed" and self.cause != "node" and lasting
+
+    @property
+    def ended_early(self) -> str:
+        """` of 100 (stopped early: no improvement …)`, to follow the number of steps; empty for other runs."""
+        return f" of {self.max_steps:,} (stopped early: {self.early_stop})" if self.early_stop else ""
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -190,7 +190,9 @@ def _summary(reading: Reading, job: Job | None, now: float) -> RunSummary:
 def _state(reading: Reading, job: Job | None) -> tuple[State, str | None, str | None]:
     """The state, why, and what to do about it."""
     if reading.result.finished:
-        return "FINISHED", None, None
+        early = reading.result.outcome.get("early_stop")
+        why = f"stopped early at step {reading.step} of {reading.max_steps}: {early}" if early else None
+        return "FINISHED", why, None
     if reading.liveness == "alive" or (reading.liveness == "fresh" and _is_local(reading.lease.get("attempt"))):
         where = f"starting in the background: process {reading.lease.get('pid')} on {reading.lease.get('host')}"
         return "RUNNING", where if reading.lease.get("via") == "local" else None, None

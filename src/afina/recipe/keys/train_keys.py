@@ -13,8 +13,9 @@ from afina.recipe.keys.section import SECRET, KeyedError, KeyedErrors, Section, 
 from afina.recipe.keys.training_arguments import refusal
 from afina.redact import looks_secret
 from afina.schedule import DEFAULT_EPOCHS, Schedule
+from afina.text import plural
 
-__all__ = ["AS_RECORDED", "Tokens", "Train"]
+__all__ = ["AS_RECORDED", "EarlyStopping", "Tokens", "Train"]
 
 #: Validation context of a recipe in a run's plan: what later versions refuse to train anew is still read.
 AS_RECORDED = {"recorded": True}
@@ -44,6 +45,17 @@ class Tokens(Section):
     batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
 
 
+class EarlyStopping(Section):
+    """The training ends after `patience` evaluations in a row of which none was better, by more than `min_delta`, than the best before.
+
+    `metric` is by default the one that chooses the best checkpoint; `loss` is that of eval.
+    """
+
+    patience: Annotated[int, Field(ge=1, le=10**6)] = 2
+    min_delta: Annotated[float, Field(ge=0, le=1e30)] = 0.0
+    metric: str | None = None
+
+
 class Train(Section):
     """How the model is trained. `batch_size` is global: examples per optimizer step over all processes."""
 
@@ -57,6 +69,7 @@ class Train(Section):
         "freeze",
         "layer_decay",
         "head_learning_rate",
+        "early_stopping",
     )
 
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
@@ -78,6 +91,7 @@ class Train(Section):
     keep: Literal["best", "last"] = "best"
     keep_after: Literal["best", "none", "all"] = "best"
     best_metric: str | None = None
+    early_stopping: EarlyStopping | None = None
     loss: Literal["cross_entropy", "focal"] | None = None
     focal_gamma: Annotated[float, Field(ge=0, le=100)] | None = None
     class_weights: LabelWeights | None = None
@@ -138,8 +152,17 @@ class Train(Section):
         """The number of epochs; 3 by default."""
         return self.epochs if self.epochs is not None else DEFAULT_EPOCHS
 
+    @property
+    def length(self) -> str:
+        """The length of the training in words."""
+        most = f"{self.num_epochs:g} epochs" if self.max_steps is None else f"at most {self.max_steps:,} steps"
+        if self.early_stopping is None:
+            return most
+        waits = plural(self.early_stopping.patience, "evaluation")
+        return f"{'' if self.max_steps else 'at most '}{most}, fewer after {waits} without improvement"
+
     def schedule(self, rows: int, eval_rows: int) -> Schedule:
-        """The steps of a run on so many rows."""
+        """The steps of a run on so many rows; with early stopping the most that there may be."""
         return Schedule.of(
             rows,
             self.batch_size,

@@ -137,12 +137,11 @@ def _training(plan: Plan, outcome: Outcome | None) -> str:
     )
     schedule = str(given.pop("lr_scheduler_type", "linear"))
     decay, clip = given.pop("weight_decay", 0.0), given.pop("max_grad_norm", 1.0)
-    length = f"{train.num_epochs:g} epochs" if train.max_steps is None else f"at most {train.max_steps:,} steps"
-    steps = f" ({outcome.global_step:,} steps)" if outcome and outcome.global_step else ""
+    steps = f" ({outcome.global_step:,} steps{outcome.ended_early})" if outcome and outcome.global_step else ""
     more = "".join(f", {key} {value}" for key, value in sorted(given.items()))
     return (
         f"{_trained(plan, outcome)}Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}{_rates(train)}, "
-        f"{schedule} schedule{more}; {train.batch_size} examples per step, {length}{steps}, seed {train.seed}."
+        f"{schedule} schedule{more}; {train.batch_size} examples per step, {train.length}{steps}, seed {train.seed}."
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from afina.errors import DataError, InputError, SiteError
+from afina.errors import DataError, InputError, RecipeError, SiteError
 from afina.files import sha256
 from afina.processes import advisory_lock
 from afina.publish import sweep
@@ -161,7 +161,14 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
 
     recipe, task = plan.recipe, manifest["task"]
     label_weights(recipe.train, task, manifest["labels"], open_split(folder, "train").labels)
-    check_metrics(task, recipe.metrics, recipe.train.best_metric, manifest["num_labels"], plan.metric_code)
+    check_metrics(task, recipe.metric_texts, manifest["num_labels"], plan.metric_code)
+    rows = {split: about["rows"] for split, about in manifest["splits"].items()}
+    evaluations = recipe.train.schedule(rows["train"], rows.get("eval", 0)).evaluations
+    if (early := recipe.train.early_stopping) is not None and early.patience + 1 >= evaluations:
+        raise RecipeError(
+            f"train.early_stopping: a patience of {early.patience} ends no training of {evaluations} evaluations before its end",
+            "evaluate more often (`train.evaluate`), train longer, lower `patience`, or leave `early_stopping` out",
+        )
 
 
 def _sweep(plan: Plan) -> None:

@@ -173,14 +173,13 @@ def _training(facts: CardFacts) -> dict[str, Any]:
     train, rows, tokens = recipe.train, facts.prepared.get("rows", {}), facts.prepared.get("tokens", {})
     speed = f", {outcome.samples_per_second:,.1f} examples/s" if outcome.samples_per_second else ""
     merged = ", merged" if recipe.adapter and not facts.adapter else ""
-    length = f"{train.num_epochs:g} epochs" if train.max_steps is None else f"at most {train.max_steps:,} steps"
     return {
         "data": _data_name(facts),
         "examples": ", ".join(f"{part} {count:,}" for part, count in rows.items()),
         "tokens": ", ".join(f"{part} {count:,}" for part, count in tokens.items()),
         "cut after": f"{recipe.tokens.max_length} tokens",
-        "asked for": length,
-        "optimizer steps": f"{outcome.global_step:,}; the weights are those of step {outcome.model_step or outcome.global_step:,}",
+        "asked for": train.length,
+        "optimizer steps": f"{outcome.global_step:,}{outcome.ended_early}; the weights are those of step {outcome.model_step or outcome.global_step:,}",
         "examples per step": train.batch_size,
         "trained": "; ".join(filter(None, (recipe.trained + merged, trained_count(outcome)))) if recipe.trained else "",
         "learning rate": f"{train.learning_rate:g}, {train.arguments.get('lr_scheduler_type', 'linear')} schedule",

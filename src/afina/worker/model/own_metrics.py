@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from afina.errors import RecipeError
-from afina.recipe.metrics import METRICS, OwnMetric, metric_texts, own_metric
+from afina.recipe.metrics import METRICS, OwnMetric, own_metric
 from afina.worker.model.tasks import decisions, probabilities
 
 __all__ = ["call", "check_metrics", "load"]
@@ -94,16 +94,13 @@ def _random_states_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def check_metrics(
-    task: str, metrics: Sequence[str] | None, best: str | None, num_labels: int, code: Mapping[str, str]
-) -> None:
-    """Check the metrics of a recipe for its task, and run the user's own once on made-up scores.
+def check_metrics(task: str, texts: Sequence[str], num_labels: int, code: Mapping[str, str]) -> None:
+    """Check the metrics of a recipe, `texts` as it writes them, for its task, and run the user's own once on made-up scores.
 
     Raises:
         RecipeError: a metric of another task; one of the user's own that cannot be loaded, raises, or returns no number, with its
             traceback.
     """
-    texts = metric_texts(metrics, best)
     for text in texts:
         if own_metric(text) is None and text not in METRICS[task]:
             known = ", ".join(METRICS[task])

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 
 from afina.errors import TrainingError
-from afina.recipe.metrics import METRICS, default_metrics, metric_texts, own_metric, selection_metric
+from afina.recipe.metrics import (
+    METRICS,
+    default_metrics,
+    lower_is_better,
+    metric_name,
+    metric_texts,
+    own_metric,
+    selection_metric,
+)
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
@@ -30,7 +38,7 @@ from afina.worker.model.losses import Loss
 from afina.worker.model.pretrained import verify_model
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
-from afina.worker.survival.stop import StepTimes, StopRequest, stop_lead_s
+from afina.worker.survival.stop import EarlyStop, StepTimes, StopRequest, stop_lead_s
 from afina.worker.survival.watchdog import Watchdog
 from afina.worker.training.meter import Meter, Work, seconds_since_launch
 
@@ -48,7 +56,7 @@ class TrainingData:
         num_labels: outputs of the model.
         loss: of training and evaluation, on the CPU.
         pad_token_id, padding_side: of the tokenizer.
-        metric_texts: what an evaluation computes, `best_metric` included, as the recipe writes it.
+        metric_texts: what an evaluation computes, `best_metric` and that of early stopping included, as the recipe writes it.
         metric_code: the modules of the user's own metrics, by name.
         best_metric: the name of the one that chooses the best checkpoint.
     """
@@ -85,7 +93,10 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         verify_model(prepared)
     task = manifest["task"]
     best = plan.recipe.train.best_metric
-    texts = metric_texts(default_metrics(task, plan.recipe.metrics), best or selection_metric(task))
+    early = plan.recipe.train.early_stopping
+    texts = metric_texts(
+        default_metrics(task, plan.recipe.metrics), best or selection_metric(task), early.metric if early else None
+    )
     for name in texts:
         if name not in METRICS[task] and own_metric(name) is None:
             raise TrainingError(
@@ -171,6 +182,16 @@ class Attempt:
         return Saver(
             self.run.checkpoints, keep, self.run.metrics_file, lambda **about: self.event("checkpoint", **about)
         )
+
+    @cached_property
+    def early_stop(self) -> EarlyStop | None:
+        """The counters of early stopping, where the recipe has it."""
+        early = self.plan.recipe.train.early_stopping
+        if early is None:
+            return None
+        metric = metric_name(early.metric) if early.metric else self.data.best_metric
+        lower = lower_is_better(metric, self.data.metric_texts)
+        return EarlyStop(metric, lower, early.patience, early.min_delta)
 
     @cached_property
     def watchdog(self) -> Watchdog:

@@ -28,7 +28,7 @@ from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training.attempt import Attempt
 
-__all__ = ["EvaluationAbandoned", "logits_of", "scores"]
+__all__ = ["EvaluationAbandoned", "StoppedEarly", "logits_of", "scores"]
 
 Array = np.ndarray[Any, Any]
 Share = tuple[list[int], Array]
@@ -51,6 +51,10 @@ class EvaluationAbandoned(Exception):
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
         self.cause = cause
+
+
+class StoppedEarly(Exception):
+    """A pending evaluation of an earlier attempt has ended the training: no step is left."""
 
 
 def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: bool) -> Array:

@@ -105,6 +105,7 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
             "real_token_share": round(meter.real / meter.computed, 4),
             "mfu": share_of_peak(flops, seconds * meter.peak.flops) if meter.peak else None,
             "seconds_left": round(left, 1),
+            **({"waited": early.waited, "patience": early.patience} if (early := self.attempt.early_stop) else {}),
             "memory_gb": round(peak_memory_bytes() / 1e9, 3),
         }
 

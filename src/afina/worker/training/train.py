@@ -148,17 +148,19 @@ def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
 def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease) -> int:
     with hide_packages(*NOT_NEEDED):
         from afina.worker.compute import ranks
-        from afina.worker.training.evaluation import EvaluationAbandoned
+        from afina.worker.training.evaluation import EvaluationAbandoned, StoppedEarly
         from afina.worker.training.results import Results, export_results
 
     trainer, resume = _build(run, allocation, stop, lease)
     attempt = trainer.attempt
     _preflight(trainer, resume)
     try:
-        if resume and _step_of(resume) >= attempt.schedule.total_steps:
+        if resume and (_step_of(resume) >= attempt.schedule.total_steps or _stopped_early(resume)):
             trainer.restore(resume)
         else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except StoppedEarly:
+        trainer.is_in_train = False
     except EvaluationAbandoned as abandoned:  # a pending evaluation of an earlier attempt: nothing has changed since
         stop.agreed = abandoned.cause
     attempt.meter.enter("saving")
@@ -224,6 +226,12 @@ def _step_of(resume: Path | None) -> int:
     return int(checkpoints.manifest(resume)["step"]) if resume else 0
 
 
+def _stopped_early(resume: Path) -> bool:
+    from afina.worker.survival.snapshot import read_progress
+
+    return bool(read_progress(resume).get("early_stopping", {}).get("stopped"))
+
+
 def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
     """Check processes, machine and disk before the first step, and print what is trained. Collective."""
     from afina.worker.compute import precision
@@ -277,7 +285,7 @@ def _seconds(run: RunDir, attempt: str) -> float:
 def _record(trainer: RunTrainer, results: Results) -> None:
     """Write the outcome, and print how the attempt ended."""
     attempt, state, meter = trainer.attempt, trainer.state, trainer.attempt.meter
-    run, cause, step = attempt.run, attempt.stop.agreed, trainer.state.global_step
+    run, cause, step, early = attempt.run, attempt.stop.agreed, trainer.state.global_step, attempt.early_stop
     spoiled = (line for lines in data_warnings(run.prepared()).values() for line in lines)
     warnings = list(dict.fromkeys([*results.warnings, *spoiled]))
     outcome = Outcome(
@@ -293,6 +301,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         seconds=_seconds(run, attempt.name),
         attempts=len(run.attempt_names()),
         max_steps=state.max_steps,
+        early_stop=early.reason if early is not None and early.stopped else None,
         task=attempt.data.task,
         labels=attempt.data.labels,
         best_step=state.best_global_step,
@@ -316,4 +325,4 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     prune(run, attempt.plan.recipe.train.keep_after)
     print(metrics_table(run, [metric_name(text) for text in attempt.data.metric_texts]), flush=True)
     say(*(f"WARNING: {warning}" for warning in warnings))
-    say(*usage_lines(outcome), f"finished: {step} steps, model in {run.model}")
+    say(*usage_lines(outcome), f"finished: {step} steps{outcome.ended_early}, model in {run.model}")

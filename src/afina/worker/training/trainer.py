@@ -52,7 +52,7 @@ from afina.worker.survival.snapshot import (
 from afina.worker.training.attempt import Attempt
 from afina.worker.training.build import eval_loader, train_loader
 from afina.worker.training.control import StepControl, truncate
-from afina.worker.training.evaluation import EvaluationAbandoned, logits_of, scores
+from afina.worker.training.evaluation import EvaluationAbandoned, StoppedEarly, logits_of, scores
 from afina.worker.training.live_progress import LiveProgress
 from afina.worker.training.log import say
 
@@ -261,6 +261,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         return logits
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        self._count_patience(metrics)
         name = f"eval_{self.attempt.data.best_metric}"
         if metrics.get(name) is None:
             why = metrics.get("eval_undefined", {}).get(self.attempt.data.best_metric, "it has no value")
@@ -274,6 +275,16 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         if better and self.attempt.keeps_best:
             self.control.should_save = True  # the step of an evaluation need not be one that is saved anyway
         return better
+
+    def _count_patience(self, metrics: dict[str, Any]) -> None:
+        """End the training where the recipe's early stopping says so; the checkpoint of this step records it."""
+        early, step = self.attempt.early_stop, self.state.global_step
+        if early is None or not early.count(metrics.get(f"eval_{early.metric}")) or step >= self.state.max_steps:
+            return
+        early.stopped = self.control.should_training_stop = self.control.should_save = True
+        if self.attempt.rank == 0:
+            self.attempt.event("stopped_early", step=step, max_steps=self.state.max_steps, why=early.reason)
+            say(f"stopped early at step {step} of {self.state.max_steps}: {early.reason}")
 
     # Checkpoints
 
@@ -314,10 +325,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         attempt = self.attempt
         memory: dict[Any, torch.Tensor] = {}
         scaler = getattr(self.accelerator, "scaler", None)
-        log = attempt.run.metrics_file
+        log, early = attempt.run.metrics_file, attempt.early_stop
         progress = {
             "utilisation": attempt.meter.state(),
             "evaluation_due": evaluation_due,
+            **({"early_stopping": early.state()} if early is not None else {}),
             "metrics_bytes": log.stat().st_size if log.exists() else 0,
         }
         state = dataclasses.asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
@@ -370,6 +382,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         """Restore what Trainer does not: the loss since the last log line, times, the metrics log, a pending evaluation."""
         attempt, progress = self.attempt, read_progress(folder)
         attempt.meter.restore(progress["utilisation"])
+        if attempt.early_stop is not None:
+            attempt.early_stop.restore(progress["early_stopping"])
         of_ranks, count = read_ranks(folder), attempt.geometry.num_processes
         same = len(of_ranks) == count
         loss = of_ranks[attempt.rank]["loss"] if same else sum(r["loss"] for r in of_ranks) / len(of_ranks)
@@ -390,9 +404,11 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         ranks.barrier()
         if progress["evaluation_due"]:
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            if attempt.early_stop is not None and attempt.early_stop.stopped:
+                raise StoppedEarly
 
     def restore(self, folder: Path) -> None:
-        """Restore a checkpoint of the last step: no step is left, only the export."""
+        """Restore a checkpoint of the last step, or of an early stop: no step is left, only the export."""
         self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         self.load_weights(folder)
         self.resume(folder)

@@ -1,0 +1,119 @@
+"""Early stopping: where a training ends, and that it ends there after any number of stops and resumes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.unit.recipe.test_recipe import BASE, refused
+from tests.unit.training.in_process import lines, weights
+
+from afina.errors import RecipeError
+from afina.run.outcome import Outcome
+from afina.worker.survival.stop import CAUSES, EarlyStop
+
+EARLY = (
+    "train.evaluate=2",
+    "train.save_every=1",
+    "train.max_steps=30",
+    "train.keep_checkpoints=30",
+    "train.learning_rate=0.02",
+)
+
+
+def _losses(trainer: Any) -> list[float]:
+    return [line["eval_loss"] for line in lines(trainer) if "eval_loss" in line]
+
+
+@pytest.mark.parametrize(
+    "values, lower, delta, waited, stops",
+    [
+        ([0.5, 0.6, 0.6, 0.6], False, 0.0, 2, True),  # equal is no improvement
+        ([0.5, 0.4, 0.6, 0.5], False, 0.0, 1, False),  # an improvement starts anew
+        ([0.5, 0.42, 0.35, 0.33], True, 0.1, 1, False),  # 0.42 is no improvement, 0.35 is: on the best, not on the last
+        ([0.5, 0.42, 0.41, 0.28], True, 0.1, 0, True),
+        ([math.nan, 0.1, None, 0.2], False, 0.0, 0, False),  # an undefined value is no improvement, nor a best one
+        ([None, None], False, 0.0, 2, True),
+    ],
+)
+def test_evaluations_without_improvement_are_counted(
+    values: list[float | None], lower: bool, delta: float, waited: int, stops: bool
+) -> None:
+    early = EarlyStop("f1", lower, 2, delta)
+    ends = [early.count(value) for value in values]
+    assert (early.waited, any(ends)) == (waited, stops)
+
+
+def test_a_training_ends_where_the_loss_no_longer_improves_however_often_it_is_stopped(
+    build: Callable[..., Any],
+) -> None:
+    early = (*EARLY, "train.early_stopping={patience: 2, metric: loss, min_delta: 0.01}")
+    whole = build({}, *early)
+    losses = _losses(whole)
+    counted = EarlyStop("loss", True, 2, 0.01)
+    assert [counted.count(loss) for loss in losses] == [False] * (len(losses) - 1) + [True]
+    end = whole.state.global_step
+    assert end == 2 * len(losses) < 30 and whole.state.max_steps == 30
+    assert [e["why"] for e in whole.attempt.run.lines("events.jsonl") if e["event"] == "stopped_early"] == [
+        "no improvement of eval loss by more than 0.01 for 2 evaluations"
+    ]
+    folder = whole.attempt.run.checkpoints
+    assert (folder / f"step-{end}").is_dir()
+    for step in (1, 2, end - 3, end - 2, end - 1):
+        again = build({}, *early, train=False)
+        shutil.copytree(folder / f"step-{step}", again.attempt.run.checkpoints / f"step-{step}")
+        shutil.copy(whole.attempt.run.metrics_file, again.attempt.run.metrics_file)
+        again.train(resume_from_checkpoint=str(again.attempt.run.checkpoints / f"step-{step}"))
+        again.attempt.saver.finish()
+        assert again.state.global_step == end and lines(again) == lines(whole), f"resumed from step {step}"
+        assert bool((weights(again) == weights(whole)).all())
+        assert again.attempt.early_stop == whole.attempt.early_stop and whole.attempt.early_stop.stopped
+
+
+def test_a_stop_before_the_last_evaluation_leaves_it_to_the_next_attempt(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from afina.worker.training.evaluation import StoppedEarly
+
+    early = (*EARLY, "train.early_stopping={patience: 1, metric: loss, min_delta: 10}")
+    stopped = build({}, *early, train=False)
+    at_the_end = lambda lead_s: CAUSES.index("asked") if stopped.state.global_step == 4 else 0  # noqa: E731
+    monkeypatch.setattr(stopped.attempt.stop, "check", at_the_end)
+    stopped.train()
+    stopped.attempt.saver.finish()
+    assert stopped.state.global_step == 4 and stopped.attempt.early_stop.waited == 0
+    again = build({}, *early, train=False)
+    shutil.copytree(stopped.attempt.run.checkpoints / "step-4", again.attempt.run.checkpoints / "step-4")
+    shutil.copy(stopped.attempt.run.metrics_file, again.attempt.run.metrics_file)
+    with pytest.raises(StoppedEarly):
+        again.train(resume_from_checkpoint=str(again.attempt.run.checkpoints / "step-4"))
+    assert again.state.global_step == 4 and again.attempt.early_stop.stopped and len(_losses(again)) == 2
+
+
+def test_a_patience_that_ends_nothing_is_refused_before_the_queue(build: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError, match="a patience of 2 ends no training of 3 evaluations before its end") as error:
+        build({}, "train.max_steps=6", "train.evaluate=2", "train.early_stopping={}", "data.weight=weight", train=False)
+    assert "evaluate more often" in error.value.remedy
+
+
+def test_a_metric_of_early_stopping_is_checked_as_any_other() -> None:
+    key = "train.early_stopping.metric"
+    assert "`acuracy` is not a metric; did you mean `accuracy`?" in str(refused(BASE, f"{key}=acuracy"))
+    assert "is a table" in str(refused(BASE, f"{key}=confusion_matrix"))
+    assert "must be 1 or more" in str(refused(BASE, "train.early_stopping.patience=0"))
+
+
+def test_an_early_end_is_told_with_its_steps() -> None:
+    about: dict[str, Any] = {
+        "outcome": "finished",
+        "exit_code": 0,
+        "attempt": "local-1",
+        "global_step": 40,
+        "max_steps": 1000,
+    }
+    why = "no improvement of eval accuracy for 2 evaluations"
+    assert Outcome(**about, early_stop=why).ended_early == f" of 1,000 (stopped early: {why})"
+    assert Outcome(**about).ended_early == ""
