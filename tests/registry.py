@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 __all__ = ["LOGIN", "BreakingProxy", "RegistryServer", "tiny_image"]
 
@@ -22,17 +23,23 @@ _HTPASSWD = "alice:$2y$05$r145CzwIZ/hfM5Aok2I2KOOY42aTVQBXjIos.IipSoXepjozdSxO2\
 
 
 class RegistryServer:
-    """`with RegistryServer(folder) as registry:` serves what is pushed to `registry.host`, over HTTP."""
+    """`with RegistryServer(folder) as registry:` serves what is pushed to `registry.host`, over HTTP.
 
-    def __init__(self, folder: Path, *, login: bool = False) -> None:
+    With `tls` over HTTPS, with a certificate of an authority of its own: the file `registry.authority`.
+    """
+
+    def __init__(self, folder: Path, *, login: bool = False, tls: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.log = folder, folder / "log"
+        self.folder, self.log, self.authority = folder, folder / "log", folder / "authority.pem"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.host = f"localhost:{self.port}"
         storage = {"filesystem": {"rootdirectory": str(folder / "data")}, "delete": {"enabled": True}}
-        settings = {"version": 0.1, "storage": storage, "http": {"addr": f"127.0.0.1:{self.port}"}}
+        http: dict[str, Any] = {"addr": f"127.0.0.1:{self.port}"}
+        if tls:
+            http["tls"] = self._certificate()
+        settings = {"version": 0.1, "storage": storage, "http": http}
         if login:
             (folder / "htpasswd").write_text(_HTPASSWD)
             settings["auth"] = {"htpasswd": {"realm": "afina", "path": str(folder / "htpasswd")}}
@@ -44,6 +51,51 @@ class RegistryServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _certificate(self) -> dict[str, str]:
+        """An authority, and a certificate and key of localhost that it signed."""
+        key, certificate = self.folder / "key.pem", self.folder / "certificate.pem"
+        make = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "9",
+        ]
+        of_authority = [
+            "-subj",
+            "/CN=afina test authority",
+            "-keyout",
+            str(self.folder / "ca.key"),
+            "-out",
+            str(self.authority),
+        ]
+        signed = [
+            "-CA",
+            str(self.authority),
+            "-CAkey",
+            str(self.folder / "ca.key"),
+            "-addext",
+            "subjectAltName=DNS:localhost",
+        ]
+        of_server = [
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "basicConstraints=CA:FALSE",
+            "-keyout",
+            str(key),
+            "-out",
+            str(certificate),
+        ]
+        subprocess.run([*make, *of_authority], check=True, capture_output=True)
+        subprocess.run([*make, *signed, *of_server], check=True, capture_output=True)
+        return {"certificate": str(certificate), "key": str(key)}
 
     def start(self) -> None:
         argv = ["docker-registry", "serve", str(self.folder / "config.yml")]

@@ -16,7 +16,7 @@ readonly here
 readonly test_user=${AFINA_TEST_USER:-researcher}
 readonly lib_dir=/usr/local/lib/apptainer-sid
 readonly starter=/usr/lib/x86_64-linux-gnu/apptainer/bin/starter
-readonly tools=(squashfs-tools squashfuse fuse3 fuse-overlayfs uidmap fakeroot debootstrap patchelf ca-certificates docker-registry python3)
+readonly tools=(squashfs-tools squashfuse fuse3 fuse-overlayfs uidmap fakeroot debootstrap patchelf ca-certificates docker-registry openssl python3)
 
 say() { printf 'install: %s\n' "$*" >&2; }
 die() { say "$*"; exit 3; }

@@ -1,6 +1,6 @@
-"""Images from a registry, pulled from a real one over HTTP: whole, shared, broken off, moved, refused, without network, on a full disk.
+"""Images from a registry, pulled from a real one: whole, shared, broken off, moved, refused, without network, on a full disk, over TLS.
 
-Not covered: TLS, and the tokens of a registry with an authorisation server of its own (tests/unit/site/test_registry.py).
+Not covered: the tokens of a registry with an authorisation server of its own (tests/unit/site/test_registry.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.common import ROOT, program
 from tests.registry import LOGIN, RegistryServer, proxied, tiny_image
 
 from afina.errors import AfinaError, SiteError
@@ -282,3 +284,57 @@ def test_an_oci_image_of_the_same_files_is_converted_and_both_digests_are_record
     names = ("bin/bash", "bin/sh", "content")
     assert all((tmp_path / "there" / name).read_bytes() == (tmp_path / "back" / name).read_bytes() for name in names)
     assert (tmp_path / "back/bin/sh").is_symlink()
+
+
+@pytest.mark.parametrize("scheme", ["oras", "docker"])
+def test_an_authority_of_ones_own_is_named_in_the_site_file(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """The library's and, for `docker://`, Apptainer's connections trust it."""
+    monkeypatch.delenv("APPTAINER_NOHTTPS")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with RegistryServer(tmp_path / "registry", tls=True) as secure:
+        address, site = f"{scheme}://{secure.host}/group/tiny:1", Path("slurm/site.env")
+        strange = pull(address)
+        assert "cannot be trusted" in strange.error and "`SSL_CERT_FILE=FILE` in slurm/site.env" in strange.error
+        site.parent.mkdir()
+        for content, why in (("", "no certificate is in it"), (None, "No such file or directory")):
+            named = tmp_path / "authority.pem"
+            named.write_text(content) if content is not None else named.unlink()
+            site.write_text(f"SSL_CERT_FILE='{named}'\n")
+            assert f"SSL_CERT_FILE={named}: {why}" in pull(address).error
+        site.write_text(f"SSL_CERT_FILE='{secure.authority}'\n")
+        pinned = push_image(str(made / "a.sif"), address)
+        path = pull(address).path
+        assert path is not None and (scheme == "docker" or sha256(path) == sha256(made / "a.sif"))
+        assert pulled(pinned) == path
+
+
+def test_build_sh_pushes_the_image_and_names_what_is_left_to_do(
+    registry: RegistryServer, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole script but the build itself, for which build_image.sh is there: its image is taken instead."""
+    real, given = shutil.which("apptainer"), shlex.quote(str(made / "a.sif"))
+    text = f"""case " $* " in *" build "*) cp {given} "${{@: -2:1}}" ;; *" exec "*) echo '[]' ;; *) exec {real} "$@" ;; esac"""
+    program(tmp_path / "bin", "apptainer", text)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin")
+    (tmp_path / "root").mkdir()
+    output = tmp_path / "here" / "my image.sif"
+    base = ("--cpu", "--torch-index", "https://r.invalid", "--base-rootfs", tmp_path / "root")
+    argv = [ROOT / "container/build.sh", *base, "--output", output]
+    addresses = {name: f"oras://{registry.host}/group/{name}:1" for name in ("one", "two")}
+
+    def build() -> subprocess.CompletedProcess[str]:
+        pushing = [part for address in addresses.values() for part in ("--push", address)]
+        return subprocess.run([*map(str, argv), *pushing], capture_output=True, text=True, check=False)
+
+    done = build()
+    assert done.returncode == 0, done.stderr
+    pinned = [f"{address}@{registry.digest(f'group/{name}', '1')}" for name, address in addresses.items()]
+    assert done.stdout.splitlines()[1:] == pinned and sha256(pulled(pinned[1])) == sha256(output)
+    registry.stop()
+    failed = build()
+    assert failed.returncode == 3 and sha256(output) == sha256(made / "a.sif")
+    quoted = str(output).replace(" ", r"\ ")
+    again = f"afina image push {quoted} {addresses['one']}"
+    assert failed.stderr.rstrip().endswith(f"was not pushed; again with: {again}")

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import click
 
@@ -96,7 +96,7 @@ def init(**options: Any) -> None:
             site = place.write()
     written = [*place.written, *([str(recipe_path)] if recipe_path else [])]
     warnings = [*place.warnings, *warnings]
-    following = _next_commands(recipe_path, cluster.partitions != (), site, base)
+    following = _next_commands(recipe_path, cluster.partitions != (), site is None and place.first, base)
     if given.as_json:
         about = {"rows": examined.rows, "labels": dict(examined.labels)} if examined else {}
         print(json.dumps({"written": written, **about, "warnings": warnings, "next": following}, ensure_ascii=False))
@@ -143,6 +143,8 @@ class _SiteFile:
         self._made: list[Path] = []
         self.written: list[str] = []
         self.warnings: list[str] = []
+        #: What comes first where the site's image is missing.
+        self.first: Literal["build", "pull"] = "build"
         path = base / SITE
         known = None if given.site_only else find_site_file() or (path if path.is_file() else None)
         if known is not None:
@@ -164,6 +166,7 @@ class _SiteFile:
 
     def write(self) -> Site | None:
         """The site; None while its image is missing."""
+        from afina.site.references import is_reference
         from afina.start.init import SITE, write_site
 
         if self._machine is not None:
@@ -171,6 +174,7 @@ class _SiteFile:
             self._made = [
                 missing[-1] for path in wanted if (missing := [p for p in (path, *path.parents) if not p.exists()])
             ]
+            self.first = "pull" if is_reference(self._machine.image or "") else "build"
             path, self._site = write_site(self._base, self._machine, self._cluster)
             self.written, self._machine = [str(path)], None
         return self._site
@@ -352,7 +356,8 @@ def _with_bar(work: Any, total: int) -> Any:
         return work(lambda rows: bar.update(task, completed=rows))
 
 
-def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) -> list[str]:
+def _next_commands(recipe: Path | None, slurm: bool, image: Literal[False, "build", "pull"], folder: Path) -> list[str]:
+    """What to type after `afina init`; `image`: how to get the one that is missing."""
     # The site file is searched from the working directory.
     enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
     if recipe is None:
@@ -361,9 +366,9 @@ def _next_commands(recipe: Path | None, slurm: bool, site: Any, folder: Path) ->
     build = (
         "container/build.sh --output IMAGE    # in the checkout; IMAGE is the path in site.env, or name your own there"
     )
-    image = [build] if site is None else []
     commands = ("doctor", "prefetch", "rehearse", "submit" if slurm else "train")
-    return [*image, *enter, *(another_command(command, recipe.name) for command in commands)]
+    before, pull = [build] if image == "build" else [], ["afina image pull"] if image == "pull" else []
+    return [*before, *enter, *pull, *(another_command(command, recipe.name) for command in commands)]
 
 
 COMMANDS = (init,)

@@ -105,10 +105,15 @@ class RunDir:
         return max(map(int, steps), default=0)
 
     def how_to_resume(self) -> str:
-        """What `afina resume` would do with a run that has not finished."""
+        """What the next attempt of a run that has not finished would do."""
         if step := self.newest_step:
-            return f"`afina resume` continues from the newest checkpoint (step {step})"
-        return "`afina resume` begins at the first step: there is no checkpoint yet"
+            return f"`{self.continue_command}` continues from the newest checkpoint (step {step})"
+        return f"`{self.continue_command}` begins at the first step: there is no checkpoint yet"
+
+    @property
+    def continue_command(self) -> str:
+        """`afina submit` for a run of Slurm jobs, `afina resume` for one that was trained without them."""
+        return f"afina {'submit' if job_ids_of(self.lines('submissions.jsonl'), self.attempt_names()) else 'resume'}"
 
     def check_progress(self) -> None:
         """A run never starts over by itself: refuse one that has made checkpoints and has none left.

@@ -204,7 +204,7 @@ def push_image(given: str, address: str) -> str:
 
     Raises:
         InputError: no such image, or no address.
-        SiteError: the registry refuses, or cannot be reached.
+        SiteError: the registry refuses, or cannot be reached; the site file fails, whose proxy, login and authorities count.
     """
     from afina.site.pushed import push
 
@@ -213,7 +213,8 @@ def push_image(given: str, address: str) -> str:
     image = Path(given).expanduser().absolute()
     if not image.exists():
         raise InputError(f"{image}: no such image", "give the path of a .sif that container/build.sh made")
-    return push(image, address, "apptainer", os.environ)
+    _, _, runtime, env = site_image()
+    return push(image, address, "apptainer" if runtime == "none" else runtime, env)
 
 
 def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, str] | None = None) -> Image:

@@ -204,10 +204,21 @@ class Registry:
         host = self.reference.host
         bypassed = bool(urllib.request.proxy_bypass_environment(host, {"no": named.pop("no")}))  # type: ignore[attr-defined]
         proxies = {} if bypassed else {scheme: address for scheme, address in named.items() if address}
-        context = ssl.create_default_context(cafile=self.env.get("SSL_CERT_FILE") or None)
         return urllib.request.build_opener(
-            urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context)
+            urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=self._authorities())
         )
+
+    def _authorities(self) -> ssl.SSLContext:
+        """The machine's certificate authorities, and those that the site names."""
+        context = ssl.create_default_context()
+        file, folder = self.env.get("SSL_CERT_FILE"), self.env.get("SSL_CERT_DIR")
+        if file or folder:
+            try:
+                context.load_verify_locations(file or None, folder or None)
+            except OSError as error:
+                why = "no certificate is in it" if isinstance(error, ssl.SSLError) else error.strerror
+                raise SiteError(f"SSL_CERT_FILE={file}: {why}", "name a PEM file with the authority in it") from None
+        return context
 
     def _answer_to(self, challenge: str) -> str | None:
         """The header that a challenge (RFC 9110, 11.6.1) asks for: the login itself, or a token in exchange for it."""
@@ -250,7 +261,7 @@ class Registry:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         text = redact(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
         if isinstance(reason, ssl.SSLError):
-            remedy = "name the certificate authority in SSL_CERT_FILE; APPTAINER_NOHTTPS=1 for a registry without TLS"
+            remedy = "name the PEM file of its certificate authority, `SSL_CERT_FILE=FILE` in slurm/site.env; APPTAINER_NOHTTPS=1 for a registry without TLS"
             return SiteError(f"{self.reference.host} cannot be trusted: {text}", remedy)
         remedy = "is there a network here? name a proxy (https_proxy), or pull on a node that has one: afina image pull"
         return SiteError(f"{self.reference.host} cannot be reached: {text}", remedy, cause=UNREACHABLE)

@@ -114,7 +114,10 @@ class Train(Section):
 
     def problems(self) -> Iterator[KeyedError]:
         if self.epochs is not None and self.max_steps is not None:
-            yield KeyedError("give `epochs` or `max_steps`, not both")
+            yield KeyedError(
+                "give `epochs` or `max_steps`, not both",
+                remedy="remove one of them; with --set, `train.epochs=null` beside `train.max_steps=N`",
+            )
         one_of_them = "leave one of them out"
         for key in ("bf16", "fp16", "tf32") if self.precision != "auto" else ():
             if key in self.arguments:

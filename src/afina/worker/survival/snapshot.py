@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from afina import files
+from afina.run.directory import RunDir
 from afina.worker.compute import dropout
 from afina.worker.disk_errors import disk_problem
 from afina.worker.survival import checkpoint as checkpoints
@@ -140,7 +141,7 @@ class Saver:
         except BaseException as error:
             if staging is not None:
                 shutil.rmtree(staging, ignore_errors=True)  # frees the space that was missing
-            again = "`afina resume`: the previous checkpoint is untouched"
+            again = f"`{RunDir(self.folder.parent).continue_command}`: the previous checkpoint is untouched"
             problem = disk_problem(error, self.folder, again)
             self._error = error if problem is None else problem.about("a checkpoint cannot be written")
 

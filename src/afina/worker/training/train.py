@@ -115,7 +115,7 @@ _PASSING = ("nccl", "gloo", "connection", "socket", "timed out", "timeout", "cud
 
 
 def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
-    """The error of an attempt with a remedy, which names `afina resume` only where it helps.
+    """The error of an attempt with a remedy, which names the next attempt only where it helps.
 
     of this tree          as it is
     the disk              once there is room: resume
@@ -127,7 +127,7 @@ def explain_failure(error: Exception, run: RunDir, attempt: str) -> AfinaError:
     """
     if isinstance(error, AfinaError):
         return error
-    if problem := disk_problem(error, run.path, "`afina resume`"):
+    if problem := disk_problem(error, run.path, f"`{run.continue_command}`"):
         return problem
     message = f"{type(error).__name__}: {error}"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -318,7 +318,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     if cause:
         say(
             f"stopped at step {step} of {state.max_steps} ({cause}); a checkpoint is committed",
-            f"continue with: afina resume {shlex.quote(str(run.path))}",
+            f"continue with: {run.continue_command} {shlex.quote(str(run.path))}",
         )
         return
     attempt.event("finished", step=step)
