@@ -191,6 +191,7 @@ if ! apptainer build "${options[@]}" "$unfinished" Apptainer.def; then
     fi
     grep -qs "^$(id -un):" /etc/subuid ||
         say 'you have no line in /etc/subuid: without one, apt-get fails in the build (usermod --add-subuids, by an administrator)'
+    [[ $bootstrap != docker ]] || say "if $from cannot be fetched: --from names another base, --base-rootfs a folder, --update an afina image"
     fail 3 'the build failed; nothing was written'
 fi
 apptainer --quiet exec --no-home "$unfinished" cat /opt/afina/packages.json >"$unfinished.packages.json" || fail 3 'the new image does not start; nothing was written'

@@ -84,7 +84,7 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
 }
 _WIDTH, _HEIGHT, _DPI = 4.8, 2.5, 200
-_MOST_NAME = 38
+_MOST_NAME = 48
 #: A legend's row, a row of a chart of intervals and the side of a matrix's cell, in inches.
 _LEGEND_ROW, _ROW, _CELL = 0.18, 0.22, 0.27
 
@@ -227,7 +227,8 @@ def _figure(chart: Chart) -> tuple[Any, Any]:
         legends = len(chart.bars) + len(chart.drawn) + len(chart.dots) + bool(chart.best)
         rows = math.ceil(legends / _legends_per_row(chart)) if legends > 1 else 0
         height = 0.85 + _ROW * len(chart.ranges) if chart.ranges else _HEIGHT + _LEGEND_ROW * max(0, rows - 1)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        longest = max((len(short_name(name)) for name, *_ in chart.ranges), default=0)
+        figure = Figure(figsize=(_WIDTH + 0.055 * max(0, longest - 20), height), layout="constrained")
     axes = figure.add_subplot()
     (_draw_matrix if chart.matrix else _draw_ranges if chart.ranges else _draw)(chart, axes)
     axes.set_xlabel(chart.x)
@@ -251,9 +252,13 @@ def _draw(chart: Chart, axes: Any) -> None:
     for number, (name, bars) in enumerate(chart.bars.items()):
         edges = [(left, right - left, value) for left, right, value in bars]
         left, width, heights = zip(*edges, strict=True) if edges else ((), (), ())
-        drawn = axes.bar(
-            left, heights, width, align="edge", color=_COLOURS[number], alpha=0.7 - 0.3 * (number > 0), label=name
-        )
+        # The outline of a pale bar is as strong as a line.
+        filled = {
+            "facecolor": (_COLOURS[number], 0.7 - 0.3 * (number > 0)),
+            "edgecolor": _COLOURS[number],
+            "linewidth": 0.6,
+        }
+        drawn = axes.bar(left, heights, width, align="edge", label=name, **filled)
         for at, bar in enumerate(drawn):
             bar.set_gid(f"{chart.key}-b{number}.{at}")
         shown.append(drawn)
@@ -275,7 +280,7 @@ def _draw(chart: Chart, axes: Any) -> None:
         line = {"color": colour, "linestyle": dash, "linewidth": 1.5, "label": name, "gid": f"{chart.key}-d{number}"}
         shown += axes.plot(*_columns(thin(points)), **line, **few)
     for number, (x, low, high) in enumerate(chart.whiskers):
-        axes.plot([x, x], [low, high], color=_COLOURS[1], linewidth=1.2, gid=f"{chart.key}-w{number}")
+        axes.plot([x, x], [low, high], color=LIGHT["text"], linewidth=1.2, gid=f"{chart.key}-w{number}")
     if chart.diagonal:
         axes.axline((0, 0), slope=1, color=LIGHT["soft"], linestyle=(0, (3, 3)), linewidth=0.8)
     if chart.log:

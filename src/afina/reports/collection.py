@@ -194,11 +194,9 @@ def _points_table(rows: Sequence[Row], best: Row | None, metric: str | None) -> 
             ]
         )
     heads = ["point", f"mean {metric or 'score'}", "95 % interval", "seeds", "against the best", "p (Holm)"]
-    notes = useless(rows) or [
-        *remarks(rows, best),
-        *(f"{row.point}: the model {row.weak}." for row in rows if row.weak),
-    ]
-    return table(heads, cells, "Means over seeds, the best first") + "".join(map(note, notes))
+    weak = [f"{row.point}: the model {row.weak}." for row in rows if row.weak]
+    about = [*map(note, useless(rows) or remarks(rows, best)), *([] if useless(rows) else [warnings(weak)])]
+    return table(heads, cells, "Means over seeds, the best first") + "".join(about)
 
 
 def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: str = "") -> Page:
@@ -218,13 +216,15 @@ def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: 
         lines = [f"{name}: {line}" for name, run in zip(found.names, found.runs, strict=True) for line in run.warnings]
         lines += [f"{found.names[i]}: the model {reason}" for i, reason in weak.items()]
         same = "" if found.recipe else note("The recipes are the same.")
-        heads, rows = test_rows(tests) if tests else ([], [])
+        possible = [test for test in tests or () if test.paired]
+        heads, rows = test_rows(possible) if possible else ([], [])
+        others = "".join(note(f"{t.run}: not possible: {t.why_not}") for t in tests or () if not t.paired)
         for before, row in itertools.pairwise(rows):  # a row that is sorted elsewhere keeps its run
             row[0] = row[0] or before[0]
         about_tests = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much."
         body = [
             ("Scores", figures(scores, drawings) + beside(found.metrics, number, f"On {found.split}") + note(why)),
-            ("Tests", table(heads, rows, "Paired, on the same rows") + note(about_tests) if rows else ""),
+            ("Tests", table(heads, rows, "Paired, on the same rows") + others + note(about_tests) if tests else ""),
             ("Learning curves", figures(curves, drawings)),
             ("Differences between the recipes", same + beside(found.recipe, _shown, "Keys that differ")),
             ("Effect of each hyperparameter", figures(effects, drawings)),
@@ -249,10 +249,9 @@ def _page_of(run: RunResult) -> Path:
 def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str | None]], metric: str | None) -> str:
     """One row per run: what differs in its recipe, how it ended, its score with an interval."""
     recipes = [run.flat_recipe() for _, run, *_ in runs]
-    remarks = any(weak for *_, weak in runs)
     keys = differing(recipes)
     rows, links = [], {}
-    for (name, run, interval, weak), recipe in zip(runs, recipes, strict=True):
+    for (name, run, interval, _), recipe in zip(runs, recipes, strict=True):
         if _page_of(run).is_file():
             links[name] = quote(os.path.relpath(_page_of(run).absolute(), page.absolute()))
         value = run.metrics.get(metric) if metric else None
@@ -267,7 +266,6 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
                 run.outcome.get("global_step"),
                 seconds(run.outcome.get("seconds")),
                 run.outcome.get("samples_per_second"),
-                *([weak] if remarks else []),
             ]
         )
     heads = [
@@ -280,8 +278,8 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
         "wall time",
         "examples/s",
     ]
-    heads += ["remark"] if remarks else []
-    return table(heads, rows, "The best first", links=links)
+    weak = {name: f"the model {reason}" for name, *_, reason in runs if reason}
+    return table(heads, rows, "The best first", links=links, remarks=weak)
 
 
 def _sweep(record: Mapping[str, Any]) -> str:

@@ -98,19 +98,24 @@ def table(
     *,
     kind: str = "numbers",
     links: Mapping[str, str] | None = None,
+    remarks: Mapping[str, str] | None = None,
 ) -> str:
     """A table with a head, sortable where the script runs. A table wider than the page scrolls, also by keyboard.
 
     Args:
         links: text of a first cell -> its relative address.
+        remarks: text of a first cell -> what stands below it.
     """
     if not rows:
         return ""
-    links = links or {}
 
     def first(value: Any) -> str:
-        shown, target = cell(value), links.get(str(value))
-        return f'<a href="{escape(target, quote=True)}">{shown}</a>' if target else shown
+        # A name breaks at its commas and not in the middle of 1e-4.
+        shown, target = cell(value), (links or {}).get(str(value))
+        shown = shown.replace(",", ",<wbr>") if isinstance(value, str) else shown
+        remark = (remarks or {}).get(str(value))
+        html = f'<a href="{escape(target, quote=True)}">{shown}</a>' if target else shown
+        return f"{html}<small>{escape(remark)}</small>" if remark else html
 
     kinds = [next(filter(None, (_kind(row[i]) for row in rows)), "") for i in range(len(heads))]
     head = "".join(f'<th scope="col"{of}>{escape(h)}</th>' for h, of in zip(heads, kinds, strict=True))
@@ -128,7 +133,9 @@ def _kind(value: Any) -> str:
     """The class of a cell: words stand at the left, long ones are wrapped; numbers have none."""
     if not isinstance(value, str) or not re.match(r"[^\W\d_]", value):
         return ""
-    return ' class="words long"' if len(value) > 30 else ' class="words"'
+    if len(value) <= 30:
+        return ' class="words"'
+    return f' class="words {"long" if " " in value else "name"}"'
 
 
 def scroll(html: str, name: str) -> str:

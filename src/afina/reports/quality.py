@@ -128,7 +128,7 @@ def _classes_scored(scores: Scores, predictions: Predictions | str, split: str) 
 
 
 def _interval(score: Interval | None) -> str | None:
-    return None if score is None else f"{number(score.value)} ({number(score.low)}–{number(score.high)})"
+    return None if score is None else f"{score.value:.4f} ({score.low:.4f}–{score.high:.4f})"
 
 
 def class_intervals(facts: RunFacts) -> list[Chart]:
@@ -228,7 +228,7 @@ def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
         )
         charts.append(chart)
         rows = [
-            [f"{low:.2f}–{high:.2f}", n, number(sure), number(share), f"{number(least)}–{number(most)}"]
+            [f"{low:.2f}–{high:.2f}", n, number(sure), number(share), f"{least:.4f}–{most:.4f}"]
             for low, high, n, sure, share, least, most in how.bins
         ]
         html += pairs(
@@ -256,7 +256,8 @@ def _scatter(predictions: Predictions, split: str) -> Chart:
     bias = float((predictions.predicted - predictions.truth).mean())
     values = [value for point in points for value in point]
     low, high = min(values), max(values)
-    both = (low, high) if high > low else (low - 0.5, high + 0.5)
+    room = 0.03 * (high - low) or 0.5
+    both = (low - room, high + room)
     return Chart(
         f"scatter-{split}",
         f"Predicted against true values on {split}",

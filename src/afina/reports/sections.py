@@ -77,7 +77,8 @@ def happened(facts: RunFacts) -> str:
     run = shlex.quote(str(facts.path))
     if now.remedy:
         html += "<h3>What to do next</h3>"
-        html += f"<p>{escape(now.remedy)}</p>" if now.remedy != f"afina submit {run}" else ""
+        is_command = now.remedy in (f"afina submit {run}", f"afina resume {run}")  # it is below
+        html += "" if is_command else f"<p>{escape(now.remedy)}</p>"
     commands = [f"afina status {run}", f"afina logs {run}"] if facts.attempts or now.job_id else []
     if now.state in ("STOPPED", "FAILED", "PLANNED"):
         again = "submit" if now.job_id or now.state == "PLANNED" else "resume"
@@ -277,6 +278,9 @@ def record(facts: RunFacts) -> str:
 
 
 def methods(facts: RunFacts) -> str:
+    """A paragraph to quote, of a run that has a model."""
+    if facts.outcome is None or facts.outcome.outcome != "finished":
+        return ""
     text = paragraph(facts.plan, facts.outcome, facts.prepared, facts.record, facts.execution)
     return f"<p>{escape(text)}</p>"
 

@@ -26,6 +26,7 @@ from tests.unit.conftest import Ran, tree
 from afina.errors import EnvironmentProblem, Failure, InputError
 from afina.recipe.schema import Recipe
 from afina.reports import charts, write_report
+from afina.reports import page as page_colours
 from afina.reports.charts import thin
 from afina.run.directory import RunDir
 from afina.run.new_run import claim
@@ -114,7 +115,7 @@ def test_a_warning_about_the_data_stands_beside_the_numbers_that_it_spoils(make_
 class Page(HTMLParser):
     """The page as a tree walk: every element closed in order, its texts, its tables."""
 
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input", "wbr"})
 
     #: The page without its own script, and that script.
     OURS = (Path(charts.__file__).parent / "page.js").read_text("utf-8")
@@ -229,6 +230,23 @@ def test_the_page_is_self_contained_and_has_a_dark_mode(make_run: MakeRun) -> No
     assert page.names.count("details") == 6, "plan, attempts and record are folded away"
 
 
+def test_colours_have_the_contrast_that_wcag_wants() -> None:
+    """WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for the lines of charts, on the page and on its cards, light and dark."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colours in ({**charts.LIGHT, **page_colours._PAGE}, page_colours._DARK):
+        lines = dict.fromkeys((name for name in colours if name.startswith("line")), 3.0)
+        for name, least in {"text": 4.5, "soft": 4.5, **lines}.items():
+            for behind in ("page", "card"):
+                darker, lighter = sorted((luminance(colours[name]), luminance(colours[behind])))
+                assert (lighter + 0.05) / (darker + 0.05) >= least, (name, behind)
+
+
 def test_charts_have_a_description_in_words_and_hold_their_values(make_run: MakeRun) -> None:
     run = make_run()
     finish(run)
@@ -308,6 +326,7 @@ def test_a_run_that_has_not_finished_says_what_happened_and_what_to_type(make_ru
     assert "the loss is nan at step 3" in page.text and "Learning curves" not in page.headings and not page.svgs()
     assert f"lower the learning rate; then: afina resume {where}" in page.text
     assert f"afina logs {where}" in page.text and f"\nafina resume {where}" in page.text
+    assert "We fine-tuned" not in page.text
     run.record(Outcome(outcome="stopped", exit_code=75, attempt=name, cause="limit", global_step=20, max_steps=40))
     log(run, *CURVE[:3])
     page = Page(write_report(run.path))

@@ -1,4 +1,4 @@
-"""What a failed attempt says, and that it is true: `afina resume` is named only where another attempt can get further."""
+"""What a failed attempt says, and that it is true: the next attempt is named only where another attempt can get further."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def run(recipe: Callable[..., Recipe], recipe_file: Callable[..., Path], site: S
 
 
 CONTINUES, BEGINS = (
-    "`afina resume` continues from the newest checkpoint (step 10)",
-    "`afina resume` begins at the first step",
+    "`afina submit` continues from the newest checkpoint (step 10)",
+    "`afina submit` begins at the first step",
 )
 ANOTHER = "start another run"
-FULL = "then `afina resume`"
+FULL = "then `afina submit`"
 
 #: What was raised; whether the first step was made; checkpoints; the cause; what the remedy says; what the job does then.
 TABLE = [
@@ -37,7 +37,7 @@ TABLE = [
     (OSError(errno.EFBIG, "File too large", "x"), True, 10, "disk", "`ulimit -f`", "end"),
     (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704"), True, 10, "disk", FULL, "end"),
     (Exception("SafetensorError: I/O error: No space left on device (os error 28)"), True, 10, "disk", FULL, "end"),
-    (OSError(errno.EIO, "Input/output error", "x"), True, 10, "disk", "once it works, `afina resume`", "end"),
+    (OSError(errno.EIO, "Input/output error", "x"), True, 10, "disk", "once it works, `afina submit`", "end"),
     (PermissionError(errno.EACCES, "Permission denied", "/"), True, 10, "", "choose a folder that you may write", "end"),
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), True, 10, "", f"put it back; then {CONTINUES}", "end"),
     (MemoryError(), True, 10, "memory", ANOTHER, "requeue"),
@@ -73,4 +73,10 @@ def test_each_cause(
     outcome = run.record_failure("1.0", explained.failure)
     assert decide(run, outcome).action == then
     if ANOTHER in remedy:
-        assert "afina resume" not in explained.remedy
+        assert "afina submit" not in explained.remedy
+
+
+def test_a_run_without_jobs_is_continued_here(run: RunDir) -> None:
+    run.begin_attempt()
+    error = OSError(errno.ENOSPC, "No space left on device", "x")
+    assert "then `afina resume`" in explain_failure(error, run, "local-1").remedy

@@ -175,7 +175,7 @@ def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
     if not ran:
         return ""
     where = ran.get("GPU") if ran.get("device", "cuda") == "cuda" and ran.get("GPU") else ran.get("processor") or "CPU"
-    precision = f"in {ran['precision']}" if "precision" in ran else f"precision {plan.recipe.train.precision}"
+    precision = f"in {ran['precision']}" if "precision" in ran else f"in precision {plan.recipe.train.precision}"
     count = int(ran.get("processes", "1"))
     names = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate", "tokenizers": "Tokenizers"}
     versions = [f"{names.get(name, name)} {ran[name]}" for name in ("Python", *names) if name in ran]
