@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
+import textwrap
 from typing import Any
 
 import click
@@ -145,9 +146,13 @@ def _print_finding(finding: Any) -> None:
     from afina.site.package import with_pages
 
     level = click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level])
-    click.echo(f"{level} {finding.check:<11} {finding.message}")
+    lines = [finding.message]
     if finding.remedy and finding.level != "ok":
-        click.echo(f"{'':<20} remedy: {with_pages(finding.remedy)}")
+        lines.append(f"remedy: {with_pages(finding.remedy)}")
+    if sys.stdout.isatty():
+        width = max(30, shutil.get_terminal_size().columns - 21)
+        lines = [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+    click.echo(f"{level} {finding.check:<11} " + f"\n{'':<21}".join(lines))
 
 
 def _progress(line: str) -> None:

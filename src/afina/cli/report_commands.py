@@ -178,24 +178,17 @@ def _print(comparison: Any, tests: Any) -> None:
         for warning in run.warnings:
             console.print(f"warning: {name}: {warning}")
     if tests:
-        console.print()
-        console.print(_tests(tests))
-        console.print("Difference: run minus the first. The tests cover sampling of rows, not randomness in training:")
-        console.print("seeds of one recipe may differ as much.")
+        from rich.table import Table
 
+        from afina.reports.compare import test_rows
 
-def _tests(tests: Any) -> Any:
-    from rich.table import Table
-
-    from afina.reports.compare import test_rows
-
-    heads, rows = test_rows(tests)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+        heads, rows, others = test_rows(tests)
+        table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print("", *([table] if rows else []), *others, sep="\n")
+        about = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: "
+        console.print(f"{about}seeds of one recipe may differ as much.")
 
 
 def _shown(value: Any) -> str:

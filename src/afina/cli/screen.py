@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -239,7 +240,8 @@ def _fitted(widths: Mapping[str, int], columns: Mapping[str, _Column], width: in
     while room() < 0 and not chosen and any(columns[head].rank for head in kept):
         del kept[max(kept, key=lambda head: columns[head].rank)]
     left = max(0, room())
-    for head in kept:
+    # What lacks least is made whole first: a name of a run may be long.
+    for head in sorted(kept, key=lambda head: widths[head] - least(head)):
         more = min(left, widths[head] - least(head))
         kept[head] = least(head) + more
         left -= more
@@ -258,22 +260,25 @@ def short_labels(names: Sequence[str], width: int) -> list[str]:
             long.setdefault(name.partition("/")[0] if "/" in name else "", []).append(name)
     labels = {name: name for name in names}
     for alike in long.values():
-        before = _in_common(alike)
-        after = _in_common([name[before:][::-1] for name in alike])
+        parts = [_PARTS.split(name) for name in alike]  # values and separators: 1e-4 stays whole
+        before = sum(map(len, _in_common(parts)))
+        after = sum(map(len, _in_common([of[::-1] for of in parts])))
         for name in alike:
-            core = name[before : len(name) - after] + "…" * (after > 0)
-            room = width - len(core) - 1
-            labels[name] = (
-                f"{name[: max(0, min(before, room))]}…{core}" if room >= 0 and before else _middle(core, width)
-            )
+            core = name[before : max(before, len(name) - after)] + "…" * (after > 0)
+            room = width - len(core)
+            head = name[:before] if before <= room else f"{name[: room - 1]}…"
+            labels[name] = head + core if room > 0 else _middle(core, width)
     return [labels[name] for name in names]
 
 
-def _in_common(texts: Sequence[str]) -> int:
-    """Characters at the beginning that several texts share."""
-    if len(texts) < 2:
-        return 0
-    return next((n for n, letters in enumerate(zip(*texts)) if len(set(letters)) > 1), min(map(len, texts)))  # noqa: B905
+#: Between the parts of a run's name.
+_PARTS = re.compile(r"([=,/_ ]|(?<![0-9]e)-)")
+
+
+def _in_common(texts: Sequence[list[str]]) -> list[str]:
+    """The parts at the beginning that several names share."""
+    shared = [set(of) for of in zip(*texts)] if len(texts) > 1 else []  # noqa: B905
+    return [of.pop() for of in itertools.takewhile(lambda of: len(of) == 1, shared)]
 
 
 def _middle(text: str, width: int) -> str:

@@ -216,15 +216,18 @@ def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: 
         lines = [f"{name}: {line}" for name, run in zip(found.names, found.runs, strict=True) for line in run.warnings]
         lines += [f"{found.names[i]}: the model {reason}" for i, reason in weak.items()]
         same = "" if found.recipe else note("The recipes are the same.")
-        possible = [test for test in tests or () if test.paired]
-        heads, rows = test_rows(possible) if possible else ([], [])
-        others = "".join(note(f"{t.run}: not possible: {t.why_not}") for t in tests or () if not t.paired)
+        heads, rows, others = test_rows(tests) if tests else ([], [], [])
         for before, row in itertools.pairwise(rows):  # a row that is sorted elsewhere keeps its run
             row[0] = row[0] or before[0]
         about_tests = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much."
         body = [
             ("Scores", figures(scores, drawings) + beside(found.metrics, number, f"On {found.split}") + note(why)),
-            ("Tests", table(heads, rows, "Paired, on the same rows") + others + note(about_tests) if tests else ""),
+            (
+                "Tests",
+                table(heads, rows, "Paired, on the same rows") + "".join(map(note, [*others, about_tests]))
+                if tests
+                else "",
+            ),
             ("Learning curves", figures(curves, drawings)),
             ("Differences between the recipes", same + beside(found.recipe, _shown, "Keys that differ")),
             ("Effect of each hyperparameter", figures(effects, drawings)),

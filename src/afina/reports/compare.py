@@ -174,15 +174,15 @@ def _predictions(run: Path) -> Predictions | str:
         return error.message
 
 
-def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of tests, on the terminal and in the page."""
-    several = len(tests) > 1
+def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Heads and rows of the table of tests, on the terminal and in the page, and a line for each that is not possible."""
+    several, lines = len(tests) > 1, []
     heads = [f"against {tests[0].against}", "score", "first", "run", "difference", "95 % interval", "p"]
     heads += [*(["p (Holm)"] if several else []), "test"]
     rows = []
     for test in tests:
         if test.paired is None:
-            rows.append([test.run, f"not possible: {test.why_not}", *[""] * (len(heads) - 2)])
+            lines.append(f"{test.run}: not possible: {test.why_not}")
             continue
         for count, d in enumerate(test.paired.differences):
             split = f" ({test.paired.only_first} : {test.paired.only_second})" if d.test.startswith("McNemar") else ""
@@ -200,7 +200,7 @@ def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]]]:
                     d.test + split,
                 ]
             )
-    return heads, rows
+    return heads, rows, lines
 
 
 def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str, Any]:
