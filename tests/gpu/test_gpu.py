@@ -24,7 +24,7 @@ from tests.unit.compute import encoders
 from tests.unit.training import test_train as runs
 
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
-from afina.worker.compute.batches import Collator, PackedCollator
+from afina.worker.compute.batches import PackedCollator
 from afina.worker.compute.packing import pack
 from afina.worker.model.losses import Loss
 
@@ -45,14 +45,16 @@ def _on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
 
 def _step(name: str, *, half: bool, packs: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and all gradients in one vector, in float64 on the CPU; without dropout."""
-    model = encoders.without_dropout(encoders.model_of(encoders.CONFIGS[name])).train().cuda()
+    known = encoders.CONFIGS | encoders.OTHERS
+    model = encoders.without_dropout(encoders.model_of(known[name])).train().cuda()
     types = "token_type_ids" in encoders.forward_arguments(model)
-    split = encoders.split_of(encoders.LENGTHS, 5, types=types, forbidden=None)
-    collate: Collator | PackedCollator = Collator(split, encoders.PAD)
+    # The head of a decoder finds a text's end by its padding tokens: no text may hold one.
+    forbidden = encoders.PAD if name in encoders.OTHERS else None
+    split = encoders.split_of(encoders.LENGTHS, 5, types=types, forbidden=forbidden)
     if packs:
-        about = packed_model.PROVEN[model.config.model_type]
+        assert packed_model.why_not_packed(model) is None
         packed_model.enable_packing(model, attention.PLAIN)
-        collate = PackedCollator(split, encoders.PAD, heads=4, offset=about.offset, device="cuda")
+    collate = packed_model.collator(model, split, "packed" if packs else "grouped", encoders.PAD, device="cuda")
     batch = _on_gpu(collate(ROWS))
     with torch.autocast("cuda", torch.bfloat16, enabled=half):
         logits, _, gradients = encoders.step(model, batch)
@@ -63,7 +65,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", encoders.CONFIGS)
+@pytest.mark.parametrize("name", [*encoders.CONFIGS, *encoders.OTHERS])
 def test_packed_equals_padded(name: str) -> None:
     """In float32 to rounding; in bfloat16, with flash attention, as near to float32 as padded batches are."""
     exact = _step(name, half=False, packs=False)

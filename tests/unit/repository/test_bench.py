@@ -189,3 +189,29 @@ def test_a_page_that_fetches_logs_or_is_too_wide_is_reported(tmp_path: Path) -> 
     for name in ("light", "dark", "narrow"):
         assert (tmp_path / f"fine/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "fine/print.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.series
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_proof_on_a_gpu_runs_on_a_cpu_too(tmp_path: Path) -> None:
+    """Its command, with tiny models: each part gives figures, and one without time is recorded as left out."""
+    out = tmp_path / "proof.json"
+    argv = ["bash", "tests/gpu/prove.sh", "--dry-run", "--out", str(out), "--limit", "300", "--only"]
+    done = subprocess.run(
+        [*argv, "machine", "tests", "peers 32", "decoder LoRA packed"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    proof = json.loads(out.read_text())
+    assert proof["machine"]["peaks"]["float32"] > 0 and proof["tests"]["failed"] == []
+    assert [row["peer"] for row in proof["peers 32"]["rows"]] == [
+        "tutorial",
+        "trainer",
+        "native",
+        "afina",
+        "afina-graphs",
+    ]
+    lora = proof["decoder LoRA packed"]
+    assert lora["tokens_per_second"] > 0 and lora["trained_parameters"] < lora["parameters"]
+    done = subprocess.run([*argv[:5], "--limit", "1", "--only", "tests"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "left_out" in json.loads(out.read_text())["tests"]
