@@ -127,6 +127,9 @@ class Recipe(_Explained):
         if self.adapter is not None and self.train.freeze is not None:
             remedy = "leave `train.freeze` out: with an adapter all weights but adapter and head are frozen"
             yield KeyedError("has no meaning beside `adapter`", "train", "freeze", remedy=remedy)
+        if self.adapter is None and self.train.base_dtype != "fp32":
+            remedy = "leave it out, or set `adapter: {kind: lora}`: weights that are trained stay in float32"
+            yield KeyedError("is of frozen weights, and all are trained", "train", "base_dtype", remedy=remedy)
         local = self.model.startswith((".", "/", "~", "$")) or self.model.count("/") > 1
         if self.trust_remote_code and not local and not _COMMIT.fullmatch(self.revision or ""):
             problem = f"`{self.revision}` can move" if self.revision else "`revision` is missing"

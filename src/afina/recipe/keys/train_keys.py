@@ -70,6 +70,7 @@ class Train(Section):
         "layer_decay",
         "head_learning_rate",
         "early_stopping",
+        "base_dtype",
     )
 
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
@@ -102,6 +103,7 @@ class Train(Section):
     cuda_graphs: bool = False
     attention_dropout: Literal[0] | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     arguments: dict[str, Any] = Field(default_factory=dict)
 

@@ -103,6 +103,8 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
     if arguments.device.type == "cpu":
         cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
+    if plan.recipe.train.base_dtype == "bf16":
+        notes.append(products.store_frozen_in_bf16(model))
     set_pad_token(model, pad_token_id)
     return batching, notes
 
