@@ -91,7 +91,7 @@ def test_dropout_of_flash_attention(first_only: bool) -> None:
 
     def out(values: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return flash.attend(q, k, values, packing, first_only, 32**-0.5, p, None)
+        return flash.attend(q, k, values, packing, first_only, 32**-0.5, p, (None, None))
 
     without = out(v, 0.0, 1).float()
     assert torch.equal(out(v, 0.3, 1), out(v, 0.3, 1))

@@ -103,6 +103,9 @@ def attend(
     if causal is None:
         causal = getattr(module, "is_causal", False)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type != "cpu" and torch.is_autocast_enabled(query.device.type):
+        # As for torch's own attention: a rotation may have made queries and keys float32 again.
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
     tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
     by_flash = packing is not None and bias is None and cap is None and not (first_only and (window or causal))
