@@ -255,10 +255,10 @@ def test_a_metric_of_ones_own_changes_neither_what_others_see_nor_the_training()
 def test_a_metric_that_cannot_work_is_refused_with_its_traceback(metrics: list[str], message: str) -> None:
     code = {"mine": CODE, "broken": "def cost(:"}
     with pytest.raises(RecipeError) as caught:
-        check_metrics("single-label", metrics, None, 3, code)
+        check_metrics("single-label", metrics, 3, code)
     assert message in caught.value.message and caught.value.remedy
     if metrics == ["mine:wrong"]:
         assert 'File "mine.py", line 17, in wrong' in caught.value.message
         assert 'raise ValueError("no such thing")' in caught.value.message
     for task, width in (("single-label", 3), ("multi-label", 3), ("regression", 1)):
-        check_metrics(task, ["mine:cost:lower"], "cost", width, code)
+        check_metrics(task, ["mine:cost:lower"], width, code)
