@@ -73,7 +73,8 @@ def compare(
     """Compare runs: differences between their recipes, their scores, and tests whether those differ by more than chance.
 
     A folder stands for the runs below it. Each run is tested against the first on the same eval rows: McNemar's exact test for
-    accuracy, the paired bootstrap for other scores, Wilcoxon's test for absolute errors.
+    accuracy, the paired bootstrap for other scores, Wilcoxon's test for absolute errors. Sweeps with --folds are tested as a whole, over
+    the folds that both have.
 
     \b
     Examples:
@@ -88,7 +89,7 @@ def compare(
 
     comparison = comparing.compare(runs, split)
     tests, looked = None, ""
-    if test or (test is None and len(comparison.runs) <= _MOST_TESTED):
+    if test or (test is None and (len(comparison.runs) <= _MOST_TESTED or comparison.folded)):
         tests = comparing.verdicts(comparison, metric)
     if split == "test":
         looked = look_at_test([run.path for run in comparison.runs], "compare", metric or "")

@@ -33,6 +33,14 @@ __all__ = ["COMMANDS"]
 )
 @click.option("--grid", metavar="KEY=A,B,…", multiple=True, help="Values of a key; several keys are combined.")
 @click.option("--seeds", metavar="N", help="So many seeds from the recipe's own on; or these: 1,2,7.")
+@click.option("--folds", type=click.IntRange(2), metavar="N", help="Cross-validation: one run for each of N folds.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How often the rows are divided, with --folds.",
+)
 @click.option("--search", metavar="KEY=LOW..HIGH", multiple=True, help="Let Optuna choose; `:log`, or choices A,B.")
 @click.option("--trials", type=click.IntRange(1), default=20, show_default=True, help="How many, with --search.")
 @click.option(
@@ -65,6 +73,7 @@ def sweep(context: click.Context, /, recipe: str, request: JobRequest, **options
     Examples:
       afina sweep recipe.yaml --grid train.learning_rate=1e-5,3e-5,5e-5 --seeds 5 --max-parallel 8
       afina sweep recipe.yaml --search train.learning_rate=1e-6..1e-4:log --trials 20 --max-parallel 4
+      afina sweep recipe.yaml --folds 5 --repeats 2
       afina sweep recipe.yaml --seeds 3 --local
       afina sweep /scratch/me/sweeps/yelp-1a2b3c4d
     """
@@ -124,8 +133,10 @@ def _check_options(context: click.Context, shown: _Shown) -> None:
     local, search = not context.params["submitted"], bool(context.params["search"])
     if shown.metric is not None and not (shown.wait or local):
         raise InputError("--metric: is for the table", "afina sweep SWEEP_DIR --metric NAME, or with --wait or --local")
+    folds = context.params["folds"] is not None
     for name, needs, is_given in (
         ("num_processes", "--local", local),
+        ("repeats", "--folds", folds),
         ("trials", "--search", search),
         ("search_seed", "--search", search),
     ):

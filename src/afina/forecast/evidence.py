@@ -78,8 +78,7 @@ def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
     from safetensors import SafetensorError
 
     try:
-        manifest = json.loads((Path(prepared["prepared"]) / "manifest.json").read_text(encoding="utf-8"))
-        rows = {split: int(about["rows"]) for split, about in manifest["splits"].items()}
+        rows = {split: int(count) for split, count in prepared["rows"].items()}
         # The sizes that follow from their number are those of a training of all weights.
         parameters = None if plan.recipe.adapter else num_parameters(Path(prepared["model_folder"]))
     except (OSError, ValueError, KeyError, SafetensorError) as error:

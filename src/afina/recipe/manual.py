@@ -16,6 +16,7 @@ __all__ = ["KeyRow", "key_rows"]
 _PLACES = {
     "## Recipe": ("",),
     "## Data": ("data.",),
+    "### Fold": ("data.fold.",),
     "### Part": ("data.train.", "data.eval.", "data.test."),
     "## Tokens": ("tokens.",),
     "## Train": ("train.",),
@@ -61,6 +62,7 @@ def _is_section(key: str) -> bool:
         "train",
         "adapter",
         "resources",
+        "data.fold",
         "data.train",
         "data.eval",
         "data.test",

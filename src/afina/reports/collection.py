@@ -39,6 +39,9 @@ _MOST_DRAWN, _MOST_CURVES, _MOST_SCORED = 60, 8, 200
 #: Resamples per run; there are many runs.
 _DRAWS = 1000
 
+#: Keys in which the runs of one point differ.
+_OF_ONE_POINT = ("name", "train.seed", "data.fold.number", "data.fold.repeat")
+
 #: The charts of a page, and the page from their drawings.
 Page = tuple[list[Chart], Callable[[Mapping[str, str]], str]]
 
@@ -82,7 +85,7 @@ def _lead(
     if best is not None and best.interval is not None:
         mean, below = best.interval, best.point
         if mean.low is not None:
-            below += f": mean of {mean.count} seeds, 95 % interval {number(mean.low)} to {number(mean.high)}"
+            below += f": mean of {mean.count} {_unit(best)}, 95 % interval {number(mean.low)} to {number(mean.high)}"
         lead[f"best {metric}"] = (number(mean.mean), below)
     elif any(row.weak for row in rows):
         lead[f"best {metric}"] = ("none", f"every model is of no use: {next(row.weak for row in rows if row.weak)}")
@@ -129,7 +132,7 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
             (recipe.get(key), run.metrics[str(metric)]) for recipe, run in zip(recipes, scored, strict=True)
         ]
         values = sorted({value for value, _ in pairs if type(value) in (int, float)})
-        if key == "train.seed" or len(values) < 2 or any(type(value) not in (int, float) for value, _ in pairs):
+        if key in _OF_ONE_POINT or len(values) < 2 or any(type(value) not in (int, float) for value, _ in pairs):
             continue
         dots = [(float(value), y) for value, y in pairs]
         means = [(float(x), sum(of) / len(of)) for x in values if (of := [y for value, y in pairs if value == x])]
@@ -150,8 +153,8 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
 def _points(
     runs: Sequence[RunResult], names: Sequence[str], metric: str | None, weak: Mapping[int, str]
 ) -> tuple[list[Row], Row | None, bool]:
-    """Runs that differ in the seed alone as one row, ranked and tested; the best; and whether any point has several seeds."""
-    recipes = [{k: v for k, v in run.flat_recipe().items() if k not in ("name", "train.seed")} for run in runs]
+    """Runs that differ in the seed or the fold alone as one row, ranked and tested; the best; and whether any point has several runs."""
+    recipes = [{k: v for k, v in run.flat_recipe().items() if k not in _OF_ONE_POINT} for run in runs]
     keys = differing(recipes)
     grouped: dict[str, list[int]] = {}
     for i, recipe in enumerate(recipes):
@@ -159,7 +162,8 @@ def _points(
     rows = []
     for group in grouped.values():
         scores = {i: runs[i].metrics.get(metric or "", math.nan) for i in group if runs[i].finished}
-        values = {runs[i].train.get("seed", i): v for i, v in scores.items() if math.isfinite(v)}
+        values = {runs[i].fold or runs[i].train.get("seed", i): v for i, v in scores.items() if math.isfinite(v)}
+        overlap = 1 / (of - 1) if (of := recipes[group[0]].get("data.fold.of")) else 0.0
         overrides = {key: str(_shown(recipes[group[0]].get(key))) for key in keys}
         words = ", ".join(f"{key}={value}" for key, value in zip(_short_keys(keys), overrides.values(), strict=True))
         rows.append(
@@ -168,8 +172,9 @@ def _points(
                 overrides,
                 values,
                 Counter(str(runs[i].outcome.get("outcome") or "no outcome").upper() for i in group),
-                mean_interval(list(values.values())) if values else None,
+                mean_interval(list(values.values()), overlap=overlap) if values else None,
                 weak=weak[group[0]] if values and all(i in weak for i in group) else "",
+                overlap=overlap,
             )
         )
     lower = bool(metric and lower_is_better(metric, runs[0].metric_texts))
@@ -193,10 +198,14 @@ def _points_table(rows: Sequence[Row], best: Row | None, metric: str | None) -> 
                 None if row is best or row.p is None else p_value(row.p),
             ]
         )
-    heads = ["point", f"mean {metric or 'score'}", "95 % interval", "seeds", "against the best", "p (Holm)"]
+    heads = ["point", f"mean {metric or 'score'}", "95 % interval", _unit(rows[0]), "against the best", "p (Holm)"]
     weak = [f"{row.point}: the model {row.weak}." for row in rows if row.weak]
     about = [*map(note, useless(rows) or remarks(rows, best)), *([] if useless(rows) else [warnings(weak)])]
-    return table(heads, cells, "Means over seeds, the best first") + "".join(about)
+    return table(heads, cells, f"Means over {_unit(rows[0])}, the best first") + "".join(about)
+
+
+def _unit(row: Row) -> str:
+    return "folds" if row.overlap else "seeds"
 
 
 def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: str = "") -> Page:
@@ -289,7 +298,8 @@ def _sweep(record: Mapping[str, Any]) -> str:
     """The grid and the seeds, or the space of a search, from `sweep.json`."""
     grid, search = record.get("grid"), record.get("search")
     rows = {str(key): _shown(values) for key, values in grid.items()} if isinstance(grid, Mapping) else {}
-    rows |= {"seeds": _shown(record.get("seeds") or None)}
+    rows |= {"seeds": _shown(record.get("seeds") or None), "folds": record.get("folds")}
+    rows |= {"repeats": record.get("repeats")} if record.get("folds") else {}
     if isinstance(search, Mapping):
         rows |= {key: _shown(search[key]) for key in ("metric", "direction", "trials", "space") if key in search}
     return pairs(rows)

@@ -2,14 +2,14 @@
 
 `compare` reads plans and outcomes, a thousand runs in less than a second; `verdicts` reads predictions and tests each run against the
 first (`afina.statistics.paired`). A test that is not possible (other eval rows, no predictions, another task) is a reason in words, not
-an error.
+an error. Two cross-validations are tested as a whole, over the folds that both have.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from afina.errors import DataError, InputError
 from afina.recipe.metrics import NEED_SCORES
 from afina.run.directory import RunDir
 from afina.run.provenance.methods import execution_of
-from afina.statistics.paired import Paired, compare_paired, holm
+from afina.statistics.intervals import paired_t_test
+from afina.statistics.paired import Difference, Paired, align, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.text import number, p_value
 from afina.watch.find import find_runs
@@ -50,6 +51,11 @@ class Comparison:
     metrics: dict[str, list[float | None]]
     about: dict[str, list[Any]]
     split: str = "eval"
+
+    @property
+    def folded(self) -> bool:
+        """Whether all of them are folds of cross-validations."""
+        return all(run.fold is not None for run in self.runs)
 
     def tests(self, metric: str | None = None) -> list[Verdict]:
         """Paired tests of each run against the first; `metric` is by default what chooses the best checkpoint."""
@@ -123,7 +129,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]:
-    """Test each run against the first, on the predictions for the rows of the split.
+    """Test each run against the first, on the predictions for the rows of the split; of folds each cross-validation.
 
     Args:
         metric: the score that comes first and is corrected; by default the one that chooses the best checkpoint, if it can be tested.
@@ -132,6 +138,13 @@ def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]
         InputError: no such score.
     """
     chosen = metric or comparison.runs[0].metric
+    results = (_of_folds if comparison.folded else _of_runs)(comparison, chosen, required=metric is not None)
+    known = [i for i, result in enumerate(results) if result.paired and not math.isnan(result.paired.differences[0].p)]
+    corrected = dict(zip(known, holm([results[i].paired.differences[0].p for i in known]), strict=True))  # type: ignore[union-attr]
+    return [Verdict(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
+
+
+def _of_runs(comparison: Comparison, chosen: str | None, *, required: bool) -> list[Verdict]:
     extra = [name for name in comparison.metrics if name in (*NEED_SCORES, "spearman")]
     extra += [chosen] if chosen in (*NEED_SCORES, "spearman") and chosen not in extra else []
     name = "predictions_test.parquet" if comparison.split == "test" else "predictions.parquet"
@@ -147,11 +160,57 @@ def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]
             except DataError as error:
                 why = error.message
         if paired is not None:
-            paired = _with_first(paired, chosen, required=metric is not None)
+            paired = _with_first(paired, chosen, required=required)
         results.append(Verdict(name, names[0], paired, why))
-    known = [i for i, result in enumerate(results) if result.paired and not math.isnan(result.paired.differences[0].p)]
-    corrected = dict(zip(known, holm([results[i].paired.differences[0].p for i in known]), strict=True))  # type: ignore[union-attr]
-    return [Verdict(r.run, r.against, r.paired, r.why_not, corrected.get(i)) for i, r in enumerate(results)]
+    return results
+
+
+def _of_folds(comparison: Comparison, chosen: str | None, *, required: bool) -> list[Verdict]:
+    """Tests of each cross-validation against the first, by the scores of the folds that both have (`afina.statistics.intervals`)."""
+    sweeps: dict[Path, dict[int, RunResult]] = {}
+    for run in comparison.runs:
+        sweeps.setdefault(run.path.absolute().parent, {})[run.fold or 0] = run
+    names = names_of([folder.parent if folder.name == "runs" else folder for folder in sweeps])
+    first, *others = sweeps.values()
+    if not others:
+        return [Verdict(names[0], names[0], None, "these are folds of one training: `afina sweep` shows their mean")]
+    results = []
+    for name, other in zip(names[1:], others, strict=True):
+        try:
+            paired = _paired_folds(first, other, comparison)
+            results.append(Verdict(name, names[0], _with_first(paired, chosen, required=required)))
+        except DataError as error:
+            results.append(Verdict(name, names[0], None, error.message))
+    return results
+
+
+def _paired_folds(first: Mapping[int, RunResult], other: Mapping[int, RunResult], comparison: Comparison) -> Paired:
+    """Raises: DataError: they share no finished fold, or the folds have other rows."""
+    counts = {run.recipe["data"]["fold"]["of"] for run in (*first.values(), *other.values())}
+    if len(counts) > 1:
+        raise DataError(f"they have {' and '.join(map(str, sorted(counts)))} folds", "give both the same --folds")
+    shared = [fold for fold in sorted(first.keys() & other.keys()) if first[fold].finished and other[fold].finished]
+    if not shared:
+        raise DataError("they share no finished fold", "wait for both, or give both the same --folds and --repeats")
+    rows = 0
+    for fold in shared:
+        rows += len(align(*(read_predictions(runs[fold].path / "predictions.parquet") for runs in (first, other))))
+    differences = []
+    for metric in comparison.metrics:
+        pairs = [
+            tuple(_of_split(runs[fold], comparison.split).get(metric) for runs in (first, other)) for fold in shared
+        ]
+        values = [(a, b) for a, b in pairs if a is not None and b is not None]
+        if len(values) < len(pairs):
+            continue
+        before, after = zip(*values, strict=True)
+        test = paired_t_test(after, before, overlap=1 / (counts.copy().pop() - 1))
+        low, high, p = (
+            math.nan if value is None else value for value in (test.difference.low, test.difference.high, test.p)
+        )
+        one, two = (sum(side) / len(side) for side in (before, after))
+        differences.append(Difference(metric, one, two, low, high, p, f"corrected t over {len(shared)} folds"))
+    return Paired(rows, None, None, tuple(differences))
 
 
 def _with_first(paired: Paired, metric: str | None, *, required: bool) -> Paired:

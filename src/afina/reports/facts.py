@@ -191,6 +191,8 @@ def _lengths(prepared: Mapping[str, Any], plan: Plan) -> dict[str, Lengths | str
     """Lengths of the texts, as long as the prepared data exists."""
     folder = Path(str(prepared.get("prepared") or "/nowhere"))
     files = {split: folder / f"{split}.offsets.npy" for split in prepared.get("rows") or {}}
+    if plan.recipe.data.fold is not None and "train" in files:
+        files["all folds"] = files.pop("train")
     return {split: _lengths_of(file, plan) for split, file in files.items() if file.is_file()}
 
 

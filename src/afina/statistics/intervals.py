@@ -1,4 +1,8 @@
-"""Intervals of a share, and of a mean over a few seeds with its paired t-test.
+"""Intervals of a share, and of a mean over a few seeds or folds with its paired t-test.
+
+Models of several folds are trained on much the same rows, so their scores are not independent, and Student's interval of their mean is too
+narrow: the variance of the mean is taken as `(1 / n + n_test / n_train) s²` (Nadeau and Bengio 2003, "Inference for the Generalization
+Error"), for repeated cross-validation as Bouckaert and Frank (2004) do. `overlap` is n_test / n_train; 0 for seeds.
 
 Those over seeds assume that the results of the seeds are independent and roughly normal, which 3 to 10 seeds cannot show. Not covered: the
 spread that another sample of the data would bring, and the bias of choosing the best setting by these very numbers. Student's t
@@ -40,8 +44,11 @@ class PairedTest:
     p: float | None
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
-    """Mean and two-sided interval `mean ± t(level, n - 1) · s / √n`, s the sample standard deviation.
+def mean_interval(values: Sequence[float], level: float = 0.95, overlap: float = 0.0) -> MeanInterval:
+    """Mean and two-sided interval `mean ± t(level, n - 1) · s · √(1 / n + overlap)`, s the sample standard deviation.
+
+    Args:
+        overlap: rows that one model is tested on / rows that it is trained on, where the models share rows.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -54,12 +61,14 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
     from scipy.special import stdtrit
 
     deviation = statistics.stdev(values)
-    half = float(stdtrit(len(values) - 1, 0.5 + level / 2)) * deviation / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.5 + level / 2)) * deviation * math.sqrt(1 / len(values) + overlap)
     return MeanInterval(mean, mean - half, mean + half, deviation, len(values))
 
 
-def paired_t_test(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> PairedTest:
-    """Test whether two settings differ, from pairs of results that share a seed.
+def paired_t_test(
+    first: Sequence[float], second: Sequence[float], level: float = 0.95, overlap: float = 0.0
+) -> PairedTest:
+    """Test whether two settings differ, from pairs of results that share a seed, or a fold; see `mean_interval`.
 
     Raises:
         ValueError: no pairs, or lists of different length.
@@ -67,12 +76,12 @@ def paired_t_test(first: Sequence[float], second: Sequence[float], level: float 
     from scipy.special import stdtr
 
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    interval = mean_interval(differences, level)
+    interval = mean_interval(differences, level, overlap)
     # Equal differences may still vary by rounding.
     scale = max(map(abs, [*first, *second]))
     if interval.deviation is None or interval.deviation <= 1e-12 * scale:
         return PairedTest(interval, None, None)
-    t = interval.mean / (interval.deviation / math.sqrt(interval.count))
+    t = interval.mean / (interval.deviation * math.sqrt(1 / interval.count + overlap))
     return PairedTest(interval, t, 2 * float(stdtr(interval.count - 1, -abs(t))))
 
 

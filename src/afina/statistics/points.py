@@ -1,4 +1,4 @@
-"""Points of a sweep, or of any runs: the mean of each over seeds, the best one, and tests of the others against it.
+"""Points of a sweep, or of any runs: the mean of each over seeds or folds, the best one, and tests of the others against it.
 
 Points are compared with the best one by a paired t-test over the seeds that both have finished, because a seed moves all points
 together; p-values are Holm-corrected over those comparisons. A model that predicts one label, or does not beat the majority class, is no
@@ -34,6 +34,7 @@ class Row:
         p: Holm-corrected; None without a test.
         shown: mean of the score that is shown beside it, with its interval.
         weak: why its models are of no use; empty if one of them is.
+        overlap: of folds, see `afina.statistics.intervals`; then `values` are by fold.
     """
 
     point: str
@@ -45,6 +46,7 @@ class Row:
     p: float | None = None
     shown: MeanInterval | None = None
     weak: str = ""
+    overlap: float = 0.0
 
     @property
     def runs(self) -> int:
@@ -86,7 +88,9 @@ def _compared(rows: Sequence[Row], best: Row) -> list[Row]:
     for row in rows:
         shared = sorted(row.values.keys() & best.values.keys())
         tests.append(
-            paired_t_test([row.values[seed] for seed in shared], [best.values[seed] for seed in shared])
+            paired_t_test(
+                [row.values[seed] for seed in shared], [best.values[seed] for seed in shared], overlap=row.overlap
+            )
             if shared
             else None
         )
@@ -100,31 +104,31 @@ def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
     if best is None:
         return ["No run has finished yet."]
     others = [row for row in rows if row is not best and row.interval is not None]
-    notes = []
+    notes, intervals, unit = [], _FOLDS if best.overlap else _INTERVALS, "fold" if best.overlap else "seed"
     if len(best.values) < best.runs:
         notes.append("Provisional: no point has finished all its runs.")
     if not others:
-        return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else _INTERVALS]
+        return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else intervals]
     after = next((row for row in others if row.p is not None), others[0])
     test, count = after.against_best, sum(row.p is not None for row in others)
     head = f"Best: {best.point}. "
     if test is None or after.p is None:
         seeds = test.difference.count if test else 0
-        why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished seed{'s' * (seeds != 1)}"
+        why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished {unit}{'s' * (seeds != 1)}"
         notes.append(f"{head}It cannot be compared with the next ({after.point}): {why}.")
     else:
         between = others[: others.index(after)]
         named = after.point if any(map(_differs_evenly, between)) else f"the next ({after.point})"
         better = "distinguishable" if after.p < _LEVEL else "NOT distinguishable"
         notes.append(
-            f"{head}It is {better} from {named}: paired over {test.difference.count} seeds, "
+            f"{head}It is {better} from {named}: paired over {test.difference.count} {unit}s, "
             f"{_in_words(after.p)}{f' after correction for {count} comparisons' if count > 1 else ''}."
         )
     if all(row.runs == 1 for row in rows):
         notes.append(
             "One seed each cannot tell the other points apart either: the same command with --seeds 5 adds four to each."
         )
-        return [*notes, _INTERVALS]
+        return [*notes, intervals]
     left = [row for row in others if row.p is None and row is not after]
     if same := [row.point for row in left if _differs_evenly(row)]:
         notes.append(f"Same difference to the best in every seed, so that no test applies: {', '.join(same)}.")
@@ -133,7 +137,7 @@ def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
     alike = [row.point for row in others if row.p is not None and row.p >= _LEVEL]
     if len(alike) > 1:
         notes.append(f"Nor from: {', '.join(alike[1:])}.")
-    notes += [_INTERVALS, _PICKED]
+    notes += [intervals, _PICKED]
     return notes
 
 
@@ -143,6 +147,10 @@ def _differs_evenly(row: Row) -> bool:
 
 
 _INTERVALS = "Intervals: 95 %, t-distribution over seeds; p: paired t-test over the shared seeds, Holm-corrected."
+_FOLDS = (
+    "Intervals: 95 %, of the score to expect from a training on as many such rows; t-distribution over folds, corrected for the rows that "
+    "their models share (Nadeau and Bengio 2003); p likewise, over the same folds."
+)
 _PICKED = "The best was selected by the same numbers, so its p-values are too small: confirm it with new seeds or on the test split."
 
 

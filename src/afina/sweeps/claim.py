@@ -51,6 +51,8 @@ def prepare_cells(draft: Draft, say: Say) -> dict[str, dict[str, Any]]:
         for number, plan in draft.plans.items():
             cell = draft.record.cells[number]
             if not is_run_dir(draft.home.runs / cell.name):
+                if plan.recipe.data.fold is not None:  # the last one knows the folds of all repeats
+                    plans.pop(_share(plan), None)
                 plans.setdefault(_share(plan), (cell.point, plan))
     if plans:
         check_image(draft.record.plan.site)
@@ -71,6 +73,7 @@ def _share(plan: Plan) -> str:
     """Equal for plans with the same preparation and the same checks in it."""
     recipe = plan.recipe
     what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data", "metrics"})
+    what["data"].pop("fold")
     files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
     return json.dumps(
         [what, files, recipe.tokens.max_length, recipe.train.arguments, recipe.train.best_metric], sort_keys=True
@@ -113,7 +116,9 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         if share not in shared:
             shared[share] = _shared_record(draft, plan, prepared[share], say)
         about = record_of(shared[share], plan, cell.overrides)
-        new_run.claim_run(plan, run.path, text=draft.text, prepared=prepared[share], record=about, scripts=scripts)
+        new_run.claim_run(
+            plan, run.path, text=draft.text, prepared=_of_fold(prepared[share], plan), record=about, scripts=scripts
+        )
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if count % 100 == 0:
             say(f"{count} of {len(draft.plans)} run directories made")
@@ -121,6 +126,17 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         undo.callback(_restore, home, draft.before)
         home.write(record)
     return record
+
+
+def _of_fold(prepared: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """What `prepare` says of the plan's fold, from what it says of another fold of the same data."""
+    if plan.recipe.data.fold is None:
+        return prepared
+    sizes = plan.recipe.data.fold.sizes(prepared["folds"])
+    counts = {
+        name: {**prepared[name], **{split: size[name] for split, size in sizes.items()}} for name in sizes["eval"]
+    }
+    return {**prepared, **counts}
 
 
 def _shared_record(draft: Draft, plan: Plan, prepared: Mapping[str, Any], say: Say) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site, load_site
 from afina.slurm.query import query
 from afina.slurm.submit import max_array_size
-from afina.sweeps.grid import Cell, expand_sweep, parse_seeds
+from afina.sweeps.grid import Cell, expand_folds, expand_sweep, parse_seeds
 from afina.sweeps.space import Space, corners
 from afina.sweeps.sweep_dir import CellRecord, SearchRecord, SweepDir, SweepRecord, differences, failed_for_good
 from afina.watch.overview import State, summarise
@@ -66,6 +66,8 @@ class SweepRequest:
     search: Space | None = None
     trials: int = 20
     search_seed: int = 0
+    folds: int | None = None
+    repeats: int = 1
     directory: str | Path | None = None
     max_parallel: int | None = None
     local: bool = False
@@ -105,11 +107,32 @@ def draft_sweep(recipe: str | Path | Recipe, request: SweepRequest) -> Draft:
     """
     source = _Source.of(recipe, api.on_this_machine(request.job) if request.local else request.job)
     plan = source.plan_with(())
-    home = SweepDir(request.directory) if request.directory else SweepDir.default(plan)
+    home = SweepDir(request.directory) if request.directory else SweepDir.default(plan, request.folds)
     before = home.read()
+    drafting = _draft_grid if request.search is None else _draft_search
+    draft = (drafting if request.folds is None else _draft_folds)(source, request, plan, home, before)
     if before is not None:
-        _check_same(home, before, plan, request.search)
-    return (_draft_grid if request.search is None else _draft_search)(source, request, plan, home, before)
+        _check_same(home, before, draft.record)
+    return draft
+
+
+def _draft_folds(
+    source: _Source, request: SweepRequest, plan: Plan, home: SweepDir, before: SweepRecord | None
+) -> Draft:
+    assert request.folds is not None
+    if request.search is not None or request.grid or request.seeds is not None:
+        raise InputError(
+            "--folds: cannot be combined with --grid, --search or --seeds: a setting that was chosen by the scores of the folds is "
+            "scored too kindly by them",
+            "choose the setting first, on other rows; then --folds for it alone. To compare two settings: two sweeps with --folds, "
+            "and afina compare SWEEP OTHER_SWEEP",
+        )
+    expanded = expand_folds(source.text, source.job.overrides, request.folds, request.repeats, source=source.name)
+    plans = [_planned(source, cell, named=False) for cell in expanded]
+    cells, wanted = _joined(before.cells if before else (), expanded, plans)
+    repeats = max(request.repeats, before.repeats if before else 1)
+    record = SweepRecord(plan=plan, cells=cells, folds=request.folds, repeats=repeats)
+    return Draft(home, before, record, source.text, wanted, dict(zip(wanted, plans, strict=True)), request)
 
 
 def _draft_search(
@@ -146,7 +169,7 @@ def _draft_grid(
             raise InputError("--grid train.seed: is also given by --seeds", "keep one of the two")
         seeds = ",".join([*grid.pop("train.seed"), ""])
     elif not grid and seeds is None:
-        raise InputError("nothing to sweep over", "give --grid KEY=A,B, --seeds N or --search KEY=LOW..HIGH")
+        raise InputError("nothing to sweep over", "give --grid KEY=A,B, --seeds N, --folds N or --search KEY=LOW..HIGH")
     chosen = parse_seeds(1 if seeds is None else seeds, plan.recipe.train.seed)
     expanded = expand_sweep(source.text, source.job.overrides, grid, chosen, source=source.name)
     plans = [_planned(source, cell, named=bool(grid)) for cell in expanded]
@@ -239,19 +262,16 @@ def arrays(draft: Draft, missing: Sequence[int], busy: int = 0) -> Iterator[Arra
         yield ArrayPart(plan, draft.home.path, first, tasks, at_once)
 
 
-def _check_same(home: SweepDir, before: SweepRecord, plan: Plan, search: Space | None) -> None:
-    if differ := differences(before.plan, plan):
+def _check_same(home: SweepDir, before: SweepRecord, record: SweepRecord) -> None:
+    if differ := differences(before.plan, record.plan):
         more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
         raise InputError(
             f"{home.path}: is a sweep of another recipe: {'; '.join(differ[:3])}{more}",
             "choose another --sweep DIR; the existing sweep stays as it is",
         )
-    if (before.search is None) != (search is None):
-        raise InputError(
-            f"{home.path}: was made with {'--grid' if before.search is None else '--search'}",
-            "choose another --sweep DIR",
-        )
-    if before.search is not None and before.search.space != search:
+    if before.kind != record.kind:
+        raise InputError(f"{home.path}: was made with {before.kind}", "choose another --sweep DIR")
+    if before.search is not None and record.search is not None and before.search.space != record.search.space:
         there = {key: domain.model_dump(exclude={"kind"}) for key, domain in before.search.space.items()}
         raise InputError(
             f"{home.path}: is a search of another space: {there}", "choose another --sweep DIR, or the same --search"
@@ -280,7 +300,9 @@ def _joined(
             name = cell.name if cell.name not in names else f"{cell.name}-{digest[:6]}"
             names.add(name)
             cells.append(
-                CellRecord(name=name, point=cell.point, seed=cell.seed, overrides=cell.overrides, digest=digest)
+                CellRecord(
+                    name=name, point=cell.point, seed=cell.seed, overrides=cell.overrides, digest=digest, fold=cell.fold
+                )
             )
         wanted.append(by_digest[digest])
     return tuple(cells), tuple(wanted)

@@ -24,6 +24,7 @@ from afina.recipe.schema import Recipe
 
 __all__ = [
     "Cell",
+    "expand_folds",
     "expand_sweep",
     "grid_of",
     "key_values",
@@ -56,6 +57,7 @@ class Cell:
         seed: `train.seed`.
         overrides: `key=value` each, as `--set` takes them; the seed last.
         recipe: what is trained.
+        fold: its number, counted over all repeats.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Cell:
     seed: int
     overrides: tuple[str, ...]
     recipe: Recipe
+    fold: int | None = None
 
 
 def split_values(text: str) -> list[str]:
@@ -221,6 +224,34 @@ def expand_sweep(
         cell_of[same] = name
         cells.append(Cell(name, point, seed, words, recipe))
     return cells
+
+
+def expand_folds(
+    text: str, overrides: Sequence[str], folds: int, repeats: int, *, source: str = "recipe"
+) -> list[Cell]:
+    """Every fold of every repeat, in order, each as a whole recipe with `data.fold`.
+
+    Raises:
+        RecipeError: the recipe is wrong, or is of one fold already.
+        InputError: fewer than two folds, or too many runs.
+    """
+    if folds < 2 or repeats < 1:
+        raise InputError(
+            f"--folds {folds} --repeats {repeats}: at least 2 folds, once", "for example --folds 5 --repeats 2"
+        )
+    if folds * repeats > _MOST:
+        raise InputError(f"this sweep would be {folds * repeats} runs; at most {_MOST}", "fewer folds or repeats")
+    refuse_keys("--folds", ["data.fold"], overrides)
+    numbered = [(repeat, number) for repeat in range(1, repeats + 1) for number in range(1, folds + 1)]
+    words = [
+        (f"data.fold.of={folds}", f"data.fold.number={number}", f"data.fold.repeat={repeat}")
+        for repeat, number in numbered
+    ]
+    recipes = parse_recipes(text, ([*overrides, *some] for some in words), source=source)
+    return [
+        Cell(f"repeat={repeat},fold={number}", f"{folds} folds", recipe.train.seed, some, recipe, at)
+        for at, ((repeat, number), some, recipe) in enumerate(zip(numbered, words, recipes, strict=True), start=1)
+    ]
 
 
 def point_name(values: Mapping[str, str]) -> str:

@@ -41,6 +41,7 @@ from afina.statistics.weakness import weaknesses
 from afina.sweeps.claim import Say, claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
+from afina.sweeps.out_of_fold import write_out_of_fold
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.table import Table, best_metric, tabulate
@@ -136,6 +137,9 @@ class Sweep:
         if table.shown:
             looks = look_at_test([run.path for run in runs if is_run_dir(run.path)], "sweep", table.shown)
             table = replace(table, notes=(*table.notes, looks))
+        if record.folds and all(state == "FINISHED" for state in states):
+            where = write_out_of_fold(self.dir, record)
+            table = replace(table, notes=(*table.notes, f"Every row as it was predicted out of fold: {where}"))
         splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}
         return replace(table, notes=(*table.notes, *_about_data(runs, splits)))
 
@@ -161,6 +165,8 @@ class SweepOptions(JobOptions, total=False):
     search: Mapping[str, str | Sequence[Any]] | None
     trials: int
     search_seed: int
+    folds: int | None
+    repeats: int
     directory: str | Path | None
     max_parallel: int | None
     local: bool
@@ -169,7 +175,7 @@ class SweepOptions(JobOptions, total=False):
 
 @accepts(SweepOptions, SweepRequest, JobRequest)
 def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep:
-    """Run a recipe over a grid of values and seeds, or let Optuna choose; the same call again continues the sweep.
+    """Run a recipe over a grid of values and seeds, or over folds, or let Optuna choose; the same call again continues the sweep.
 
     Submits one job array and returns at once; with `local` trains here, one run after another, and returns when they have ended.
 
@@ -179,6 +185,8 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
         search: what Optuna may choose from, `{"train.learning_rate": "1e-6..1e-4:log", "tokens.batching": ["packed", "grouped"]}`.
         trials: how many trials of a search shall succeed.
         search_seed: of the search's random numbers.
+        folds: cross-validation: one run for each fold; every row is predicted by a model that was not trained on it.
+        repeats: how often the rows are divided into folds.
         directory: the sweep directory; by default `$AFINA_SCRATCH/sweeps/<name>-<digest8>`.
         max_parallel: how many runs at the same time.
         local: train here, without Slurm.
@@ -191,7 +199,7 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
     job = JobRequest(**{f.name: values.pop(f.name) for f in fields(JobRequest) if f.name in values})
     for name in ("grid", "search"):
         check_argument(name, values.get(name), (Mapping,), 'a mapping such as {"train.learning_rate": [1e-5, 3e-5]}')
-    for name, least in (("trials", 1), ("search_seed", 0), ("max_parallel", 1)):
+    for name, least in (("trials", 1), ("search_seed", 0), ("max_parallel", 1), ("folds", 2), ("repeats", 1)):
         check_argument(name, values.get(name), (int,), "a whole number", least=least)
     check_argument("seeds", values.get("seeds"), (int, str, list, tuple), "a number of seeds, or a list of seeds")
     check_argument("directory", values.get("directory"), (str, Path), "a path")

@@ -6,6 +6,7 @@
     submissions.jsonl             the job arrays and which cells they are of
     finetune.sbatch job.sh node.sh   what the jobs run; its copies go into every run directory
     logs/<array>_<task>.out       the output of a task's batch script
+    out_of_fold.parquet           of folds: each row as the model predicted it that was not trained on it, once for each repeat
     trial.argv  journal.log       of a search: the command that asks for a trial, and Optuna's journal
 
 Cells are only added, at the end: a task that waits in the queue keeps its number. `sweep.json` is
@@ -55,7 +56,7 @@ _OURS = {".lock", "cells", "intent.json", "logs", "runs", "trial.argv", *SCRIPTS
 
 
 class CellRecord(FrozenModel):
-    """One cell: its folder, its point of the grid, its seed, what `--set` it is, and the digest of its plan.
+    """One cell: its folder, its point of the grid, its seed, what `--set` it is, the digest of its plan, and the number of its fold.
 
     The cells of a search have a name only: the values of a trial are in its run directory once it has started.
     """
@@ -65,6 +66,7 @@ class CellRecord(FrozenModel):
     seed: int | None = None
     overrides: tuple[str, ...] = ()
     digest: str | None = None
+    fold: int | None = None
 
 
 class SearchRecord(FrozenModel):
@@ -91,6 +93,18 @@ class SweepRecord(FrozenModel):
     seeds: tuple[int, ...] = ()
     cells: tuple[CellRecord, ...] = ()
     search: SearchRecord | None = None
+    folds: int | None = None
+    repeats: int = 1
+
+    @property
+    def kind(self) -> str:
+        """The option that it was made with."""
+        return "--search" if self.search is not None else f"--folds {self.folds}" if self.folds else "--grid"
+
+    @property
+    def overlap(self) -> float:
+        """Rows that a model is tested on / rows that it is trained on, where the runs are folds."""
+        return 1 / (self.folds - 1) if self.folds else 0.0
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -112,11 +126,14 @@ class SweepDir:
     script = property(lambda self: self.path / "finetune.sbatch")
     trial_argv = property(lambda self: self.path / "trial.argv")
     journal = property(lambda self: self.path / "journal.log")
+    out_of_fold = property(lambda self: self.path / "out_of_fold.parquet")
 
     @classmethod
-    def default(cls, plan: Plan) -> SweepDir:
-        """`<scratch>/sweeps/<name>-<digest8>`: one folder for each recipe, whatever the grid."""
-        return cls(plan.site.scratch / "sweeps" / f"{plan.recipe.name}-{plan.digest[:8]}")
+    def default(cls, plan: Plan, folds: int | None = None) -> SweepDir:
+        """`<scratch>/sweeps/<name>-<digest8>`: one folder for each recipe, whatever the grid; folds have their own."""
+        return cls(
+            plan.site.scratch / "sweeps" / f"{plan.recipe.name}-{plan.digest[:8]}{f'-{folds}-folds' if folds else ''}"
+        )
 
     def run(self, cell: str) -> RunDir:
         return RunDir(self.runs / cell)

@@ -38,6 +38,7 @@ class Table:
     search: bool
     notes: tuple[str, ...] = field(default=())
     shown: str | None = None
+    folds: bool = False
 
     def __str__(self) -> str:
         better = "lower" if self.direction == "minimize" else "higher"
@@ -119,9 +120,10 @@ def tabulate(
                 overrides,
                 values,
                 dict(sorted(Counter(states[number] for number in numbers).items())),
-                mean_interval(list(values.values())) if values else None,
-                shown=mean_interval(list(beside.values())) if beside else None,
+                mean_interval(list(values.values()), overlap=record.overlap) if values else None,
+                shown=mean_interval(list(beside.values()), overlap=record.overlap) if beside else None,
                 weak=str(reasons[0]) if reasons and all(reasons) else "",
+                overlap=record.overlap,
             )
         )
     rows, best = ranked(rows, lower, tested=record.search is None)
@@ -131,14 +133,19 @@ def tabulate(
             f"{shown} is only shown: a choice by the test split would make its scores too kind. Chosen by {column}."
         )
     direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
-    return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown)
+    return Table(
+        sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown, bool(record.folds)
+    )
 
 
 def _over_seeds(
     record: SweepRecord, outcomes: Sequence[Outcome | None], numbers: Sequence[int], column: str
 ) -> dict[int, float]:
-    """The score of each finished run of a point, by its seed."""
-    known = {record.cells[number].seed or 0: _value(outcomes[number], column) for number in numbers}
+    """The score of each finished run of a point, by its seed or the number of its fold."""
+    known = {
+        record.cells[number].fold or record.cells[number].seed or 0: _value(outcomes[number], column)
+        for number in numbers
+    }
     return {seed: value for seed, value in known.items() if value is not None}
 
 
@@ -175,7 +182,15 @@ def _lines(table: Table) -> list[str]:
             for row in table.rows
         ]
     else:
-        head = ["point", "mean", "95 % interval", "seeds", "against the best", "p", "not finished"]
+        head = [
+            "point",
+            "mean",
+            "95 % interval",
+            "folds" if table.folds else "seeds",
+            "against the best",
+            "p",
+            "not finished",
+        ]
         body = [[row.point, *_measured(row), _against(row, table), _p_cell(row), _left(row)] for row in table.rows]
         if len(table.rows) == 1:
             head, body = head[:4] + head[6:], [cells[:4] + cells[6:] for cells in body]

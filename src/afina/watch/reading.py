@@ -91,6 +91,12 @@ class RunResult:
         chosen = selection_metric(task, given) if given or task in METRICS else None
         return chosen if chosen in self.metrics else None
 
+    @property
+    def fold(self) -> int | None:
+        """The number of its fold, counted over all repeats; None of other runs."""
+        fold = (self.recipe.get("data") or {}).get("fold")
+        return (fold["repeat"] - 1) * fold["of"] + fold["number"] if isinstance(fold, dict) else None
+
     def flat_recipe(self) -> dict[str, Any]:
         """The keys that are set: `train.learning_rate` -> value."""
         return {key: value for key, value in flatten(self.recipe).items() if value not in (None, {}, [])}

@@ -18,7 +18,7 @@ from afina.run.plan import Plan
 from afina.run.provenance.record import differences
 from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
-from afina.worker.data.prepared import Split, load_manifest
+from afina.worker.data.prepared import Split, load_manifest, open_split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, row_keys, trained_rows
 
 Make = Callable[..., Plan]
@@ -101,7 +101,7 @@ def test_rows_that_the_base_models_run_was_trained_on(
     run = tmp_path / "runs/first"
     shutil.copytree(models(), run / "model")
     with (run / f"{TRAINED_ROWS}").open("wb") as file:
-        np.save(file, trained_rows(Path(first["prepared"]), models()))
+        np.save(file, trained_rows(open_split(first["prepared"], "train"), models()))
     again = prepared({"train": rows[120:], "eval": spelt(rows[70:110])}, run / "model")
     (warning,) = again["spoiled"]["eval"]
     assert (
@@ -114,7 +114,7 @@ def test_rows_that_the_base_models_run_was_trained_on(
     second = tmp_path / "runs/second"
     shutil.copytree(run / "model", second / "model")
     with (second / TRAINED_ROWS).open("wb") as file:
-        np.save(file, trained_rows(Path(again["prepared"]), run / "model"))
+        np.save(file, trained_rows(open_split(again["prepared"], "train"), run / "model"))
     third = prepared({"train": rows[:60], "eval": [*rows[60:70], *rows[190:]]}, second / "model")
     assert third["spoiled"]["eval"][0].startswith("20 of 20 rows of eval were trained on")
 

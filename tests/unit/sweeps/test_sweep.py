@@ -27,11 +27,14 @@ from tests.unit.statistics.test_scores import write
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError, WaitTimeout
 from afina.recipe.parse import parse_recipe
+from afina.reports.collection import collection_page
+from afina.reports.compare import compare
 from afina.run import new_run
 from afina.run.commands import sweep_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.outcome import Outcome
+from afina.statistics.intervals import paired_t_test
 from afina.sweeps.draft import SweepRequest, draft_sweep, dry_run
 from afina.sweeps.grid import parse_grid
 from afina.sweeps.space import parse_search
@@ -80,7 +83,17 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def prepare(plan: Any) -> dict[str, Any]:
         plans.append(plan)
-        return {"prepared": f"/prepared/{plan.recipe.tokens.max_length}", "task": "single-label"}
+        answer = {"prepared": f"/prepared/{plan.recipe.tokens.max_length}", "task": "single-label"}
+        if plan.recipe.data.fold is None:
+            return answer
+        sizes = [[(4, 6), (5, 5)], [(3, 3, 4)]][plan.recipe.data.fold.of - 2]
+        folds = [[{"rows": n, "tokens": 10 * n} for n in repeat] for repeat in (*sizes, *sizes[-1:])]
+        return {
+            **answer,
+            "folds": folds,
+            "rows": {"train": 6, "eval": 4, "test": 3},
+            "tokens": {"train": 60, "eval": 40},
+        }
 
     monkeypatch.setattr(new_run, "prepare", prepare)
     return plans
@@ -832,3 +845,119 @@ def test_a_local_search_trains_what_it_asked_for(afina: Callable[..., Ran], trai
     assert [run.outcome.outcome for run in made.runs if run.outcome] == ["finished"] * 2
     rates = [run.dir.plan().recipe.train.learning_rate for run in made.runs]
     assert len(set(rates)) == 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+
+
+def _predicted(run: RunDir, rows: range) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {"row": list(rows), "file": pa.array(["a.csv"] * len(rows)).dictionary_encode(), "label": ["x"] * len(rows)}
+    pq.write_table(pa.table({**table, "prediction": ["x"] * len(rows)}), run.predictions)
+
+
+def test_folds_are_one_array_over_one_store_and_one_table_of_all_rows(
+    sweep: Callable[..., Sweep], prepared: list[Any], submitted: Callable[[], list[list[str]]]
+) -> None:
+    import pyarrow.parquet as pq
+
+    made = sweep(folds=2, repeats=2)
+    assert len(prepared) == 1 and [array_of(words) for words in submitted()] == ["0-3"]
+    assert [cell.name for cell in made.record.cells] == [f"repeat={r},fold={n}" for r in (1, 2) for n in (1, 2)]
+    runs = [made.dir.run(cell.name) for cell in made.record.cells]
+    assert [run.prepared()["rows"] for run in runs] == [
+        {"train": train, "eval": 10 - train, "test": 3} for train in (6, 4, 5, 5)
+    ]
+    for run, score, rows in zip(runs, (0.8, 0.9, 0.7, 0.8), ((0, 4), (4, 10), (0, 5), (5, 10)), strict=True):
+        end(run, "finished", score, next="end")
+        _predicted(run, range(*rows))
+    table = made.table()
+    (row,) = table.rows
+    assert row.values == {1: 0.8, 2: 0.9, 3: 0.7, 4: 0.8} and row.interval is not None and row.interval.high is not None
+    half = 3.1824463 * float(np.std([0.8, 0.9, 0.7, 0.8], ddof=1)) * math.sqrt(1 / 4 + 1)
+    assert row.interval.high - row.interval.mean == pytest.approx(half)
+    assert "Nadeau and Bengio" in str(table) and " folds " in str(table) and "out_of_fold.parquet" in str(table)
+    assert pq.read_table(made.dir.out_of_fold).select(["repeat", "fold", "row"]).to_pydict() == {
+        "repeat": [1] * 10 + [2] * 10,
+        "fold": [1] * 4 + [2] * 6 + [1] * 5 + [2] * 5,
+        "row": [*range(10)] * 2,
+    }
+    _predicted(runs[0], range(5))
+    with pytest.raises(DataError, match="not every row is predicted once in each of 2 repeats"):
+        made.table()
+    with pytest.raises(InputError, match="was made with --folds 2"):
+        sweep(GRID, directory=made.path)
+    assert len(sweep(folds=2, repeats=3, directory=made.path).record.cells) == 6
+
+
+def test_two_cross_validations_are_compared_over_the_same_folds(sweep: Callable[..., Sweep]) -> None:
+    sweeps = [sweep(folds=3, overrides=[f"train.learning_rate={rate}"]) for rate in ("1e-3", "2e-3")]
+    assert sweeps[0].path != sweeps[1].path and sweeps[0].path.name.endswith("-3-folds")
+    scores = [(0.8, 0.9, 0.7), (0.81, 0.93, 0.74)]
+    truth, logits = np.array([0, 1, 0, 1, 1]), np.eye(2)[[0, 1, 0, 1, 0]]
+    for made, values in zip(sweeps, scores, strict=True):
+        for number, (cell, value) in enumerate(zip(made.record.cells, values, strict=True)):
+            run = made.dir.run(cell.name)
+            end(run, "finished", value, next="end")
+            write(run.predictions, "single-label", truth, logits, [f"text {number} {i}" for i in range(5)])
+    comparison = compare([made.path for made in sweeps])
+    (verdict,) = comparison.tests()
+    assert verdict.paired is not None and verdict.paired.rows == 15 and verdict.run == sweeps[1].path.name
+    first = verdict.paired.differences[0]
+    expected = paired_t_test(scores[1], scores[0], overlap=1 / 2)
+    assert (first.metric, first.p, first.low) == ("accuracy", expected.p, expected.difference.low)
+    assert (first.first, first.second) == (pytest.approx(0.8), pytest.approx(0.8266667))
+    charts, page = collection_page(sweeps[0].path, [run.path for run in sweeps[0].runs], sweeps[0].path / "report")
+    html = page(dict.fromkeys((chart.key for chart in charts), ""))
+    assert "mean of 3 folds" in html and "Means over folds, the best first" in html and "Nadeau and Bengio" in html
+    write(sweeps[1].dir.run("repeat=1,fold=2").predictions, "single-label", truth, logits, ["another text"] * 5)
+    (verdict,) = compare([made.path for made in sweeps]).tests()
+    assert verdict.paired is None and "the eval rows differ" in (verdict.why_not or "")
+    (alone,) = compare([sweeps[0].path]).tests()
+    assert "folds of one training" in (alone.why_not or "")
+
+
+@pytest.mark.slow
+@pytest.mark.series
+@pytest.mark.timeout(600)
+def test_a_local_cross_validation_predicts_every_row_once(
+    afina: Callable[..., Ran], trainable: Path, scratch: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    words = ["sweep", str(trainable), "--folds", "2", "--local", "--set", "tokens.max_length=32"]
+    words += ["--set", "train.epochs=1"]
+    env = {"AFINA_SCRATCH": str(scratch), "OMP_NUM_THREADS": "1"}
+    done = afina(*words, env=env)
+    assert done.returncode == 0, done.stderr
+    (home,) = (scratch / "sweeps").iterdir()
+    grown = afina(*words, "--repeats", "2", "--json", env=env)
+    assert grown.returncode == 0, grown.stderr
+    made = Sweep(home)
+    assert [run.outcome.attempts for run in made.runs if run.outcome] == [1] * 4
+    assert len(list((scratch / "prepared").glob("*/manifest.json"))) == 1, "tokenised once"
+    table = pq.read_table(home / "out_of_fold.parquet").to_pydict()
+    assert table["repeat"] == [1] * 80 + [2] * 80 and table["row"] == [*range(1, 81)] * 2
+    assert set(table["fold"]) == {1, 2} and {"text", "label", "prediction"} <= table.keys()
+    for run in made.runs:
+        rows = RunDir(run.path).prepared()["rows"]
+        assert len(pq.read_table(RunDir(run.path).predictions)) == rows["eval"] == 80 - rows["train"]
+    page = afina("report", str(home), env=env)
+    assert page.returncode == 0 and "Means over folds" in (home / "report/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--folds", "3", "--seeds", "2"], "cannot be combined with --grid, --search or --seeds"),
+        (["--folds", "3", "--grid", GRID], "scored too kindly"),
+        (["--folds", "3", "--search", "train.learning_rate=1e-6..1e-4:log"], "choose the setting first"),
+        (["--repeats", "2", "--seeds", "2"], "--repeats: has no effect without --folds"),
+        (["--folds", "3", "--set", "data.fold={of: 3, number: 1}"], "is also given by --set"),
+    ],
+)
+def test_folds_of_more_than_one_setting_are_refused(
+    afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, words: list[str], reason: str
+) -> None:
+    ran = afina("sweep", str(recipe_file()), *words, env={"AFINA_SCRATCH": str(scratch)})
+    assert ran.returncode == 2 and reason in ran.stderr, ran.stderr
+    assert not list(scratch.glob("sweeps/*"))

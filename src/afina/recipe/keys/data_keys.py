@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
@@ -11,7 +11,7 @@ from afina.formats.read_options import Delimiter, Encoding, Header, Quoting, Rea
 from afina.recipe.data_files import NamedSplit
 from afina.recipe.keys.section import KeyedError, Names, Section, Text, shown
 
-__all__ = ["Data", "Part"]
+__all__ = ["Data", "Fold", "Part"]
 
 
 def _by_order_is_none(value: Any) -> Any:
@@ -33,10 +33,31 @@ class Part(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
 
+class Fold(Section):
+    """One fold of cross-validation: eval is the fold `number` of `of`, train are the others. Each `repeat` is another division."""
+
+    of: Annotated[int, Field(ge=2, le=1000)] = 5
+    number: Annotated[int, Field(ge=1, le=1000)] = 1
+    repeat: Annotated[int, Field(ge=1, le=1000)] = 1
+
+    def problems(self) -> Iterator[KeyedError]:
+        if self.number > self.of:
+            yield KeyedError(f"fold {self.number} of {self.of}: folds count from 1 to {self.of}", "number")
+
+    def sizes(self, folds: Sequence[Sequence[Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+        """Rows, tokens and groups of train and eval, from those of each fold of each repeat."""
+        these = folds[self.repeat - 1]
+        of_eval = dict(these[self.number - 1])
+        return {
+            "train": {name: sum(fold[name] for fold in these) - size for name, size in of_eval.items()},
+            "eval": of_eval,
+        }
+
+
 class Data(Section):
     """A Hub data set (`hub`) or local `files`, and its columns of texts and labels."""
 
-    added_later = ("weight", "split_by", "split_column", "group", *ReadOptions.model_fields)
+    added_later = ("weight", "split_by", "split_column", "group", "fold", *ReadOptions.model_fields)
 
     hub: Text | None = None
     config: str | None = None
@@ -58,6 +79,7 @@ class Data(Section):
     split_by: Annotated[Literal["text"] | None, BeforeValidator(_by_order_is_none)] = None
     split_column: Text | None = None
     group: Text | None = None
+    fold: Fold | None = None
     train: Part = Part()
     eval: Part = Part()
     test: Part | None = None

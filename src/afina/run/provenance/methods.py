@@ -108,6 +108,12 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
     divided = "by a hash of the text" if data.split_by else "stratified"
     if data.group is not None:
         divided = f"whole groups (column {data.group}), stratified"
+    if data.fold is not None:
+        whole = f", whole groups (column {data.group})" if data.group else ""
+        fold = f"stratified fold {data.fold.number} of {data.fold.of}{whole}, seed {data.train.seed + data.fold.repeat - 1}"
+        test = f"; test {rows['test']:,} rows" if "test" in rows else ""
+        counts = f"train {rows.get('train', 0):,} rows; eval {rows.get('eval', 0):,} rows ({fold}){test}"
+        return f"Splits: {counts}. Texts were cut after {plan.recipe.tokens.max_length} tokens."
     if data.split_column:
         divided += f", column {data.split_column}"
     for name in ("train", "eval", "test"):

@@ -104,14 +104,13 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     if late is None:
         late = _check_model(plan, inputs.model_folder, manifest["splits"]["train"]["rows"])
     _check_measures(plan, final, manifest)
-    splits = manifest["splits"]
-    before = check_trained_before(final, inputs.model_folder, splits)
+    splits, folds = _of_fold(recipe, final, manifest)
+    # A fold's rows of eval are among those of train on disk.
+    measured = {split: split if split in manifest["splits"] else "train" for split in splits if split != "train"}
+    _check_early_stopping(recipe, splits)
+    before = check_trained_before(final, inputs.model_folder, measured)
     late += [*(warning for each in before.values() for warning in each), *_check_metric(recipe, manifest)]
-    spoiled = {
-        split: [*manifest.get("spoiled", {}).get(split, []), *before.get(split, [])]
-        for split in splits
-        if split != "train"
-    }
+    spoiled = {split: [*manifest.get("spoiled", {}).get(split, []), *before.get(split, [])] for split in measured}
     if splits["train"]["rows"] < recipe.train.batch_size:
         late.append(
             f"train has {splits['train']['rows']} rows, fewer than train.batch_size {recipe.train.batch_size}: "
@@ -129,6 +128,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "rows": {split: about["rows"] for split, about in splits.items()},
         "tokens": {split: about["tokens"] for split, about in splits.items()},
         "groups": {split: about["groups"] for split, about in splits.items() if "groups" in about},
+        "folds": folds,
         "warnings": [*manifest["warnings"], *late],
         "spoiled": {split: warnings for split, warnings in spoiled.items() if warnings},
         "files": _files_of(plan, manifest),
@@ -153,6 +153,20 @@ class _Inputs:
     data_pin: Any
 
 
+def _of_fold(
+    recipe: Recipe, folder: Path, manifest: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[list[dict[str, int]]] | None]:
+    """Rows and tokens of the splits that the recipe trains and evaluates on; and of every fold, where it has folds."""
+    from afina.worker.data.splits.folds import check_folds
+
+    splits = dict(manifest["splits"])
+    if recipe.data.fold is None:
+        return splits, None
+    folds = check_folds(folder, manifest["task"], recipe.data)
+    sizes = recipe.data.fold.sizes(folds)
+    return {"train": {**splits.pop("train"), **sizes["train"]}, "eval": sizes["eval"], **splits}, folds
+
+
 def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> None:
     """Check the recipe's loss and metrics against the task and the labels of prepared data in `folder`."""
     from afina.worker.data.labels.loss_weights import label_weights
@@ -162,7 +176,11 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
     recipe, task = plan.recipe, manifest["task"]
     label_weights(recipe.train, task, manifest["labels"], open_split(folder, "train").labels)
     check_metrics(task, recipe.metric_texts, manifest["num_labels"], plan.metric_code)
-    rows = {split: about["rows"] for split, about in manifest["splits"].items()}
+
+
+def _check_early_stopping(recipe: Recipe, splits: Mapping[str, Any]) -> None:
+    """Refuse a patience that takes no effect."""
+    rows = {split: about["rows"] for split, about in splits.items()}
     evaluations = recipe.train.schedule(rows["train"], rows.get("eval", 0)).evaluations
     if (early := recipe.train.early_stopping) is not None and early.patience + 1 >= evaluations:
         raise RecipeError(
@@ -209,7 +227,7 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
 
 def _check_metric(recipe: Recipe, manifest: Mapping[str, Any]) -> list[str]:
     """A remark where the best checkpoint is chosen by accuracy and one class is most of eval."""
-    about = manifest["splits"].get("eval", {})
+    about = manifest["splits"].get("train" if recipe.data.fold else "eval", {})
     metric = selection_metric(manifest["task"], recipe.train.best_metric)
     if metric != "accuracy" or recipe.train.keep != "best" or "largest_class" not in about:
         return []
@@ -329,7 +347,8 @@ def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
         "format": _RECIPE_FORMAT,
         **({"groups": "whole"} if recipe.data.group else {}),
         "source": source,
-        "data": recipe.data.digested(exclude=("files", "hub", "config", "revision")),
+        "data": recipe.data.digested(exclude=("files", "hub", "config", "revision", "fold")),
+        **({"folds": True} if recipe.data.fold else {}),
         "task": recipe.task,
         "max_length": recipe.tokens.max_length,
         "tokenizer": pretrained.tokenizer_identity(inputs.model_folder),

@@ -7,7 +7,8 @@
         <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
         <split>.weights.npy       weight of each row in the loss, float32 (N,); only where the recipe names a column of them
         <split>.types.npy         token types, uint8 (T,); only where the tokenizer gives any that are not 0
-        <split>.rows.parquet      where each row came from; for eval and test its text too
+        <split>.rows.parquet      where each row came from; for eval and test its text too (for train where there are folds)
+        train.groups.npy          group of each row, int64 (N,); only where there are folds
         tokenizer/                as `save_pretrained` writes it
 
 Written aside and published by rename (`afina.publish`); never edited. Readers take no lock. Reading needs numpy only.
@@ -73,6 +74,19 @@ class Split:
     def lengths(self) -> Array:
         """Tokens of each row, int64 (N,)."""
         return np.diff(self.offsets)
+
+    def take(self, rows: Array) -> Split:
+        """Some rows, in this order; a copy in memory."""
+        lengths = self.lengths[rows]
+        ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = np.arange(ends[-1]) + np.repeat(np.asarray(self.offsets)[rows] - ends[:-1], lengths)
+        return Split(
+            self.tokens[places],
+            ends,
+            np.asarray(self.labels)[rows],
+            None if self.types is None else self.types[places],
+            None if self.weights is None else np.asarray(self.weights)[rows],
+        )
 
 
 def open_split(folder: str | Path, split: str) -> Split:

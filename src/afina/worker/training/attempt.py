@@ -34,6 +34,7 @@ from afina.worker.compute.precision import PrecisionChoice
 from afina.worker.data import prepared as store
 from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
+from afina.worker.data.splits.folds import open_splits
 from afina.worker.model.losses import Loss
 from afina.worker.model.pretrained import verify_model
 from afina.worker.survival.lease import Lease
@@ -56,6 +57,7 @@ class TrainingData:
         num_labels: outputs of the model.
         loss: of training and evaluation, on the CPU.
         pad_token_id, padding_side: of the tokenizer.
+        rows: of a fold, the rows of train and eval among those of train on disk.
         metric_texts: what an evaluation computes, `best_metric` and that of early stopping included, as the recipe writes it.
         metric_code: the modules of the user's own metrics, by name.
         best_metric: the name of the one that chooses the best checkpoint.
@@ -70,6 +72,7 @@ class TrainingData:
     pad_token_id: int
     padding_side: str
     splits: Mapping[str, Split]
+    rows: Mapping[str, np.ndarray[Any, Any]]
     metric_texts: Sequence[str]
     metric_code: Mapping[str, str]
     best_metric: str
@@ -102,7 +105,7 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
             raise TrainingError(
                 f"metric `{name}` does not fit the task {task}", f"choose from: {', '.join(METRICS[task])}"
             )
-    splits = {part: store.open_split(folder, part) for part in manifest["splits"]}
+    splits, rows = open_splits(folder, list(manifest["splits"]), task, plan.recipe.data)
     weights = label_weights(plan.recipe.train, task, manifest["labels"], splits["train"].labels)
     return TrainingData(
         folder=folder,
@@ -114,6 +117,7 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         pad_token_id=manifest["pad_token_id"],
         padding_side=manifest.get("padding_side", "right"),
         splits=splits,
+        rows=rows,
         metric_texts=texts,
         metric_code=plan.metric_code,
         best_metric=selection_metric(task, best),

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from afina.errors import ClaimedError, TrainingError
 from afina.files import append_line
 from afina.worker.compute import ranks
+from afina.worker.data.splits.folds import open_rows
 from afina.worker.survival.stop import CAUSES
 from afina.worker.training.attempt import Attempt
 from afina.worker.training.log import say
@@ -138,9 +139,7 @@ def truncate(path: Path, size: int) -> None:
 
 def _broken_loss(attempt: Attempt, step: int, learning_rate: float) -> TrainingError:
     """Names the step, the rows of its batch as the data files number them, and the learning rate."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(attempt.data.folder / "train.rows.parquet")
+    table = open_rows(attempt.data.folder, "train", attempt.data.rows)
     columns = [name for name in ("file", "row", "id") if name in table.column_names]
     records = table.select(columns).take([int(row) for row in attempt.work.rows(step)]).to_pylist()
     rows = "; ".join(" ".join(f"{k} {v}" for k, v in record.items()) for record in records)

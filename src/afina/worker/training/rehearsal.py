@@ -235,14 +235,7 @@ def _longest_rows(split: Split, size: int) -> Split:
     first = max(size, int(np.searchsorted(ends, size * TOKENS_PER_ROW, side="right")))
     middle = len(order) // 2
     rows = np.unique(np.concatenate([order[:first], order[middle : middle + 2 * size]]))
-    spans = [slice(int(split.offsets[row]), int(split.offsets[row + 1])) for row in rows]
-    return Split(
-        np.concatenate([split.tokens[span] for span in spans]),
-        np.concatenate([[0], np.cumsum([span.stop - span.start for span in spans])]).astype(np.int64),
-        np.asarray(split.labels)[rows],
-        None if split.types is None else np.concatenate([split.types[span] for span in spans]),
-        None if split.weights is None else np.asarray(split.weights)[rows],
-    )
+    return split.take(rows)
 
 
 def _status(name: str) -> int:

@@ -22,6 +22,7 @@ from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
+from afina.worker.data.splits.folds import open_rows
 from afina.worker.model.adapters import has_adapter, save_labels, save_weights
 from afina.worker.model.losses import Loss
 from afina.worker.model.padding import padding_side
@@ -91,7 +92,7 @@ def export_results(trainer: RunTrainer) -> Results:
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
     if attempt.rank == 0:
         _export_model(trainer)
-        _write_trained_rows(data.folder, run)
+        _write_trained_rows(data.splits["train"], run)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
     return Results(model_step, metrics, warnings)
@@ -177,12 +178,12 @@ def _export_model(trainer: RunTrainer) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_trained_rows(prepared: Path, run: RunDir) -> None:
+def _write_trained_rows(train: Split, run: RunDir) -> None:
     """Keys of all rows that the model has been trained on: training on from it checks its eval and test rows against them."""
     path = run.path / TRAINED_ROWS
     aside = name_aside(path)
     with aside.open("wb") as file:
-        np.save(file, trained_rows(prepared, Path(run.prepared()["model_folder"])))
+        np.save(file, trained_rows(train, Path(run.prepared()["model_folder"])))
     sync_file(aside)
     os.replace(aside, path)
 
@@ -196,12 +197,15 @@ def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path)
     import pyarrow.parquet as pq
 
     labels = np.asarray(data.splits[part].labels)
-    source = pq.ParquetFile(data.folder / f"{part}.rows.parquet")
+    if part in data.rows:
+        batches: Any = open_rows(data.folder, part, data.rows).to_batches(_ROWS)
+    else:
+        batches = pq.ParquetFile(data.folder / f"{part}.rows.parquet").iter_batches(_ROWS)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     writer: Any = None
     try:
         done = 0
-        for batch in source.iter_batches(_ROWS):
+        for batch in batches:
             table = pa.Table.from_batches([batch])
             block = slice(done, done := done + len(table))
             for name, values in _columns(data.task, data.labels, logits[block], labels[block]).items():

@@ -135,7 +135,9 @@ def build_splits(
             raise DataError(f"{' and '.join(column.table.sources)}: no rows (`{source}`)", "give a file that has rows")
     labels = find_labels(task, data, list(columns.values()), warnings)
     check_found_labels(labels, data, list(columns.values()), warnings)
-    rows = _choose_rows(data, _pools(data, columns, sources, warnings), labels, warnings)
+    rows = _choose_rows(data, _pools(data, columns, sources, warnings), labels, warnings if data.fold is None else [])
+    if data.fold is not None:
+        rows = _pool_of_folds(rows, sources, warnings)
     _check_rows(columns, data, sources, rows)
     splits: dict[str, Examples] = {}
     for split, chosen in rows.items():
@@ -150,12 +152,26 @@ def build_splits(
             labels=label_array(column, labels, chosen),
             ids=ids,
             weights=row_weights(split, table, data.weight, chosen) if data.weight else None,
-            groups=as_text(table.columns[data.group]).take(pa.array(chosen)) if data.group else None,
+            groups=(groups := as_text(table.columns[data.group]).take(pa.array(chosen)) if data.group else None),
+            codes=group_codes(groups, _text_keys(data, table)[chosen]) if data.group or data.fold else None,
         )
     check_labels(labels, splits, warnings)
     if data.group is not None:
         check_groups(data.group, splits, warnings)
     return labels, splits
+
+
+def _pool_of_folds(rows: Mapping[str, Array], sources: Mapping[str, str], warnings: list[str]) -> dict[str, Array]:
+    """Folds divide the rows of train and eval, of one source; those of test stay apart."""
+    pool = {**rows}
+    eval_rows = pool.pop("eval")
+    if sources["eval"] == sources["train"]:
+        pool["train"] = np.union1d(pool["train"], eval_rows)
+    elif sources["eval"] not in [sources[split] for split in pool]:
+        warnings.append(
+            f"folds divide the rows of train (`{sources['train']}`); the {len(eval_rows):,} of `{sources['eval']}` are not used"
+        )
+    return pool
 
 
 def _ids(table: DataTable, name: str, rows: Array) -> pa.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from afina.errors import SiteError
 from afina.files import read_json
 from afina.worker.data.labels.find_labels import Labels
-from afina.worker.data.prepared import open_split
+from afina.worker.data.prepared import Split, open_split
 from afina.worker.data.tables.data_table import DataTable, Examples, list_places
 
 __all__ = ["TRAINED_ROWS", "check_conflicts", "check_duplicates", "check_trained_before", "row_keys", "trained_rows"]
@@ -119,14 +119,9 @@ def check_conflicts(labels: Labels, train: Examples, keys: Array) -> list[str]:
 # -- training on from a run -------------------------------------------------------------------------------------------
 
 
-def _split_keys(folder: Path, split: str) -> Array:
-    opened = open_split(folder, split)
-    return row_keys(opened.tokens, opened.lengths)
-
-
-def trained_rows(prepared: Path, model_folder: Path) -> Array:
+def trained_rows(train: Split, model_folder: Path) -> Array:
     """Keys of the rows of train, and of those that the model in `model_folder` was trained on before; uint64 (N, 2)."""
-    keys, before = _split_keys(prepared, "train"), _known_rows(model_folder)
+    keys, before = row_keys(train.tokens, train.lengths), _known_rows(model_folder)
     return np.unique(keys if before is None else np.concatenate([keys, before]), axis=0)
 
 
@@ -142,26 +137,26 @@ def _known_rows(model_folder: Path) -> Array | None:
         return None
     about = read_json(run / "prepared.json")
     try:  # a run that an older afina made, as long as its prepared data exist
-        return trained_rows(Path(str(about["prepared"])), Path(str(about["model_folder"])))
+        return trained_rows(open_split(str(about["prepared"]), "train"), Path(str(about["model_folder"])))
     except (KeyError, OSError, SiteError):
         return None
 
 
-def check_trained_before(prepared: Path, model_folder: Path, splits: Iterable[str]) -> dict[str, list[str]]:
+def check_trained_before(prepared: Path, model_folder: Path, splits: Mapping[str, str]) -> dict[str, list[str]]:
     """Warnings about rows of eval and test that the model's own run was trained on, by split.
 
     Args:
         prepared: the folder of the prepared data.
         model_folder: the model's; `model/` of a run directory, to find anything.
+        splits: eval and test, and which of the splits on disk each is.
     """
     before = _known_rows(model_folder)
     if before is None:
         return {}
     warnings: dict[str, list[str]] = {}
-    for split in splits:
-        if split == "train":
-            continue
-        keys = _split_keys(prepared, split)
+    for split, stored in splits.items():
+        opened = open_split(prepared, stored)
+        keys = row_keys(opened.tokens, opened.lengths)
         known = np.isin(_packed(keys), _packed(before))
         if known.any():
             warnings[split] = [

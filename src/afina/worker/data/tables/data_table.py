@@ -132,6 +132,7 @@ class Examples:
         ids: large_string (N,), or None where the recipe names no id column.
         weights: float32 (N,), or None where the recipe names no column of weights.
         groups: names of the rows' groups, large_string (N,), or None where the recipe names no column of groups.
+        codes: of the groups, int64 (N,), rows without one by their text; None where there are neither groups nor folds.
     """
 
     source: str
@@ -142,6 +143,7 @@ class Examples:
     ids: pa.Array | None
     weights: Array | None = None
     groups: pa.Array | None = None
+    codes: Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

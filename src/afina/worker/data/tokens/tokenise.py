@@ -28,7 +28,8 @@ from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.splits.build_splits import CheckedData
 from afina.worker.data.splits.duplicates import check_conflicts, check_duplicates
-from afina.worker.data.splits.groups import check_shared_groups, group_codes
+from afina.worker.data.splits.folds import GROUPS
+from afina.worker.data.splits.groups import check_shared_groups
 from afina.worker.data.tables.data_table import DataSource, Examples
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.tokens.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
@@ -136,8 +137,11 @@ class Tokenising:
 
     def __init__(self, checked: CheckedData, data: Data, encoder: Encoder, size: int | None, dtype: Any) -> None:
         self.checked, self.encoder, self.size, self.dtype = checked, encoder, size, dtype
-        self.names, self.group = data.text, data.group
-        self.shards = {source: _shards(number, source, checked.splits) for number, source in enumerate(checked.sources)}
+        self.names, self.group, self.folded = data.text, data.group, data.fold is not None
+        with_texts = {split: e for split, e in checked.splits.items() if split != "train" or self.folded}
+        self.shards = {
+            source: _shards(number, source, checked.splits, with_texts) for number, source in enumerate(checked.sources)
+        }
 
     def make(self, store: ShardFolder, say: Say) -> None:
         """Tokenise and save the shards that are missing."""
@@ -179,7 +183,9 @@ class Tokenising:
         for split, examples in self.checked.splits.items():
             stats = TokenStats.for_tokenizer(tokenizer)
             shards = self.shards[examples.source]
-            entries[split], keys[split] = write_split(aside, split, examples, shards, store, self.dtype, stats)
+            entries[split], keys[split] = write_split(
+                aside, split, examples, shards, store, self.dtype, stats, texts=split != "train" or self.folded
+            )
             warnings += stats.warnings(split, examples, tokenizer, self.encoder.max_length)
         splits = self.checked.splits
         spoiled = check_duplicates(splits, keys)
@@ -187,7 +193,9 @@ class Tokenising:
             for split, lines in check_shared_groups(self.group, splits).items():
                 spoiled.setdefault(split, []).extend(lines)
             for split, examples in splits.items():
-                entries[split]["groups"] = int(group_codes(examples.groups, keys[split]).max()) + 1
+                entries[split]["groups"] = len(np.unique(_codes(examples)))
+        if self.folded:
+            np.save(aside / GROUPS, _codes(splits["train"]))
         warnings += [warning for each in spoiled.values() for warning in each]
         labels, train = self.checked.labels, splits["train"]
         plain = copy.deepcopy(tokenizer)  # a call of it would switch the encoder's truncation off
@@ -197,7 +205,7 @@ class Tokenising:
             lambda token: str(tokenizer.convert_ids_to_tokens(token)),
             lambda text: list(plain([text], add_special_tokens=False)["input_ids"][0]),
         )
-        for split in splits:
+        for split in [*splits, *(["eval"] if self.folded else [])]:
             if split != "train" and one_feature:
                 spoiled.setdefault(split, []).extend(one_feature)
         warnings += [*one_feature, *check_conflicts(labels, train, keys["train"])]
@@ -239,6 +247,11 @@ class Tokenising:
         check_tokens(int(batch.tokens.max()), self.size)
 
 
+def _codes(examples: Examples) -> Array:
+    assert examples.codes is not None
+    return examples.codes
+
+
 def _check_max_length(tokenizer: Any, max_length: int, texts: int) -> None:
     special = tokenizer.num_special_tokens_to_add(pair=texts == 2) + (texts - 1 if texts > 2 else 0)
     if max_length < special + texts:
@@ -250,14 +263,16 @@ def _check_max_length(tokenizer: Any, max_length: int, texts: int) -> None:
         )
 
 
-def _shards(number: int, source: str, splits: Mapping[str, Examples]) -> list[Shard]:
-    """Shards of the rows of a source that any split uses."""
+def _shards(
+    number: int, source: str, splits: Mapping[str, Examples], with_texts: Mapping[str, Examples]
+) -> list[Shard]:
+    """Shards of the rows of a source that any split uses; texts are kept of the rows of `with_texts`."""
     users = {split: examples for split, examples in splits.items() if examples.source == source}
     if not users:
         return []
     rows, first = np.unique(np.concatenate([e.rows for e in users.values()]), return_index=True)
     sizes = np.concatenate([e.sizes for e in users.values()])[first]
-    kept = np.isin(rows, np.concatenate([e.rows for split, e in users.items() if split != "train"] or [rows[:0]]))
+    kept = np.isin(rows, np.concatenate([rows[:0], *(e.rows for e in with_texts.values() if e.source == source)]))
     return plan_shards(number, source, rows, sizes, kept)
 
 

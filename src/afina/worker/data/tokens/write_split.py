@@ -102,13 +102,16 @@ def write_split(
     store: ShardFolder,
     dtype: Any,
     stats: TokenStats,
+    *,
+    texts: bool,
 ) -> tuple[dict[str, int], Array]:
-    """Write the files of a split; for eval and test with their texts.
+    """Write the files of a split.
 
     Args:
         shards: those of the split's source.
         dtype: of the token ids.
         stats: counts all rows.
+        texts: write the texts too.
 
     Returns:
         The split's entry in the manifest; keys of its rows, see `row_keys`.
@@ -118,8 +121,8 @@ def write_split(
     """
     stored = store.names(shards)
     has_types = "types" in stored
-    texts = [name for name in TEXTS if name in stored] if split != "train" else []
-    names = ["tokens", "cut", *(["types"] if has_types else []), *texts]
+    kept = [name for name in TEXTS if name in stored] if texts else []
+    names = ["tokens", "cut", *(["types"] if has_types else []), *kept]
     ascending = bool((np.diff(examples.rows) > 0).all())
     blocks = _in_order_of_source(np.sort(examples.rows), shards, store, names)
     if not ascending:
@@ -130,7 +133,7 @@ def write_split(
     with (
         ArrayWriter(aside / f"{split}.tokens.npy", dtype) as tokens,
         ArrayWriter(types_file, np.uint8) as types,
-        _RowsWriter(aside / f"{split}.rows.parquet", examples, texts) as rows,
+        _RowsWriter(aside / f"{split}.rows.parquet", examples, kept) as rows,
     ):
         for block in blocks:
             tokens.append(block["tokens"][0])
