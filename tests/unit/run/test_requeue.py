@@ -123,7 +123,7 @@ def test_another_end_in_between_begins_the_count_anew_and_keeps_the_nodes_out(ru
         (128 + 24, "", "ulimit", "processor time", "ulimit"),
         (1, "  exitcode  : -24 (pid: 5)", "ulimit", "ulimit -t", "ulimit"),
         (128 + 25, "", "ulimit", "ulimit -f", "ulimit"),
-        (137, "", "killed", "signal 9 (SIGKILL)", "afina resume"),
+        (137, "", "killed", "signal 9 (SIGKILL)", "afina submit"),
     ],
 )
 def test_memory_and_limits_are_named_and_not_tried_again(
