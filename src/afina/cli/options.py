@@ -68,69 +68,29 @@ def minutes(context: click.Context, option: click.Parameter, value: str | None) 
         ) from None
 
 
-_partial = functools.partial
-#: Fields of a JobRequest as options.
-_OPTIONS: dict[str, Callable[..., Any]] = {
-    "overrides": _partial(
-        click.option,
+#: Fields of a JobRequest as options: the option, its metavar, type and help.
+_OPTIONS: dict[str, tuple[str, str | None, Any, str]] = {
+    "overrides": (
         "--set",
-        metavar="KEY=VALUE",
-        multiple=True,
-        shell_complete=complete_keys,
-        help="Override a key of the recipe, e.g. train.learning_rate=3e-5; `afina recipe keys` lists them.",
+        "KEY=VALUE",
+        None,
+        "Override a key of the recipe, e.g. train.learning_rate=3e-5; `afina recipe keys` lists them.",
     ),
-    "site": _partial(
-        click.option,
-        "--site",
-        metavar="FILE",
-        type=click.Path(),
-        help="Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env.",
-    ),
-    "via": _partial(
-        click.option,
-        "--via",
-        type=click.Choice(["sbatch", "submitit"]),
-        default="sbatch",
-        show_default=True,
-        help="The batch script of afina, or the Python package submitit.",
-    ),
-    "run": _partial(
-        click.option,
-        "--run",
-        metavar="DIR",
-        type=click.Path(),
-        help="The run directory; by default one under $AFINA_SCRATCH/runs/.",
-    ),
-    "nodes": _partial(
-        click.option, "--nodes", type=click.IntRange(1), metavar="N", help="Nodes of the job; by default the recipe's."
-    ),
-    "gpus_per_node": _partial(
-        click.option,
-        "--gpus-per-node",
-        type=click.IntRange(0),
-        metavar="N",
-        help="GPUs of each node; 0 trains on the CPU.",
-    ),
-    "time_min": _partial(
-        click.option,
-        "--time",
-        callback=minutes,
-        metavar="TIME",
-        help="The job's time limit: minutes, HH:MM:SS or D-HH:MM:SS.",
-    ),
-    "num_processes": _partial(
-        click.option,
-        "--num-processes",
-        type=click.IntRange(1),
-        metavar="N",
-        help="Processes on this machine; by default one per GPU, or one.",
-    ),
-    "rehearse": _partial(
-        click.option,
-        "--rehearse",
-        is_flag=True,
-        help="First a few steps and a save here, without network; then submit.",
-    ),
+    "site": ("--site", "FILE", click.Path(), "Site file; by default $AFINA_SITE, slurm/site.env, ~/.config/afina/site.env."),
+    "via": ("--via", None, click.Choice(["sbatch", "submitit"]), "The batch script of afina, or the Python package submitit."),
+    "run": ("--run", "DIR", click.Path(), "The run directory; by default one under $AFINA_SCRATCH/runs/."),
+    "nodes": ("--nodes", "N", click.IntRange(1), "Nodes of the job; by default the recipe's."),
+    "gpus_per_node": ("--gpus-per-node", "N", click.IntRange(0), "GPUs of each node; 0 trains on the CPU."),
+    "time_min": ("--time", "TIME", None, "The job's time limit: minutes, HH:MM:SS or D-HH:MM:SS."),
+    "num_processes": ("--num-processes", "N", click.IntRange(1), "Processes on this machine; by default one per GPU, or one."),
+    "rehearse": ("--rehearse", None, None, "First a few steps and a save here, without network; then submit."),
+}  # fmt: skip
+#: What else some of them are.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "overrides": {"multiple": True, "shell_complete": complete_keys},
+    "via": {"default": "sbatch", "show_default": True},
+    "time_min": {"callback": minutes},
+    "rehearse": {"is_flag": True},
 }
 
 
@@ -149,8 +109,10 @@ def request_options(*names: str, **changes: str | dict[str, Any]) -> Callable[[C
 
         decorated: Callable[..., Any] = call
         for name in reversed(names):
-            change = changes.get(name, {})
-            decorated = _OPTIONS[name](name, **({"help": change} if isinstance(change, str) else change))(decorated)
+            change, (option, metavar, kind, text) = changes.get(name, {}), _OPTIONS[name]
+            settings = {"metavar": metavar, "type": kind, "help": text, **_SETTINGS.get(name, {})}
+            settings |= {"help": change} if isinstance(change, str) else change
+            decorated = click.option(option, name, **settings)(decorated)
         return decorated
 
     return decorate
