@@ -5,8 +5,9 @@ script is an enhancement. Its charts lie beside it as files. The site's account 
 shared; texts of mistakes can be left out.
 
     facts      everything that is read         sections, quality, mistakes, work   facts -> HTML
-    charts     a chart as a value, drawn       page                                the frame, tables
-    compare    runs side by side, tests        collection                          many runs on one page
+    charts     a chart as a value              page                                the frame, tables
+    drawing    charts as SVG and PNG           collection                          many runs on one page
+    compare    runs side by side, tests
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pathlib import Path, PosixPath
 from afina.errors import EnvironmentProblem, InputError
 from afina.files import write_atomic
 from afina.reports import mistakes, quality, sections, work
-from afina.reports.charts import Chart, write_figures
+from afina.reports.charts import Chart
 from afina.reports.collection import collection_page, comparison_page
 from afina.reports.compare import Comparison, Verdict
+from afina.reports.drawing import write_figures
 from afina.reports.facts import RunFacts, read_facts
 from afina.reports.page import document, figures
 from afina.run.directory import RunDir, is_run_dir

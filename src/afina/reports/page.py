@@ -16,7 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from afina.reports.charts import LIGHT, Chart, inline_svg
+from afina.reports.charts import Chart
+from afina.reports.drawing import LIGHT, inline_svg
 
 __all__ = ["cell", "document", "figures", "note", "pairs", "pre", "scroll", "seconds", "table", "tiles", "warnings"]
 

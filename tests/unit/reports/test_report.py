@@ -25,7 +25,7 @@ from tests.unit.conftest import Ran, tree
 
 from afina.errors import EnvironmentProblem, Failure, InputError
 from afina.recipe.schema import Recipe
-from afina.reports import charts, write_report
+from afina.reports import charts, drawing, write_report
 from afina.reports import page as page_colours
 from afina.reports.charts import thin
 from afina.run.directory import RunDir
@@ -224,7 +224,7 @@ def test_the_page_is_self_contained_and_has_a_dark_mode(make_run: MakeRun) -> No
     assert not re.search(r"https?://|url\((?!#)|@import|<link|<img", page.source)
     digest = base64.b64encode(hashlib.sha256(Page.OURS.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in page.source
-    assert not any(colour in page.source.partition("</style>")[2] for colour in charts.LIGHT.values())
+    assert not any(colour in page.source.partition("</style>")[2] for colour in drawing.LIGHT.values())
     assert len(page.ids) == len(set(page.ids))
     assert len(page.links) == 13 and {link.removeprefix("#") for link in page.links} <= set(page.ids)
     assert page.names.count("details") == 6, "plan, attempts and record are folded away"
@@ -239,7 +239,7 @@ def test_colours_have_the_contrast_that_wcag_wants() -> None:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colours in ({**charts.LIGHT, **page_colours._PAGE}, page_colours._DARK):
+    for colours in ({**drawing.LIGHT, **page_colours._PAGE}, page_colours._DARK):
         lines = dict.fromkeys((name for name in colours if name.startswith("line")), 3.0)
         for name, least in {"text": 4.5, "soft": 4.5, **lines}.items():
             for behind in ("page", "card"):
