@@ -14,8 +14,9 @@ from afina.diagnosis.target import ANSWER_S, Target, answer_of
 from afina.processes import run_captured
 from afina.run.commands import container_argv
 from afina.site.finding import Finding
-from afina.site.image import check_image
+from afina.site.image import check_image, read_image
 from afina.site.settings import in_container, without_isolation
+from afina.text import plural
 from afina.version import __version__
 
 __all__ = ["check_binds", "check_image_file", "check_runtime"]
@@ -46,6 +47,10 @@ def check_image_file(target: Target) -> Iterator[Finding]:
     yield Finding("image", "ok", f"{site.image}: whole, {size:.2f} GB{origin}")
     if site.image_key:
         yield Finding("image key", "ok", f"signed by {site.image_key}")
+    gpus = target.plan.geometry.gpus_per_node if target.plan else 0
+    if gpus and read_image(site.image, site.runtime, target.env).labels.get("afina.device") == "cpu":
+        message = f"the image is built for the CPU, and the recipe requests {plural(gpus, 'GPU')} per node, which it cannot use"
+        yield Finding("image", "warning", message, "build it without --cpu, or set resources.gpus_per_node: 0")
     try:
         done = run_captured(
             container_argv(target.where, ["afina", "--version"]), without_isolation(target.env), ANSWER_S

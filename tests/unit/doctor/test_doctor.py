@@ -27,6 +27,7 @@ from afina.run.plan import make_plan
 from afina.site.finding import Finding
 from afina.site.settings import Site
 from afina.slurm.cluster import Cluster, parse_associations, parse_config, parse_partitions
+from afina.version import INTERFACE
 from afina.worker.checks import environment
 
 SINFO = "gpu*|up|1-00:00:00|1-4|2|8|64000|gpu:2|idle\nold|down|1:00:00|1-4|2|8|64000|(null)|down*\n"
@@ -249,6 +250,21 @@ def test_a_container_that_starts(contained: Target) -> None:
     (finding,) = found(contained, "container")
     assert finding == Finding("container", "ok", f"the image starts, with afina {__version__}")
     assert "apptainer version 1.4.5" in found(contained, "runtime")[0].message
+
+
+@pytest.mark.parametrize(("gpus", "levels"), [(2, ["ok", "warning"]), (0, ["ok"])])
+def test_gpus_for_an_image_of_the_cpu(
+    contained: Target, recipe: Callable[..., Recipe], tmp_path: Path, gpus: int, levels: list[str]
+) -> None:
+    labels = {"org.opencontainers.image.title": "afina", "afina.interface": str(INTERFACE), "afina.device": "cpu"}
+    (tmp_path / "unpacked/.singularity.d").mkdir(parents=True)
+    (tmp_path / "unpacked/.singularity.d/labels.json").write_text(json.dumps(labels))
+    assert contained.site is not None
+    site = contained.site.model_copy(update={"image": tmp_path / "unpacked"})
+    plan = make_plan(recipe(resources={"gpus_per_node": gpus}), site)
+    found_here = found(target(site, plan=plan), "image")
+    assert [f.level for f in found_here] == levels
+    assert gpus == 0 or "built for the CPU, and the recipe requests 2 GPUs per node" in found_here[1].message
 
 
 def test_a_container_with_another_afina(contained: Target, bin: Path) -> None:
