@@ -112,10 +112,19 @@ class RegistryServer:
         self._process.wait()
 
     def digest(self, name: str, tag: str) -> str:
+        return self._manifest(name, tag)[0]
+
+    def configuration(self, name: str, tag: str) -> dict[str, Any]:
+        """The configuration of an OCI image."""
+        digest = self._manifest(name, tag)[1]["config"]["digest"]
+        with urllib.request.urlopen(f"http://{self.host}/v2/{name}/blobs/{digest}", timeout=10) as answer:
+            return dict(json.load(answer))
+
+    def _manifest(self, name: str, tag: str) -> tuple[str, dict[str, Any]]:
         accept = "application/vnd.oci.image.manifest.v1+json"
         request = urllib.request.Request(f"http://{self.host}/v2/{name}/manifests/{tag}", headers={"Accept": accept})
         with urllib.request.urlopen(request, timeout=10) as answer:
-            return str(answer.headers["Docker-Content-Digest"])
+            return str(answer.headers["Docker-Content-Digest"]), json.load(answer)
 
 
 class BreakingProxy:

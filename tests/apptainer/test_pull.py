@@ -275,6 +275,8 @@ def test_an_oci_image_of_the_same_files_is_converted_and_both_digests_are_record
     address = f"docker://{registry.host}/group/tiny:1"
     pinned = push_image(str(made / "a.sif"), address)
     assert push_image(str(made / "a.sif"), address) == pinned and capfd.readouterr().err.count("is there already") == 3
+    configuration = registry.configuration("group/tiny", "1")
+    assert len(configuration["history"]) == len(configuration["rootfs"]["diff_ids"]) == 3, "Charliecloud wants both"
     path = pulled(address)
     record = image_record(load_site(env={**os.environ, "AFINA_IMAGE": address}))
     assert record is not None and record["digest"] == pinned.rpartition("@")[2] and record["sha256"] == sha256(path)

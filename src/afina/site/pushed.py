@@ -222,4 +222,6 @@ def _configuration(root: Path, diffs: list[str]) -> dict[str, Any]:
             "Labels": read_json(root / ".singularity.d/labels.json"),
         },
         "rootfs": {"type": "layers", "diff_ids": diffs},
+        # Optional in OCI's specification; Charliecloud refuses an image without it.
+        "history": [{"created_by": f"afina image push: {name}"} for name in ("system", "packages", "afina")],
     }
