@@ -6,7 +6,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -14,6 +14,7 @@ import click
 from afina.cli.completion import complete_keys, complete_runs
 from afina.errors import AfinaError, InputError, nearest_name
 from afina.run.job_request import JobRequest
+from afina.text import minutes_in_words, plural
 
 __all__ = [
     "another_command",
@@ -22,6 +23,7 @@ __all__ = [
     "json_option",
     "minutes",
     "next_command",
+    "plan_lines",
     "reading_options",
     "recipe_argument",
     "request_options",
@@ -231,6 +233,38 @@ def another_command(command: str, recipe: str, request: JobRequest = JobRequest(
     """Another command for the same recipe, overrides and site, quoted for a shell."""
     words = ["afina", command, recipe, *(word for value in request.overrides for word in ("--set", value))]
     return shlex.join([*words, *(["--site", str(request.site)] if request.site else [])])
+
+
+def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
+    """What a plan is about, in a few lines.
+
+    Args:
+        job: of `api.dry_run`: the run directory and the command.
+    """
+    recipe, g, train = plan.recipe, plan.geometry, plan.recipe.train
+    batch = f"{g.global_batch} examples per step = {g.batch_per_device} × {g.accumulation} × {g.num_processes} process{'es' * (g.num_processes > 1)}"
+    files = ", ".join(dict.fromkeys(path.name for paths in plan.files.values() for path in paths)) or recipe.data.hub
+    files = files if len(files) <= 60 else f"{files[:59]}…"
+    per_node = plural(g.gpus_per_node, "GPU") if g.gpus_per_node else "no GPU"
+    cores = f"{g.cpus_per_process * g.processes_per_node} cores"
+    memory = f", {recipe.resources.mem_gb} GB" if recipe.resources.mem_gb else ""
+    site = plan.site
+    slurm = [f"{name.removeprefix('SBATCH_').lower()} {value}" for name, value in site.sbatch.items()]
+    facts = {
+        "run": f"{job['run']} ({'resumed' if job['claimed'] else 'new'})" if job else "",
+        "data": f"{files}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
+        "training": f"{train.length}, {batch}, learning rate {train.learning_rate:g}",
+        "trained": recipe.trained,
+        "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
+        "site": "; ".join([str(site.file or "the environment"), *slurm]),
+        "image": str(site.image or f"none: {sys.executable}"),
+        "script": f"{len(job['script'].splitlines())} lines" if job.get("script") else "",
+        "command": shlex.join(job["command"]) if job else "",
+    }
+    return [
+        f"{recipe.name}: {recipe.task}, {recipe.model}",
+        *(f"  {name:<9}{text}" for name, text in facts.items() if text),
+    ]
 
 
 def watch_hint(run: Any) -> str:

@@ -11,6 +11,7 @@ from afina.cli.options import (
     dry_run_option,
     finish,
     json_option,
+    plan_lines,
     request_options,
     run_argument,
     runs_argument,
@@ -148,8 +149,6 @@ def rerun(run_dir: str, request: JobRequest, submitted: bool, dry_run: bool, as_
             return
         for note in again.notes:
             print(f"afina: differs: {note}")
-        from afina.cli.screen import plan_lines
-
         print("\n".join(plan_lines(again.plan)))
         return
     made = run_again(run_dir, request, submit=submitted, say=say)

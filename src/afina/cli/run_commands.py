@@ -14,6 +14,7 @@ from afina.cli.options import (
     dry_run_option,
     finish,
     json_option,
+    plan_lines,
     recipe_argument,
     request_options,
     run_argument,
@@ -99,8 +100,6 @@ def submit(recipe: str, request: JobRequest, dry_run: bool, wait: bool, as_json:
             answer = {"plan": plan.model_dump(mode="json"), "via": request.via, **job}
             print(json.dumps(answer, indent=2, ensure_ascii=False))
         else:
-            from afina.cli.screen import plan_lines
-
             print("\n".join([*plan_lines(plan, job), "everything: the same command with --json"]))
         return
     made = api.submit_to_slurm(recipe, request)

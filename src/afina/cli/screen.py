@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from afina.text import aligned, minutes_in_words, plural, short_duration, size_in_words
+from afina.text import aligned, plural, short_duration, size_in_words
 
 if TYPE_CHECKING:
     from afina.watch.overview import RunSummary
@@ -27,7 +26,6 @@ __all__ = [
     "STATUS",
     "number",
     "page",
-    "plan_lines",
     "run_table",
     "short_labels",
     "sorted_runs",
@@ -338,37 +336,6 @@ def _coloured(word: str) -> str:
     """A state in its colour, where somebody sees it (https://no-color.org)."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     return word if plain or word not in _COLOURS else click.style(word, fg=_COLOURS[word])
-
-
-def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
-    """What a plan is about, in a few lines.
-
-    Args:
-        job: of `api.dry_run`: the run directory and the command.
-    """
-    recipe, g, train = plan.recipe, plan.geometry, plan.recipe.train
-    batch = f"{g.global_batch} examples per step = {g.batch_per_device} × {g.accumulation} × {g.num_processes} process{'es' * (g.num_processes > 1)}"
-    files = ", ".join(dict.fromkeys(path.name for paths in plan.files.values() for path in paths)) or recipe.data.hub
-    per_node = plural(g.gpus_per_node, "GPU") if g.gpus_per_node else "no GPU"
-    cores = f"{g.cpus_per_process * g.processes_per_node} cores"
-    memory = f", {recipe.resources.mem_gb} GB" if recipe.resources.mem_gb else ""
-    site = plan.site
-    slurm = [f"{name.removeprefix('SBATCH_').lower()} {value}" for name, value in site.sbatch.items()]
-    facts = {
-        "run": f"{job['run']} ({'resumed' if job['claimed'] else 'new'})" if job else "",
-        "data": f"{_shortened(files, 60)}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
-        "training": f"{train.length}, {batch}, learning rate {train.learning_rate:g}",
-        "trained": recipe.trained,
-        "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
-        "site": "; ".join([str(site.file or "the environment"), *slurm]),
-        "image": str(site.image or f"none: {sys.executable}"),
-        "script": f"{len(job['script'].splitlines())} lines" if job.get("script") else "",
-        "command": shlex.join(job["command"]) if job else "",
-    }
-    return [
-        f"{recipe.name}: {recipe.task}, {recipe.model}",
-        *(f"  {name:<9}{text}" for name, text in facts.items() if text),
-    ]
 
 
 def totals(summaries: Sequence[RunSummary]) -> str:

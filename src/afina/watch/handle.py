@@ -148,14 +148,12 @@ class Run:
             return InputError(f"{self.path}: was never submitted", f"run.submit(), or: afina submit {path}")
         again = f"run.submit(), or `afina {'submit' if self.job_id else 'resume'} {path}`, continues from the newest checkpoint"
         failure = outcome.failure if outcome else None
-        message = (
-            f"{self.path}: {summary.state}: {failure.message if failure else summary.why or 'no outcome was recorded'}"
-        )
+        why = failure.message if failure else summary.why or "no outcome was recorded"
+        message = f"{self.path}: {summary.state}: {why}"
         if summary.state == "STOPPED":
-            cancelled = (outcome is not None and outcome.cause == "asked") or "cancelled" in (summary.why or "")
-            return (Cancelled if cancelled else Stopped)(
-                message, again, cause=(outcome.cause if outcome else None) or ""
-            )
+            cause = (outcome.cause if outcome else None) or ""
+            cancelled = cause == "asked" or "cancelled" in (summary.why or "")
+            return (Cancelled if cancelled else Stopped)(message, again, cause=cause)
         remedy = failure.remedy if failure else ""
         if not remedy or outcome is None or outcome.cause not in ANOTHER_RUN:
             repeats = outcome is not None and outcome.fails_again
