@@ -96,17 +96,20 @@ class Run:
         """True where it is neither queued nor running."""
         return self.state not in OPEN
 
-    def wait(self, timeout: float | None = None) -> State:
+    def wait(self, timeout: float | None = None, *, timeout_s: float | None = None) -> State:
         """Block until the run is neither queued nor running; returns its state.
 
         Works without accounting: it reads the run directory, and asks squeue whether the job still exists.
 
-        Raises:
-            WaitTimeout: after `timeout` seconds; it is a TimeoutError too.
-        """
-        return wait_for([self.path], timeout)[self.path].state
+        Args:
+            timeout: seconds; `timeout_s` is its former name.
 
-    def result(self, timeout: float | None = None) -> Outcome:
+        Raises:
+            WaitTimeout: after that time; it is a TimeoutError too.
+        """
+        return wait_for([self.path], timeout if timeout is not None else timeout_s)[self.path].state
+
+    def result(self, timeout: float | None = None, *, timeout_s: float | None = None) -> Outcome:
         """Wait, and return the outcome of a finished run.
 
         Raises:
@@ -114,7 +117,7 @@ class Run:
             InputError: it was never submitted.
             WaitTimeout: as `wait`.
         """
-        state = self.wait(timeout)
+        state = self.wait(timeout if timeout is not None else timeout_s)
         outcome = self.outcome
         if state == "FINISHED" and outcome is not None:
             return outcome
