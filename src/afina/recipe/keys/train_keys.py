@@ -144,7 +144,7 @@ class Train(Section):
     def frozen(self) -> str:
         """What `freeze` freezes, in words."""
         return {"embeddings": "the embeddings", "body": "all weights below the head"}.get(
-            str(self.freeze), f"the embeddings and the first {self.freeze} layers"
+            str(self.freeze), f"the embeddings and the first {'layer' if self.freeze == 1 else f'{self.freeze} layers'}"
         )
 
     @property
