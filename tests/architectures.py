@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.tiny import words
 
-__all__ = ["ARCHITECTURES", "LEFT", "MORE", "architecture_folder"]
+__all__ = ["ARCHITECTURES", "LEFT", "MORE", "architecture_config", "architecture_folder"]
 
 #: The families of the issue, and their relatives.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -126,7 +126,7 @@ def architecture_folder(
     import transformers
 
     tokenizer = _tokenizer(kind, side)
-    config = _config(kind, len(tokenizer), {**ARCHITECTURES.get(kind, {}), **changes})
+    config = architecture_config(kind, len(tokenizer), **changes)
     if num_labels is not None:
         config.num_labels = num_labels
     bare = num_labels is None and kind != "funnel"  # AutoModel has two bodies for Funnel
@@ -142,7 +142,8 @@ def architecture_folder(
     return folder
 
 
-def _config(kind: str, vocabulary: int, changes: dict[str, Any]) -> Any:
+def architecture_config(kind: str, vocabulary: int = 100, **changes: Any) -> Any:
+    """The configuration of a model of `kind` with two small layers."""
     import transformers
 
     named = {name: size for size, names in _SIZES.items() for name in names.split()}
@@ -150,7 +151,7 @@ def _config(kind: str, vocabulary: int, changes: dict[str, Any]) -> Any:
     named["decoder_start_token_id"] = 0 if kind in ("t5", "mt5", "umt5") else _EOS
     known = transformers.AutoConfig.for_model(kind).to_dict()
     options = {name: value for name, value in named.items() if name in known or name == "decoder_start_token_id"}
-    return transformers.AutoConfig.for_model(kind, **{**options, **changes})
+    return transformers.AutoConfig.for_model(kind, **{**options, **ARCHITECTURES.get(kind, {}), **changes})
 
 
 def _tokenizer(kind: str, side: str) -> Any:

@@ -6,6 +6,8 @@ Examples:
   python tests/faults/run.py --kills 200 --seed 7 --json kills.jsonl
                                                                    200 random kills; the same command again resumes
                                                                    where it was interrupted
+  python tests/faults/run.py --kills 50 --processes 2 --set train.sharding=fsdp
+                                                                   of runs whose model is sharded
   python tests/faults/run.py --where slurm --tracker cgroup --processes 2x2 --image afina.sif
                                                                    in the image, on a test cluster of its own (as root)
   python tests/faults/run.py --show one.jsonl two.jsonl            results of several --json files, as one table
@@ -174,7 +176,8 @@ def _random_kills(suite: Suite, options: argparse.Namespace, seed: int, done: Se
             if result := known.get(f"{seed}/{number}"):
                 batch.append(partial(_same, result))
             else:
-                batch.append(partial(_kept, options, partial(suite.random_kills, seed, number, KILLS_PER_RUN)))
+                work = partial(suite.random_kills, seed, number, KILLS_PER_RUN, dict(options.set))
+                batch.append(partial(_kept, options, work))
             number += 1
         yield batch
 
@@ -273,6 +276,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", choices=["1", "2", "2x2"], default="1", help="processes, or nodes x processes")
     parser.add_argument(
         "--kills", type=int, metavar="N", help="instead of the scenarios: N SIGKILLs at random instants"
+    )
+    parser.add_argument(
+        "--set",
+        type=lambda word: tuple(word.split("=", 1)),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the recipe of the runs with random kills",
     )
     parser.add_argument("--seed", type=int, help="repeat the choices of an earlier call")
     parser.add_argument("--jobs", type=int, default=1, help="concurrent runs")

@@ -14,10 +14,12 @@ from tests.faults import inject
 from tests.faults.live_run import STAGES
 from tests.faults.local_run import NO_NETWORK, OWN_NETWORK
 
-__all__ = ["ADAPTER", "SCENARIOS", "Scenario", "find_scenario"]
+__all__ = ["ADAPTER", "FSDP", "SCENARIOS", "Scenario", "find_scenario"]
 
 #: Recipe keys of a run that trains an adapter and the head alone.
 ADAPTER: dict[str, Any] = {"adapter": "{rank: 4, dropout: 0.1}"}
+#: Of one whose model is sharded over two processes.
+FSDP: dict[str, Any] = {"train.sharding": "fsdp"}
 
 #: Recipe keys of a run that ends before its planned steps.
 EARLY: dict[str, Any] = {"train.early_stopping": "{patience: 12, min_delta: 10}", "train.evaluate": 20}
@@ -103,6 +105,21 @@ def _scenarios() -> list[Scenario]:
             "Every process of a training that stops early is killed, in three attempts.",
             (inject.kill_all, inject.kill_starting, inject.kill_all),
             changes=EARLY,
+        ),
+        Scenario(
+            "fsdp-kill",
+            "Every process of a training whose model is sharded is killed.",
+            (inject.kill_all,),
+            num_processes=2,
+            changes=FSDP,
+        ),
+        Scenario(
+            "fsdp-stop",
+            "SIGTERM reaches every process of a training whose model is sharded.",
+            (inject.signal_step(signal.SIGTERM),),
+            num_processes=2,
+            changes=FSDP,
+            graceful=True,
         ),
         Scenario("kill-host", "The host process is killed; the training may continue.", (inject.kill_host,)),
         Scenario("kill-starting", "Killed during start-up.", (inject.kill_starting,)),

@@ -23,7 +23,7 @@ from tests.faults import results
 from tests.faults.live_run import Setting
 from tests.faults.results import Result
 from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
-from tests.faults.scenarios import ADAPTER, SCENARIOS
+from tests.faults.scenarios import ADAPTER, FSDP, SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 KILLS = 50 if LONG else 10
@@ -103,15 +103,15 @@ def test_random_kills_change_nothing(suites: dict[int, Suite], result_of: Result
 @pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_random_kills_change_nothing_with_an_adapter(suites: dict[int, Suite]) -> None:
-    """With two processes on gloo, and with one."""
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(2, ADAPTER), (2, FSDP), *([(1, ADAPTER)] if LONG else [])],
+    ids=["an adapter", "shards", *(["an adapter on one process"] if LONG else [])],
+)
+def test_random_kills_change_nothing_with(suites: dict[int, Suite], processes: int, changes: dict[str, str]) -> None:
     results_of_kills: list[Result] = []
-    for processes in (2, 1) if LONG else (2,):
-        kills = 0
-        while kills < KILLS / 2:
-            result = suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, ADAPTER)
-            results_of_kills.append(result)
-            kills += result.kills
+    while sum(result.kills for result in results_of_kills) < KILLS / 2:
+        results_of_kills.append(suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, changes))
     print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(results_of_kills)}")
     assert not [result.broken for result in results_of_kills if result.broken]
 

@@ -255,6 +255,7 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
         "data": f"{files}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
         "training": f"{train.length}, {batch}, learning rate {train.learning_rate:g}",
         "trained": recipe.trained,
+        "sharding": f"{train.sharding} over {g.num_processes} processes" if train.sharding != "none" else "",
         "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
         "site": "; ".join([str(site.file or "the environment"), *slurm]),
         "image": str(site.image or f"none: {sys.executable}"),

@@ -194,7 +194,7 @@ def estimate(
         attempts=attempts,
         limit_min=limit_min,
         notes=(*_notes(plan, basis, measured), *([_EARLY] if train.early_stopping else [])),
-        state_gb=_gb(work.parameters and 16 * work.parameters, 3),
+        state_gb=_gb(work.parameters and 16 * work.parameters / _shares(plan), 3),
     )
 
 
@@ -211,7 +211,10 @@ def _notes(plan: Plan, basis: str, measured: Measured | None) -> tuple[str, ...]
     if basis == "model":
         return (f"time and memory are unknown: there is no earlier run like this one; {_REHEARSE}",)
     if basis == "rehearsal" and plan.geometry.num_processes > 1:
-        return ("communication between processes is not included",)
+        notes = ["communication between processes is not included"]
+        if _shares(plan) > 1:
+            notes.append("memory of shards is computed from that of one process that held the whole model")
+        return tuple(notes)
     return ()
 
 
@@ -265,11 +268,29 @@ def _memory(
         gpu = max(peaks) + _CUDA_BYTES
     elif peaks:
         one = max(peaks)
+    if rehearsed is not None and _shares(plan) > 1 and work.parameters:
+        return _sharded_memory(plan, work.parameters, rehearsed.peak_bytes, gpu)
     if one is None:
         return None, gpu
     # The first process of a run holds a copy of its state, 12 P bytes, while a checkpoint is written.
     other = max(one - 12.0 * (work.parameters or 0), _BASE_BYTES)
     return one + (plan.geometry.processes_per_node - 1) * other, gpu
+
+
+def _shares(plan: Plan) -> int:
+    """Among how many processes weights, gradients and optimizer state are divided."""
+    return plan.geometry.num_processes if plan.recipe.train.sharding != "none" else 1
+
+
+def _sharded_memory(plan: Plan, parameters: int, host: float, gpu: float | None) -> tuple[float, float | None]:
+    """Of the busiest node and of each GPU, from that of a rehearsal, whose process held the whole model: computed, not measured.
+
+    Each process reads the whole model into host memory before it keeps its share.
+    """
+    elsewhere = parameters * (1 - 1 / _shares(plan))
+    state, copy = 16 * elsewhere, 12 * elsewhere
+    one = max(host - copy - (0 if gpu else state), _BASE_BYTES + 4 * parameters)
+    return plan.geometry.processes_per_node * one, gpu and max(gpu - state, _CUDA_BYTES)
 
 
 def _requests(

@@ -119,7 +119,7 @@ def _likeness(plan: Plan) -> list[Any]:
     train, g = plan.recipe.train, plan.geometry
     model = str(plan.model_folder) if plan.model_folder else plan.recipe.model
     layout = (g.num_processes, g.gpus_per_node, g.cpus_per_process, g.batch_per_device, g.accumulation)
-    numbers = (train.fast_dropout, train.attention_dropout, train.precision, train.compile)
+    numbers = (train.fast_dropout, train.attention_dropout, train.precision, train.compile, train.sharding)
     return [model, plan.recipe.adapter, plan.recipe.tokens, layout, train.arguments, numbers]
 
 

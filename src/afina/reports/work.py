@@ -65,6 +65,7 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
         "model FLOP utilisation": _percent(utilisation.get("mfu")),
         "of a peak of": _peak(utilisation),
         "trained": f"{trained} ({trained_count(facts.outcome)})" if trained else None,
+        "model": _sharded(facts),
         "largest memory, GB": utilisation.get("peak_memory_gb"),
         "examples per step": utilisation.get("examples_per_step"),
     }
@@ -77,6 +78,12 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
     if charts[0]:
         del charts[1]
     return pairs(rows), [chart for chart in charts if chart]
+
+
+def _sharded(facts: RunFacts) -> str | None:
+    processes = facts.outcome.world_size if facts.outcome else None
+    sharded = facts.plan.recipe.train.sharding != "none" and (processes or 1) > 1
+    return f"sharded over {processes} processes (FSDP2)" if sharded else None
 
 
 def time_spent(facts: RunFacts) -> str:

@@ -46,6 +46,20 @@ def _data_is_here(hostile: None) -> None:
     Path("reviews.csv").write_text("text,stars\ngood,5\n")
 
 
+def test_shards_divide_weights_gradients_and_optimizer_state_but_not_the_start(plan: Callable[..., Plan]) -> None:
+    """Of the memory of a rehearsal's one process, which held all of them."""
+    sharded = plan(nodes=2, gpus=2, train__sharding="fsdp")
+    parameters = BERT.parameters or 0
+    assert estimate(sharded, BERT).state_gb == round(4 * parameters / 1e9, 3)
+    measured = MEASURED.model_copy(update={"device": "cuda", "gpu_peak_bytes": 9_000_000_000})
+    found, whole = (estimate(each, BERT, measured=measured) for each in (sharded, plan(nodes=2, gpus=2)))
+    assert found.gpu_gb == pytest.approx((whole.gpu_gb or 0) - 12 * parameters / 1e9, abs=0.01)
+    assert found.host_gb == pytest.approx(2 * (5.0 - 9 * parameters / 1e9), abs=0.01)
+    assert any("computed from that of one process" in note for note in found.notes)
+    large = estimate(sharded, replace(BERT, parameters=7_000_000_000), measured=measured)
+    assert (large.host_gb or 0) > 2 * 28, "each process reads all weights at the start"
+
+
 def test_without_evidence_the_model_state_is_exact_and_time_and_memory_are_unknown(plan: Callable[..., Plan]) -> None:
     """AdamW in float32: 16 bytes per parameter, 12 of them in a checkpoint."""
     found = estimate(plan(), BERT)

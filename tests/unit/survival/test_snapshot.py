@@ -54,7 +54,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_problem_of_the_disk(error: Exc
         raise error
 
     saver = Saver(tmp_path / "checkpoints", 2, tmp_path / "log", lambda **about: None)
-    saver.begin(Snapshot(7, fails, {}, {}, {}, {}, None), 0.0)
+    saver.begin(Snapshot(7, fails, {}, {}, {}, {}, {}, None), 0.0)
     with pytest.raises(EnvironmentProblem, match="a checkpoint cannot be written: ") as caught:
         saver.finish()
     assert caught.value.cause == "disk" and "the previous checkpoint is untouched" in caught.value.remedy

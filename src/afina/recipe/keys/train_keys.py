@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from afina.recipe.keys.loss_keys import LOSS_KEYS, parse_label_weights
 from afina.recipe.keys.section import SECRET, KeyedError, KeyedErrors, Section, shown
-from afina.recipe.keys.training_arguments import refusal
+from afina.recipe.keys.training_arguments import NOT_SHARDED, SHARDED_OPTIMIZERS, refusal
 from afina.redact import looks_secret
 from afina.schedule import DEFAULT_EPOCHS, Schedule
 from afina.text import plural
@@ -71,6 +71,7 @@ class Train(Section):
         "head_learning_rate",
         "early_stopping",
         "base_dtype",
+        "sharding",
     )
 
     batch_size: Annotated[int, Field(ge=1, le=10**9)] = 8
@@ -101,6 +102,7 @@ class Train(Section):
     fast_dropout: bool = True
     onednn: bool = True
     cuda_graphs: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
     attention_dropout: Literal[0] | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     base_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -126,6 +128,8 @@ class Train(Section):
                 yield KeyedError("repeats `train.precision`", "arguments", key, remedy=one_of_them)
         if self.compile and "torch_compile" in self.arguments:
             yield KeyedError("repeats `train.compile`", "arguments", "torch_compile", remedy=one_of_them)
+        if self.sharding != "none":
+            yield from self._problems_of_sharding()
         if self.focal_gamma is not None and self.loss != "focal":
             yield KeyedError(
                 "belongs to the focal loss", "focal_gamma", remedy="set `train.loss: focal`, or leave it out"
@@ -134,6 +138,17 @@ class Train(Section):
             yield KeyedError("has no layers to act on with `freeze: body`", "layer_decay", remedy=one_of_them)
         if self.loss == "focal" and self.label_smoothing:
             yield KeyedError("has no definition for the focal loss", "label_smoothing", remedy=one_of_them)
+
+    def _problems_of_sharding(self) -> Iterator[KeyedError]:
+        off = "leave it out, or set `train.sharding: none`"
+        refused = {"compile": True, "cuda_graphs": True, "precision": "fp16", "base_dtype": "bf16"}
+        for key in (key for key, value in refused.items() if getattr(self, key) == value):
+            yield KeyedError(f"{shown(refused[key])} was not proven with `train.sharding`", key, remedy=off)
+        for key in (key for key in self.arguments if key in NOT_SHARDED):
+            yield KeyedError(f"{NOT_SHARDED[key]} (`train.sharding`)", "arguments", key, remedy=off)
+        if (optim := self.arguments.get("optim", SHARDED_OPTIMIZERS[0])) not in SHARDED_OPTIMIZERS:
+            problem = f"{shown(optim)} was not proven with `train.sharding`"
+            yield KeyedError(problem, "arguments", "optim", remedy=f"use {', '.join(SHARDED_OPTIMIZERS)}")
 
     @property
     def loss_keys(self) -> tuple[str, ...]:

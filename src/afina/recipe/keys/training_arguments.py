@@ -16,7 +16,16 @@ import fnmatch
 import math
 from typing import Any
 
-__all__ = ["EFFECTIVE", "FORMER", "INEFFECTIVE", "REFUSED_VALUES", "RESERVED_ARGUMENTS", "refusal"]
+__all__ = [
+    "EFFECTIVE",
+    "FORMER",
+    "INEFFECTIVE",
+    "NOT_SHARDED",
+    "REFUSED_VALUES",
+    "RESERVED_ARGUMENTS",
+    "SHARDED_OPTIMIZERS",
+    "refusal",
+]
 
 EFFECTIVE: dict[str, str] = {
     "lr_scheduler_type": "the schedule of the learning rate; `linear` by default",
@@ -104,10 +113,10 @@ RESERVED_ARGUMENTS: dict[str, str] = {
     "report_to": "set `trackers`; metrics are in `metrics.jsonl` anyway",
     "ddp_backend": "leave it out: it follows from the device",
     "local_rank": "leave it out: it follows from the launch",
-    "deepspeed": "leave it out: sharded training is not supported",
-    "fsdp": "leave it out: sharded training is not supported",
-    "fsdp_config": "leave it out: sharded training is not supported",
-    "parallelism_config": "leave it out: sharded training is not supported",
+    "deepspeed": "set `train.sharding: fsdp`",
+    "fsdp": "set `train.sharding: fsdp`",
+    "fsdp_config": "set `train.sharding: fsdp`",
+    "parallelism_config": "set `train.sharding: fsdp`",
     "ignore_data_skip": "leave it out: a resumed run sees the batches of the uninterrupted one",
 }
 
@@ -171,6 +180,23 @@ FORMER: dict[str, str] = {
     "dropout": "it belongs to the model's config, not to the training arguments",
     "label_smoothing": "set `train.label_smoothing`",
 }
+
+_OF_DDP = "has no effect: there is no DistributedDataParallel"
+_UNPROVEN = "was not proven on shards"
+#: Refused with `train.sharding: fsdp`, and why.
+NOT_SHARDED: dict[str, str] = {
+    "ddp_find_unused_parameters": _OF_DDP,
+    "ddp_bucket_cap_mb": _OF_DDP,
+    "ddp_broadcast_buffers": _OF_DDP,
+    "torch_compile": _UNPROVEN,
+    "torch_compile_backend": _UNPROVEN,
+    "torch_compile_mode": _UNPROVEN,
+    "fp16": _UNPROVEN,
+    "neftune_noise_alpha": _UNPROVEN,
+    "debug": "looks at whole weights, which no process has",
+}
+#: Optimizers that treat each number of a weight by itself, so that a shard is stepped like a whole; the default first.
+SHARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop")
 
 _PLATEAU = (
     "use `linear`, `cosine` or `cosine_with_restarts`: a schedule of the evaluations is not that of a resumed run"

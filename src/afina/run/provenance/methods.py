@@ -185,7 +185,10 @@ def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
     count = int(ran.get("processes", "1"))
     names = {"torch": "PyTorch", "transformers": "Transformers", "accelerate": "Accelerate", "tokenizers": "Tokenizers"}
     versions = [f"{names.get(name, name)} {ran[name]}" for name in ("Python", *names) if name in ran]
-    ran_on = f"It was trained {precision} with {count} process{'es' * (count != 1)} on {where}"
+    sharded = (
+        ", among which the model was sharded (FSDP2)," if plan.recipe.train.sharding != "none" and count > 1 else ""
+    )
+    ran_on = f"It was trained {precision} with {count} process{'es' * (count != 1)}{sharded} on {where}"
     return f"{ran_on} ({', '.join(versions)})." if versions else f"{ran_on}."
 
 

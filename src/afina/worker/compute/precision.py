@@ -140,6 +140,8 @@ def choose(
             )
         return PrecisionChoice(train.precision, compiled, "the recipe asks for it", device)
     best, why = _best(device)
+    if best == "fp16" and train.sharding != "none":
+        best, why = "fp32", f"{why}, and float16 was not proven with train.sharding"
     if before is None or before == best:
         return PrecisionChoice(best, compiled, why, device)
     if before == "bf16" and device.kind == "cpu":  # `best` is another: this CPU lacks the instructions

@@ -1,16 +1,30 @@
-"""Collectives of the training processes. Each is the identity where there is only one process.
+"""Collectives of the training processes, each the identity where there is only one; and a model sharded over them (FSDP2).
 
 Not covered: failures. A rank that dies makes the others wait; the watchdog and the supervisor end them.
 """
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["barrier", "count", "everyone", "from_rank_zero", "leave", "maximum", "on_rank_zero", "rank", "total"]
+__all__ = [
+    "barrier",
+    "count",
+    "everyone",
+    "from_rank_zero",
+    "host_mesh",
+    "leave",
+    "maximum",
+    "on_rank_zero",
+    "rank",
+    "shard",
+    "total",
+]
 
 
 def _grouped() -> bool:
@@ -84,3 +98,37 @@ def leave() -> None:
     """Close the process group."""
     if _grouped():
         dist.destroy_process_group()
+
+
+def host_mesh(timeout: datetime.timedelta) -> Any:
+    """A mesh of all processes over gloo and host memory, whose collectives a thread may call beside those of the training; None for one."""
+    if _alone():
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(dist.new_group(backend="gloo", timeout=timeout), "cpu")
+
+
+def shard(model: Any, blocks: Sequence[torch.nn.Module], device: torch.device, *, bf16: bool) -> None:
+    """Shard parameters, gradients and optimizer state over all processes, in place; before the optimizer is made. Collective.
+
+    A block's weights are gathered while it computes, as those of the token embeddings and of all the rest (the head, norms) are.
+    Each process must have built the same model; its device never holds more than one block of it.
+
+    Args:
+        blocks: the transformer blocks.
+        bf16: gather in bfloat16, for products in it; gradients are reduced, and weights kept, in float32.
+
+    Source: torch.distributed.fsdp.fully_shard (FSDP2). Not accelerate's plugin, which has no CPU processes (1.15).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (count(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    try:
+        embeddings = [model.get_input_embeddings()]
+    except NotImplementedError:  # CANINE hashes characters
+        embeddings = []
+    for module in (*blocks, *embeddings, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)

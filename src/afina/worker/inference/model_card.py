@@ -173,6 +173,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
     train, rows, tokens = recipe.train, facts.prepared.get("rows", {}), facts.prepared.get("tokens", {})
     speed = f", {outcome.samples_per_second:,.1f} examples/s" if outcome.samples_per_second else ""
     merged = ", merged" if recipe.adapter and not facts.adapter else ""
+    sharded = ", sharded (FSDP2)" if train.sharding != "none" and (outcome.world_size or 1) > 1 else ""
     return {
         "data": _data_name(facts),
         "examples": ", ".join(f"{part} {count:,}" for part, count in rows.items()),
@@ -185,7 +186,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "learning rate": f"{train.learning_rate:g}, {train.arguments.get('lr_scheduler_type', 'linear')} schedule",
         "seed": train.seed,
         **{f"`{name}`": value for name, value in train.arguments.items() if name != "lr_scheduler_type"},
-        "ran on": f"{outcome.world_size or 1} process(es), {outcome.device or 'cpu'}; {outcome.seconds:,.0f} s in "
+        "ran on": f"{outcome.world_size or 1} process(es), {outcome.device or 'cpu'}{sharded}; {outcome.seconds:,.0f} s in "
         f"{outcome.attempts} attempt(s){speed}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         **_origins(facts),

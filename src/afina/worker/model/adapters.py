@@ -24,6 +24,7 @@ from afina.errors import InputError, RecipeError, nearest
 from afina.files import difference, read_json, write_atomic
 from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.local_model import ADAPTER_LABELS, adapter_base
+from afina.worker.model.weights import model_class
 
 if TYPE_CHECKING:
     import torch
@@ -201,13 +202,14 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 
 def checkpoint_weights(model: Any) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint: all, or of a model with an adapter those that are trained."""
+    state = model.state_dict()  # of a sharded model this process's shards, whatever is gathered at the moment
     if not has_adapter(model):
-        return dict(model.state_dict())
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        return dict(state)
+    return {name: state[name] for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def save_weights(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write what a checkpoint or `model/` holds of a model: its adapter, or all of it.
+    """Write what a checkpoint or `model/` holds of a model: its adapter, or all of it, in files of at most 5 GB.
 
     Args:
         weights: of `checkpoint_weights`, or a copy of them; by default the model's own.
@@ -215,7 +217,7 @@ def save_weights(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] |
     if has_adapter(model):
         save_adapter(model, folder, weights)
     else:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
 
 
 def save_labels(model: Any, folder: Path, prepared: Mapping[str, Any]) -> None:
@@ -227,7 +229,9 @@ def save_labels(model: Any, folder: Path, prepared: Mapping[str, Any]) -> None:
     before = Path(prepared["model_folder"])
     base_files = prepared["model_files"] if adapter_base(before) is None else read_json(before / ADAPTER_LABELS / _BASE)
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]  # of the classifier, as `save_pretrained` of the model would name it
+    config.architectures = [
+        model_class(model).__name__
+    ]  # of the classifier, as `save_pretrained` of the model would name it
     config.save_pretrained(folder / ADAPTER_LABELS)
     write_atomic(folder / ADAPTER_LABELS / _BASE, json.dumps(base_files, indent=1))
 

@@ -22,7 +22,9 @@ from typing import Any, Literal
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-__all__ = ["needs_equal_lengths", "padding_side", "separate_rows", "set_pad_token"]
+from afina.worker.model.weights import model_class
+
+__all__ = ["needs_equal_lengths", "padding_side", "runs_rows_apart", "separate_rows", "set_pad_token"]
 
 _LEFT = frozenset({"xlnet"})
 _UNPADDED = frozenset({"canine", "convbert", "fnet", "funnel", "nystromformer", "yoso"})
@@ -36,7 +38,7 @@ def padding_side(model: Any, tokenizer_side: str = "right") -> Literal["left", "
     """
     if model.config.model_type in _LEFT:
         return "left"
-    of_transformers = type(model).__module__.startswith("transformers.")
+    of_transformers = model_class(model).__module__.startswith("transformers.")
     return "left" if tokenizer_side == "left" and not of_transformers else "right"
 
 
@@ -60,15 +62,20 @@ def needs_equal_lengths(model: Any) -> str | None:
     return f"{kind}: padding changes its scores" if kind in _UNPADDED or _sparse(model) else None
 
 
+def runs_rows_apart(model: Any) -> bool:
+    """Whether `separate_rows` changes this model."""
+    return needs_equal_lengths(model) is not None or _reads_end(model)
+
+
 def separate_rows(model: Any) -> str | None:
     """Let `model` split a batch into parts of rows that it can process together; returns a note for the log if padding is why.
 
     Only the forward pass changes, so training, evaluation and prediction all do it. Rows that go together are one call, as before.
     """
-    why, sparse = needs_equal_lengths(model), _sparse(model)
-    eos = getattr(model.config, "eos_token_id", None) if "eos_token_id" in _names(model) else None
-    if why is None and eos is None:
+    if not runs_rows_apart(model):
         return None
+    why, sparse = needs_equal_lengths(model), _sparse(model)
+    eos = model.config.eos_token_id if _reads_end(model) else None
     usual, parameters = model.forward, inspect.signature(type(model).forward).parameters
     takes_mask = "attention_mask" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -99,6 +106,11 @@ def separate_rows(model: Any) -> str | None:
 
     model.forward = forward
     return f"rows of unequal length run apart, without padding: {why}" if why else None
+
+
+def _reads_end(model: Any) -> bool:
+    """Whether the head reads the position of the end-of-text token."""
+    return "eos_token_id" in _names(model) and getattr(model.config, "eos_token_id", None) is not None
 
 
 def _sparse(model: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import WEIGHTS, choose_layers, find_base, labels_config, weights_folder
 from afina.worker.model.check_cache import checked_once
-from afina.worker.model.weights import check_weights, headers_digest, tensor_types
+from afina.worker.model.weights import check_sharding, check_weights, headers_digest, tensor_types
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 
 __all__ = [
@@ -258,6 +258,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
         *([headers_digest(weights_folder(folder))] if adapted else []),
         *([recipe.adapter.model_dump(mode="json")] if recipe.adapter else []),
         *([recipe.train.freeze] if recipe.train.freeze is not None else []),
+        *([recipe.train.sharding] if recipe.train.sharding != "none" else []),
     ]
     warnings = checked_once(pins, about, lambda: _check_architecture(folder, recipe))
     if "afina" in read_json(folder / "afina.json"):
@@ -319,7 +320,14 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
     if recipe.adapter is not None or recipe.train.freeze is not None:
         _check_layers(config, recipe)
     if own_code and recipe.trust_remote_code:
+        if recipe.train.sharding != "none":
+            raise RecipeError(
+                f"train.sharding: {recipe.model} has code of its own, which was not proven on shards",
+                "set train.sharding: none",
+            )
         return []
+    if recipe.train.sharding != "none":
+        check_sharding(config)
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
     )

@@ -40,9 +40,10 @@ def answer(arguments: list[str]) -> dict[str, Any]:
                 "see the lines above; a run would fail so too",
                 cause=type(error).__name__,
             ) from error
+        remedy = "set train.max_batch_per_device lower; the global batch and the result stay the same"
+        if run.plan().recipe.train.sharding != "none":
+            remedy = "a rehearsal holds the whole model in one process, which the run divides: submit without one"
         raise TrainingError(
-            f"the longest batch does not fit into memory: {first_line(error)}",
-            "set train.max_batch_per_device lower; the global batch and the result stay the same",
-            cause="memory",
+            f"the longest batch does not fit into memory: {first_line(error)}", remedy, cause="memory"
         ) from error
     return {**measured, "network": "cut" if is_cut and not interfaces() else "offline variables"}

@@ -18,7 +18,7 @@ from typing import Any
 from afina import files as disk
 from afina.errors import EnvironmentProblem
 
-__all__ = ["commit", "complete_steps", "damage", "manifest", "newest", "rotate", "stage"]
+__all__ = ["commit", "complete_steps", "damage", "manifest", "newest", "rotate", "stage", "staging_folder"]
 
 _MANIFEST, _STATE = "manifest.json", "trainer_state.json"
 _STEP = re.compile(r"step-(\d+)")
@@ -30,9 +30,13 @@ _FORMAT, _UNSEALED = 2, 1
 _NEEDED = (_STATE, "progress.json", "ranks.pt", "optimizer.pt", "scheduler.pt")
 
 
+def staging_folder(folder: Path, step: int) -> Path:
+    return folder / f".staging-{step}"
+
+
 def stage(folder: Path, step: int) -> Path:
     """An empty staging folder for `step`; leftovers of an earlier attempt are removed."""
-    staging = folder / f".staging-{step}"
+    staging = staging_folder(folder, step)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, mode=0o700)
     return staging

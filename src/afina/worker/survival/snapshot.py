@@ -2,9 +2,11 @@
 
 Rank 0 copies model, optimizer, schedule and scaler to host memory and collects the state of the other ranks; the training
 stands still for that only. A thread of rank 0 then writes and commits the copy while the training continues. One process
-writes everything, so that no rank waits for another's disk.
+writes everything, so that no rank waits for another's disk. Of a sharded model each rank copies its shards, a thread of each writes
+them, and that of rank 0 commits when all are written.
 
     model.safetensors  config.json      the weights; with an adapter adapter_model.safetensors and adapter_config.json
+    shard-*.safetensors                 in their place, weights and optimizer state with `train.sharding: fsdp`
     optimizer.pt  scheduler.pt          as Trainer reads them; scaler.pt with float16
     ranks.pt                            of every rank: random state, the loss since the last log line
     trainer_state.json  progress.json   step, best metric; training time, the length of the log
@@ -56,6 +58,7 @@ class Snapshot:
 
     Attributes:
         write_model: writes weights and configuration; called with the staging folder and the copied weights.
+        shards: of `afina.worker.survival.shards`; empty where weights and optimizer are written whole.
         tensors: file name -> what `torch.save` writes.
         texts: file name -> JSON.
         about: goes into the manifest.
@@ -65,6 +68,7 @@ class Snapshot:
     step: int
     write_model: Callable[[Path, dict[str, torch.Tensor]], None]
     weights: dict[str, torch.Tensor]
+    shards: Mapping[str, torch.Tensor]
     tensors: Mapping[str, Any]
     texts: Mapping[str, str]
     about: Mapping[str, Any]
@@ -79,13 +83,14 @@ class Saver:
         began: start of the last write, in seconds of `time.monotonic`; before the first, the creation of this object.
     """
 
-    def __init__(self, folder: Path, keep: int, log: Path, record: Callable[..., None]) -> None:
+    def __init__(self, folder: Path, keep: int, log: Path, record: Callable[..., None], mesh: Any = None) -> None:
         """Args:
         keep: how many checkpoints to keep.
         log: the metrics log; it is flushed to disk before the checkpoint that refers to its lines.
         record: called in the thread after each commit with step, seconds, stall_s and bytes.
+        mesh: of the processes that write shards, whose first commits; None: this process alone writes.
         """
-        self.folder, self.keep, self.log, self.record = folder, keep, log, record
+        self.folder, self.keep, self.log, self.record, self.mesh = folder, keep, log, record, mesh
         self.seconds = 0.0
         self.began = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -124,7 +129,16 @@ class Saver:
     def _write(self, snapshot: Snapshot, stalled_s: float) -> None:
         staging: Path | None = None
         try:
-            staging = checkpoints.stage(self.folder, snapshot.step)
+            commits = self.mesh is None or self.mesh.get_rank() == 0
+            if commits:
+                staging = checkpoints.stage(self.folder, snapshot.step)
+            if snapshot.shards:
+                from afina.worker.survival import shards
+
+                shards.write(checkpoints.staging_folder(self.folder, snapshot.step), snapshot.shards, self.mesh)
+            if not commits:
+                return
+            assert staging is not None
             snapshot.write_model(staging, snapshot.weights)
             for name, value in snapshot.tensors.items():
                 torch.save(value, staging / name)

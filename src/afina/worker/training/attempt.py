@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,7 @@ class Attempt:
         flops: floating-point operations of the forward and backward pass of each training row, (N,).
         parameters: how many are trained, and how many there are.
         checkpoint_bytes: the size of a checkpoint.
+        host_mesh: of the shards' copies in host memory; None where the model is whole in each process.
     """
 
     run: RunDir
@@ -151,6 +152,7 @@ class Attempt:
     flops: np.ndarray[Any, Any]
     parameters: tuple[int, int]
     checkpoint_bytes: int
+    host_mesh: Any
     stop: StopRequest
     lease: Lease
 
@@ -179,13 +181,22 @@ class Attempt:
     def times(self) -> StepTimes:
         return StepTimes()
 
+    @property
+    def in_shards(self) -> bool:
+        """Checkpoints are written in shards, also by one process: the recipe decides."""
+        return self.plan.recipe.train.sharding != "none"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Each process holds a shard of the model, and each forward pass is collective."""
+        return self.host_mesh is not None
+
     @cached_property
     def saver(self) -> Saver:
-        """Writes the checkpoints; used on rank 0."""
+        """Writes the checkpoints; of a model that is not sharded on rank 0 alone."""
+        record = partial(self.event, "checkpoint")
         keep = self.plan.recipe.train.keep_checkpoints
-        return Saver(
-            self.run.checkpoints, keep, self.run.metrics_file, lambda **about: self.event("checkpoint", **about)
-        )
+        return Saver(self.run.checkpoints, keep, self.run.metrics_file, record, self.host_mesh)
 
     @cached_property
     def early_stop(self) -> EarlyStop | None:

@@ -16,7 +16,8 @@ from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
-from afina.worker.compute import cpu, dropout, packed_model, precision, products
+from afina.text import size_in_words
+from afina.worker.compute import cpu, dropout, packed_model, precision, products, ranks
 from afina.worker.compute.batches import (
     TOKENS_PER_ROW,
     Batching,
@@ -32,6 +33,7 @@ from afina.worker.model.adapters import has_adapter, labels_config, parameter_co
 from afina.worker.model.depth import step_cost
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
+from afina.worker.model.weights import blocks
 from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.preflight import state_bytes
@@ -149,10 +151,26 @@ def build_attempt(
         flops=step_cost(model) * forward_flops(model.config, data.splits["train"].lengths, parameters),
         parameters=parameter_counts(model),
         checkpoint_bytes=state_bytes(model),
+        host_mesh=ranks.host_mesh(arguments.ddp_timeout_delta) if plan.recipe.train.sharding != "none" else None,
         stop=stop,
         lease=lease,
     )
+    if attempt.is_sharded:
+        # On a CPU `bf16_on_cpu` computes in bfloat16 with float32 weights, so that evaluations are in float32.
+        ranks.shard(model, blocks(model), attempt.device, bf16=arguments.bf16 and attempt.device.type == "cuda")
+    if attempt.in_shards and attempt.rank == 0:
+        say(_shares(attempt))
     return attempt, model, arguments
+
+
+def _shares(attempt: Attempt) -> str:
+    """A line about `train.sharding`."""
+    if not attempt.is_sharded:
+        return "train.sharding: fsdp shards nothing here: there is one process, which holds all of the model"
+    trained, total = attempt.parameters
+    count = attempt.geometry.num_processes
+    share = size_in_words((4 * total + 12 * trained) // count)  # float32; gradients and AdamW's two moments
+    return f"sharded over {count} processes (FSDP2): {share} of weights, gradients and optimizer state in each"
 
 
 def collator(attempt: Attempt, model: Any, split: Split) -> Collator | PackedCollator:

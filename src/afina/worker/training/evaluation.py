@@ -74,9 +74,11 @@ def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: 
     batches, most = iter(dataloader), dataloader.batch_sampler.most
     with torch.inference_mode():
         for number in range(1, most + 1):
-            for rows, inputs in itertools.islice(batches, 1):  # none where the other ranks have one more
-                inputs.pop("labels")
-                mine.append((rows, forward(inputs).float().cpu().numpy()))
+            batch = next(batches, None)  # none where the other ranks have one more
+            if batch is not None:
+                mine.append((batch[0], forward(_inputs(batch)).float().cpu().numpy()))
+            elif attempt.is_sharded:
+                forward(_inputs(dataloader.collate_fn([0])))  # the other ranks wait for this one's shards
             attempt.watchdog.beat(f"batch {number} of an evaluation")
             if may_stop and (cause := ranks.maximum(attempt.device, attempt.stop_cause())[0]):
                 raise EvaluationAbandoned(CAUSES[cause])
@@ -85,6 +87,11 @@ def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: 
                     logits[rows] = values
                 mine = []
     return logits
+
+
+def _inputs(batch: tuple[list[int], dict[str, Any]]) -> dict[str, Any]:
+    """The inputs of a batch, without its labels."""
+    return {name: value for name, value in batch[1].items() if name != "labels"}
 
 
 def _allocate(shape: tuple[int, int], folder: Path) -> Array:

@@ -23,10 +23,11 @@ from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.data.splits.folds import open_rows
-from afina.worker.model.adapters import has_adapter, save_labels, save_weights
+from afina.worker.model.adapters import checkpoint_weights, has_adapter, save_labels, save_weights
 from afina.worker.model.losses import Loss
 from afina.worker.model.padding import padding_side
 from afina.worker.model.tasks import decisions, label_lists, prediction_columns, probabilities
+from afina.worker.survival import shards
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.trainer import RunTrainer
@@ -90,8 +91,13 @@ def export_results(trainer: RunTrainer) -> Results:
         if attempt.rank == 0:
             metrics |= output.metrics
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
+    gathered = (
+        shards.whole(checkpoint_weights(trainer.model), run.path / "trainer", keep=attempt.rank == 0)
+        if attempt.is_sharded
+        else None
+    )
     if attempt.rank == 0:
-        _export_model(trainer)
+        _export_model(trainer, gathered)
         _write_trained_rows(data.splits["train"], run)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
@@ -158,12 +164,13 @@ def _informed_logits(loss: Loss, labels: Array) -> Array:
     return np.asarray(np.log(np.maximum(np.bincount(labels, minlength=classes), 1e-3)), np.float32)
 
 
-def _export_model(trainer: RunTrainer) -> None:
+def _export_model(trainer: RunTrainer, weights: Mapping[str, Any] | None) -> None:
+    """Write `model/`; `weights` are those of `trainer.model` where it has only shards of them."""
     run = trainer.attempt.run
     staging, old = (run.path / name for name in (".model.staging", ".model.old"))
     for folder in (staging, old):
         shutil.rmtree(folder, ignore_errors=True)
-    save_weights(trainer.model, staging)
+    save_weights(trainer.model, staging, weights)
     if has_adapter(trainer.model):
         save_labels(trainer.model, staging, run.prepared())
     tokenizer = trainer.processing_class

@@ -39,6 +39,7 @@ from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import checkpoint_weights, has_adapter, load_adapter, save_weights
 from afina.worker.model.depth import learning_rates
 from afina.worker.survival import checkpoint as checkpoints
+from afina.worker.survival import shards
 from afina.worker.survival.snapshot import (
     PROGRESS,
     RANKS,
@@ -93,6 +94,8 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         )
         for callback in (DefaultFlowCallback, ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        if attempt.is_sharded:  # Trainer then wraps nothing, and lets accelerate shard nothing
+            self.is_distributed_loading_by_transformers = True
         self.add_callback(StepControl(attempt, self.resume, lambda: self._tr_loss, self._count_loss))
         if attempt.rank == 0:
             self.add_callback(LiveProgress(attempt))
@@ -116,6 +119,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                 groups += [{**group, "params": weights, "lr": rate} for rate, weights in of_rate.items()]
             optimizer.param_groups = sorted(groups, key=lambda group: group["lr"] != train.learning_rate)
         return optimizer
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.attempt.is_sharded:  # shards are where they belong
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
+        # Gradients that wait for the step's last micro-batch would be whole in each process.
+        return contextlib.nullcontext()
 
     # Batches and loss
 
@@ -297,7 +308,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
             self._save_checkpoint(None, None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Copy the state; rank 0 writes it in the background. Waits for the disk only at a stop."""
+        """Copy the state; rank 0, or each rank its shards, writes it in the background. Waits for the disk only at a stop."""
         attempt, began, step = self.attempt, time.monotonic(), self.state.global_step
         with attempt.meter.within("saving"):
             due = bool(attempt.stop.agreed) and attempt.schedule.evaluates_at(step)
@@ -313,7 +324,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     "since_evaluation": (self._summed, self._divided),
                 }
             )
-            if attempt.rank == 0:
+            if attempt.rank == 0 or attempt.is_sharded:
                 attempt.saver.finish()
                 attempt.saver.begin(self._snapshot(step, of_ranks, due), time.monotonic() - began)
             attempt.watchdog.beat(f"the save of step {step}")
@@ -334,12 +345,18 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         }
         state = dataclasses.asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
         model = self.accelerator.unwrap_model(self.model)
+        weights, optimizer = checkpoint_weights(model), self.optimizer.state_dict()
+        parts: dict[str, torch.Tensor] = {}
+        if attempt.in_shards:
+            parts, optimizer = shards.split_state(weights, optimizer)
+            weights = {}
         return Snapshot(
             step=step,
-            write_model=lambda folder, weights: save_weights(model, folder, weights),
-            weights=copy_to_host(checkpoint_weights(model), memory),
+            write_model=lambda folder, copied: save_weights(model, folder, copied) if copied else None,
+            weights=copy_to_host(weights, memory),
+            shards=shards.host_copy(parts, attempt.host_mesh),
             tensors={
-                "optimizer.pt": copy_to_host(self.optimizer.state_dict(), memory),
+                "optimizer.pt": copy_to_host(optimizer, memory),
                 "scheduler.pt": copy_to_host(self.lr_scheduler.state_dict(), memory),
                 **({"scaler.pt": copy_to_host(scaler.state_dict(), memory)} if scaler is not None else {}),
                 RANKS: of_ranks,
@@ -365,7 +382,14 @@ class RunTrainer(Trainer):  # type: ignore[misc]
                     raise EnvironmentProblem(
                         f"{checkpoint}: {name} is missing", "resume from another checkpoint: move this folder away"
                     )
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.attempt.in_shards:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        left, schedule = (
+            torch.load(Path(checkpoint) / name, weights_only=True) for name in ("optimizer.pt", "scheduler.pt")
+        )
+        shards.read_optimizer(Path(checkpoint), left, self.optimizer)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -427,7 +451,9 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if has_adapter(self.model):
+        if self.attempt.in_shards:
+            shards.read_weights(Path(resume_from_checkpoint), checkpoint_weights(self.model))
+        elif has_adapter(self.model):
             load_adapter(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
