@@ -49,6 +49,7 @@ _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.formatter.use_mathtext": False,
     "axes.formatter.limits": (-3, 5),
+    "axes.formatter.useoffset": False,
     "axes.unicode_minus": False,
     "grid.color": LIGHT["rule"],
     "grid.linewidth": 0.6,
@@ -138,6 +139,8 @@ def _draw(chart: Chart, axes: Any) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
+    if chart.x == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if chart.ticks:
         axes.set_xticks(chart.ticks)
     if chart.frame is not None:
