@@ -217,10 +217,12 @@ def _regression(sums: Array) -> dict[str, Array]:
 
 
 def ranks(values: Array) -> Array:
-    """Ranks from 1 on, ties at their mean, float64 (N,)."""
-    from scipy.stats import rankdata
+    """Ranks from 1 on, ties at their mean, float64 (N,); NaN where a value is. As scipy.stats, whose import takes a second."""
+    import numpy as np
 
-    return rankdata(values)
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    mean = np.cumsum(counts) - (counts - 1) / 2
+    return np.full(len(values), np.nan) if np.isnan(values).any() else mean[place]
 
 
 def _correlation(first: Array, second: Array) -> float:

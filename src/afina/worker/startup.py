@@ -1,4 +1,4 @@
-"""A quicker start: hide packages that Transformers would import for nothing, and pause the garbage collector meanwhile.
+"""A quicker start: hide packages that Transformers and evaluate would import for nothing, and pause the garbage collector meanwhile.
 
 Transformers imports `datasets` (and with it pandas and pyarrow) for isinstance checks, and SciPy for the loss of object detection,
 wherever they are installed: a quarter of the modules that a run would load before its first step. afina reads its prepared
@@ -13,9 +13,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
-__all__ = ["NOT_NEEDED", "gc_paused", "hide_packages"]
+__all__ = ["NOT_NEEDED", "gc_paused", "hide_packages", "import_evaluate"]
 
 #: What Transformers would import and afina imports itself, where it is needed: peft only with an adapter.
 NOT_NEEDED = ("datasets", "scipy", "peft")
@@ -50,3 +53,39 @@ def hide_packages(*packages: str) -> Iterator[None]:
         finally:
             for name, original in known.items():
                 setattr(utils, name, original)
+
+
+def import_evaluate() -> Any:
+    """The package `evaluate`; its evaluators, which import SciPy's statistics for a second, only when something takes one of them."""
+    late = ("evaluate.evaluator", "evaluate.evaluation_suite")
+    if "evaluate" in sys.modules:
+        return sys.modules["evaluate"]
+    sys.modules.update({name: _Placeholder(name) for name in late})
+    try:
+        package: Any = importlib.import_module("evaluate")
+    finally:
+        for name in late:
+            del sys.modules[name]
+    names = [name for name, value in vars(package).items() if isinstance(value, _Placeholder)]
+    for name in names:
+        delattr(package, name)
+
+    def take(name: str) -> Any:
+        if name in names:
+            modules = [importlib.import_module(module) for module in late]
+            for each in names:
+                setattr(package, each, next(getattr(m, each) for m in modules if hasattr(m, each)))
+            return getattr(package, name)
+        raise AttributeError(f"module 'evaluate' has no attribute {name!r}")
+
+    package.__getattr__ = take
+    return package
+
+
+class _Placeholder(ModuleType):
+    """A module whose every name is itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self

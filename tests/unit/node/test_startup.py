@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import transformers.utils
@@ -26,3 +28,21 @@ def test_the_collector_is_paused_inside_and_works_again_afterwards() -> None:
 def test_a_package_that_transformers_does_not_ask_for_is_no_error() -> None:
     with hide_packages("never_heard_of"):
         assert not hasattr(transformers.utils, "is_never_heard_of_available")
+
+
+def test_evaluate_is_imported_without_its_evaluators_and_has_them_when_asked() -> None:
+    """In a process of its own; the first evaluation of a run loads no statistics of SciPy."""
+    code = """
+import sys
+from afina.worker.model.scoring import compute_metrics
+import evaluate, numpy
+labels = numpy.array([0, 1, 1, 2])
+found = compute_metrics("single-label", ["accuracy", "f1"], labels, labels, 3)
+assert found["accuracy"] == found["f1"] == 1.0, found
+assert not {"scipy.stats", "evaluate.evaluator"} & sys.modules.keys()
+assert evaluate.TextClassificationEvaluator.__module__ == "evaluate.evaluator.text_classification"
+assert callable(evaluate.evaluator) and callable(evaluate.EvaluationSuite) and callable(evaluate.load)
+assert not hasattr(evaluate, "Evaluators")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

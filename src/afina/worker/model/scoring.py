@@ -1,7 +1,7 @@
 """The metrics of an evaluation, as an `evaluate.Metric`: the built-in ones (`afina.statistics.measures`) and the user's own.
 
-`evaluate.load` would fetch a script from the Hub and fail on a node without internet. Importing `evaluate` and SciPy takes one to two
-seconds, so a run imports this module at its first evaluation, not at its start. A metric that is not defined, or one of the user's
+`evaluate.load` would fetch a script from the Hub and fail on a node without internet. Importing `evaluate` takes a
+second, so a run imports this module at its first evaluation, not at its start. A metric that is not defined, or one of the user's
 own that raises, is None with a reason under `undefined`, and stops nothing.
 """
 
@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import evaluate
 import numpy as np
 
 from afina.errors import first_line
 from afina.recipe.metrics import METRICS, own_metric
 from afina.statistics.measures import compute
 from afina.worker.model.own_metrics import call, load
+from afina.worker.startup import import_evaluate
 
 __all__ = ["compute_metrics"]
 
 Array = np.ndarray[Any, Any]
+evaluate: Any = import_evaluate()
 
 
 class _Metrics(evaluate.Metric):  # type: ignore[misc]
