@@ -105,7 +105,8 @@ def test_the_same_command_repairs_a_sweep_with_a_killed_run_and_a_failed_node(
         assert steps == sorted(set(steps)), "a line is repeated"
     for task in (lost, last):
         began = _events(runs[task], "training")
-        assert len(began) == 2 and began[1]["step"] > 0, "it restarted from step 0"
+        # The killed one may meet the failing node too.
+        assert len(began) >= 2 and all(event["step"] > 0 for event in began[1:]), "it restarted from step 0"
     assert {path.name for path in runs[last].glob("attempts/*")} == {f"{jobs[last]}.0", f"{jobs[last]}.1"}
 
     # Finished cells are not run again; a larger grid runs only its new cells.
