@@ -147,7 +147,9 @@ def _no_mask(device: torch.device) -> torch.Tensor:
     """A mask for packed batches. Transformers passes one with four dimensions on as it is, and attention ignores it: one over all tokens
     of a batch would be large, and finding out that it is packed waits for the GPU.
     """
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return torch.zeros(
+        1, 1, 1, 1, device=device
+    )  # added to scores; not a boolean, of which `debug` takes no absolute values
 
 
 def _pack_body(model: Any, implementation: str) -> None:
