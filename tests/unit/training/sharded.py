@@ -94,7 +94,7 @@ def compared(folder: Path) -> str | float:
 
     from afina.errors import RecipeError
     from afina.worker.compute import ranks
-    from afina.worker.model.weights import blocks, check_sharding
+    from afina.worker.model.depth import blocks, check_sharding
 
     try:
         check_sharding(AutoConfig.from_pretrained(folder))

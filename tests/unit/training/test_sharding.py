@@ -206,7 +206,7 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_reason(kind: str, re
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from afina.worker.model.weights import blocks, check_sharding
+    from afina.worker.model.depth import blocks, check_sharding
 
     config = architecture_config(kind)
     if reason is not None:
@@ -222,15 +222,15 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_reason(kind: str, re
 def test_whole_tensors_lie_in_files_that_are_gone(tmp_path: Path) -> None:
     import torch
 
-    from afina.worker.survival import shards
+    from afina.worker.survival import sharded_state
 
     tensors = {"a": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.bfloat16), "none": torch.empty(0)}
-    found = shards.whole(tensors, tmp_path / "trainer", keep=True)
+    found = sharded_state.whole(tensors, tmp_path / "trainer", keep=True)
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
     assert not list((tmp_path / "trainer").iterdir())
-    assert shards.whole(tensors, tmp_path / "trainer", keep=False) == {}
+    assert sharded_state.whole(tensors, tmp_path / "trainer", keep=False) == {}
 
 
 @pytest.mark.series

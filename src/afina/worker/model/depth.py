@@ -1,4 +1,4 @@
-"""The layers of a model by depth: which are frozen (`train.freeze`), and at what rate each is trained (`train.layer_decay`).
+"""The layers of a model by depth: which are frozen (`train.freeze`), at what rate each is trained (`train.layer_decay`); and which are sharded.
 
     0       the embeddings: all tables, and what stands before the layers
     1 … L   the layers, in the order of the model's modules; a decoder's come after its encoder's
@@ -13,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from afina.errors import RecipeError
 from afina.recipe.keys.train_keys import Train
 from afina.worker.model.adapters import parameter_counts
+from afina.worker.model.padding import runs_rows_apart
 
-__all__ = ["check_freeze", "depths", "freeze", "learning_rates", "step_cost"]
+#: Shares of layers that are skipped at random, by configuration.
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+__all__ = ["blocks", "check_freeze", "check_sharding", "depths", "freeze", "learning_rates", "step_cost"]
 
 
 def depths(model: nn.Module) -> dict[str, int]:
@@ -118,3 +123,51 @@ def learning_rates(model: nn.Module, train: Train) -> dict[nn.Parameter, float]:
         for name, weight in model.named_parameters()
         if weight.requires_grad
     }
+
+
+def blocks(model: Any) -> list[Any]:
+    """The transformer blocks of a model that is not sharded: the layers that Transformers keeps whole or recomputes, without embeddings."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    kept_whole = set(getattr(model, "_no_split_modules", None) or ())
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # CANINE
+        embeddings = None
+    found, pending = [], [model]
+    while pending:
+        for child in pending.pop().children():
+            block = isinstance(child, GradientCheckpointingLayer) or type(child).__name__ in kept_whole
+            if block and embeddings not in child.modules():
+                found.append(child)
+            else:
+                pending.append(child)
+    return found
+
+
+def check_sharding(config: Any) -> None:
+    """Refuse a classifier of this configuration whose weights `afina.worker.compute.ranks.shard` cannot shard.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    shared = sorted(set(names) - {name for name, _ in model.named_parameters()})
+    single = [name for name, weight in model.named_parameters() if not weight.ndim]
+    reason = ""
+    if not blocks(model):
+        reason = "Transformers names no blocks of it"
+    elif shared:
+        reason = f"its weights are shared between modules ({shared[0]})"
+    elif single:
+        reason = f"{single[0]} is a single number"
+    elif runs_rows_apart(model) or any(getattr(config, name, 0) for name in _LAYERDROP):
+        reason = "processes would call its blocks unequally often"
+    if reason:
+        raise RecipeError(
+            f"train.sharding: {type(model).__name__} cannot be sharded: {reason}", "set train.sharding: none"
+        )

@@ -22,7 +22,7 @@ from afina.recipe.positions import longest_input
 from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import WEIGHTS, choose_layers, find_base, labels_config, weights_folder
 from afina.worker.model.check_cache import checked_once
-from afina.worker.model.weights import check_sharding, check_weights, headers_digest, tensor_types
+from afina.worker.model.weights import check_weights, headers_digest, tensor_types
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 
 __all__ = [
@@ -327,6 +327,8 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             )
         return []
     if recipe.train.sharding != "none":
+        from afina.worker.model.depth import check_sharding
+
         check_sharding(config)
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []

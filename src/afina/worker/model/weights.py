@@ -12,16 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError, RecipeError
+from afina.errors import InputError
 
-__all__ = ["blocks", "check_shapes", "check_sharding", "check_weights", "headers_digest", "model_class", "tensor_types"]
+__all__ = ["check_shapes", "check_weights", "headers_digest", "model_class", "tensor_types"]
 
 _LARGEST_HEADER = 100_000_000
 #: With more of the weights below the head missing, the files are not those of a model.
 _SHARE = 0.2
 _SHOWN = 3
-#: Shares of layers that are skipped at random, by configuration.
-_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def headers_digest(folder: Path) -> str:
@@ -117,54 +115,3 @@ def _below_head(name: str, prefix: str) -> bool:
 def model_class(model: Any) -> type:
     """The class of a model in its library's code; sharding replaces it by one of torch's."""
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
-
-
-def blocks(model: Any) -> list[Any]:
-    """The transformer blocks of a model that is not sharded: the layers that Transformers keeps whole or recomputes, without embeddings."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    kept_whole = set(getattr(model, "_no_split_modules", None) or ())
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # CANINE
-        embeddings = None
-    found, pending = [], [model]
-    while pending:
-        for child in pending.pop().children():
-            block = isinstance(child, GradientCheckpointingLayer) or type(child).__name__ in kept_whole
-            if block and embeddings not in child.modules():
-                found.append(child)
-            else:
-                pending.append(child)
-    return found
-
-
-def check_sharding(config: Any) -> None:
-    """Refuse a classifier of this configuration whose weights `afina.worker.compute.ranks.shard` cannot shard.
-
-    Raises:
-        RecipeError: with the reason.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from afina.worker.model.padding import runs_rows_apart
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    shared = sorted(set(names) - {name for name, _ in model.named_parameters()})
-    single = [name for name, weight in model.named_parameters() if not weight.ndim]
-    reason = ""
-    if not blocks(model):
-        reason = "Transformers names no blocks of it"
-    elif shared:
-        reason = f"its weights are shared between modules ({shared[0]})"
-    elif single:
-        reason = f"{single[0]} is a single number"
-    elif runs_rows_apart(model) or any(getattr(config, name, 0) for name in _LAYERDROP):
-        reason = "processes would call its blocks unequally often"
-    if reason:
-        raise RecipeError(
-            f"train.sharding: {type(model).__name__} cannot be sharded: {reason}", "set train.sharding: none"
-        )

@@ -58,7 +58,7 @@ class Snapshot:
 
     Attributes:
         write_model: writes weights and configuration; called with the staging folder and the copied weights.
-        shards: of `afina.worker.survival.shards`; empty where weights and optimizer are written whole.
+        shards: of `afina.worker.survival.sharded_state`; empty where weights and optimizer are written whole.
         tensors: file name -> what `torch.save` writes.
         texts: file name -> JSON.
         about: goes into the manifest.
@@ -133,9 +133,9 @@ class Saver:
             if commits:
                 staging = checkpoints.stage(self.folder, snapshot.step)
             if snapshot.shards:
-                from afina.worker.survival import shards
+                from afina.worker.survival import sharded_state
 
-                shards.write(checkpoints.staging_folder(self.folder, snapshot.step), snapshot.shards, self.mesh)
+                sharded_state.write(checkpoints.staging_folder(self.folder, snapshot.step), snapshot.shards, self.mesh)
             if not commits:
                 return
             assert staging is not None

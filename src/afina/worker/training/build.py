@@ -30,10 +30,9 @@ from afina.worker.compute.batches import (
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import has_adapter, labels_config, parameter_counts, set_base
-from afina.worker.model.depth import step_cost
+from afina.worker.model.depth import blocks, step_cost
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
-from afina.worker.model.weights import blocks
 from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.preflight import state_bytes

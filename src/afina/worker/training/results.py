@@ -27,7 +27,7 @@ from afina.worker.model.adapters import checkpoint_weights, has_adapter, save_la
 from afina.worker.model.losses import Loss
 from afina.worker.model.padding import padding_side
 from afina.worker.model.tasks import decisions, label_lists, prediction_columns, probabilities
-from afina.worker.survival import shards
+from afina.worker.survival import sharded_state
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.trainer import RunTrainer
@@ -92,7 +92,7 @@ def export_results(trainer: RunTrainer) -> Results:
             metrics |= output.metrics
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
     gathered = (
-        shards.whole(checkpoint_weights(trainer.model), run.path / "trainer", keep=attempt.rank == 0)
+        sharded_state.whole(checkpoint_weights(trainer.model), run.path / "trainer", keep=attempt.rank == 0)
         if attempt.is_sharded
         else None
     )

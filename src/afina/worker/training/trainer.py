@@ -39,7 +39,7 @@ from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import checkpoint_weights, has_adapter, load_adapter, save_weights
 from afina.worker.model.depth import learning_rates
 from afina.worker.survival import checkpoint as checkpoints
-from afina.worker.survival import shards
+from afina.worker.survival import sharded_state
 from afina.worker.survival.snapshot import (
     PROGRESS,
     RANKS,
@@ -348,13 +348,13 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         weights, optimizer = checkpoint_weights(model), self.optimizer.state_dict()
         parts: dict[str, torch.Tensor] = {}
         if attempt.in_shards:
-            parts, optimizer = shards.split_state(weights, optimizer)
+            parts, optimizer = sharded_state.split_state(weights, optimizer)
             weights = {}
         return Snapshot(
             step=step,
             write_model=lambda folder, copied: save_weights(model, folder, copied) if copied else None,
             weights=copy_to_host(weights, memory),
-            shards=shards.host_copy(parts, attempt.host_mesh),
+            shards=sharded_state.host_copy(parts, attempt.host_mesh),
             tensors={
                 "optimizer.pt": copy_to_host(optimizer, memory),
                 "scheduler.pt": copy_to_host(self.lr_scheduler.state_dict(), memory),
@@ -388,7 +388,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
         left, schedule = (
             torch.load(Path(checkpoint) / name, weights_only=True) for name in ("optimizer.pt", "scheduler.pt")
         )
-        shards.read_optimizer(Path(checkpoint), left, self.optimizer)
+        sharded_state.read_optimizer(Path(checkpoint), left, self.optimizer)
         self.lr_scheduler.load_state_dict(schedule)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -452,7 +452,7 @@ class RunTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.attempt.in_shards:
-            shards.read_weights(Path(resume_from_checkpoint), checkpoint_weights(self.model))
+            sharded_state.read_weights(Path(resume_from_checkpoint), checkpoint_weights(self.model))
         elif has_adapter(self.model):
             load_adapter(self.model, Path(resume_from_checkpoint))
         else:
