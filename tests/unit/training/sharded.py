@@ -97,7 +97,9 @@ def compared(folder: Path) -> str | float:
     from afina.worker.model.depth import blocks, check_sharding
 
     try:
-        check_sharding(AutoConfig.from_pretrained(folder))
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder))
+        check_sharding(model)
     except RecipeError as refused:
         return refused.message
     whole, parted = (AutoModelForSequenceClassification.from_pretrained(folder).eval() for _ in range(2))

@@ -38,6 +38,7 @@ from afina.worker.inference.row_check import (
 from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.model.check_cache import checked_once
 from afina.worker.model.pretrained import check_tokens
+from afina.worker.model.weights import input_embeddings
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 
 __all__ = ["answer", "check_model_on_rows"]
@@ -200,10 +201,10 @@ def _free_memory() -> int:
 
 
 def _check_embeddings(model: Any, split: Split, pad: int) -> None:
-    try:
-        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # CANINE hashes characters
+    embeddings = input_embeddings(model)
+    if embeddings is None:
         return
+    size = getattr(embeddings, "num_embeddings", None)
     check_tokens(max(pad, int(np.asarray(split.tokens).max())), size)
 
 

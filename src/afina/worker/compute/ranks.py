@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from afina.worker.model.weights import input_embeddings
+
 __all__ = [
     "barrier",
     "count",
@@ -126,9 +128,6 @@ def shard(model: Any, blocks: Sequence[torch.nn.Module], device: torch.device, *
 
     mesh = init_device_mesh(device.type, (count(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    try:
-        embeddings = [model.get_input_embeddings()]
-    except NotImplementedError:  # CANINE hashes characters
-        embeddings = []
-    for module in (*blocks, *embeddings, model):
+    embeddings = input_embeddings(model)
+    for module in (*blocks, *([] if embeddings is None else [embeddings]), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -44,6 +44,7 @@ __all__ = [
     "save_weights",
     "weights_folder",
     "set_base",
+    "trained_share",
     "choose_layers",
 ]
 
@@ -91,11 +92,10 @@ def add_adapter(model: Any, adapter: Adapter, new: Collection[str] = ()) -> str:
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in layers),
     )
     _inject(model, config, whole)
-    trained, total = parameter_counts(model)
     ends = sorted({name.rpartition(".")[2] for name in layers})
     return (
         f"adapter: {adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {len(layers)} layers ({', '.join(ends)}{note}); trained whole: "
-        f"{', '.join(whole)}; {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+        f"{', '.join(whole)}; {trained_share(model)}"
     )
 
 
@@ -197,6 +197,12 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
+def trained_share(model: Any) -> str:
+    """A clause for the log: how many of the parameters are trained."""
+    trained, total = parameter_counts(model)
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -229,9 +235,8 @@ def save_labels(model: Any, folder: Path, prepared: Mapping[str, Any]) -> None:
     before = Path(prepared["model_folder"])
     base_files = prepared["model_files"] if adapter_base(before) is None else read_json(before / ADAPTER_LABELS / _BASE)
     config = copy.deepcopy(model.config)
-    config.architectures = [
-        model_class(model).__name__
-    ]  # of the classifier, as `save_pretrained` of the model would name it
+    # The classifier's, as `save_pretrained` of the model would name it.
+    config.architectures = [model_class(model).__name__]
     config.save_pretrained(folder / ADAPTER_LABELS)
     write_atomic(folder / ADAPTER_LABELS / _BASE, json.dumps(base_files, indent=1))
 

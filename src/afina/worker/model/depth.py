@@ -10,36 +10,37 @@ A layer at depth d is trained at learning_rate · layer_decay^(L + 1 - d) (Clark
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from afina.errors import RecipeError
 from afina.recipe.keys.train_keys import Train
-from afina.worker.model.adapters import parameter_counts
+from afina.worker.model.adapters import trained_share
 from afina.worker.model.padding import runs_rows_apart
+from afina.worker.model.weights import input_embeddings
+
+__all__ = ["blocks", "check_freeze", "check_sharding", "depths", "freeze", "learning_rates", "step_cost"]
 
 #: Shares of layers that are skipped at random, by configuration.
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-__all__ = ["blocks", "check_freeze", "check_sharding", "depths", "freeze", "learning_rates", "step_cost"]
 
 
 def depths(model: nn.Module) -> dict[str, int]:
     """Name of each parameter -> its depth."""
     stacks = _stacks(model)
-    embeddings = {f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Embedding))
     top, seen, found = sum(stacks.values()) + 1, 0, {}
-    starts = {path: sum(list(stacks.values())[:place]) for place, path in enumerate(stacks)}
+    starts = dict(zip(stacks, itertools.accumulate(stacks.values(), initial=0), strict=False))
     for name, _ in model.named_parameters():
         stack = next((path for path in stacks if name.startswith(f"{path}.")), None)
         if stack is not None:
             seen = found[name] = starts[stack] + int(name.removeprefix(f"{stack}.").partition(".")[0]) + 1
         elif not _in_body(model, name):
             found[name] = top
-        elif seen == 0 or any(name.startswith(path) for path in embeddings):
+        elif seen == 0 or name.startswith(embeddings):
             found[name] = 0
         else:
             found[name] = top if seen + 1 == top else seen  # after all layers, or between an encoder's and a decoder's
@@ -93,8 +94,7 @@ def freeze(model: Any, train: Train, new: Collection[str] = ()) -> str:
     for name, depth in depths(model).items():
         if name not in new and (depth <= limit if isinstance(limit, int) else _in_body(model, name)):
             model.get_parameter(name).requires_grad_(False)
-    trained, total = parameter_counts(model)
-    return f"frozen: {train.frozen}; {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    return f"frozen: {train.frozen}; {trained_share(model)}"
 
 
 def step_cost(model: nn.Module) -> float:
@@ -130,10 +130,7 @@ def blocks(model: Any) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     kept_whole = set(getattr(model, "_no_split_modules", None) or ())
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:  # CANINE
-        embeddings = None
+    embeddings = input_embeddings(model)
     found, pending = [], [model]
     while pending:
         for child in pending.pop().children():
@@ -145,16 +142,12 @@ def blocks(model: Any) -> list[Any]:
     return found
 
 
-def check_sharding(config: Any) -> None:
-    """Refuse a classifier of this configuration whose weights `afina.worker.compute.ranks.shard` cannot shard.
+def check_sharding(model: Any) -> None:
+    """Refuse a classifier whose weights `afina.worker.compute.ranks.shard` cannot shard.
 
     Raises:
         RecipeError: with the reason.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     shared = sorted(set(names) - {name for name, _ in model.named_parameters()})
     single = [name for name, weight in model.named_parameters() if not weight.ndim]
@@ -165,7 +158,7 @@ def check_sharding(config: Any) -> None:
         reason = f"its weights are shared between modules ({shared[0]})"
     elif single:
         reason = f"{single[0]} is a single number"
-    elif runs_rows_apart(model) or any(getattr(config, name, 0) for name in _LAYERDROP):
+    elif runs_rows_apart(model) or any(getattr(model.config, name, 0) for name in _LAYERDROP):
         reason = "processes would call its blocks unequally often"
     if reason:
         raise RecipeError(

@@ -317,19 +317,16 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"tokens.max_length: {recipe.tokens.max_length} is more than the {limit} positions of {recipe.model}",
             f"set tokens.max_length to {limit} or less",
         )
-    if recipe.adapter is not None or recipe.train.freeze is not None:
+    runs_own_code, sharded = own_code and recipe.trust_remote_code, recipe.train.sharding != "none"
+    if runs_own_code and sharded:
+        raise RecipeError(
+            f"train.sharding: {recipe.model} has code of its own, which was not proven on shards",
+            "set train.sharding: none",
+        )
+    if recipe.adapter is not None or recipe.train.freeze is not None or sharded:
         _check_layers(config, recipe)
-    if own_code and recipe.trust_remote_code:
-        if recipe.train.sharding != "none":
-            raise RecipeError(
-                f"train.sharding: {recipe.model} has code of its own, which was not proven on shards",
-                "set train.sharding: none",
-            )
+    if runs_own_code:
         return []
-    if recipe.train.sharding != "none":
-        from afina.worker.model.depth import check_sharding
-
-        check_sharding(config)
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
     )
@@ -337,17 +334,22 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _check_layers(config: Any, recipe: Recipe) -> None:
-    """Refuse an adapter on layers, or more frozen layers, than the classifier of this configuration has; builds it without memory."""
+    """Refuse an adapter on layers, or more frozen layers, than the classifier of this configuration has, or one that cannot be sharded.
+
+    It is built without memory.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from afina.worker.model.depth import check_freeze
+    from afina.worker.model.depth import check_freeze, check_sharding
 
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.trust_remote_code)
     if recipe.adapter is not None:
         choose_layers(model, recipe.adapter)
     check_freeze(recipe.train.freeze, model)
+    if recipe.train.sharding != "none":
+        check_sharding(model)
 
 
 def _check_not_quantized(folder: Path, config: Mapping[str, Any]) -> None:

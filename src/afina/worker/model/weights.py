@@ -1,5 +1,4 @@
-"""Checks of a model without its memory: stored weights fit the architecture (Transformers silently fills gaps with random numbers),
-and its parts can be sharded.
+"""Checks of a model without its memory: stored weights fit the architecture (Transformers silently fills gaps with random numbers).
 
 Only the headers of safetensors files are read, and the whole of pickled ones. Not covered: models with their own code.
 """
@@ -14,7 +13,7 @@ from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["check_shapes", "check_weights", "headers_digest", "model_class", "tensor_types"]
+__all__ = ["check_shapes", "check_weights", "headers_digest", "input_embeddings", "model_class", "tensor_types"]
 
 _LARGEST_HEADER = 100_000_000
 #: With more of the weights below the head missing, the files are not those of a model.
@@ -110,6 +109,14 @@ def check_shapes(folder: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> No
 
 def _below_head(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and "pooler" not in name
+
+
+def input_embeddings(model: Any) -> Any:
+    """The module of a model's token embeddings; None: it has none (CANINE hashes characters)."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def model_class(model: Any) -> type:
