@@ -26,7 +26,7 @@ from tests.unit.training import test_train as runs
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
 from afina.worker.compute.batches import PackedCollator
 from afina.worker.compute.packing import pack
-from afina.worker.model.losses import Loss
+from afina.worker.task.losses import Loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from afina.worker.data.prepared import Split
-from afina.worker.model.losses import Loss
+from afina.worker.task.losses import Loss
 
 VOCABULARY, PAD = 200, 1
 LENGTHS = (37, 36, 36, 20, 20, 7, 3, 2, 1)

@@ -34,7 +34,7 @@ def test_evaluate_is_imported_without_its_evaluators_and_has_them_when_asked() -
     """In a process of its own; the first evaluation of a run loads no statistics of SciPy."""
     code = """
 import sys
-from afina.worker.model.scoring import compute_metrics
+from afina.worker.task.scoring import compute_metrics
 import evaluate, numpy
 labels = numpy.array([0, 1, 1, 2])
 found = compute_metrics("single-label", ["accuracy", "f1"], labels, labels, 3)

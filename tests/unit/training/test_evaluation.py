@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tests.unit.training.patched import run_with
 
-from afina.worker.model.losses import Loss
-from afina.worker.model.scoring import compute_metrics
-from afina.worker.model.tasks import TASKS, decisions, probabilities
+from afina.worker.task.losses import Loss
+from afina.worker.task.scoring import compute_metrics
+from afina.worker.task.tasks import TASKS, decisions, probabilities
 from afina.worker.training import evaluation
 from afina.worker.training.results import _columns
 

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.compute.encoders import split_of
 
 from afina.worker.data.prepared import Split
-from afina.worker.model.losses import Loss
+from afina.worker.task.losses import Loss
 from afina.worker.training.results import check_loss_curve, check_predictions
 
 DRAW = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""The keys of a recipe that decide the loss, and the tasks that each fits. The losses: `afina.worker.model.losses`."""
+"""The keys of a recipe that decide the loss, and the tasks that each fits. The losses: `afina.worker.task.losses`."""
 
 from __future__ import annotations
 

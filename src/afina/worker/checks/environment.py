@@ -151,8 +151,8 @@ def _metrics() -> Iterator[Finding]:
     import numpy as np
 
     from afina.recipe.metrics import METRICS
-    from afina.worker.model.scoring import compute_metrics
-    from afina.worker.model.tasks import decisions
+    from afina.worker.task.scoring import compute_metrics
+    from afina.worker.task.tasks import decisions
 
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(24, 3)).astype(np.float32)

@@ -171,7 +171,7 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
     """Check the recipe's loss and metrics against the task and the labels of prepared data in `folder`."""
     from afina.worker.data.labels.loss_weights import label_weights
     from afina.worker.data.prepared import open_split
-    from afina.worker.model.own_metrics import check_metrics
+    from afina.worker.task.own_metrics import check_metrics
 
     recipe, task = plan.recipe, manifest["task"]
     label_weights(recipe.train, task, manifest["labels"], open_split(folder, "train").labels)

@@ -39,9 +39,9 @@ from afina.worker.model.pretrained import (
     max_positions,
     vocabulary_size,
 )
-from afina.worker.model.tasks import prediction_columns, probabilities, task_of_config
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
+from afina.worker.task.tasks import prediction_columns, probabilities, task_of_config
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
 

@@ -304,7 +304,7 @@ def _write(
     import numpy as np
     import pyarrow as pa
 
-    from afina.worker.model.tasks import prediction_columns
+    from afina.worker.task.tasks import prediction_columns
 
     rows, job = len(chunk), parts.job
     logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)

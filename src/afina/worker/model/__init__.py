@@ -1,1 +1,1 @@
-"""The pretrained model: folder checks, weights, tasks, metrics, outputs, training arguments."""
+"""The pretrained model: checks of its folder, tokenizer, head, adapters, rates by depth, training arguments."""

@@ -20,7 +20,7 @@ from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import add_adapter, labels_config, load_adapter, weights_folder
 from afina.worker.model.depth import freeze
-from afina.worker.model.tasks import TASKS
+from afina.worker.task.tasks import TASKS
 
 __all__ = ["base_labels", "build_model", "placeholders"]
 

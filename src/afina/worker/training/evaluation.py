@@ -22,10 +22,10 @@ import torch
 from afina.recipe.metrics import NEED_SCORES, own_metric
 from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
-from afina.worker.model.losses import Loss
-from afina.worker.model.tasks import decisions, probabilities
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
+from afina.worker.task.losses import Loss
+from afina.worker.task.tasks import decisions, probabilities
 from afina.worker.training.attempt import Attempt
 
 __all__ = ["EvaluationAbandoned", "StoppedEarly", "logits_of", "scores"]
@@ -113,7 +113,7 @@ def scores(
     weights: Array | None = None,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The loss, a mean in float64 over rows (None where all of them have weight 0), and the metrics of the recipe (`afina.worker.model.scoring.compute_metrics`).
+    """The loss, a mean in float64 over rows (None where all of them have weight 0), and the metrics of the recipe (`afina.worker.task.scoring.compute_metrics`).
 
     Args:
         weights: of the rows in the loss, (N,); None: 1 each. Metrics are not weighted.
@@ -125,7 +125,7 @@ def scores(
         each[block] = loss.of_rows(logits[block], labels[block])
         predictions.append(decisions(task, logits[block]))
     with gc_paused():  # the first call imports large libraries
-        from afina.worker.model.scoring import compute_metrics
+        from afina.worker.task.scoring import compute_metrics
 
         of_scores = any(text in NEED_SCORES or own_metric(text) for text in texts)
         known = probabilities(task, logits) if of_scores else None

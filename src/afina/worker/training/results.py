@@ -24,10 +24,10 @@ from afina.worker.data.prepared import Split
 from afina.worker.data.splits.duplicates import TRAINED_ROWS, trained_rows
 from afina.worker.data.splits.folds import open_rows
 from afina.worker.model.adapters import checkpoint_weights, has_adapter, save_labels, save_weights
-from afina.worker.model.losses import Loss
 from afina.worker.model.padding import padding_side
-from afina.worker.model.tasks import decisions, label_lists, prediction_columns, probabilities
 from afina.worker.survival import sharded_state
+from afina.worker.task.losses import Loss
+from afina.worker.task.tasks import decisions, label_lists, prediction_columns, probabilities
 from afina.worker.training.attempt import TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.trainer import RunTrainer

@@ -18,7 +18,7 @@ from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import Collator, PackedCollator, StepBatches, epoch_steps
 from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
-from afina.worker.model.losses import Loss
+from afina.worker.task.losses import Loss
 from afina.worker.training.evaluation import scores
 from afina.worker.training.meter import Work
 

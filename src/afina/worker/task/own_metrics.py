@@ -22,7 +22,7 @@ import numpy as np
 
 from afina.errors import RecipeError
 from afina.recipe.metrics import METRICS, OwnMetric, own_metric
-from afina.worker.model.tasks import decisions, probabilities
+from afina.worker.task.tasks import decisions, probabilities
 
 __all__ = ["call", "check_metrics", "load"]
 

@@ -17,8 +17,8 @@ import numpy as np
 from afina.errors import first_line
 from afina.recipe.metrics import METRICS, own_metric
 from afina.statistics.measures import compute
-from afina.worker.model.own_metrics import call, load
 from afina.worker.startup import import_evaluate
+from afina.worker.task.own_metrics import call, load
 
 __all__ = ["compute_metrics"]
 

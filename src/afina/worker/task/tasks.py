@@ -4,7 +4,7 @@ single-label   the most probable label; softmax
 multi-label    every label with a probability above one half; a sigmoid each
 regression     the value itself; no probabilities
 
-Losses: `afina.worker.model.losses`; metrics: `afina.worker.model.scoring`."""
+Losses: `afina.worker.task.losses`; metrics: `afina.worker.task.scoring`."""
 
 from __future__ import annotations
 
