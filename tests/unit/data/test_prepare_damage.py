@@ -25,7 +25,7 @@ from afina.errors import SiteError
 from afina.processes import advisory_lock
 from afina.run.plan import Plan
 from afina.worker.data import prepared as store
-from afina.worker.model.pretrained import verify_model
+from afina.worker.model.model_files import verify_model
 
 #: Read before the test environment forgets them.
 KILLS = int(os.environ.get("AFINA_TEST_KILLS", "8"))

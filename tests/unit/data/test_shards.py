@@ -31,7 +31,7 @@ from afina.worker.data.tables.data_table import DataSource
 from afina.worker.data.tokens import shards, tokenise, write_split
 from afina.worker.data.tokens.encode import Encoder
 from afina.worker.data.tokens.shards import ShardFolder, ShardMissing
-from afina.worker.model.pretrained import load_tokenizer
+from afina.worker.model.tokenizer import load_tokenizer
 from afina.worker.progress import Progress
 
 #: Read before the test environment forgets them.

@@ -28,7 +28,7 @@ from afina.worker.inference.classifier import Classifier
 from afina.worker.model import padding
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
-from afina.worker.model.pretrained import load_tokenizer
+from afina.worker.model.tokenizer import load_tokenizer
 
 LONGEST = 100
 #: One for each way that rows are batched, heads are pooled and tokenizers are stored; every architecture is in CASES.

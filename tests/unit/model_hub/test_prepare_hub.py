@@ -21,7 +21,7 @@ from afina.recipe.schema import Recipe
 from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 from afina.worker.data import prepared
-from afina.worker.model.pretrained import verify_model
+from afina.worker.model.model_files import verify_model
 
 MODEL, DATA = "me/tiny", "me/reviews"
 Ran = subprocess.CompletedProcess[str]

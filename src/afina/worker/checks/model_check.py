@@ -37,7 +37,7 @@ from afina.worker.inference.row_check import (
 )
 from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.model.check_cache import checked_once
-from afina.worker.model.pretrained import check_tokens
+from afina.worker.model.tokenizer import check_tokens
 from afina.worker.model.weights import input_embeddings
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
 

@@ -203,8 +203,8 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
     """Fetch model and data from the Hub, or find them on disk; the model's files are complete."""
     from afina.worker.hub import datasets
     from afina.worker.hub import pins as hub
-    from afina.worker.model import pretrained
     from afina.worker.model.check_arguments import check_arguments
+    from afina.worker.model.model_files import check_files, record_model
 
     recipe, site = plan.recipe, plan.site
     # Checks that take a second come before large downloads: mistyped names on the Hub, arguments.
@@ -215,12 +215,12 @@ def _fetch(plan: Plan, say: Say) -> _Inputs:
     if model_pin is None:
         assert plan.model_folder is not None
         folder = plan.model_folder
-        pretrained.check_files(folder)
-        model_files = pretrained.record_model(folder, recipe)
+        check_files(folder)
+        model_files = record_model(folder, recipe)
     else:
         fetched = hub.fetch_model(site, recipe, model_pin, say)
         folder, model_files = fetched.folder, fetched.files
-        pretrained.check_files(folder, "the repository itself holds a broken file: choose another revision or model")
+        check_files(folder, "the repository itself holds a broken file: choose another revision or model")
     data = datasets.fetch_data(site, recipe.data, data_pin, say) if data_pin else None
     return _Inputs(folder, model_files, model_pin.commit if model_pin else None, data, data_pin)
 
@@ -330,7 +330,7 @@ def _read_plan() -> Plan:
 
 def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
     """Everything that decides the prepared data; the digest is over this."""
-    from afina.worker.model import pretrained
+    from afina.worker.model.tokenizer import tokenizer_identity
 
     recipe, data = plan.recipe, inputs.data
     source: dict[str, Any]
@@ -351,7 +351,7 @@ def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
         **({"folds": True} if recipe.data.fold else {}),
         "task": recipe.task,
         "max_length": recipe.tokens.max_length,
-        "tokenizer": pretrained.tokenizer_identity(inputs.model_folder),
+        "tokenizer": tokenizer_identity(inputs.model_folder),
         "trust_remote_code": recipe.trust_remote_code,
     }
 

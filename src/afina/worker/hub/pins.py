@@ -31,7 +31,7 @@ from afina.worker.hub.errors_explained import (
     retry_after,
     retry_resets,
 )
-from afina.worker.model.pretrained import training_files
+from afina.worker.model.model_files import training_files
 
 __all__ = ["HubModel", "Pin", "fetch_model", "pin", "slug"]
 

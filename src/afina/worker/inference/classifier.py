@@ -30,15 +30,10 @@ from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
 from afina.worker.model.adapters import labels_config, load_merged
+from afina.worker.model.model_files import check_files
 from afina.worker.model.padding import separate_rows, set_pad_token
-from afina.worker.model.pretrained import (
-    check_files,
-    check_pad_token,
-    check_tokens,
-    give_pad_token,
-    max_positions,
-    vocabulary_size,
-)
+from afina.worker.model.pretrained import max_positions
+from afina.worker.model.tokenizer import check_pad_token, check_tokens, give_pad_token, vocabulary_size
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
 from afina.worker.task.tasks import prediction_columns, probabilities, task_of_config

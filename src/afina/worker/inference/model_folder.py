@@ -54,7 +54,7 @@ def export(run: str, out: str, onnx: bool, merge: bool = False) -> dict[str, Any
     from dataclasses import replace
 
     from afina.worker.inference.model_card import facts_of, model_card
-    from afina.worker.model.pretrained import check_files
+    from afina.worker.model.model_files import check_files
 
     directory, final = RunDir(run), Path(out)
     outcome = directory.outcome()

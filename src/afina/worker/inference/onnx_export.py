@@ -20,7 +20,7 @@ import torch
 
 from afina.errors import EnvironmentProblem, TrainingError, first_line
 from afina.worker.model.padding import needs_equal_lengths, padding_side, set_pad_token
-from afina.worker.model.pretrained import give_pad_token
+from afina.worker.model.tokenizer import give_pad_token
 
 __all__ = ["TOLERANCE", "check_installed", "export_onnx"]
 

@@ -76,7 +76,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     """
     from afina.worker.inference.inputs import check_columns, examine
     from afina.worker.inference.parts import Parts, compare
-    from afina.worker.model.pretrained import check_files
+    from afina.worker.model.model_files import check_files
 
     config = check_files(job.model)
     _check_head(job.model, config)
@@ -111,7 +111,7 @@ def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
     """Everything that decides the output: digests of inputs and model, options."""
     from afina.files import describe
     from afina.worker.inference.parts import digest_of
-    from afina.worker.model.pretrained import record_model
+    from afina.worker.model.model_files import record_model
 
     records = [describe(path.parent, [path.name])[path.name] for path in files]
     model_files = record_model(job.model, job.plan.recipe)

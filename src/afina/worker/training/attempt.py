@@ -35,7 +35,7 @@ from afina.worker.data import prepared as store
 from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.folds import open_splits
-from afina.worker.model.pretrained import verify_model
+from afina.worker.model.model_files import verify_model
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
 from afina.worker.survival.stop import EarlyStop, StepTimes, StopRequest, stop_lead_s

@@ -34,7 +34,7 @@ from afina.worker.data.tables.data_table import DataSource, Examples
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.data.tokens.shards import Shard, ShardFolder, ShardMissing, discard, plan_shards
 from afina.worker.data.tokens.write_split import TEXTS, TokenStats, write_split
-from afina.worker.model.pretrained import check_pad_token, check_tokens, load_tokenizer, vocabulary_size
+from afina.worker.model.tokenizer import check_pad_token, check_tokens, load_tokenizer, vocabulary_size
 from afina.worker.progress import Progress
 
 __all__ = ["Tokenising", "build", "shards_folder"]
