@@ -223,6 +223,7 @@ def recipe(**sections: Any) -> dict[str, Any]:
             "eval": {"fraction": 0.2, "seed": 42},
         },
         "tokens": {"max_length": 64},
+        "baselines": False,  # a process of some seconds at the end of every run
         "train": {"batch_size": 8, "learning_rate": 0.003, "log_every": 1},
     }
     for key, value in sections.items():

@@ -56,7 +56,7 @@ class Recipe(_Explained):
         RecipeError: a key or value is wrong.
     """
 
-    added_later = ("adapter",)
+    added_later = ("adapter", "baselines")
 
     name: str
     model: Text
@@ -68,6 +68,7 @@ class Recipe(_Explained):
     train: Train = Train()
     adapter: Adapter | None = None
     metrics: tuple[str, ...] | None = None
+    baselines: bool = True
     trackers: tuple[str, ...] = ()
     resources: Resources = Resources()
     #: The file that it was read from: relative paths start in that file's folder.

@@ -126,6 +126,7 @@ def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path
     body = [
         ("What happened", sections.happened(facts)),
         ("Scores", shown(score) + quality.overall(facts)),
+        ("Beside simple models", quality.beside_simple(facts)),
         ("Learning curves", shown(curves) + sections.epochs(facts)),
         ("Each class", quality.classes(facts) + shown(classes)),
         ("Confusion matrix", mistakes.confusion(facts)),

@@ -13,9 +13,10 @@ from afina.statistics.calibration import calibrate
 from afina.statistics.measures import auroc, average_precision, one_vs_rest, threshold_curves
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import Interval, Scores
-from afina.text import number
+from afina.statistics.weakness import beaten
+from afina.text import number, p_value
 
-__all__ = ["calibration", "class_intervals", "classes", "overall", "score_chart", "thresholds"]
+__all__ = ["beside_simple", "calibration", "class_intervals", "classes", "overall", "score_chart", "thresholds"]
 
 _MOST_DOTS = 500
 #: Curves in one chart, points of each, and classes in the chart of their F1.
@@ -67,6 +68,32 @@ def overall(facts: RunFacts) -> str:
     if parts and own:
         parts.append(note(f"{', '.join(own)}: no interval; a metric of one's own is computed once, on all rows."))
     return _why_not(facts) + ("".join(parts) + _about_intervals(facts) if parts else _logged(facts))
+
+
+def beside_simple(facts: RunFacts) -> str:
+    """Simple models on the same splits, with the paired differences of the model in model/ from them, as the run computed them."""
+    baselines = facts.outcome.baselines if facts.outcome else {}
+    heads = ["model", "score", "its value", "95 % from", "to", "this model", "difference", "95 % from", "to", "p"]
+    html = ""
+    for split, models in baselines.items():
+        rows: list[list[Any]] = []
+        for model in models:
+            for count, d in enumerate(model["differences"]):
+                _, low, high = model["scores"].get(d["metric"], (None, None, None))
+                paired = [
+                    f"{v:+.4f}" if v is not None else None for v in (d["second"] - d["first"], d["low"], d["high"])
+                ]
+                p = p_value(d["p"]) if d["p"] is not None else None
+                values = map(number, (d["first"], low, high, d["second"]))
+                rows.append(["" if count else model["name"], d["metric"], *values, *paired, p])
+        html += table(heads, rows, f"On {split}, paired, on the same rows") + warnings(beaten({split: models}))
+    for model in [model for models in baselines.values() for model in models[1:]][:1]:
+        sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"
+        html += note(
+            f"{model['name']}: single tokens and pairs of them as the tokenizer gives them, cut at {facts.plan.recipe.tokens.max_length}; "
+            f"scikit-learn's defaults, not tuned; trained on train{sample}. Difference: this model minus the simple one."
+        )
+    return html
 
 
 def score_chart(facts: RunFacts) -> list[Chart]:

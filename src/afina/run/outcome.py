@@ -44,6 +44,8 @@ class Outcome(BaseModel):
         early_stop: why the training ended before them, of a run with early stopping.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         device, world_size, global_batch: of the last attempt.
+        baselines: split -> simple models, the majority class first: name, rows that it was trained on, scores with limits, and the
+            differences of this model from it (`afina.statistics.paired.Difference`).
         parameters, trained_parameters: of the model; with an adapter fewer are trained.
     """
 
@@ -67,6 +69,7 @@ class Outcome(BaseModel):
     model_step: int | None = None
     task: str | None = None
     labels: list[str] | None = None
+    baselines: dict[str, list[dict[str, Any]]] = {}
     device: str | None = None
     world_size: int | None = None
     global_batch: int | None = None

@@ -64,7 +64,7 @@ class Plan(FrozenModel):
     @property
     def digest(self) -> str:
         """SHA-256 of what is trained: the recipe and its files, not the site, the geometry or where records go."""
-        what = self.recipe.digested(exclude=("resources", "name", "trackers"))
+        what = self.recipe.digested(exclude=("resources", "name", "trackers", "baselines"))
         files = {part: [str(p) for p in paths] for part, paths in self.files.items()}
         code = [self.metric_code] if self.metric_code else []
         return hashlib.sha256(json.dumps([what, files, *code], sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,7 @@ whether a model without such a reason is good.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from afina.recipe.metrics import METRICS, lower_is_better
 from afina.statistics.measures import compute
 from afina.statistics.predictions import Predictions
 
-__all__ = ["constant", "reference", "weaknesses"]
+__all__ = ["beaten", "constant", "reference", "weaknesses"]
 
 #: Scores by label of the predictions of a regression vary less than this share of the labels' standard deviation: constant.
 _SAME = 1e-3
@@ -45,6 +46,21 @@ def weaknesses(predictions: Predictions, metric: str = "") -> list[str]:
         listed = ", ".join(f"{name} {a:.4g} against {b:.4g}" for name, (a, b) in compared.items())
         reasons.append(f"is not better than always predicting {described}: {listed}")
     return reasons
+
+
+def beaten(baselines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Warnings where the fine-tuned model is not better than a trained simple one, by the metric that chose its checkpoint."""
+    lines = []
+    for split, models in baselines.items():
+        for model in models[1:]:
+            first = next(iter(model["differences"]), None)
+            lower = first is not None and lower_is_better(first["metric"])
+            if first is not None and (
+                first["second"] >= first["first"] if lower else first["second"] <= first["first"]
+            ):
+                values = f"{first['metric']} on {split} {first['second']:.4g} against {first['first']:.4g}"
+                lines.append(f"the model is not better than {model['name']}: {values}")
+    return lines
 
 
 def constant(predictions: Predictions) -> str | None:

@@ -94,6 +94,34 @@ CURVE = (
 )
 
 
+def test_simple_models_stand_beside_the_model_with_their_differences(make_run: MakeRun) -> None:
+    run = make_run()
+    one = {
+        "metric": "accuracy",
+        "first": 0.8125,
+        "second": 0.75,
+        "low": -0.1,
+        "high": 0.02,
+        "p": 0.21,
+        "test": "McNemar",
+    }
+    tfidf = {"name": "TF-IDF and logistic regression", "rows": 500, "of": 600, "seconds": 1.0}
+    models = [
+        {**about, "scores": {"accuracy": [0.8125, 0.7, 0.9]}, "differences": [one]}
+        for about in ({"name": "most"}, tfidf)
+    ]
+    finish(run, baselines={"eval": models})
+    text = Page(write_report(run.path)).text
+    assert "0.8125" in text and "-0.0625" in text and "-0.1000" in text and "a sample of 500 of 600 rows" in text
+    assert (
+        text.count("the model is not better than TF-IDF and logistic regression: accuracy on eval 0.75 against 0.8125")
+        == 1
+    )
+    assert "had accuracy 0.8125 on eval, this model 0.75." in text, "in Methods"
+    finish(run)
+    assert "TF-IDF" not in Page(write_report(run.path)).text
+
+
 SHARED = "12 of 200 rows of eval are in train too, as the model reads them: b.csv, row 1 = a.csv, row 5"
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.unit.compute.encoders import split_of
 
+from afina.worker.data.baselines import answer
 from afina.worker.data.prepared import Split
 from afina.worker.task.losses import Loss
-from afina.worker.training.results import check_loss_curve, check_predictions
+from afina.worker.training import results
+from afina.worker.training.results import check_loss_curve, check_predictions, export_results, simple_models
 
 DRAW = np.random.default_rng(3)
 NAMES = ["bad", "good", "so-so"]
@@ -91,3 +96,38 @@ def test_a_regression_far_from_0_that_still_falls_did_not_diverge() -> None:
     split = Split(split.tokens, split.offsets, (100 + DRAW.normal(size=50)).astype(np.float32))
     assert check_loss_curve(Loss("regression"), split, [{"loss": v} for v in (10_000.0, 9_000.0, 8_000.0)]) == []
     assert check_loss_curve(Loss("regression"), split, [{"loss": v} for v in (10_000.0, 1.0, 90_000.0)]) != []
+
+
+def test_simple_models_stand_beside_a_run_and_change_nothing_of_it(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = build({}, "baselines=true")
+    attempt, exported = trainer.attempt, export_results(trainer)
+    weights = (attempt.run.model / "model.safetensors").read_bytes()
+    found = simple_models(attempt, exported)
+    most, tfidf = found.baselines["eval"]
+    assert most["name"].startswith("the majority class") and tfidf["rows"] == len(attempt.data.splits["train"])
+    for model in (most, tfidf):
+        assert [d["metric"] for d in model["differences"]] == list(model["scores"])
+        value, low, high = model["scores"]["accuracy"]
+        assert low <= value <= high and model["differences"][0]["first"] == value
+    assert tfidf["differences"][0]["second"] == exported.metrics["eval_accuracy"]
+    assert (attempt.run.model / "model.safetensors").read_bytes() == weights and found.metrics == exported.metrics
+    (kept,) = (Path(attempt.plan.site.scratch) / "baselines").iterdir()
+    before, arguments = kept.stat().st_mtime_ns, [str(attempt.run.path), str(attempt.data.folder)]
+    assert answer(arguments) == found.baselines and kept.stat().st_mtime_ns == before
+    kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
+    assert answer(arguments)["eval"][1]["scores"] == tfidf["scores"] and kept.stat().st_size > 100
+    # What goes wrong, takes too long or is in the way of a stop leaves the results as they are.
+    (attempt.run.path / "predictions.parquet").write_bytes(b"no")
+    assert simple_models(attempt, exported) is exported and "cannot be read as predictions" in capsys.readouterr().out
+    monkeypatch.setattr(results, "_SIMPLE_S", 0.1)
+    assert simple_models(attempt, exported) is exported and "not ready after 0 s" in capsys.readouterr().out
+    attempt.run.stop_file.write_text("asked")
+    monkeypatch.setattr(results, "_SIMPLE_S", 60.0)
+    assert simple_models(attempt, exported) is exported and "a stop was requested" in capsys.readouterr().out
+    none = replace(
+        attempt,
+        plan=attempt.plan.model_copy(update={"recipe": attempt.plan.recipe.model_copy(update={"baselines": False})}),
+    )
+    assert simple_models(none, exported) is exported and capsys.readouterr().out == ""

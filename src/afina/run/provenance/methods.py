@@ -71,7 +71,7 @@ def methods(
         _training(plan, outcome),
         _machine(plan, ran),
     ]
-    sentences.append(_choice(plan, outcome, prepared))
+    sentences += [_choice(plan, outcome, prepared), _simple(plan, outcome)]
     return " ".join(filter(None, sentences))
 
 
@@ -190,6 +190,17 @@ def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
     )
     ran_on = f"It was trained {precision} with {count} process{'es' * (count != 1)}{sharded} on {where}"
     return f"{ran_on} ({', '.join(versions)})." if versions else f"{ran_on}."
+
+
+def _simple(plan: Plan, outcome: Outcome | None) -> str:
+    """The simple model that was trained beside it, and its first score on the last split."""
+    split, models = next(reversed((outcome.baselines if outcome else {}).items()), ("", []))
+    named = [(model, model["differences"][0]) for model in models[1:] if model["differences"]]
+    return " ".join(
+        f"For comparison, {model['name']} (scikit-learn's defaults, over tokens and pairs of them, {model['rows']:,} rows of train) had {d['metric']} "
+        f"{d['first']:.4g} on {split}, this model {d['second']:.4g}."
+        for model, d in named
+    )
 
 
 def _choice(plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any]) -> str:

@@ -5,10 +5,15 @@ Warnings: a metric that is undefined, a model of no use (`afina.statistics.weakn
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import numpy as np
 from afina.files import name_aside, sync_file, sync_folder, sync_tree
 from afina.run.directory import RunDir
 from afina.statistics.predictions import Predictions
-from afina.statistics.weakness import weaknesses
+from afina.statistics.weakness import beaten, weaknesses
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
@@ -28,16 +33,19 @@ from afina.worker.model.padding import padding_side
 from afina.worker.survival import sharded_state
 from afina.worker.task.losses import Loss
 from afina.worker.task.tasks import decisions, label_lists, prediction_columns, probabilities
-from afina.worker.training.attempt import TrainingData
+from afina.worker.training.attempt import Attempt, TrainingData
 from afina.worker.training.evaluation import scores
+from afina.worker.training.log import say
 from afina.worker.training.trainer import RunTrainer
 
-__all__ = ["Results", "check_loss_curve", "check_predictions", "export_results"]
+__all__ = ["Results", "check_loss_curve", "check_predictions", "export_results", "simple_models"]
 
 Array = np.ndarray[Any, Any]
 
 #: Rows of a row group of predictions, and of train from which reference losses are computed.
 _ROWS = 65_536
+#: Of the process that trains simple models; and left before the end of a job's time, to record how the run ended.
+_SIMPLE_S, _LEFT_S = 120.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,13 @@ class Results:
         model_step: whose weights are in `model/`; 0: there is no model.
         metrics: of that model.
         warnings: see the top of this module.
+        baselines: as in `Outcome`.
     """
 
     model_step: int
     metrics: dict[str, Any]
     warnings: list[str]
+    baselines: dict[str, Any] = field(default_factory=dict)
 
 
 def export_results(trainer: RunTrainer) -> Results:
@@ -102,6 +112,38 @@ def export_results(trainer: RunTrainer) -> Results:
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
     return Results(model_step, metrics, warnings)
+
+
+def simple_models(attempt: Attempt, results: Results) -> Results:
+    """The results beside those of simple models (`afina.worker.data.baselines`), which a process of its own trains. A failure, a stop or too little
+    time leaves them out, and the log says so: the run finishes as it is."""
+    if not attempt.plan.recipe.baselines or not {"eval", "test"} & attempt.data.splits.keys():
+        return results
+    began, deadline = time.monotonic(), attempt.stop.deadline
+    left = _SIMPLE_S if deadline is None else min(_SIMPLE_S, deadline - time.time() - _LEFT_S)
+    argv = [sys.executable, "-m", "afina.worker", "baselines", str(attempt.run.path), str(attempt.data.folder)]
+    why = "the job's time ends" if left <= 0 else ""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            process = None if why else subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+            while process is not None and process.poll() is None:
+                attempt.watchdog.beat("simple models")
+                why = "a stop was requested" if attempt.stop.check(_LEFT_S) else why
+                why = f"not ready after {left:.0f} s" if time.monotonic() - began > left else why
+                if why:
+                    process.kill()
+                    process.wait()
+                time.sleep(0.05)
+            output.seek(0)
+            errors.seek(0)
+            if process is not None and not why and process.returncode == 0:
+                baselines = json.loads(output.read())
+                return replace(results, baselines=baselines, warnings=[*results.warnings, *beaten(baselines)])
+            why = why or errors.read().decode(errors="replace").strip()[-2000:]
+        except (OSError, ValueError) as error:
+            why = str(error)
+    say(f"WARNING: no simple models beside this one: {why}")
+    return results
 
 
 def check_predictions(

@@ -149,7 +149,7 @@ def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
     with hide_packages(*NOT_NEEDED):
         from afina.worker.compute import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned, StoppedEarly
-        from afina.worker.training.results import Results, export_results
+        from afina.worker.training.results import Results, export_results, simple_models
 
     trainer, resume = _build(run, allocation, stop, lease)
     attempt = trainer.attempt
@@ -170,6 +170,10 @@ def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
 
     results = Results(0, {}, []) if stop.agreed else export_results(trainer)
     attempt.meter.measure_memory(attempt.device)
+    if attempt.rank == 0:
+        with attempt.meter.within("other"):
+            results = results if stop.agreed else simple_models(attempt, results)
+    ranks.barrier()  # launchers may end the processes that are left when the first have ended
     if attempt.rank == 0:
         _record(trainer, results)
     ranks.leave()
@@ -304,6 +308,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         early_stop=early.reason if early is not None and early.stopped else None,
         task=attempt.data.task,
         labels=attempt.data.labels,
+        baselines=results.baselines,
         best_step=state.best_global_step,
         model_step=results.model_step,
         world_size=attempt.geometry.num_processes,
