@@ -60,7 +60,7 @@ def load(
     recipe = directory.plan().recipe if directory is not None else None
     return Classifier(
         folder,
-        max_length=recipe.tokens.max_length if recipe else None,
+        tokens=recipe.tokens if recipe else None,
         text_columns=recipe.data.text if recipe else None,
         batch_size=batch_size,
         max_tokens=max_tokens,

@@ -21,6 +21,7 @@ from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
 from afina.recipe.keys.data_keys import Data
 from afina.recipe.keys.resource_keys import Resources
+from afina.recipe.keys.train_keys import Tokens
 from afina.recipe.local_model import adapter_base, check_no_adapter
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir, is_run_dir
@@ -137,9 +138,9 @@ class Prediction(FrozenModel):
     chunk_rows: Annotated[int, Field(ge=1)] = CHUNK_ROWS
 
     @property
-    def max_length(self) -> int | None:
-        """Tokens of a text at most, as in training; None where only the model folder can tell."""
-        return self.plan.recipe.tokens.max_length if self.trained else None
+    def tokens(self) -> Tokens | None:
+        """How texts became tokens in training; None where only the model folder can tell."""
+        return self.plan.recipe.tokens if self.trained else None
 
     @property
     def trained_columns(self) -> tuple[str, ...]:

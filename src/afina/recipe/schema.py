@@ -122,6 +122,9 @@ class Recipe(_Explained):
 
     def problems(self) -> Iterator[KeyedError]:
         yield from self._problems_of_metrics()
+        if self.tokens.truncation != "head" and len(self.data.text) == 2:
+            remedy = "leave it out: of a pair the longer text is cut at its end"
+            yield KeyedError("is of single texts, and `data.text` names two", "tokens", "truncation", remedy=remedy)
         if misfitting := misfit(self.train.loss_keys, self.task):
             key, problem, remedy = misfitting
             yield KeyedError(problem, "train", key, remedy=remedy)

@@ -40,7 +40,7 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
     how = facts.plan.recipe.tokens.batching
     html += note(
         f"“real” is the share of tokens that are not padding, if texts are padded to {limit} tokens (padded) or to the longest text of a "
-        f"random batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding."
+        f"random batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding. Longer texts were cut {facts.plan.recipe.tokens.cut}."
     )
     split = "train" if "train" in known else next(iter(known))
     v = known[split]

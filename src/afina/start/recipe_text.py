@@ -3,6 +3,7 @@
 The rules are common practice, not laws:
 
     max_length   the least multiple of 16 that holds 99 % of the texts whole, within the model's positions
+    truncation   head+tail where 5 % of the texts are longer, else head
     metrics      macro F1 first where the largest class has three times the rows of the smallest
     epochs       5 below 1,000 rows, 3 below 50,000, 2 below 500,000, else 1
     batch_size   8 below 500 rows, 16 below 20,000, else 32
@@ -31,6 +32,8 @@ _TOKENS_PER_WORD = 1.25
 _SPECIAL_TOKENS = 2
 _UNEVEN = 3.0
 _RARE = 10
+#: The share of texts longer than `max_length` above which both their ends are kept.
+_MANY_CUT = 0.05
 #: Floating-point operations per second for a first guess of the time; `afina rehearse` measures.
 _CPU_RATE, _GPU_RATE = 25e9, 15e12
 _START_MIN = 10
@@ -116,7 +119,7 @@ def recipe_text(p: Proposal) -> str:
         f"model: {_yaml(p.model.id)}",
         *_data(p),
         *_comments(_about_length(p, tokens, length)),
-        f"tokens: {{max_length: {length}}}",
+        f"tokens: {{max_length: {length}{', truncation: head+tail' if _cuts_many(p, tokens, length) else ''}}}",
         *_train(p),
         *_resources(p, tokens, length),
     ]
@@ -230,6 +233,11 @@ def _split(split: str, source: str) -> str:
     return "{}" if source == split else f"{{split: {_yaml(source)}}}"
 
 
+def _cuts_many(p: Proposal, tokens: Sequence[int], length: int) -> bool:
+    """Whether so many texts are longer that their ends should be kept too; pairs are cut otherwise."""
+    return len(p.text) != 2 and sum(n > length for n in tokens) > _MANY_CUT * len(tokens)
+
+
 def _about_length(p: Proposal, tokens: Sequence[int], length: int) -> list[str]:
     measured = p.model.tokens_per_word is not None
     how = "by the model's tokenizer" if measured else f"estimated, {_TOKENS_PER_WORD} per word or punctuation mark"
@@ -241,6 +249,10 @@ def _about_length(p: Proposal, tokens: Sequence[int], length: int) -> list[str]:
         about.append(
             f"{cut:.1%} of the texts will be cut at {length}{limit}; padding is not computed, so a larger number costs "
             "nothing for the others"
+        )
+    if _cuts_many(p, tokens, length):
+        about.append(
+            "head+tail keeps a quarter of the tokens from the beginning of such a text and the rest from its end"
         )
     return about
 

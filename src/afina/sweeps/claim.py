@@ -75,9 +75,8 @@ def _share(plan: Plan) -> str:
     what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data", "metrics"})
     what["data"].pop("fold")
     files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
-    return json.dumps(
-        [what, files, recipe.tokens.max_length, recipe.train.arguments, recipe.train.best_metric], sort_keys=True
-    )
+    tokens = recipe.tokens.digested(exclude=("batching",))
+    return json.dumps([what, files, tokens, recipe.train.arguments, recipe.train.best_metric], sort_keys=True)
 
 
 def make_home(home: SweepDir, undo: contextlib.ExitStack) -> None:

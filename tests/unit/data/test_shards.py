@@ -24,6 +24,7 @@ from tests.unit.conftest import tree
 from tests.unit.data.stage import SMALL_SHARDS, finished, leftovers, result, start
 
 from afina.errors import DataError
+from afina.recipe.keys.train_keys import Tokens
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.worker.data.splits.build_splits import build_splits
@@ -58,7 +59,7 @@ def making(models: Callable[..., Path]) -> Making:
         chosen = {part: "all" for part in ("train", "eval", "test") if getattr(recipe.data, part) is not None}
         labels, parts = build_splits("auto", recipe.data, {"all": table}, chosen, [])
         checked = tokenise.CheckedData(labels, parts, [], {"all": source}, {"all": state})
-        encoder = Encoder(load_tokenizer(models(arch), recipe), max_length)
+        encoder = Encoder(load_tokenizer(models(arch), recipe), Tokens(max_length=max_length))
         return tokenise.Tokenising(checked, recipe.data, encoder, None, np.uint16)
 
     return make
@@ -120,19 +121,39 @@ def test_a_tokenizer_with_its_own_code_is_called_directly(models: Callable[..., 
     class Letters:
         model_input_names = ("input_ids",)
 
-        def __call__(self, texts: list[str], *, max_length: int, **_: Any) -> dict[str, list[list[int]]]:
+        def __call__(self, texts: list[str], *, max_length: int | None = None, **_: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [[ord(c) for c in text][:max_length] for text in texts]}
 
     tokenizer = Shouting.from_pretrained(models("bert")) if how == "subclass" else Letters()
-    encoder = Encoder(tokenizer, 8)
+    encoder = Encoder(tokenizer, Tokens(max_length=8))
     found = dict(encoder.encode([(1, [["a", "it"]]), (2, [["fine " * 20]])]))
     expected = tokenizer(["a", "it"], truncation=True, max_length=8)["input_ids"]
     assert found[1].tokens.tolist() == [i for ids in expected for i in ids] and found[1].lengths.tolist() == [
         *map(len, expected)
     ]
     assert found[1].cut.tolist() == [False, False] and found[2].cut.tolist() == [True]
+    ends = dict(Encoder(tokenizer, Tokens(max_length=8, truncation="head+tail")).encode([(1, [["a", "fine " * 20]])]))
+    whole = tokenizer(["fine " * 20])["input_ids"][0]
+    assert ends[1].tokens.tolist() == tokenizer(["a"])["input_ids"][0] + whole[:2] + whole[-6:]
+    assert ends[1].cut.tolist() == [False, True]
     if how == "subclass":
         assert found[1].tokens.tolist()[:3] == load_ids(models("bert"), "the")
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta"])
+def test_head_and_tail_of_long_texts(models: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    """A quarter from the beginning and the rest from the end, special tokens included; a text that just fits is whole."""
+    tokenizer = load_tokenizer(models(arch), recipe_of(models(arch), tmp_path))
+    texts = [" ".join(f"w{i} a" for i in range(n)) for n in (1, 7, 30, 200)]
+    whole = [tokenizer([text])["input_ids"][0] for text in texts]
+    for limit in (8, 17, len(whole[1])):
+        encoder = Encoder(tokenizer, Tokens(max_length=limit, truncation="head+tail"))
+        batch = dict(encoder.encode([(0, [texts])]))[0]
+        ends = [ids if len(ids) <= limit else ids[: limit // 4] + ids[-(limit - limit // 4) :] for ids in whole]
+        assert batch.tokens.tolist() == [i for ids in ends for i in ids] and batch.lengths.tolist() == [
+            len(ids) for ids in ends
+        ]
+        assert batch.cut.tolist() == [len(ids) > limit for ids in whole]
 
 
 def load_ids(model: Path, text: str) -> list[int]:
@@ -329,6 +350,7 @@ def test_texts_without_content_tokens_are_counted() -> None:
 MEASURE = """
 import pathlib, sys
 from afina.recipe.keys.data_keys import Data
+from afina.recipe.keys.train_keys import Tokens
 from afina.worker.data.tokens import shards, tokenise, write_split
 from afina.worker.data.tokens.encode import Encoder
 from afina.worker.data.splits.build_splits import build_splits
@@ -349,7 +371,7 @@ data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label"
 table = source.read(data.label, data.text)
 labels, examples = build_splits("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
 checked = tokenise.CheckedData(labels, examples, [], {"all": source}, {"all": source.state()})
-tokenising = tokenise.Tokenising(checked, data, Encoder(Tokenizer(), 32), None, "uint16")
+tokenising = tokenise.Tokenising(checked, data, Encoder(Tokenizer(), Tokens(max_length=32)), None, "uint16")
 store = shards.ShardFolder(path.parent, "digest", {})
 tokenising.make(store, print)
 tokenising.write_splits(store, path.parent)

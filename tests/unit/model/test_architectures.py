@@ -20,6 +20,7 @@ from tests.architectures import ARCHITECTURES, LEFT, MORE, architecture_folder
 from tests.common import some_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
 
+from afina.recipe.keys.train_keys import Tokens
 from afina.recipe.parse import parse_recipe
 from afina.worker.compute import packed_model
 from afina.worker.data.prepared import Split
@@ -77,7 +78,9 @@ def train_a_step(folder: Path, out: Path) -> None:
         f"name: x\nmodel: '{folder}'\ndata: {{files: {{all: a.csv}}, text: text, label: stars}}\ntokens: {{max_length: {LONGEST}}}\n"
     )
     tokenizer = load_tokenizer(folder, recipe)
-    encoded = EncodedBatch.joined([b for _, b in Encoder(tokenizer, LONGEST).encode([(None, [texts()])])])
+    encoded = EncodedBatch.joined(
+        [b for _, b in Encoder(tokenizer, Tokens(max_length=LONGEST)).encode([(None, [texts()])])]
+    )
     offsets = np.concatenate([[0], np.cumsum(encoded.lengths)])
     split = Split(encoded.tokens, offsets, np.arange(len(encoded.lengths)) % 3, encoded.types)
     model, _ = build_model(recipe, folder, "single-label", ["a", "b", "c"], 3)
@@ -103,7 +106,7 @@ def train_a_step(folder: Path, out: Path) -> None:
 def test_a_row_has_the_logits_that_transformers_gives_it_alone(kind: str, side: str, tmp_path: Path) -> None:
     base = architecture_folder(tmp_path / "base", kind, side=side)
     train_a_step(base, tmp_path / "trained")
-    model, rows = Classifier(tmp_path / "trained", max_length=LONGEST), texts()
+    model, rows = Classifier(tmp_path / "trained", tokens=Tokens(max_length=LONGEST)), texts()
     wanted = alone(tmp_path / "trained", rows)
     close(model.logits(rows), wanted)
     close(np.concatenate([model.logits([row]) for row in rows[:4]]), wanted[:4])
@@ -131,7 +134,7 @@ def test_sparse_attention_of_big_bird_does_not_depend_on_what_came_before(tmp_pa
     sparse = {"attention_type": "block_sparse", "block_size": 4, "num_random_blocks": 1}
     folder = architecture_folder(tmp_path / "model", "big_bird", **sparse)
     rows = ["good food", "the room was fine " * 12, "a nice book " * 20, "awful"]
-    model = Classifier(folder, max_length=LONGEST)
+    model = Classifier(folder, tokens=Tokens(max_length=LONGEST))
     for order in ([0, 1, 2, 3], [1, 0, 3, 2]):
         wanted = np.concatenate([alone(folder, [rows[i]]) for i in order])
         close(model.logits([rows[i] for i in order]), wanted)

@@ -90,12 +90,28 @@ def test_transformers_loads_the_folder_with_its_labels(
         assert theirs[0]["label"] == mine["prediction"]
         assert {t["label"]: t["score"] for t in theirs} == pytest.approx(mine["scores"], abs=1e-5)
     exported = afina.load(out)
-    assert (exported.text_columns, exported.max_length) == (("body",), 40)
+    assert (exported.text_columns, exported.tokens.max_length) == (("body",), 40)
     assert np.array_equal(exported.predict_proba(texts), model.predict_proba(texts))
     before = tree(out)
     again = command("export", place / "run", "-o", out)
     assert again.returncode == 2 and "nothing that exists is overwritten" in again.stderr
     assert tree(out) == before
+
+
+def test_a_folder_cuts_long_texts_as_its_run(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    plan = json.loads((run / "plan.json").read_text())
+    plan["recipe"]["tokens"]["truncation"] = "head+tail"
+    (run / "plan.json").write_text(json.dumps(plan))
+    worker.export(str(run), str(tmp_path / "out"), onnx=False)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "cut to their first 10 and last 30 tokens in training; `truncation=True` keeps their beginning alone" in card
+    texts = pa.array([f"great {'fine ' * 50} {end}" for end in ("bad", "good")], pa.large_string())
+    for folder in (run, tmp_path / "out"):
+        encoded = afina.load(folder).encode([texts])
+        one, other = encoded.split.tokens.reshape(2, 40)
+        assert encoded.truncated == 2 and (one[:10] == other[:10]).all() and (one[10:] != other[10:]).any()
 
 
 def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> None:
@@ -204,7 +220,7 @@ def test_onnx_is_the_same_model_or_is_not_published(
 def test_a_model_in_python(place: Path) -> None:
     model = afina.load(place / "run/model")  # a run's model/ is the run
     assert model.labels == ["1 star", "2 | stars", "3 stars"]
-    assert (model.task, model.max_length, model.text_columns) == ("single-label", 40, ("body",))
+    assert (model.task, model.tokens.max_length, model.text_columns) == ("single-label", 40, ("body",))
     assert model.batching == "packed" and "packed" in repr(model)
     texts = [row["text"] for row in tiny.tiny_reviews(300, 6)]
     scores = model.predict_proba(texts)

@@ -240,6 +240,11 @@ def test_unknown_keys_are_refused_with_line_and_nearest(text: str, line: int, ke
     assert error.remedy.startswith(f"did you mean `{hint}`? known here: ")
 
 
+def test_pairs_are_not_cut_in_their_middle() -> None:
+    text = BASE.replace("text: text", "text: [a, b]") + "tokens: {truncation: head+tail}\n"
+    assert "`tokens.truncation`: is of single texts, and `data.text` names two" in refused(text).message
+
+
 def test_an_unknown_key_is_named_before_what_it_lacks() -> None:
     assert "unknown key `modle`" in refused(BASE.replace("model:", "modle:")).message
 

@@ -332,6 +332,7 @@ def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_pa
     assert recipe.metrics is not None and (recipe.metrics[0], recipe.train.best_metric) == ("f1", "f1")
     assert "9.0 times the rows of the smallest" in answer["text"]
     assert recipe.tokens.max_length == 512 and "of the texts will be cut at 512" in answer["text"]
+    assert recipe.tokens.truncation == "head+tail"
     assert any("20 texts of the other splits are in train too" in w for w in answer["warnings"])
     assert recipe.model == "google-bert/bert-base-cased" and recipe.train.epochs == 5
 

@@ -113,7 +113,7 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
         fold = f"stratified fold {data.fold.number} of {data.fold.of}{whole}, seed {data.train.seed + data.fold.repeat - 1}"
         test = f"; test {rows['test']:,} rows" if "test" in rows else ""
         counts = f"train {rows.get('train', 0):,} rows; eval {rows.get('eval', 0):,} rows ({fold}){test}"
-        return f"Splits: {counts}. Texts were cut after {plan.recipe.tokens.max_length} tokens."
+        return f"Splits: {counts}. Texts were cut {plan.recipe.tokens.cut}."
     if data.split_column:
         divided += f", column {data.split_column}"
     for name in ("train", "eval", "test"):
@@ -129,7 +129,7 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
             groups = (prepared.get("groups") or {}).get(name)
             of = f" of {groups:,} groups" if groups else ""
             parts.append(f"{name} {rows[name]:,} rows{of}{f' ({about})' if about else ''}")
-    cut = f"Texts were cut after {plan.recipe.tokens.max_length} tokens."
+    cut = f"Texts were cut {plan.recipe.tokens.cut}."
     return f"Splits: {'; '.join(parts)}. {cut}" if parts else cut
 
 

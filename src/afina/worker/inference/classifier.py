@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
+from afina.recipe.keys.train_keys import Tokens
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches
 from afina.worker.data.prepared import Split
@@ -73,7 +74,7 @@ class Classifier:
         task: single-label, multi-label or regression.
         labels: names in the order of the logits; None for regression.
         text_columns: what a table's texts were called in training, if that is known; several for pairs and joined texts.
-        max_length: tokens of a text at most; longer ones are cut, as in training.
+        tokens: how texts become tokens and longer ones are cut, as in training.
         batching: packed or grouped.
     """
 
@@ -81,7 +82,7 @@ class Classifier:
         self,
         folder: str | Path,
         *,
-        max_length: int | None = None,
+        tokens: Tokens | None = None,
         text_columns: Sequence[str] | None = None,
         batch_size: int | None = None,
         max_tokens: int | None = None,
@@ -92,7 +93,7 @@ class Classifier:
         """Load it.
 
         Args:
-            max_length, text_columns: by default what `afina export` wrote into the folder; else the model's own limit.
+            tokens, text_columns: by default what `afina export` wrote into the folder; else the model's own limit.
             batch_size: rows of a padded batch (32), and 128 tokens for each of them in a packed one.
             max_tokens: tokens of a packed batch.
             device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
@@ -108,7 +109,8 @@ class Classifier:
         config, self._vocabulary = self.model.config, vocabulary_size(path)
         self.task, self.labels = task_of_config(config, path)
         self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
-        self.max_length = max_length or info.get("max_length") or _limit(self.tokenizer, config)
+        known = {name: info[name] for name in Tokens.model_fields if info.get(name)}
+        self.tokens = tokens or Tokens.model_validate({"max_length": _limit(self.tokenizer, config), **known})
         self.batch_size = batch_size or _BATCH_ROWS
         self.max_tokens = max_tokens or self.batch_size * TOKENS_PER_ROW
         self.batching: Literal["packed", "grouped"] = "grouped"
@@ -180,7 +182,7 @@ class Classifier:
         starts = range(0, len(rows), _TOKENIZED)
         pieces = ([c.take(pa.array(rows[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
         # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
-        encoder = Encoder(self.tokenizer, self.max_length)
+        encoder = Encoder(self.tokenizer, self.tokens)
         batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in pieces)])
         if len(batch.tokens):
             check_tokens(int(batch.tokens.max()), self._vocabulary)

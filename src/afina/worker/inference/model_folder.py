@@ -82,7 +82,7 @@ def export(run: str, out: str, onnx: bool, merge: bool = False) -> dict[str, Any
             "afina": __version__,
             "task": outcome.task,
             "text_columns": list(recipe.data.text),
-            "max_length": recipe.tokens.max_length,
+            **recipe.tokens.digested(exclude=("batching",)),
         }
         (aside / _INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -116,7 +116,7 @@ def _copy_model(model: Path, target: Path, merge: bool, trust_remote_code: bool)
 
 
 def export_info(folder: Path) -> dict[str, Any]:
-    """`text_columns`, `max_length`, `task` of an exported folder; empty where it has no `afina.json`.
+    """`text_columns`, `max_length` and the like, `task` of an exported folder; empty where it has no `afina.json`.
 
     Raises:
         InputError: it cannot be read.

@@ -115,9 +115,10 @@ def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
 
     records = [describe(path.parent, [path.name])[path.name] for path in files]
     model_files = record_model(job.model, job.plan.recipe)
+    settings = job.tokens.digested(exclude=("batching",)) if job.tokens else {"max_length": None}
     return {
         "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
-        "model": digest_of({**model_files, "settings": {"max_length": job.max_length}}),
+        "model": digest_of({**model_files, "settings": settings}),
         "options": {
             **job.model_dump(mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}),
             **(job.reading.given() if job.reading else {}),
@@ -285,7 +286,7 @@ def _load(job: Prediction, number: int) -> Classifier:
         cpu.tune_malloc()
     classifier = Classifier(
         job.model,
-        max_length=job.max_length,
+        tokens=job.tokens,
         batch_size=job.batch_size,
         max_tokens=job.max_tokens,
         dtype=job.dtype,

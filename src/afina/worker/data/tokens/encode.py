@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afina.recipe.keys.train_keys import Tokens
+
 __all__ = ["EncodedBatch", "Encoder", "join_columns"]
 
 Array = np.ndarray[Any, Any]
@@ -60,13 +62,14 @@ class EncodedBatch:
 class Encoder:
     """Args:
     tokenizer: as Transformers loads it.
-    max_length: tokens per text, special tokens included; of a pair the longer text is cut first.
+    tokens: of the recipe. Of a pair the longer text is cut first.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self._options = {"truncation": True, "max_length": max_length, "return_attention_mask": False}
-        self.max_length = max_length
+    def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self._options = {"truncation": True, "max_length": tokens.max_length, "return_attention_mask": False}
+        if tokens.truncation == "head+tail":  # the middle is cut out of the whole text's tokens
+            self._options = {"truncation": False, "return_attention_mask": False, "verbose": False}
         self._has_types = "token_type_ids" in tokenizer.model_input_names
         self._backend: Any = None
         if _is_plain(tokenizer):
@@ -109,15 +112,25 @@ class Encoder:
         return [e.ids for e in encodings], types, encodings
 
     def _flatten(self, ids: list[list[int]], types: list[list[int]] | None, encodings: Any) -> EncodedBatch:
+        if self.tokens.truncation == "head+tail":
+            encodings, whole = None, np.array([len(row) for row in ids], np.int64)
+            ids = self._without_middle(ids)
+            types = self._without_middle(types) if types is not None else None
         lengths = np.array([len(row) for row in ids], np.int64)
         total = int(lengths.sum())
         flat = np.fromiter(itertools.chain.from_iterable(ids), np.uint32, total)
         flat_types = np.fromiter(itertools.chain.from_iterable(types), np.uint8, total) if types is not None else None
-        cut = lengths >= self.max_length
-        if encodings is not None:
+        cut = lengths >= self.tokens.max_length
+        if self.tokens.truncation == "head+tail":
+            cut = whole > self.tokens.max_length
+        elif encodings is not None:
             for i in np.flatnonzero(cut):
                 cut[i] = bool(encodings[i].overflowing)
         return EncodedBatch(flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut)
+
+    def _without_middle(self, rows: list[list[int]]) -> list[list[int]]:
+        head, tail = self.tokens.head_and_tail
+        return [row if len(row) <= head + tail else row[:head] + row[-tail:] for row in rows]
 
 
 def join_columns(columns: Sequence[pa.Array], tokenizer: Any) -> list[pa.Array]:

@@ -76,7 +76,7 @@ def build(
     size = vocabulary_size(folder)
     check_pad_token(tokenizer, size)
     dtype = np.uint16 if max(len(tokenizer), size or 0) <= 1 << 16 else np.uint32
-    tokenising = Tokenising(checked, recipe.data, Encoder(tokenizer, recipe.tokens.max_length), size, dtype)
+    tokenising = Tokenising(checked, recipe.data, Encoder(tokenizer, recipe.tokens), size, dtype)
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
     store = ShardFolder(shards_folder(plan), final.name, versions)
     try:
@@ -186,7 +186,7 @@ class Tokenising:
             entries[split], keys[split] = write_split(
                 aside, split, examples, shards, store, self.dtype, stats, texts=split != "train" or self.folded
             )
-            warnings += stats.warnings(split, examples, tokenizer, self.encoder.max_length)
+            warnings += stats.warnings(split, examples, tokenizer, self.encoder.tokens)
         splits = self.checked.splits
         spoiled = check_duplicates(splits, keys)
         if self.group is not None:

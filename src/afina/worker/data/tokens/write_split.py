@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afina.recipe.keys.train_keys import Tokens
 from afina.worker.data.prepared import ArrayWriter
 from afina.worker.data.splits.duplicates import row_keys
 from afina.worker.data.tables.data_table import Examples, list_places
@@ -76,13 +77,13 @@ class TokenStats:
         self.bare += (np.flatnonzero(each == 0) + self.rows).tolist()
         self.rows += len(lengths)
 
-    def warnings(self, split: str, examples: Examples, tokenizer: Any, max_length: int) -> Iterator[str]:
+    def warnings(self, split: str, examples: Examples, tokenizer: Any, tokens: Tokens) -> Iterator[str]:
         """Texts cut, texts without content, tokens unknown to the model."""
         share = self.cut / len(examples)
         if share > _TRUNCATED_SHARE:
             yield (
                 f"{self.cut:,} of {len(examples):,} texts of {split} ({share:.1%}) are longer "
-                f"than tokens.max_length {max_length} and were cut"
+                f"than tokens.max_length {tokens.max_length} and were cut{'' if tokens.truncation == 'head' else ' ' + tokens.cut}"
             )
         if self.bare:
             where = list_places(examples.table, np.array(self.bare))
