@@ -14,6 +14,7 @@ import pytest
 from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
+from tests.common import LONG
 
 RECIPE = tiny.recipe(
     name="sweep it's $(touch never)",
@@ -130,3 +131,45 @@ def test_array_tasks_ask_for_their_trials(cluster: Cluster, place: Path, afina: 
     journal = [json.loads(line) for line in (place / "sear ch/journal.log").read_text().splitlines()]
     assert [line["values"] for line in journal if line.get("values")]
     assert not list(place.rglob("never"))
+
+
+@pytest.mark.series
+@pytest.mark.skipif(not LONG, reason="three minutes: AFINA_LONG=1 make test-cluster")
+@pytest.mark.timeout(900)
+def test_the_same_command_repairs_folds_and_every_row_is_predicted_once_in_each_repeat(
+    cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]
+) -> None:
+    """A run is killed with its shell, and a node fails; the rest of the array goes on."""
+    import pyarrow.parquet as pq
+
+    settings = ("train.epochs=10", "train.evaluate=100", "train.save_every=20", "name=folds")
+    command = ("recipe.yaml", "--folds", "5", "--repeats", "2", "--max-parallel", "4")
+    command += tuple(word for setting in settings for word in ("--set", setting))
+    first = afina(*command)
+    home = Path(first["sweep"])
+    runs = [home / "runs" / cell["name"] for cell in json.loads((home / "sweep.json").read_text())["cells"]]
+    (array,) = first["jobs"]
+    assert len(runs) == 10
+    for run in runs[:2]:
+        _wait(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), f"{run} saved nothing")  # type: ignore[misc]
+    cluster.run_as_user(["scancel", "--signal=KILL", "--batch", f"{array}_0"], check=True)
+    cluster.wait(f"{array}_0", timeout=60)
+    node = cluster.job(f"{array}_1")["NodeList"]
+    cluster.fail_node(node)
+    try:
+        assert len(afina(*command)["jobs"]) == 1
+        assert json.loads((home / "submissions.jsonl").read_text().splitlines()[-1])["tasks"] == [0]
+    finally:
+        cluster.start_slurmd(node)
+    (row,) = afina(*command, "--wait")["rows"]
+    assert len(row["values"]) == 10 and row["states"] == {"FINISHED": 10}
+    low, high = row["interval"]
+    assert low < row["mean"] < high
+    for run in runs[:2]:
+        began = _events(run, "training")
+        assert len(began) >= 2 and all(event["step"] > 0 for event in began[1:]), "it restarted from step 0"
+    table = pq.read_table(home / "out_of_fold.parquet").to_pydict()
+    assert table["repeat"] == [1] * 400 + [2] * 400 and table["row"] == [*range(1, 401)] * 2
+    assert {(repeat, fold) for repeat, fold in zip(table["repeat"], table["fold"], strict=True)} == {
+        (repeat, fold) for repeat in (1, 2) for fold in range(1, 6)
+    }
