@@ -38,7 +38,7 @@ class Table:
     search: bool
     notes: tuple[str, ...] = field(default=())
     shown: str | None = None
-    folds: bool = False
+    unit: str = "seeds"
 
     def __str__(self) -> str:
         better = "lower" if self.direction == "minimize" else "higher"
@@ -133,9 +133,8 @@ def tabulate(
             f"{shown} is only shown: a choice by the test split would make its scores too kind. Chosen by {column}."
         )
     direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
-    return Table(
-        sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown, bool(record.folds)
-    )
+    unit = ("folds × repeats" if record.repeats > 1 else "folds") if record.folds else "seeds"
+    return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown, unit)
 
 
 def _over_seeds(
@@ -186,7 +185,7 @@ def _lines(table: Table) -> list[str]:
             "point",
             "mean",
             "95 % interval",
-            "folds" if table.folds else "seeds",
+            table.unit,
             "against the best",
             "p",
             "not finished",

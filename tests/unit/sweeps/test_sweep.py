@@ -875,7 +875,11 @@ def test_folds_are_one_array_over_one_store_and_one_table_of_all_rows(
     assert row.values == {1: 0.8, 2: 0.9, 3: 0.7, 4: 0.8} and row.interval is not None and row.interval.high is not None
     half = 3.1824463 * float(np.std([0.8, 0.9, 0.7, 0.8], ddof=1)) * math.sqrt(1 / 4 + 1)
     assert row.interval.high - row.interval.mean == pytest.approx(half)
-    assert "Nadeau and Bengio" in str(table) and " folds " in str(table) and "out_of_fold.parquet" in str(table)
+    assert (
+        "Nadeau and Bengio" in str(table)
+        and "  folds × repeats  " in str(table)
+        and "out_of_fold.parquet" in str(table)
+    )
     assert pq.read_table(made.dir.out_of_fold).select(["repeat", "fold", "row"]).to_pydict() == {
         "repeat": [1] * 10 + [2] * 10,
         "fold": [1] * 4 + [2] * 6 + [1] * 5 + [2] * 5,
