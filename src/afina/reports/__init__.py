@@ -56,7 +56,7 @@ def write_report(
     Args:
         path: by default the newest run on scratch.
         png: also write the charts as PNG files.
-        texts: show the texts of mistakes.
+        texts: show the texts of mistakes and of doubtful labels.
         each: for a folder, also write the page of every run in it.
         output: the folder of the page; by default `report` in `path`.
 
@@ -73,7 +73,7 @@ def write_report(
         for found in runs:
             write_report(found, png=png, texts=texts)
     folder = _made(Path(output or path.absolute() / "report"))
-    charts, html = collection_page(path.absolute(), runs, folder)
+    charts, html = collection_page(path.absolute(), runs, folder, texts=texts)
     write_atomic(folder / "index.html", html(write_figures(folder, charts, png=png)))
     return ReportPage(folder / "index.html")
 

@@ -7,6 +7,7 @@ over each other. The intervals of single runs cover the sampling of eval rows.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -36,6 +37,8 @@ __all__ = ["collection_page", "comparison_page"]
 
 #: The most runs in the chart of scores; whose curves are drawn; whose intervals are computed, which takes time.
 _MOST_DRAWN, _MOST_CURVES, _MOST_SCORED = 60, 8, 200
+#: Doubtful labels that are shown, and characters of a text.
+_MOST_DOUBTFUL, _MOST_TEXT = 50, 300
 #: Resamples per run; there are many runs.
 _DRAWS = 1000
 
@@ -46,8 +49,12 @@ _OF_ONE_POINT = ("name", "train.seed", "data.fold.number", "data.fold.repeat")
 Page = tuple[list[Chart], Callable[[Mapping[str, str]], str]]
 
 
-def collection_page(folder: Path, paths: Sequence[Path], page: Path) -> Page:
-    """The page of the runs below a folder. `paths` are run directories below `folder`; `page` is the folder of the page."""
+def collection_page(folder: Path, paths: Sequence[Path], page: Path, *, texts: bool = True) -> Page:
+    """The page of the runs below a folder. `paths` are run directories below `folder`; `page` is the folder of the page.
+
+    Args:
+        texts: show those of doubtful labels.
+    """
     runs = [read_result(path) for path in paths]
     names = names_of(paths) if folder not in paths else [folder.name]
     metric = next((run.metric for run in runs if run.metric), None)
@@ -68,6 +75,7 @@ def collection_page(folder: Path, paths: Sequence[Path], page: Path) -> Page:
             ("Effect of each hyperparameter", figures(effects, drawings)),
             ("Learning curves", figures(curves, drawings)),
             ("Runs", listed + note("; ".join(filter(None, (why, hint)))) if listed else ""),
+            ("Doubtful labels", _doubtful(folder, texts=texts)),
             ("Sweep", _sweep(record)),
         ]
         models = {str(run.recipe.get("model")) for run in runs}
@@ -292,6 +300,21 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
     ]
     weak = {name: f"the model {reason}" for name, *_, reason in runs if reason}
     return table(heads, rows, "The best first", links=links, remarks=weak)
+
+
+def _doubtful(folder: Path, *, texts: bool) -> str:
+    """The rows of a cross-validation whose label is probably wrong, as `afina sweep` has written them."""
+    try:
+        with (folder / "doubtful_labels.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error):
+        return ""
+    heads = ["file", "row", *(["text"] if texts else []), "label", "suggested", "probability", "issue"]
+    cells = [[(row.get(head) or "")[:_MOST_TEXT] for head in heads] for row in rows[:_MOST_DOUBTFUL]]
+    return table(heads, cells, "The most doubtful first") + note(
+        "By confident learning (Northcutt, Jiang and Chuang 2021) from the probabilities out of fold; probability: of the label as given. An issue: another label passes its "
+        "own mean probability. All of them, with a column to correct, are in doubtful_labels.csv."
+    )
 
 
 def _sweep(record: Mapping[str, Any]) -> str:

@@ -1,15 +1,22 @@
-"""Every row of a cross-validation as it was predicted out of fold: the predictions of all folds in one table."""
+"""Every row of a cross-validation as it was predicted out of fold: the predictions of all folds in one table, and those whose label is doubtful."""
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, first_line
 from afina.files import name_aside
+from afina.statistics.label_quality import label_quality
+from afina.statistics.predictions import Predictions, read_predictions
 from afina.sweeps.sweep_dir import SweepDir, SweepRecord
 
-__all__ = ["write_out_of_fold"]
+__all__ = ["write_doubtful", "write_out_of_fold"]
+
+#: The most doubtful rows that are listed even where confident learning names fewer issues.
+_LEAST = 100
 
 
 def write_out_of_fold(home: SweepDir, record: SweepRecord) -> Path:
@@ -62,3 +69,60 @@ def _check(whole: Any, record: SweepRecord, target: Path) -> None:
             f"{target.name}: not every row is predicted once in each of {repeats} repeats",
             "were the runs of the sweep made from different data? start it anew with another --sweep DIR",
         )
+
+
+def write_doubtful(home: SweepDir, record: SweepRecord) -> list[dict[str, str]]:
+    """Write `doubtful_labels.csv` from `out_of_fold.parquet`: the issues, at least `_LEAST` rows, the most doubtful first; returns its rows. A file that
+    is newer is left as it is, for it may have been corrected.
+
+    Columns: rank, what identifies the row, its text, `label`, `suggested` (of several labels: `NAME?`, the one that is probably wrong), the
+    `probability` of the label, a mean over repeats, `issue` (yes, or nothing), and `correct_label`, to be filled in. None is written of a regression.
+
+    Raises:
+        DataError: a file is damaged, or cannot be written.
+    """
+    target: Path = home.doubtful
+    try:
+        if not target.is_file() or target.stat().st_mtime_ns < home.out_of_fold.stat().st_mtime_ns:
+            rows = _doubtful(read_predictions(home.out_of_fold), len(record.cells) // (record.folds or 1))
+            if not rows:
+                return []
+            aside = name_aside(target)
+            with aside.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+            aside.replace(target)
+        with target.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{target.name}: {first_line(error)}", "remove it, and show the table again") from None
+
+
+def _doubtful(rows: Predictions, repeats: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    if rows.scores is None:
+        return []
+    count = len(rows) // repeats  # sorted by repeat, then by row: each repeat has the same rows in the same order
+    scores = rows.scores.reshape(repeats, count, -1).mean(0)
+    first = replace(rows, truth=rows.truth[:count], scores=scores, table=rows.table.slice(0, count))
+    quality, issue, other = label_quality(first)
+    order = np.lexsort((np.arange(count), quality, ~issue))[: max(_LEAST, int(issue.sum()))]
+    return [
+        {
+            "rank": rank,
+            **first.about(int(i)),
+            "label": _named(first, int(i)),
+            "suggested": first.labels[other[i]] + ("?" if first.task == "multi-label" else ""),
+            "probability": f"{quality[i]:.4f}",
+            "issue": "yes" if issue[i] else "",
+            "correct_label": "",
+        }
+        for rank, i in enumerate(order, start=1)
+    ]
+
+
+def _named(rows: Predictions, index: int) -> str:
+    label = rows.table.column("label")[index].as_py()
+    return ", ".join(label) if isinstance(label, list) else str(label)

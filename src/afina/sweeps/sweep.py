@@ -41,7 +41,7 @@ from afina.statistics.weakness import weaknesses
 from afina.sweeps.claim import Say, claim_cells, make_home, prepare_cells
 from afina.sweeps.draft import BUSY, Draft, SweepRequest, arrays, cell_states, draft_sweep, todo
 from afina.sweeps.grid import grid_of
-from afina.sweeps.out_of_fold import write_out_of_fold
+from afina.sweeps.out_of_fold import write_doubtful, write_out_of_fold
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.table import Table, best_metric, tabulate
@@ -139,7 +139,10 @@ class Sweep:
             table = replace(table, notes=(*table.notes, looks))
         if record.folds and all(state == "FINISHED" for state in states):
             where = write_out_of_fold(self.dir, record)
-            table = replace(table, notes=(*table.notes, f"Every row as it was predicted out of fold: {where}"))
+            doubtful = tuple(write_doubtful(self.dir, record))
+            notes = (*table.notes, f"Every row as it was predicted out of fold: {where}")
+            notes += (f"Labels that are probably wrong, to be corrected: {self.dir.doubtful}",) if doubtful else ()
+            table = replace(table, notes=notes, doubtful=doubtful)
         splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}
         return replace(table, notes=(*table.notes, *_about_data(runs, splits)))
 

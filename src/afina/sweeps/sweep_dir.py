@@ -7,6 +7,7 @@
     finetune.sbatch job.sh node.sh   what the jobs run; its copies go into every run directory
     logs/<array>_<task>.out       the output of a task's batch script
     out_of_fold.parquet           of folds: each row as the model predicted it that was not trained on it, once for each repeat
+    doubtful_labels.csv           those whose label is probably wrong, to be corrected
     trial.argv  journal.log       of a search: the command that asks for a trial, and Optuna's journal
 
 Cells are only added, at the end: a task that waits in the queue keeps its number. `sweep.json` is
@@ -127,6 +128,7 @@ class SweepDir:
     trial_argv = property(lambda self: self.path / "trial.argv")
     journal = property(lambda self: self.path / "journal.log")
     out_of_fold = property(lambda self: self.path / "out_of_fold.parquet")
+    doubtful = property(lambda self: self.path / "doubtful_labels.csv")
 
     @classmethod
     def default(cls, plan: Plan, folds: int | None = None) -> SweepDir:

@@ -39,11 +39,12 @@ class Table:
     notes: tuple[str, ...] = field(default=())
     shown: str | None = None
     unit: str = "seeds"
+    doubtful: tuple[dict[str, str], ...] = ()
 
     def __str__(self) -> str:
         better = "lower" if self.direction == "minimize" else "higher"
         head = f"{self.sweep}\n{self.metric} ({better} is better)"
-        return "\n".join([head, "", *_lines(self), "", *self.notes])
+        return "\n".join([head, "", *_lines(self), "", *self.notes, *_doubtful_lines(self.doubtful)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -55,6 +56,7 @@ class Table:
             "best": self.best.point if self.best else None,
             "rows": [_row_dict(row) for row in self.rows],
             "notes": list(self.notes),
+            **({"doubtful": list(self.doubtful)} if self.doubtful else {}),
         }
 
 
@@ -202,6 +204,30 @@ def _lines(table: Table) -> list[str]:
     if any(row.weak for row in table.rows):
         head, body = [*head, "remark"], [[*cells, row.weak] for cells, row in zip(body, table.rows, strict=True)]
     return aligned([head, *body])
+
+
+def _doubtful_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The ten most doubtful labels, and how many there are."""
+    if not rows:
+        return []
+    issues = sum(row["issue"] == "yes" for row in rows)
+    cells = [
+        [
+            f"{row['file']}:{row['row']}",
+            row["label"],
+            row["suggested"],
+            row["probability"],
+            _cut(row.get("text")),
+        ]
+        for row in rows[:10]
+    ]
+    head = f"Most doubtful labels, of {issues} that confident learning names:"
+    return ["", head, *aligned([["row", "label", "suggested", "p(label)", "text"], *cells])]
+
+
+def _cut(text: Any, most: int = 70) -> str:
+    line = " ".join(str(text or "").split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _measured(row: Row) -> list[str]:
