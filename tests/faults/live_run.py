@@ -224,8 +224,11 @@ class LiveRun(ABC):
             for _ in range(60_000):
                 if not all(map(alive, ranks)):
                     raise TooLate(f"the attempt ended before a save was {stage}")
-                if _is_at(stage, before, _tree(folder)):
+                now = _tree(folder)
+                if _is_at(stage, before, now):
                     return ranks
+                if stage == "rotated":
+                    before = now  # a checkpoint that came since may be the one that is removed
                 signal_all(ranks, signal.SIGCONT)
                 time.sleep(0.0003)
                 freeze(ranks)
