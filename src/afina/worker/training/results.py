@@ -120,7 +120,10 @@ def simple_models(attempt: Attempt, results: Results) -> Results:
     if not attempt.plan.recipe.baselines or not {"eval", "test"} & attempt.data.splits.keys():
         return results
     began, deadline = time.monotonic(), attempt.stop.deadline
-    left = _SIMPLE_S if deadline is None else min(_SIMPLE_S, deadline - time.time() - _LEFT_S)
+    # Half the watchdog's limit: the other processes wait for this one, without a sign of progress.
+    left = min(_SIMPLE_S, attempt.watchdog.limit_s / 2)
+    if deadline is not None:
+        left = min(left, deadline - time.time() - _LEFT_S)
     argv = [sys.executable, "-m", "afina.worker", "baselines", str(attempt.run.path), str(attempt.data.folder)]
     why = "the job's time ends" if left <= 0 else ""
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
