@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
-from tests.common import ROOT
+from tests.common import LONG, ROOT
 
 RECIPE = tiny.recipe(
     name="tiny 'stars' $(touch never)",
@@ -218,6 +219,66 @@ def test_a_job_with_a_killed_rank_is_requeued(cluster: Cluster, place: Path, sin
     assert _finished(run)["attempts"] == 2
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (run / name).read_bytes() == (single / name).read_bytes(), name
+
+
+#: Log-probabilities of a model folder's own program, without afina, for the texts on standard input.
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+assert not [name for name in sys.modules if name.startswith("afina")]
+with torch.inference_mode():
+    logits = [model.eval()(**tokenizer(text, return_tensors="pt")).logits[0] for text in json.load(sys.stdin)]
+print(json.dumps(torch.stack(logits).log_softmax(1).tolist()))
+"""
+
+
+@pytest.mark.series
+@pytest.mark.skipif(not LONG, reason="three minutes: AFINA_LONG=1 make test-cluster")
+@pytest.mark.timeout(900)
+def test_a_sharded_training_is_killed_and_cancelled_on_two_nodes_and_ends_on_one(cluster: Cluster, place: Path) -> None:
+    """Its model has in plain Transformers the logits of the run."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    settings = ("name=sharded", "train.sharding=fsdp", "train.precision=fp32", "train.epochs=20", "train.save_every=20")
+    options = [word for setting in settings for word in ("--set", setting)]
+    geometry = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2")
+    job = cluster.sbatch(*geometry, "slurm/finetune.sbatch", "recipe.yaml", *options, cwd=place)
+    run = _wait_for_the_first_step(place, "sharded-*")
+
+    def starts() -> list[int]:
+        events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+        return [event["step"] for event in events if event["event"] == "first_step"]
+
+    def wait_for(number: int) -> None:
+        for _ in range(480):
+            if len(starts()) == number and (number > 1 or any(run.glob("checkpoints/*/manifest.json"))):
+                return
+            time.sleep(0.25)
+        raise AssertionError(f"{starts()}\n{cluster.diagnose()}")
+
+    wait_for(1)
+    subprocess.run(["pkill", "-KILL", "-o", "-f", f"afina.worker train {re.escape(str(run))}"], check=True)
+    wait_for(2)
+    cluster.run_as_user(["scancel", str(job)], check=True)
+    assert cluster.wait(job, timeout=120, restarts=1) == "CANCELLED"
+    step = max(int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*"))
+    assert len(list(run.glob(f"checkpoints/step-{step}/shard-*"))) == 4
+    _sbatch(cluster, place, "--gpus-per-node=2", "--cpus-per-task=2", "slurm/finetune.sbatch", str(run))
+    outcome = _finished(run)
+    assert (outcome["attempts"], outcome["world_size"], outcome["global_step"]) == (3, 2, 700)
+    assert len(starts()) == 3 and starts()[1] > 20 and starts()[2] == step + 1, starts()
+    steps = [(line["step"], "eval_loss" in line) for line in _metrics(run)]
+    assert steps == sorted(set(steps)), "a line is repeated"
+    assert outcome["metrics"]["eval_accuracy"] > 0.5
+
+    table = pq.read_table(run / "predictions.parquet")
+    scores = np.stack([table[name].to_numpy() for name in table.column_names if name.startswith("score: ")], axis=1)
+    argv = [sys.executable, "-W", "ignore", "-c", PLAIN, str(run / "model")]
+    texts = json.dumps(table["text"].to_pylist())
+    plain = subprocess.run(argv, input=texts, capture_output=True, text=True, check=True, timeout=300)
+    assert np.abs(np.log(scores) - np.array(json.loads(plain.stdout))).max() < 1e-5
 
 
 @pytest.mark.timeout(600)
