@@ -2,7 +2,7 @@
 
 `packing` times training steps (forward and backward, random weights, hidden size 256, four layers) on texts of Yelp-like lengths, packed and
 grouped by length in turns, and prints real tokens per second and their ratio. `lora` trains on real reviews (AFINA_TEST_DATA): `afina train` with
-a LoRA recipe, the same settings through peft and Trainer, and MiniLM with all weights; it prints accuracy, macro-F1, real tokens per second,
+a LoRA recipe and with all weights, the same LoRA through peft and Trainer, and MiniLM with all weights; it prints accuracy, macro-F1, real tokens per second,
 peak memory and the size of a checkpoint, mean and spread over seeds.
 
     python tests/bench/decoders.py packing [--architectures llama gpt2 …] [--rounds 3]
@@ -38,8 +38,10 @@ _ARCHITECTURES = (
     "smollm3",
     "eurobert, mean",
     "gte",
+    "deberta-v3",
 )
-_RATE = {"smollm2": 1e-3, "minilm": 5e-5}
+_PEERS = ("afina", "peft", "full", "minilm")
+_RATE = {"smollm2": 1e-3, "full": 5e-5, "minilm": 5e-5}
 
 
 def packing(options: argparse.Namespace) -> None:
@@ -60,6 +62,7 @@ def packing(options: argparse.Namespace) -> None:
         size |= {"sliding_window": 256} if "sliding_window" in OTHERS[name] else {}
         if name == "gpt2":
             size = {"n_embd": 256, "n_layer": 4, "n_head": 4}
+        size |= {"position_buckets": 256, "max_relative_positions": 512} if name == "deberta-v3" else {}
         about = {**OTHERS[name], **size, "max_position_embeddings": 512}
         models = {way: model_of(about).train() for way in ("packed", "grouped")}
         split = split_of(lengths.tolist(), 0, types=False)
@@ -90,12 +93,12 @@ def lora(options: argparse.Namespace) -> None:
         for seed in options.seeds:
             for peer in options.peers:
                 found.setdefault(peer, []).append(_train(peer, folder, train, test, seed, options))
+                if options.json:
+                    options.json.write_text(json.dumps(found, indent=1))
     keys = ("accuracy", "macro_f1", "tokens_per_second", "memory_mb", "checkpoint_mb")
     print(f"| | {' | '.join(keys)} |\n|---|{'---|' * len(keys)}")
     for peer, each in found.items():
         print(f"| {peer} | {' | '.join(measuring.ranged([one[key] for one in each], ',.4g') for key in keys)} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
 
 
 def _train(
@@ -128,14 +131,14 @@ def _train(
         "train": {
             "batch_size": options.batch_size,
             "epochs": options.epochs,
-            "learning_rate": _RATE[kind],
+            "learning_rate": _RATE.get(peer, _RATE[kind]),
             "seed": seed,
             "keep": "last",
             "precision": "fp32",
         },
         "metrics": ["accuracy", "f1"],
     }
-    if kind == "smollm2":
+    if peer == "afina":
         recipe["adapter"] = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "targets": "auto"}
         recipe["train"]["base_dtype"] = "bf16"
     path = folder / f"{peer}.yaml"
@@ -222,7 +225,7 @@ def main() -> None:
     two.add_argument("--rows", type=int, default=800, help="for training, and as many for evaluation")
     two.add_argument("--epochs", type=int, default=2)
     two.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    two.add_argument("--peers", nargs="+", choices=("afina", "peft", "minilm"), default=["afina", "peft", "minilm"])
+    two.add_argument("--peers", nargs="+", choices=_PEERS, default=list(_PEERS))
     two.add_argument("--layers", type=int, default=None, help="of SmolLM2; by default all 30")
     two.add_argument("--json", type=Path)
     two.set_defaults(run=lora)

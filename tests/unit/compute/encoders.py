@@ -59,6 +59,26 @@ OTHERS: dict[str, dict[str, Any]] = {
     "eurobert, mean": {**BERT, "model_type": "eurobert", "classifier_pooling": "mean", "mask_token_id": 4},
     "nomic_bert": {**BERT, "model_type": "nomic_bert"},
     "gte": {**BERT, "model_type": "gte"},
+    "deberta-v3": {
+        **BERT,
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "position_buckets": 8,
+        "max_relative_positions": 64,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "deberta-v2": {
+        **BERT,
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "pos_att_type": ["c2p"],
+        "max_relative_positions": 16,
+        "type_vocab_size": 2,
+    },
 }
 
 

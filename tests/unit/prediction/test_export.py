@@ -253,7 +253,8 @@ def test_architectures_that_are_not_proven_are_padded(tmp_path: Path) -> None:
     folder = tiny.tiny_model(tmp_path / "model", num_labels=2)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     size = len(AutoTokenizer.from_pretrained(folder))
-    config = AutoConfig.for_model("deberta-v2", vocab_size=size, num_labels=2, pad_token_id=0, **shape)
+    shape["embedding_size"] = 16
+    config = AutoConfig.for_model("albert", vocab_size=size, num_labels=2, pad_token_id=0, **shape)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     model = afina.load(folder)
     assert model.batching == "grouped"

@@ -15,15 +15,16 @@ Not covered: keys of another length than the queries, attention sinks, returning
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position, scaled_size_sqrt
 
 from afina.worker.compute import dropout as fast
 from afina.worker.compute import flash, products
@@ -32,7 +33,7 @@ from afina.worker.compute.packing import Group, Packing
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "disable_cudnn_sdpa"]
+__all__ = ["FAST", "FIRST_ONLY", "PLAIN", "attend", "register", "disable_cudnn_sdpa", "give_deberta_attention"]
 
 #: Names for `model.set_attn_implementation`: with torch's dropout, and with fast dropout.
 PLAIN, FAST = "afina", "afina_fast_dropout"
@@ -134,6 +135,66 @@ def attend(
     if packing is not None and first_only:
         out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
+    """Replace DeBERTa-v2's disentangled attention for packed batches: one group of sequences at a time, each with its own distances."""
+
+    def distances(usual: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return None if current else usual(*arguments, **named)  # T × T of them for a packed batch
+
+    @lru_cache(maxsize=16)  # the groups of a batch, for all layers
+    def distance_rows(width: int, device: torch.device) -> tuple[slice, torch.Tensor]:
+        """The rows of the distance embeddings that texts of `width` tokens use; the row of each pair of tokens among them."""
+        first, position = encoder.layer[0].attention.self, torch.empty(1, width, 0)
+        index = build_relative_position(position, position, first.position_buckets, first.max_relative_positions)[0]
+        index = (index + first.pos_ebd_size).clamp(0, 2 * first.pos_ebd_size - 1)
+        used = slice(int(index.min()), int(index.max()) + 1)
+        return used, (index - used.start).to(device)
+
+    def forward(
+        module: Any, usual: Callable[..., Any], hidden: torch.Tensor, *arguments: Any, **named: Any
+    ) -> tuple[torch.Tensor, None]:
+        if not current:
+            usually: tuple[torch.Tensor, None] = usual(hidden, *arguments, **named)
+            return usually
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.view(*x.shape[:-1], module.num_attention_heads, -1)
+
+        q, k, v = (heads(project(hidden[0])) for project in (module.query_proj, module.key_proj, module.value_proj))
+        # As DeBERTa computes it, in float32 whatever the precision.
+        scale = 1 / float(scaled_size_sqrt(q, 1 + len({"c2p", "p2c"} & set(module.pos_att_type))))
+        q = q * scale
+        by_distance = []
+        if module.relative_attention:
+            rows, shared = module.pos_dropout(named["rel_embeddings"]), module.share_att_key
+            if "c2p" in module.pos_att_type:
+                by_distance.append((heads((module.key_proj if shared else module.pos_key_proj)(rows)), False))
+            if "p2c" in module.pos_att_type:
+                by_distance.append(
+                    (scale * heads((module.query_proj if shared else module.pos_query_proj)(rows)), True)
+                )
+        outs, groups = [], current["packing"].groups
+        for group, *parts in zip(groups, *(torch.split(x, [g.tokens for g in groups]) for x in (q, k, v)), strict=True):
+            queries, keys, values = (group.pad(x).transpose(1, 2) for x in parts)
+            scores = queries @ keys.transpose(-1, -2)
+            for rows, backwards in by_distance:
+                used, index = distance_rows(group.width, hidden.device)
+                each = (keys if backwards else queries) @ rows[used].permute(1, 2, 0)
+                # The distance from a key to a query is that from the query to the key with the other sign.
+                each = each.gather(-1, (index.T if backwards else index).expand(*each.shape[:3], -1))
+                scores = scores + (each.transpose(-1, -2) if backwards else each)
+            if group.mask is not None:
+                scores = scores.masked_fill(~group.mask, torch.finfo(scores.dtype).min)
+            out = module.dropout(scores.softmax(-1)).to(values.dtype) @ values
+            outs.append(group.unpad(out.transpose(1, 2)).flatten(1))
+        return torch.cat(outs)[None], None
+
+    encoder.get_rel_pos = partial(distances, encoder.get_rel_pos)
+    for layer in encoder.layer:
+        module = layer.attention.self
+        module.forward = partial(forward, module, module.forward)
 
 
 @dataclass(frozen=True, eq=False)

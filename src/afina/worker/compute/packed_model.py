@@ -147,15 +147,15 @@ def _no_mask(device: torch.device) -> torch.Tensor:
     """A mask for packed batches. Transformers passes one with four dimensions on as it is, and attention ignores it: one over all tokens
     of a batch would be large, and finding out that it is packed waits for the GPU.
     """
-    return torch.zeros(
-        1, 1, 1, 1, device=device
-    )  # added to scores; not a boolean, of which `debug` takes no absolute values
+    # Not a boolean, of which `debug` takes no absolute values; and DeBERTa multiplies its embeddings by it.
+    return torch.ones(1, 1, 1, 1, device=device)
 
 
 def _pack_body(model: Any, implementation: str) -> None:
     """Hooks that pack the body of `model` alone; see `enable_packing`."""
     attention.register()
-    model.set_attn_implementation(implementation)
+    if model.config.model_type != "deberta-v2":
+        model.set_attn_implementation(implementation)
     body, current = model.base_model, dict[str, Any]()
     takes = list(inspect.signature(type(body).forward).parameters)
 
@@ -196,6 +196,8 @@ def _pack_body(model: Any, implementation: str) -> None:
     body.register_forward_hook(after_body)
     if isinstance(pooler := getattr(body, "pooler", None), nn.Module):
         pooler.register_forward_pre_hook(before_pooler)
+    if model.config.model_type == "deberta-v2":
+        attention.give_deberta_attention(body.encoder, current)
 
 
 #: The most that the model of `_prove` has of each, by the names of configurations.
@@ -222,6 +224,7 @@ def _shrunk(config: Any) -> Any:
         "hidden_size": few * width if config.hidden_size == heads * width else 32,
         "num_labels": 3,
     }
+    sizes["pooler_hidden_size"] = sizes["hidden_size"]
     for most, names in _AT_MOST.items():
         sizes |= {name: min(getattr(config, name, None) or most, most) for name in names.split()}
     by_layer = {n: v for n, v in config.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == layers}
