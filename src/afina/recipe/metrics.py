@@ -5,6 +5,7 @@ The built-in ones are computed in `afina.statistics.measures`, in training and i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "default_metrics",
     "lower_is_better",
     "metric_name",
+    "metric_range",
     "metric_texts",
     "own_metric",
     "selection_metric",
@@ -37,6 +39,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 #: All metrics that are one number.
 SCALARS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names if name != "confusion_matrix"))
 _LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "log_loss", "brier")
+_FROM_MINUS_ONE = ("mcc", "kappa", "kappa_quadratic", "pearson", "spearman")
 _OWN = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)(?::(?P<better>\w+))?")
 
 
@@ -94,6 +97,16 @@ def lower_is_better(metric: str, given: Sequence[str] = ()) -> bool:
     name = metric.removeprefix("eval_").removeprefix("test_")
     own = [of_user for text in given if (of_user := own_metric(text)) and of_user.name == metric_name(name)]
     return own[0].lower if own else name in _LOWER_IS_BETTER
+
+
+def metric_range(metric: str) -> tuple[float, float]:
+    """The least and the largest value that a metric can have, named as for `lower_is_better`; of one's own it is not known: all numbers."""
+    name = metric.removeprefix("eval_").removeprefix("test_")
+    if name in _LOWER_IS_BETTER:
+        return 0.0, math.inf
+    if name == "r2" or name not in SCALARS:
+        return -math.inf, 1.0 if name == "r2" else math.inf
+    return -1.0 if name in _FROM_MINUS_ONE else 0.0, 1.0
 
 
 def selection_metric(task: str, given: str | None = None) -> str:

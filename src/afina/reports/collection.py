@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from afina.errors import AfinaError
 from afina.files import read_json
-from afina.recipe.metrics import SCALARS, lower_is_better
+from afina.recipe.metrics import SCALARS, lower_is_better, metric_range
 from afina.reports.charts import Chart, points_of, smoothed
 from afina.reports.compare import Comparison, Verdict, names_of, test_rows
 from afina.reports.page import document, figures, note, pairs, seconds, table, tiles, warnings
@@ -180,7 +180,9 @@ def _points(
                 overrides,
                 values,
                 Counter(str(runs[i].outcome.get("outcome") or "no outcome").upper() for i in group),
-                mean_interval(list(values.values()), overlap=overlap) if values else None,
+                mean_interval(list(values.values()), overlap=overlap, within=metric_range(metric or ""))
+                if values
+                else None,
                 weak=weak[group[0]] if values and all(i in weak for i in group) else "",
                 overlap=overlap,
             )
@@ -213,7 +215,9 @@ def _points_table(rows: Sequence[Row], best: Row | None, metric: str | None) -> 
 
 
 def _unit(row: Row) -> str:
-    return "folds" if row.overlap else "seeds"
+    if not row.overlap:
+        return "seeds"
+    return "folds × repeats" if len(row.values) > round(1 / row.overlap) + 1 else "folds"
 
 
 def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: str = "") -> Page:

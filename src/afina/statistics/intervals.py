@@ -44,11 +44,17 @@ class PairedTest:
     p: float | None
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95, overlap: float = 0.0) -> MeanInterval:
+def mean_interval(
+    values: Sequence[float],
+    level: float = 0.95,
+    overlap: float = 0.0,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> MeanInterval:
     """Mean and two-sided interval `mean ± t(level, n - 1) · s · √(1 / n + overlap)`, s the sample standard deviation.
 
     Args:
         overlap: rows that one model is tested on / rows that it is trained on, where the models share rows.
+        within: the values that are possible; the interval is cut there, which leaves its coverage as it is.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -62,7 +68,8 @@ def mean_interval(values: Sequence[float], level: float = 0.95, overlap: float =
 
     deviation = statistics.stdev(values)
     half = float(stdtrit(len(values) - 1, 0.5 + level / 2)) * deviation * math.sqrt(1 / len(values) + overlap)
-    return MeanInterval(mean, mean - half, mean + half, deviation, len(values))
+    low, high = max(mean - half, within[0]), min(mean + half, within[1])
+    return MeanInterval(mean, low, high, deviation, len(values))
 
 
 def paired_t_test(

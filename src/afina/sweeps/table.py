@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from afina.errors import InputError, nearest
-from afina.recipe.metrics import SCALARS, lower_is_better, metric_name, own_metric, selection_metric
+from afina.recipe.metrics import SCALARS, lower_is_better, metric_name, metric_range, own_metric, selection_metric
 from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, mean_interval
 from afina.statistics.points import Row, ranked, remarks, useless
@@ -122,8 +122,8 @@ def tabulate(
                 overrides,
                 values,
                 dict(sorted(Counter(states[number] for number in numbers).items())),
-                mean_interval(list(values.values()), overlap=record.overlap) if values else None,
-                shown=mean_interval(list(beside.values()), overlap=record.overlap) if beside else None,
+                _interval(record, column, values),
+                shown=_interval(record, shown, beside) if shown else None,
                 weak=str(reasons[0]) if reasons and all(reasons) else "",
                 overlap=record.overlap,
             )
@@ -259,6 +259,10 @@ def _left(row: Row) -> str:
     """The states of a point's unfinished runs, with their numbers."""
     left = {state: count for state, count in row.states.items() if state != "FINISHED"}
     return ", ".join(f"{count} {state.lower()}" for state, count in left.items())
+
+
+def _interval(record: SweepRecord, column: str, values: Mapping[Any, float]) -> MeanInterval | None:
+    return mean_interval(list(values.values()), overlap=record.overlap, within=metric_range(column)) if values else None
 
 
 def _span(interval: MeanInterval) -> str:

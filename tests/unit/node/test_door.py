@@ -28,8 +28,8 @@ from afina.worker.reply import read_question, reply, report
 def work():
     question = read_question("a question of this test")
     if "pid" in question:
-        pathlib.Path(question["pid"] + ".aside").write_text(str(os.getpid()))
-        os.rename(question["pid"] + ".aside", question["pid"])
+        pathlib.Path(f"{question['pid']}.{os.getpid()}").write_text(str(os.getpid()))
+        os.rename(f"{question['pid']}.{os.getpid()}", question["pid"])
     for number in range(question.get("reports", 0)):
         print("a library prints this"); print("[1]")
         report({"number": number})

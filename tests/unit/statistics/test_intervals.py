@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 
+from afina.recipe.metrics import SCALARS, metric_range
 from afina.statistics.intervals import mean_interval, paired_t_test
 
 
@@ -122,3 +123,12 @@ def test_the_interval_of_repeated_folds_covers_where_students_does_not() -> None
     naive, corrected = coverage(0.0), coverage(1 / (folds - 1))
     print(f"coverage of a 95 % interval: {naive:.3f} naive, {corrected:.3f} corrected")
     assert naive < 0.65 < 0.9 < corrected
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    for metric, (low, high) in {"accuracy": (0.0, 1.0), "eval_mcc": (-1.0, 1.0), "test_mse": (0.0, math.inf)}.items():
+        wide = mean_interval([low, 0.9], within=metric_range(metric))
+        assert (wide.low, wide.high) == (low, 1.0 if high == 1 else mean_interval([low, 0.9]).high)
+    assert metric_range("r2") == (-math.inf, 1.0)
+    assert metric_range("cost") == (-math.inf, math.inf)
+    assert all(metric_range(name)[1] in (1.0, math.inf) for name in SCALARS)

@@ -24,7 +24,6 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position, scaled_size_sqrt
 
 from afina.worker.compute import dropout as fast
 from afina.worker.compute import flash, products
@@ -139,6 +138,7 @@ def attend(
 
 def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
     """Replace DeBERTa-v2's disentangled attention for packed batches: one group of sequences at a time, each with its own distances."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position, scaled_size_sqrt
 
     def distances(usual: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         return None if current else usual(*arguments, **named)  # T × T of them for a packed batch
