@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 __all__ = [
     "CLEAR_LINE",
     "aligned",
     "can_draw",
+    "finite",
     "minutes_in_words",
     "number",
     "p_value",
@@ -101,3 +103,12 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
         ).rstrip()
         for row in rows
     ]
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None for NaN and infinities, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -88,20 +88,24 @@ def default_metrics(task: str, given: Sequence[str] | None = None) -> tuple[str,
     return tuple(given or METRICS[task][:2])
 
 
+def _without_split(metric: str) -> str:
+    return metric.removeprefix("eval_").removeprefix("test_")
+
+
 def lower_is_better(metric: str, given: Sequence[str] = ()) -> bool:
     """Whether a metric is minimised; its name may have the prefix of a split: `mse`, `eval_mse`, `test_mse`.
 
     Args:
         given: the metrics of the recipe, `best_metric` included; they say it of the user's own.
     """
-    name = metric.removeprefix("eval_").removeprefix("test_")
+    name = _without_split(metric)
     own = [of_user for text in given if (of_user := own_metric(text)) and of_user.name == metric_name(name)]
     return own[0].lower if own else name in _LOWER_IS_BETTER
 
 
 def metric_range(metric: str) -> tuple[float, float]:
     """The least and the largest value that a metric can have, named as for `lower_is_better`; of one's own it is not known: all numbers."""
-    name = metric.removeprefix("eval_").removeprefix("test_")
+    name = _without_split(metric)
     if name in _LOWER_IS_BETTER:
         return 0.0, math.inf
     if name == "r2" or name not in SCALARS:

@@ -21,7 +21,7 @@ from afina.run.provenance.methods import execution_of
 from afina.statistics.intervals import paired_t_test
 from afina.statistics.paired import Difference, Paired, align, compare_paired, holm
 from afina.statistics.predictions import Predictions, read_predictions
-from afina.text import number, p_value
+from afina.text import finite, number, p_value
 from afina.watch.find import find_runs
 from afina.watch.reading import RunResult, differing, read_result
 
@@ -278,13 +278,5 @@ def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str
     answer: dict[str, Any] = {"runs": runs}
     if tests is not None:
         answer["tests"] = [asdict(test) for test in tests]
-    finite: dict[str, Any] = _finite(answer)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plain: dict[str, Any] = finite(answer)
+    return plain

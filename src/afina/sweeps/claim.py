@@ -75,7 +75,7 @@ def _share(plan: Plan) -> str:
     what = recipe.model_dump(mode="json", include={"model", "revision", "trust_remote_code", "task", "data", "metrics"})
     what["data"].pop("fold")
     files = {part: [str(path) for path in paths] for part, paths in plan.files.items()}
-    tokens = recipe.tokens.digested(exclude=("batching",))
+    tokens = recipe.tokens.encoding
     return json.dumps([what, files, tokens, recipe.train.arguments, recipe.train.best_metric], sort_keys=True)
 
 

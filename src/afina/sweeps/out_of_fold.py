@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, first_line
-from afina.files import name_aside
+from afina.files import name_aside, write_atomic
 from afina.statistics.label_quality import label_quality
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.sweeps.sweep_dir import SweepDir, SweepRecord
@@ -87,12 +88,11 @@ def write_doubtful(home: SweepDir, record: SweepRecord) -> list[dict[str, str]]:
             rows = _doubtful(read_predictions(home.out_of_fold), len(record.cells) // (record.folds or 1))
             if not rows:
                 return []
-            aside = name_aside(target)
-            with aside.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
-            aside.replace(target)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomic(target, text.getvalue())
         with target.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
     except (OSError, ValueError, csv.Error) as error:

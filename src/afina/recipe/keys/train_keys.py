@@ -52,6 +52,11 @@ class Tokens(Section):
             yield KeyedError("leaves no room for both ends of a text", "max_length", remedy="set it to 8 or more")
 
     @property
+    def encoding(self) -> dict[str, Any]:
+        """The keys that decide which tokens a text becomes, for digests and records; not how batches are made of them."""
+        return self.digested(exclude=("batching",))
+
+    @property
     def head_and_tail(self) -> tuple[int, int]:
         """Tokens kept from the beginning and from the end of a text that is too long, special tokens included.
 

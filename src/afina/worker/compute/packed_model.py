@@ -154,9 +154,11 @@ def _no_mask(device: torch.device) -> torch.Tensor:
 def _pack_body(model: Any, implementation: str) -> None:
     """Hooks that pack the body of `model` alone; see `enable_packing`."""
     attention.register()
-    if model.config.model_type != "deberta-v2":
-        model.set_attn_implementation(implementation)
     body, current = model.base_model, dict[str, Any]()
+    if model.config.model_type == "deberta-v2":  # its attention is not on Transformers' interface
+        attention.give_deberta_attention(body.encoder, current)
+    else:
+        model.set_attn_implementation(implementation)
     takes = list(inspect.signature(type(body).forward).parameters)
 
     def padded(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -196,8 +198,6 @@ def _pack_body(model: Any, implementation: str) -> None:
     body.register_forward_hook(after_body)
     if isinstance(pooler := getattr(body, "pooler", None), nn.Module):
         pooler.register_forward_pre_hook(before_pooler)
-    if model.config.model_type == "deberta-v2":
-        attention.give_deberta_attention(body.encoder, current)
 
 
 #: The most that the model of `_prove` has of each, by the names of configurations.

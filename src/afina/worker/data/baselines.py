@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -36,6 +35,7 @@ from afina.statistics.paired import Difference, compare_paired
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import score
 from afina.statistics.weakness import reference
+from afina.text import finite
 from afina.worker.data.prepared import Split, load_manifest
 from afina.worker.data.splits.folds import open_splits
 from afina.worker.task.tasks import decisions, probabilities
@@ -73,6 +73,11 @@ class SimpleModel:
     seconds: float
     logits: dict[str, Array]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the logits."""
+        return {key: value for key, value in vars(self).items() if key != "logits"}
+
 
 def answer(arguments: list[str]) -> dict[str, Any]:
     """Split -> simple models, each with its scores and the paired differences of the fine-tuned model from it."""
@@ -87,7 +92,8 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     for split, file in (("eval", "predictions.parquet"), ("test", "predictions_test.parquet")):
         if split in splits and (run.path / file).is_file():
             found[split] = _compared(read_predictions(run.path / file, texts=False), model, split, names)
-    return found
+    plain: dict[str, Any] = finite(found)
+    return plain
 
 
 def _compared(mine: Predictions, model: SimpleModel, split: str, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -96,14 +102,11 @@ def _compared(mine: Predictions, model: SimpleModel, split: str, names: Sequence
     scores = None if task == "regression" else probabilities(task, logits.astype(np.float64))
     tfidf = replace(mine, predicted=decisions(task, logits).astype(mine.truth.dtype), scores=scores)
     most, described = reference(mine)
-    others = [({"name": described}, most), (asdict(replace(model, logits={})), tfidf)]
+    others = [({"name": described}, most), (model.about, tfidf)]
     return [
         {
-            **{key: value for key, value in about.items() if key != "logits"},
-            "scores": {
-                name: [_finite(v) for v in (i.value, i.low, i.high)]
-                for name, i in score(other, names=names).overall.items()
-            },
+            **about,
+            "scores": {name: [i.value, i.low, i.high] for name, i in score(other, names=names).overall.items()},
             "differences": _differences(mine, other, names),
         }
         for about, other in others
@@ -117,12 +120,7 @@ def _differences(mine: Predictions, other: Predictions, names: Sequence[str]) ->
         print(f"simple models: {error.message}", file=sys.stderr)
         return []
     by_name: dict[str, Difference] = {d.metric: d for d in paired.differences}
-    return [{key: _finite(value) for key, value in asdict(by_name[name]).items()} for name in names if name in by_name]
-
-
-def _finite(value: Any) -> Any:
-    """None for NaN, which JSON lacks."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [asdict(by_name[name]) for name in names if name in by_name]
 
 
 # -- kept beside the prepared data -------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def _kept(plan: Plan, task: str, digest: str, splits: dict[str, Split], width: i
     try:
         path.parent.mkdir(exist_ok=True)
         aside = name_aside(path)
-        about = json.dumps({key: value for key, value in asdict(model).items() if key != "logits"})
+        about = json.dumps(model.about)
         with aside.open("wb") as new:
             np.savez(new, about=np.array(about), **model.logits)  # type: ignore[arg-type]
         os.replace(aside, path)
@@ -163,7 +161,7 @@ def fit_tfidf(task: str, splits: dict[str, Split], width: int, seed: int = 0) ->
         seed: of the sample of train rows, where they are too many.
     """
     began, whole = time.monotonic(), splits["train"]
-    cells = 2 * len(whole.tokens) * max(1, width if width > 2 else 1)
+    cells = 2 * len(whole.tokens) * (width if width > 2 else 1)
     train = whole
     if cells > _MOST_CELLS:
         count = max(1, int(len(whole) * _MOST_CELLS / cells))

@@ -350,7 +350,7 @@ def _content(plan: Plan, inputs: _Inputs) -> dict[str, Any]:
         "data": recipe.data.digested(exclude=("files", "hub", "config", "revision", "fold")),
         **({"folds": True} if recipe.data.fold else {}),
         "task": recipe.task,
-        **recipe.tokens.digested(exclude=("batching",)),
+        **recipe.tokens.encoding,
         "tokenizer": tokenizer_identity(inputs.model_folder),
         "trust_remote_code": recipe.trust_remote_code,
     }

@@ -82,7 +82,7 @@ def export(run: str, out: str, onnx: bool, merge: bool = False) -> dict[str, Any
             "afina": __version__,
             "task": outcome.task,
             "text_columns": list(recipe.data.text),
-            **recipe.tokens.digested(exclude=("batching",)),
+            **recipe.tokens.encoding,
         }
         (aside / _INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (aside / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -115,7 +115,7 @@ def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
 
     records = [describe(path.parent, [path.name])[path.name] for path in files]
     model_files = record_model(job.model, job.plan.recipe)
-    settings = job.tokens.digested(exclude=("batching",)) if job.tokens else {"max_length": None}
+    settings = job.tokens.encoding if job.tokens else {"max_length": None}
     return {
         "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
         "model": digest_of({**model_files, "settings": settings}),
