@@ -42,19 +42,26 @@ def reply(work: Callable[[], dict[str, Any]], *, as_json: bool) -> int:
     """
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _reply(work, as_json)
-    except BrokenPipeError:
-        code = 141
-    except KeyboardInterrupt:
-        code = 130
+        code = _until_interrupted(work, as_json)
+        # After an interrupt SIGTERM is ignored until the exit: the watch over the caller may send it just after a write has failed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if code in (130, 141) else previous)
     except Terminated:
         code = 143
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    if code not in (130, 141, 143):
+        return code
     with contextlib.suppress(OSError, ValueError):
         # Nobody reads what is still in the buffer: it must not fail at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def _until_interrupted(work: Callable[[], dict[str, Any]], as_json: bool) -> int:
+    try:
+        return _reply(work, as_json)
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        return 130
 
 
 def _reply(work: Callable[[], dict[str, Any]], as_json: bool) -> int:
@@ -113,6 +120,7 @@ def _redacted(failure: Failure) -> Failure:
 
 
 def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not interrupted; SIGKILL is left
     raise Terminated
 
 

@@ -167,6 +167,19 @@ def test_exit_code_of_a_pipe_that_nobody_reads() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize(("error", "code"), [("BrokenPipeError", 141), ("KeyboardInterrupt", 130)])
+def test_exit_code_where_sigterm_comes_after_an_interrupt(error: str, code: int) -> None:
+    late = f"""
+import os, sys
+from afina.worker.reply import reply
+def work(): raise {error}
+code = reply(work, as_json=True)
+os.kill(os.getpid(), 15)
+sys.exit(code)
+"""
+    assert subprocess.run([sys.executable, "-c", late], stdout=subprocess.PIPE, check=False).returncode == code
+
+
 def test_by_hand_a_failure_is_a_message() -> None:
     done = subprocess.run(ARGV, input="{", capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
