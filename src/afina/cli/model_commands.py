@@ -42,6 +42,7 @@ __all__ = ["COMMANDS"]
     "--batch-size", type=click.IntRange(1), metavar="N", help="Texts of a batch; 128 N tokens of a packed one."
 )
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a packed batch.")
+@click.option("--plain", is_flag=True, help="Leave out a temperature and thresholds that were fitted for the model.")
 @click.option("--chunk-rows", type=click.IntRange(1), metavar="N", help="Rows that are predicted and written together.")
 @click.option(
     "--dtype",
@@ -176,6 +177,10 @@ def _summary(summary: dict[str, Any]) -> str:
     lines = [
         f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
     ]
+    fitted = summary["decisions"] or {"temperature": 1, "thresholds": {}}
+    named = [f"temperature {fitted['temperature']:g}"] if fitted["temperature"] != 1 else []
+    if named := [*named, *(["thresholds"] if fitted["thresholds"] else [])]:
+        lines.append(f"  with the {' and '.join(named)} fitted for this model; --plain leaves out what was fitted")
     counts = summary.get("predictions") or {}
     if counts:
         most = sorted(counts.items(), key=lambda item: -item[1])

@@ -117,7 +117,8 @@ def predict(
         out: `.parquet`, `.csv`, `.tsv` or `.jsonl`; by default `<input>.predictions.parquet` in the working directory.
         options: of `PredictRequest`, and of `JobRequest`: site, and num_processes (by default one per GPU, or one).
 
-    Returns: out, rows, seconds, rows_per_s, chunks, `predictions` (how often each label), blank and truncated texts.
+    Returns: out, rows, seconds, rows_per_s, chunks, `predictions` (how often each label), blank and truncated texts; `decisions`: the temperature and
+        the thresholds that were used, if there are any.
 
     Raises:
         AfinaError: as the command.
@@ -139,14 +140,13 @@ def predict_here(
     about = _begin(job, stdin)
     if about["state"] == "whole":
         summary = _flat(about["summary"])
-        return {"out": about["out"], "state": "whole", **summary, "seconds": 0.0, "rows_done_before": about["rows"]}
+        return {**_of_plan_stage(about), **summary, "seconds": 0.0, "rows_done_before": about["rows"]}
     _check_queue(Path(about["parts"]))
     summary, predicting = _run_workers(job, about, min(processes, max(1, about["chunks"] - about["done"])))
     seconds = time.monotonic() - began
     fresh = about["rows"] - about["rows_done"]
     return {
-        "out": about["out"],
-        "state": about["state"],
+        **_of_plan_stage(about),
         **_flat(summary),
         "chunks": about["chunks"],
         "rows_done_before": about["rows_done"],
@@ -296,6 +296,11 @@ def _check_queue(parts: Path) -> None:
                 f"{parts}: job {of_cluster(job_id)[0]} is still working on this",
                 f"wait for it (`squeue --me`), or cancel it (`scancel {number}`) and run the same command again",
             )
+
+
+def _of_plan_stage(about: dict[str, Any]) -> dict[str, Any]:
+    """What the summary has of the plan stage's answer."""
+    return {name: about[name] for name in ("out", "state", "decisions")}
 
 
 def _flat(summary: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def load(
     max_tokens: int | None = None,
     dtype: Any = "float32",
     device: str | None = None,
+    plain: bool = False,
 ) -> Classifier:
     """The model of a run directory (or a model folder), ready to predict as `afina predict` does.
 
@@ -36,6 +37,7 @@ def load(
         max_tokens: tokens of a packed batch.
         dtype: float32, bfloat16 or float16.
         device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
+        plain: leave out a temperature and thresholds that were fitted for the model.
 
     Returns: an object with `predict(texts)`, `predict_proba(texts)`, `labels`, `task`, `model` and `tokenizer`.
 
@@ -47,6 +49,7 @@ def load(
         check_argument(name, value, (int,), "a whole number", least=1)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype: must be float32, bfloat16 or float16, found {dtype!r}", "give its name as text")
+    check_argument("plain", plain, (bool,), "True or False", required=True)
     check_argument("device", device, (str,), "a device such as cpu or cuda:1")
     directory, folder = find_model(resolve_folder(run))
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -66,5 +69,6 @@ def load(
         max_tokens=max_tokens,
         dtype=dtype,
         device=device,
+        plain=plain,
         trust_remote_code=recipe.trust_remote_code if recipe else False,
     )

@@ -68,6 +68,7 @@ class PredictRequest:
         max_tokens: tokens of a packed batch.
         dtype: float32, or bfloat16 or float16 on GPUs that are quicker with them.
         chunk_rows: rows that are predicted and written together.
+        plain: leave out a temperature and thresholds that were fitted for the model.
         job: site and processes; of a job also its GPUs and time limit.
     """
 
@@ -77,6 +78,7 @@ class PredictRequest:
     max_tokens: int | None = None
     dtype: str = "float32"
     chunk_rows: int | None = None
+    plain: bool = False
     reading: ReadOptions | Mapping[str, Any] = PLAIN
     job: JobRequest = JobRequest()
 
@@ -88,6 +90,7 @@ class PredictRequest:
         return {
             "text": text,
             "keep": self.keep,
+            "plain": self.plain,
             **{name: value for name, value in options.items() if value is not None},
         }
 
@@ -102,6 +105,7 @@ class PredictOptions(TypedDict, total=False):
     max_tokens: int | None
     dtype: str
     chunk_rows: int | None
+    plain: bool
     num_processes: int | None
     site: str | Path | None
 
@@ -121,6 +125,7 @@ class Prediction(FrozenModel):
         batch_size, max_tokens: rows of a padded batch, tokens of a packed one; None: the classifier's own.
         dtype: of weights and computations.
         chunk_rows: most rows of a part.
+        plain: a temperature and thresholds that were fitted for the model are left out.
     """
 
     plan: Plan
@@ -136,6 +141,7 @@ class Prediction(FrozenModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     chunk_rows: Annotated[int, Field(ge=1)] = CHUNK_ROWS
+    plain: bool = False
 
     @property
     def tokens(self) -> Tokens | None:

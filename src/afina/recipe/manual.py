@@ -22,6 +22,7 @@ _PLACES = {
     "## Train": ("train.",),
     "### Early stopping": ("train.early_stopping.",),
     "## Adapter": ("adapter.",),
+    "## Decisions": ("decisions.",),
     "## Resources": ("resources.",),
 }
 
@@ -61,6 +62,7 @@ def _is_section(key: str) -> bool:
         "tokens",
         "train",
         "adapter",
+        "decisions",
         "resources",
         "data.fold",
         "data.train",

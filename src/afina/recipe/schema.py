@@ -17,6 +17,7 @@ from pydantic import BaseModel, PrivateAttr, ValidationError, ValidationInfo, fi
 from afina.recipe.explain import combined, explain
 from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.keys.data_keys import Data
+from afina.recipe.keys.decision_keys import Decisions
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.resource_keys import Resources
 from afina.recipe.keys.section import KeyedError, Section, Text, listed, shown, unknown
@@ -56,7 +57,7 @@ class Recipe(_Explained):
         RecipeError: a key or value is wrong.
     """
 
-    added_later = ("adapter", "baselines")
+    added_later = ("adapter", "baselines", "decisions")
 
     name: str
     model: Text
@@ -68,6 +69,7 @@ class Recipe(_Explained):
     train: Train = Train()
     adapter: Adapter | None = None
     metrics: tuple[str, ...] | None = None
+    decisions: Decisions | None = None
     baselines: bool = True
     trackers: tuple[str, ...] = ()
     resources: Resources = Resources()
@@ -128,6 +130,9 @@ class Recipe(_Explained):
         if misfitting := misfit(self.train.loss_keys, self.task):
             key, problem, remedy = misfitting
             yield KeyedError(problem, "train", key, remedy=remedy)
+        if self.decisions is not None and (misfitting := self.decisions.misfit(self.task)):
+            key, problem, remedy = misfitting
+            yield KeyedError(problem, "decisions", key, remedy=remedy)
         if self.adapter is not None and self.train.freeze is not None:
             remedy = "leave `train.freeze` out: with an adapter all weights but adapter and head are frozen"
             yield KeyedError("has no meaning beside `adapter`", "train", "freeze", remedy=remedy)

@@ -136,6 +136,7 @@ def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path
             "Predicted and true values" if facts.task == "regression" else "Calibration",
             shown(reliability) + calibration,
         ),
+        ("Fitted decisions", quality.fitted(facts)),
         ("Methods", sections.methods(facts)),
         ("Data", sections.data(facts)),
         ("Lengths and padding", lengths + shown(histogram)),

@@ -16,7 +16,16 @@ from afina.statistics.scores import Interval, Scores
 from afina.statistics.weakness import beaten
 from afina.text import number, p_value
 
-__all__ = ["beside_simple", "calibration", "class_intervals", "classes", "overall", "score_chart", "thresholds"]
+__all__ = [
+    "beside_simple",
+    "calibration",
+    "class_intervals",
+    "classes",
+    "fitted",
+    "overall",
+    "score_chart",
+    "thresholds",
+]
 
 _MOST_DOTS = 500
 #: Curves in one chart, points of each, and classes in the chart of their F1.
@@ -80,12 +89,8 @@ def beside_simple(facts: RunFacts) -> str:
         for model in models:
             for count, d in enumerate(model["differences"]):
                 _, low, high = model["scores"].get(d["metric"], (None, None, None))
-                paired = [
-                    f"{v:+.4f}" if v is not None else None for v in (d["second"] - d["first"], d["low"], d["high"])
-                ]
-                p = p_value(d["p"]) if d["p"] is not None else None
                 values = map(number, (d["first"], low, high, d["second"]))
-                rows.append(["" if count else model["name"], d["metric"], *values, *paired, p])
+                rows.append(["" if count else model["name"], d["metric"], *values, *_paired(d)])
         html += table(heads, rows, f"On {split}, paired, on the same rows") + warnings(beaten({split: models}))
     for model in [model for models in baselines.values() for model in models[1:]][:1]:
         sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"
@@ -94,6 +99,45 @@ def beside_simple(facts: RunFacts) -> str:
             f"scikit-learn's defaults, not tuned; trained on train{sample}. Difference: this model minus the simple one."
         )
     return html
+
+
+def _paired(difference: Mapping[str, Any]) -> list[str | None]:
+    """Cells of a paired difference in `outcome.json`: second minus first, its limits, p."""
+    by = difference["second"] - difference["first"]
+    values = [f"{v:+.4f}" if v is not None else None for v in (by, difference["low"], difference["high"])]
+    return [*values, p_value(difference["p"]) if difference["p"] is not None else None]
+
+
+def fitted(facts: RunFacts) -> str:
+    """Temperature and thresholds that were fitted on eval, and what they change on other rows, as the run computed it."""
+    record = facts.outcome.decisions if facts.outcome else {}
+    if not record:
+        return ""
+    on = record.get("measured_on", "eval")
+    rows: list[list[Any]] = []
+    if error := record.get("calibration_error"):
+        rows.append(
+            ["expected calibration error", *map(number, error), f"{error[1] - error[0]:+.4f}", None, None, None]
+        )
+    for d in record.get("differences", []):
+        rows.append([d["metric"], number(d["first"]), number(d["second"]), *_paired(d)])
+    heads = ["score", "without", "with", "difference", "95 % from", "to", "p"]
+    known = {"temperature": f"{record['temperature']:g}"} if record.get("temperature") else {}
+    html = pairs(known) + table(heads, rows, f"On {on}, paired, on the same {record.get('rows', 0):,} rows")
+    if limits := record.get("thresholds"):
+        html += table(
+            ["label", "threshold"], [[name, number(limit)] for name, limit in limits.items()], "0.5 elsewhere"
+        )
+    html += "".join(map(note, record.get("notes", [])))
+    how = (
+        "here on eval itself: each fifth of its rows by what was fitted on the others"
+        if record.get("cross_fitted")
+        else f"measured on {on}"
+    )
+    return html + note(
+        f"Fitted on eval, {how}. `afina predict` and `afina.load` use them (--plain leaves them out). All other sections, `predictions.parquet` and the "
+        "run's metrics are of the model without them."
+    )
 
 
 def score_chart(facts: RunFacts) -> list[Chart]:

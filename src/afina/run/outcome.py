@@ -43,6 +43,8 @@ class Outcome(BaseModel):
         max_steps: those that were planned.
         early_stop: why the training ended before them, of a run with early stopping.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
+        decisions: of a recipe with `decisions`: `temperature` and `thresholds` by label as they were fitted on eval, `notes` why one was not,
+            and what they change on `measured_on` (`afina.statistics.decision_rule.effects`); `cross_fitted`: without a test split.
         device, world_size, global_batch: of the last attempt.
         baselines: split -> simple models, the majority class first: name, rows that it was trained on, scores with limits, and the
             differences of this model from it (`afina.statistics.paired.Difference`).
@@ -70,6 +72,7 @@ class Outcome(BaseModel):
     task: str | None = None
     labels: list[str] | None = None
     baselines: dict[str, list[dict[str, Any]]] = {}
+    decisions: dict[str, Any] = {}
     device: str | None = None
     world_size: int | None = None
     global_batch: int | None = None

@@ -17,6 +17,7 @@ from tests.unit.conftest import Ran, tree
 import afina
 from afina.errors import EnvironmentProblem, InputError
 from afina.run.directory import RunDir
+from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.worker.inference import model_folder as worker
 from afina.worker.inference.model_card import facts_of, model_card
 from afina.worker.inference.onnx_export import export_onnx
@@ -112,6 +113,31 @@ def test_a_folder_cuts_long_texts_as_its_run(place: Path, tmp_path: Path) -> Non
         encoded = afina.load(folder).encode([texts])
         one, other = encoded.split.tokens.reshape(2, 40)
         assert encoded.truncated == 2 and (one[:10] == other[:10]).all() and (one[10:] != other[10:]).any()
+
+
+def test_fitted_decisions_are_given_away_with_the_model(place: Path, tmp_path: Path) -> None:
+    run, labels = tmp_path / "run", ["1 star", "2 | stars", "3 stars"]
+    shutil.copytree(place / "run", run)
+    (run / "model" / FILE).write_text(DecisionRule(3.0).to_json("single-label", labels, "0"))
+    outcome = json.loads((run / "outcome.json").read_text())
+    loss = {
+        "metric": "log_loss",
+        "first": 0.9,
+        "second": 0.7,
+        "low": -0.3,
+        "high": -0.1,
+        "p": 0.001,
+        "test": "paired bootstrap",
+    }
+    record = {"temperature": 3.0, "measured_on": "test", "calibration_error": [0.2, 0.05], "differences": [loss]}
+    (run / "outcome.json").write_text(json.dumps({**outcome, "decisions": record}))
+    worker.export(str(run), str(tmp_path / "out"), onnx=False)
+    card = (tmp_path / "out/README.md").read_text()
+    words = "Temperature 3, fitted on eval; on test: expected calibration error 0.2000 without, 0.0500 with; log_loss 0.9000 without, 0.7000 with"
+    assert card.count(words) == 2 and "`afina predict` and `afina.load` use it" in card, "how to use it, and methods"
+    texts = [row["text"] for row in tiny.tiny_reviews(5, 9)]
+    fitted, plain = (afina.load(tmp_path / "out", plain=plain).predict_proba(texts) for plain in (False, True))
+    assert fitted.max() < plain.max() and np.array_equal(fitted, afina.load(run).predict_proba(texts))
 
 
 def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> None:

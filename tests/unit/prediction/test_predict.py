@@ -30,9 +30,11 @@ from afina.cli import main
 from afina.errors import AfinaError, InputError
 from afina.prediction import jobs as predicting
 from afina.prediction.request import Prediction, PredictRequest, folder_of
+from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.worker.__main__ import main as door
 from afina.worker.inference import stages as worker
 from afina.worker.inference.parts import Parts
+from afina.worker.task.tasks import TASKS
 
 LABELS = ["1", "2", "3", "4", "5"]
 
@@ -202,6 +204,55 @@ def test_several_texts_are_joined_by_the_tokenizers_separator(run: Path) -> None
     joined = model.predict(["a phone [SEP] what [SEP] a day", "good [SEP]  [SEP] bad", None])
     assert model.predict(rows) == joined and joined[2]["prediction"] is None and joined[0]["prediction"] is not None
     assert model.predict(["a phone"]) != model.predict(["a phone [SEP] what"])
+
+
+def test_fitted_decisions_are_used_told_and_left_out_on_request(run: Path, reviews: Path, tmp_path: Path) -> None:
+    from afina.worker.inference.parts import made_by
+
+    rule, fitted = DecisionRule(2.5), tmp_path / "run"
+    shutil.copytree(run, fitted)
+    here(fitted, reviews, tmp_path / "old.parquet")  # a run of before: nothing is fitted
+    (fitted / "model" / FILE).write_text(rule.to_json("single-label", LABELS, "0"))
+    out, plain, decided = tmp_path / "out.parquet", tmp_path / "plain.parquet", {"temperature": 2.5, "thresholds": {}}
+    assert here(fitted, reviews, out)["decisions"] == decided
+    assert here(fitted, reviews, plain, plain=True)["decisions"] == {}
+    assert rows_of(plain) == rows_of(tmp_path / "old.parquet")
+    assert made_by(out)["identity"]["decisions"] == decided and "decisions" not in made_by(plain)["identity"]  # type: ignore[index]
+    for one, two in zip(rows_of(out), rows_of(plain), strict=True):
+        scores, given = (np.array([row[f"score: {label}"] for label in LABELS]) for row in (one, two))
+        softer = given ** (1 / 2.5)
+        assert scores == pytest.approx(softer / softer.sum(), abs=1e-5) and one["prediction"] == two["prediction"]
+    assert here(fitted, reviews, out)["decisions"] == decided, "whole already"
+    with pytest.raises(InputError, match="plain was null, is true"):
+        here(fitted, reviews, out, plain=True)
+    (fitted / "model" / FILE).write_text("{")
+    with pytest.raises(InputError, match=r"decisions\.json cannot be read") as damaged:
+        planned(fitted, reviews, tmp_path / "no.parquet")
+    assert "--plain" in damaged.value.remedy
+
+
+def test_thresholds_choose_labels(tmp_path: Path) -> None:
+    """Several labels, each above its threshold; of two classes the second one above its own."""
+    texts = [row["text"] for row in tiny.tiny_reviews(40, 9)]
+    for count, kind in ((3, "multi-label"), (2, "single-label")):
+        folder = tiny.tiny_model(tmp_path / kind, num_labels=count, seed=count)
+        config = json.loads((folder / "config.json").read_text())
+        labels = [f"la,bel {i}" for i in range(count)]
+        config |= {"id2label": dict(enumerate(labels)), "problem_type": TASKS[kind].problem_type}
+        (folder / "config.json").write_text(json.dumps(config))
+        scores = afina.load(folder).predict_proba(texts)
+        columns = np.sort(scores.astype(np.float64), axis=0).T[-(count if count > 2 else 1) :]
+        gaps = [int(np.diff(column[5:35]).argmax()) + 5 for column in columns]  # far from any score
+        limits = tuple(float(column[at : at + 2].mean()) for column, at in zip(columns, gaps, strict=True))
+        (folder / FILE).write_text(DecisionRule(thresholds=limits).to_json(kind, labels, "0"))
+        found = [row["prediction"] for row in afina.load(folder).predict(texts)]
+        if count == 2:
+            assert found == [labels[int(score > limits[0])] for score in scores[:, 1]]
+        else:
+            assert found == [
+                [name for name, above in zip(labels, row > limits, strict=True) if above] for row in scores
+            ]
+        assert (afina.load(folder).predict_proba(texts) == scores).all()
 
 
 def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: Path) -> None:

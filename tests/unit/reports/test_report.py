@@ -122,6 +122,46 @@ def test_simple_models_stand_beside_the_model_with_their_differences(make_run: M
     assert "TF-IDF" not in Page(write_report(run.path)).text
 
 
+def test_fitted_decisions_have_a_section_with_what_they_change(make_run: MakeRun) -> None:
+    run = make_run()
+    f1 = {
+        "metric": "f1",
+        "first": 0.5,
+        "second": 0.625,
+        "low": 0.03125,
+        "high": 0.25,
+        "p": 0.01,
+        "test": "paired bootstrap",
+    }
+    record = {"temperature": 2.5, "thresholds": {"1": 0.25}, "notes": ["2: the threshold is 0.5: few"], "rows": 200}
+    finish(
+        run,
+        decisions={
+            **record,
+            "measured_on": "eval",
+            "cross_fitted": True,
+            "calibration_error": [0.25, 0.125],
+            "differences": [f1],
+        },
+    )
+    text = Page(write_report(run.path)).text
+    for shown in (
+        "-0.1250",
+        "+0.1250",
+        "+0.0312",
+        "+0.2500",
+        "0.010",
+        "2: the threshold is 0.5: few",
+        "each fifth of its rows",
+    ):
+        assert shown in text, shown
+    assert (
+        "Temperature 2.5, fitted on eval; on eval, each fifth of its rows by what was fitted on the others" in text
+    ), "Methods"
+    finish(run)
+    assert "Fitted decisions" not in Page(write_report(run.path)).text
+
+
 SHARED = "12 of 200 rows of eval are in train too, as the model reads them: b.csv, row 1 = a.csv, row 5"
 
 

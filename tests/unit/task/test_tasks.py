@@ -12,10 +12,11 @@ from sklearn import metrics
 
 from afina.errors import RecipeError
 from afina.recipe.metrics import METRICS, lower_is_better
+from afina.statistics.decision_rule import probabilities
 from afina.statistics.measures import compute
 from afina.worker.task.own_metrics import check_metrics
 from afina.worker.task.scoring import compute_metrics
-from afina.worker.task.tasks import decisions, probabilities
+from afina.worker.task.tasks import decisions
 
 Array = np.ndarray[Any, Any]
 

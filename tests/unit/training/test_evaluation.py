@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tests.unit.training.patched import run_with
 
+from afina.statistics.decision_rule import probabilities
 from afina.worker.task.losses import Loss
 from afina.worker.task.scoring import compute_metrics
-from afina.worker.task.tasks import TASKS, decisions, probabilities
+from afina.worker.task.tasks import TASKS, decisions
 from afina.worker.training import evaluation
 from afina.worker.training.results import _columns
 

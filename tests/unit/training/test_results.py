@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from tests.unit.compute.encoders import split_of
 
+from afina.errors import AfinaError
+from afina.run.outcome import Outcome
+from afina.statistics import decision_rule
+from afina.statistics.decision_rule import read_rule, revised
+from afina.statistics.predictions import read_predictions
 from afina.worker.data.baselines import answer
 from afina.worker.data.prepared import Split
+from afina.worker.inference.classifier import Classifier
 from afina.worker.task.losses import Loss
 from afina.worker.training import results
 from afina.worker.training.results import check_loss_curve, check_predictions, export_results, simple_models
@@ -131,3 +137,56 @@ def test_simple_models_stand_beside_a_run_and_change_nothing_of_it(
         plan=attempt.plan.model_copy(update={"recipe": attempt.plan.recipe.model_copy(update={"baselines": False})}),
     )
     assert simple_models(none, exported) is exported and capsys.readouterr().out == ""
+
+
+def test_fitted_decisions_lie_beside_the_model_and_predictions_use_them(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decision_rule, "_LEAST_ROWS", 10)
+    trainer = build({}, "decisions={}")
+    attempt, exported = trainer.attempt, export_results(trainer)
+    run, record = attempt.run, exported.decisions
+    assert (
+        record["measured_on"] == "eval"
+        and record["cross_fitted"]
+        and record["rows"] == len(attempt.data.splits["eval"])
+    )
+    assert [d["metric"] for d in record["differences"]] == ["log_loss", "brier"] and len(
+        record["calibration_error"]
+    ) == 2
+    assert (
+        Outcome.model_validate_json(
+            Outcome(outcome="finished", exit_code=0, attempt="a", decisions=record).model_dump_json()
+        ).decisions
+        == record
+    )
+    plain = read_predictions(run.predictions)
+    rule = read_rule(run.model, "single-label", plain.labels)
+    assert rule is not None and rule.temperature == record["temperature"] != 1 and rule.thresholds == ()
+    texts, tokens = plain.table.column("text").to_pylist(), attempt.plan.recipe.tokens
+    assert Classifier(run.model, tokens=tokens).predict_proba(texts) == pytest.approx(
+        revised(plain, rule).scores, abs=1e-5
+    )
+    assert Classifier(run.model, tokens=tokens, plain=True).predict_proba(texts) == pytest.approx(
+        plain.scores, abs=1e-5
+    )
+    assert exported.metrics == export_results(build({})).metrics, "the run's metrics are of the model without them"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["decisions={thresholds: f1}"],
+            "decisions.thresholds: are for two classes or several labels a row, and there are 5 classes",
+        ),
+        (["decisions={}", "task=regression", "metrics=null"], "decisions.temperature: does not fit a regression task"),
+        (["decisions={temperature: false}"], "decisions.temperature: asks for nothing"),
+    ],
+)
+def test_decisions_that_have_no_meaning_are_refused_before_the_queue(
+    build: Callable[..., Any], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(AfinaError) as refused:
+        build({}, *overrides, "data.weight=weight", train=False)
+    assert message in refused.value.message.replace("  ", " ") and refused.value.remedy

@@ -17,6 +17,7 @@ from afina.recipe.metrics import lower_is_better, metric_name, selection_metric
 from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
+from afina.statistics.decision_rule import described
 
 __all__ = ["execution_differences", "execution_of", "methods", "trained_count"]
 
@@ -71,7 +72,11 @@ def methods(
         _training(plan, outcome),
         _machine(plan, ran),
     ]
-    sentences += [_choice(plan, outcome, prepared), _simple(plan, outcome)]
+    sentences += [
+        _choice(plan, outcome, prepared),
+        *described(outcome.decisions if outcome else {}),
+        _simple(plan, outcome),
+    ]
     return " ".join(filter(None, sentences))
 
 

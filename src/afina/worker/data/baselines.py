@@ -31,6 +31,7 @@ from afina.files import name_aside
 from afina.recipe.metrics import METRICS, metric_name, selection_metric
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
+from afina.statistics.decision_rule import probabilities
 from afina.statistics.paired import Difference, compare_paired
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import score
@@ -38,7 +39,7 @@ from afina.statistics.weakness import reference
 from afina.text import finite
 from afina.worker.data.prepared import Split, load_manifest
 from afina.worker.data.splits.folds import open_splits
-from afina.worker.task.tasks import decisions, probabilities
+from afina.worker.task.tasks import decisions
 
 __all__ = ["SimpleModel", "answer", "fit_tfidf"]
 

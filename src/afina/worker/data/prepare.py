@@ -176,6 +176,8 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
     recipe, task = plan.recipe, manifest["task"]
     label_weights(recipe.train, task, manifest["labels"], open_split(folder, "train").labels)
     check_metrics(task, recipe.metric_texts, manifest["num_labels"], plan.metric_code)
+    if recipe.decisions is not None and (wrong := recipe.decisions.misfit(task, manifest["num_labels"])):
+        raise RecipeError(f"decisions.{wrong[0]}: {wrong[1]}", wrong[2])
 
 
 def _check_early_stopping(recipe: Recipe, splits: Mapping[str, Any]) -> None:

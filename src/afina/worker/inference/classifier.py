@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.recipe.keys.train_keys import Tokens
+from afina.statistics.decision_rule import NO_RULE, probabilities, read_rule
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches
 from afina.worker.data.prepared import Split
@@ -37,7 +38,7 @@ from afina.worker.model.pretrained import max_positions
 from afina.worker.model.tokenizer import check_pad_token, check_tokens, give_pad_token, vocabulary_size
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
-from afina.worker.task.tasks import prediction_columns, probabilities, task_of_config
+from afina.worker.task.tasks import prediction_columns, task_of_config
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
 
@@ -76,6 +77,7 @@ class Classifier:
         text_columns: what a table's texts were called in training, if that is known; several for pairs and joined texts.
         tokens: how texts become tokens and longer ones are cut, as in training.
         batching: packed or grouped.
+        rule: how logits become probabilities and decisions: as fitted for the model, if it was, or plainly.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Classifier:
         dtype: DType = "float32",
         device: str | None = None,
         trust_remote_code: bool = False,
+        plain: bool = False,
     ) -> None:
         """Load it.
 
@@ -97,6 +100,7 @@ class Classifier:
             batch_size: rows of a padded batch (32), and 128 tokens for each of them in a packed one.
             max_tokens: tokens of a packed batch.
             device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
+            plain: leave out a temperature and thresholds that were fitted for the model.
 
         Raises:
             InputError: a file is missing or damaged, or transformers refuses it.
@@ -108,6 +112,7 @@ class Classifier:
         self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
         config, self._vocabulary = self.model.config, vocabulary_size(path)
         self.task, self.labels = task_of_config(config, path)
+        self.rule = (None if plain else read_rule(path, self.task, self.labels or ())) or NO_RULE
         self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
         known = {name: info[name] for name in Tokens.model_fields if info.get(name)}
         self.tokens = tokens or Tokens.model_validate({"max_length": _limit(self.tokenizer, config), **known})
@@ -136,7 +141,8 @@ class Classifier:
         """
         logits = self.logits(*_parted(texts))
         columns = {
-            name: values.to_pylist() for name, values in prediction_columns(self.task, self.labels, logits).items()
+            name: values.to_pylist()
+            for name, values in prediction_columns(self.task, self.labels, logits, self.rule).items()
         }
         decided = columns.pop("prediction")
         if self.labels is None:
@@ -149,7 +155,8 @@ class Classifier:
 
     def predict_proba(self, texts: Sequence[Any]) -> Array:
         """Probabilities, float32 (N, K), columns in the order of `labels`; values (N, 1) for regression. NaN: a blank text."""
-        return probabilities(self.task, self.logits(*_parted(texts)))
+        scores: Array = probabilities(self.task, self.rule.scaled(self.logits(*_parted(texts))))
+        return scores
 
     def logits(
         self,

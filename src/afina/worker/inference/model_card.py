@@ -19,6 +19,7 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Plan
 from afina.run.provenance.methods import execution_of, methods, trained_count
+from afina.statistics.decision_rule import described
 from afina.statistics.predictions import read_predictions
 from afina.worker.model.adapters import labels_config
 
@@ -135,6 +136,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "onnx": facts.onnx,
         "adapter": facts.adapter,
         "labels": labels,
+        "decided": described(facts.outcome.decisions),
         "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
         "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
         "methods": methods(facts.plan, facts.outcome, facts.prepared, facts.record, facts.ran),

@@ -2,6 +2,7 @@
 
     DIR/  config.json, model.safetensors     as the run's model/; of a run with an adapter its adapter and head, or merged if asked for
           tokenizer …                        as the run's model/; its longest input is that of the training
+          decisions.json                     temperature and thresholds, where the run has fitted them
           afina.json                         text columns and longest input, for predictions with this folder
           README.md                          the model card (`afina.worker.inference.model_card`)
           onnx/model.onnx                    if asked for, and equal to PyTorch (`afina.worker.inference.onnx_export`)

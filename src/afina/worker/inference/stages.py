@@ -84,7 +84,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     files = [job.spool if path == STDIN and job.spool else path for path in job.inputs]
     reading = job.reading or PLAIN
     check_columns(files, job.text, _output_columns(config) if job.keep == "all" else (), reading)
-    identity = _identity(job, files)
+    identity = _identity(job, files, _rule(job, config))
     folder = folder_of(job.out)
     if folder.exists():
         parts = Parts(folder)
@@ -107,7 +107,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     return _report(Parts.begin(job, identity, times, replace(inputs, files=job.inputs)), "begun", set())
 
 
-def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
+def _identity(job: Prediction, files: Sequence[Path], decisions: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides the output: digests of inputs and model, options."""
     from afina.files import describe
     from afina.worker.inference.parts import digest_of
@@ -121,9 +121,22 @@ def _identity(job: Prediction, files: Sequence[Path]) -> dict[str, Any]:
         "model": digest_of({**model_files, "settings": settings}),
         "options": {
             **job.model_dump(mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}),
+            **({"plain": True} if job.plain else {}),
             **(job.reading.given() if job.reading else {}),
         },
+        **({"decisions": decisions} if decisions else {}),
     }
+
+
+def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Temperature and thresholds that were fitted for the model; empty without them."""
+    from afina.statistics.decision_rule import read_rule
+    from afina.worker.task.tasks import TASKS
+
+    labels = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
+    task = next((name for name, row in TASKS.items() if row.problem_type == config.get("problem_type")), "single-label")
+    rule = None if job.plain else read_rule(job.model, task, labels)
+    return {} if rule is None else {"temperature": rule.temperature, "thresholds": rule.named_thresholds(labels)}
 
 
 def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,13 +148,15 @@ def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise _exists(out)
     if different := compare(existing["identity"], identity):
         raise _exists(out, f" (another prediction: {'; '.join(different)})")
-    return {"state": "whole", "out": str(out), "rows": existing["summary"]["rows"], "summary": existing["summary"]}
+    about = {"state": "whole", "out": str(out), "decisions": identity.get("decisions", {})}
+    return {**about, "rows": existing["summary"]["rows"], "summary": existing["summary"]}
 
 
 def _report(parts: Parts, state: str, done: set[int]) -> dict[str, Any]:
     rows = sum(parts.inputs.chunks[chunk] for chunk in done)
     counts = {"chunks": parts.chunks, "done": len(done), "rows": parts.inputs.rows, "rows_done": rows}
-    return {"state": state, "parts": str(parts.folder), "out": str(parts.out), **counts}
+    decisions = parts.identity.get("decisions", {})
+    return {"state": state, "parts": str(parts.folder), "out": str(parts.out), "decisions": decisions, **counts}
 
 
 def _exists(out: Path, why: str = "") -> InputError:
@@ -292,6 +307,7 @@ def _load(job: Prediction, number: int) -> Classifier:
         dtype=job.dtype,
         device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
         trust_remote_code=job.plan.recipe.trust_remote_code,
+        plain=job.plain,
     )
     if not on_gpu:
         products.use_onednn(job.plan.recipe.train.onednn and classifier.batching == "packed")
@@ -311,7 +327,7 @@ def _write(
     logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)
     logits[encoded.rows] = classifier.run(encoded, advance)
     advance(rows - len(encoded.rows))
-    columns = prediction_columns(classifier.task, classifier.labels, logits)
+    columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
     table = chunk.table
     if job.keep == "id":
         names = np.array([str(path) for path in parts.inputs.files], object)

@@ -22,7 +22,8 @@ import numpy as np
 
 from afina.errors import RecipeError
 from afina.recipe.metrics import METRICS, OwnMetric, own_metric
-from afina.worker.task.tasks import decisions, probabilities
+from afina.statistics.decision_rule import probabilities
+from afina.worker.task.tasks import decisions
 
 __all__ = ["call", "check_metrics", "load"]
 

@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import InputError
+from afina.statistics.decision_rule import NO_RULE, DecisionRule, probabilities
 
-__all__ = ["TASKS", "Task", "decisions", "label_lists", "prediction_columns", "probabilities", "task_of_config"]
+__all__ = ["TASKS", "Task", "decisions", "label_lists", "prediction_columns", "task_of_config"]
 
 Array = np.ndarray[Any, Any]
 
@@ -50,33 +51,25 @@ def decisions(task: str, logits: Array) -> Array:
     return np.asarray(TASKS[task].decide(logits).astype(kind))
 
 
-def probabilities(task: str, logits: Array) -> Array:
-    """Logits (N, K) -> probabilities (N, K) of the same dtype; for regression the values as they are. NaN stays NaN."""
-    if task == "single-label":
-        shifted = np.exp(logits - logits.max(-1, keepdims=True))
-        return np.asarray(shifted / shifted.sum(-1, keepdims=True))
-    if task == "multi-label":
-        with np.errstate(over="ignore"):
-            return np.asarray(1 / (1 + np.exp(-logits)))
-    return logits
-
-
-def prediction_columns(task: str, labels: Sequence[str] | None, logits: Array) -> dict[str, pa.Array]:
+def prediction_columns(
+    task: str, labels: Sequence[str] | None, logits: Array, rule: DecisionRule = NO_RULE
+) -> dict[str, pa.Array]:
     """`prediction`, and `score: NAME` for each label; null where the logits are NaN.
 
     Args:
         labels: names in the order of the logits; unused for regression.
         logits: (N, K).
+        rule: of a classifier.
 
     Returns: arrays of length N. A prediction is a label's name, a list of names, or a number.
     """
     empty = np.isnan(logits[:, 0])
-    decided = decisions(task, np.nan_to_num(logits))
+    decided = decisions(task, rule.shifted(np.nan_to_num(logits)))
     if task == "regression":
         return {"prediction": pa.array(decided, mask=empty)}
     assert labels is not None
     names = pa.array(labels, pa.string())
-    scores = probabilities(task, logits)
+    scores = probabilities(task, rule.scaled(logits))
     single = task == "single-label"
     chosen = names.take(pa.array(decided, mask=empty)) if single else label_lists(names, decided > 0, empty)
     return {

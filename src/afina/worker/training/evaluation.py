@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from afina.recipe.metrics import NEED_SCORES, own_metric
+from afina.statistics.decision_rule import probabilities
 from afina.worker.compute import ranks
 from afina.worker.data.prepared import Split
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.task.losses import Loss
-from afina.worker.task.tasks import decisions, probabilities
+from afina.worker.task.tasks import decisions
 from afina.worker.training.attempt import Attempt
 
 __all__ = ["EvaluationAbandoned", "StoppedEarly", "logits_of", "scores"]

@@ -19,10 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from afina.errors import DataError
 from afina.files import name_aside, sync_file, sync_folder, sync_tree
+from afina.recipe.metrics import METRICS, NEED_SCORES
+from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.statistics.decision_rule import FILE, DecisionRule, cross_fitted, effects, fit_rule, probabilities
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import beaten, weaknesses
+from afina.version import __version__
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Rows
 from afina.worker.data.prepared import Split
@@ -32,7 +37,7 @@ from afina.worker.model.adapters import checkpoint_weights, has_adapter, save_la
 from afina.worker.model.padding import padding_side
 from afina.worker.survival import sharded_state
 from afina.worker.task.losses import Loss
-from afina.worker.task.tasks import decisions, label_lists, prediction_columns, probabilities
+from afina.worker.task.tasks import decisions, label_lists, prediction_columns
 from afina.worker.training.attempt import Attempt, TrainingData
 from afina.worker.training.evaluation import scores
 from afina.worker.training.log import say
@@ -56,13 +61,14 @@ class Results:
         model_step: whose weights are in `model/`; 0: there is no model.
         metrics: of that model.
         warnings: see the top of this module.
-        baselines: as in `Outcome`.
+        baselines, decisions: as in `Outcome`.
     """
 
     model_step: int
     metrics: dict[str, Any]
     warnings: list[str]
     baselines: dict[str, Any] = field(default_factory=dict)
+    decisions: dict[str, Any] = field(default_factory=dict)
 
 
 def export_results(trainer: RunTrainer) -> Results:
@@ -81,6 +87,7 @@ def export_results(trainer: RunTrainer) -> Results:
         trainer.load_weights(run.checkpoints / f"step-{model_step}")
     metrics: dict[str, Any] = {}
     warnings: list[str] = []
+    fitted = _FittedDecisions(attempt.plan.recipe, data)
     if attempt.rank == 0:
         warnings += check_loss_curve(data.loss, data.splits["train"], run.metrics())
     if "eval" in data.splits:
@@ -95,23 +102,25 @@ def export_results(trainer: RunTrainer) -> Results:
             if attempt.keeps_best and best is None:
                 warnings.append(f"eval_{data.best_metric} was never defined: `model/` has the weights of the last step")
             _write_predictions(data, "eval", trainer.logits, run.predictions)
+            fitted.fit(trainer.logits, labels)
     if "test" in data.splits:
         rows = trainer.get_eval_dataloader(Rows(data.splits["test"]))
         output = trainer.evaluation_loop(rows, "Test", metric_key_prefix="test")
         if attempt.rank == 0:
             metrics |= output.metrics
             _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
+            fitted.measure(output.predictions, np.asarray(data.splits["test"].labels))
     gathered = (
         sharded_state.whole(checkpoint_weights(trainer.model), run.path / "trainer", keep=attempt.rank == 0)
         if attempt.is_sharded
         else None
     )
     if attempt.rank == 0:
-        _export_model(trainer, gathered)
+        _export_model(trainer, gathered, fitted.rule)
         _write_trained_rows(data.splits["train"], run)
         shutil.rmtree(run.path / "trainer", ignore_errors=True)
     ranks.barrier()
-    return Results(model_step, metrics, warnings)
+    return Results(model_step, metrics, warnings, decisions=fitted.record)
 
 
 def simple_models(attempt: Attempt, results: Results) -> Results:
@@ -164,11 +173,68 @@ def check_predictions(
     warnings = [f"eval_{name} is not defined: {reasons.get(name, 'it has no value')}" for name in undefined]
     if len(labels) < 2 or not np.ptp(labels, axis=0).any():
         return [*warnings, "all rows of eval have the same label: nothing can be measured on them"]
-    kind: Any = {"single-label": np.int64, "multi-label": bool, "regression": np.float64}[task]
-    truth, predicted = labels.astype(kind), decisions(task, logits).astype(kind)
-    known = None if task == "regression" else probabilities(task, logits)
-    predictions = Predictions(task, tuple(names or ()), truth, predicted, known, None)
+    predictions = _as_predictions(task, names, labels, logits, logits)
     return [*warnings, *(f"the model {reason}" for reason in weaknesses(predictions, best_metric))]
+
+
+def _as_predictions(
+    task: str, names: Sequence[str] | None, labels: Array, scaled: Array, shifted: Array
+) -> Predictions:
+    """Predictions without their texts.
+
+    Args:
+        scaled, shifted: logits (N, K) of the probabilities and of the decisions, see `DecisionRule`.
+    """
+    kind: Any = {"single-label": np.int64, "multi-label": bool, "regression": np.float64}[task]
+    truth, predicted = labels.astype(kind), decisions(task, shifted).astype(kind)
+    known = None if task == "regression" else probabilities(task, scaled)
+    return Predictions(task, tuple(names or ()), truth, predicted, known, None)
+
+
+class _FittedDecisions:
+    """The rule that the recipe's `decisions` ask for, and its record; neither without them.
+
+    Attributes:
+        rule: fitted on eval.
+        record: as in `Outcome`.
+    """
+
+    def __init__(self, recipe: Recipe, data: TrainingData) -> None:
+        self._asked, self._data = recipe.decisions, data
+        metrics = [data.best_metric, *METRICS[data.task][:2], *(recipe.metrics or ())]
+        known = set(METRICS[data.task]) - set(NEED_SCORES)
+        self._metrics = [name for name in dict.fromkeys(metrics) if name in known]
+        self.rule: DecisionRule | None = None
+        self.record: dict[str, Any] = {}
+
+    def fit(self, logits: Array, labels: Array) -> None:
+        """Fit on eval; without a test split measure there too, each fifth of the rows by a rule that was fitted on the others."""
+        asked, task, names = self._asked, self._data.task, self._data.labels
+        if asked is None or names is None:
+            return
+        keys: Any = {"temperature": asked.temperature, "thresholds": asked.thresholds != "none"}
+        self.rule = rule = fit_rule(task, names, logits, labels, **keys)
+        temperature = rule.temperature if asked.temperature else None
+        thresholds = rule.named_thresholds(names)
+        self.record = {"temperature": temperature, "thresholds": thresholds, "notes": list(rule.notes)}
+        if "test" not in self._data.splits:
+            self._effects(logits, labels, *cross_fitted(task, names, logits, labels, **keys), split="eval")
+
+    def measure(self, logits: Array, labels: Array) -> None:
+        """What the rule changes on the rows of test."""
+        if self.rule is not None:
+            self._effects(logits, labels, self.rule.scaled(logits), self.rule.shifted(logits), split="test")
+
+    def _effects(self, logits: Array, labels: Array, scaled: Array, shifted: Array, *, split: str) -> None:
+        asked, task, names = self._asked, self._data.task, self._data.labels
+        assert asked is not None
+        plain, ruled = (_as_predictions(task, names, labels, *of) for of in ((logits, logits), (scaled, shifted)))
+        self.record |= {"measured_on": split, "cross_fitted": split == "eval"}
+        try:
+            metrics = self._metrics if asked.thresholds != "none" else []
+            self.record |= effects(plain, ruled, metrics, temperature=asked.temperature)
+        except DataError as error:  # too many rows of too many labels
+            self.record["notes"].append(f"not measured: {error.message}")
 
 
 def check_loss_curve(loss: Loss, train: Split, logged: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -209,8 +275,8 @@ def _informed_logits(loss: Loss, labels: Array) -> Array:
     return np.asarray(np.log(np.maximum(np.bincount(labels, minlength=classes), 1e-3)), np.float32)
 
 
-def _export_model(trainer: RunTrainer, weights: Mapping[str, Any] | None) -> None:
-    """Write `model/`; `weights` are those of `trainer.model` where it has only shards of them."""
+def _export_model(trainer: RunTrainer, weights: Mapping[str, Any] | None, rule: DecisionRule | None) -> None:
+    """Write `model/`; `weights` are those of `trainer.model` where it has only shards of them, `rule` is kept beside them."""
     run = trainer.attempt.run
     staging, old = (run.path / name for name in (".model.staging", ".model.old"))
     for folder in (staging, old):
@@ -222,6 +288,9 @@ def _export_model(trainer: RunTrainer, weights: Mapping[str, Any] | None) -> Non
     # Others who pad batches with it get the scores of single texts too.
     tokenizer.padding_side = padding_side(trainer.model, tokenizer.padding_side)
     tokenizer.save_pretrained(staging)
+    if rule is not None:
+        data = trainer.attempt.data
+        (staging / FILE).write_text(rule.to_json(data.task, data.labels or (), __version__), encoding="utf-8")
     sync_tree(staging)
     if run.model.exists():
         run.model.rename(old)

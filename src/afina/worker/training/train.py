@@ -30,6 +30,7 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Geometry, Plan, geometry_for
 from afina.run.prune import prune
+from afina.statistics.decision_rule import described
 from afina.worker.data import stage_in
 from afina.worker.disk_errors import disk_problem
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
@@ -309,6 +310,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         task=attempt.data.task,
         labels=attempt.data.labels,
         baselines=results.baselines,
+        decisions=results.decisions,
         best_step=state.best_global_step,
         model_step=results.model_step,
         world_size=attempt.geometry.num_processes,
@@ -330,4 +332,8 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     prune(run, attempt.plan.recipe.train.keep_after)
     print(metrics_table(run, [metric_name(text) for text in attempt.data.metric_texts]), flush=True)
     say(*(f"WARNING: {warning}" for warning in warnings))
-    say(*usage_lines(outcome), f"finished: {step} steps{outcome.ended_early}, model in {run.model}")
+    say(
+        *described(outcome.decisions),
+        *usage_lines(outcome),
+        f"finished: {step} steps{outcome.ended_early}, model in {run.model}",
+    )
