@@ -43,6 +43,12 @@ __all__ = ["COMMANDS"]
 )
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Tokens of a packed batch.")
 @click.option("--plain", is_flag=True, help="Leave out a temperature and thresholds that were fitted for the model.")
+@click.option(
+    "--abstain-below",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="No prediction for texts of which the model is less sure than P; adds the column confidence.",
+)
 @click.option("--chunk-rows", type=click.IntRange(1), metavar="N", help="Rows that are predicted and written together.")
 @click.option(
     "--dtype",
@@ -181,6 +187,10 @@ def _summary(summary: dict[str, Any]) -> str:
     named = [f"temperature {fitted['temperature']:g}"] if fitted["temperature"] != 1 else []
     if named := [*named, *(["thresholds"] if fitted["thresholds"] else [])]:
         lines.append(f"  with the {' and '.join(named)} fitted for this model; --plain leaves out what was fitted")
+    if "unanswered" in summary:
+        texts = summary["rows"] - summary["blank"]
+        share = f" ({summary['unanswered'] / texts:.1%})" if texts else ""
+        lines.append(f"  unanswered: {summary['unanswered']:,} of {texts:,} texts{share}")
     counts = summary.get("predictions") or {}
     if counts:
         most = sorted(counts.items(), key=lambda item: -item[1])

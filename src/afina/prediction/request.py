@@ -69,6 +69,7 @@ class PredictRequest:
         dtype: float32, or bfloat16 or float16 on GPUs that are quicker with them.
         chunk_rows: rows that are predicted and written together.
         plain: leave out a temperature and thresholds that were fitted for the model.
+        abstain_below: rows of which the model is less sure have no prediction; gives the column `confidence`.
         job: site and processes; of a job also its GPUs and time limit.
     """
 
@@ -79,12 +80,15 @@ class PredictRequest:
     dtype: str = "float32"
     chunk_rows: int | None = None
     plain: bool = False
+    abstain_below: float | None = None
     reading: ReadOptions | Mapping[str, Any] = PLAIN
     job: JobRequest = JobRequest()
 
     def options(self) -> dict[str, object]:
         """The fields of a `Prediction` that are asked for."""
-        options = {name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows")}
+        options = {
+            name: getattr(self, name) for name in ("batch_size", "max_tokens", "dtype", "chunk_rows", "abstain_below")
+        }
         check_argument("text", self.text, (str, list, tuple), "a column, or a list of columns", of=(str,))
         text = (self.text,) if isinstance(self.text, str) else tuple(self.text or ())
         return {
@@ -106,6 +110,7 @@ class PredictOptions(TypedDict, total=False):
     dtype: str
     chunk_rows: int | None
     plain: bool
+    abstain_below: float | None
     num_processes: int | None
     site: str | Path | None
 
@@ -126,6 +131,7 @@ class Prediction(FrozenModel):
         dtype: of weights and computations.
         chunk_rows: most rows of a part.
         plain: a temperature and thresholds that were fitted for the model are left out.
+        abstain_below: the least confidence of a prediction (`afina.statistics.calibration.confidence`); None: it is not computed.
     """
 
     plan: Plan
@@ -142,6 +148,7 @@ class Prediction(FrozenModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     chunk_rows: Annotated[int, Field(ge=1)] = CHUNK_ROWS
     plain: bool = False
+    abstain_below: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @property
     def tokens(self) -> Tokens | None:

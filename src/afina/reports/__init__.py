@@ -112,11 +112,12 @@ def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path
     curves, classes = sections.curves(facts), quality.class_intervals(facts)
     score, thresholds = quality.score_chart(facts), quality.thresholds(facts)
     calibration, reliability = quality.calibration(facts)
+    answered, shares = quality.answered(facts)
     lengths, histogram = work.lengths(facts)
     speed, pace = work.speed(facts)
     drawings = write_figures(
         _made(folder),
-        [*score, *curves, *classes, *mistakes.matrices(facts), *thresholds, *reliability, *histogram, *pace],
+        [*score, *curves, *classes, *mistakes.matrices(facts), *thresholds, *reliability, *shares, *histogram, *pace],
         png=png,
     )
 
@@ -136,6 +137,7 @@ def _write_run(facts: RunFacts, folder: Path, *, png: bool, texts: bool) -> Path
             "Predicted and true values" if facts.task == "regression" else "Calibration",
             shown(reliability) + calibration,
         ),
+        ("Confidence and coverage", shown(shares) + answered),
         ("Fitted decisions", quality.fitted(facts)),
         ("Methods", sections.methods(facts)),
         ("Data", sections.data(facts)),

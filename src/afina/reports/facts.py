@@ -5,7 +5,8 @@ A missing or damaged file leaves its split empty: a run that failed or is still 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from afina.run.provenance.methods import execution_of
 from afina.run.provenance.record import read_record, recipe_as_run
 from afina.run.provenance.split_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
+from afina.statistics.decision_rule import DecisionRule, read_rule
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
 from afina.watch.overview import RunSummary, summary_of
@@ -73,6 +75,7 @@ class RunFacts:
         execution: what the newest attempt computed with.
         summary: state, and what to do next, as `afina status` says it.
         looks: how often `compare` or `sweep` looked at the test split.
+        rule: what was fitted on eval for the model in `model/`, if anything was.
         utilisation: of the outcome: tokens per second, memory, seconds by split, …; empty if nothing was measured.
     """
 
@@ -94,6 +97,7 @@ class RunFacts:
     scores: Mapping[str, Scores]
     lengths: Mapping[str, Lengths | str]
     jobs: Sequence[JobUsage] | None
+    rule: DecisionRule | None
     utilisation: Mapping[str, Any]
 
     @property
@@ -167,8 +171,17 @@ def read_facts(run: RunDir) -> RunFacts:
         },
         lengths=_lengths(prepared, plan),
         jobs=job_usage(job_ids_of(_objects(run, "submissions.jsonl"), [a.name for a in attempts])),
+        rule=_rule(run, predictions.values()),
         utilisation=_utilisation(run),
     )
+
+
+def _rule(run: RunDir, predictions: Iterable[Predictions | str]) -> DecisionRule | None:
+    for rows in predictions:
+        if isinstance(rows, Predictions):
+            with contextlib.suppress(AfinaError):
+                return read_rule(run.model, rows.task, rows.labels)
+    return None
 
 
 def _utilisation(run: RunDir) -> dict[str, Any]:

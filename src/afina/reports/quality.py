@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from afina.recipe.metrics import metric_name, own_metric
 from afina.reports.charts import Chart, Point, thin
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, table, warnings
-from afina.statistics.calibration import calibrate
+from afina.statistics.calibration import calibrate, coverage
+from afina.statistics.decision_rule import revised
 from afina.statistics.measures import auroc, average_precision, one_vs_rest, threshold_curves
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import Interval, Scores
@@ -17,6 +19,7 @@ from afina.statistics.weakness import beaten
 from afina.text import number, p_value
 
 __all__ = [
+    "answered",
     "beside_simple",
     "calibration",
     "class_intervals",
@@ -314,6 +317,48 @@ def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
         html += note(
             "On the dotted line, confidence equals accuracy. Whiskers: 95 % intervals of the share (Wilson). The error depends on the "
             "number of bins and of rows: compare it only between equal sets of rows."
+        )
+    return html, charts
+
+
+def answered(facts: RunFacts) -> tuple[str, list[Chart]]:
+    """Scores by the share of rows that is answered, those first of which the model is surest: a table, and its curve as a chart."""
+    html, charts = "", []
+    for split, plain in facts.predictions.items():
+        if isinstance(plain, str) or plain.scores is None or not len(plain):
+            continue
+        how = coverage(revised(plain, facts.rule) if facts.rule else plain, facts.metric)
+        assert how is not None
+        lines = {
+            name: [(share, values[i]) for share, values in how.curve if values[i] == values[i]]
+            for i, name in enumerate(how.metrics)
+        }
+        words = "; ".join(
+            f"{share:.0%} answered: {how.metrics[0]} {number(values[0])}" for share, _, _, values, *_ in how.table
+        )
+        title = f"{' and '.join(how.metrics)} on {split} by the share of texts that is answered, the surest first"
+        charts.append(
+            Chart(f"answered-{split}", title, x="share of texts answered", y="score", lines=lines, description=words)
+        )
+        rows = [
+            [
+                f"{share:.1%}",
+                count,
+                f"{math.floor(sure * 1e4) / 1e4:.4f}",
+                number(values[0]),
+                f"{low:.4f}–{high:.4f}",
+                *map(number, values[1:]),
+            ]
+            for share, count, sure, values, low, high in how.table
+        ]
+        heads = ["answered", "rows", "confidence from", how.metrics[0], "95 % interval", *how.metrics[1:]]
+        html += table(heads, rows, f"On {split}: `afina predict --abstain-below` takes the third column")
+        html += note(
+            f"Averaged over all shares, {how.metrics[0]} on {split} is {number(how.area)}: one less the area under the risk-coverage curve."
+        )
+    if html and facts.rule:
+        html += note(
+            "With the fitted temperature and thresholds, as `afina predict` decides; on eval they have seen the rows."
         )
     return html, charts
 

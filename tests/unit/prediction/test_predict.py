@@ -27,6 +27,7 @@ from tests.unit.conftest import Ran, tree
 
 import afina
 from afina.cli import main
+from afina.cli.model_commands import _summary
 from afina.errors import AfinaError, InputError
 from afina.prediction import jobs as predicting
 from afina.prediction.request import Prediction, PredictRequest, folder_of
@@ -34,7 +35,7 @@ from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.worker.__main__ import main as door
 from afina.worker.inference import stages as worker
 from afina.worker.inference.parts import Parts
-from afina.worker.task.tasks import TASKS
+from afina.worker.task.tasks import TASKS, abstained, prediction_columns
 
 LABELS = ["1", "2", "3", "4", "5"]
 
@@ -253,6 +254,41 @@ def test_thresholds_choose_labels(tmp_path: Path) -> None:
                 [name for name, above in zip(labels, row > limits, strict=True) if above] for row in scores
             ]
         assert (afina.load(folder).predict_proba(texts) == scores).all()
+
+
+def test_unsure_texts_are_left_unanswered_and_counted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": row["text"], "confidence": 1} for row in tiny.tiny_reviews(40, 9)] + [
+        {"text": " ", "confidence": 1}
+    ]
+    data = tiny.write_jsonl(tmp_path / "new.jsonl", rows)
+    with pytest.raises(InputError, match="has a column `confidence`"):
+        planned(run, data, tmp_path / "out.parquet", abstain_below=0.5)
+    here(run, data, tmp_path / "all.parquet")
+    everything = rows_of(tmp_path / "all.parquet")
+    least = sorted(max(row[f"score: {label}"] for label in LABELS) for row in everything[:-1])[20]
+    summary = worker.run(
+        planned(run, data, tmp_path / "out.parquet", keep="id", abstain_below=least)["parts"],
+        0,
+        1,
+        and_merge=True,
+        progress="log",
+    )["summary"]
+    assert summary["unanswered"] == 20 and summary["blank"] == 1 and sum(summary["predictions"].values()) == 20
+    for whole, row in zip(everything[:-1], found := rows_of(tmp_path / "out.parquet"), strict=False):
+        assert row["confidence"] == max(row[f"score: {label}"] for label in LABELS)
+        assert row["prediction"] == (whole["prediction"] if row["confidence"] >= least else None)
+    assert found[-1]["confidence"] is found[-1]["prediction"] is None, "a blank text"
+    shown = {"out": "o", "state": "begun", "seconds": 1.0, "rows_per_s": 41.0, "decisions": {}, **summary}
+    assert "  unanswered: 20 of 40 texts (50.0%)" in _summary(shown).splitlines()
+
+
+def test_of_several_labels_the_least_sure_one_counts() -> None:
+    logits = np.log(np.array([[9, 9, 1 / 9], [9, 1.5, 1 / 9], [np.nan] * 3]), dtype=np.float32)
+    columns, count = abstained("multi-label", prediction_columns("multi-label", ["a", "b", "c"], logits), 0.7)
+    assert columns["prediction"].to_pylist() == [["a", "b"], None, None] and count == 1
+    assert columns["confidence"].to_pylist() == [pytest.approx(0.9), pytest.approx(0.6), None]
 
 
 def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: Path) -> None:

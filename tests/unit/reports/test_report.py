@@ -800,6 +800,7 @@ def test_figures_are_files_too(make_run: MakeRun) -> None:
         "metrics",
         "learning-rate",
         "calibration-eval",
+        "answered-eval",
         "confusion-eval",
         "pr-eval",
         "roc-eval",

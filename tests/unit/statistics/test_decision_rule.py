@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from afina.errors import InputError
-from afina.statistics.calibration import calibrate
+from afina.statistics.calibration import calibrate, confidence, coverage
 from afina.statistics.decision_rule import (
     FILE,
     NO_RULE,
@@ -167,3 +167,36 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path) -> 
         (tmp_path / FILE).write_text(damaged)
         with pytest.raises(InputError, match="cannot be read"):
             read_rule(tmp_path, "single-label", LABELS)
+
+
+def test_accuracy_by_the_share_that_is_answered() -> None:
+    """Half of the rows sure and right, half unsure and half of them right: known by hand."""
+    sure = np.array([0.9] * 50 + [0.6] * 50)
+    scores = np.stack([1 - sure, sure], 1)
+    truth = np.array([1] * 75 + [0] * 25)
+    how = coverage(Predictions("single-label", ("a", "b"), truth, np.ones(100, np.int64), scores, None), "f1")
+    assert how is not None and how.metrics == ("accuracy", "f1")
+    shares = [(share, rows, least, values[0]) for share, rows, least, values, *_ in how.table]
+    assert shares == [(0.5, 50, 0.9, 1.0), *[(1.0, 100, 0.6, 0.75)] * 4], (
+        "rows that are equally sure are answered together"
+    )
+    assert how.curve[0][1] == (1.0, 1.0), "a class that no answered row has does not count against F1"
+    assert how.area == pytest.approx((50 * 1 + 50 * 0.75) / 100)
+
+
+@pytest.mark.parametrize("task", ["single-label", "multi-label"])
+def test_coverage_against_scikit_learn_on_the_surest_rows(task: str) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    logits, truth = _rows(task, 300, 1.5, 5)
+    rows = _predictions(task, logits, truth)
+    sure = rows.scores.max(1) if task == "single-label" else np.maximum(rows.scores, 1 - rows.scores).min(1)
+    assert confidence(task, rows.scores, rows.predicted) == pytest.approx(sure)
+    order, how = np.argsort(-sure), coverage(rows, "f1")
+    assert how is not None and [entry[1] for entry in how.table] == [150, 240, 270, 285, 300]
+    for _, count, least, (first, f1), low, high in how.table:
+        best = order[:count]
+        assert least == pytest.approx(sure[best].min()) and low <= first <= high
+        assert first == pytest.approx(accuracy_score(rows.truth[best], rows.predicted[best]))
+        assert f1 == pytest.approx(f1_score(rows.truth[best], rows.predicted[best], average="macro"))
+    assert how.area > how.table[-1][3][0], "the surest rows are more often right"

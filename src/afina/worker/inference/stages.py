@@ -83,7 +83,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     job = job.model_copy(update={"text": _text_columns(job)})
     files = [job.spool if path == STDIN and job.spool else path for path in job.inputs]
     reading = job.reading or PLAIN
-    check_columns(files, job.text, _output_columns(config) if job.keep == "all" else (), reading)
+    check_columns(files, job.text, _output_columns(job, config) if job.keep == "all" else (), reading)
     identity = _identity(job, files, _rule(job, config))
     folder = folder_of(job.out)
     if folder.exists():
@@ -122,6 +122,7 @@ def _identity(job: Prediction, files: Sequence[Path], decisions: Mapping[str, An
         "options": {
             **job.model_dump(mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}),
             **({"plain": True} if job.plain else {}),
+            **({"abstain_below": job.abstain_below} if job.abstain_below is not None else {}),
             **(job.reading.given() if job.reading else {}),
         },
         **({"decisions": decisions} if decisions else {}),
@@ -135,6 +136,8 @@ def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
 
     labels = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
     task = next((name for name, row in TASKS.items() if row.problem_type == config.get("problem_type")), "single-label")
+    if task == "regression" and job.abstain_below is not None:
+        raise InputError("--abstain-below: a regression has no confidence", "leave it out")
     rule = None if job.plain else read_rule(job.model, task, labels)
     return {} if rule is None else {"temperature": rule.temperature, "thresholds": rule.named_thresholds(labels)}
 
@@ -198,9 +201,10 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
     return columns or trained or ("text",)
 
 
-def _output_columns(config: Mapping[str, Any]) -> set[str]:
+def _output_columns(job: Prediction, config: Mapping[str, Any]) -> set[str]:
     """Names of the columns that a prediction adds."""
-    return {"prediction", *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
+    more = ["confidence"] if job.abstain_below is not None else []
+    return {"prediction", *more, *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
 
 
 # -- run --------------------------------------------------------------------------------------------------------------
@@ -321,13 +325,17 @@ def _write(
     import numpy as np
     import pyarrow as pa
 
-    from afina.worker.task.tasks import prediction_columns
+    from afina.worker.task.tasks import abstained, prediction_columns
 
     rows, job = len(chunk), parts.job
     logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)
     logits[encoded.rows] = classifier.run(encoded, advance)
     advance(rows - len(encoded.rows))
     columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
+    unanswered = {}
+    if job.abstain_below is not None:
+        columns, count = abstained(classifier.task, columns, job.abstain_below)
+        unanswered = {"unanswered": count}
     table = chunk.table
     if job.keep == "id":
         names = np.array([str(path) for path in parts.inputs.files], object)
@@ -347,6 +355,7 @@ def _write(
         "blank": len(blank),
         "blank_rows": [chunk.where(row, parts.inputs.files) for row in blank[:5].tolist()],
         "truncated": encoded.truncated,
+        **unanswered,
         "predictions": counts,
     }
     parts.write(chunk.number, table, summary)

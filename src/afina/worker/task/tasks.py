@@ -9,18 +9,20 @@ Losses: `afina.worker.task.losses`; metrics: `afina.worker.task.scoring`."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afina.errors import InputError
+from afina.statistics.calibration import confidence
 from afina.statistics.decision_rule import NO_RULE, DecisionRule, probabilities
 
-__all__ = ["TASKS", "Task", "decisions", "label_lists", "prediction_columns", "task_of_config"]
+__all__ = ["TASKS", "Task", "abstained", "decisions", "label_lists", "prediction_columns", "task_of_config"]
 
 Array = np.ndarray[Any, Any]
 
@@ -76,6 +78,29 @@ def prediction_columns(
         "prediction": chosen,
         **{f"score: {name}": pa.array(scores[:, i], mask=empty) for i, name in enumerate(labels)},
     }
+
+
+def abstained(task: str, columns: Mapping[str, pa.Array], least: float) -> tuple[dict[str, pa.Array], int]:
+    """The columns of predictions with `confidence`, and null for those of which the model is less sure than `least`; and the number of these."""
+    scores = np.stack(
+        [values.to_numpy(zero_copy_only=False) for name, values in columns.items() if name != "prediction"], 1
+    )
+    names = pa.array([name.removeprefix("score: ") for name in columns if name != "prediction"], pa.string())
+    decided = columns["prediction"]
+    empty = np.isnan(scores[:, 0])
+    if task == "single-label":
+        chosen = pc.fill_null(pc.index_in(decided, value_set=names), 0).to_numpy()
+    else:
+        chosen = np.zeros(scores.shape, bool)
+        lengths = pc.fill_null(pc.list_value_length(decided), 0).to_numpy()
+        chosen[
+            np.repeat(np.arange(len(scores)), lengths), pc.index_in(decided.flatten(), value_set=names).to_numpy()
+        ] = True
+    sure = confidence(task, scores, chosen)
+    unsure = ~empty & (sure < least)
+    prediction = pc.if_else(pa.array(unsure), pa.scalar(None, decided.type), decided)
+    rest = {name: values for name, values in columns.items() if name != "prediction"}
+    return {"prediction": prediction, "confidence": pa.array(sure, pa.float32(), mask=empty), **rest}, int(unsure.sum())
 
 
 def label_lists(names: pa.Array, chosen: Array, empty: Array | None = None) -> pa.ListArray:
