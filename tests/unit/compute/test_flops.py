@@ -94,6 +94,12 @@ def test_the_data_sheet_is_consistent() -> None:
         assert given == sorted(given), name
 
 
+def test_a_peak_in_bfloat16_takes_no_longer_without_instructions_for_it() -> None:
+    began = time.process_time()
+    assert device_peak(torch.device("cpu"), "bfloat16").flops > 0
+    assert time.process_time() - began < 3 * torch.get_num_threads(), "it was twenty seconds on such a CPU"
+
+
 def test_a_peak_is_measured_in_less_than_a_second_and_draws_no_random_numbers() -> None:
     state, began = torch.random.get_rng_state(), time.perf_counter()
     peak = device_peak(torch.device("cpu"), "float32")
