@@ -13,7 +13,8 @@ from tests.unit.training.in_process import lines, weights
 
 from afina.errors import RecipeError
 from afina.run.outcome import Outcome
-from afina.worker.survival.stop import CAUSES, EarlyStop
+from afina.worker.survival.early_stop import EarlyStop
+from afina.worker.survival.stop import CAUSES
 
 EARLY = (
     "train.evaluate=2",

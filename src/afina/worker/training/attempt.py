@@ -36,9 +36,10 @@ from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.folds import open_splits
 from afina.worker.model.model_files import verify_model
+from afina.worker.survival.early_stop import EarlyStop
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
-from afina.worker.survival.stop import EarlyStop, StepTimes, StopRequest, stop_lead_s
+from afina.worker.survival.stop import StepTimes, StopRequest, stop_lead_s
 from afina.worker.survival.watchdog import Watchdog
 from afina.worker.task.losses import Loss
 from afina.worker.training.meter import Meter, Work, seconds_since_launch
