@@ -46,6 +46,7 @@ __all__ = ["COMMANDS"]
 @click.option(
     "--search-seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search's random numbers."
 )
+@click.option("--prune", is_flag=True, help="End trials that are behind the median of the others, with --search.")
 @click.option(
     "--sweep",
     "directory",
@@ -139,6 +140,7 @@ def _check_options(context: click.Context, shown: _Shown) -> None:
         ("repeats", "--folds", folds),
         ("trials", "--search", search),
         ("search_seed", "--search", search),
+        ("prune", "--search", search),
     ):
         if _given(context, name) and not is_given:
             raise InputError(f"{_flag(name)}: has no effect without {needs}", f"add {needs}, or leave it out")

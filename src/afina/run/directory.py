@@ -10,6 +10,7 @@
     attempts/<id>/                          env.json  node<k>.log  exit
     metrics.jsonl                           one line per log and evaluation; no times, so that equal runs are equal files
     checkpoints/step-<n>/
+    pruning.json                            of a trial of a search that prunes: what it is compared by
     lease.json                              the attempt that works here now
     stop                                    exists: stop at the next step and leave a checkpoint
     outcome.json  model/  predictions.parquet
@@ -37,8 +38,10 @@ from afina.files import read_words, write_atomic, write_problem
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
-__all__ = ["RunDir", "is_run_dir", "job_ids_of", "task_of"]
+__all__ = ["PRUNING", "RunDir", "is_run_dir", "job_ids_of", "task_of"]
 
+#: Of a trial whose search prunes: `{"metric": "eval_accuracy", "lower": false}`.
+PRUNING = "pruning.json"
 #: `<job>.<restart>`, or of an array's task `<array>_<task>.<restart>`.
 _ATTEMPT_OF_A_JOB = re.compile(r"([0-9]+(?:_[0-9]+)?)\.[0-9]+")
 

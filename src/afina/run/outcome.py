@@ -41,7 +41,8 @@ class Outcome(BaseModel):
         warnings: what the run's own numbers say against it: a constant prediction, a diverging loss, a model that is not
             better than the majority class, a metric that is undefined; and what the data say against its numbers.
         max_steps: those that were planned.
-        early_stop: why the training ended before them, of a run with early stopping.
+        early_stop: why the training ended before them, of a run with early stopping, or of a trial that was pruned.
+        pruned: the search ended this trial, because it was behind the others.
         best_step, model_step: the step of the best evaluation, and the one whose weights are in `model/`.
         decisions: of a recipe with `decisions`: `temperature` and `thresholds` by label as they were fitted on eval, `notes` why one was not,
             and what they change on `measured_on` (`afina.statistics.decision_rule.effects`); `cross_fitted`: without a test split.
@@ -67,6 +68,7 @@ class Outcome(BaseModel):
     warnings: list[str] = []
     max_steps: int | None = None
     early_stop: str | None = None
+    pruned: bool = False
     best_step: int | None = None
     model_step: int | None = None
     task: str | None = None

@@ -98,6 +98,10 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
         undo.callback(remove_empty, make_folder(folder))
     if record.search is not None:
         record = record.model_copy(update={"search": _search_record(draft, prepared[""], say)})
+        if record.search is not None and record.search.prune and not home.pruning.is_file():
+            undo.callback(home.pruning.unlink, missing_ok=True)
+            lower = record.search.direction == "minimize"
+            write_atomic(home.pruning, json.dumps({"metric": record.search.metric, "lower": lower}) + "\n")
         if not home.trial_argv.is_file():
             undo.callback(home.trial_argv.unlink, missing_ok=True)
             write_atomic(home.trial_argv, encode_words(_trial_argv(home, record.plan)))
@@ -152,6 +156,8 @@ def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> Searc
         return draft.before.search.model_copy(update={"trials": search.trials})
     metric = best_metric(draft.record, str(prepared["task"]))
     plan = draft.record.plan
+    if search.prune:
+        _check_pruning(plan, prepared["rows"])
     return search.model_copy(
         update={
             "metric": metric,
@@ -161,6 +167,16 @@ def _search_record(draft: Draft, prepared: Mapping[str, Any], say: Say) -> Searc
             "worker_argv": tuple(node_argv(plan, _outside(draft.home, plan))),
         }
     )
+
+
+def _check_pruning(plan: Plan, rows: Mapping[str, int]) -> None:
+    """Refuse a pruning that takes no effect."""
+    evaluations = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0)).evaluations
+    if evaluations < 2:
+        raise InputError(
+            f"--prune: prunes no trial: each is evaluated {'once, at its end' if evaluations else 'never'}",
+            "evaluate more often (`train.evaluate`), train longer, or leave it out",
+        )
 
 
 def _trial_argv(home: SweepDir, plan: Plan) -> list[str]:

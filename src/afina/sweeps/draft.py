@@ -66,6 +66,7 @@ class SweepRequest:
     search: Space | None = None
     trials: int = 20
     search_seed: int = 0
+    prune: bool = False
     folds: int | None = None
     repeats: int = 1
     directory: str | Path | None = None
@@ -146,6 +147,8 @@ def _draft_search(
         )
     if request.trials < 1:
         raise InputError(f"--trials {request.trials}: a search needs at least one trial", "for example --trials 20")
+    if request.prune:
+        _check_lengths(request.search, plan)
     for words in corners(request.search):
         try:
             source.plan_with(words)
@@ -155,9 +158,21 @@ def _draft_search(
     search = SearchRecord(
         space=request.search, trials=request.trials, seed=request.search_seed, metric="", direction="maximize",
         recipe_text=source.text, overrides=tuple(source.job.overrides), prepared={}, run_record={}, worker_argv=(),
+        prune=request.prune,
     )  # fmt: skip
     cells, wanted = _trials(home, before.cells if before else (), request.trials)
     return Draft(home, before, SweepRecord(plan=plan, cells=cells, search=search), source.text, wanted, {}, request)
+
+
+def _check_lengths(space: Space, plan: Plan) -> None:
+    """Refuse to prune among trials of different lengths: their schedules of the learning rate differ at the same epoch."""
+    deciding = ("train.epochs", "train.max_steps", *(["train.batch_size"] if plan.recipe.train.max_steps else []))
+    for key in deciding:
+        if key in space:
+            raise InputError(
+                f"--prune: `{key}` is searched, and trials of different lengths cannot be compared on their way",
+                f"search without {key}, or leave --prune out",
+            )
 
 
 def _draft_grid(
@@ -271,6 +286,11 @@ def _check_same(home: SweepDir, before: SweepRecord, record: SweepRecord) -> Non
         )
     if before.kind != record.kind:
         raise InputError(f"{home.path}: was made with {before.kind}", "choose another --sweep DIR")
+    if before.search is not None and record.search is not None and before.search.prune != record.search.prune:
+        raise InputError(
+            f"{home.path}: was made with{'' if before.search.prune else 'out'} --prune",
+            "choose another --sweep DIR, or repeat the command as it was",
+        )
     if before.search is not None and record.search is not None and before.search.space != record.search.space:
         there = {key: domain.model_dump(exclude={"kind"}) for key, domain in before.search.space.items()}
         raise InputError(

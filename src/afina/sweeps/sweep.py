@@ -8,7 +8,7 @@ checkpoint. A search (`search=…`) claims nothing ahead: each array task asks O
 (`afina.worker.node.trial`), and Optuna reads the earlier results from the run directories.
 
 Not covered: one limit on parallel runs over several arrays (a second array of the same sweep gets what the first one leaves,
-at least one), and pruning of bad trials.
+at least one).
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ class SweepOptions(JobOptions, total=False):
     search: Mapping[str, str | Sequence[Any]] | None
     trials: int
     search_seed: int
+    prune: bool
     folds: int | None
     repeats: int
     directory: str | Path | None
@@ -188,6 +189,7 @@ def sweep(recipe: str | Path | Recipe, **options: Unpack[SweepOptions]) -> Sweep
         search: what Optuna may choose from, `{"train.learning_rate": "1e-6..1e-4:log", "tokens.batching": ["packed", "grouped"]}`.
         trials: how many trials of a search shall succeed.
         search_seed: of the search's random numbers.
+        prune: end a trial whose best value is below the median of the finished trials at the same epoch.
         folds: cross-validation: one run for each fold; every row is predicted by a model that was not trained on it.
         repeats: how often the rows are divided into folds.
         directory: the sweep directory; by default `$AFINA_SCRATCH/sweeps/<name>-<digest8>`.

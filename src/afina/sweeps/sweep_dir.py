@@ -9,6 +9,7 @@
     out_of_fold.parquet           of folds: each row as the model predicted it that was not trained on it, once for each repeat
     doubtful_labels.csv           those whose label is probably wrong, to be corrected
     trial.argv  journal.log       of a search: the command that asks for a trial, and Optuna's journal
+    pruning.json                  of a search that prunes: the metric; every run directory gets a copy
 
 Cells are only added, at the end: a task that waits in the queue keeps its number. `sweep.json` is
 written last when a sweep is made or grows.
@@ -33,7 +34,7 @@ from afina.files import encode_words, write_atomic
 from afina.formats.columns import flatten
 from afina.frozen import FrozenModel
 from afina.recipe.keys.train_keys import AS_RECORDED
-from afina.run.directory import RunDir, is_run_dir, task_of
+from afina.run.directory import PRUNING, RunDir, is_run_dir, task_of
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.sweeps.space import Space
@@ -53,7 +54,7 @@ __all__ = [
 #: What the jobs of a sweep run; every run directory gets a copy.
 SCRIPTS = ("finetune.sbatch", "job.sh", "node.sh")
 #: What an interrupted `afina sweep` may leave in a sweep directory.
-_OURS = {".lock", "cells", "intent.json", "logs", "runs", "trial.argv", *SCRIPTS}
+_OURS = {".lock", "cells", "intent.json", "logs", "runs", "trial.argv", PRUNING, *SCRIPTS}
 
 
 class CellRecord(FrozenModel):
@@ -83,6 +84,7 @@ class SearchRecord(FrozenModel):
     prepared: dict[str, Any]
     run_record: dict[str, Any]
     worker_argv: tuple[str, ...]
+    prune: bool = False
 
 
 class SweepRecord(FrozenModel):
@@ -126,6 +128,7 @@ class SweepDir:
     logs = property(lambda self: self.path / "logs")
     script = property(lambda self: self.path / "finetune.sbatch")
     trial_argv = property(lambda self: self.path / "trial.argv")
+    pruning = property(lambda self: self.path / PRUNING)
     journal = property(lambda self: self.path / "journal.log")
     out_of_fold = property(lambda self: self.path / "out_of_fold.parquet")
     doubtful = property(lambda self: self.path / "doubtful_labels.csv")

@@ -129,7 +129,7 @@ def tabulate(
             )
         )
     rows, best = ranked(rows, lower, tested=record.search is None)
-    notes = useless(rows) or (_search_notes(rows, best) if record.search else remarks(rows, best))
+    notes = useless(rows) or (_search_notes(rows, best, finished) if record.search else remarks(rows, best))
     if shown:
         notes.append(
             f"{shown} is only shown: a choice by the test split would make its scores too kind. Chosen by {column}."
@@ -158,13 +158,14 @@ def _value(outcome: Outcome | None, column: str) -> float | None:
     return float(value) if usable else None  # type: ignore[arg-type]
 
 
-def _search_notes(rows: Sequence[Row], best: Row | None) -> list[str]:
+def _search_notes(rows: Sequence[Row], best: Row | None, finished: Sequence[Outcome]) -> list[str]:
     if best is None:
         return ["No trial has finished yet."]
     count = sum(row.interval is not None for row in rows)
     words = " ".join(f"{key}={value}" for key, value in best.overrides.items())
+    pruned = sum(outcome.pruned for outcome in finished)
     return [
-        f"Best of {count} finished: {best.point} ({words}).",
+        f"Best of {count} finished{f', {pruned} of them pruned' if pruned else ''}: {best.point} ({words}).",
         "The best of many single runs looks better than it is: compare it with its neighbours over seeds (--grid … --seeds 5).",
     ]
 

@@ -26,6 +26,7 @@ from tests.unit.conftest import Ran, tree
 from tests.unit.statistics.test_scores import write
 
 from afina.errors import ClaimedError, DataError, InputError, SlurmError, WaitTimeout
+from afina.files import read_json
 from afina.recipe.parse import parse_recipe
 from afina.reports.collection import collection_page
 from afina.reports.compare import compare
@@ -83,7 +84,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def prepare(plan: Any) -> dict[str, Any]:
         plans.append(plan)
-        answer = {"prepared": f"/prepared/{plan.recipe.tokens.max_length}", "task": "single-label"}
+        rows = {"train": 64, "eval": 20}
+        answer = {"prepared": f"/prepared/{plan.recipe.tokens.max_length}", "task": "single-label", "rows": rows}
         if plan.recipe.data.fold is None:
             return answer
         sizes = [[(4, 6), (5, 5)], [(3, 3, 4)]][plan.recipe.data.fold.of - 2]
@@ -117,14 +119,23 @@ def sweep(
     return run
 
 
-def end(run: RunDir, kind: str, accuracy: float = 0.5, *, cause: str = "", code: int = 0, **events: Any) -> None:
+def end(
+    run: RunDir,
+    kind: str,
+    accuracy: float = 0.5,
+    *,
+    cause: str = "",
+    code: int = 0,
+    pruned: bool = False,
+    **events: Any,
+) -> None:
     """Let a run have ended."""
     run.begin_attempt("9.0")
     if events:
         run.event("attempt_ended", attempt="9.0", **events)
     outcome: Any = kind
     run.record(
-        Outcome(outcome=outcome, exit_code=code, attempt="9.0", task="single-label", metrics={"eval_accuracy": accuracy}, cause=cause)
+        Outcome(outcome=outcome, exit_code=code, attempt="9.0", task="single-label", metrics={"eval_accuracy": accuracy}, cause=cause, pruned=pruned)
     )  # fmt: skip
 
 
@@ -656,6 +667,27 @@ def test_a_search_asks_tells_and_replaces(
     assert "Best of 1 finished: trial-000" in str(table)
     with pytest.raises(InputError, match="is a search of another space"):
         sweep(search=SEARCH[:1], trials=4, directory="search it's")
+
+
+def test_a_search_that_prunes(sweep: Callable[..., Sweep], prepared: list[Any]) -> None:
+    """Each trial gets what it is compared by; a pruned one counts with its value. What prunes nothing is refused."""
+    rates = ["train.learning_rate=1e-5..1e-1:log"]
+    options = {"search": rates, "trials": 3, "directory": "pruned", "prune": True}
+    with pytest.raises(InputError, match=r"`train\.epochs` is searched, and trials of different lengths"):
+        sweep(**{**options, "search": SEARCH})
+    with pytest.raises(InputError, match="each is evaluated once, at its end"):
+        sweep(**options)
+    options["overrides"] = ["train.epochs=3"]
+    made = sweep(**options)
+    run = ask(made, 0)
+    assert read_json(run.path / "pruning.json") == {"metric": "eval_accuracy", "lower": False}
+    end(run, "finished", 0.25, pruned=True)
+    end(ask(made, 1), "finished", 0.75)
+    ask(made, 2)
+    assert [(t.state.name, t.value) for t in study(made)][:2] == [("COMPLETE", 0.25), ("COMPLETE", 0.75)]
+    assert "Best of 2 finished, 1 of them pruned: trial-001" in str(made.table())
+    with pytest.raises(InputError, match="was made with --prune"):
+        sweep(**{**options, "prune": False})
 
 
 def test_a_search_with_a_seed_is_repeatable_and_learns(sweep: Callable[..., Sweep]) -> None:

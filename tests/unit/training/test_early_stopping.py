@@ -1,10 +1,12 @@
-"""Early stopping: where a training ends, and that it ends there after any number of stops and resumes."""
+"""Early stopping and pruning: where a training ends, and that it ends there after any number of stops and resumes."""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from tests.unit.recipe.test_recipe import BASE, refused
 from tests.unit.training.in_process import lines, weights
 
 from afina.errors import RecipeError
+from afina.run.directory import PRUNING, RunDir
 from afina.run.outcome import Outcome
-from afina.worker.survival.early_stop import EarlyStop
+from afina.worker.survival.early_stop import EarlyStop, MedianStop
 from afina.worker.survival.stop import CAUSES
 
 EARLY = (
@@ -92,6 +95,79 @@ def test_a_stop_before_the_last_evaluation_leaves_it_to_the_next_attempt(
     with pytest.raises(StoppedEarly):
         again.train(resume_from_checkpoint=str(again.attempt.run.checkpoints / "step-4"))
     assert again.state.global_step == 4 and again.attempt.early_stop.stopped and len(_losses(again)) == 2
+
+
+def _trial(path: Path, values: list[float | None], outcome: str | None = "finished", *, pruned: bool = False) -> RunDir:
+    """A run with these values of eval_loss, one at the end of each epoch."""
+    run = RunDir(path)
+    run.attempts.mkdir(parents=True)
+    (path / "plan.json").write_text("{}")
+    logged = [{"step": 4 * n, "epoch": float(n), "eval_loss": value} for n, value in enumerate(values, start=1)]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in logged))
+    if outcome is not None:
+        kind: Any = outcome
+        run.record(Outcome(outcome=kind, exit_code=0, attempt="1.0", pruned=pruned))
+    return run
+
+
+@pytest.mark.parametrize(
+    "own, lower, pruned",
+    [
+        ([0.5, 0.45], False, True),  # the others have 0.1 … 0.5, and 0.6 in their second epoch
+        ([0.5, 0.61], False, False),
+        ([0.5, 0.6], False, False),  # as good as the median
+        ([0.7, 0.2], False, False),  # its best one counts
+        ([0.29], False, True),  # by their first epoch: 0.3 in the median
+        ([0.3], False, False),
+        ([0.31], True, True),
+        ([0.29], True, False),
+        ([None, 0.01], False, True),
+        ([None], False, False),
+    ],
+)
+def test_a_trial_is_pruned_below_the_median_of_the_finished_ones(
+    tmp_path: Path, own: list[float | None], lower: bool, pruned: bool
+) -> None:
+    for n in range(5):
+        _trial(tmp_path / f"trial-{n}", [(n + 1) / 10, 0.6, 0.9])
+    mine = _trial(tmp_path / "mine", own, None)
+    _trial(tmp_path / "pruned", [0.99], pruned=True)
+    _trial(tmp_path / "failed", [0.99], "failed")
+    _trial(tmp_path / "running", [0.99], None)
+    why = MedianStop("eval_loss", lower).judge(mine, float(len(own)))
+    assert (why is not None) == pruned and (why is None or "the median of 5 finished trials was" in why)
+    shutil.rmtree(tmp_path / "trial-2")
+    assert MedianStop("eval_loss", lower).judge(mine, float(len(own))) is None, "four are too few to compare with"
+
+
+def test_a_pruned_training_ends_at_the_same_step_however_often_it_is_stopped(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    def trial(**options: Any) -> Any:
+        trainer = build({}, *EARLY, train=False)
+        (trainer.attempt.run.path / PRUNING).write_text('{"metric": "eval_loss", "lower": true}')
+        return trainer
+
+    for n in range(5):
+        _trial(tmp_path / f"other {n}", [100.0, 100.0, -1.0])  # epochs 1, 2 and 3
+    whole = trial()
+    whole.train()
+    whole.attempt.saver.finish()
+    end, why = whole.state.global_step, whole.attempt.ended_early
+    assert 0 < end < 30 and whole.attempt.median_stop.reason == why and "the median of 5 finished trials was -1" in why
+    assert [line["epoch"] for line in lines(whole) if "eval_loss" in line][-1] >= 3
+    for step in (2, end - 1, end):
+        again = trial()
+        shutil.copytree(whole.attempt.run.checkpoints / f"step-{step}", again.attempt.run.checkpoints / f"step-{step}")
+        shutil.copy(whole.attempt.run.metrics_file, again.attempt.run.metrics_file)
+        checkpoint = again.attempt.run.checkpoints / f"step-{step}"
+        if step == end:
+            again.restore(checkpoint)
+        else:
+            again.train(resume_from_checkpoint=str(checkpoint))
+            again.attempt.saver.finish()
+        assert (again.state.global_step, again.attempt.ended_early) == (end, why)
+        assert bool((weights(again) == weights(whole)).all())
 
 
 def test_a_patience_that_ends_nothing_is_refused_before_the_queue(build: Callable[..., Any]) -> None:

@@ -10,7 +10,8 @@ A run that was killed, stopped or requeued keeps its trial: it resumes from its 
 run failed by its settings is reported as failed; `afina sweep` then adds another in its place.
 
 Seeded: the sampler (TPE) draws from the search's seed, the trial's number and how often it was asked for. With one trial at
-a time a search is repeatable; with several it depends on which ends first. Not covered: pruning, several objectives.
+a time a search is repeatable; with several it depends on which ends first. A trial that was pruned
+(`afina.worker.survival.early_stop`) counts with the value that it had. Not covered: several objectives.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 from afina.errors import InputError
 from afina.recipe.parse import parse_recipe
 from afina.run.allocation import Allocation
-from afina.run.directory import RunDir, is_run_dir
+from afina.run.directory import PRUNING, RunDir, is_run_dir
 from afina.run.new_run import claim
 from afina.run.plan import geometry_for
 from afina.sweeps.space import ChoiceList, Space, value_text
@@ -168,7 +169,7 @@ def _claim(sweep: SweepDir, record: SweepRecord, search: SearchRecord, run: RunD
     recipe = recipe.model_copy(update={"resources": base.recipe.resources})
     geometry = geometry_for(recipe, base.geometry.processes_per_node, nodes=base.geometry.nodes)
     plan = base.model_copy(update={"recipe": recipe, "geometry": geometry})
-    scripts = {name: sweep.path / name for name in SCRIPTS}
+    scripts = {name: sweep.path / name for name in (*SCRIPTS, *([PRUNING] if search.prune else []))}
     about = record_of(search.run_record, plan, overrides)
     claim(plan, search.prepared, search.worker_argv, search.recipe_text, run.path, scripts=scripts, record=about)
     allocation = Allocation.from_env()

@@ -36,7 +36,7 @@ from afina.worker.data.labels.loss_weights import label_weights
 from afina.worker.data.prepared import Split
 from afina.worker.data.splits.folds import open_splits
 from afina.worker.model.model_files import verify_model
-from afina.worker.survival.early_stop import EarlyStop
+from afina.worker.survival.early_stop import EarlyStop, MedianStop
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
 from afina.worker.survival.stop import StepTimes, StopRequest, stop_lead_s
@@ -208,6 +208,18 @@ class Attempt:
         metric = metric_name(early.metric) if early.metric else self.data.best_metric
         lower = lower_is_better(metric, self.data.metric_texts)
         return EarlyStop(metric, lower, early.patience, early.min_delta)
+
+    @cached_property
+    def median_stop(self) -> MedianStop | None:
+        """The rule that prunes a trial, where the search has it."""
+        return MedianStop.of(self.run)
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why the training has ended before its last step; None: it has not."""
+        if self.early_stop is not None and self.early_stop.stopped:
+            return self.early_stop.reason
+        return self.median_stop.reason if self.median_stop is not None else None
 
     @cached_property
     def watchdog(self) -> Watchdog:

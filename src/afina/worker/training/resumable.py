@@ -93,11 +93,12 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         attempt = self.attempt
         memory: dict[Any, torch.Tensor] = {}
         scaler = getattr(self.accelerator, "scaler", None)
-        log, early = attempt.run.metrics_file, attempt.early_stop
+        log, early, median = attempt.run.metrics_file, attempt.early_stop, attempt.median_stop
         progress = {
             "utilisation": attempt.meter.state(),
             "evaluation_due": evaluation_due,
             **({"early_stopping": early.state()} if early is not None else {}),
+            **({"pruned": median.reason} if median is not None else {}),
             "metrics_bytes": log.stat().st_size if log.exists() else 0,
         }
         state = dataclasses.asdict(self.state) | {"log_history": [], "stateful_callbacks": {}}
@@ -165,6 +166,8 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         attempt.meter.restore(progress["utilisation"])
         if attempt.early_stop is not None:
             attempt.early_stop.restore(progress["early_stopping"])
+        if attempt.median_stop is not None:
+            attempt.median_stop.reason = progress["pruned"]
         of_ranks, count = read_ranks(folder), attempt.geometry.num_processes
         same = len(of_ranks) == count
         loss = of_ranks[attempt.rank]["loss"] if same else sum(r["loss"] for r in of_ranks) / len(of_ranks)
@@ -185,7 +188,7 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         ranks.barrier()
         if progress["evaluation_due"]:
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-            if attempt.early_stop is not None and attempt.early_stop.stopped:
+            if attempt.ended_early is not None:
                 raise StoppedEarly
 
     def restore(self, folder: Path) -> None:

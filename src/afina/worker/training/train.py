@@ -234,7 +234,8 @@ def _step_of(resume: Path | None) -> int:
 def _stopped_early(resume: Path) -> bool:
     from afina.worker.survival.snapshot import read_progress
 
-    return bool(read_progress(resume).get("early_stopping", {}).get("stopped"))
+    progress = read_progress(resume)
+    return bool(progress.get("early_stopping", {}).get("stopped") or progress.get("pruned"))
 
 
 def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
@@ -290,7 +291,7 @@ def _seconds(run: RunDir, attempt: str) -> float:
 def _record(trainer: RunTrainer, results: Results) -> None:
     """Write the outcome, and print how the attempt ended."""
     attempt, state, meter = trainer.attempt, trainer.state, trainer.attempt.meter
-    run, cause, step, early = attempt.run, attempt.stop.agreed, trainer.state.global_step, attempt.early_stop
+    run, cause, step = attempt.run, attempt.stop.agreed, trainer.state.global_step
     spoiled = (line for lines in data_warnings(run.prepared()).values() for line in lines)
     warnings = list(dict.fromkeys([*results.warnings, *spoiled]))
     outcome = Outcome(
@@ -306,7 +307,8 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         seconds=_seconds(run, attempt.name),
         attempts=len(run.attempt_names()),
         max_steps=state.max_steps,
-        early_stop=early.reason if early is not None and early.stopped else None,
+        early_stop=attempt.ended_early,
+        pruned=attempt.median_stop is not None and attempt.median_stop.reason is not None,
         task=attempt.data.task,
         labels=attempt.data.labels,
         baselines=results.baselines,

@@ -246,7 +246,7 @@ class RunTrainer(ResumableTrainer):
         return logits
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        self._count_patience(metrics)
+        self._end_early(metrics)
         name = f"eval_{self.attempt.data.best_metric}"
         if metrics.get(name) is None:
             why = metrics.get("eval_undefined", {}).get(self.attempt.data.best_metric, "it has no value")
@@ -261,12 +261,19 @@ class RunTrainer(ResumableTrainer):
             self.control.should_save = True  # the step of an evaluation need not be one that is saved anyway
         return better
 
-    def _count_patience(self, metrics: dict[str, Any]) -> None:
-        """End the training where the recipe's early stopping says so; the checkpoint of this step records it."""
-        early, step = self.attempt.early_stop, self.state.global_step
-        if early is None or not early.count(metrics.get(f"eval_{early.metric}")) or step >= self.state.max_steps:
+    def _end_early(self, metrics: dict[str, Any]) -> None:
+        """End the training where early stopping or the search's pruning says so; the checkpoint of this step records it."""
+        attempt, step = self.attempt, self.state.global_step
+        early, median, before_the_end = attempt.early_stop, attempt.median_stop, step < self.state.max_steps
+        if early is not None and early.count(metrics.get(f"eval_{early.metric}")):
+            early.stopped = before_the_end
+        if median is not None and before_the_end:
+            median.reason = ranks.from_rank_zero(
+                median.judge(attempt.run, self.state.epoch) if attempt.rank == 0 else None
+            )
+        if attempt.ended_early is None:
             return
-        early.stopped = self.control.should_training_stop = self.control.should_save = True
-        if self.attempt.rank == 0:
-            self.attempt.event("stopped_early", step=step, max_steps=self.state.max_steps, why=early.reason)
-            say(f"stopped early at step {step} of {self.state.max_steps}: {early.reason}")
+        self.control.should_training_stop = self.control.should_save = True
+        if attempt.rank == 0:
+            attempt.event("stopped_early", step=step, max_steps=self.state.max_steps, why=attempt.ended_early)
+            say(f"stopped early at step {step} of {self.state.max_steps}: {attempt.ended_early}")
