@@ -241,24 +241,14 @@ def _parts(truth: Array) -> Iterator[Array]:
 
 def _with_temperature(task: str, logits: Array, truth: Array) -> DecisionRule:
     import numpy as np
+    from scipy.optimize import minimize_scalar
 
     if len(truth) < _LEAST_ROWS:
         return DecisionRule(notes=(f"no temperature: there are {len(truth)} rows, {_LEAST_ROWS} are needed",))
-    low, high = (float(np.log(value)) for value in _RANGE)
-    # Golden section: the loss is convex in 1 / T, so it has one minimum in log T.
-    golden = (5**0.5 - 1) / 2
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = (_smoothed_loss(task, logits, truth, float(np.exp(at))) for at in (left, right))
-    while high - low > _EXACT:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - golden * (high - low)
-            at_left = _smoothed_loss(task, logits, truth, float(np.exp(left)))
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + golden * (high - low)
-            at_right = _smoothed_loss(task, logits, truth, float(np.exp(right)))
-    found = float(f"{np.exp((low + high) / 2):.4g}")
+    bounds = tuple(np.log(_RANGE))  # the loss is convex in 1 / T, so it has one minimum in log T
+    loss = lambda at: _smoothed_loss(task, logits, truth, float(np.exp(at)))  # noqa: E731
+    least = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _EXACT})
+    found = float(f"{np.exp(least.x):.4g}")
     ends = " or ".join(f"{end:g}" for end in _RANGE)
     notes = (f"the temperature is at the end of its range ({ends})",) if not 1.01 < found / _RANGE[0] < 396 else ()
     return DecisionRule(found, notes=notes)
