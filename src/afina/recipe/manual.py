@@ -19,6 +19,7 @@ _PLACES = {
     "### Fold": ("data.fold.",),
     "### Part": ("data.train.", "data.eval.", "data.test."),
     "## Tokens": ("tokens.",),
+    "### Windows": ("tokens.windows.",),
     "## Train": ("train.",),
     "### Early stopping": ("train.early_stopping.",),
     "## Adapter": ("adapter.",),
@@ -60,6 +61,7 @@ def _is_section(key: str) -> bool:
     return key in (
         "data",
         "tokens",
+        "tokens.windows",
         "train",
         "adapter",
         "decisions",

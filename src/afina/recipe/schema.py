@@ -127,6 +127,8 @@ class Recipe(_Explained):
         if self.tokens.truncation != "head" and len(self.data.text) == 2:
             remedy = "leave it out: of a pair the longer text is cut at its end"
             yield KeyedError("is of single texts, and `data.text` names two", "tokens", "truncation", remedy=remedy)
+        if self.tokens.windows is not None:
+            yield from self._problems_of_windows()
         if misfitting := misfit(self.train.loss_keys, self.task):
             key, problem, remedy = misfitting
             yield KeyedError(problem, "train", key, remedy=remedy)
@@ -148,6 +150,16 @@ class Recipe(_Explained):
                 remedy="read that code, then pin it: `revision:` with a full commit of 40 hex digits, not a branch or a "
                 "tag; write a model folder beside the recipe as `./folder`",
             )
+
+    def _problems_of_windows(self) -> Iterator[KeyedError]:
+        if len(self.data.text) == 2:
+            remedy = "leave it out, or join the two texts in the data"
+            yield KeyedError("are of single texts, and `data.text` names two", "tokens", "windows", remedy=remedy)
+        for key, on in {"compile": self.train.compile, "cuda_graphs": self.train.cuda_graphs}.items():
+            if on:
+                yield KeyedError(
+                    "does not know the windows of texts", "train", key, remedy="leave it out, or `tokens.windows`"
+                )
 
     def _problems_of_metrics(self) -> Iterator[KeyedError]:
         best, own = self.train.best_metric, {}

@@ -98,7 +98,7 @@ def beside_simple(facts: RunFacts) -> str:
     for model in [model for models in baselines.values() for model in models[1:]][:1]:
         sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"
         html += note(
-            f"{model['name']}: single tokens and pairs of them as the tokenizer gives them, cut at {facts.plan.recipe.tokens.max_length}; "
+            f"{model['name']}: single tokens and pairs of them as the tokenizer gives them, texts cut {facts.plan.recipe.tokens.cut}; "
             f"scikit-learn's defaults, not tuned; trained on train{sample}. Difference: this model minus the simple one."
         )
     return html

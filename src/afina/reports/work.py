@@ -21,7 +21,7 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
     html = "".join(note(reason) for reason in dict.fromkeys(v for v in facts.lengths.values() if isinstance(v, str)))
     if not known:
         return html, []
-    limit = facts.plan.recipe.tokens.max_length
+    limit, windows = facts.plan.recipe.tokens.max_length, facts.plan.recipe.tokens.windows
     rows = [
         [
             split,
@@ -30,8 +30,7 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
             f"{v.mean:.1f}",
             v.longest,
             f"{v.cut} ({v.cut / v.rows:.1%})",
-            f"{v.mean / limit:.1%}",
-            f"{v.longest_share:.1%}",
+            *(["–", "–"] if windows else [f"{v.mean / limit:.1%}", f"{v.longest_share:.1%}"]),
         ]
         for split, v in known.items()
     ]
@@ -42,6 +41,11 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
         f"“real” is the share of tokens that are not padding, if texts are padded to {limit} tokens (padded) or to the longest text of a "
         f"random batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding. Longer texts were cut {facts.plan.recipe.tokens.cut}."
     )
+    if windows:
+        html += note(
+            f"A text of more than {limit} tokens is read as windows that share {windows.stride}, which are counted twice here; its logits "
+            f"are the {windows.pool} of theirs."
+        )
     split = "train" if "train" in known else next(iter(known))
     v = known[split]
     chart = Chart(

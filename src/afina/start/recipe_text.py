@@ -4,6 +4,7 @@ The rules are common practice, not laws:
 
     max_length   the least multiple of 16 that holds 99 % of the texts whole, within the model's positions
     truncation   head+tail where 5 % of the texts are longer, else head
+    windows      in its place where 25 % are longer: as many as 99 % of the texts need, 8 at most
     metrics      macro F1 first where the largest class has three times the rows of the smallest
     epochs       5 below 1,000 rows, 3 below 50,000, 2 below 500,000, else 1
     batch_size   8 below 500 rows, 16 below 20,000, else 32
@@ -32,8 +33,9 @@ _TOKENS_PER_WORD = 1.25
 _SPECIAL_TOKENS = 2
 _UNEVEN = 3.0
 _RARE = 10
-#: The share of texts longer than `max_length` above which both their ends are kept.
-_MANY_CUT = 0.05
+#: The shares of texts longer than `max_length` above which both their ends are kept, and above which they are read as windows.
+_MANY_LONG, _MOST_LONG = 0.05, 0.25
+_STRIDE, _MOST_WINDOWS = 128, 8
 #: Floating-point operations per second for a first guess of the time; `afina rehearse` measures.
 _CPU_RATE, _GPU_RATE = 25e9, 15e12
 _START_MIN = 10
@@ -111,6 +113,7 @@ def recipe_text(p: Proposal) -> str:
     """The recipe; doubts about the data are comments."""
     tokens = p.tokens
     length = min(max(16, math.ceil(quantile(tokens, 0.99) / 16) * 16), p.model.positions)
+    windows, cut, about_long = _long_texts(p, tokens, length)
     known = f"{p.model.parameters / 1e6:.0f} million parameters, {p.model.positions} positions" if p.model.known else ""
     lines = [
         "# Proposed by `afina init` from the data; change what you know better. Keys: afina recipe keys",
@@ -118,10 +121,10 @@ def recipe_text(p: Proposal) -> str:
         *_comments([known] if known else []),
         f"model: {_yaml(p.model.id)}",
         *_data(p),
-        *_comments(_about_length(p, tokens, length)),
-        f"tokens: {{max_length: {length}{', truncation: head+tail' if _cuts_many(p, tokens, length) else ''}}}",
-        *_train(p),
-        *_resources(p, tokens, length),
+        *_comments([*_about_length(p, tokens, length, windows), *about_long]),
+        f"tokens: {{max_length: {length}{cut}}}",
+        *_train(p, windows),
+        *_resources(p, tokens, length * windows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -233,31 +236,41 @@ def _split(split: str, source: str) -> str:
     return "{}" if source == split else f"{{split: {_yaml(source)}}}"
 
 
-def _cuts_many(p: Proposal, tokens: Sequence[int], length: int) -> bool:
-    """Whether so many texts are longer that their ends should be kept too; pairs are cut otherwise."""
-    return len(p.text) != 2 and sum(n > length for n in tokens) > _MANY_CUT * len(tokens)
+def _long_texts(p: Proposal, tokens: Sequence[int], length: int) -> tuple[int, str, list[str]]:
+    """Windows of a text at most, the keys that say how longer texts are read, and why. Of pairs the longer text is cut."""
+    longer = 0.0 if len(p.text) == 2 else sum(n > length for n in tokens) / max(1, len(tokens))
+    if longer > _MOST_LONG and length >= 2 * _STRIDE:
+        more = (quantile(tokens, 0.99) - length) / (length - _SPECIAL_TOKENS - _STRIDE)
+        windows = min(1 + math.ceil(more), _MOST_WINDOWS)
+        why = "windows read all of such a text, at the cost of all its tokens; `truncation: head+tail` in their place keeps its two ends"
+        return windows, f", windows: {{stride: {_STRIDE}, max_windows: {windows}}}", [why]
+    if longer > _MANY_LONG:
+        why = (
+            "head+tail keeps a quarter of the tokens from the beginning of such a text and the rest from its end; `windows: {}` "
+            "in its place reads all of it, at the cost of all its tokens"
+        )
+        return 1, ", truncation: head+tail", [why]
+    return 1, "", []
 
 
-def _about_length(p: Proposal, tokens: Sequence[int], length: int) -> list[str]:
+def _about_length(p: Proposal, tokens: Sequence[int], length: int, windows: int) -> list[str]:
     measured = p.model.tokens_per_word is not None
     how = "by the model's tokenizer" if measured else f"estimated, {_TOKENS_PER_WORD} per word or punctuation mark"
     half, most, longest = quantile(tokens, 0.5), quantile(tokens, 0.99), tokens[-1] if tokens else 0
     about = [f"tokens per text ({how}): half have up to {half}, 99 % up to {most}, the longest {longest}"]
-    cut = sum(n > length for n in tokens) / max(1, len(tokens))
-    if cut:
+    longer = sum(n > length for n in tokens) / max(1, len(tokens))
+    if windows > 1:
+        about.append(f"{longer:.1%} of the texts are longer than a window of {length}")
+    elif longer:
         limit = f", and the model has {p.model.positions} positions" if length == p.model.positions else ""
         about.append(
-            f"{cut:.1%} of the texts will be cut at {length}{limit}; padding is not computed, so a larger number costs "
+            f"{longer:.1%} of the texts will be cut at {length}{limit}; padding is not computed, so a larger number costs "
             "nothing for the others"
-        )
-    if _cuts_many(p, tokens, length):
-        about.append(
-            "head+tail keeps a quarter of the tokens from the beginning of such a text and the rest from its end"
         )
     return about
 
 
-def _train(p: Proposal) -> list[str]:
+def _train(p: Proposal, windows: int) -> list[str]:
     per_epoch = math.ceil(p.train_rows / p.batch_size)
     rate = 3e-5 if p.model.parameters > 60e6 else 5e-5
     metrics, why = _metrics(p)
@@ -268,6 +281,7 @@ def _train(p: Proposal) -> list[str]:
         *_comments([about]),
         "train:",
         f"  batch_size: {p.batch_size}            # global: examples per optimizer step, on one GPU or on eight",
+        *([f"  max_batch_per_device: {max(1, p.batch_size // windows)}  # texts at once"] if windows > 1 else []),
         f"  epochs: {p.epochs}",
         f"  learning_rate: {rate:.1e}".replace("e-0", "e-"),
         *(save if per_epoch > 500 else []),

@@ -27,7 +27,16 @@ __all__ = ["ChoiceList", "Range", "Space", "corners", "parse_search", "space_of"
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*\.\.\s*({_NUMBER})\s*(?::\s*(\w+)\s*)?")
 #: Sections and keys of a recipe that decide what is prepared.
-_PREPARED = ("data", "model", "revision", "task", "trust_remote_code", "tokens.max_length", "tokens.truncation")
+_PREPARED = (
+    "data",
+    "model",
+    "revision",
+    "task",
+    "trust_remote_code",
+    "tokens.max_length",
+    "tokens.truncation",
+    "tokens.windows",
+)
 _EXAMPLE = "for example train.learning_rate=1e-6..1e-4:log, train.epochs=1..5 or tokens.batching=packed,grouped"
 
 

@@ -16,9 +16,11 @@ from tests.unit.conftest import Ran, tree
 
 import afina
 from afina.errors import EnvironmentProblem, InputError
+from afina.recipe.keys.train_keys import Tokens
 from afina.run.directory import RunDir
 from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.worker.inference import model_folder as worker
+from afina.worker.inference.classifier import Classifier
 from afina.worker.inference.model_card import facts_of, model_card
 from afina.worker.inference.onnx_export import export_onnx
 
@@ -140,6 +142,33 @@ def test_fitted_decisions_are_given_away_with_the_model(place: Path, tmp_path: P
     assert fitted.max() < plain.max() and np.array_equal(fitted, afina.load(run).predict_proba(texts))
 
 
+def test_a_folder_reads_windows_as_its_run(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    plan = json.loads((run / "plan.json").read_text())
+    plan["recipe"]["tokens"]["windows"] = {"stride": 8, "pool": "max", "max_windows": 3}
+    (run / "plan.json").write_text(json.dumps(plan))
+    worker.export(str(run), str(tmp_path / "out"), onnx=False)
+    card = (tmp_path / "out/README.md").read_text()
+    assert (
+        "max_length=40, stride=8, return_overflowing_tokens=True)`, at most 3." in card
+        and "the largest of each label" in card
+    )
+    texts = [f"great {'fine ' * 20 * n} bad" for n in range(6)]
+    model, exported = afina.load(run), afina.load(tmp_path / "out")
+    assert np.array_equal(exported.predict_proba(texts), model.predict_proba(texts))
+    # As the card says, by hand.
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text, logits in zip(texts, exported.logits(texts), strict=True):
+        named = {"truncation": True, "max_length": 40, "stride": 8, "return_overflowing_tokens": True}
+        windows = tokenizer(text, padding=True, return_tensors="pt", **named)
+        each = plain(windows["input_ids"][:3], attention_mask=windows["attention_mask"][:3]).logits
+        assert np.abs(each.amax(0).detach().numpy() - logits).max() < 1e-5
+
+
 def test_the_card_is_what_the_hub_reads_and_what_the_run_says(place: Path) -> None:
     from huggingface_hub import ModelCard
     from sklearn.metrics import f1_score
@@ -232,6 +261,12 @@ def test_onnx_is_the_same_model_or_is_not_published(
     inputs = model.tokenizer(texts, padding=True, return_tensors="np")
     logits = session.run(["logits"], {i.name: inputs[i.name] for i in session.get_inputs()})[0]
     assert np.abs(logits - model.logits(texts)).max() < 1e-4
+    # Windows, as the card of such a run says: the model gives logits for each.
+    model = Classifier(tmp_path / "out", tokens=Tokens.model_validate({"max_length": 40, "windows": {"stride": 8}}))
+    named = {"truncation": True, "max_length": 40, "stride": 8, "return_overflowing_tokens": True}
+    inputs = model.tokenizer(long := "good fine " * 50, padding=True, return_tensors="np", **named)
+    logits = session.run(["logits"], {i.name: inputs[i.name] for i in session.get_inputs()})[0]
+    assert len(logits) > 2 and np.abs(logits.mean(0) - model.logits([long])[0]).max() < 1e-5
     assert "onnx/model.onnx" in (tmp_path / "out/README.md").read_text()
     # Other weights than those that are compared with.
     from afina.errors import TrainingError

@@ -317,10 +317,11 @@ def test_problems_of_all_splits_are_shown(init: Init, tmp_path: Path, model: Pat
     assert "eval.tsv, row 1: spans lines, because of a quote" in " ".join(answer["warnings"])
 
 
-def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [450, 1500])
+def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_path: Path, words: int) -> None:
     rng = random.Random(1)
     rows = [
-        {"text": f"{n} " + " ".join(["word"] * rng.randint(100, 1500)), "label": "rare" if n % 10 == 0 else "usual"}
+        {"text": f"{n} " + " ".join(["word"] * rng.randint(100, words)), "label": "rare" if n % 10 == 0 else "usual"}
         for n in range(300)
     ]
     data = tmp_path / "d"
@@ -331,8 +332,15 @@ def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_pa
     recipe: Recipe = answer["recipe"]
     assert recipe.metrics is not None and (recipe.metrics[0], recipe.train.best_metric) == ("f1", "f1")
     assert "9.0 times the rows of the smallest" in answer["text"]
-    assert recipe.tokens.max_length == 512 and "of the texts will be cut at 512" in answer["text"]
-    assert recipe.tokens.truncation == "head+tail"
+    assert recipe.tokens.max_length == 512
+    if words == 450:
+        assert recipe.tokens.truncation == "head+tail" and "of the texts will be cut at 512" in answer["text"]
+    else:  # up to 1,880 tokens, 382 more with each window
+        assert recipe.tokens.windows is not None and (
+            recipe.tokens.windows.max_windows,
+            recipe.train.max_batch_per_device,
+        ) == (5, 1)
+        assert "of the texts are longer than a window of 512" in answer["text"]
     assert any("20 texts of the other splits are in train too" in w for w in answer["warnings"])
     assert recipe.model == "google-bert/bert-base-cased" and recipe.train.epochs == 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -57,8 +58,9 @@ def build(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         AcceleratorState._reset_state(reset_partial_state=True)
         words = [f"train.arguments={json.dumps(arguments)}", *overrides]
         plan = plan_for(project / "recipe.yaml", JobRequest(overrides=words, num_processes=1, gpus_per_node=0))
-        # What is prepared depends on the model and the data alone.
-        file = project / f"prepared-{Path(plan.recipe.model).name}-{plan.recipe.data.weight}.json"
+        # What is prepared depends on the model, the data and the tokens alone.
+        tokens = hashlib.sha256(plan.recipe.tokens.model_dump_json(exclude={"batching"}).encode()).hexdigest()[:8]
+        file = project / f"prepared-{Path(plan.recipe.model).name}-{plan.recipe.data.weight}-{tokens}.json"
         if not file.exists():
             file.write_text(json.dumps(prepare(plan)))
         prepared = json.loads(file.read_text())

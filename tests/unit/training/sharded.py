@@ -40,11 +40,10 @@ def trained(project: Path, place: Path, overrides: list[str], sharding: str) -> 
     run = None
     if ranks.rank() == 0:
         plan = plan_for(project / "recipe.yaml", JobRequest(overrides=words, num_processes=2, gpus_per_node=0))
-        if plan.recipe.model not in _prepared:  # what is prepared depends on the model and the data alone
-            _prepared[plan.recipe.model] = prepare(plan)
-        run = claim(
-            plan, _prepared[plan.recipe.model], ["true"], "", place / f"{len(list(place.iterdir()))} {sharding}"
-        )
+        key = f"{plan.recipe.model} {plan.recipe.tokens.windows}"  # what else it depends on is the same
+        if key not in _prepared:
+            _prepared[key] = prepare(plan)
+        run = claim(plan, _prepared[key], ["true"], "", place / f"{len(list(place.iterdir()))} {sharding}")
         run.begin_attempt("local-1")
     run = ranks.from_rank_zero(run)
     lease = Lease(run, "local-1")

@@ -106,6 +106,7 @@ CASES = [
     ["train.arguments={optim: sgd, optim_args: momentum=0.9, max_grad_norm: 0}"],
     ["train.freeze=embeddings", "train.layer_decay=0.9", "train.arguments={optim: rmsprop}"],
     ["train.arguments={optim: adagrad}"],
+    ["tokens={max_length: 16, windows: {stride: 8}}", "train.max_batch_per_device=2"],
 ]
 
 

@@ -15,7 +15,7 @@ from afina.redact import looks_secret
 from afina.schedule import DEFAULT_EPOCHS, Schedule
 from afina.text import plural
 
-__all__ = ["AS_RECORDED", "EarlyStopping", "Tokens", "Train"]
+__all__ = ["AS_RECORDED", "EarlyStopping", "Tokens", "Train", "Windows"]
 
 #: Validation context of a recipe in a run's plan: what later versions refuse to train anew is still read.
 AS_RECORDED = {"recorded": True}
@@ -38,18 +38,38 @@ PartOrLayers = Annotated[Literal["embeddings", "body"] | int, BeforeValidator(_p
 LabelWeights = Annotated[Literal["balanced"] | dict[str, float], BeforeValidator(parse_label_weights)]
 
 
+class Windows(Section):
+    """A text as windows of `max_length` tokens, each with `stride` tokens of the one before; `pool` makes one row of logits of theirs.
+
+    Not the first window's logits alone: that is `tokens.truncation: head`.
+    """
+
+    stride: Annotated[int, Field(ge=0, le=65536)] = 128
+    pool: Literal["mean", "max"] = "mean"
+    max_windows: Annotated[int, Field(ge=1, le=4096)] = 8
+
+
 class Tokens(Section):
     """How texts become tokens. Lengths in tokens, special tokens included."""
 
-    added_later = ("truncation",)
+    added_later = ("truncation", "windows")
 
     max_length: Annotated[int, Field(ge=2, le=131072)] = 512
     truncation: Literal["head", "head+tail"] = "head"
+    windows: Windows | None = None
     batching: Literal["auto", "packed", "grouped", "longest", "padded"] = "auto"
 
     def problems(self) -> Iterator[KeyedError]:
         if self.truncation != "head" and self.max_length < 8:
             yield KeyedError("leaves no room for both ends of a text", "max_length", remedy="set it to 8 or more")
+        if self.windows is None:
+            return
+        if self.truncation != "head":
+            remedy = "leave `tokens.truncation` out: windows read all of a text"
+            yield KeyedError("has no meaning beside `tokens.windows`", "truncation", remedy=remedy)
+        if self.max_length < 16 or self.windows.stride > self.max_length // 2:
+            problem = f"{self.windows.stride} of {self.max_length} tokens: windows share at most half, of 16 or more"
+            yield KeyedError(problem, "windows", "stride", remedy="lower it, or raise `tokens.max_length`")
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -69,6 +89,9 @@ class Tokens(Section):
     @property
     def cut(self) -> str:
         """What is left of a text that is too long, in words."""
+        if self.windows is not None:
+            w, what = self.windows, f"{self.windows.max_windows} windows of {self.max_length} tokens"
+            return f"after {what} ({w.stride} shared, {w.pool} of the logits)"
         head, tail = self.head_and_tail
         return f"to their first {head} and last {tail} tokens" if tail else f"after {head} tokens"
 

@@ -65,7 +65,7 @@ def check_model_on_rows(plan: Plan, result: Mapping[str, Any], say: Callable[[st
     """
     folder = Path(result["prepared"])
     manifest = load_manifest(folder)
-    split = open_split(folder, "train")
+    split = open_split(folder, "train").sequences  # windows are pooled after the model
     special = _special_tokens(folder)
     about = [
         digest_of(result["model_files"]),

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from afina.run.plan import Geometry
-from afina.worker.compute.packing import pack
+from afina.worker.compute.packing import Group, group_windows, pack, pool
 from afina.worker.data.prepared import Split
 
 __all__ = [
@@ -39,6 +39,8 @@ __all__ = [
     "costs",
     "balance",
     "epoch_steps",
+    "pool_windows",
+    "row_numbers",
 ]
 
 Batching = Literal["auto", "packed", "grouped", "longest", "padded"]
@@ -121,9 +123,13 @@ class StepBatches(Sampler[list[int]]):
         seed: int,
         batching: Batching,
         hidden_size: int = 768,
+        each: np.ndarray[Any, Any] | None = None,
     ) -> None:
+        """Args:
+        each: the cost of each row, (N,), where it is not one sequence.
+        """
         self.lengths, self.geometry, self.rank, self.seed, self.batching = lengths, geometry, rank, seed, batching
-        self.costs = costs(lengths, hidden_size)
+        self.costs = costs(lengths, hidden_size) if each is None else each
         self.epoch = 0
 
     @property
@@ -174,19 +180,22 @@ class EvalBatches(Sampler[list[int]]):
         rank: int,
         num_processes: int,
         max_tokens: int | None = None,
+        sequences: np.ndarray[Any, Any] | None = None,
     ) -> None:
         """Args:
-        max_tokens: fill batches up to this many tokens, at least one row each, instead of `batch_size` rows.
+        max_tokens: fill batches up to this many tokens, at least one row each, instead of `batch_size` sequences.
+        sequences: windows of each row, (N,); None: 1 each.
         """
         order = np.argsort(-lengths, kind="stable")
-        if max_tokens is None:
+        sizes, most = (lengths, max_tokens) if max_tokens is not None else (sequences, batch_size)
+        if sizes is None:
             starts = list(range(0, len(order), batch_size))
         else:
-            ends, starts, start = np.cumsum(lengths[order]), [], 0
+            ends, starts, start = np.cumsum(sizes[order]), [], 0
             while start < len(order):
                 starts.append(start)
                 before = int(ends[start - 1]) if start else 0
-                start = max(start + 1, int(np.searchsorted(ends, before + max_tokens, side="right")))
+                start = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
         batches = [order[i:j].tolist() for i, j in zip(starts, [*starts[1:], len(order)], strict=True)]
         self.batches = batches[rank::num_processes]
         self.most = -(-len(batches) // num_processes)
@@ -217,7 +226,7 @@ class Rows(Dataset[list[int]]):
 @dataclass(frozen=True)
 class Collator:
     """Collates rows to padded tensors: `input_ids`, `attention_mask` (and `token_type_ids`) int64 (B, L), `labels`
-    `Targets`.
+    `Targets`; and where rows have windows, each a sequence, `windows` (`packing.group_windows`).
 
     Attributes:
         pad_to: L, or None for the longest of the batch.
@@ -230,12 +239,12 @@ class Collator:
     side: Literal["left", "right"] = "right"
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
-        real = [row if row >= 0 else ~row for row in rows]
-        bounds = [(int(self.split.offsets[row]), int(self.split.offsets[row + 1])) for row in real]
-        width = self.pad_to or max(end - start for start, end in bounds)
-        ids = np.full((len(rows), width), self.pad_token_id, np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        types = np.zeros((len(rows), width), np.int64) if self.split.types is not None else None
+        starts, ends, counts = self.split.spans(row_numbers(rows))
+        bounds = list(zip(starts.tolist(), ends.tolist(), strict=True))
+        width = self.pad_to or int((ends - starts).max())
+        ids = np.full((len(bounds), width), self.pad_token_id, np.int64)
+        mask = np.zeros((len(bounds), width), np.int64)
+        types = np.zeros((len(bounds), width), np.int64) if self.split.types is not None else None
         for i, (start, end) in enumerate(bounds):
             place = slice(0, end - start) if self.side == "right" else slice(width - (end - start), width)
             ids[i, place] = self.split.tokens[start:end]
@@ -248,6 +257,7 @@ class Collator:
             batch["token_type_ids"] = types
         return {
             **{name: torch.from_numpy(array) for name, array in batch.items()},
+            **({"windows": group_windows(counts)} if self.split.windows is not None else {}),
             "labels": _targets(self.split, rows),
         }
 
@@ -255,7 +265,7 @@ class Collator:
 @dataclass(frozen=True)
 class PackedCollator:
     """Collates rows, longest first, to a packed batch: `input_ids`, `position_ids` (and `token_type_ids`) int64 (1, T), `labels` as
-    in `Collator`, and `packing`.
+    and `windows` as in `Collator`, and `packing`.
 
     Attributes:
         heads, device: attention heads and kind of device, for the packing's groups.
@@ -269,9 +279,13 @@ class PackedCollator:
     device: str = "cpu"
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
-        real = [row if row >= 0 else ~row for row in rows]
-        bounds = [(int(self.split.offsets[row]), int(self.split.offsets[row + 1])) for row in real]
-        lengths = [end - start for start, end in bounds]
+        starts, ends, counts = self.split.spans(row_numbers(rows))
+        extra = {}
+        if self.split.windows is not None:
+            order = np.argsort(starts - ends, kind="stable")
+            starts, ends, extra = starts[order], ends[order], {"windows": group_windows(counts, order)}
+        bounds = list(zip(starts.tolist(), ends.tolist(), strict=True))
+        lengths = (ends - starts).tolist()
         ids = np.concatenate([self.split.tokens[start:end] for start, end in bounds]).astype(np.int64)
         counted = ids != self.pad_token_id if self.offset else np.ones(len(ids), bool)
         positions = np.cumsum(counted)
@@ -283,11 +297,37 @@ class PackedCollator:
             batch["token_type_ids"] = np.concatenate([self.split.types[a:b] for a, b in bounds]).astype(np.int64)[None]
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         packing = pack(lengths, self.heads, self.device)
-        return {**tensors, "labels": _targets(self.split, rows), "packing": packing}
+        return {**tensors, **extra, "labels": _targets(self.split, rows), "packing": packing}
+
+
+def pool_windows(model: Any, how: str) -> None:
+    """Let `model` accept `windows=`, as the collators make it, and then return logits of rows, (B, K), not of their windows.
+
+    Training, evaluation and prediction all call the model, so none of them knows of windows. Batches without are as before.
+    """
+    current: list[Group | None] = [None]
+
+    def remember(_: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        current[0] = named.pop("windows", None)
+        return arguments, named
+
+    def pooled(_: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        if current[0] is not None:
+            output["logits"] = pool(output["logits"], current[0].to(output["logits"].device), how)
+        return output
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    model.register_forward_hook(pooled)
+
+
+def row_numbers(rows: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Row numbers, also of rows that carry no loss (~row)."""
+    each = np.asarray(rows, np.int64)
+    return np.where(each >= 0, each, ~each)
 
 
 def _targets(split: Split, rows: Sequence[int]) -> Targets:
-    real = [row if row >= 0 else ~row for row in rows]
+    real = row_numbers(rows)
     weights = np.ones(len(rows), np.float32) if split.weights is None else np.array(split.weights[real])
     weights[[i for i, row in enumerate(rows) if row < 0]] = 0
     return torch.from_numpy(np.array(split.labels[real])), torch.from_numpy(weights)

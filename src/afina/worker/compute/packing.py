@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["CALL_SCORES", "Group", "Packing", "group_sequences", "pack"]
+__all__ = ["CALL_SCORES", "Group", "Packing", "group_sequences", "group_windows", "pack", "pool"]
 
 #: Overhead of one call of attention, as the number of scores (elements of heads × L × L) that take as long, forward and
 #: backward. CPU: 19,000 to 23,000 with one thread by least squares over calls, more with more. GPU: a guess.
@@ -37,6 +37,11 @@ class Group:
     tokens: int
     real: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Group:
+        """A copy on `device`."""
+        real, mask = (None if x is None else x.to(device, non_blocking=True) for x in (self.real, self.mask))
+        return Group(self.count, self.width, self.tokens, real, mask)
 
     def pad(self, rows: torch.Tensor, value: int = 0) -> torch.Tensor:
         """Tokens (tokens, …) as sequences (count, width, …), filled up with `value`."""
@@ -74,15 +79,9 @@ class Packing:
         if self.starts.device == device:
             return self
 
-        def moved(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else value.to(device, non_blocking=True)
-
-        def group(g: Group) -> Group:
-            return Group(g.count, g.width, g.tokens, moved(g.real), moved(g.mask))
-
         starts, bounds = (x.to(device, non_blocking=True) for x in (self.starts, self.bounds))
-        whole = None if self.whole is None else group(self.whole)
-        return Packing(self.lengths, starts, bounds, tuple(group(g) for g in self.groups), whole)
+        whole = None if self.whole is None else self.whole.to(device)
+        return Packing(self.lengths, starts, bounds, tuple(group.to(device) for group in self.groups), whole)
 
 
 def group_sequences(lengths: Sequence[int], call: float) -> list[int]:
@@ -120,6 +119,34 @@ def pack(lengths: Sequence[int], heads: int, device: str = "cpu") -> Packing:
         start += size
     bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     return Packing(tuple(int(n) for n in lengths), bounds[:-1], bounds.int(), tuple(groups), _group(lengths))
+
+
+def group_windows(counts: Any, order: Any = None) -> Group:
+    """Rows of windows as a group: its `pad` makes (B, W, …) of (S, …), whose windows may be in another order.
+
+    Args:
+        counts: windows of each of B rows, int64 (B,).
+        order: of the S windows, int64 (S,), as numbers among those of the first row, the second one, …
+    """
+    each: Any = np.asarray(counts, np.int64)
+    mask = np.arange(each.max())[None] < each[:, None]
+    real = np.flatnonzero(mask)
+    real = real if order is None else real[np.asarray(order)]
+    return Group(len(each), mask.shape[1], len(real), torch.from_numpy(real), torch.from_numpy(mask[:, None, None, :]))
+
+
+def pool(logits: torch.Tensor, windows: Group, how: str) -> torch.Tensor:
+    """Logits of windows (S, K) to those of rows (B, K): their `mean`, or for each label the largest (`max`).
+
+    Logits and not vectors: a linear head's mean over windows is the same either way, and no head of Transformers, nor an exported
+    model, need say where its vector is. Pappagari et al. 2019, "Hierarchical Transformers for Long Document Classification", average
+    the segments' predictions as their simplest way; Sun et al. 2019 pool vectors by mean and max.
+    """
+    assert windows.mask is not None
+    real = windows.mask[:, 0, 0, :, None]
+    if how == "max":
+        return windows.pad(logits).masked_fill(~real, -torch.inf).amax(1)
+    return windows.pad(logits).sum(1) / real.sum(1)
 
 
 def _group(lengths: Sequence[int]) -> Group:

@@ -5,7 +5,8 @@
 A process of its own, started by rank 0 when the predictions of the run are written: its time is bounded, and it changes nothing of the run. Its
 logits are kept in `<scratch>/baselines`, by the digest of the prepared data and the fold: other runs on the same data read them.
 
-TF-IDF is over the token ids of the prepared data, single ones and pairs, so it reads the texts as the model does, cut at `tokens.max_length`.
+TF-IDF is over the token ids of the prepared data, single ones and pairs, so it reads the texts as the model does, cut alike; of windows what they
+share counts once.
 Logistic regression and ridge have scikit-learn's defaults (C = 1, alpha = 1), which are not tuned; a label of several has a regression of its own. Rows are
 weighed as in the loss of the run, labels are not. Above `_MOST_CELLS` a sample of the train rows is drawn with a fixed seed.
 """
@@ -41,7 +42,7 @@ from afina.worker.data.prepared import Split, load_manifest
 from afina.worker.data.splits.folds import open_splits
 from afina.worker.task.tasks import decisions
 
-__all__ = ["SimpleModel", "answer", "fit_tfidf"]
+__all__ = ["SimpleModel", "answer", "fit_tfidf", "without_repeated"]
 
 Array = np.ndarray[Any, Any]
 
@@ -86,6 +87,8 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     plan, manifest = run.plan(), load_manifest(folder)
     task, digest = manifest["task"], str(run.prepared()["digest"])
     splits, _ = open_splits(folder, list(manifest["splits"]), task, plan.recipe.data)
+    if "repeated" in manifest:
+        splits = {name: without_repeated(split, *manifest["repeated"]) for name, split in splits.items()}
     model = _kept(plan, task, digest, splits, manifest["num_labels"])
     metrics = [metric_name(plan.recipe.train.best_metric or selection_metric(task)), *(plan.recipe.metrics or ())]
     names = [name for name in dict.fromkeys([*metrics, *METRICS[task][:2]]) if name in METRICS[task]]
@@ -122,6 +125,22 @@ def _differences(mine: Predictions, other: Predictions, names: Sequence[str]) ->
         return []
     by_name: dict[str, Difference] = {d.metric: d for d in paired.differences}
     return [asdict(by_name[name]) for name in names if name in by_name]
+
+
+def without_repeated(split: Split, before: int, after: int) -> Split:
+    """Rows of windows as sequences that hold each token once.
+
+    Args:
+        before: tokens at the beginning of each later window that its row has already.
+        after: special tokens at the end of each window but the last.
+    """
+    assert split.windows is not None
+    first = np.searchsorted(split.windows, split.offsets)
+    bounds = np.stack([split.windows[:-1] + before, split.windows[1:] - after], 1)
+    bounds[first[:-1], 0] -= before
+    bounds[first[1:] - 1, 1] += after
+    pieces = Split(split.tokens, bounds.ravel(), np.zeros(2 * len(bounds) - 1)).take(np.arange(0, 2 * len(bounds), 2))
+    return Split(pieces.tokens, pieces.offsets[first], split.labels, None, split.weights)
 
 
 # -- kept beside the prepared data -------------------------------------------------------------------------------------

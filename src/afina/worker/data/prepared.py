@@ -6,6 +6,8 @@
         <split>.offsets.npy       int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
         <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
         <split>.weights.npy       weight of each row in the loss, float32 (N,); only where the recipe names a column of them
+        <split>.windows.npy       int64 (W + 1,): window w is tokens[windows[w]:windows[w + 1]], and a row is whole windows; only where the
+                                  recipe cuts texts into windows
         <split>.types.npy         token types, uint8 (T,); only where the tokenizer gives any that are not 0
         <split>.rows.parquet      where each row came from; for eval and test its text too (for train where there are folds)
         train.groups.npy          group of each row, int64 (N,); only where there are folds
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +61,7 @@ class Split:
         labels: (N,) int64, (N, L) float32 or (N,) float32, by task.
         types: (T,) uint8, or None where all token types are 0.
         weights: (N,) float32, or None where all rows count the same.
+        windows: (W + 1,) int64, bounds of the windows that rows consist of; None: each row is one sequence.
     """
 
     tokens: Array
@@ -66,6 +69,7 @@ class Split:
     labels: Array
     types: Array | None = None
     weights: Array | None = None
+    windows: Array | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -75,17 +79,49 @@ class Split:
         """Tokens of each row, int64 (N,)."""
         return np.diff(self.offsets)
 
+    @property
+    def sequences(self) -> Split:
+        """Each window as a row; labels mean nothing then. The split itself where there are no windows."""
+        if self.windows is None:
+            return self
+        return Split(self.tokens, self.windows, np.zeros(len(self.windows) - 1, np.int64), self.types)
+
+    def spans(self, rows: Array) -> tuple[Array, Array, Array]:
+        """Bounds in `tokens` of the sequences of `rows`: starts and ends (S,); and how many each row has (B,)."""
+        starts, ends = np.asarray(self.offsets)[rows], np.asarray(self.offsets)[rows + 1]
+        if self.windows is None:
+            return starts, ends, np.ones(len(rows), np.int64)
+        first = np.searchsorted(self.windows, starts)
+        counts = np.searchsorted(self.windows, ends) - first
+        places = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        return np.asarray(self.windows)[places], np.asarray(self.windows)[places + 1], counts
+
+    def sum_over_sequences(self, of_lengths: Callable[[Array], Array]) -> Array:
+        """The sum over each row's sequences, (N,), of what `of_lengths` says of their lengths, (S,) -> (S,)."""
+        each = of_lengths(self.sequences.lengths)
+        return each if self.windows is None else np.add.reduceat(each, np.searchsorted(self.windows, self.offsets[:-1]))
+
+    @property
+    def windows_of_rows(self) -> Array | None:
+        """How many windows each row has, int64 (N,)."""
+        return None if self.windows is None else self.sum_over_sequences(np.ones_like)
+
     def take(self, rows: Array) -> Split:
         """Some rows, in this order; a copy in memory."""
         lengths = self.lengths[rows]
         ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.arange(ends[-1]) + np.repeat(np.asarray(self.offsets)[rows] - ends[:-1], lengths)
+        windows = None
+        if self.windows is not None:
+            first, last, _ = self.spans(rows)
+            windows = np.concatenate([[0], np.cumsum(last - first)]).astype(np.int64)
         return Split(
             self.tokens[places],
             ends,
             np.asarray(self.labels)[rows],
             None if self.types is None else self.types[places],
             None if self.weights is None else np.asarray(self.weights)[rows],
+            windows,
         )
 
 
@@ -97,9 +133,9 @@ def open_split(folder: str | Path, split: str) -> Split:
     """
     folder = Path(folder)
     arrays: dict[str, Array | None] = {}
-    for name in ("tokens", "offsets", "labels", "types", "weights"):
+    for name in ("tokens", "offsets", "labels", "types", "weights", "windows"):
         path = folder / f"{split}.{name}.npy"
-        if name in ("types", "weights") and not path.exists():
+        if name in ("types", "weights", "windows") and not path.exists():
             arrays[name] = None
             continue
         try:
@@ -112,7 +148,7 @@ def open_split(folder: str | Path, split: str) -> Split:
     assert tokens is not None and offsets is not None and labels is not None
     if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
         raise SiteError(f"prepared data {folder}: the arrays of `{split}` do not fit together", _REMEDY)
-    return Split(tokens, offsets, labels, arrays["types"], arrays["weights"])
+    return Split(tokens, offsets, labels, arrays["types"], arrays["weights"], arrays["windows"])
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:

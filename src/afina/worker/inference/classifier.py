@@ -25,7 +25,7 @@ from afina.prediction.request import CHUNK_ROWS
 from afina.recipe.keys.train_keys import Tokens
 from afina.statistics.decision_rule import NO_RULE, probabilities, read_rule
 from afina.worker.compute import attention, packed_model
-from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches
+from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, pool_windows
 from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
@@ -125,6 +125,8 @@ class Classifier:
         if packed_model.why_not_packed(self.model) is None:
             packed_model.enable_packing(self.model, attention.PLAIN)
             self.batching = "packed"
+        if self.tokens.windows is not None:
+            pool_windows(self.model, self.tokens.windows.pool)
 
     def __repr__(self) -> str:
         what = f"{self.task}, {len(self.labels)} labels" if self.labels else self.task
@@ -195,7 +197,10 @@ class Classifier:
             check_tokens(int(batch.tokens.max()), self._vocabulary)
         kept = batch.lengths > 0  # a tokenizer without special tokens may make no token of a text
         offsets = np.concatenate([[0], np.cumsum(batch.lengths[kept])])
-        split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types)
+        windows = None
+        if batch.windows is not None:
+            windows = np.concatenate([[0], np.cumsum(batch.windows[0][batch.windows[0] > 0])])
+        split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types, windows=windows)
         return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
 
     def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
@@ -221,15 +226,9 @@ class Classifier:
         Raises:
             InputError: the logits differ.
         """
-        split = encoded.split
+        split = encoded.split.sequences
         rows = choose_rows(split, sorted(set(self.tokenizer.all_special_ids)), self.model.num_parameters())
-        chosen = [slice(int(split.offsets[row]), int(split.offsets[row + 1])) for row in rows]
-        some = Split(
-            np.concatenate([split.tokens[place] for place in chosen]),
-            np.concatenate([[0], np.cumsum(split.lengths[rows])]),
-            np.zeros(len(rows), np.int64),
-            None if split.types is None else np.concatenate([split.types[place] for place in chosen]),
-        )
+        some = split.take(np.array(rows))
         together = self.run(EncodedTexts(some, np.arange(len(rows)), 0))
         ours = self.model.config._attn_implementation
         try:
@@ -255,7 +254,7 @@ class Classifier:
         collate = packed_model.collator(
             self.model, split, self.batching, pad, tokenizer_side=side, device=self.device.type
         )
-        for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, max_tokens):
+        for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, max_tokens, split.windows_of_rows):
             inputs = collate(rows)
             inputs.pop("labels")
             yield (

@@ -133,6 +133,8 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "joined": len(recipe.data.text) if len(recipe.data.text) > 2 else None,
         "cut": recipe.tokens.cut,
         "truncated": recipe.tokens.truncation == "head",
+        "windows": recipe.tokens.windows,
+        "max_length": recipe.tokens.max_length,
         "onnx": facts.onnx,
         "adapter": facts.adapter,
         "labels": labels,

@@ -264,6 +264,8 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
 def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progress: str) -> float:
     """Predict `chunks`, which have `rows` rows; returns the seconds without loading the model."""
     classifier = _load(parts.job, number)
+    if number == 0 and classifier.tokens.windows is not None:
+        _say(f"texts are cut {classifier.tokens.cut}, as in training")
     from afina.worker.inference.inputs import read_chunks
 
     source = read_chunks(parts.inputs, parts.files(), set(chunks))

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader
@@ -26,6 +27,8 @@ from afina.worker.compute.batches import (
     PackedCollator,
     Rows,
     StepBatches,
+    costs,
+    pool_windows,
 )
 from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
@@ -107,6 +110,8 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
     if plan.recipe.train.base_dtype == "bf16":
         notes.append(products.store_frozen_in_bf16(model))
     set_pad_token(model, pad_token_id)
+    if plan.recipe.tokens.windows is not None:
+        pool_windows(model, plan.recipe.tokens.windows.pool)
     return batching, notes
 
 
@@ -147,7 +152,8 @@ def build_attempt(
         data=data,
         precision=choice,
         batching=batching,
-        flops=step_cost(model) * forward_flops(model.config, data.splits["train"].lengths, parameters),
+        flops=step_cost(model)
+        * data.splits["train"].sum_over_sequences(lambda lengths: forward_flops(model.config, lengths, parameters)),
         parameters=parameter_counts(model),
         checkpoint_bytes=state_bytes(model),
         host_mesh=ranks.host_mesh(arguments.ddp_timeout_delta) if plan.recipe.train.sharding != "none" else None,
@@ -159,7 +165,20 @@ def build_attempt(
         ranks.shard(model, blocks(model), attempt.device, bf16=arguments.bf16 and attempt.device.type == "cuda")
     if attempt.in_shards and attempt.rank == 0:
         say(_shares(attempt))
+    if plan.recipe.tokens.windows is not None and attempt.rank == 0:
+        say(_windows(attempt))
     return attempt, model, arguments
+
+
+def _windows(attempt: Attempt) -> str:
+    """A line about `tokens.windows`."""
+    split, size = attempt.data.splits["train"], attempt.geometry.batch_per_device
+    counts, most = split.windows_of_rows, int(np.sort(split.lengths)[-size:].sum())
+    assert counts is not None
+    return (
+        f"texts have {counts.mean():.1f} windows on average, {int(counts.max())} at most; {size} texts at once have up to {most:,} tokens: "
+        "`train.max_batch_per_device` lowers that where memory is short, with the same result"
+    )
 
 
 def _shares(attempt: Attempt) -> str:
@@ -190,13 +209,14 @@ def train_loader(
 ) -> DataLoader[Any]:
     """The micro-batches of this rank; `batches` replaces those of the whole epoch."""
     split = attempt.data.splits["train"]
+    hidden = getattr(model.config, "hidden_size", 768)
     batches = batches or StepBatches(
         split.lengths,
         attempt.geometry,
         attempt.rank,
         attempt.plan.recipe.train.seed,
         attempt.batching,
-        getattr(model.config, "hidden_size", 768),
+        each=split.sum_over_sequences(lambda lengths: costs(lengths, hidden)),
     )
     collate = collator(attempt, model, split)
     return DataLoader(Rows(split), batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
@@ -205,7 +225,8 @@ def train_loader(
 def eval_batches(attempt: Attempt, split: Split, size: int) -> EvalBatches:
     """This rank's batches of an evaluation of `split`; `size` is `per_device_eval_batch_size`."""
     max_tokens = size * TOKENS_PER_ROW if attempt.batching == "packed" else None
-    return EvalBatches(split.lengths, size, attempt.rank, attempt.geometry.num_processes, max_tokens)
+    count = attempt.geometry.num_processes
+    return EvalBatches(split.lengths, size, attempt.rank, count, max_tokens, split.windows_of_rows)
 
 
 def eval_loader(attempt: Attempt, model: Any, split: Split, size: int) -> DataLoader[Any]:

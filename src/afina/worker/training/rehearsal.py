@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
-from afina.worker.compute.batches import TOKENS_PER_ROW, StepBatches, costs
+from afina.worker.compute.batches import TOKENS_PER_ROW, StepBatches, costs, row_numbers
 from afina.worker.compute.cpu import processor
 from afina.worker.data.prepared import Split
 from afina.worker.survival.lease import Lease
@@ -132,17 +132,18 @@ class Rehearsal(RunTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         attempt, split, train = self.attempt, self.attempt.data.splits["train"], self.attempt.plan.recipe.train
-        batches = _ChosenSteps(split.lengths, self.real, 0, train.seed, attempt.batching, self._hidden)
+        each = split.sum_over_sequences(lambda lengths: costs(lengths, self._hidden))
+        batches = _ChosenSteps(split.lengths, self.real, 0, train.seed, attempt.batching, each=each)
         steps = batches.first_steps()
-        each = [sum(self._cost(split, micro) for micro in step) for step in steps]
+        of_steps = [sum(self._cost(split, micro) for micro in step) for step in steps]
         largest = [max(self._cost(split, micro) for micro in step) for step in steps]
         longest = max(range(len(steps)), key=largest.__getitem__)
-        order = sorted(range(len(steps)), key=each.__getitem__)
+        order = sorted(range(len(steps)), key=of_steps.__getitem__)
         quantiles = itertools.islice(itertools.cycle(_QUANTILES), (train.max_steps or 0) - _UNTIMED)
         chosen = [*[longest] * _UNTIMED, *(order[round(q * (len(order) - 1))] for q in quantiles)]
         batches.micros = [micro for number in chosen for micro in steps[number]]
-        self.chosen_costs, self.mean_cost = [each[number] for number in chosen], float(np.mean(each))
-        self.longest_tokens = max(int(split.lengths[_row_numbers(micro)].sum()) for micro in steps[longest])
+        self.chosen_costs, self.mean_cost = [of_steps[number] for number in chosen], float(np.mean(of_steps))
+        self.longest_tokens = max(int(split.lengths[row_numbers(micro)].sum()) for micro in steps[longest])
         return train_loader(attempt, self.model, batches=batches)
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *given: Any, **named: Any) -> Any:
@@ -165,11 +166,12 @@ class Rehearsal(RunTrainer):
 
     def _cost(self, split: Split, rows: list[int]) -> float:
         """The cost of a batch as it is computed, with its padding."""
-        lengths, batching = split.lengths[_row_numbers(rows)], self.attempt.batching
+        starts, ends, _ = split.spans(row_numbers(rows))
+        lengths, batching = ends - starts, self.attempt.batching
         if batching == "padded":
-            lengths = np.full(len(rows), self.attempt.plan.recipe.tokens.max_length)
+            lengths = np.full(len(lengths), self.attempt.plan.recipe.tokens.max_length)
         elif batching != "packed":
-            lengths = np.full(len(rows), lengths.max())
+            lengths = np.full(len(lengths), lengths.max())
         return float(costs(lengths, self._hidden).sum())
 
 
@@ -216,11 +218,6 @@ class _Budget(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_save = state.global_step == 1
-
-
-def _row_numbers(rows: list[int]) -> list[int]:
-    """Row numbers, also of rows that carry no loss (~row)."""
-    return [row if row >= 0 else ~row for row in rows]
 
 
 def _longest_rows(split: Split, size: int) -> Split:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afina.errors import RecipeError
 from afina.recipe.keys.train_keys import Tokens
 
 __all__ = ["EncodedBatch", "Encoder", "join_columns"]
@@ -36,15 +37,18 @@ class EncodedBatch:
 
     Attributes:
         tokens: ids, the texts one after the other, uint32 (T,).
-        lengths: tokens of each text, int64 (N,).
+        lengths: tokens of each text, of all its windows, int64 (N,).
         types: token types, uint8 (T,); None where all are 0.
-        cut: the text was longer than `max_length`, bool (N,).
+        cut: the text was longer than the recipe allows, bool (N,).
+        windows: tokens of each window, of the texts one after the other, int64 (W,), and windows of each text, int64 (N,); None: texts
+            have none.
     """
 
     tokens: Array
     lengths: Array
     types: Array | None
     cut: Array
+    windows: tuple[Array, Array] | None = None
 
     @classmethod
     def joined(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:
@@ -56,7 +60,9 @@ class EncodedBatch:
         tokens = np.concatenate([np.empty(0, np.uint32), *(batch.tokens for batch in batches)])
         lengths = np.concatenate([np.empty(0, np.int64), *(batch.lengths for batch in batches)])
         cut = np.concatenate([np.empty(0, bool), *(batch.cut for batch in batches)])
-        return cls(tokens, lengths, types, cut)
+        of = [batch.windows for batch in batches if batch.windows is not None]
+        windows = (np.concatenate([each for each, _ in of]), np.concatenate([n for _, n in of])) if of else None
+        return cls(tokens, lengths, types, cut, windows)
 
 
 class Encoder:
@@ -70,6 +76,11 @@ class Encoder:
         self._options = {"truncation": True, "max_length": tokens.max_length, "return_attention_mask": False}
         if tokens.truncation == "head+tail":  # the middle is cut out of the whole text's tokens
             self._options = {"truncation": False, "return_attention_mask": False, "verbose": False}
+        if tokens.windows is not None:
+            self._options |= {"stride": tokens.windows.stride, "return_overflowing_tokens": True}
+            if not (plain := _is_plain(tokenizer)) or tokenizer.truncation_side != "right":
+                why = "cuts texts at their beginning" if plain else "has no fast tokenizer of Transformers"
+                raise RecipeError(f"tokens.windows: the model {why}", "leave it out, or train another model")
         self._has_types = "token_type_ids" in tokenizer.model_input_names
         self._backend: Any = None
         if _is_plain(tokenizer):
@@ -111,7 +122,19 @@ class Encoder:
         types = [e.type_ids for e in encodings] if self._has_types else None
         return [e.ids for e in encodings], types, encodings
 
+    def _windows(self, encodings: Any, most: int) -> EncodedBatch:
+        counts = np.array([1 + len(e.overflowing) for e in encodings], np.int64)
+        parts = [[e, *e.overflowing][:most] for e in encodings]
+        flat = [window for windows in parts for window in windows]
+        types = [w.type_ids for w in flat] if self._has_types else None
+        batch = self._flatten([w.ids for w in flat], types, None)
+        cut, counts = counts > most, np.minimum(counts, most)
+        lengths = np.add.reduceat(batch.lengths, np.cumsum(counts) - counts) if len(counts) else batch.lengths
+        return EncodedBatch(batch.tokens, lengths, batch.types, cut, (batch.lengths, counts))
+
     def _flatten(self, ids: list[list[int]], types: list[list[int]] | None, encodings: Any) -> EncodedBatch:
+        if self.tokens.windows is not None and encodings is not None:
+            return self._windows(encodings, self.tokens.windows.max_windows)
         if self.tokens.truncation == "head+tail":
             encodings, whole = None, np.array([len(row) for row in ids], np.int64)
             ids = self._without_middle(ids)

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError, EnvironmentProblem, RecipeError
 from afina.publish import publish, staging
 from afina.recipe.keys.data_keys import Data
+from afina.recipe.keys.train_keys import Tokens
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
@@ -80,7 +81,7 @@ def build(
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
     store = ShardFolder(shards_folder(plan), final.name, versions)
     try:
-        _check_disk(plan.site.prepared, checked.splits, recipe.tokens.max_length, store.size())
+        _check_disk(plan.site.prepared, checked.splits, recipe.tokens, store.size())
         for _ in range(_TRIES):
             tokenising.make(store, say)
             with staging(final) as aside, contextlib.suppress(ShardMissing):
@@ -112,8 +113,12 @@ def build(
 
 
 def _about(plan: Plan, labels: Labels, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's record of task, labels, texts and tokenizer."""
-    recipe = plan.recipe
+    """The manifest's record of task, labels, texts and tokenizer; `repeated`: see `baselines.without_repeated`."""
+    recipe, repeated = plan.recipe, dict[str, list[int]]()
+    if recipe.tokens.windows is not None:
+        special = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
+        if 0 in special:  # it may make no token of the letter
+            repeated = {"repeated": [special.index(0) + recipe.tokens.windows.stride, special[::-1].index(0)]}
     return {
         "task": labels.task,
         "labels": list(labels.names) if labels.names is not None else None,
@@ -123,6 +128,7 @@ def _about(plan: Plan, labels: Labels, tokenizer: Any, content: Mapping[str, Any
         "max_length": recipe.tokens.max_length,
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         "padding_side": tokenizer.padding_side,
+        **repeated,
     }
 
 
@@ -317,6 +323,8 @@ def _arrays(shard: Shard, columns: Sequence[pa.Array], encoded: Sequence[Encoded
     """The arrays of a shard: tokens, lengths, cut; types and texts where there are any."""
     whole = EncodedBatch.joined(encoded)
     arrays = {"tokens": whole.tokens.astype(dtype), "lengths": whole.lengths, "cut": whole.cut}
+    if whole.windows is not None:
+        arrays["windows"], arrays["windows_lengths"] = whole.windows
     if whole.types is not None:
         arrays["types"] = whole.types
     if shard.kept.any():
@@ -327,16 +335,19 @@ def _arrays(shard: Shard, columns: Sequence[pa.Array], encoded: Sequence[Encoded
     return arrays
 
 
-def _check_disk(folder: Path, splits: Mapping[str, Examples], max_length: int, there: int) -> None:
+def _check_disk(folder: Path, splits: Mapping[str, Examples], tokens: Tokens, there: int) -> None:
     """Refuse before writing if the file system has less room than the estimate: a token for every three bytes of text.
 
     Args:
         there: bytes of existing shards.
     """
     needed = (1 << 20) - there
+    longest, repeated = tokens.max_length, 1
+    if tokens.windows is not None:  # windows share up to half of their tokens
+        longest, repeated = longest * tokens.windows.max_windows, 2
     for split, examples in splits.items():
         size = int(examples.sizes.sum())
-        needed += _BYTES_PER_TOKEN * min(size // 3 + 3 * len(examples), len(examples) * max_length)
+        needed += _BYTES_PER_TOKEN * min(size // 3 * repeated + 3 * len(examples), len(examples) * longest)
         # Texts of eval and test stay beside their tokens, and in the shard until then.
         needed += 0 if split == "train" else 2 * size
     free = shutil.disk_usage(folder).free

@@ -80,7 +80,9 @@ class TokenStats:
     def warnings(self, split: str, examples: Examples, tokenizer: Any, tokens: Tokens) -> Iterator[str]:
         """Texts cut, texts without content, tokens unknown to the model."""
         share = self.cut / len(examples)
-        if share > _TRUNCATED_SHARE:
+        if tokens.windows is not None and self.cut:
+            yield f"{self.cut:,} of {len(examples):,} texts of {split} ({share:.1%}) were cut {tokens.cut}: tokens.windows.max_windows"
+        elif share > _TRUNCATED_SHARE:
             yield (
                 f"{self.cut:,} of {len(examples):,} texts of {split} ({share:.1%}) are longer "
                 f"than tokens.max_length {tokens.max_length} and were cut{'' if tokens.truncation == 'head' else ' ' + tokens.cut}"
@@ -123,12 +125,13 @@ def write_split(
     stored = store.names(shards)
     has_types = "types" in stored
     kept = [name for name in TEXTS if name in stored] if texts else []
-    names = ["tokens", "cut", *(["types"] if has_types else []), *kept]
+    names = ["tokens", "cut", *(name for name in ("types", "windows") if name in stored), *kept]
     ascending = bool((np.diff(examples.rows) > 0).all())
     blocks = _in_order_of_source(np.sort(examples.rows), shards, store, names)
     if not ascending:
         blocks = _reordered(blocks, np.argsort(np.argsort(examples.rows)), aside)
     lengths, any_type = [np.empty(0, np.int64)], False
+    windows: list[Array] = []
     keys = [np.empty((0, 2), np.uint64)]
     types_file = aside / f"{split}.types.npy"
     with (
@@ -141,6 +144,8 @@ def write_split(
             lengths.append(block["tokens"][1])
             keys.append(row_keys(*block["tokens"]))
             stats.add(block)
+            if "windows" in block:
+                windows.append(block["windows"][0])
             if has_types:
                 types.append(block["types"][0])
                 any_type |= bool(block["types"][0].any())
@@ -148,13 +153,23 @@ def write_split(
     if not any_type:
         types_file.unlink()
     each = np.concatenate(lengths)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
-    np.save(aside / f"{split}.offsets.npy", offsets)
+    _save_arrays(aside, split, examples, each, np.concatenate(windows) if windows else None)
+    entry = {"rows": len(examples), "tokens": int(each.sum()), "longest": int(each.max())}
+    return entry, np.concatenate(keys)
+
+
+def _save_arrays(aside: Path, split: str, examples: Examples, lengths: Array, windows: Array | None) -> None:
+    """Bounds, labels and weights of the rows; `windows` are lengths."""
+
+    def bounds(of: Array) -> Array:
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(of)])
+
+    np.save(aside / f"{split}.offsets.npy", bounds(lengths))
+    if windows is not None:
+        np.save(aside / f"{split}.windows.npy", bounds(windows))
     np.save(aside / f"{split}.labels.npy", np.ascontiguousarray(examples.labels))
     if examples.weights is not None:
         np.save(aside / f"{split}.weights.npy", examples.weights)
-    entry = {"rows": len(examples), "tokens": int(offsets[-1]), "longest": int(each.max())}
-    return entry, np.concatenate(keys)
 
 
 def _in_order_of_source(
@@ -173,7 +188,8 @@ def _in_order_of_source(
             if name in TEXTS:
                 among, each = mine[shard.kept], arrays[f"{name}_lengths"]
             else:
-                among, each = mine, np.ones(len(shard), np.int64) if name == "cut" else arrays["lengths"]
+                counts = {"cut": np.ones(len(shard), np.int64), "windows": arrays.get("windows_lengths", mine)}
+                among, each = mine, counts.get(name, arrays["lengths"])
             # A shard without token types has only zeros.
             flat = arrays[name] if name in arrays else np.zeros(int(each.sum()), np.uint8)
             block[name] = (flat, each) if among.all() else (flat[np.repeat(among, each)], each[among])
