@@ -6,4 +6,4 @@ __version__ = "0.1.0"
 
 #: One more with every change of what the host sends into the image, its plans first: an image with another number is refused.
 #: `tests/unit/run/test_plan.py` fails where it was forgotten.
-INTERFACE = 10
+INTERFACE = 11

@@ -110,6 +110,7 @@ SECTIONS = {
         "report": "a page about a run or a sweep",
         "compare": "recipes and scores side by side, with tests",
         "predict": "use the model of a run",
+        "ensemble": "average several runs, and score the average",
         "export": "a model folder to give away, with its card",
     },
 }

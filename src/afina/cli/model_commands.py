@@ -1,4 +1,4 @@
-"""Commands that use a trained model: predict, export."""
+"""Commands that use trained models: predict, export, ensemble."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from afina.cli.options import json_option, reading_options, request_options, run_argument, submit_option
+from afina.cli.options import json_option, reading_options, request_options, run_argument, runs_argument, submit_option
 from afina.errors import InputError
 from afina.run.job_request import JobRequest
 
@@ -162,6 +162,56 @@ def export(run_dir: str, out: str | None, onnx: bool, merge: bool, site: str | N
     print("  the card is README.md: fill in what is marked with ✎ before you publish it")
 
 
+@click.command()
+@runs_argument("RUN...", required=True)
+@click.option("-o", "--output", "out", metavar="DIR", required=True, help="A new folder, which `afina predict` reads.")
+@json_option
+def ensemble(runs: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Average the probabilities of finished runs (seeds, points of a sweep), and score the average on the rows that all of them were evaluated on.
+
+    Nothing is trained: the predictions that the runs have stored are averaged, each after its temperature if one was fitted. The scores are
+    compared, paired, with those of the best member and with the mean of the members. A folder stands for the runs below it.
+
+    \b
+    Examples:
+      afina ensemble RUN1 RUN2 RUN3 -o committee
+      afina predict committee new.csv
+    """
+    from afina.prediction.ensemble import make_ensemble
+
+    record = make_ensemble(runs, out)
+    print(json.dumps(record, ensure_ascii=False) if as_json else _scores_of_ensemble(record, out))
+
+
+def _scores_of_ensemble(record: dict[str, Any], out: str) -> str:
+    from afina.text import aligned, number, p_value
+
+    def change(difference: dict[str, Any] | None) -> list[str]:
+        if difference is None:
+            return ["–"] * 3
+        by, low, high = difference["second"] - difference["first"], difference["low"], difference["high"]
+        limits = "–" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+        return [number(difference["first"]), f"{by:+.4f} ({limits})", p_value(difference["p"])]
+
+    lines = [f"afina: {out}: {len(record['members'])} members, {record['task']}"]
+    for split, about in record["splits"].items():
+        best, mean = ({d["metric"]: d for d in about[key]} for key in ("against_best", "against_mean"))
+        heads = ["score", "ensemble", "95 %", "best", "difference (95 %)", "p", "mean", "difference (95 %)", "p"]
+        rows = [
+            [name, number(value), f"{number(low)} to {number(high)}", *change(best.get(name)), *change(mean.get(name))]
+            for name, (value, low, high) in about["scores"].items()
+        ]
+        lines += [
+            "",
+            f"{split}, {about['rows']:,} rows; best member by {record['metric']}: {about['best']}",
+            *aligned([heads, *rows]),
+        ]
+    lines += ["", *record["notes"], "Paired on the same rows: they cover sampling of rows, not randomness in training."]
+    if "test" not in record["splits"]:
+        lines.append("The best member was chosen on the same rows, which is a little kind to it.")
+    return "\n".join(lines)
+
+
 def _to_standard_output(run_dir: str, asked: Any) -> None:
     """Predictions for a pipe: JSON Lines, as soon as standard input has ended."""
     import shutil
@@ -183,7 +233,9 @@ def _summary(summary: dict[str, Any]) -> str:
     lines = [
         f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
     ]
-    fitted = summary["decisions"] or {"temperature": 1, "thresholds": {}}
+    fitted = {"temperature": 1, "thresholds": {}, **summary["decisions"]}
+    if "members" in fitted:
+        lines.append(f"  probabilities: the mean of {fitted['members']} models")
     named = [f"temperature {fitted['temperature']:g}"] if fitted["temperature"] != 1 else []
     if named := [*named, *(["thresholds"] if fitted["thresholds"] else [])]:
         lines.append(f"  with the {' and '.join(named)} fitted for this model; --plain leaves out what was fitted")
@@ -199,4 +251,4 @@ def _summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = (predict, export)
+COMMANDS = (predict, export, ensemble)

@@ -24,6 +24,7 @@ from afina.api import visible_gpus
 from afina.errors import AfinaError, DataError, InputError, SiteError, check_argument
 from afina.files import encode_words, write_atomic
 from afina.formats.read_options import ReadOptions
+from afina.prediction.ensemble import members_of
 from afina.prediction.request import (
     OUTPUTS,
     STDIN,
@@ -37,6 +38,7 @@ from afina.prediction.request import (
     reading_for,
     result_name,
 )
+from afina.recipe.local_model import adapter_base
 from afina.run.commands import array_argv, host_environment, job_scripts, predict_argv, worker_argv
 from afina.run.directory import RunDir, task_of
 from afina.run.job_request import JobRequest, accepts
@@ -70,7 +72,8 @@ def compose(
         InputError, DataError: no such run, model, input; an output that cannot be written.
     """
     check_argument("out", out, (str, Path), "a path")
-    directory, model = find_model(resolve_folder(run))
+    ensemble = members_of(resolve_folder(run))
+    directory, model = find_model(ensemble[0].path if ensemble else resolve_folder(run))
     files = find_inputs(inputs)
     target = result_name(files) if out is None else Path(out).expanduser().absolute()
     # The output of an earlier call may lie among the files of a folder: it is not an input.
@@ -85,7 +88,7 @@ def compose(
     if reading is not None and reading != request.reading:
         _say(f"reading as in training: {', '.join(f'{key} {value!r}' for key, value in reading.given().items())}")
     fixed = {
-        "plan": plan, "trained": directory is not None, "model": model, "inputs": kept, "out": target, "reading": reading
+        "plan": plan, "trained": directory is not None, "model": model, "members": ensemble[1] if ensemble else (), "inputs": kept, "out": target, "reading": reading
     }  # fmt: skip
     return _validated(Prediction, {**fixed, **request.options()})
 
@@ -112,7 +115,7 @@ def predict(
     """Predict on files, on this machine; returns a summary. The same call again continues one that was killed.
 
     Args:
-        run: a run directory, or a model folder.
+        run: a run directory, a model folder, or an ensemble.
         inputs: CSV, TSV, JSON, Parquet, Arrow files, folders, patterns; `-` is `stdin`, a text a line.
         out: `.parquet`, `.csv`, `.tsv` or `.jsonl`; by default `<input>.predictions.parquet` in the working directory.
         options: of `PredictRequest`, and of `JobRequest`: site, and num_processes (by default one per GPU, or one).
@@ -278,7 +281,12 @@ def _check_out(out: Path, files: Sequence[Path], named: Sequence[Path]) -> None:
 
 
 def _binds(job: Prediction) -> list[Path]:
-    return [job.out.parent]
+    bases = [adapter_base(member.model) for member in job.members]
+    return [
+        job.out.parent,
+        *(m.model for m in job.members),
+        *(Path(base[0]) for base in bases if base and Path(base[0]).is_dir()),
+    ]
 
 
 def _check_queue(parts: Path) -> None:

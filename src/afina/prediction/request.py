@@ -32,9 +32,11 @@ from afina.version import __version__
 
 __all__ = [
     "CHUNK_ROWS",
+    "ENSEMBLE",
     "OUTPUTS",
     "STDIN",
     "Keep",
+    "Member",
     "PredictOptions",
     "PredictRequest",
     "Prediction",
@@ -48,6 +50,8 @@ __all__ = [
 
 Keep = Literal["all", "id"]
 
+#: The file that makes a folder an ensemble.
+ENSEMBLE = "ensemble.json"
 #: Standard input: one text a line.
 STDIN = Path("-")
 #: Output formats by suffix.
@@ -115,13 +119,27 @@ class PredictOptions(TypedDict, total=False):
     site: str | Path | None
 
 
+class Member(FrozenModel):
+    """A model of an ensemble.
+
+    Attributes:
+        model: the model folder.
+        tokens: how texts became tokens in its training.
+    """
+
+    model: Path
+    tokens: Tokens
+    trust_remote_code: bool = False
+
+
 class Prediction(FrozenModel):
     """What a worker predicts. Paths are absolute.
 
     Attributes:
         plan: of the run; for a plain model folder, one made for it, so that containers are started in one way.
         trained: the model belongs to a run: recipe and text columns are those of its training.
-        model: the model folder.
+        model: the model folder; of an ensemble that of the first member.
+        members: of an ensemble, the first one too; empty: one model.
         inputs: files; `-` is standard input, of which `spool` is a copy.
         out: the output; its suffix is its format.
         text: columns of texts; empty: those of training, else `text`.
@@ -137,6 +155,7 @@ class Prediction(FrozenModel):
     plan: Plan
     trained: bool
     model: Path
+    members: tuple[Member, ...] = ()
     inputs: tuple[Path, ...]
     spool: Path | None = None
     out: Path
@@ -184,6 +203,10 @@ def find_model(path: str | Path) -> tuple[RunDir | None, Path]:
                 f"see `{shlex.join(['afina', 'status', str(path)])}`; `afina resume` continues a run",
             )
         return run, run.model
+    if (folder / ENSEMBLE).is_file():
+        raise InputError(
+            f"{path}: is an ensemble, not one model", "`afina predict` reads it; here name one of its members"
+        )
     if not folder.is_dir():
         raise InputError(f"{path}: no such run directory or model folder", "give a run, or a folder with config.json")
     if adapter_base(folder) is not None:

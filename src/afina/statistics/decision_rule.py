@@ -34,6 +34,7 @@ __all__ = [
     "described",
     "effects",
     "fit_rule",
+    "logits_from",
     "probabilities",
     "read_rule",
     "revised",
@@ -138,15 +139,21 @@ def probabilities(task: str, logits: Array) -> Array:
     return logits
 
 
-def revised(plain: Predictions, rule: DecisionRule) -> Predictions:
-    """Predictions of a model (argmax, or labels above one half) as the rule makes them."""
+def logits_from(task: str, scores: Array) -> Array:
+    """Logits (N, K) that have these probabilities; for regression the values as they are."""
     import numpy as np
 
-    assert plain.scores is not None
+    if task == "regression":
+        return scores
     tiny = np.finfo(np.float64).tiny
-    logits = np.log(np.maximum(plain.scores, tiny))
-    if plain.task == "multi-label":
-        logits = logits - np.log(np.maximum(1 - plain.scores, tiny))
+    logits = np.log(np.maximum(scores, tiny))
+    return logits - np.log(np.maximum(1 - scores, tiny)) if task == "multi-label" else logits
+
+
+def revised(plain: Predictions, rule: DecisionRule) -> Predictions:
+    """Predictions of a model (argmax, or labels above one half) as the rule makes them."""
+    assert plain.scores is not None
+    logits = logits_from(plain.task, plain.scores)
     shifted = rule.shifted(logits)
     decided = shifted > 0 if plain.task == "multi-label" else shifted.argmax(-1)
     scores = probabilities(plain.task, rule.scaled(logits)) if rule.temperature != 1 else plain.scores

@@ -10,7 +10,7 @@ differ as much. NumPy and SciPy are imported inside the functions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from afina.errors import DataError
@@ -19,7 +19,7 @@ from afina.statistics.limits import DRAWS, MOST_CELLS, distinct, pseudo_rows, re
 from afina.statistics.measures import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
 from afina.statistics.predictions import Predictions
 
-__all__ = ["Difference", "Paired", "align", "compare_paired", "holm"]
+__all__ = ["Difference", "Paired", "align", "aligned", "averaged", "compare_paired", "compare_with_mean", "holm"]
 
 Array = Any
 
@@ -90,6 +90,29 @@ def align(first: Predictions, second: Predictions) -> Array:
     return np.array([index[key] for key in left], np.int64)
 
 
+def aligned(first: Predictions, second: Predictions) -> Predictions:
+    """`second` with the rows and the labels of `first` in their order.
+
+    Raises:
+        DataError: see `align`.
+    """
+    rows, predicted, scores = align(first, second), _in_labels_of(first, second), second.scores
+    if scores is not None:
+        scores = scores[rows][:, [second.labels.index(name) for name in first.labels]]
+    return replace(first, predicted=predicted[rows], scores=scores)
+
+
+def averaged(members: Sequence[Predictions]) -> Predictions:
+    """The mean probabilities of aligned predictions, and the decisions by them; of regressions the mean values."""
+    import numpy as np
+
+    if members[0].scores is None:
+        return replace(members[0], predicted=np.mean([m.predicted for m in members], axis=0))
+    scores = np.mean([m.scores for m in members if m.scores is not None], axis=0)
+    decided = scores.argmax(-1) if members[0].task == "single-label" else scores > 0.5
+    return replace(members[0], scores=scores, predicted=decided)
+
+
 def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
     """A key per example that is the same in another run: texts, label, number of the occurrence."""
     table = predictions.table
@@ -149,6 +172,58 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, 
     return Paired(len(first), only[0], only[1], tuple(differences))
 
 
+def compare_with_mean(
+    members: Sequence[Predictions], ensemble: Predictions, metrics: Sequence[str], draws: int = DRAWS
+) -> list[Difference]:
+    """Paired differences of an ensemble from the mean score of its members, all aligned: what is gained over a member drawn by chance.
+
+    Raises:
+        DataError: too many rows of too many labels.
+    """
+    import numpy as np
+
+    task, width, truth = ensemble.task, len(ensemble.labels), ensemble.truth
+    if len(truth) * 3 * (width + 1) * (len(members) + 1) > MOST_CELLS:
+        raise DataError(f"{len(truth):,} rows of {width:,} labels are too many for a bootstrap", "compare fewer runs")
+    predicted = [rows.predicted for rows in (*members, ensemble)]
+    kinds, counts = distinct(task, width, truth, *predicted)
+    whole = np.split(counts @ kinds, len(predicted))
+    drawn = np.split(resample(kinds, counts, draws), len(predicted), axis=1)
+    wrong, right = (0, 0) if task == "regression" else pseudo_rows(task, whole[0] + whole[-1], len(drawn[0]))
+
+    def gains(parts: Sequence[Array], of_member: Any, of_ensemble: Any) -> dict[str, Array]:
+        each = [from_sums(task, part + of_member, sums) for part, sums in zip(parts[:-1], whole, strict=False)]
+        mine = from_sums(task, parts[-1] + of_ensemble, whole[-1])
+        return {name: mine[name] - np.mean([one[name] for one in each], axis=0) for name in mine}
+
+    values = [from_sums(task, sums[None, :]) for sums in whole]
+    lower, upper = gains(drawn, right, wrong), gains(drawn, wrong, right)
+    differences = []
+    for name in metrics:
+        if name in values[0]:
+            a, b = float(np.mean([one[name][0] for one in values[:-1]])), float(values[-1][name][0])
+            low, high = _percentile(lower[name], 2.5), _percentile(upper[name], 97.5)
+            differences.append(
+                Difference(name, a, b, low, high, _bootstrap_p(lower[name], upper[name]), "paired bootstrap")
+            )
+        elif name in ("log_loss", "brier") and ensemble.scores is not None:
+            losses = [row_losses(task, truth, rows.scores)[name] for rows in (*members, ensemble)]
+            differences.append(_of_losses(name, np.mean(losses[:-1], axis=0), losses[-1], draws))
+    return differences
+
+
+def _of_losses(name: str, one: Array, two: Array, draws: int) -> Difference:
+    """The difference of two mean losses, from those of each row."""
+    import numpy as np
+
+    by = two - one
+    spread = resample(np.stack([by, np.ones(len(by))], axis=1), np.ones(len(by)), draws)
+    drawn = spread[:, 0] / spread[:, 1]
+    return Difference(
+        name, float(one.mean()), float(two.mean()), *_mean_limits(by), _bootstrap_p(drawn, drawn), "paired bootstrap"
+    )
+
+
 def _shifted(task: str, drawn: Array, whole: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
     """Resamples of both models with one more row of each class that only the first gets right, and that only the second does."""
     import numpy as np
@@ -188,7 +263,6 @@ def _of_scores(
     task: str, truth: Array, scores: tuple[Array, Array], names: Sequence[str], draws: int
 ) -> list[Difference]:
     """Metrics of probabilities; limits and p of areas come from the limits of both models and their correlation (Zou and Donner 2008)."""
-    import numpy as np
 
     found = []
     losses = [row_losses(task, truth, part) for part in scores]
@@ -196,17 +270,12 @@ def _of_scores(
     singles = [score_limits(task, truth, part, draws) for part in scores]
     for name in names:
         if name in losses[0]:
-            by = losses[1][name] - losses[0][name]
-            spread = resample(np.stack([by, np.ones(len(by))], axis=1), np.ones(len(by)), draws)
-            drawn = spread[:, 0] / spread[:, 1]
-            a, b, (low, high) = float(losses[0][name].mean()), float(losses[1][name].mean()), _mean_limits(by)
-            p, test = _bootstrap_p(drawn, drawn), "paired bootstrap"
-        else:
-            a, b = (_mean_area(areas[name], task, truth, part, None) for part in scores)
-            limits = [single.get(name, (float("nan"), float("nan"))) for single in singles]
-            low, high = _difference_limits(a, b, limits, _area_correlation(areas[name], task, truth, scores, draws))
-            p, test = _p_of_limits(b - a, low, high), "from the interval"
-        found.append(Difference(name, a, b, low, high, p, test))
+            found.append(_of_losses(name, losses[0][name], losses[1][name], draws))
+            continue
+        a, b = (_mean_area(areas[name], task, truth, part, None) for part in scores)
+        limits = [single.get(name, (float("nan"), float("nan"))) for single in singles]
+        low, high = _difference_limits(a, b, limits, _area_correlation(areas[name], task, truth, scores, draws))
+        found.append(Difference(name, a, b, low, high, _p_of_limits(b - a, low, high), "from the interval"))
     return found
 
 

@@ -66,6 +66,10 @@ class EncodedTexts:
     rows: Array
     truncated: int
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.split.offsets[-1])
+
 
 class Classifier:
     """A sequence classifier from a model folder, ready to predict.
@@ -132,6 +136,11 @@ class Classifier:
         what = f"{self.task}, {len(self.labels)} labels" if self.labels else self.task
         return f"<Classifier {type(self.model).__name__}: {what}, {self.batching}, {self.device}>"
 
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model."""
+        return int(self.model.config.num_labels)
+
     def predict(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
         """A dictionary for each text, in their order: `prediction`, and `scores`, a probability by label name.
 
@@ -172,7 +181,7 @@ class Classifier:
             advance: called with the number of rows of each batch.
         """
         columns = [_text_array(column) for column in texts]
-        logits = np.full((len(columns[0]), int(self.model.config.num_labels)), np.nan, np.float32)
+        logits = np.full((len(columns[0]), self.num_labels), np.nan, np.float32)
         for start in range(0, len(columns[0]), CHUNK_ROWS):
             encoded = self.encode([column.slice(start, CHUNK_ROWS) for column in columns])
             logits[start + encoded.rows] = self.run(encoded, advance)
@@ -206,7 +215,7 @@ class Classifier:
     def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
         """Logits of encoded texts, float32 (M, K), in the order of `encoded.rows`."""
         split = encoded.split
-        result = np.empty((len(split), int(self.model.config.num_labels)), np.float32)
+        result = np.empty((len(split), self.num_labels), np.float32)
         waiting: list[tuple[list[int], torch.Tensor]] = []
         for rows, inputs in self._batches(split):
             with torch.inference_mode():

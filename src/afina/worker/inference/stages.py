@@ -34,7 +34,9 @@ from afina.worker.reply import read_question, report
 from afina.worker.startup import gc_paused
 
 if TYPE_CHECKING:
+    from afina.recipe.keys.train_keys import Tokens
     from afina.worker.inference.classifier import Classifier, EncodedTexts
+    from afina.worker.inference.ensemble import EncodedForAll
     from afina.worker.inference.inputs import Chunk
     from afina.worker.inference.parts import Parts
 
@@ -80,6 +82,8 @@ def plan(job: Prediction) -> dict[str, Any]:
 
     config = check_files(job.model)
     _check_head(job.model, config)
+    for member in job.members[1:]:
+        check_files(member.model)
     job = job.model_copy(update={"text": _text_columns(job)})
     files = [job.spool if path == STDIN and job.spool else path for path in job.inputs]
     reading = job.reading or PLAIN
@@ -114,11 +118,12 @@ def _identity(job: Prediction, files: Sequence[Path], decisions: Mapping[str, An
     from afina.worker.model.model_files import record_model
 
     records = [describe(path.parent, [path.name])[path.name] for path in files]
-    model_files = record_model(job.model, job.plan.recipe)
     settings = job.tokens.encoding if job.tokens else {"max_length": None}
+    models = [(member.model, member.tokens.encoding) for member in job.members] or [(job.model, settings)]
+    digests = [digest_of({**record_model(model, job.plan.recipe), "settings": encoding}) for model, encoding in models]
     return {
         "inputs": [{"name": name, **record} for name, record in zip(_names(job.inputs), records, strict=True)],
-        "model": digest_of({**model_files, "settings": settings}),
+        "model": digests if job.members else digests[0],
         "options": {
             **job.model_dump(mode="json", include={"text", "keep", "batch_size", "max_tokens", "dtype", "chunk_rows"}),
             **({"plain": True} if job.plain else {}),
@@ -138,6 +143,8 @@ def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
     task = next((name for name, row in TASKS.items() if row.problem_type == config.get("problem_type")), "single-label")
     if task == "regression" and job.abstain_below is not None:
         raise InputError("--abstain-below: a regression has no confidence", "leave it out")
+    if job.members:
+        return {"members": len(job.members)}
     rule = None if job.plain else read_rule(job.model, task, labels)
     return {} if rule is None else {"temperature": rule.temperature, "thresholds": rule.named_thresholds(labels)}
 
@@ -270,7 +277,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
 
     source = read_chunks(parts.inputs, parts.files(), set(chunks))
 
-    def encode_next() -> tuple[Chunk, EncodedTexts] | None:
+    def encode_next() -> tuple[Chunk, EncodedTexts | EncodedForAll] | None:
         chunk = next(source, None)
         return (chunk, classifier.encode(chunk.texts)) if chunk is not None else None
 
@@ -293,27 +300,36 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
     return seconds
 
 
-def _load(job: Prediction, number: int) -> Classifier:
-    """The classifier of share `number`: on its own GPU, else on all cores."""
+def _load(job: Prediction, number: int) -> Any:
+    """The classifier (or those of an ensemble) of share `number`: on its own GPU, else on all cores."""
     os.environ.setdefault("OMP_NUM_THREADS", str(Allocation.from_env().cores()))
     with gc_paused():
         import torch
 
         from afina.worker.compute import cpu, products
         from afina.worker.inference.classifier import Classifier
+        from afina.worker.inference.ensemble import ClassifierEnsemble
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         cpu.tune_malloc()
-    classifier = Classifier(
-        job.model,
-        tokens=job.tokens,
-        batch_size=job.batch_size,
-        max_tokens=job.max_tokens,
-        dtype=job.dtype,
-        device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
-        trust_remote_code=job.plan.recipe.trust_remote_code,
-        plain=job.plain,
+
+    def loaded(model: Path, tokens: Tokens | None, trust_remote_code: bool) -> Classifier:
+        return Classifier(
+            model,
+            tokens=tokens,
+            batch_size=job.batch_size,
+            max_tokens=job.max_tokens,
+            dtype=job.dtype,
+            device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
+            trust_remote_code=trust_remote_code,
+            plain=job.plain,
+        )
+
+    classifier = (
+        ClassifierEnsemble([loaded(m.model, m.tokens, m.trust_remote_code) for m in job.members])
+        if job.members
+        else loaded(job.model, job.tokens, job.plan.recipe.trust_remote_code)
     )
     if not on_gpu:
         products.use_onednn(job.plan.recipe.train.onednn and classifier.batching == "packed")
@@ -321,7 +337,7 @@ def _load(job: Prediction, number: int) -> Classifier:
 
 
 def _write(
-    parts: Parts, chunk: Chunk, encoded: EncodedTexts, classifier: Classifier, advance: Callable[[int], None]
+    parts: Parts, chunk: Chunk, encoded: EncodedTexts | EncodedForAll, classifier: Any, advance: Callable[[int], None]
 ) -> None:
     """Predict a chunk and publish its part."""
     import numpy as np
@@ -330,7 +346,7 @@ def _write(
     from afina.worker.task.tasks import abstained, prediction_columns
 
     rows, job = len(chunk), parts.job
-    logits = np.full((rows, int(classifier.model.config.num_labels)), np.nan, np.float32)
+    logits = np.full((rows, classifier.num_labels), np.nan, np.float32)
     logits[encoded.rows] = classifier.run(encoded, advance)
     advance(rows - len(encoded.rows))
     columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
@@ -353,7 +369,7 @@ def _write(
         counts.update((chosen.flatten() if classifier.task == "multi-label" else chosen).to_pylist())
     summary = {
         "rows": rows,
-        "tokens": int(encoded.split.offsets[-1]),
+        "tokens": encoded.num_tokens,
         "blank": len(blank),
         "blank_rows": [chunk.where(row, parts.inputs.files) for row in blank[:5].tolist()],
         "truncated": encoded.truncated,

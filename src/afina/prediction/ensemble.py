@@ -1,0 +1,194 @@
+"""Ensembles: the mean of the probabilities of finished runs, scored on rows that all of them were evaluated on; nothing is trained.
+
+    FOLDER/ensemble.json      the members by their run directories, and the scores; `afina predict FOLDER new.csv` averages the members' predictions
+
+The probabilities of a member are those after its temperature, where one was fitted. The most probable class is chosen, or the labels above one
+half: thresholds of the members are not used, since they are of other probabilities. Not covered: weights of the members.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from afina.errors import DataError, InputError
+from afina.files import name_aside, write_atomic
+from afina.prediction.request import ENSEMBLE, Member, find_model
+from afina.publish import rename_new
+from afina.recipe.metrics import METRICS, lower_is_better, metric_name, selection_metric
+from afina.run.directory import RunDir
+from afina.statistics.decision_rule import DecisionRule, read_rule, revised
+from afina.statistics.measures import compute
+from afina.statistics.paired import aligned, averaged, compare_paired, compare_with_mean
+from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.scores import score
+from afina.text import finite
+from afina.version import __version__
+from afina.watch.find import find_runs, short_names
+
+__all__ = ["make_ensemble", "members_of"]
+
+_FILES = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
+
+
+def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> dict[str, Any]:
+    """Score the ensemble of these runs and write it into a new folder; returns what `ensemble.json` holds.
+
+    Args:
+        paths: run directories; a folder stands for the runs below it.
+
+    Returns: `task`, `labels`, `metric` (by which the best member is chosen), `members`, `notes`; `splits`: split -> rows, best (its name), scores with
+        limits, and the paired differences of the ensemble from the best member and from the mean of the members.
+
+    Raises:
+        InputError: fewer than two runs, one that has not finished, other tasks, labels or texts, no common rows; `out` exists.
+    """
+    target = Path(out).expanduser().absolute()
+    if target.exists():
+        raise InputError(f"-o {target}: exists; nothing that exists is overwritten", "choose another folder with -o")
+    folders = list(dict.fromkeys(path.absolute() for path in find_runs(paths)))
+    if len(folders) < 2:
+        raise InputError("one run alone is no ensemble", "give two run directories or more, or the folder of a sweep")
+    runs, names = [RunDir(folder) for folder in folders], short_names(folders)
+    recipe = _check_alike(runs, names)
+    read: dict[str, list[Predictions]] = {}
+    notes: list[str] = []
+    for split, file in _FILES.items():
+        if all((run.path / file).is_file() for run in runs):
+            try:
+                read[split] = [_with_temperature(run, read_predictions(run.path / file)) for run in runs]
+                read[split] = [aligned(read[split][0], rows) for rows in read[split]]
+            except DataError as error:
+                read.pop(split, None)
+                notes.append(f"{split} is not scored: {error.message}")
+    if not read:
+        why = "; ".join(notes) or "no split has predictions of all of them"
+        raise InputError(
+            f"these runs have no common rows: {why}",
+            "give runs that were evaluated on the same rows: of other seeds, or with one test split",
+        )
+    task = next(iter(read.values()))[0].task
+    metric = metric_name(recipe.train.best_metric or selection_metric(task))
+    metric = metric if metric in METRICS[task] and metric != "confusion_matrix" else METRICS[task][0]
+    asked = [name for name in (*METRICS[task][:2], "log_loss", *(recipe.metrics or ())) if name in METRICS[task]]
+    metrics = [name for name in dict.fromkeys([metric, *asked]) if name != "confusion_matrix"]
+    chosen = _best(next(iter(read.values())), metric)
+    splits = {split: _scored(members, chosen, names, metrics) for split, members in read.items()}
+    about = [
+        {"run": str(run.path), "name": name, "temperature": _rule(run, next(iter(read.values()))[0]).temperature}
+        for run, name in zip(runs, names, strict=True)
+    ]
+    labels = list(next(iter(read.values()))[0].labels)
+    record: dict[str, Any] = finite(
+        {
+            "afina": __version__,
+            "task": task,
+            "labels": labels,
+            "metric": metric,
+            "members": about,
+            "splits": splits,
+            "notes": notes,
+        }
+    )
+    _publish(target, record)
+    return record
+
+
+def members_of(path: str | os.PathLike[str]) -> tuple[RunDir, tuple[Member, ...]] | None:
+    """The first run of an ensemble, and all members; None of anything else.
+
+    Raises:
+        InputError: it cannot be read, or a member is gone.
+    """
+    file = Path(path).expanduser() / ENSEMBLE
+    if not file.is_file():
+        return None
+    try:
+        folders = [Path(member["run"]) for member in json.loads(file.read_text(encoding="utf-8"))["members"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file}: cannot be read: {error}", "make the ensemble again: afina ensemble RUN… -o FOLDER"
+        ) from None
+    members: list[Member] = []
+    for folder in folders:
+        run, model = find_model(folder)
+        if run is None:
+            raise InputError(
+                f"{folder}: a member of {file.parent}, is no run directory any more",
+                "put it back, or make the ensemble again",
+            )
+        recipe = run.plan().recipe
+        members.append(Member(model=model, tokens=recipe.tokens, trust_remote_code=recipe.trust_remote_code))
+    return RunDir(folders[0]), tuple(members)
+
+
+def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> Any:
+    """The recipe of the first run; the others have its task, labels and texts."""
+    outcomes = [run.outcome() for run in runs]
+    for run, name, outcome in zip(runs, names, outcomes, strict=True):
+        if outcome is None or outcome.outcome != "finished" or not run.model.is_dir():
+            how = f"it is {outcome.outcome}" if outcome else "it has not finished"
+            raise InputError(f"{name}: has no model: {how}", f"`afina resume {name}` continues it; or leave it out")
+    recipes = [run.plan().recipe for run in runs]
+    remedy = "an ensemble is of runs on the same data with the same labels: of other seeds, or of a sweep"
+    for name, recipe, outcome in zip(names[1:], recipes[1:], outcomes[1:], strict=True):
+        first = outcomes[0]
+        assert first is not None and outcome is not None
+        if outcome.task != first.task:
+            raise InputError(f"{name}: is {outcome.task}, {names[0]} is {first.task}", remedy)
+        if different := sorted(set(outcome.labels or ()) ^ set(first.labels or ())):
+            raise InputError(
+                f"{name}: has other labels than {names[0]}: {', '.join(different[:5])} are not in both", remedy
+            )
+        if recipe.data.text != recipes[0].data.text:
+            raise InputError(
+                f"{name}: reads {', '.join(recipe.data.text)}, {names[0]} reads {', '.join(recipes[0].data.text)}",
+                remedy,
+            )
+    return recipes[0]
+
+
+def _rule(run: RunDir, rows: Predictions) -> DecisionRule:
+    rule = read_rule(run.model, rows.task, rows.labels) if rows.labels else None
+    return DecisionRule(rule.temperature if rule else 1.0)
+
+
+def _with_temperature(run: RunDir, rows: Predictions) -> Predictions:
+    return revised(rows, _rule(run, rows)) if rows.scores is not None else rows
+
+
+def _best(members: Sequence[Predictions], metric: str) -> int:
+    """The number of the member with the best value."""
+    values = [compute(m.task, [metric], m.truth, m.predicted, m.scores, len(m.labels))[0][metric] for m in members]
+    known = [i for i, value in enumerate(values) if value is not None]
+    if not known:
+        return 0
+    return (min if lower_is_better(metric) else max)(known, key=lambda i: values[i])
+
+
+def _scored(members: Sequence[Predictions], best: int, names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    ensemble = averaged(members)
+    overall = score(ensemble, names=metrics).overall
+    paired = {d.metric: asdict(d) for d in compare_paired(members[best], ensemble, extra=metrics).differences}
+    return {
+        "rows": len(ensemble),
+        "best": names[best],
+        "scores": {name: [i.value, i.low, i.high] for name, i in overall.items()},
+        "against_best": [paired[name] for name in metrics if name in paired],
+        "against_mean": [asdict(d) for d in compare_with_mean(members, ensemble, metrics)],
+    }
+
+
+def _publish(target: Path, record: Mapping[str, Any]) -> None:
+    aside = name_aside(target)
+    try:
+        aside.mkdir()
+    except FileNotFoundError:
+        raise InputError(f"-o {target}: there is no folder {target.parent}", f"mkdir -p {target.parent}") from None
+    write_atomic(aside / ENSEMBLE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    if not rename_new(aside, target):
+        raise InputError(f"-o {target}: exists; nothing that exists is overwritten", "choose another folder with -o")
