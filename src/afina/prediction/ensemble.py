@@ -55,22 +55,7 @@ def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> d
         raise InputError("one run alone is no ensemble", "give two run directories or more, or the folder of a sweep")
     runs, names = [RunDir(folder) for folder in folders], short_names(folders)
     recipe = _check_alike(runs, names)
-    read: dict[str, list[Predictions]] = {}
-    notes: list[str] = []
-    for split, file in _FILES.items():
-        if all((run.path / file).is_file() for run in runs):
-            try:
-                read[split] = [_with_temperature(run, read_predictions(run.path / file)) for run in runs]
-                read[split] = [aligned(read[split][0], rows) for rows in read[split]]
-            except DataError as error:
-                read.pop(split, None)
-                notes.append(f"{split} is not scored: {error.message}")
-    if not read:
-        why = "; ".join(notes) or "no split has predictions of all of them"
-        raise InputError(
-            f"these runs have no common rows: {why}",
-            "give runs that were evaluated on the same rows: of other seeds, or with one test split",
-        )
+    read, notes = _common_rows(runs)
     task = next(iter(read.values()))[0].task
     metric = metric_name(recipe.train.best_metric or selection_metric(task))
     metric = metric if metric in METRICS[task] and metric != "confusion_matrix" else METRICS[task][0]
@@ -150,6 +135,27 @@ def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> Any:
                 remedy,
             )
     return recipes[0]
+
+
+def _common_rows(runs: Sequence[RunDir]) -> tuple[dict[str, list[Predictions]], list[str]]:
+    """Split -> the predictions of all runs, with their temperatures, row by row; and why a split is left out."""
+    read: dict[str, list[Predictions]] = {}
+    notes: list[str] = []
+    for split, file in _FILES.items():
+        if all((run.path / file).is_file() for run in runs):
+            try:
+                read[split] = [_with_temperature(run, read_predictions(run.path / file)) for run in runs]
+                read[split] = [aligned(read[split][0], rows) for rows in read[split]]
+            except DataError as error:
+                read.pop(split, None)
+                notes.append(f"{split} is not scored: {error.message}")
+    if not read:
+        why = "; ".join(notes) or "no split has predictions of all of them"
+        raise InputError(
+            f"these runs have no common rows: {why}",
+            "give runs that were evaluated on the same rows: of other seeds, or with one test split",
+        )
+    return read, notes
 
 
 def _rule(run: RunDir, rows: Predictions) -> DecisionRule:

@@ -61,7 +61,7 @@ def load(
     from afina.worker.inference.classifier import Classifier
 
     recipe = directory.plan().recipe if directory is not None else None
-    return Classifier(
+    classifier = Classifier(
         folder,
         tokens=recipe.tokens if recipe else None,
         text_columns=recipe.data.text if recipe else None,
@@ -69,6 +69,6 @@ def load(
         max_tokens=max_tokens,
         dtype=dtype,
         device=device,
-        plain=plain,
         trust_remote_code=recipe.trust_remote_code if recipe else False,
     )
+    return classifier if plain else classifier.as_fitted()

@@ -164,12 +164,10 @@ def test_fitted_decisions_lie_beside_the_model_and_predictions_use_them(
     rule = read_rule(run.model, "single-label", plain.labels)
     assert rule is not None and rule.temperature == record["temperature"] != 1 and rule.thresholds == ()
     texts, tokens = plain.table.column("text").to_pylist(), attempt.plan.recipe.tokens
-    assert Classifier(run.model, tokens=tokens).predict_proba(texts) == pytest.approx(
+    assert Classifier(run.model, tokens=tokens).as_fitted().predict_proba(texts) == pytest.approx(
         revised(plain, rule).scores, abs=1e-5
     )
-    assert Classifier(run.model, tokens=tokens, plain=True).predict_proba(texts) == pytest.approx(
-        plain.scores, abs=1e-5
-    )
+    assert Classifier(run.model, tokens=tokens).predict_proba(texts) == pytest.approx(plain.scores, abs=1e-5)
     assert exported.metrics == export_results(build({})).metrics, "the run's metrics are of the model without them"
 
 

@@ -81,7 +81,7 @@ class Classifier:
         text_columns: what a table's texts were called in training, if that is known; several for pairs and joined texts.
         tokens: how texts become tokens and longer ones are cut, as in training.
         batching: packed or grouped.
-        rule: how logits become probabilities and decisions: as fitted for the model, if it was, or plainly.
+        rule: how logits become probabilities and decisions; by default plainly, see `as_fitted`.
     """
 
     def __init__(
@@ -95,7 +95,6 @@ class Classifier:
         dtype: DType = "float32",
         device: str | None = None,
         trust_remote_code: bool = False,
-        plain: bool = False,
     ) -> None:
         """Load it.
 
@@ -104,7 +103,6 @@ class Classifier:
             batch_size: rows of a padded batch (32), and 128 tokens for each of them in a packed one.
             max_tokens: tokens of a packed batch.
             device: `cpu`, `cuda:1`, …; by default the first GPU, or the CPU.
-            plain: leave out a temperature and thresholds that were fitted for the model.
 
         Raises:
             InputError: a file is missing or damaged, or transformers refuses it.
@@ -116,7 +114,7 @@ class Classifier:
         self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
         config, self._vocabulary = self.model.config, vocabulary_size(path)
         self.task, self.labels = task_of_config(config, path)
-        self.rule = (None if plain else read_rule(path, self.task, self.labels or ())) or NO_RULE
+        self._folder, self.rule = path, NO_RULE
         self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
         known = {name: info[name] for name in Tokens.model_fields if info.get(name)}
         self.tokens = tokens or Tokens.model_validate({"max_length": _limit(self.tokenizer, config), **known})
@@ -135,6 +133,15 @@ class Classifier:
     def __repr__(self) -> str:
         what = f"{self.task}, {len(self.labels)} labels" if self.labels else self.task
         return f"<Classifier {type(self.model).__name__}: {what}, {self.batching}, {self.device}>"
+
+    def as_fitted(self) -> Classifier:
+        """This classifier, with the temperature and the thresholds that were fitted for its model, if any were.
+
+        Raises:
+            InputError: they cannot be read.
+        """
+        self.rule = read_rule(self._folder, self.task, self.labels or ()) or NO_RULE
+        return self
 
     @property
     def num_labels(self) -> int:

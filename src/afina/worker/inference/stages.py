@@ -34,9 +34,8 @@ from afina.worker.reply import read_question, report
 from afina.worker.startup import gc_paused
 
 if TYPE_CHECKING:
-    from afina.recipe.keys.train_keys import Tokens
-    from afina.worker.inference.classifier import Classifier, EncodedTexts
-    from afina.worker.inference.ensemble import EncodedForAll
+    from afina.worker.inference.classifier import EncodedTexts
+    from afina.worker.inference.classifier_ensemble import EncodedForAll
     from afina.worker.inference.inputs import Chunk
     from afina.worker.inference.parts import Parts
 
@@ -308,29 +307,27 @@ def _load(job: Prediction, number: int) -> Any:
 
         from afina.worker.compute import cpu, products
         from afina.worker.inference.classifier import Classifier
-        from afina.worker.inference.ensemble import ClassifierEnsemble
+        from afina.worker.inference.classifier_ensemble import ClassifierEnsemble
 
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         cpu.tune_malloc()
 
-    def loaded(model: Path, tokens: Tokens | None, trust_remote_code: bool) -> Classifier:
-        return Classifier(
+    one: Any = (job.model, job.tokens, job.plan.recipe.trust_remote_code)
+    loaded = [
+        Classifier(
             model,
             tokens=tokens,
             batch_size=job.batch_size,
             max_tokens=job.max_tokens,
             dtype=job.dtype,
             device=f"cuda:{number % torch.cuda.device_count()}" if on_gpu else "cpu",
-            trust_remote_code=trust_remote_code,
-            plain=job.plain,
+            trust_remote_code=trusted,
         )
-
-    classifier = (
-        ClassifierEnsemble([loaded(m.model, m.tokens, m.trust_remote_code) for m in job.members])
-        if job.members
-        else loaded(job.model, job.tokens, job.plan.recipe.trust_remote_code)
-    )
+        for model, tokens, trusted in [(m.model, m.tokens, m.trust_remote_code) for m in job.members] or [one]
+    ]
+    decided = loaded if job.plain else [classifier.as_fitted() for classifier in loaded]
+    classifier = ClassifierEnsemble(decided) if job.members else decided[0]
     if not on_gpu:
         products.use_onednn(job.plan.recipe.train.onednn and classifier.batching == "packed")
     return classifier
