@@ -42,13 +42,13 @@ test-series: $(STAMP) ## fault scenarios without a cluster, random kills, benche
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) tests/unit
 	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 
-# Tests of signals and mounts run alone; the rest on two clusters at a time, the longest file first: they mostly wait.
+# Tests of signals and mounts run alone; the rest on three clusters at a time: they mostly wait.
 test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
 	tests/slurm/install.sh
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
 	$(ON_CLUSTER) tests/slurm/test_signals.py
-	$(ON_CLUSTER) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
+	$(ON_CLUSTER) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks, the documentation
 	$(VENV)/bin/ruff check .
