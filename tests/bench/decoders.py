@@ -124,6 +124,7 @@ def _train(
         return {**json.loads(done.out.splitlines()[-1]), "memory_mb": done.memory / 1e6}
     recipe: dict[str, Any] = {
         "name": peer,
+        "baselines": False,
         "model": str(model),
         "task": "single-label",
         "data": {"files": {"train": str(train), "eval": str(test)}, "text": "text", "label": "stars"},

@@ -89,6 +89,7 @@ def _recipe(shape: Shape, model: Path) -> dict[str, Any]:
         train["max_batch_per_device"] = shape.per_device
     return {
         "name": "bench",
+        "baselines": False,
         "model": str(model),
         "data": {
             "files": {"train": f"{shape.lengths}-train.csv", "eval": f"{shape.lengths}-eval.csv"},

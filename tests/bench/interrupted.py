@@ -33,6 +33,7 @@ from tests.faults.slurm_run import give_to_user  # noqa: E402
 def _recipe(sample: int, epochs: int) -> dict[str, Any]:
     return {
         "name": "reviews",
+        "baselines": False,
         "model": "model",
         "data": {
             "files": {"all": "reviews.csv"},

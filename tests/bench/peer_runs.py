@@ -88,6 +88,7 @@ class Work:
         }
         return {
             "name": "peer",
+            "baselines": False,
             "model": self.model,
             "task": "single-label",
             "data": {

@@ -61,6 +61,7 @@ def recipe_of(folder: Path, model: Path, lengths: str, options: argparse.Namespa
     """The tutorial's recipe with afina's defaults, on all rows of the files in their order."""
     recipe = {
         "name": f"bench-{lengths}",
+        "baselines": False,  # its peers train none
         "model": str(model),
         "task": "single-label",
         "data": {

@@ -95,6 +95,7 @@ class Place:
         resources = {"gpus_per_node": 0}
         recipe = {
             "name": "startup",
+            "baselines": False,
             "model": "model",
             "data": data,
             "tokens": {"max_length": 64},
@@ -300,7 +301,9 @@ def peers(folder: Path, rounds: int, rows: int, threads: int) -> dict[str, list[
     recipe = folder / "recipe.yaml"
     data = {"files": {"train": str(train), "eval": str(test)}, "text": "text", "label": "stars"}
     settings = {"batch_size": 8, "max_steps": 2, "keep": "last"}
-    recipe.write_text(json.dumps({"name": "start", "model": str(model), "data": data, "train": settings}))
+    recipe.write_text(
+        json.dumps({"name": "start", "baselines": False, "model": str(model), "data": data, "train": settings})
+    )
     script = Path(__file__).resolve().with_name("tutorial.py")
     tutorial = [sys.executable, str(script), "--train", str(train), "--eval", str(test), "--model", str(model)]
     tutorial += ["--out", str(folder / "steps.jsonl"), "--epochs", "1", "--sample", "16"]

@@ -126,6 +126,7 @@ def make_project(cluster: Cluster, place: Path, options: argparse.Namespace) -> 
     tiny.write_csv(project / "reviews.csv", tiny.tiny_reviews(600, 1))
     recipe = {
         "name": "sweep-faults",
+        "baselines": False,
         "model": "model",
         "data": {
             "files": {"all": "reviews.csv"},

@@ -101,6 +101,7 @@ def decoder(keys: dict[str, str]) -> Callable[[argparse.Namespace, Path, float],
         rows, steps, batch = (64, 4, 8) if options.dry_run else (4000, 60, 32)
         recipe = {
             "name": "decoder",
+            "baselines": False,
             "model": str(model),
             "data": {"files": {}, "text": "text", "label": "stars"},
             "tokens": {"max_length": 64 if options.dry_run else 512},

@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data__train": {"fraction": 0.7},
         "data__eval": {"fraction": 0.3},
         "metrics": ["accuracy", "confusion_matrix"],
+        "baselines": False,
     }
     (place / "my recipe.yaml").write_text("# as I wrote it\n" + json.dumps(recipe_dict(**changes)))
     return place

@@ -804,7 +804,10 @@ def test_the_command_submits_and_shows(
 @pytest.fixture
 def trainable(recipe_file: Callable[..., Path], tmp_path: Path) -> Path:
     path = recipe_file(
-        model=str(tiny_model(tmp_path / "model", layers=1)), data__train={"fraction": 0.8}, data__eval={"fraction": 0.2}
+        model=str(tiny_model(tmp_path / "model", layers=1)),
+        data__train={"fraction": 0.8},
+        data__eval={"fraction": 0.2},
+        baselines=False,
     )
     write_csv(path.parent / "reviews.csv", tiny_reviews(80))
     return path
