@@ -1,6 +1,6 @@
 """The fault suite without a cluster: each scenario once, and random kills.
 
-`make test` runs one scenario of each kind (`ONE_OF_EACH_KIND`), `make test-series` some of the others on each day and ten kills;
+`make test` runs one scenario of each kind (`ONE_OF_EACH_KIND`), `make test-series` some of the others on each day and five kills;
 with AFINA_LONG=1 all of them and fifty.
 
 Three runs at a time: a run often waits, so two cores suffice. AFINA_FAULTS_SEED repeats the choices of an earlier session;
@@ -26,7 +26,7 @@ from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
 from tests.faults.scenarios import ADAPTER, FSDP, SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
-KILLS = 50 if LONG else 10
+KILLS = 50 if LONG else 5
 _KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
 #: Killed, stopped on request, a full disk, damaged checkpoints; killed and stopped with an adapter.
 ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped", "adapter-kill", "adapter-stop")
@@ -77,7 +77,7 @@ def _run(suites: dict[int, Suite], name: str) -> Result:
     "scenario",
     [
         *ONE_OF_EACH_KIND,
-        *(pytest.param(name, marks=pytest.mark.series) for name in some_of(_OTHERS, 14)),
+        *(pytest.param(name, marks=pytest.mark.series) for name in some_of(_OTHERS, 10)),
     ],
 )
 def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario: str) -> None:
