@@ -90,7 +90,7 @@ def test_killed_at_any_instant(plan: Plan) -> None:
             and time.monotonic() < instant
             and not (stage and next(plan.site.prepared.glob(stage), None))
         ):
-            pass
+            time.sleep(0.001)
         time.sleep(chance.choice((0.0, chance.uniform(0, 0.02))))
         process.send_signal(chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))
         process.communicate(timeout=60)

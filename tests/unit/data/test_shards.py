@@ -274,7 +274,7 @@ def test_a_prepare_that_is_killed_repeatedly_gives_the_same_bytes(plan: Plan) ->
         wanted = there + chance.randint(1, 3)
         deadline = time.monotonic() + 100
         while len(shard_files(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
-            pass
+            time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.01))
         process.kill()
         process.communicate(timeout=60)
@@ -296,6 +296,7 @@ def test_a_prepare_that_is_killed_repeatedly_gives_the_same_bytes(plan: Plan) ->
         for path in stamps:
             with contextlib.suppress(FileNotFoundError):  # published, and the shards removed
                 seen[path] = path.stat().st_mtime_ns
+        time.sleep(0.001)
     ran = finished(process)
     resumed = re.search(r"resuming an interrupted prepare: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
     assert result(ran)["reused"] is False and resumed, ran.stderr
@@ -315,6 +316,7 @@ def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
     deadline = time.monotonic() + 100
     while not shard_files(plan):
         assert time.monotonic() < deadline and Path(f"/proc/{pid}").exists()
+        time.sleep(0.001)
     parent.kill()
     parent.communicate()
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
