@@ -39,7 +39,7 @@ test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DA
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
 test-series: $(STAMP) ## fault scenarios without a cluster, random kills, benches on tiny inputs; AFINA_LONG=1: all cases of each series
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) tests/unit
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) $$(grep -rl 'mark\.series' --include='test_*.py' tests/unit)
 	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 
 # Tests of signals and mounts run alone; the rest on three clusters at a time: they mostly wait.
