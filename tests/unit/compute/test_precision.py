@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from tests import tiny
+from tests.unit.training.in_process import train_here
 
 from afina.errors import EnvironmentProblem
 from afina.recipe.keys.train_keys import Train
@@ -172,17 +173,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def trained(
-    place: Path, name: str, *settings: str, code: int = 0, processes: int = 1, **variables: str
-) -> tuple[Path, str]:
-    options = ["--num-processes", str(processes), *(word for setting in settings for word in ("--set", setting))]
-    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", name, *options]
-    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        argv, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    assert done.returncode == code, done.stdout
-    return place / name, done.stdout
+def trained(place: Path, name: str, *settings: str) -> tuple[Path, str]:
+    """A run of one process, and its log."""
+    run = train_here(place / "recipe.yaml", place / name, *settings, env={"AFINA_SCRATCH": str(place / "scratch")})
+    return run, (run / "attempts/local-1/node0.log").read_text()
 
 
 def losses(run: Path) -> list[float]:
@@ -238,7 +232,11 @@ module.processor = lambda: here
 
 def test_processes_on_unlike_processors_train_together_with_a_warning(place: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(_SITE)
-    run, log = trained(place, "unlike", processes=2, PYTHONPATH=str(tmp_path))
+    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", "unlike", "--num-processes", "2"]
+    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(argv, cwd=place, env=env, capture_output=True, text=True, check=False)
+    run, log = place / "unlike", done.stdout + done.stderr
+    assert done.returncode == 0, log
     assert "afina: precision bf16 (the CPU has instructions for it)" in log
     host = os.uname().nodename
     listed = f"bf16 on {host} (EPYC 9654); fp32 on {host} (EPYC 7742)"

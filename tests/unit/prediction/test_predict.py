@@ -24,6 +24,7 @@ import pytest
 from tests import tiny
 from tests.common import ROOT, program
 from tests.unit.conftest import Ran, tree
+from tests.unit.training.in_process import train_here
 
 import afina
 from afina.cli import main
@@ -41,7 +42,7 @@ LABELS = ["1", "2", "3", "4", "5"]
 
 
 def train(place: Path) -> None:
-    """A run of a tiny BERT on the reviews in `place`, by the command line."""
+    """A run of a tiny BERT on the reviews in `place`."""
     recipe = tiny.recipe(
         name="stars it's",
         data={"id": "id"},
@@ -50,10 +51,7 @@ def train(place: Path) -> None:
         metrics=["accuracy", "f1"],
     )
     (place / "run.yaml").write_text(json.dumps(recipe))
-    argv = [sys.executable, "-m", "afina.cli", "train", str(place / "run.yaml"), "--run", str(place / "run")]
-    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_here(place / "run.yaml", place / "run", env={"AFINA_SCRATCH": str(place / "scratch")})
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import signal
@@ -17,7 +16,7 @@ from tests.unit.training.in_process import STEPS
 from afina.api import plan_for
 from afina.run.allocation import Allocation
 from afina.run.job_request import JobRequest
-from afina.run.new_run import claim, prepare
+from afina.run.new_run import claim
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,7 @@ def build(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     import transformers
     from accelerate.state import AcceleratorState
 
+    from afina.worker.data.prepare import prepare
     from afina.worker.survival.lease import Lease
     from afina.worker.survival.stop import StopRequest
     from afina.worker.training.attempt import open_data
@@ -58,12 +58,7 @@ def build(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         AcceleratorState._reset_state(reset_partial_state=True)
         words = [f"train.arguments={json.dumps(arguments)}", *overrides]
         plan = plan_for(project / "recipe.yaml", JobRequest(overrides=words, num_processes=1, gpus_per_node=0))
-        # What is prepared depends on the model, the data and the tokens alone.
-        tokens = hashlib.sha256(plan.recipe.tokens.model_dump_json(exclude={"batching"}).encode()).hexdigest()[:8]
-        file = project / f"prepared-{Path(plan.recipe.model).name}-{plan.recipe.data.weight}-{tokens}.json"
-        if not file.exists():
-            file.write_text(json.dumps(prepare(plan)))
-        prepared = json.loads(file.read_text())
+        prepared = prepare(plan)
         run = claim(plan, prepared, ["true"], "", tmp_path / f"run {len(leases)}")
         run.begin_attempt("local-1")
         leases.append(Lease(run, "local-1"))

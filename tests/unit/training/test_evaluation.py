@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.training.patched import run_with
+from tests import tiny
+from tests.unit.training.in_process import train_here
 
 from afina.statistics.decision_rule import probabilities
 from afina.worker.task.losses import Loss
@@ -65,9 +65,11 @@ def test_padding_is_counted_and_ranks_hand_over_their_logits(tmp_path: Path) -> 
     """Two processes that hand over after every batch, one that keeps its logits in a file: the same numbers."""
     import pyarrow.parquet as pq
 
-    common: dict[str, Any] = {"batching": "longest", "eval_batch_size": 4}
-    two = run_with(tmp_path, "two", "afina.worker.training.evaluation:_HAND_OVER = 1", "--num-processes", "2", **common)
-    one = run_with(tmp_path, "one", "afina.worker.training.evaluation:_IN_MEMORY = 0", **common)
+    recipe = tiny.write_project(tmp_path, tokens={"batching": "longest"}, train={"epochs": 2, "eval_batch_size": 4})
+    env = {"AFINA_SCRATCH": str(tmp_path / "scratch")}
+    module = "afina.worker.training.evaluation"
+    one = train_here(recipe, tmp_path / "one", env=env, constants={f"{module}._IN_MEMORY": 0})
+    two = train_here(recipe, tmp_path / "two", num_processes=2, env=env, constants={f"{module}._HAND_OVER": 1})
     outcomes = [json.loads((run / "outcome.json").read_text()) for run in (one, two)]
     for outcome in outcomes:
         assert 0.5 < outcome["utilisation"]["real_token_share"] < 1

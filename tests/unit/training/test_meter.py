@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.training.patched import run_with
+from tests import tiny
+from tests.unit.training.in_process import train_here
 
 from afina.schedule import Schedule
 from afina.worker.compute.batches import epoch_steps
@@ -77,7 +78,11 @@ def test_the_work_of_a_step_is_that_of_its_rows(rows: int, batching: Any) -> Non
 
 @pytest.mark.timeout(200)
 def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
-    run = run_with(tmp_path, "paced", "afina.worker.training.live_progress:FIRST_S, EVERY_S = 0.1, 0.3", epochs=12)
+    recipe = tiny.write_project(tmp_path, train={"epochs": 12})
+    env = {"AFINA_SCRATCH": str(tmp_path / "scratch")}
+    live = "afina.worker.training.live_progress"
+    constants = {f"{live}.FIRST_S": 0.1, f"{live}.EVERY_S": 0.3}
+    run = train_here(recipe, tmp_path / "paced", env=env, constants=constants)
     outcome = json.loads((run / "outcome.json").read_text())
     used = outcome["utilisation"]
     assert used["real_token_share"] == 1.0

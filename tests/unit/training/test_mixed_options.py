@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.common import some_of
-from tests.unit.training.in_process import lines
+from tests.unit.training.in_process import lines, train_here
 
 from afina.api import plan_for
 from afina.errors import InputError
@@ -89,36 +87,40 @@ def words(keys: dict[str, Any]) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in keys.items()]
 
 
-def trained(project: Path, run: Path, overrides: list[str], processes: int) -> list[dict[str, Any]] | None:
-    """The metrics log of a run of `afina train`; None where it was refused."""
-    argv = [sys.executable, "-m", "afina.cli", "train", str(project / "recipe.yaml"), "--run", str(run)]
-    argv += ["--num-processes", str(processes), *(word for each in overrides for word in ("--set", each))]
-    scratch = {"AFINA_SCRATCH": str(project / "scratch"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(argv, env={**os.environ, **scratch}, capture_output=True, text=True, timeout=500, check=False)
-    if done.returncode == 2:
-        assert "remedy: " in done.stderr, done.stderr
-        print(processes, done.stderr)
-        return None
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def checked(
+    build: Callable[..., Any], project: Path, tmp_path: Path, keys: dict[str, Any], arguments: dict[str, Any]
+) -> Any:
+    """The trainer of a combination on one process; InputError refuses it, as before a run."""
+    overrides = [f"train.arguments={json.dumps(arguments)}", *words(keys)]
+    plan = plan_for(project / "recipe.yaml", JobRequest(overrides=overrides, num_processes=1, gpus_per_node=0))
+    check_arguments(plan.recipe.train, tmp_path / "pins", plan.recipe.train.schedule(64, 16).total_steps)
+    return build(arguments, *words(keys), train=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("number", some_of(range(DRAWS, DRAWS + PAIRS), 3))
-def test_a_combination_on_two_processes_is_that_on_one(project: Path, number: int, tmp_path: Path) -> None:
+def test_a_combination_on_two_processes_is_that_on_one(
+    build: Callable[..., Any], project: Path, number: int, tmp_path: Path
+) -> None:
     """Without dropout and noise, whose random numbers depend on the number of processes."""
     keys, arguments = drawn(number)
     keys |= {"model": str(project / "still"), "train.precision": "fp32", "train.log_every": 1}
     arguments.pop("neftune_noise_alpha", None)
     print(f"AFINA_TEST_SEED={SEED}, draw {number}: {words(keys)} {arguments}")
     overrides = [f"train.arguments={json.dumps(arguments)}", *words(keys)]
-    one, two = (trained(project, tmp_path / str(count), overrides, count) for count in (1, 2))
-    if one is None or two is None:
-        assert two is None, "two processes refuse what one does"
+    try:
+        env = {"AFINA_SCRATCH": str(project / "scratch")}
+        run = train_here(project / "recipe.yaml", tmp_path / "two", *overrides, num_processes=2, env=env)
+    except InputError as refused:
+        assert refused.remedy, refused
         return
+    two = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trainer = checked(build, project, tmp_path, keys, arguments)
+    trainer.train()
+    one = lines(trainer)
     assert [(line["step"], line.keys()) for line in one] == [(line["step"], line.keys()) for line in two]
-    first, second = ([line["loss"] for line in lines if "loss" in line] for lines in (one, two))
+    first, second = ([line["loss"] for line in log if "loss" in line] for log in (one, two))
     assert first[0] == pytest.approx(second[0], rel=2e-5, abs=1e-6)
     # An optimizer that divides by the gradient's size makes rounding errors large in a few parameters.
     assert first == pytest.approx(second, rel=2e-3, abs=1e-4)
@@ -131,10 +133,7 @@ def test_a_combination_is_refused_or_trains_to_the_end(
     keys, arguments = drawn(number)
     print(f"AFINA_TEST_SEED={SEED}, draw {number}: {words(keys)} {arguments}")
     try:
-        overrides = [f"train.arguments={json.dumps(arguments)}", *words(keys)]
-        plan = plan_for(project / "recipe.yaml", JobRequest(overrides=overrides, num_processes=1, gpus_per_node=0))
-        check_arguments(plan.recipe.train, tmp_path / "pins", plan.recipe.train.schedule(64, 16).total_steps)
-        trainer = build(arguments, *words(keys), train=False)
+        trainer = checked(build, project, tmp_path, keys, arguments)
     except InputError as refused:
         assert refused.remedy, refused
         return

@@ -1,6 +1,6 @@
 """Real trainings of tiny models: every task, one and two processes, stops and resumes, and the files that are written.
 
-Each run is a command in a process of its own, as a user starts it.
+Runs that are stopped or killed are commands, as a user starts them; the others are trained by `train_here`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import tiny
+from tests.unit.training.in_process import train_here
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +53,18 @@ def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> sub
     return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _train(place: Path, name: str, recipe: dict[str, Any], *options: str, code: int = 0) -> Path:
+def _train(place: Path, name: str, recipe: dict[str, Any], *options: str) -> Path:
     run = place / name
     process = _start(place, run, recipe, *options)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
+    assert process.returncode == 0, output
     return run
+
+
+def _train_here(place: Path, name: str, recipe: dict[str, Any], processes: int = 1, code: int = 0) -> Path:
+    file = place / f"{name}.yaml"
+    file.write_text(json.dumps(recipe))
+    return train_here(file, place / name, num_processes=processes, code=code, env=_environment(place))
 
 
 def _resume(place: Path, run: Path, *options: str) -> tuple[int, str]:
@@ -77,7 +84,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 def _wait_for_lines(run: Path, count: int, *, attempt: int = 1) -> None:
     """Until the given attempt trains and the metrics log has at least `count` lines."""
-    for _ in range(3000):
+    for _ in range(6000):
         events, metrics = run / "events.jsonl", run / "metrics.jsonl"
         started = events.exists() and events.read_text().count("first_step") >= attempt
         if started and metrics.exists() and len(metrics.read_text().splitlines()) >= count:
@@ -106,7 +113,7 @@ STILL = {"model": "still", "train": {"precision": "fp32"}}
 @pytest.fixture(scope="module")
 def packed(place: Path) -> Path:
     """A run of one process, without dropout, eight epochs."""
-    return _train(place, "one-packed", _recipe(model="still", train={"precision": "fp32", "epochs": 8}))
+    return _train_here(place, "one-packed", _recipe(model="still", train={"precision": "fp32", "epochs": 8}))
 
 
 def test_a_finished_run_has_all_promised_files(whole: Path) -> None:
@@ -191,22 +198,22 @@ def _assert_close(run: Path, reference: Path, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("batching", ["longest", pytest.param("grouped", marks=pytest.mark.series)])
+@pytest.mark.parametrize("batching", ["longest", "grouped"])
 def test_two_processes_that_accumulate_are_the_same_training(place: Path, batching: str) -> None:
     """Uneven last steps included."""
     recipe = _recipe(**STILL, tokens={"batching": batching})
-    one = _train(place, f"one-{batching}", recipe)
+    one = _train_here(place, f"one-{batching}", recipe)
     recipe["train"]["max_batch_per_device"] = 2
-    _assert_close(_train(place, f"two-{batching}", recipe, "--num-processes", "2"), one, 42)
+    _assert_close(_train_here(place, f"two-{batching}", recipe, 2), one, 42)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_or_accumulation_are_the_same_packed_training(place: Path, packed: Path) -> None:
     recipe = json.loads(packed.with_suffix(".yaml").read_text())
-    two = _train(place, "two-packed", recipe, "--num-processes", "2")
+    two = _train_here(place, "two-packed", recipe, 2)
     recipe["train"]["max_batch_per_device"] = 2
-    parts = _train(place, "parts-packed", recipe)
+    parts = _train_here(place, "parts-packed", recipe)
     for run in (two, parts):
         _assert_close(run, packed, 42)
 
@@ -236,10 +243,10 @@ def test_a_weighted_loss_is_the_same_on_two_processes_that_accumulate_and_pytorc
         data={"files": {"all": "weighted.csv"}, "weight": "weight"},
         train={"precision": "fp32", "epochs": 1, "class_weights": {"1": 3, "5": 0.5}, "label_smoothing": 0.1},
     )
-    one = _train(place, "weighted", recipe)
+    one = _train_here(place, "weighted", recipe)
     recipe["train"]["max_batch_per_device"] = 2
     recipe["tokens"]["batching"] = "padded"
-    two = _train(place, "weighted-two", recipe, "--num-processes", "2")
+    two = _train_here(place, "weighted-two", recipe, 2)
     _assert_close(two, one, 21)
     assert _lines(two)[0]["loss"] == pytest.approx(_lines(one)[0]["loss"], rel=2e-6)
     table = pq.read_table(one / "predictions.parquet").to_pydict()
@@ -348,7 +355,7 @@ def test_the_other_tasks_train_and_compute_their_metrics(
     place: Path, kind: str, sections: dict[str, Any], keys: set[str]
 ) -> None:
     (place / "costs.py").write_text("def total(labels, predictions):\n    return (labels != predictions).sum() / 7\n")
-    run = _train(place, kind, _recipe(**sections))
+    run = _train_here(place, kind, _recipe(**sections))
     outcome = _outcome(run)
     assert keys <= set(outcome["metrics"])
     if kind != "regression":  # one's own metric, of which the least is best, chose the checkpoint
@@ -365,7 +372,7 @@ def test_the_other_tasks_train_and_compute_their_metrics(
 
 
 def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
-    run = _train(place, "nan", _recipe(train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
+    run = _train_here(place, "nan", _recipe(train={"learning_rate": 1e20, "arguments": {"max_grad_norm": 0}}), code=4)
     outcome = _outcome(run)
     assert outcome["outcome"] == "failed"
     assert (outcome["cause"], outcome["exit_code"]) == ("loss", 4)
