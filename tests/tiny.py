@@ -21,9 +21,11 @@ __all__ = [
     "parquet_bytes",
     "recipe",
     "star_names",
+    "tagged_sentences",
     "tiny_model",
     "tiny_reviews",
     "words",
+    "write_conll",
     "write_csv",
     "write_jsonl",
     "write_parquet",
@@ -263,3 +265,23 @@ def _tokenizer(arch: str, max_length: int) -> Any:
     # "a" is both a word and a letter: the later duplicate goes, the numbering stays dense.
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return classes[arch](vocab=vocab, model_max_length=max_length)
+
+
+def tagged_sentences(n: int, seed: int = 0) -> list[tuple[list[str], list[str]]]:
+    """Words and IOB2 tags of `n` reviews: strong and weak words of their tone are entities, neighbours of one kind one of them."""
+    kinds = {word: kind for tones, kind in (((0, 4), "STRONG"), ((1, 3), "WEAK")) for i in tones for word in _TONE[i]}
+    rows = []
+    for row in tiny_reviews(n, seed):
+        sentence, tags = "".join(c if c.isalnum() else " " for c in row["text"]).split(), []
+        for word in sentence:
+            kind = kinds.get(word)
+            tags.append("O" if kind is None else ("I-" if tags and tags[-1].endswith(kind) else "B-") + kind)
+        rows.append((sentence, tags))
+    return rows
+
+
+def write_conll(path: Path, rows: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Path:
+    """A word and its tag a line, with another column between, as CoNLL-2003 has them."""
+    sentences = ("".join(f"{word} NN {tag}\n" for word, tag in zip(*row, strict=True)) for row in rows)
+    path.write_text("-DOCSTART- -X- O\n\n" + "\n".join(sentences), encoding="utf-8")
+    return path

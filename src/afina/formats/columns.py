@@ -12,6 +12,7 @@ from afina.formats.read_options import format_of, option
 
 __all__ = [
     "SEPARATORS",
+    "SPAN",
     "check_columns",
     "distinct",
     "flatten",
@@ -23,6 +24,8 @@ __all__ = [
 
 #: Usual separators of CSV and TSV.
 SEPARATORS = ";\t|,"
+#: Keys of a span of a text with its label.
+SPAN = frozenset({"start", "end", "label"})
 _SHOWN_COLUMNS = 30
 #: How Hive names a missing value.
 _MISSING = "__HIVE_DEFAULT_PARTITION__"
@@ -132,13 +135,16 @@ def flatten(record: Mapping[str, Any], prefix: str = "", *, lists: bool = False)
     """A record with its nested objects as columns `a.b`.
 
     Args:
-        lists: of a list of objects take the first as `a.0.b`.
+        lists: of a list of objects take the first as `a.0.b`; spans of a text stay a list.
     """
     flat: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}.", lists=lists))
         elif lists and isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+            if value[0].keys() >= SPAN:
+                flat[f"{prefix}{key}"] = value
+                continue
             flat.update(flatten(value[0], f"{prefix}{key}.0.", lists=lists))
         else:
             flat[f"{prefix}{key}"] = value

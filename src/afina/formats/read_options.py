@@ -41,10 +41,14 @@ DATA_SUFFIXES: dict[str, str] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
 }
 #: After the suffix of a text format: `reviews.csv.gz`.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
-_TEXT_FORMATS = ("csv", "tsv", "jsonl", "txt")
+_TEXT_FORMATS = ("csv", "tsv", "jsonl", "txt", "conll")
 #: The formats that each option is for.
 _USED_BY = {
     "encoding": _TEXT_FORMATS,
@@ -53,7 +57,7 @@ _USED_BY = {
     "quoting": ("csv", "tsv"),
     "field": ("jsonl",),
 }
-_WORDS = {"csv": "CSV", "tsv": "TSV", "jsonl": "JSON", "txt": "text"}
+_WORDS = {"csv": "CSV", "tsv": "TSV", "jsonl": "JSON", "txt": "text", "conll": "CoNLL"}
 _ENCODINGS = ("utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1250", "cp1251", "cp1252", "cp1253", "cp1254",
               "cp1256", "cp437", "cp850", "latin-1", "iso8859-2", "iso8859-5", "iso8859-15", "koi8-r", "mac-roman", "shift_jis",
               "euc-jp", "euc-kr", "big5", "gbk", "gb18030")  # fmt: skip
@@ -167,7 +171,7 @@ def compression_of(path: Path) -> str | None:
 
 
 def format_of(path: Path) -> str | None:
-    """csv, tsv, jsonl, parquet, arrow or txt, by the suffix; None where afina does not read such files."""
+    """csv, tsv, jsonl, parquet, arrow, conll or txt, by the suffix; None where afina does not read such files."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         kind = format_of(Path(path.stem))

@@ -12,6 +12,7 @@ from typing import Any
 from afina.errors import DataError
 from afina.formats.columnar import open_columnar
 from afina.formats.columns import check_columns, distinct, flatten, other_separator
+from afina.formats.conll import column_names, read_conll
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import read_json, records_below
 from afina.formats.notes import Notes
@@ -29,7 +30,10 @@ def read_rows(path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = No
         DataError: as the reader of the format; the one column of a CSV or TSV looks like several.
     """
     kind = format_of(path)
-    if kind in ("parquet", "arrow"):
+    if kind == "conll":
+        for _, columns in read_conll(path, reading):
+            yield dict(zip(column_names(len(columns)), columns, strict=True))
+    elif kind in ("parquet", "arrow"):
         yield from _columnar_rows(path)
     elif kind in ("csv", "tsv"):
         rows = read_delimited(path, reading, notes)
@@ -84,6 +88,8 @@ def check_file(path: Path, names: Sequence[str], reading: ReadOptions = PLAIN) -
             known = [*file.schema.names, *(name for name in names if name not in file.schema.names and file.has(name))]
     elif kind in ("csv", "tsv"):
         known = next(read_delimited(path, reading))[1]
+    elif kind == "conll":
+        known = column_names(next((len(columns) for _, columns in read_conll(path, reading)), 2))
     else:
         return
     check_columns(path, names, known, "name another column: --text, --label")

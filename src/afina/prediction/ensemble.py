@@ -120,6 +120,10 @@ def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> Any:
             raise InputError(f"{name}: has no model: {how}", f"`afina resume {name}` continues it; or leave it out")
     recipes = [run.plan().recipe for run in runs]
     remedy = "an ensemble is of runs on the same data with the same labels: of other seeds, or of a sweep"
+    if outcomes[0] is not None and outcomes[0].task == "token-classification":
+        raise InputError(
+            f"{names[0]}: finds entities, of which several models have no mean", "use the best run: `afina compare`"
+        )
     for name, recipe, outcome in zip(names[1:], recipes[1:], outcomes[1:], strict=True):
         first = outcomes[0]
         assert first is not None and outcome is not None

@@ -35,6 +35,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     ),
     "multi-label": ("f1", "f1_micro", "subset_accuracy", "precision", "recall", *_AVERAGED, *NEED_SCORES),
     "regression": ("mse", "mae", "pearson", "spearman", "rmse", "r2"),
+    "token-classification": ("f1", "precision", "recall", "f1_macro", "accuracy"),
 }
 #: All metrics that are one number.
 SCALARS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names if name != "confusion_matrix"))
@@ -84,8 +85,8 @@ def metric_texts(metrics: Sequence[str] | None, *chosen: str | None) -> tuple[st
 
 
 def default_metrics(task: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The metrics that an evaluation computes: the recipe's, or the task's first two."""
-    return tuple(given or METRICS[task][:2])
+    """The metrics that an evaluation computes: the recipe's, or the task's first two (of entities three)."""
+    return tuple(given or METRICS[task][: 3 if task == "token-classification" else 2])
 
 
 def _without_split(metric: str) -> str:

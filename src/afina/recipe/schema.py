@@ -27,7 +27,7 @@ from afina.recipe.trackers import TRACKERS
 
 __all__ = ["Recipe"]
 
-Task = Literal["auto", "single-label", "multi-label", "regression"]
+Task = Literal["auto", "single-label", "multi-label", "regression", "token-classification"]
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f/]{1,100}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -124,6 +124,8 @@ class Recipe(_Explained):
 
     def problems(self) -> Iterator[KeyedError]:
         yield from self._problems_of_metrics()
+        if self.task == "token-classification":
+            yield from self._problems_of_words()
         if self.tokens.truncation != "head" and len(self.data.text) == 2:
             remedy = "leave it out: of a pair the longer text is cut at its end"
             yield KeyedError("is of single texts, and `data.text` names two", "tokens", "truncation", remedy=remedy)
@@ -159,6 +161,38 @@ class Recipe(_Explained):
             if on:
                 yield KeyedError(
                     "does not know the windows of texts", "train", key, remedy="leave it out, or `tokens.windows`"
+                )
+
+    def _problems_of_words(self) -> Iterator[KeyedError]:
+        """Keys that a token classification cannot use."""
+        data = self.data
+        unused = {
+            "labels": (data.labels, "the labels are those of the data"),
+            "label_separator": (data.label_separator, "each word has one tag"),
+            "fold": (data.fold, "folds are stratified by the label of a row, and rows of words have none"),
+        }
+        for key, (value, why) in unused.items():
+            if value is not None:
+                yield KeyedError(f"does not fit token classification: {why}", "data", key, remedy="leave it out")
+        for key, columns in (("text", data.text), ("label", data.label)):
+            if len(columns) > 1:
+                yield KeyedError("token classification reads one column", "data", key, remedy="name one column")
+        if self.tokens.windows is not None:
+            problem = "do not fit token classification: a word in two windows would have two labels"
+            yield KeyedError(problem, "tokens", "windows", remedy="leave it out, and split long texts into paragraphs")
+        if self.tokens.truncation != "head":
+            remedy = "leave it out, and split long texts into sentences or paragraphs"
+            yield KeyedError(
+                "does not fit token classification: words would be missing in between",
+                "tokens",
+                "truncation",
+                remedy=remedy,
+            )
+        for i, metric in enumerate(self.metrics or ()):
+            if ":" in metric:
+                remedy = "choose from: " + ", ".join(METRICS[self.task])
+                yield KeyedError(
+                    "a metric of your own does not fit token classification yet", "metrics", str(i), remedy=remedy
                 )
 
     def _problems_of_metrics(self) -> Iterator[KeyedError]:

@@ -22,6 +22,7 @@ from afina.run.provenance.record import read_record, recipe_as_run
 from afina.run.provenance.split_looks import times_looked
 from afina.slurm.accounting import JobUsage, job_usage
 from afina.statistics.decision_rule import DecisionRule, read_rule
+from afina.statistics.entities import entity_types
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import Scores, score
 from afina.watch.overview import RunSummary, summary_of
@@ -107,7 +108,8 @@ class RunFacts:
 
     @property
     def labels(self) -> list[str]:
-        return list((self.outcome.labels if self.outcome else None) or self.prepared.get("labels") or [])
+        names = list((self.outcome.labels if self.outcome else None) or self.prepared.get("labels") or [])
+        return entity_types(names) if self.task == "token-classification" else names
 
     @property
     def task(self) -> str:

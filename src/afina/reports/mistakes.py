@@ -100,7 +100,12 @@ def _confusions(matrix: Matrix, labels: Sequence[str], split: str) -> str:
 
 
 #: By task, the column that says how large a mistake is.
-_MISTAKE = {"regression": "off by", "single-label": "confidence", "multi-label": "probability off by"}
+_MISTAKE = {
+    "regression": "off by",
+    "single-label": "confidence",
+    "multi-label": "probability off by",
+    "token-classification": "wrong entities",
+}
 
 
 def worst(facts: RunFacts, *, texts: bool = True) -> str:
@@ -159,6 +164,9 @@ def _listed(
 
 
 def _label_of(predictions: Predictions, values: Any, index: int) -> str:
+    if predictions.task == "token-classification":
+        column = predictions.table.column("label" if values is predictions.truth else "prediction")
+        return "; ".join(f"{entity['text']} ({entity['label']})" for entity in column[index].as_py() or ()) or "–"
     if predictions.task == "regression":
         return number(float(values[index]))
     if predictions.task == "single-label":

@@ -198,7 +198,8 @@ def _classes_scored(scores: Scores, predictions: Predictions | str, split: str) 
         [label, scores.support[k], *(_interval(scores.per_class[name][k]) for name in names)]
         for k, label in enumerate(predictions.labels)
     ]
-    return table(["class", "rows", *names], rows, f"On {split}, the model in model/; in brackets 95 % intervals")
+    heads = ["type", "entities"] if predictions.task == "token-classification" else ["class", "rows"]
+    return table([*heads, *names], rows, f"On {split}, the model in model/; in brackets 95 % intervals")
 
 
 def _interval(score: Interval | None) -> str | None:
@@ -290,8 +291,8 @@ def calibration(facts: RunFacts) -> tuple[str, list[Chart]]:
         if predictions.task == "regression":
             charts.append(_scatter(predictions, split))
             continue
-        how = calibrate(predictions)
-        assert how is not None
+        if (how := calibrate(predictions)) is None:
+            continue
         bars = {"share correct": [(low, high, share) for low, high, _, _, share, *_ in how.bins]}
         whiskers = [((low + high) / 2, least, most) for low, high, _, _, _, least, most in how.bins]
         words = [f"confidence {sure:.2f}: {share:.2f} correct of {n}" for _, _, n, sure, share, *_ in how.bins]

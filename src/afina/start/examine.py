@@ -18,7 +18,7 @@ from typing import Any
 from afina.formats.json_rows import number_text
 from afina.formats.text_files import note_damaged, note_missing
 from afina.recipe.data_files import split_named
-from afina.start.guess_columns import MOST_CLASSES, Source, number_of, text_of
+from afina.start.guess_columns import MOST_CLASSES, Source, are_spans, number_of, text_of
 
 __all__ = [
     "MOST_ROWS",
@@ -69,6 +69,7 @@ class Examined:
         digests: of the texts, to find the same ones in another split.
         sample: some texts.
         odd: what was odd in the rows.
+        tagged: entities are labelled: texts are lists of words with a tag each, or labels are spans; `labels` counts entities by type.
         flags: where one label column holds 0 and 1: the columns that do so too.
     """
 
@@ -89,6 +90,7 @@ class Examined:
     sample: tuple[str, ...]
     odd: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    tagged: bool = False
 
 
 def examine(
@@ -112,11 +114,12 @@ def examine(
     flags: dict[str, None] = {}
     rows = source.rows()
     for number, row in enumerate(itertools.islice(rows, MOST_ROWS), 1):
-        parts = [text_of(row.get(name)) for name in text]
+        words = isinstance(row.get(text[0]), list)
+        parts = [" ".join(map(str, row[text[0]]))] if words else [text_of(row.get(name)) for name in text]
         texts.add(number, parts)
         note_damaged(source.notes, parts, [number] * len(parts))
         note_missing(source.notes, parts, [number] * len(parts))
-        labels.add(number, [row.get(name) for name in label])
+        labels.add(number, [row.get(name) for name in label], of_words=words)
         if number <= _SAMPLE:
             flags = {name: None for name in (row if number == 1 else flags) if number_of(row.get(name)) in (0, 1)}
         if split_column is not None:
@@ -136,7 +139,7 @@ def examine(
         duplicates=texts.duplicates,
         numeric=labels.numeric and bool(labels.counts),
         whole_numbers=labels.whole,
-        multiple=labels.listed or len(label) > 1,
+        multiple=(labels.listed or len(label) > 1) and not labels.tagged,
         separator=_separator(labels.counts) if separated else None,
         non_ascii=texts.non_ascii / texts.letters if texts.letters else 0.0,
         split_rows=splits,
@@ -146,6 +149,7 @@ def examine(
         flags=tuple(name for name in flags if name not in (*text, *label))
         if flags.keys() & {label[0]} == set(label)
         else (),
+        tagged=labels.tagged,
     )
 
 
@@ -184,11 +188,13 @@ class _Labels:
         self.missing, self.nested, self.infinite, self.lists, self.single = (RowNumbers() for _ in range(5))
         self.separated = 0
         self.numeric = self.whole = True
-        self.listed = False
+        self.listed = self.tagged = False
 
-    def add(self, number: int, values: list[Any]) -> None:
+    def add(self, number: int, values: list[Any], *, of_words: bool) -> None:
         value = values[0]
-        if any(map(_is_missing, values)):
+        if of_words or are_spans(value) or (self.tagged and value == []):
+            self._add_entities(number, value)
+        elif any(map(_is_missing, values)):
             self.missing.add(number)
         elif len(values) > 1:
             self._add_list(name for name, v in zip(self.columns, values, strict=True) if (number_of(v) or 0) > 0)
@@ -204,6 +210,20 @@ class _Labels:
         else:
             self.single.add(number)
             self._add_one(number, value)
+
+    def _add_entities(self, number: int, value: Any) -> None:
+        """Count the entities of a row, by type: of tags, or of spans."""
+        self.tagged, self.numeric = True, False
+        if not isinstance(value, list):
+            self.missing.add(number)
+            return
+        before = ""
+        for each in value:
+            tag = f"B-{each.get('label')}" if isinstance(each, dict) else str(each)
+            prefix, kind = (tag[0], tag[2:]) if tag[1:2] in ("-", "_") else ("", tag)
+            if tag != "O" and (prefix in ("B", "S", "U", "W") or kind != before):
+                self.counts[kind] += 1
+            before = kind if tag != "O" else ""
 
     def _add_one(self, number: int, value: Any) -> None:
         as_number = number_of(value)

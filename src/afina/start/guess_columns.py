@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from afina.errors import DataError, InputError, nearest
+from afina.formats.columns import SPAN
 from afina.formats.notes import Notes
 from afina.formats.read_options import option
 from afina.recipe.data_files import split_named
@@ -17,6 +18,7 @@ __all__ = [
     "MOST_CLASSES",
     "Column",
     "Source",
+    "are_spans",
     "check_named",
     "columns_of",
     "guess_columns",
@@ -32,6 +34,7 @@ _FIRST_ROWS = 2_000
 
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "stars", "sentiment", "rating", "score", "topic", "intent", "emotion", "y")  # fmt: skip
 _TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "utterance", "question", "title")
+_WORD_NAMES, _TAG_NAMES = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner", "entities")
 _ID_NAMES = ("id", "ids", "uid", "uuid", "idx", "index", "row_id", "doc_id", "key")
 
 Row = Mapping[str, Any]
@@ -57,6 +60,7 @@ class Column:
         words: mean number of words.
         numeric, listed: every value is a number, or a list.
         example: the first value, shortened.
+        spans: every value is a list of spans with labels.
         is_value: its name occurs among the values.
         names_splits: every value is the name of a split, and train is one of them.
     """
@@ -71,6 +75,7 @@ class Column:
     example: str
     is_value: bool
     names_splits: bool = False
+    spans: bool = False
 
 
 def columns_of(source: Source) -> tuple[Column, ...]:
@@ -100,6 +105,7 @@ def _column(name: str, values: list[Any]) -> Column:
         listed=bool(given) and all(isinstance(v, list) for v in given),
         example=first if len(first) <= 60 else first[:59] + "…",
         is_value=name in texts,
+        spans=bool(given) and all(isinstance(v, list) for v in given) and any(map(are_spans, given)),
         names_splits="train" in (splits := {split_named(t) for t in texts}) and None not in splits,
     )
 
@@ -111,10 +117,17 @@ def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, st
         folded = {c.name.strip().casefold(): c.name for c in among}
         return next((folded[n] for n in names if n in folded), None)
 
+    lists = [c for c in columns if c.listed]
+    words, tags = named(_WORD_NAMES, lists), named(_TAG_NAMES, lists)
     texts = [c for c in columns if not c.numeric and not c.listed and c.words >= 1.5]
     longest = max(texts, key=lambda c: c.words, default=None)
     text = named(_TEXT_NAMES, texts) or (longest.name if longest else None)
     rest = [c for c in columns if c.name != text and c.filled > 0]
+    spans = next((c.name for c in rest if c.spans), None)
+    if (words and tags) or (text and spans):
+        pair = (words, tags) if words and tags else (text, spans)
+        others = [c for c in rest if c.name not in pair and c.distinct == c.rows > 1 and c.words <= 1]
+        return *pair, named(_ID_NAMES, others)
     classes = [c for c in rest if 2 <= c.distinct <= min(MOST_CLASSES, max(2, c.rows // 2)) or c.listed]
     simplest = min(classes, key=lambda c: (c.words, c.distinct), default=None)
     label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
@@ -156,6 +169,11 @@ def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, s
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 24 else text[:23] + "…")
+
+
+def are_spans(value: Any) -> bool:
+    """Whether a value is a list of spans of a text, each with its label."""
+    return isinstance(value, list) and any(isinstance(each, Mapping) and each.keys() >= SPAN for each in value)
 
 
 def text_of(value: Any) -> str:

@@ -120,6 +120,7 @@ def recipe_text(p: Proposal) -> str:
         f"name: {_yaml(p.name)}",
         *_comments([known] if known else []),
         f"model: {_yaml(p.model.id)}",
+        *(["task: token-classification"] if p.examined.tagged else []),
         *_data(p),
         *_comments([*_about_length(p, tokens, length, windows), *about_long]),
         f"tokens: {{max_length: {length}{cut}}}",
@@ -147,7 +148,7 @@ def data_warnings(p: Proposal) -> list[str]:
             f"`{p.label[0]}` holds 0 and 1, as {', '.join(map(_code, x.flags[:8]))} {'does' if len(x.flags) == 1 else 'do'}: for several "
             f"labels a row `label: {_flow([*p.label, *x.flags[:8]])}`"
         )
-    if x.complete and len(x.labels) == 1 and not x.multiple:
+    if x.complete and len(x.labels) == 1 and not x.multiple and not x.tagged:
         warnings.append(
             f"every row has the label {_short(next(iter(x.labels)))}: afina prefetch refuses that; is it the label column?"
         )
@@ -197,6 +198,8 @@ def _about_labels(p: Proposal) -> list[str]:
     if not labels:
         return []
     shown = ", ".join(f"{_short(name)} {count:,}" for name, count in list(labels.items())[:8])
+    if p.examined.tagged:
+        return [f"{len(labels)} types of entities: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"]
     about = [f"{len(labels)} labels: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"]
     rare = sum(count < _RARE for count in labels.values())
     if rare:
@@ -237,8 +240,8 @@ def _split(split: str, source: str) -> str:
 
 
 def _long_texts(p: Proposal, tokens: Sequence[int], length: int) -> tuple[int, str, list[str]]:
-    """Windows of a text at most, the keys that say how longer texts are read, and why. Of pairs the longer text is cut."""
-    longer = 0.0 if len(p.text) == 2 else sum(n > length for n in tokens) / max(1, len(tokens))
+    """Windows of a text at most, the keys that say how longer texts are read, and why. Of pairs the longer text is cut, and words with tags are not read so."""
+    longer = 0.0 if len(p.text) == 2 or p.examined.tagged else sum(n > length for n in tokens) / max(1, len(tokens))
     if longer > _MOST_LONG and length >= 2 * _STRIDE:
         more = (quantile(tokens, 0.99) - length) / (length - _SPECIAL_TOKENS - _STRIDE)
         windows = min(1 + math.ceil(more), _MOST_WINDOWS)
@@ -296,6 +299,8 @@ def _metrics(p: Proposal) -> tuple[list[str], str]:
     """Metrics, the one that selects the best checkpoint first, and why."""
     if p.regression:
         return ["mse", "mae", "pearson"], "of a regression"
+    if p.examined.tagged:
+        return ["f1", "precision", "recall"], "of whole entities, all counted alike"
     counts = sorted(p.examined.labels.values())
     if p.examined.multiple or p.examined.separator is not None:
         return (

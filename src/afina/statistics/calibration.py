@@ -35,7 +35,7 @@ class Calibration:
 
 
 def calibrate(predictions: Predictions, bins: int = BINS) -> Calibration | None:
-    """Calibration of the probabilities; None for regression.
+    """Calibration of the probabilities; None for regression and token classification.
 
     Single-label: the probability of the predicted label, against whether it is correct. Multi-label: the probability of each
     label of each example, against whether it applies.

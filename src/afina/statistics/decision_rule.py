@@ -130,7 +130,7 @@ def probabilities(task: str, logits: Array) -> Array:
     """Logits (N, K) -> probabilities (N, K) of the same dtype; for regression the values as they are. NaN stays NaN."""
     import numpy as np
 
-    if task == "single-label":
+    if task in ("single-label", "token-classification"):
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         return np.asarray(shifted / shifted.sum(-1, keepdims=True))
     if task == "multi-label":

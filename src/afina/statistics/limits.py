@@ -71,7 +71,9 @@ def distinct(task: str, width: int, truth: Array, *predicted: Array) -> tuple[Ar
     if task != "regression":
         unique, counts = np.unique(np.concatenate(columns, axis=1), axis=0, return_counts=True)
         columns = np.split(unique, len(columns), axis=1)
-    first, *others = columns if task == "multi-label" else [column[:, 0] for column in columns]
+    first, *others = (
+        columns if task in ("multi-label", "token-classification") else [column[:, 0] for column in columns]
+    )
     return np.concatenate([contributions(task, width, first, other) for other in others], axis=1), counts
 
 
@@ -106,7 +108,7 @@ def pseudo_rows(task: str, whole: Array, draws: int, seed: int = _SEED + 1) -> t
     total, many = weight.sum(axis=1, keepdims=True), int(there.sum())
     zero, none = np.zeros_like(weight), np.zeros_like(total)
     right = np.concatenate([weight, weight, weight, total, none, total], axis=1)
-    if task == "multi-label":
+    if task in ("multi-label", "token-classification"):
         return np.concatenate([zero, weight / 2, weight / 2, none, none, none], axis=1), right
     elsewhere = (total - weight) * there / max(1, many - 1)
     places = np.arange(len(there), dtype=float)

@@ -46,7 +46,8 @@ def compute(
     """The named metrics, and why those that are None have no value.
 
     Args:
-        truth, predicted: class ids (N,), flags (N, L), or values (N,).
+        truth, predicted: class ids (N,), flags (N, L), values (N,), or of a token classification what
+            `afina.statistics.entities.count_rows` returns, (N, 2 L).
         scores: probabilities (N, L) of a classifier, for the metrics that need them.
 
     Returns: name -> value; `precision`, `recall` and `f1` bring `*_per_class` lists along.
@@ -84,7 +85,7 @@ def compute(
 def contributions(task: str, width: int, truth: Array, predicted: Array) -> Array:
     """Contribution of each row to the sums, float64 (N, D).
 
-    D is 3 L + 3 for classifiers (correct, predicted and true of each label; all labels correct; the squared distance of the classes;
+    D is 3 L + 3 for classifiers of texts and words (correct, predicted and true of each label; all labels correct; the squared distance of the classes;
     1) and 8 for regression.
     """
     import numpy as np
@@ -100,6 +101,11 @@ def contributions(task: str, width: int, truth: Array, predicted: Array) -> Arra
         eye = np.eye(width)
         actual, chosen = eye[truth], eye[predicted]
         exact, cost = truth == predicted, (np.asarray(truth, float) - predicted) ** 2
+    elif task == "token-classification":
+        correct, chosen = np.split(np.asarray(predicted, float), 2, axis=1)
+        actual = np.split(np.asarray(truth, float), 2, axis=1)[1]
+        exact, cost = (truth == predicted).all(axis=1), np.zeros(len(truth))
+        return np.concatenate([correct, chosen, actual, exact[:, None], cost[:, None], one], axis=1, dtype=float)
     else:
         actual, chosen = np.asarray(truth, float), np.asarray(predicted, float)
         exact = (actual == chosen).all(axis=1)
@@ -111,7 +117,7 @@ def sums_of(task: str, width: int, truth: Array, predicted: Array) -> Array:
     """`contributions` summed over the rows, (D,); without their N x D cells, which a thousand labels would make too many."""
     import numpy as np
 
-    if task == "regression":
+    if task in ("regression", "token-classification"):
         return contributions(task, width, truth, predicted).sum(axis=0)
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if task == "single-label":
@@ -154,6 +160,9 @@ def from_sums(task: str, sums: Array, whole: Array | None = None) -> dict[str, A
         "precision_micro": _ratio(hits, every),
         "recall_micro": _ratio(hits, true),
     }
+    if task == "token-classification":
+        entities = {name: micro[f"{name}_micro"] for name in ("f1", "precision", "recall")}
+        return {**entities, "f1_macro": macro["f1"]}
     if task == "multi-label":
         return {**macro, **micro, **weighted, "subset_accuracy": sums[:, -3] / rows}
     by_chance = (chosen * actual).sum(axis=1)

@@ -122,7 +122,7 @@ def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
     seen: dict[tuple[Any, ...], int] = {}
     keys = []
     for label, *texts in zip(labels, *columns, strict=True):
-        key = (*texts, tuple(sorted(label)) if isinstance(label, list) else label)
+        key = (*texts, tuple(sorted(map(str, label))) if isinstance(label, list) else label)
         seen[key] = seen.get(key, 0) + 1
         keys.append((*key, seen[key]))
     return keys
@@ -349,7 +349,10 @@ def _in_labels_of(first: Predictions, second: Predictions) -> Array:
         return second.predicted
     if second.task == "single-label":
         return np.array([first.labels.index(name) for name in second.labels])[second.predicted]
-    return second.predicted[:, [second.labels.index(name) for name in first.labels]]
+    order = [second.labels.index(name) for name in first.labels]
+    if second.task == "token-classification":
+        order += [len(order) + place for place in order]
+    return second.predicted[:, order]
 
 
 def _right(task: str, truth: Array, predicted: Array) -> Array:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import DataError, first_line
+from afina.statistics.entities import count_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +29,12 @@ class Predictions:
     """The predictions for one split (eval or test), in the order of the prepared data.
 
     Attributes:
-        task: single-label, multi-label or regression.
-        labels: the label names in the order of the model's outputs; none for regression.
-        truth: int64 (N,) single-label; bool (N, L) multi-label; float64 (N,) regression.
+        task: single-label, multi-label, regression or token-classification.
+        labels: the label names in the order of the model's outputs; none for regression; types of entities.
+        truth: int64 (N,) single-label; bool (N, L) multi-label; float64 (N,) regression; int64 (N, 2 L), see
+            `afina.statistics.entities.count_rows`.
         predicted: as `truth`.
-        scores: float64 (N, L), probabilities; None for regression.
+        scores: float64 (N, L), probabilities; None for regression and token classification.
         table: the pyarrow table, for row, file, id and text.
     """
 
@@ -68,6 +70,8 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
         table = pq.read_table(path, columns=names)
         labels = tuple(name.removeprefix(_SCORE) for name in table.column_names if name.startswith(_SCORE))
         truth, predicted = table.column("label"), table.column("prediction")
+        if pa.types.is_list(truth.type) and pa.types.is_struct(truth.type.value_type):
+            return _of_entities(table)
         if not labels:
             values = [np.asarray(column.to_numpy(), np.float64) for column in (truth, predicted)]
             return Predictions("regression", (), values[0], values[1], None, table)
@@ -80,6 +84,22 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
         reason = first_line(error)
         raise DataError(f"{path}: cannot be read as predictions: {reason}", remedy) from None
     return Predictions("multi-label" if several else "single-label", labels, values[0], values[1], scores, table)
+
+
+def _of_entities(table: Any) -> Predictions:
+    import numpy as np
+
+    columns = [table.column(name).combine_chunks() for name in ("label", "prediction")]
+    names = sorted({name for column in columns for name in column.flatten().field("label").to_pylist()})
+    entities = []
+    for column in columns:
+        flat = column.flatten()
+        row = np.repeat(np.arange(len(column)), column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+        spans = [flat.field(name).to_numpy(zero_copy_only=False) for name in ("start", "end")]
+        kinds = np.array([names.index(name) for name in flat.field("label").to_pylist()], np.int64)
+        entities.append(np.stack([row, *spans, kinds], axis=1).astype(np.int64))
+    truth, predicted = count_rows(entities[0], entities[1], len(table), len(names))
+    return Predictions("token-classification", tuple(names), truth, predicted, None, table)
 
 
 def _numbers(column: Any, labels: Sequence[str]) -> Any:

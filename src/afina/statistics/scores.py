@@ -142,7 +142,7 @@ def mistakes(predictions: Predictions, most: int) -> list[tuple[int, float]]:
     """The worst mistakes as (example, size), the worst first.
 
     Size: single-label, the probability of the wrong label; multi-label, the largest difference between a label's probability and the
-    truth, if the set of labels is wrong; regression, the absolute error.
+    truth, if the set of labels is wrong; regression, the absolute error; token classification, entities missed and made up.
     """
     import numpy as np
 
@@ -152,6 +152,10 @@ def mistakes(predictions: Predictions, most: int) -> list[tuple[int, float]]:
     elif predictions.task == "single-label":
         assert scores is not None
         size, wrong = scores[np.arange(len(predicted)), predicted], predicted != truth
+    elif predictions.task == "token-classification":
+        (right, chosen), (_, actual) = np.split(predicted, 2, axis=1), np.split(truth, 2, axis=1)
+        size = (chosen - right + actual - right).sum(axis=1)
+        wrong = size > 0
     else:
         assert scores is not None
         size, wrong = np.abs(scores - truth).max(axis=1), (truth != predicted).any(axis=1)

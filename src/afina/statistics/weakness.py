@@ -71,6 +71,8 @@ def constant(predictions: Predictions) -> str | None:
     if predictions.task == "regression":
         same = float(predicted.std()) <= _SAME * float(predictions.truth.std())
         return f"about {predicted.mean():.4g}" if same else None
+    if predictions.task == "token-classification":
+        return None if predicted.any() else "no entity"
     if (predicted != predicted[:1]).any():
         return None
     if predictions.task == "single-label":
@@ -94,6 +96,8 @@ def reference(predictions: Predictions) -> tuple[Predictions, str]:
         shares = np.asarray(truth, float).mean(0)
         decided = replace(predictions, predicted=everywhere(shares > 0.5), scores=everywhere(shares))
         return decided, "each label's more frequent value"
+    if task == "token-classification":
+        return replace(predictions, predicted=np.zeros_like(truth)), "no entity"
     counts = np.bincount(truth, minlength=len(predictions.labels))
     most = int(counts.argmax())
     decided = replace(predictions, predicted=everywhere(most), scores=everywhere(counts / len(truth)))

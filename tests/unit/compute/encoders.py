@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
+from afina.worker.compute.batches import scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.task.losses import Loss
+from afina.worker.task.tasks import auto_class
+from afina.worker.task.word_places import CUT, SHARED, WordPlaces
 
 VOCABULARY, PAD = 200, 1
 LENGTHS = (37, 36, 36, 20, 20, 7, 3, 2, 1)
@@ -91,10 +95,21 @@ def split_of(lengths: Sequence[int], seed: int, *, types: bool = False, forbidde
     return Split(tokens, offsets, draw.integers(0, 5, len(lengths)), kinds)
 
 
-def model_of(about: dict[str, Any], *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def with_words(split: Split, seed: int = 6) -> Split:
+    """Labels of words: every second token begins one; some words share a token or were cut off."""
+    draw = np.random.default_rng(seed)
+    pieces = [np.append(np.arange(0, length, 2), [SHARED, CUT]) for length in split.lengths]
+    offsets = np.cumsum([0, *map(len, pieces)])
+    places = WordPlaces(offsets, np.zeros((offsets[-1], 2), np.int32), np.concatenate(pieces).astype(np.int32))
+    return replace(split, labels=draw.integers(0, 5, offsets[-1]), words=places)
+
+
+def model_of(
+    about: dict[str, Any], *, dtype: torch.dtype = torch.float32, task: str = "single-label", **changes: Any
+) -> Any:
     torch.manual_seed(3)
     config = AutoConfig.for_model(**{**SMALL, **about, **changes})
-    model = AutoModelForSequenceClassification.from_config(config)
+    model = auto_class(task).from_config(config)
     for parameter in model.parameters():  # the usual start is so small that differences could hide
         torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 0.3)
     return model.to(dtype)
@@ -111,11 +126,12 @@ def without_dropout(model: Any) -> Any:
 
 
 def step(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits, loss and the gradients of all parameters."""
+    """Logits (of words, where those have labels), loss and the gradients of all parameters."""
     model.zero_grad(set_to_none=True)
     batch = dict(batch)
-    labels, weights = batch.pop("labels")
-    logits = model(**batch)["logits"]
+    targets = batch.pop("labels")
+    labels, weights = targets[:2]
+    logits = scored_logits(model(**batch)["logits"], targets)
     loss = (Loss("single-label")(logits, labels) * weights).sum()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

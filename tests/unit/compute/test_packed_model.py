@@ -21,6 +21,7 @@ from tests.unit.compute.encoders import (
     model_of,
     split_of,
     step,
+    with_words,
     without_dropout,
 )
 from tests.unit.conftest import recipe_dict
@@ -38,6 +39,7 @@ from afina.worker.compute.attention import attend
 from afina.worker.compute.batches import Collator, PackedCollator
 from afina.worker.compute.packing import pack
 from afina.worker.data.prepared import Split
+from afina.worker.model.padding import padding_side
 
 
 @pytest.mark.parametrize("cuts", ["by cost", "each alone", "all together"])
@@ -69,6 +71,40 @@ def test_packed_equals_padded(name: str, precision: torch.dtype, cuts: str, monk
         assert float((found[2][key] - gradient).abs().max()) / scale <= tolerance, key
     again = step(model, Collator(split, PAD)(rows))
     assert_same(again[0], expected[0], tolerance, "padded batches after packed ones")
+
+
+@pytest.mark.parametrize(
+    "name", [*CONFIGS, "llama", "qwen3", "gemma2", "gpt2", "deberta-v2", "deberta-v3", "nomic_bert", "gte"]
+)
+def test_a_packed_token_classifier_equals_each_row_alone_and_padded(name: str) -> None:
+    """The logits of all words, the loss and every gradient; nothing is pooled."""
+    about = {**CONFIGS, **OTHERS}[name]
+    model = without_dropout(model_of(about, dtype=torch.float64, task="token-classification")).train()
+    assert packed_model.why_not_packed(model) is None
+    split = with_words(split_of(LENGTHS, 5, types="token_type_ids" in forward_arguments(model), forbidden=None))
+    assert split.words is not None
+    rows = list(range(len(LENGTHS)))
+    side = padding_side(model)
+    padded = step(model, Collator(split, PAD, None, side)(rows))
+    alone = [step(model, Collator(split, PAD)([row])) for row in rows]
+    logits = torch.cat([each[0] for each in alone])
+    assert len(logits) == (split.words.pieces >= 0).sum()
+    packed_model.enable_packing(model, attention.FAST)
+    batch = packed_model.collator(model, split, "packed", PAD)(rows)
+    assert model(**{k: v for k, v in batch.items() if k != "labels"})["logits"].shape == (1, sum(LENGTHS), 5)
+    found = step(model, batch)
+    assert_same(found[0], logits, 1e-6, "logits, each row alone")
+    assert_same(found[1], sum(each[1] for each in alone), 1e-6, "loss, each row alone")
+    if name in CONFIGS:  # Gemma 2 of Transformers itself gives NaN at padding
+        assert_same(found[0], padded[0], 1e-6, "logits, padded")
+        assert_same(found[1], padded[1], 1e-6, "loss, padded")
+    wanted = {key: sum(each[2][key] for each in alone) for key in alone[0][2]}
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for key, gradient in wanted.items():
+        scale = max(float(gradient.abs().max()), 1e-3 * largest)
+        assert float((found[2][key] - gradient).abs().max()) / scale <= 1e-5, key
+    filler = packed_model.collator(model, split, "packed", PAD)([0, ~1])["labels"]
+    assert filler[1].sum() == (split.words.pieces[split.words.of_rows(np.array([0]))[0]] >= 0).sum()
 
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16])

@@ -103,3 +103,14 @@ def test_parts_of_an_older_afina_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(InputError, match="cannot be read"):
         Parts(tmp_path)
+
+
+def test_sentences_of_a_conll_file_are_texts_beside_their_columns(tmp_path: Path) -> None:
+    path = tiny.write_conll(tmp_path / "a.conll", tiny.tagged_sentences(9))
+    found = examine([path], ["tokens"], None, 4)
+    chunks = list(read_chunks(found, [path], range(3)))
+    assert [text for chunk in chunks for text in chunk.texts[0].to_pylist()] == [
+        " ".join(words) for words, _ in tiny.tagged_sentences(9)
+    ]
+    assert chunks[0].table.column_names == ["tokens", "column2", "ner_tags"]
+    assert chunks[0].where(1, [path]).startswith(f"{path}, line ")

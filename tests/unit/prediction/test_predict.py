@@ -545,7 +545,7 @@ def test_bad_bytes_in_parquet_are_found_before_the_model_is_loaded(run: Path, tm
         (["RUN", "missing.csv"], "missing.csv: no such file", "working directory"),
         (["RUN", "reviewz.csv"], "reviewz.csv: no such file", "did you mean `reviews.csv`?"),
         (["nowhere", "reviews.csv"], "nowhere: no such folder", "`afina list` names the runs"),
-        (["model", "reviews.csv"], "is a BertModel, not a sequence classifier", "train it first"),
+        (["model", "reviews.csv"], "is a BertModel, not a classifier", "train it first"),
         (["RUN", "reviews.csv", "-o", "reviews.csv"], "is an input", "another output"),
         (["RUN", "reviews.csv", "-o", "out.xlsx"], "format .xlsx is not known", ".jsonl"),
         (["RUN", "reviews.csv", "-o", "no/such/out.csv"], "there is no folder", "mkdir -p"),

@@ -114,7 +114,7 @@ def measured(path: Path, noise: float = 1.0) -> Predictions:
 MADE = {"single-label": classified, "multi-label": several, "regression": measured}
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", MADE)  # those of entities: test_entities.py
 def test_every_score_is_that_of_scikit_learn_or_scipy(task: str, tmp_path: Path) -> None:
     found = MADE[task](tmp_path / "p.parquet")
     scores, known = score(found, 200), answers(found)
@@ -217,7 +217,7 @@ def test_curves_over_thresholds_are_those_of_scikit_learn(task: str, tmp_path: P
             assert precision[::-1] == pytest.approx(known[0][:-1]) and right[::-1] == pytest.approx(known[1][:-1])
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", MADE)
 def test_the_simplest_model_has_the_scores_of_a_dummy(task: str, tmp_path: Path) -> None:
     """Of scikit-learn's dummies, and of the shares of the labels."""
     found = MADE[task](tmp_path / "p.parquet")
@@ -317,7 +317,7 @@ def test_false_alarms_are_rare_and_better_models_are_recognised(tmp_path: Path) 
     assert all(d.p < 0.001 and d.low > 0 for d in better.differences)
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", MADE)
 def test_both_scores_of_a_comparison_are_those_of_the_reports(task: str, tmp_path: Path) -> None:
     """And the differences are tested as the tables say: by SciPy's tests where there is one."""
     changes: Any = {"single-label": {"noise": 1}, "multi-label": {}, "regression": {"noise": 0.2}}[task]

@@ -155,7 +155,7 @@ def test_large_counts_do_not_overflow() -> None:
     assert found["f1"] == found["f1_micro"] == 1.0
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", [task for task in METRICS if task != "token-classification"])
 def test_each_metric_is_better_in_the_direction_that_is_named(task: str) -> None:
     labels = np.array(
         {"single-label": [0, 1, 0, 1], "multi-label": [[0, 1], [1, 0]] * 2}.get(task, [0.0, 1.0, 2.0, 4.0])

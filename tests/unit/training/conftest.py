@@ -26,6 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tiny.write_project(tmp_path_factory.mktemp("it's a place"), rows=80, train=train).parent
     rows = [{**row, "weight": (1, 0.5, 0, 4)[n % 4]} for n, row in enumerate(tiny.tiny_reviews(80, 7))]
     tiny.write_csv(place / "reviews.csv", rows)
+    tiny.write_conll(place / "tags.conll", tiny.tagged_sentences(80, 7))
     config = json.loads((shutil.copytree(place / "model", place / "still") / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (place / "still/config.json").write_text(json.dumps(config))

@@ -11,14 +11,16 @@ from tests import tiny
 from tests.unit.training.in_process import train_here
 
 from afina.statistics.decision_rule import probabilities
+from afina.worker.data.prepared import Split
 from afina.worker.task.losses import Loss
 from afina.worker.task.scoring import compute_metrics
 from afina.worker.task.tasks import TASKS, decisions
+from afina.worker.task.word_places import CUT, SHARED, WordPlaces
 from afina.worker.training import evaluation
 from afina.worker.training.results import _columns
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "token-classification"])
 def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,7 +36,8 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
 
     names = list(METRICS[task])
     loss = Loss(task)
-    whole = evaluation.scores(loss, names, logits, labels)
+    split = Split(np.empty(0, np.uint16), np.arange(count + 1), labels)
+    whole = evaluation.scores(loss, names, logits, split)
     wide = np.float64 if task == "regression" else np.int64
     known = probabilities(task, logits) if task != "regression" else logits[:, 0]
     reference = compute_metrics(task, names, decisions(task, logits).astype(wide), labels, width, known)
@@ -48,7 +51,25 @@ def test_scores_do_not_depend_on_blocks_or_on_where_the_logits_lie(
         if size == 1 and task == "multi-label":
             continue
         monkeypatch.setattr(evaluation, "blocks", lambda count, size=size: blocks(count, size))
-        assert evaluation.scores(loss, names, mapped, labels) == whole
+        assert evaluation.scores(loss, names, mapped, split) == whole
+
+
+def test_words_without_a_token_are_outside_the_loss_and_continue_or_miss_an_entity() -> None:
+    """Two rows: a word that shares the token of the one before it, and one that was cut off."""
+    names = ["O", "B-A", "I-A", "B-B", "I-B"]
+    labels = np.array([1, 2, 0, 3, 4], np.int64)
+    pieces = np.array([1, SHARED, 2, 1, CUT], np.int32)
+    words = WordPlaces(np.array([0, 3, 5]), np.zeros((5, 2), np.int32), pieces)
+    split = Split(
+        np.empty(0, np.uint16), np.array([0, 4, 8]), labels, weights=np.array([1, 2], np.float32), words=words
+    )
+    logits = np.zeros((5, 5), np.float32)
+    logits[[0, 2, 3], [1, 0, 3]] = 3
+    found = evaluation.scores(Loss("token-classification"), ["f1", "recall", "accuracy"], logits, split, names)
+    each = [float(np.log(np.exp(3) + 4) - 3)] * 3
+    assert found["loss"] == pytest.approx(np.average(each, weights=[1, 1, 2]))
+    # "A" is whole; of "B" one word is missing.
+    assert (found["f1"], found["recall"], found["accuracy"]) == (0.5, 0.5, 0.8)
 
 
 def test_lists_of_labels_hold_the_chosen_names() -> None:

@@ -53,6 +53,10 @@ def misfit(used: Collection[str], task: str) -> tuple[str, str, str] | None:
     if task == "regression" and used:
         problem = "does not fit a regression: its loss is the squared error"
         return next(iter(used)), problem, "leave it out, or set another task"
+    if task == "token-classification" and (
+        key := next((k for k in used if k in ("class_weights", "pos_weight")), None)
+    ):
+        return key, "does not fit token classification: labels are of words, and measured by entities", "leave it out"
     if task == "multi-label" and "class_weights" in used:
         return "class_weights", "does not fit a multi-label task", "set `train.pos_weight`, a weight for each label"
     if task == "single-label" and "pos_weight" in used:

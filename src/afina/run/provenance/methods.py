@@ -21,7 +21,11 @@ from afina.statistics.decision_rule import described
 
 __all__ = ["execution_differences", "execution_of", "methods", "trained_count"]
 
-_TASKS = {"single-label": "single-label classification", "multi-label": "multi-label classification"}
+_TASKS = {
+    "single-label": "single-label classification",
+    "multi-label": "multi-label classification",
+    "token-classification": "token classification",
+}
 
 
 def execution_of(run: RunDir) -> dict[str, str]:
@@ -216,7 +220,7 @@ def _choice(plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any]) ->
     test = " Test rows took no part in the choice." if "test" in rows else ""
     if train.keep != "best":
         return f"The weights are those of the last step.{test}"
-    known = task in ("single-label", "multi-label", "regression")
+    known = task in ("single-label", "multi-label", "regression", "token-classification")
     best = metric_name(train.best_metric) if train.best_metric else selection_metric(task) if known else "the metric"
     better = "lowest" if lower_is_better(best, plan.recipe.metric_texts) else "highest"
     step = f" (step {outcome.model_step:,})" if outcome and outcome.model_step else ""

@@ -155,7 +155,9 @@ def _compare(
     require_equal(largest, alone, what, _OTHER_SIDE if own_code else REMEDY)
     if by_name is not None:
         require_equal(
-            float(np.abs(by_name - alone[-1:]).max()), alone, "the head's rows are not those of the labels' names"
+            float(np.abs(by_name - alone[-len(by_name) :]).max()),
+            alone,
+            "the head's rows are not those of the labels' names",
         )
     seconds = time.monotonic() - began
     return (
@@ -269,9 +271,10 @@ def _of_the_base(
 ) -> Array | None:
     """What the base itself says of `rows`, in the recipe's order of labels; None where it says nothing of these labels."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     from afina.worker.model.head import base_labels, placeholders
+    from afina.worker.task.tasks import auto_class
 
     own, trusted = labels_config(Path(folder)), recipe.trust_remote_code
     base_names = base_labels(AutoConfig.from_pretrained(str(own), trust_remote_code=trusted))
@@ -280,7 +283,7 @@ def _of_the_base(
     if set(base_names) != set(labels):
         raise InputError(f"model: its head is for the labels {', '.join(base_names)}, not for the recipe's", REMEDY)
     base = (
-        AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusted)
+        auto_class(recipe.task).from_pretrained(folder, dtype=torch.float32, trust_remote_code=trusted)
         if own == Path(folder)
         else load_merged(Path(folder), trusted)
     )

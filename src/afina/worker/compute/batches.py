@@ -35,6 +35,7 @@ __all__ = [
     "PackedCollator",
     "Targets",
     "Rows",
+    "scored_logits",
     "StepBatches",
     "costs",
     "balance",
@@ -52,8 +53,14 @@ _WINDOW = 50
 TOKENS_PER_ROW = 128
 
 #: Labels (B,) or (B, K), and the weight of each row in the loss, float32 (B,): 0 for a row that only keeps a rank in step with the
-#: others. A plain tuple, which `Trainer` moves to the device.
-Targets = tuple[torch.Tensor, torch.Tensor]
+#: others. Of a token classification labels and weights of the words, (W,), and the place of each among the batch's tokens, int64
+#: (W,). A plain tuple, which `Trainer` moves to the device.
+Targets = tuple[torch.Tensor, ...]
+
+
+def scored_logits(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Those of a model's logits that targets are for: (B, K), or of the words' tokens (W, K)."""
+    return logits if len(targets) == 2 else logits.flatten(0, 1).index_select(0, targets[2].to(logits.device))
 
 
 def epoch_steps(
@@ -255,10 +262,11 @@ class Collator:
         batch = {"input_ids": ids, "attention_mask": mask}
         if types is not None:
             batch["token_type_ids"] = types
+        before = width - (ends - starts) if self.side == "left" else 0
         return {
             **{name: torch.from_numpy(array) for name, array in batch.items()},
             **({"windows": group_windows(counts)} if self.split.windows is not None else {}),
-            "labels": _targets(self.split, rows),
+            "labels": _targets(self.split, rows, np.arange(len(bounds)) * width + before),
         }
 
 
@@ -297,7 +305,7 @@ class PackedCollator:
             batch["token_type_ids"] = np.concatenate([self.split.types[a:b] for a, b in bounds]).astype(np.int64)[None]
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         packing = pack(lengths, self.heads, self.device)
-        return {**tensors, **extra, "labels": _targets(self.split, rows), "packing": packing}
+        return {**tensors, **extra, "labels": _targets(self.split, rows, firsts), "packing": packing}
 
 
 def pool_windows(model: Any, how: str) -> None:
@@ -326,8 +334,16 @@ def row_numbers(rows: Sequence[int]) -> np.ndarray[Any, Any]:
     return np.where(each >= 0, each, ~each)
 
 
-def _targets(split: Split, rows: Sequence[int]) -> Targets:
+def _targets(split: Split, rows: Sequence[int], firsts: np.ndarray[Any, Any]) -> Targets:
+    """Args:
+    firsts: the place of each sequence's first token among all positions of the batch, (S,); a row whose words have labels is one sequence.
+    """
     real = row_numbers(rows)
     weights = np.ones(len(rows), np.float32) if split.weights is None else np.array(split.weights[real])
     weights[[i for i, row in enumerate(rows) if row < 0]] = 0
+    if split.words is not None:
+        words, owner = split.words.scored(np.array(real, np.int64))
+        places = firsts[owner] + np.asarray(split.words.pieces)[words]
+        each = (np.asarray(split.labels)[words], weights[owner], places.astype(np.int64))
+        return tuple(torch.from_numpy(np.ascontiguousarray(values)) for values in each)
     return torch.from_numpy(np.array(split.labels[real])), torch.from_numpy(weights)

@@ -26,6 +26,7 @@ from afina.errors import TrainingError
 from afina.worker.compute import flash
 from afina.worker.compute.batches import Targets
 from afina.worker.compute.packing import Packing
+from afina.worker.model.weights import is_token_classifier
 
 __all__ = ["GraphedStep", "why_not_graphed", "padded_width"]
 
@@ -66,6 +67,8 @@ def why_not_graphed(model: Any, batching: str, processes: int, *, bf16: bool, ch
         return "not in bfloat16"
     if checkpointing:
         return "activation checkpointing"
+    if is_token_classifier(model):
+        return "labels of words have no fixed number"
     if config.model_type not in _SUPPORTED:
         return f"not tried for {config.model_type}"
     if not flash.available(device, config.hidden_size // config.num_attention_heads):

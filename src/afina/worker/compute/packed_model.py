@@ -13,6 +13,8 @@ a mean. That suits every architecture whose layers work token by token but for a
 Whether one is of that kind is not looked up but tried, by `_prove`: a small model of the same class and configuration must give the same
 logits and the same gradients packed as row by row in plain Transformers; else its batches are grouped.
 
+Token classifiers pool nothing: of both kinds the head reads every token of the packed batch, and gives (1, T, K).
+
 Only classes of Transformers itself qualify: code from a model's repository may pool otherwise.
 """
 
@@ -40,6 +42,7 @@ from afina.worker.compute.dropout import use_fast_dropout
 from afina.worker.compute.packing import Packing
 from afina.worker.data.prepared import Split
 from afina.worker.model.padding import padding_side, separate_rows
+from afina.worker.model.weights import is_token_classifier
 
 __all__ = [
     "PROVEN",
@@ -89,7 +92,8 @@ PROVEN = {
 def _architecture(model: Any) -> Architecture | None:
     """The line of `PROVEN` for an encoder that pools first tokens."""
     config = model.config
-    return None if getattr(config, "classifier_pooling", "cls") == "mean" else PROVEN.get(config.model_type)
+    pools = getattr(config, "classifier_pooling", "cls") == "mean" and not is_token_classifier(model)
+    return None if pools else PROVEN.get(config.model_type)
 
 
 def why_not_packed(model: Any) -> str | None:
@@ -139,8 +143,9 @@ def enable_packing(model: Any, implementation: str) -> None:
         _give_mpnet_attention(
             model.base_model.encoder, partial(attention.attend, fast_dropout=implementation == attention.FAST), current
         )
-    _below(model, architecture.last).register_forward_pre_hook(first_tokens)
-    setattr(_below(model, architecture.attention), attention.FIRST_ONLY, True)
+    if not is_token_classifier(model):
+        _below(model, architecture.last).register_forward_pre_hook(first_tokens)
+        setattr(_below(model, architecture.attention), attention.FIRST_ONLY, True)
 
 
 def _no_mask(device: torch.device) -> torch.Tensor:
@@ -189,7 +194,7 @@ def _pack_body(model: Any, implementation: str) -> None:
         return (unpacked(arguments[0]), *arguments[1:]) if current else None
 
     def after_body(_: nn.Module, arguments: Any, output: Any) -> Any:
-        if current:
+        if current and not is_token_classifier(model):
             output.last_hidden_state = unpacked(output.last_hidden_state)
         return output
 
@@ -277,10 +282,10 @@ def _prove(family: Any, config: str) -> str | None:
 
 
 def _logits_and_gradients(model: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
-    """Logits (B, K), and the gradients of all parameters for a sum of them."""
+    """Logits (B, K), of tokens (T, K), and the gradients of all parameters for a sum of them."""
     model.zero_grad(set_to_none=True)
     batch.pop("labels")
-    logits = model(**batch)["logits"]
+    logits = model(**batch)["logits"].flatten(0, -2)
     (logits * torch.tensor([1.0, -0.5, 0.25])).sum().backward()
     return [logits.detach(), *(torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters())]
 

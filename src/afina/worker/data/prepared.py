@@ -4,7 +4,11 @@
         manifest.json             what it is, and size and SHA-256 of every other file; written last
         <split>.tokens.npy        token ids, uint16 or uint32, shape (T,): the rows one after the other
         <split>.offsets.npy       int64 (N + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
-        <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression
+        <split>.labels.npy        int64 (N,) single-label; float32 (N, L) of 0 and 1 multi-label; float32 (N,) regression; int64 (W,)
+                                  token-classification: of the words of all rows
+        <split>.words.npy         int32 (W, 3), token-classification: first character and end of each word in its row's text, and
+                                  the index of its first token in the row
+        <split>.word_offsets.npy  int64 (N + 1,), token-classification: words of row i are word_offsets[i] to word_offsets[i + 1] - 1
         <split>.weights.npy       weight of each row in the loss, float32 (N,); only where the recipe names a column of them
         <split>.windows.npy       int64 (W + 1,): window w is tokens[windows[w]:windows[w + 1]], and a row is whole windows; only where the
                                   recipe cuts texts into windows
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +34,7 @@ import numpy as np
 
 from afina.errors import SiteError
 from afina.files import describe, difference, seal_of, sync_tree
+from afina.worker.task.word_places import WordPlaces
 
 __all__ = [
     "FORMAT",
@@ -58,10 +63,11 @@ class Split:
     Attributes:
         tokens: (T,) uint16 or uint32.
         offsets: (N + 1,) int64.
-        labels: (N,) int64, (N, L) float32 or (N,) float32, by task.
+        labels: (N,) int64, (N, L) float32, (N,) float32, or of words (W,) int64, by task.
         types: (T,) uint8, or None where all token types are 0.
         weights: (N,) float32, or None where all rows count the same.
         windows: (W + 1,) int64, bounds of the windows that rows consist of; None: each row is one sequence.
+        words: of a token classification.
     """
 
     tokens: Array
@@ -70,6 +76,7 @@ class Split:
     types: Array | None = None
     weights: Array | None = None
     windows: Array | None = None
+    words: WordPlaces | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -106,6 +113,18 @@ class Split:
         """How many windows each row has, int64 (N,)."""
         return None if self.windows is None else self.sum_over_sequences(np.ones_like)
 
+    @property
+    def loss_weights(self) -> Array | None:
+        """The weight of each label in the loss, float32: of rows (N,), or of words (W,), 0 where a word has no token of its own; None: 1 each."""
+        if self.words is None:
+            return self.weights
+        own = (np.asarray(self.words.pieces) >= 0).astype(np.float32)
+        return own if self.weights is None else own * np.repeat(self.weights, np.diff(self.words.offsets))
+
+    def scored(self, rows: Array | Sequence[int]) -> Array:
+        """Which labels the logits of `rows` are for, in their order: those rows, or the words of them that have a token."""
+        return np.asarray(rows) if self.words is None else self.words.scored(np.asarray(rows))[0]
+
     def take(self, rows: Array) -> Split:
         """Some rows, in this order; a copy in memory."""
         lengths = self.lengths[rows]
@@ -118,10 +137,11 @@ class Split:
         return Split(
             self.tokens[places],
             ends,
-            np.asarray(self.labels)[rows],
+            np.asarray(self.labels)[rows if self.words is None else self.words.of_rows(np.asarray(rows))[0]],
             None if self.types is None else self.types[places],
             None if self.weights is None else np.asarray(self.weights)[rows],
             windows,
+            None if self.words is None else self.words.take(np.asarray(rows)),
         )
 
 
@@ -133,9 +153,10 @@ def open_split(folder: str | Path, split: str) -> Split:
     """
     folder = Path(folder)
     arrays: dict[str, Array | None] = {}
-    for name in ("tokens", "offsets", "labels", "types", "weights", "windows"):
+    optional = ("types", "weights", "windows", "words", "word_offsets")
+    for name in ("tokens", "offsets", "labels", *optional):
         path = folder / f"{split}.{name}.npy"
-        if name in ("types", "weights", "windows") and not path.exists():
+        if name in optional and not path.exists():
             arrays[name] = None
             continue
         try:
@@ -146,9 +167,14 @@ def open_split(folder: str | Path, split: str) -> Split:
             raise SiteError(f"prepared data {path}: cannot be read: {error}", _REMEDY) from None
     tokens, offsets, labels = (arrays[n] for n in ("tokens", "offsets", "labels"))
     assert tokens is not None and offsets is not None and labels is not None
-    if len(offsets) != len(labels) + 1 or int(offsets[-1]) != len(tokens):
+    words, ends, places = arrays["words"], arrays["word_offsets"], None
+    fit = len(offsets) == len(labels if ends is None else ends) + (ends is None)
+    if words is not None and ends is not None:
+        fit &= int(ends[-1]) == len(words) == len(labels)
+        places = WordPlaces(ends, words[:, :2], words[:, 2])
+    if not fit or int(offsets[-1]) != len(tokens):
         raise SiteError(f"prepared data {folder}: the arrays of `{split}` do not fit together", _REMEDY)
-    return Split(tokens, offsets, labels, arrays["types"], arrays["weights"], arrays["windows"])
+    return Split(tokens, offsets, labels, arrays["types"], arrays["weights"], arrays["windows"], places)
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:

@@ -11,23 +11,24 @@ Not covered: several GPUs in one process (each process uses one), models that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from afina.errors import InputError, first_line
 from afina.prediction.request import CHUNK_ROWS
 from afina.recipe.keys.train_keys import Tokens
 from afina.statistics.decision_rule import NO_RULE, probabilities, read_rule
 from afina.worker.compute import attention, packed_model
-from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, pool_windows
+from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, Targets, pool_windows, scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
+from afina.worker.data.tables.words import Units, find_pieces, spans_of_text
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
@@ -38,7 +39,9 @@ from afina.worker.model.pretrained import max_positions
 from afina.worker.model.tokenizer import check_pad_token, check_tokens, give_pad_token, vocabulary_size
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
-from afina.worker.task.tasks import prediction_columns, task_of_config
+from afina.worker.task.entity_columns import predicted_entities
+from afina.worker.task.tasks import auto_class, labels_words, prediction_columns, task_of_config
+from afina.worker.task.word_places import WordPlaces
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
 
@@ -60,11 +63,13 @@ class EncodedTexts:
         split: tokens of M texts; the labels in it mean nothing.
         rows: their numbers among the N, ascending, int64 (M,).
         truncated: how many were longer than allowed.
+        texts: of a token classification, all N; None where blank.
     """
 
     split: Split
     rows: Array
     truncated: int
+    texts: Sequence[str | None] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +81,7 @@ class Classifier:
 
     Attributes:
         model, tokenizer: of Transformers, in evaluation mode on `device`.
-        task: single-label, multi-label or regression.
+        task: single-label, multi-label, regression or token-classification.
         labels: names in the order of the logits; None for regression.
         text_columns: what a table's texts were called in training, if that is known; several for pairs and joined texts.
         tokens: how texts become tokens and longer ones are cut, as in training.
@@ -113,8 +118,11 @@ class Classifier:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
         config, self._vocabulary = self.model.config, vocabulary_size(path)
+        self.words: Units | None = None
         self.task, self.labels = task_of_config(config, path)
         self._folder, self.rule = path, NO_RULE
+        if self.task == "token-classification":
+            self.words = getattr(config, "word_units", None) or "letters"
         self.text_columns = tuple(text_columns or info.get("text_columns") or ()) or None
         known = {name: info[name] for name in Tokens.model_fields if info.get(name)}
         self.tokens = tokens or Tokens.model_validate({"max_length": _limit(self.tokenizer, config), **known})
@@ -155,8 +163,11 @@ class Classifier:
             texts: texts, or pairs (or more) of texts for a model that was trained on such. None and blank texts are allowed.
 
         Returns: `prediction` is a label's name, a list of names (multi-label) or a number (regression, without `scores`);
-            None for a blank text.
+            None for a blank text. Of a token classification the dictionary has `entities`, a list of start, end, label, text and score
+            (None for a blank text), and nothing else.
         """
+        if self.words is not None:
+            return [{"entities": entities} for entities in self.entities(texts)]
         logits = self.logits(*_parted(texts))
         columns = {
             name: values.to_pylist()
@@ -187,6 +198,8 @@ class Classifier:
             texts: one column of texts, or several of equal length.
             advance: called with the number of rows of each batch.
         """
+        if self.words is not None:
+            raise InputError("a token classification has logits of words, not of texts", "call `predict`")
         columns = [_text_array(column) for column in texts]
         logits = np.full((len(columns[0]), self.num_labels), np.nan, np.float32)
         for start in range(0, len(columns[0]), CHUNK_ROWS):
@@ -207,7 +220,7 @@ class Classifier:
         starts = range(0, len(rows), _TOKENIZED)
         pieces = ([c.take(pa.array(rows[i : i + _TOKENIZED])).to_pylist() for c in columns] for i in starts)
         # Made for each call: if the user calls `self.tokenizer`, that changes the truncation set in it.
-        encoder = Encoder(self.tokenizer, self.tokens)
+        encoder = Encoder(self.tokenizer, self.tokens, spans=self.words is not None)
         batch = EncodedBatch.joined([batch for _, batch in encoder.encode((None, texts) for texts in pieces)])
         if len(batch.tokens):
             check_tokens(int(batch.tokens.max()), self._vocabulary)
@@ -217,23 +230,61 @@ class Classifier:
         if batch.windows is not None:
             windows = np.concatenate([[0], np.cumsum(batch.windows[0][batch.windows[0] > 0])])
         split = Split(batch.tokens, offsets, np.zeros(len(offsets) - 1, np.int64), batch.types, windows=windows)
-        return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
+        if self.words is None:
+            return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
+        texts = columns[0].to_pylist()
+        places = self._places([texts[row] for row in rows[kept].tolist()], batch.spans, offsets)
+        split = replace(split, words=places, labels=np.zeros(len(places.pieces), np.int64))
+        known = set(rows[kept].tolist())
+        return EncodedTexts(
+            split, rows[kept], int(batch.cut.sum()), [t if i in known else None for i, t in enumerate(texts)]
+        )
+
+    def _places(self, texts: Sequence[str], spans: Array | None, token_offsets: Array) -> WordPlaces:
+        """The words of texts, as training had them, and the first token of each."""
+        assert self.words is not None
+        spans = np.empty((0, 2), np.int32) if spans is None else spans
+        words = [spans_of_text(text, self.words) for text in texts]
+        offsets = np.concatenate([[0], np.cumsum([len(each) for each in words])]).astype(np.int64)
+        flat = np.concatenate([np.empty((0, 2), np.int32), *words])
+        return WordPlaces(offsets, flat, find_pieces(offsets, flat, token_offsets, spans[:, 0], spans[:, 1]))
+
+    def entities(self, texts: Sequence[str | None]) -> list[list[dict[str, Any]] | None]:
+        """The entities of each text, in their order: start, end, label, text and score of each; None for a blank text."""
+        column, result = _text_array(texts), []
+        for start in range(0, len(column), CHUNK_ROWS):
+            encoded = self.encode([column.slice(start, CHUNK_ROWS)])
+            result += self.entity_column(encoded, self.run(encoded)).to_pylist()
+        return result
+
+    def entity_column(self, encoded: EncodedTexts, logits: Array) -> pa.ListArray:
+        """The entities of all N texts as `afina.worker.task.entity_columns` makes them.
+
+        Args:
+            logits: of the words, (W, K), from `run`.
+        """
+        words = encoded.split.words
+        assert words is not None
+        counts = np.zeros(len(encoded.texts), np.int64)
+        counts[encoded.rows] = np.diff(words.offsets)
+        whole = replace(words, offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]))
+        return predicted_entities(encoded.texts, logits, whole, self.labels or ())
 
     def run(self, encoded: EncodedTexts, advance: Callable[[int], None] = lambda rows: None) -> Array:
-        """Logits of encoded texts, float32 (M, K), in the order of `encoded.rows`."""
+        """Logits of encoded texts, float32 (M, K), in the order of `encoded.rows`; or of their words, (W, K)."""
         split = encoded.split
-        result = np.empty((len(split), self.num_labels), np.float32)
+        result = np.zeros((len(split.labels), self.num_labels), np.float32)
         waiting: list[tuple[list[int], torch.Tensor]] = []
-        for rows, inputs in self._batches(split):
+        for rows, inputs, targets in self._batches(split):
             with torch.inference_mode():
-                logits = self.model(**inputs)["logits"].float()
+                logits = scored_logits(self.model(**inputs)["logits"].float(), targets)
             if self.device.type == "cpu":
-                result[rows] = logits.numpy()
+                result[split.scored(rows)] = logits.numpy()
             else:  # a copy would wait for the device after each batch
                 waiting.append((rows, logits))
             advance(len(rows))
         for rows, logits in waiting:
-            result[rows] = logits.cpu().numpy()
+            result[split.scored(rows)] = logits.cpu().numpy()
         return result
 
     def check_rows(self, encoded: EncodedTexts) -> str:
@@ -262,7 +313,7 @@ class Classifier:
             f"logit {largest:.1e}"
         )
 
-    def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    def _batches(self, split: Split) -> Iterator[tuple[list[int], dict[str, Any], Targets]]:
         if not len(split):  # a chunk of blank texts
             return
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
@@ -272,13 +323,14 @@ class Classifier:
         )
         for rows in EvalBatches(split.lengths, self.batch_size, 0, 1, max_tokens, split.windows_of_rows):
             inputs = collate(rows)
-            inputs.pop("labels")
+            targets = inputs.pop("labels")
             yield (
                 rows,
                 {
                     name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                     for name, value in inputs.items()
                 },
+                targets,
             )
 
 
@@ -311,9 +363,10 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
 
 
 def _load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    model, report = auto_class("token-classification" if labels_words(config) else "auto").from_pretrained(
         str(folder),
-        config=AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code),
+        config=config,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError, InputError
-from afina.formats.read_options import PLAIN, ReadOptions
+from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.worker.data.tables.readers import open_reader
 from afina.worker.data.tables.row_batches import FileReader, RowBatch, note_texts
+from afina.worker.data.tables.words import row_texts
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "check_columns", "examine", "read_chunks"]
 
@@ -152,7 +153,7 @@ def examine(
         fields: dict[str, pa.DataType] = {}
         reader = open_reader(path, reading)
         for batch in reader.batches(text, others):
-            texts = [reader.texts(name, batch) for name in text]
+            texts = [_texts(reader, name, batch) for name in text]
             for name, column in zip(text, texts, strict=True):
                 note_texts(reader.notes, column, batch.row, name)
             copied = [name for name in batch.values if others is None or name in others]
@@ -245,9 +246,14 @@ def _part(inputs: Inputs, reader: FileReader, batch: RowBatch, rows: range, file
         else pa.nulls(count, field.type)
         for field in inputs.schema
     ]
-    texts = [reader.texts(name, batch).slice(rows.start, count) for name in inputs.text]
+    texts = [_texts(reader, name, batch).slice(rows.start, count) for name in inputs.text]
     table = pa.table(columns, schema=inputs.schema)
     return Chunk(number, texts, table, np.full(count, file), batch.row[rows.start : rows.stop], {})
+
+
+def _texts(reader: FileReader, name: str, batch: RowBatch) -> pa.Array:
+    """A column of texts; of a CoNLL file its words with one space between them."""
+    return row_texts(reader, name, batch, words=format_of(reader.path) == "conll")
 
 
 def _joined(parts: Sequence[Chunk], units: Mapping[int, str]) -> Chunk:

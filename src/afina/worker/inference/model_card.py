@@ -32,6 +32,7 @@ _TASKS = {
     "single-label": "gives each text one of {n} labels",
     "multi-label": "gives each text any of {n} labels",
     "regression": "gives each text a number",
+    "token-classification": "finds entities in texts, by one of {n} labels for each word (IOB2)",
 }
 #: Our metrics as the Hub names them.
 _HUB_METRICS = {"accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "mcc": "matthews_correlation",
@@ -99,7 +100,7 @@ def model_card(facts: CardFacts) -> str:
     recipe = facts.plan.recipe
     metadata = ModelCardData(
         library_name="peft" if facts.adapter else "transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=_pipeline(facts),
         base_model=recipe.model if _on_hub(facts) else None,
         datasets=[recipe.data.hub] if recipe.data.hub else None,
         metrics=_metric_ids(facts) or None,
@@ -110,6 +111,10 @@ def model_card(facts: CardFacts) -> str:
     return redact(
         str(ModelCard.from_template(metadata, template_path=str(_TEMPLATE), **_variables(facts))).rstrip() + "\n"
     )
+
+
+def _pipeline(facts: CardFacts) -> str:
+    return "token-classification" if facts.outcome.task == "token-classification" else "text-classification"
 
 
 def _variables(facts: CardFacts) -> dict[str, Any]:
@@ -129,6 +134,8 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "task": _TASKS[facts.outcome.task or "single-label"].format(n=len(labels or ())),
         "base": link if _on_hub(facts) else f"`{Path(recipe.model).name}`",
         "data": _data_name(facts),
+        "pipeline": _pipeline(facts),
+        "auto_class": f"AutoModelFor{'Token' if facts.outcome.task == 'token-classification' else 'Sequence'}Classification",
         "pairs": len(recipe.data.text) == 2,
         "joined": len(recipe.data.text) if len(recipe.data.text) > 2 else None,
         "cut": recipe.tokens.cut,
@@ -254,8 +261,8 @@ def _results(facts: CardFacts) -> list[Any]:
             continue
         results.append(
             EvalResult(
-                task_type="text-classification",
-                task_name="Text Classification",
+                task_type=_pipeline(facts),
+                task_name=_pipeline(facts).replace("-", " ").title(),
                 dataset_type=data.hub or "files",
                 dataset_name=data.hub or ", ".join(names[:3]),
                 dataset_config=data.config,
@@ -284,6 +291,7 @@ def _per_class(
     sums = sums_of(rows.task, len(rows.labels), rows.truth, rows.predicted)
     scores, actual = per_class(rows.task, sums), parts(sums)[2]
     known = {name: k for k, name in enumerate(rows.labels)}
+    labels = list(known) if rows.task == "token-classification" else labels
     rows_of_labels = []
     for name in labels:
         k = known[name]

@@ -57,13 +57,18 @@ def export_onnx(
     """
     check_installed()
     import transformers
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from afina.worker.task.tasks import auto_class, labels_words
 
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
-    ).eval()
+    words = labels_words(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+    model = (
+        auto_class("token-classification" if words else "auto")
+        .from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
+        .eval()
+    )
     if (why := needs_equal_lengths(model)) is not None:
         raise TrainingError(f"--onnx: {why}, so a padded batch would have other scores", "export without --onnx")
     give_pad_token(tokenizer)

@@ -68,8 +68,11 @@ def logits_alone(model: Any, split: Split, rows: list[int]) -> Array:
 
 
 def logits_of_batch(model: Any, inputs: Mapping[str, torch.Tensor]) -> Array:
-    """Logits of a batch, float32 (B, K)."""
+    """Logits of a batch, float32 (B, K); of a token classifier those of all its tokens, (T, K), without padding."""
     logits: Array = model(**{k: v.to(model.device) for k, v in inputs.items()})["logits"].float().cpu().numpy()
+    if logits.ndim == 3:
+        mask = inputs.get("attention_mask")
+        return logits[0] if mask is None else logits[mask.cpu().numpy() > 0]
     return logits
 
 

@@ -139,13 +139,21 @@ def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
     from afina.worker.task.tasks import TASKS
 
     labels = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
-    task = next((name for name, row in TASKS.items() if row.problem_type == config.get("problem_type")), "single-label")
-    if task == "regression" and job.abstain_below is not None:
-        raise InputError("--abstain-below: a regression has no confidence", "leave it out")
+    kind = config.get("problem_type") or TASKS["single-label"].problem_type
+    task = next((name for name, row in TASKS.items() if row.problem_type == kind), "single-label")
+    if _labels_words(config):
+        task = "token-classification"
+    if task in ("regression", "token-classification") and job.abstain_below is not None:
+        remedy = "leave it out" if task == "regression" else "leave it out: each entity has a score"
+        raise InputError(f"--abstain-below: a {task.replace('-', ' ')} has no confidence", remedy)
     if job.members:
         return {"members": len(job.members)}
     rule = None if job.plain else read_rule(job.model, task, labels)
     return {} if rule is None else {"temperature": rule.temperature, "thresholds": rule.named_thresholds(labels)}
+
+
+def _labels_words(config: Mapping[str, Any]) -> bool:
+    return any("TokenClassification" in str(name) for name in config.get("architectures") or ())
 
 
 def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,9 +191,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _check_head(folder: Path, config: dict[str, Any]) -> None:
     named = [str(name) for name in config.get("architectures") or []]
-    if named and not any("SequenceClassification" in name for name in named):
+    if named and not any("SequenceClassification" in name or "TokenClassification" in name for name in named):
         raise InputError(
-            f"model: {folder} is a {named[0]}, not a sequence classifier",
+            f"model: {folder} is a {named[0]}, not a classifier",
             "train it first (`afina train RECIPE`), and give the run directory",
         )
 
@@ -210,6 +218,8 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
 def _output_columns(job: Prediction, config: Mapping[str, Any]) -> set[str]:
     """Names of the columns that a prediction adds."""
     more = ["confidence"] if job.abstain_below is not None else []
+    if _labels_words(config):
+        return {"prediction"}
     return {"prediction", *more, *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
 
 
@@ -343,11 +353,15 @@ def _write(
     from afina.worker.task.tasks import abstained, prediction_columns
 
     rows, job = len(chunk), parts.job
-    logits = np.full((rows, classifier.num_labels), np.nan, np.float32)
-    logits[encoded.rows] = classifier.run(encoded, advance)
+    ours = classifier.run(encoded, advance)
     advance(rows - len(encoded.rows))
-    columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
     unanswered = {}
+    if classifier.task == "token-classification":
+        columns = {"prediction": classifier.entity_column(encoded, ours)}
+    else:
+        logits = np.full((rows, classifier.num_labels), np.nan, np.float32)
+        logits[encoded.rows] = ours
+        columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
     if job.abstain_below is not None:
         columns, count = abstained(classifier.task, columns, job.abstain_below)
         unanswered = {"unanswered": count}
@@ -361,7 +375,9 @@ def _write(
         table = table.append_column(name, values)
     blank = np.setdiff1d(np.arange(rows), encoded.rows)
     counts: Counter[str] = Counter()
-    if classifier.task != "regression":
+    if classifier.task == "token-classification":
+        counts.update(columns["prediction"].flatten().field("label").to_pylist())
+    elif classifier.task != "regression":
         chosen = columns["prediction"].drop_null()
         counts.update((chosen.flatten() if classifier.task == "multi-label" else chosen).to_pylist())
     summary = {

@@ -24,7 +24,7 @@ from afina.errors import InputError, RecipeError, nearest
 from afina.files import difference, read_json, write_atomic
 from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.local_model import ADAPTER_LABELS, adapter_base
-from afina.worker.model.weights import model_class
+from afina.worker.model.weights import is_token_classifier, model_class
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def add_adapter(model: Any, adapter: Adapter, new: Collection[str] = ()) -> str:
     from transformers.pytorch_utils import Conv1D
 
     config = peft.LoraConfig(
-        task_type="SEQ_CLS",
+        task_type="TOKEN_CLS" if is_token_classifier(model) else "SEQ_CLS",
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         lora_dropout=adapter.dropout,
@@ -352,12 +352,15 @@ def load_merged(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     import peft
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
+
+    from afina.worker.task.tasks import auto_class, labels_words
 
     base = find_base(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    config_of_labels = AutoConfig.from_pretrained(str(labels_config(folder)), trust_remote_code=trust_remote_code)
+    model = auto_class("token-classification" if labels_words(config_of_labels) else "auto").from_pretrained(
         str(base),
-        config=AutoConfig.from_pretrained(str(labels_config(folder)), trust_remote_code=trust_remote_code),
+        config=config_of_labels,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,  # the base's head, which the adapter's replaces

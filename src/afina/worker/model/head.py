@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.worker.model.adapters import add_adapter, labels_config, load_adapter, weights_folder
 from afina.worker.model.depth import freeze
-from afina.worker.task.tasks import TASKS
+from afina.worker.model.weights import is_token_classifier
+from afina.worker.task.tasks import TASKS, auto_class
 
 __all__ = ["base_labels", "build_model", "placeholders"]
 
@@ -47,7 +48,7 @@ def build_model(
     folder = Path(folder)
     weights = weights_folder(folder)
     base = AutoConfig.from_pretrained(str(labels_config(folder)), trust_remote_code=recipe.trust_remote_code)
-    model, report = AutoModelForSequenceClassification.from_pretrained(
+    model, report = auto_class(task).from_pretrained(
         str(weights),
         num_labels=num_labels,
         id2label=dict(enumerate(names)),
@@ -129,8 +130,9 @@ def _fit_head(model: Any, report: Mapping[str, Any], base_names: list[str], name
 def _outputs(model: Any, trusted: bool) -> list[tuple[Any, str]]:
     """The parameters with a row for each label, as module and attribute, weights first: those that grow with the labels."""
     config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": model.config.num_labels + 1})
+    kind = "token-classification" if is_token_classifier(model) else "auto"
     with torch.device("meta"):
-        larger = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trusted)
+        larger = auto_class(kind).from_config(config, trust_remote_code=trusted)
     shapes = {name: weight.shape for name, weight in larger.named_parameters()}
     changed = [name for name, weight in model.named_parameters() if weight.shape != shapes.get(name, weight.shape)]
     parts = [name.rpartition(".") for name in sorted(changed, key=lambda name: name.endswith("bias"))]

@@ -49,6 +49,7 @@ def check_model(folder: Path, recipe: Recipe, pins: Path) -> list[str]:
         recipe.tokens.max_length,
         headers_digest(folder),
         *([headers_digest(weights_folder(folder))] if adapted else []),
+        *([recipe.task] if recipe.task == "token-classification" else []),
         *([recipe.adapter.model_dump(mode="json")] if recipe.adapter else []),
         *([recipe.train.freeze] if recipe.train.freeze is not None else []),
         *([recipe.train.sharding] if recipe.train.sharding != "none" else []),
@@ -81,7 +82,7 @@ def _check_architecture(folder: Path, recipe: Recipe) -> list[str]:
 
 def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as HEADS
+    from transformers.models.auto import modeling_auto
 
     own, weights = labels_config(folder), weights_folder(folder)
     raw = json.loads((own / "config.json").read_text(encoding="utf-8"))
@@ -99,9 +100,12 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"model: transformers {transformers.__version__} refuses {own / 'config.json'}: {first_line(error)}",
             "use a model of a type that this version knows, or another version of transformers",
         ) from None
-    if config.model_type not in HEADS and "AutoModelForSequenceClassification" not in own_code:
+    words = recipe.task == "token-classification"
+    kind = "token" if words else "sequence"
+    heads = getattr(modeling_auto, f"MODEL_FOR_{kind.upper()}_CLASSIFICATION_MAPPING_NAMES")
+    if config.model_type not in heads and f"AutoModelFor{kind.capitalize()}Classification" not in own_code:
         raise InputError(
-            f"model: transformers has no sequence classification for architecture `{config.model_type}`",
+            f"model: transformers has no {kind} classification for architecture `{config.model_type}`",
             "use a text encoder or a causal language model: bert, roberta, deberta-v2, modernbert, llama, …",
         )
     limit = max_positions(config)
@@ -116,14 +120,14 @@ def _check_model_type(folder: Path, recipe: Recipe) -> list[str]:
             f"train.sharding: {recipe.model} has code of its own, which was not proven on shards",
             "set train.sharding: none",
         )
-    if recipe.adapter is not None or recipe.train.freeze is not None or sharded:
+    if recipe.adapter is not None or recipe.train.freeze is not None or sharded or words:
         _check_layers(config, recipe)
     if runs_own_code:
         return []
     unused = (
         [f"trust_remote_code: {recipe.model} has no code of its own; leave it out"] if recipe.trust_remote_code else []
     )
-    return [*unused, *check_weights(weights, config)]
+    return [*unused, *check_weights(weights, config, recipe.task)]
 
 
 def _check_layers(config: Any, recipe: Recipe) -> None:
@@ -132,12 +136,18 @@ def _check_layers(config: Any, recipe: Recipe) -> None:
     It is built without memory.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     from afina.worker.model.depth import check_freeze, check_sharding
+    from afina.worker.model.padding import needs_equal_lengths
+    from afina.worker.task.tasks import auto_class
 
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=recipe.trust_remote_code)
+        model = auto_class(recipe.task).from_config(config, trust_remote_code=recipe.trust_remote_code)
+    if recipe.task == "token-classification" and (why := needs_equal_lengths(model)) is not None:
+        raise InputError(
+            f"model: {recipe.model} classifies no tokens here: {why}",
+            "use another architecture: bert, roberta, deberta-v2, modernbert, …",
+        )
     if recipe.adapter is not None:
         choose_layers(model, recipe.adapter)
     check_freeze(recipe.train.freeze, model)

@@ -13,7 +13,15 @@ from typing import Any
 
 from afina.errors import InputError
 
-__all__ = ["check_shapes", "check_weights", "headers_digest", "input_embeddings", "model_class", "tensor_types"]
+__all__ = [
+    "check_shapes",
+    "check_weights",
+    "headers_digest",
+    "input_embeddings",
+    "is_token_classifier",
+    "model_class",
+    "tensor_types",
+]
 
 _LARGEST_HEADER = 100_000_000
 #: With more of the weights below the head missing, the files are not those of a model.
@@ -38,7 +46,7 @@ def tensor_types(path: Path) -> set[str]:
     return {tensor["dtype"] for name, tensor in header.items() if name.endswith("weight")}
 
 
-def check_weights(folder: Path, config: Any) -> list[str]:
+def check_weights(folder: Path, config: Any, task: str = "auto") -> list[str]:
     """Build the model on the meta device and check which weights have no stored value; returns warnings.
 
     A missing head is normal, and so is a missing pooler: masked language models have none.
@@ -46,13 +54,14 @@ def check_weights(folder: Path, config: Any) -> list[str]:
     Raises:
         InputError: more than a fifth of the weights below the head are missing, or one has another shape.
     """
-    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
+
+    from afina.worker.task.tasks import auto_class
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto_class(task).from_pretrained(
             str(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True, device_map="meta"
         )
     except Exception:  # training may load what `meta` cannot
@@ -122,3 +131,8 @@ def input_embeddings(model: Any) -> Any:
 def model_class(model: Any) -> type:
     """The class of a model in its library's code; sharding replaces it by one of torch's."""
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+def is_token_classifier(model: Any) -> bool:
+    """Whether a model gives logits of each token, (B, L, K), and pools nothing."""
+    return "TokenClassification" in model_class(model).__name__

@@ -3,6 +3,7 @@
 single-label   the most probable label; softmax
 multi-label    every label with a probability above one half; a sigmoid each
 regression     the value itself; no probabilities
+token-classification   the most probable label of each word; softmax
 
 Losses: `afina.worker.task.losses`; metrics: `afina.worker.task.scoring`."""
 
@@ -22,7 +23,17 @@ from afina.errors import InputError
 from afina.statistics.calibration import confidence
 from afina.statistics.decision_rule import NO_RULE, DecisionRule, probabilities
 
-__all__ = ["TASKS", "Task", "abstained", "decisions", "label_lists", "prediction_columns", "task_of_config"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "abstained",
+    "auto_class",
+    "decisions",
+    "label_lists",
+    "labels_words",
+    "prediction_columns",
+    "task_of_config",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -32,11 +43,11 @@ class Task:
     """One row of the table.
 
     Attributes:
-        problem_type: of the model's config in Transformers.
+        problem_type: of the model's config in Transformers; None where its class says it.
         decide: logits (N, K) -> predictions: class ids (N,), 0/1 (N, K) or values (N,).
     """
 
-    problem_type: str
+    problem_type: str | None
     decide: Callable[[Array], Array]
 
 
@@ -44,12 +55,27 @@ TASKS: dict[str, Task] = {
     "single-label": Task("single_label_classification", lambda logits: logits.argmax(-1)),
     "multi-label": Task("multi_label_classification", lambda logits: (logits > 0).astype(np.int64)),
     "regression": Task("regression", lambda logits: logits[:, 0]),
+    "token-classification": Task(None, lambda logits: logits.argmax(-1)),
 }
+
+
+def auto_class(task: str) -> Any:
+    """The class of Transformers that has the head of a task."""
+    import transformers
+
+    if task == "token-classification":
+        return transformers.AutoModelForTokenClassification
+    return transformers.AutoModelForSequenceClassification
+
+
+def labels_words(config: Any) -> bool:
+    """Whether a configuration is that of a token classifier."""
+    return any("TokenClassification" in str(name) for name in getattr(config, "architectures", None) or ())
 
 
 def decisions(task: str, logits: Array) -> Array:
     """The predictions of logits (N, K): class ids int32 (N,), 0 or 1 int8 (N, K), or values float64 (N,)."""
-    kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}[task]
+    kind = {"single-label": np.int32, "multi-label": np.int8, "regression": np.float64}.get(task, np.int32)
     return np.asarray(TASKS[task].decide(logits).astype(kind))
 
 
@@ -124,10 +150,12 @@ def task_of_config(config: Any, folder: Path) -> tuple[str, list[str] | None]:
         return InputError(f"model: {folder / 'config.json'}: {what}", remedy)
 
     count = config.num_labels
+    if labels_words(config):
+        return "token-classification", _named(config, refused)
     kind = config.problem_type or ("regression" if count == 1 else "single_label_classification")
     task = next((name for name, row in TASKS.items() if row.problem_type == kind), None)
     if task is None:
-        known = ", ".join(row.problem_type for row in TASKS.values())
+        known = ", ".join(row.problem_type for row in TASKS.values() if row.problem_type)
         raise refused(f"problem_type is {kind!r}", f"correct it: {known}, or leave it out")
     if task == "regression":
         if count != 1:
@@ -135,11 +163,15 @@ def task_of_config(config: Any, folder: Path) -> tuple[str, list[str] | None]:
                 f"a regression with {count} outputs", "a regression has one: correct problem_type or num_labels"
             )
         return task, None
-    names = config.id2label or {}
+    return task, _named(config, refused)
+
+
+def _named(config: Any, refused: Callable[[str, str], InputError]) -> list[str]:
+    count, names = config.num_labels, config.id2label or {}
     unnamed = [str(number) for number in range(count) if number not in names]
     if unnamed:
         raise refused(f"id2label has no name for output {', '.join(unnamed[:5])} of {count}", "number its names from 0")
     labels = [str(names[number]) for number in range(count)]
     if repeated := [name for name, times in Counter(labels).items() if times > 1]:
         raise refused(f"id2label names several outputs `{repeated[0]}`", "give each output a name of its own")
-    return task, labels
+    return labels

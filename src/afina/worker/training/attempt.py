@@ -55,6 +55,7 @@ class TrainingData:
         folder: of the prepared data.
         model_folder: of the pretrained model.
         labels: their names, None for regression.
+        word_units: of a token classification, see `afina.worker.data.tables.words.Units`.
         num_labels: outputs of the model.
         loss: of training and evaluation, on the CPU.
         pad_token_id, padding_side: of the tokenizer.
@@ -77,6 +78,7 @@ class TrainingData:
     metric_texts: Sequence[str]
     metric_code: Mapping[str, str]
     best_metric: str
+    word_units: str | None = None
 
 
 def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> TrainingData:
@@ -122,6 +124,7 @@ def open_data(plan: Plan, prepared: Mapping[str, Any], *, verify: bool) -> Train
         metric_texts=texts,
         metric_code=plan.metric_code,
         best_metric=selection_metric(task, best),
+        word_units=manifest.get("word_units"),
     )
 
 
@@ -171,7 +174,10 @@ class Attempt:
     def work(self) -> Work:
         """Examples, tokens, operations and the loss's divisor of any step, over all processes."""
         train, seed = self.data.splits["train"], self.plan.recipe.train.seed
-        divisors = self.data.loss.divisors(np.asarray(train.labels), train.weights)
+        divisors = self.data.loss.divisors(np.asarray(train.labels), train.loss_weights)
+        if train.words is not None and divisors is not None:
+            ends = np.concatenate([[0], np.cumsum(divisors, dtype=np.float64)])[train.words.offsets]
+            divisors = np.diff(ends)
         return Work(train.lengths, self.flops, self.schedule, seed, self.batching, divisors)
 
     @cached_property

@@ -134,6 +134,8 @@ def build_attempt(
     with gc_paused():
         changes = packed_model.attention_dropout(plan.recipe, str(config_folder))
         model, head = build_model(plan.recipe, data.model_folder, data.task, data.labels, data.num_labels, changes)
+    if data.word_units is not None:
+        model.config.word_units = data.word_units  # prediction finds words as training did
     if has_adapter(model):
         # Not the folder of this attempt, which may be a copy on the node.
         set_base(model, run.prepared(), plan.recipe.model)

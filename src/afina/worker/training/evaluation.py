@@ -21,12 +21,16 @@ import torch
 
 from afina.recipe.metrics import NEED_SCORES, own_metric
 from afina.statistics.decision_rule import probabilities
+from afina.statistics.entities import count_rows, entities, entity_types
+from afina.statistics.measures import compute
 from afina.worker.compute import ranks
+from afina.worker.compute.batches import scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.startup import gc_paused
 from afina.worker.survival.stop import CAUSES
 from afina.worker.task.losses import Loss
 from afina.worker.task.tasks import decisions
+from afina.worker.task.word_places import word_labels
 from afina.worker.training.attempt import Attempt
 
 __all__ = ["EvaluationAbandoned", "StoppedEarly", "logits_of", "scores"]
@@ -61,6 +65,8 @@ class StoppedEarly(Exception):
 def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: bool) -> Array:
     """Logits of all rows of an evaluation's data loader, float32 (N, K), on rank 0; (0, K) on the others. Collective.
 
+    Of a token classification those of the words, (W, K); 0 for a word that has no token of its own.
+
     Args:
         forward: a batch without labels -> logits (B, K).
         may_stop: check for stop requests after each batch.
@@ -69,7 +75,7 @@ def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: 
         EvaluationAbandoned: the run was asked to stop.
     """
     split: Split = dataloader.dataset.split
-    shape = (len(split) if attempt.rank == 0 else 0, attempt.data.num_labels)
+    shape = (len(split.labels) if attempt.rank == 0 else 0, attempt.data.num_labels)
     logits = _allocate(shape, attempt.run.path / "trainer")
     mine: list[Share] = []
     batches, most = iter(dataloader), dataloader.batch_sampler.most
@@ -77,7 +83,8 @@ def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: 
         for number in range(1, most + 1):
             batch = next(batches, None)  # none where the other ranks have one more
             if batch is not None:
-                mine.append((batch[0], forward(_inputs(batch)).float().cpu().numpy()))
+                values = scored_logits(forward(_inputs(batch)).float().cpu(), batch[1]["labels"])
+                mine.append((batch[0], values.numpy()))
             elif attempt.is_sharded:
                 forward(_inputs(dataloader.collate_fn([0])))  # the other ranks wait for this one's shards
             attempt.watchdog.beat(f"batch {number} of an evaluation")
@@ -85,7 +92,7 @@ def logits_of(attempt: Attempt, dataloader: Any, forward: Forward, *, may_stop: 
                 raise EvaluationAbandoned(CAUSES[cause])
             if number % _HAND_OVER == 0 or number == most:
                 for rows, values in itertools.chain.from_iterable(ranks.on_rank_zero(mine)):
-                    logits[rows] = values
+                    logits[split.scored(rows)] = values
                 mine = []
     return logits
 
@@ -96,9 +103,9 @@ def _inputs(batch: tuple[list[int], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _allocate(shape: tuple[int, int], folder: Path) -> Array:
-    """A float32 array: in memory, or above `_IN_MEMORY` bytes in an unnamed file."""
+    """A float32 array of zeros: in memory, or above `_IN_MEMORY` bytes in an unnamed file."""
     if shape[0] * shape[1] * 4 <= _IN_MEMORY:
-        return np.empty(shape, np.float32)
+        return np.zeros(shape, np.float32)
     folder.mkdir(exist_ok=True)
     path = folder / "logits.f32"
     mapped = np.memmap(path, np.float32, "w+", shape=shape)
@@ -110,17 +117,18 @@ def scores(
     loss: Loss,
     texts: Sequence[str],
     logits: Array,
-    labels: Array,
-    weights: Array | None = None,
+    split: Split,
+    names: Sequence[str] | None = None,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The loss, a mean in float64 over rows (None where all of them have weight 0), and the metrics of the recipe (`afina.worker.task.scoring.compute_metrics`).
 
     Args:
-        weights: of the rows in the loss, (N,); None: 1 each. Metrics are not weighted.
+        split: of the logits, for labels and weights. Metrics are not weighted.
+        names: of the labels.
         code: the modules of the user's own metrics, by name.
     """
-    count, task = len(logits), loss.task
+    count, task, labels, weights = len(logits), loss.task, np.asarray(split.labels), split.loss_weights
     each, predictions = np.empty(count, np.float64), []
     for block in blocks(count):
         each[block] = loss.of_rows(logits[block], labels[block])
@@ -133,9 +141,24 @@ def scores(
         if known is not None and task == "regression":
             known = known[:, 0]
         decided, width = np.concatenate(predictions), logits.shape[1]
-        metrics = compute_metrics(task, texts, decided, labels, width, known, code)
+        if split.words is not None:
+            metrics = entity_metrics(texts, decided, split, names or ())
+        else:
+            metrics = compute_metrics(task, texts, decided, labels, width, known, code)
     mean = loss.mean(each, labels, weights)
     return {"loss": None if math.isnan(mean) else mean, **metrics}
+
+
+def entity_metrics(texts: Sequence[str], decided: Array, split: Split, names: Sequence[str]) -> dict[str, Any]:
+    """The metrics of a token classification, of the labels of words with a token of their own, int (W,)."""
+    assert split.words is not None
+    labels = word_labels(decided, split.words.pieces)
+    offsets, types = split.words.offsets, len(entity_types(names))
+    counts = count_rows(entities(np.asarray(split.labels), offsets), entities(labels, offsets), len(split), types)
+    values, undefined = compute("token-classification", texts, *counts, None, types)
+    if "accuracy" in texts:
+        values["accuracy"] = float((labels == np.asarray(split.labels)).mean())
+    return {**values, **({"undefined": undefined} if undefined else {})}
 
 
 def blocks(count: int, size: int = 65_536) -> Iterator[slice]:

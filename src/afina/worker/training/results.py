@@ -95,9 +95,9 @@ def export_results(trainer: RunTrainer) -> Results:
             trainer.evaluation_loop(trainer.get_eval_dataloader(), "Prediction")
         if attempt.rank == 0:
             split = data.splits["eval"]
-            labels = np.asarray(split.labels)
-            values = scores(data.loss, data.metric_texts, trainer.logits, labels, split.weights, data.metric_code)
+            values = scores(data.loss, data.metric_texts, trainer.logits, split, data.labels, data.metric_code)
             metrics |= {f"eval_{name}": value for name, value in values.items()}
+            labels = np.asarray(split.labels)
             warnings += check_predictions(data.task, data.labels, data.best_metric, trainer.logits, labels, values)
             if attempt.keeps_best and best is None:
                 warnings.append(f"eval_{data.best_metric} was never defined: `model/` has the weights of the last step")
@@ -126,6 +126,9 @@ def export_results(trainer: RunTrainer) -> Results:
 def simple_models(attempt: Attempt, results: Results) -> Results:
     """The results beside those of simple models (`afina.worker.data.baselines`), which a process of its own trains. A failure, a stop or too little
     time leaves them out, and the log says so: the run finishes as it is."""
+    if attempt.data.task == "token-classification":
+        say("no simple models beside this one: they label texts, not words")
+        return results
     if not attempt.plan.recipe.baselines or not {"eval", "test"} & attempt.data.splits.keys():
         return results
     began, deadline = time.monotonic(), attempt.stop.deadline
@@ -171,6 +174,10 @@ def check_predictions(
     reasons = metrics.get("undefined", {})
     undefined = [name for name, value in metrics.items() if value is None]
     warnings = [f"eval_{name} is not defined: {reasons.get(name, 'it has no value')}" for name in undefined]
+    if task == "token-classification":
+        if labels.any() and not decisions(task, logits).any():
+            warnings.append("the model finds no entity in eval: train longer, or with a higher train.learning_rate")
+        return warnings
     if len(labels) < 2 or not np.ptp(labels, axis=0).any():
         return [*warnings, "all rows of eval have the same label: nothing can be measured on them"]
     predictions = _as_predictions(task, names, labels, logits, logits)
@@ -248,9 +255,9 @@ def check_loss_curve(loss: Loss, train: Split, logged: Sequence[Mapping[str, Any
         return []
     tenths = np.array([part.mean() for part in np.array_split(losses, min(10, len(losses)))])
     last, lowest = float(tenths[-1]), float(tenths.min())
-    every = slice(None, None, max(1, len(train) // _ROWS))
+    every = slice(None, None, max(1, len(train.labels) // _ROWS))
     labels = np.asarray(train.labels[every])
-    weights = None if train.weights is None else np.asarray(train.weights[every])
+    weights = None if train.loss_weights is None else np.asarray(train.loss_weights[every])
     informed = _informed_logits(loss, labels)
     untrained, knowing = (
         loss.mean(loss.of_rows(np.repeat(logits[None], len(labels), 0), labels), labels, weights)
@@ -310,14 +317,16 @@ def _write_trained_rows(train: Split, run: RunDir) -> None:
 
 
 def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path) -> None:
-    """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label.
+    """One row per example in input order: row, file, (id,) text, label, prediction, and a column of scores per label; or, of a token
+    classification, lists of entities as label and prediction.
 
     Written in row groups; only one of them is in memory at a time.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = np.asarray(data.splits[part].labels)
+    split = data.splits[part]
+    labels = np.asarray(split.labels)
     if part in data.rows:
         batches: Any = open_rows(data.folder, part, data.rows).to_batches(_ROWS)
     else:
@@ -329,16 +338,34 @@ def _write_predictions(data: TrainingData, part: str, logits: Array, path: Path)
         for batch in batches:
             table = pa.Table.from_batches([batch])
             block = slice(done, done := done + len(table))
-            for name, values in _columns(data.task, data.labels, logits[block], labels[block]).items():
+            columns = (
+                _columns(data.task, data.labels, logits[block], labels[block])
+                if split.words is None
+                else _entity_columns(split, data.labels or [], logits, block, table.column("text"))
+            )
+            for name, values in columns.items():
                 table = table.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
             writer = writer or pq.ParquetWriter(aside, table.schema)
             writer.write_table(table, row_group_size=_ROWS)
-        assert done == len(labels), "the rows and the logits do not fit together"
+        assert done == len(split), "the rows and the logits do not fit together"
     finally:
         if writer is not None:
             writer.close()
     sync_file(aside)
     os.replace(aside, path)
+
+
+def _entity_columns(split: Split, names: Sequence[str], logits: Array, rows: slice, texts: Any) -> dict[str, Any]:
+    """True and predicted entities of a block of rows, by column name."""
+    from afina.worker.task.entity_columns import entity_column, predicted_entities
+
+    assert split.words is not None
+    words, some = split.words.take(np.arange(rows.start, rows.stop)), texts.to_pylist()
+    these = slice(int(split.words.offsets[rows.start]), int(split.words.offsets[rows.stop]))
+    return {
+        "label": entity_column(some, np.asarray(split.labels[these]), words, names),
+        "prediction": predicted_entities(some, logits[these], words, names),
+    }
 
 
 def _columns(task: str, names: list[str] | None, logits: Array, labels: Array) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from afina.worker.compute import cuda_graphs, packed_model, precision, ranks
-from afina.worker.compute.batches import Rows, Targets
+from afina.worker.compute.batches import Rows, Targets, scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.model.depth import learning_rates
 from afina.worker.training.attempt import Attempt
@@ -116,8 +116,8 @@ class RunTrainer(ResumableTrainer):
 
     def _step_loss(self, outputs: Any, targets: Targets, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """Sum over this rank's rows / divisor of the global step (Trainer multiplies by the ranks that DDP averages over)."""
-        labels, weights = targets
-        return (self._loss(outputs["logits"], labels) * weights).sum() / num_items_in_batch
+        labels, weights = targets[:2]
+        return (self._loss(scored_logits(outputs["logits"], targets), labels) * weights).sum() / num_items_in_batch
 
     # Steps
 
@@ -215,7 +215,7 @@ class RunTrainer(ResumableTrainer):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Logits of every row on rank 0, in input order; the loss and the recipe's metrics on every rank.
+        """Logits of every row (or word) on rank 0, in input order; the loss and the recipe's metrics on every rank.
 
         Where steps have been made since the last evaluation, also their `training_loss`: the mean over their examples.
         """
@@ -227,7 +227,7 @@ class RunTrainer(ResumableTrainer):
             logits = logits_of(attempt, dataloader, self._forward, may_stop=self.is_in_train)
             metrics = {}
             if attempt.rank == 0:
-                metrics = scores(data.loss, data.metric_texts, logits, labels, split.weights, data.metric_code)
+                metrics = scores(data.loss, data.metric_texts, logits, split, data.labels, data.metric_code)
             metrics = ranks.from_rank_zero(metrics)
         for name, why in metrics.get("undefined", {}).items() if attempt.rank == 0 else ():
             if name != data.best_metric:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.data_keys import Data
 from afina.worker.data.tables.data_table import DataTable, as_text, list_places
+from afina.worker.data.tables.words import TaggedWords
 
 __all__ = ["LabelColumns", "Labels", "as_number", "as_numbers", "find_labels", "label_array", "listed"]
 
@@ -28,7 +29,7 @@ class Labels:
     """Task and label names.
 
     Attributes:
-        task: single-label, multi-label or regression.
+        task: single-label, multi-label, regression or token-classification.
         names: label names in the order of the model's outputs; None for regression.
     """
 
@@ -37,10 +38,16 @@ class Labels:
 
 
 class LabelColumns:
-    """The label columns of one source, read once for all splits that share it."""
+    """The label columns of one source, read once for all splits that share it.
+
+    Attributes:
+        words: of a token classification; their codes are numbers of labels.
+    """
 
     def __init__(self, table: DataTable, data: Data) -> None:
-        self.table, self.columns = table, [table.columns[name] for name in data.label]
+        self.table = table
+        self.columns = [table.columns[name] for name in data.label] if table.words is None else []
+        self.words: TaggedWords | None = None
         self.names, self.separator = data.label, data.label_separator
 
     def unwrap(self) -> None:
@@ -70,6 +77,8 @@ class LabelColumns:
 
     def present(self) -> Array:
         """Where a label is not missing (an empty text or list is a multi-label row without labels), bool (N,)."""
+        if self.table.words is not None:
+            return self.table.words.present
         is_there = np.ones(len(self.table), bool)
         for column in self.columns:
             if not pa.types.is_list(column.type) and self.separator is None:

@@ -33,6 +33,7 @@ from afina.run.plan import Plan
 from afina.worker.data.labels.find_labels import LabelColumns, Labels, find_labels, label_array
 from afina.worker.data.labels.label_checks import check_found_labels, check_labels
 from afina.worker.data.labels.loss_weights import row_weights
+from afina.worker.data.labels.tag_schemes import check_entities, entity_flags, find_entities
 from afina.worker.data.splits.choose_sources import SPLIT_NAMES, choose_sources, choose_values, shares_of
 from afina.worker.data.splits.divide import (
     rank_groups,
@@ -92,10 +93,11 @@ def read_splits(plan: Plan, data: HubData | None, states: Mapping[str, Any], say
     warnings: list[str] = []
     chosen = choose_sources(spec, list(data.splits if data is not None else plan.files), warnings)
     keys = list(dict.fromkeys(chosen.values()))
+    tags = spec.label[0] if plan.recipe.task == "token-classification" else None
     sources = {
-        key: DataSource((data.file(key),), f"{data.id}/{key}")
+        key: DataSource((data.file(key),), f"{data.id}/{key}", tags=tags)
         if data is not None
-        else DataSource(tuple(plan.files[key]), reading=spec.reading)
+        else DataSource(tuple(plan.files[key]), reading=spec.reading, tags=tags)
         for key in keys
     }
     if data is not None:
@@ -133,8 +135,11 @@ def build_splits(
     for source, column in columns.items():
         if not len(column.table):
             raise DataError(f"{' and '.join(column.table.sources)}: no rows (`{source}`)", "give a file that has rows")
-    labels = find_labels(task, data, list(columns.values()), warnings)
-    check_found_labels(labels, data, list(columns.values()), warnings)
+    if task == "token-classification":
+        labels = find_entities(list(columns.values()), warnings)
+    else:
+        labels = find_labels(task, data, list(columns.values()), warnings)
+        check_found_labels(labels, data, list(columns.values()), warnings)
     rows = _choose_rows(data, _pools(data, columns, sources, warnings), labels, warnings if data.fold is None else [])
     if data.fold is not None:
         rows = _pool_of_folds(rows, sources, warnings)
@@ -149,16 +154,24 @@ def build_splits(
             rows=chosen,
             table=table.places(chosen),
             sizes=np.sum([table.texts[name].sizes[chosen] for name in data.text], axis=0),
-            labels=label_array(column, labels, chosen),
+            **_labelled(column, labels, chosen),
             ids=ids,
             weights=row_weights(split, table, data.weight, chosen) if data.weight else None,
             groups=(groups := as_text(table.columns[data.group]).take(pa.array(chosen)) if data.group else None),
             codes=group_codes(groups, _text_keys(data, table)[chosen]) if data.group or data.fold else None,
         )
-    check_labels(labels, splits, warnings)
+    (check_entities if task == "token-classification" else check_labels)(labels, splits, warnings)
     if data.group is not None:
         check_groups(data.group, splits, warnings)
     return labels, splits
+
+
+def _labelled(column: LabelColumns, labels: Labels, rows: Array) -> dict[str, Any]:
+    """`labels` of some rows, and their `words` where those have the labels."""
+    if column.words is None:
+        return {"labels": label_array(column, labels, rows)}
+    numbered = column.words.take(rows)
+    return {"labels": numbered.codes, "words": numbered}
 
 
 def _pool_of_folds(rows: Mapping[str, Array], sources: Mapping[str, str], warnings: list[str]) -> dict[str, Array]:
@@ -236,8 +249,9 @@ def _choose_rows(
         sharing = [split for split in names if names[split] == name]
         dividing = [split for split in sharing if split in shares]
         if dividing:
-            if labels.task == "multi-label" and data.group is None:
-                warnings.append(f"`{name}` is divided at random: multi-label rows are not stratified")
+            if labels.task in ("multi-label", "token-classification") and data.group is None:
+                what = "multi-label rows" if labels.task == "multi-label" else "rows of several entities"
+                warnings.append(f"`{name}` is divided at random: {what} are not stratified")
             divided = _divide_pool(data, pool, labels, {split: shares[split] for split in dividing}, warnings)
             rows |= {split: pool.rows[some] for split, some in zip(dividing, divided, strict=True)}
         rows |= {split: pool.rows for split in sharing if split not in shares}
@@ -270,8 +284,12 @@ def _divide_pool(
         return split_by_key(_text_keys(data, table)[pool.rows], _strata(pool, labels, value_groups), wanted, seed)
     codes = group_codes(as_text(table.columns[data.group]), _text_keys(data, table))[pool.rows]
     codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    several = labels.task == "multi-label"
-    strata = label_array(pool.column, labels, pool.rows) > 0 if several else _strata(pool, labels, value_groups)
+    if pool.column.words is not None:
+        strata: Array | None = entity_flags(pool.column.words.take(pool.rows), labels)
+    elif labels.task == "multi-label":
+        strata = label_array(pool.column, labels, pool.rows) > 0
+    else:
+        strata = _strata(pool, labels, value_groups)
     return divide_groups(data.group, codes, strata, shares, seed, warnings)
 
 
@@ -301,7 +319,7 @@ def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data
 
 def _strata(pool: _Pool, labels: Labels, groups: Callable[[Array], Array]) -> Array | None:
     """The stratum of each row: its label, or its group of numbers; None where a row has several labels."""
-    if labels.task == "multi-label":
+    if labels.task in ("multi-label", "token-classification"):
         return None
     if labels.task == "regression":
         return groups(pool.column.numbers()[pool.rows])

@@ -105,7 +105,11 @@ def check_conflicts(labels: Labels, train: Examples, keys: Array) -> list[str]:
         return []
     codes = _first_alike(keys)
     values = train.labels
-    if values.ndim == 2:
+    if train.words is not None:
+        offsets = train.words.offsets
+        each = [values[a:b].tobytes() for a, b in itertools.pairwise(offsets.tolist())]
+        values = np.unique(np.array(each, object), return_inverse=True)[1].reshape(-1)
+    elif values.ndim == 2:
         values = np.unique(values, axis=0, return_inverse=True)[1].reshape(-1)
     pairs = np.unique(codes * (int(values.max()) + 1) + values)
     texts, times = np.unique(pairs // (int(values.max()) + 1), return_counts=True)

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from afina.errors import DataError
 from afina.formats.read_options import PLAIN, ReadOptions
 from afina.worker.data.tables.readers import open_reader
-from afina.worker.data.tables.row_batches import FileReader, as_text, is_blank, note_texts
+from afina.worker.data.tables.row_batches import FileReader, RowBatch, as_text, is_blank, note_texts
+from afina.worker.data.tables.words import TaggedWords, raw_values, read_row, row_texts
 
 __all__ = ["DataSource", "DataTable", "Examples", "TextDigests", "as_text", "list_places", "read_files"]
 
@@ -77,6 +78,7 @@ class DataTable:
         row: number of the row in its source, counted from 1, int64 (N,).
         texts: digests of the text columns.
         warnings: what was odd in the files.
+        words: words and tags of the rows, of a token classification.
     """
 
     columns: Mapping[str, pa.Array]
@@ -87,6 +89,7 @@ class DataTable:
     unit: str = "row"
     texts: Mapping[str, TextDigests] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    words: TaggedWords | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -94,7 +97,17 @@ class DataTable:
     def take(self, rows: Array) -> DataTable:
         columns = {name: column.take(pa.array(rows)) for name, column in self.columns.items()}
         texts = {name: column.take(rows) for name, column in self.texts.items()}
-        return DataTable(columns, self.classes, self.sources, self.source[rows], self.row[rows], self.unit, texts)
+        return DataTable(
+            columns,
+            self.classes,
+            self.sources,
+            self.source[rows],
+            self.row[rows],
+            self.unit,
+            texts,
+            (),
+            self.words.take(rows) if self.words else None,
+        )
 
     def places(self, rows: Array) -> DataTable:
         """Where `rows` came from, without columns."""
@@ -132,6 +145,7 @@ class Examples:
         ids: large_string (N,), or None where the recipe names no id column.
         weights: float32 (N,), or None where the recipe names no column of weights.
         groups: names of the rows' groups, large_string (N,), or None where the recipe names no column of groups.
+        words: of a token classification, whose `labels` are of words, int64 (W,).
         codes: of the groups, int64 (N,), rows without one by their text; None where there are neither groups nor folds.
     """
 
@@ -144,6 +158,7 @@ class Examples:
     weights: Array | None = None
     groups: pa.Array | None = None
     codes: Array | None = None
+    words: TaggedWords | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,11 +172,13 @@ class DataSource:
         paths: local files.
         reading: how they are read.
         name: used in messages instead of the path of its one file: `dataset/split`.
+        tags: of a token classification, the column of tags or spans; texts may be lists of words.
     """
 
     paths: tuple[Path, ...]
     name: str | None = None
     reading: ReadOptions = PLAIN
+    tags: str | None = None
 
     def read(
         self,
@@ -173,7 +190,7 @@ class DataSource:
     ) -> DataTable:
         """See `read_files`."""
         with self._renamed():
-            table = read_files(self.paths, columns, texts, advance, reading=self.reading, ids=ids)
+            table = read_files(self.paths, columns, texts, advance, reading=self.reading, ids=ids, tags=self.tags)
         if self.name is None:
             return table
         warnings = tuple(line.replace(str(self.paths[0]), self.name) for line in table.warnings)
@@ -185,7 +202,7 @@ class DataSource:
             for path in self.paths:
                 reader = open_reader(path, self.reading)
                 for batch in reader.batches(list(dict.fromkeys(names))):
-                    yield [reader.texts(name, batch) for name in names]
+                    yield [row_texts(reader, name, batch, words=self.tags is not None) for name in names]
 
     def state(self) -> list[tuple[int, int, int]]:
         """Inode, size and modification time of each file: they differ when somebody has written to it."""
@@ -209,6 +226,7 @@ def read_files(
     *,
     reading: ReadOptions = PLAIN,
     ids: Sequence[str] = (),
+    tags: str | None = None,
 ) -> DataTable:
     """Read all files, one after the other.
 
@@ -217,30 +235,39 @@ def read_files(
         texts: only digests are kept of these.
         advance: called with the number of rows of each batch.
         ids: those of `columns` that are kept as texts, each digit of a number with them.
+        tags: the column, one of `columns`, with a tag for each word of the text, or spans in it.
 
     Raises:
         DataError: a column is missing or there twice, a row is ragged, bytes are not in the encoding, JSON is broken; with
             file and row.
     """
     columns, texts = list(dict.fromkeys(columns)), list(dict.fromkeys(texts))
-    tables = [_read(open_reader(path, reading), columns, texts, ids, advance) for path in paths]
+    tables = [_read(open_reader(path, reading), columns, texts, ids, advance, tags) for path in paths]
     return tables[0] if len(tables) == 1 else _concatenate(tables)
 
 
 def _read(
-    reader: FileReader, columns: Sequence[str], texts: Sequence[str], ids: Sequence[str], advance: Advance
+    reader: FileReader,
+    columns: Sequence[str],
+    texts: Sequence[str],
+    ids: Sequence[str],
+    advance: Advance,
+    tags: str | None,
 ) -> DataTable:
     wanted = list(dict.fromkeys([*texts, *columns]))
-    kept: dict[str, list[Any]] = {name: [] for name in columns}
+    kept: dict[str, list[Any]] = {name: [] for name in columns if name != tags}
+    words: list[TaggedWords] = []
     digested: dict[str, list[TextDigests]] = {name: [] for name in texts}
     rows = [np.empty(0, np.int64)]
     for batch in reader.batches(wanted):
         for name, values in kept.items():
             values.append(reader.texts(name, batch) if name in ids else reader.values(name, batch))
         for name, digests in digested.items():
-            column = reader.texts(name, batch)
+            column = row_texts(reader, name, batch, words=tags is not None)
             note_texts(reader.notes, column, batch.row, name)
             digests.append(TextDigests.of(column))
+        if tags is not None:
+            words.append(_tagged(reader, texts[0], tags, batch))
         rows.append(batch.row)
         advance(len(batch))
     row = np.concatenate(rows)
@@ -257,7 +284,23 @@ def _read(
         reader.unit,
         {name: TextDigests.joined(digests) for name, digests in digested.items()},
         tuple(reader.notes.warnings(reader.path, reader.unit)),
+        None if tags is None else TaggedWords.joined(words),
     )
+
+
+def _tagged(reader: FileReader, text: str, tags: str, batch: RowBatch) -> TaggedWords:
+    """Words and tags of a batch.
+
+    Raises:
+        DataError: a row of neither kind; with file and row.
+    """
+    rows, units = [], None
+    for number, value, tagged in zip(
+        batch.row, raw_values(reader, text, batch), raw_values(reader, tags, batch), strict=True
+    ):
+        rows.append(read_row(f"{reader.path}, {reader.unit} {number}", value, tagged))
+        units = units or ("spaces" if isinstance(value, list) else "letters" if value is not None else None)
+    return TaggedWords.of(rows, units)  # type: ignore[arg-type]
 
 
 def _concatenate(tables: Sequence[DataTable]) -> DataTable:
@@ -292,6 +335,7 @@ def _concatenate(tables: Sequence[DataTable]) -> DataTable:
         units.pop() if len(units) == 1 else "row",
         {name: TextDigests.joined([table.texts[name] for table in tables]) for name in tables[0].texts},
         tuple(line for table in tables for line in table.warnings),
+        TaggedWords.joined([table.words for table in tables if table.words]) if tables[0].words else None,
     )
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from afina.errors import DataError
 from afina.formats.columns import distinct, flatten, value_at
+from afina.formats.conll import column_names, read_conll
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import check_characters, json_kind, json_unit, number_text, read_json, records_below
 from afina.formats.notes import Notes
@@ -260,11 +261,41 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) or value is None else number_text(value)
 
 
-_READERS: Mapping[str, type[_Delimited] | type[_Json] | type[ColumnarReader]] = {
+class _Conll(_Json):
+    """CoNLL files as rows of lists: one a sentence, numbered by its first line."""
+
+    def __init__(self, path: Path, reading: ReadOptions) -> None:
+        super().__init__(path, reading)
+        self.unit = "line"
+
+    def batches(self, wanted: Sequence[str], others: Sequence[str] | None = ()) -> Iterator[RowBatch]:
+        names: list[str] = []
+        columns: list[list[Any]] = []
+        rows: list[int] = []
+        size = 0
+        for number, sentence in read_conll(self.path, self.reading):
+            if not names:
+                known = column_names(len(sentence))
+                names = choose_columns(self.path, known, wanted, others)
+                places = [known.index(name) for name in names]
+                columns = [[] for _ in names]
+            rows.append(number)
+            for column, place in zip(columns, places, strict=True):
+                column.append(sentence[place])
+            size += sum(map(len, sentence[0]))
+            if len(rows) == BATCH_ROWS or size > BATCH_BYTES:
+                yield RowBatch(dict(zip(names, columns, strict=True)), np.array(rows, np.int64))
+                columns, rows, size = [[] for _ in names], [], 0
+        if rows:
+            yield RowBatch(dict(zip(names, columns, strict=True)), np.array(rows, np.int64))
+
+
+_READERS: Mapping[str, type[_Delimited] | type[_Json] | type[_Conll] | type[ColumnarReader]] = {
     "csv": _Delimited,
     "tsv": _Delimited,
     "txt": _Lines,
     "jsonl": _Json,
+    "conll": _Conll,
     "parquet": ColumnarReader,
     "arrow": ColumnarReader,
 }

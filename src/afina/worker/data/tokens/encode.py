@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afina.errors import RecipeError
+from afina.errors import InputError, RecipeError
 from afina.recipe.keys.train_keys import Tokens
 
 __all__ = ["EncodedBatch", "Encoder", "join_columns"]
@@ -42,6 +42,8 @@ class EncodedBatch:
         cut: the text was longer than the recipe allows, bool (N,).
         windows: tokens of each window, of the texts one after the other, int64 (W,), and windows of each text, int64 (N,); None: texts
             have none.
+        spans: first character of each token in its text, and the one behind its last, int32 (T, 2); -1 of special
+            tokens; None where nobody needs them.
     """
 
     tokens: Array
@@ -49,6 +51,7 @@ class EncodedBatch:
     types: Array | None
     cut: Array
     windows: tuple[Array, Array] | None = None
+    spans: Array | None = None
 
     @classmethod
     def joined(cls, batches: Sequence[EncodedBatch]) -> EncodedBatch:
@@ -62,17 +65,22 @@ class EncodedBatch:
         cut = np.concatenate([np.empty(0, bool), *(batch.cut for batch in batches)])
         of = [batch.windows for batch in batches if batch.windows is not None]
         windows = (np.concatenate([each for each, _ in of]), np.concatenate([n for _, n in of])) if of else None
-        return cls(tokens, lengths, types, cut, windows)
+        spans = [batch.spans for batch in batches if batch.spans is not None]
+        return cls(tokens, lengths, types, cut, windows, np.concatenate(spans) if spans else None)
 
 
 class Encoder:
     """Args:
     tokenizer: as Transformers loads it.
     tokens: of the recipe. Of a pair the longer text is cut first.
+    spans: keep where each token is in its text.
+
+    Raises:
+        InputError: a tokenizer that does not say where its tokens are, and `spans`.
     """
 
-    def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
-        self.tokenizer, self.tokens = tokenizer, tokens
+    def __init__(self, tokenizer: Any, tokens: Tokens, *, spans: bool = False) -> None:
+        self.tokenizer, self.tokens, self.spans = tokenizer, tokens, spans
         self._options = {"truncation": True, "max_length": tokens.max_length, "return_attention_mask": False}
         if tokens.truncation == "head+tail":  # the middle is cut out of the whole text's tokens
             self._options = {"truncation": False, "return_attention_mask": False, "verbose": False}
@@ -87,6 +95,11 @@ class Encoder:
             # This call sets the Rust tokenizer's truncation, padding and treatment of special tokens.
             tokenizer(["a"], **self._options)
             self._backend = tokenizer.backend_tokenizer
+        if spans and not tokenizer.is_fast:
+            raise InputError(
+                f"token classification: {type(tokenizer).__name__} does not tell where its tokens are in the text",
+                "choose a model with a tokenizer.json (`is_fast`)",
+            )
 
     def encode(self, batches: Iterable[tuple[T, Sequence[Sequence[str]]]]) -> Generator[tuple[T, EncodedBatch]]:
         """Encode batches, in their order.
@@ -118,7 +131,8 @@ class Encoder:
             return batch["input_ids"], types, getattr(batch, "encodings", None)
         texts = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
         # `fast`: without the offsets of each token in its text, a sixth of the work.
-        encodings = self._backend.encode_batch_fast(texts)
+        encode = self._backend.encode_batch if self.spans else self._backend.encode_batch_fast
+        encodings = encode(texts)
         types = [e.type_ids for e in encodings] if self._has_types else None
         return [e.ids for e in encodings], types, encodings
 
@@ -149,7 +163,15 @@ class Encoder:
         elif encodings is not None:
             for i in np.flatnonzero(cut):
                 cut[i] = bool(encodings[i].overflowing)
-        return EncodedBatch(flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut)
+        spans = None
+        if self.spans:
+            places = itertools.chain.from_iterable(itertools.chain.from_iterable(e.offsets for e in encodings))
+            spans = np.fromiter(places, np.int32, 2 * total).reshape(-1, 2)
+            special = itertools.chain.from_iterable(e.special_tokens_mask for e in encodings)
+            spans[np.fromiter(special, bool, total)] = -1
+        return EncodedBatch(
+            flat, lengths, flat_types if flat_types is not None and flat_types.any() else None, cut, spans=spans
+        )
 
     def _without_middle(self, rows: list[list[int]]) -> list[list[int]]:
         head, tail = self.tokens.head_and_tail

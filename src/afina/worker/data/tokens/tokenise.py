@@ -25,7 +25,6 @@ from afina.recipe.keys.train_keys import Tokens
 from afina.run.plan import Plan
 from afina.text import size_in_words
 from afina.worker.data import prepared
-from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.labels.one_feature import check_one_feature
 from afina.worker.data.splits.build_splits import CheckedData
 from afina.worker.data.splits.duplicates import check_conflicts, check_duplicates
@@ -77,7 +76,13 @@ def build(
     size = vocabulary_size(folder)
     check_pad_token(tokenizer, size)
     dtype = np.uint16 if max(len(tokenizer), size or 0) <= 1 << 16 else np.uint32
-    tokenising = Tokenising(checked, recipe.data, Encoder(tokenizer, recipe.tokens), size, dtype)
+    tokenising = Tokenising(
+        checked,
+        recipe.data,
+        Encoder(tokenizer, recipe.tokens, spans=checked.labels.task == "token-classification"),
+        size,
+        dtype,
+    )
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "numpy")}
     store = ShardFolder(shards_folder(plan), final.name, versions)
     try:
@@ -89,7 +94,7 @@ def build(
                 tokenizer.save_pretrained(aside / "tokenizer")
                 about = {
                     "digest": final.name,
-                    **_about(plan, checked.labels, tokenizer, content),
+                    **_about(plan, checked, tokenizer, content),
                     "splits": splits,
                     "warnings": [*checked.warnings, *warnings],
                     "spoiled": spoiled,
@@ -112,9 +117,10 @@ def build(
         raise
 
 
-def _about(plan: Plan, labels: Labels, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+def _about(plan: Plan, checked: CheckedData, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's record of task, labels, texts and tokenizer; `repeated`: see `baselines.without_repeated`."""
-    recipe, repeated = plan.recipe, dict[str, list[int]]()
+    recipe, labels, repeated = plan.recipe, checked.labels, dict[str, list[int]]()
+    units = next((e.words.units for e in checked.splits.values() if e.words is not None), None)
     if recipe.tokens.windows is not None:
         special = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
         if 0 in special:  # it may make no token of the letter
@@ -123,6 +129,7 @@ def _about(plan: Plan, labels: Labels, tokenizer: Any, content: Mapping[str, Any
         "task": labels.task,
         "labels": list(labels.names) if labels.names is not None else None,
         "num_labels": len(labels.names) if labels.names is not None else 1,
+        **({"word_units": units} if units else {}),
         "text_columns": list(recipe.data.text),
         "source": content["source"],
         "max_length": recipe.tokens.max_length,
@@ -193,6 +200,11 @@ class Tokenising:
                 aside, split, examples, shards, store, self.dtype, stats, texts=split != "train" or self.folded
             )
             warnings += stats.warnings(split, examples, tokenizer, self.encoder.tokens)
+            if lost := entries[split].get("entities_cut"):
+                warnings.append(
+                    f"{lost:,} of {entries[split]['entities']:,} entities of {split} lie behind tokens.max_length "
+                    f"{self.encoder.tokens.max_length} and are cut off{'' if split == 'train' else ': they count as missed'}"
+                )
         splits = self.checked.splits
         spoiled = check_duplicates(splits, keys)
         if self.group is not None:
@@ -320,11 +332,13 @@ def _changed(source: DataSource) -> DataError:
 
 
 def _arrays(shard: Shard, columns: Sequence[pa.Array], encoded: Sequence[EncodedBatch], dtype: Any) -> dict[str, Array]:
-    """The arrays of a shard: tokens, lengths, cut; types and texts where there are any."""
+    """The arrays of a shard: tokens, lengths, cut; places of the tokens, types and texts where there are any."""
     whole = EncodedBatch.joined(encoded)
     arrays = {"tokens": whole.tokens.astype(dtype), "lengths": whole.lengths, "cut": whole.cut}
     if whole.windows is not None:
         arrays["windows"], arrays["windows_lengths"] = whole.windows
+    if whole.spans is not None:
+        arrays |= {"starts": whole.spans[:, 0], "ends": whole.spans[:, 1]}
     if whole.types is not None:
         arrays["types"] = whole.types
     if shard.kept.any():

@@ -19,10 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afina.recipe.keys.train_keys import Tokens
+from afina.statistics.entities import entities
 from afina.worker.data.prepared import ArrayWriter
 from afina.worker.data.splits.duplicates import row_keys
 from afina.worker.data.tables.data_table import Examples, list_places
+from afina.worker.data.tables.words import TaggedWords, find_pieces
 from afina.worker.data.tokens.shards import Shard, ShardFolder
+from afina.worker.task.word_places import CUT
 
 __all__ = ["TEXTS", "TokenStats", "write_split"]
 
@@ -107,7 +110,7 @@ def write_split(
     stats: TokenStats,
     *,
     texts: bool,
-) -> tuple[dict[str, int], Array]:
+) -> tuple[dict[str, Any], Array]:
     """Write the files of a split.
 
     Args:
@@ -122,17 +125,13 @@ def write_split(
     Raises:
         ShardMissing: a shard must be made first.
     """
-    stored = store.names(shards)
-    has_types = "types" in stored
-    kept = [name for name in TEXTS if name in stored] if texts else []
-    names = ["tokens", "cut", *(name for name in ("types", "windows") if name in stored), *kept]
-    ascending = bool((np.diff(examples.rows) > 0).all())
-    blocks = _in_order_of_source(np.sort(examples.rows), shards, store, names)
-    if not ascending:
-        blocks = _reordered(blocks, np.argsort(np.argsort(examples.rows)), aside)
-    lengths, any_type = [np.empty(0, np.int64)], False
-    windows: list[Array] = []
-    keys = [np.empty((0, 2), np.uint64)]
+    has_types = "types" in (stored := store.names(shards))
+    kept, words = [name for name in TEXTS if name in stored] if texts else [], examples.words
+    optional = ("types", "windows", *(("starts", "ends") if words else ()))
+    names = ["tokens", "cut", *(name for name in optional if name in stored), *kept]
+    blocks = _in_order(examples.rows, shards, store, names, aside)
+    lengths, windows, any_type = [np.empty(0, np.int64)], list[Array](), False
+    keys, pieces = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int32)]
     types_file = aside / f"{split}.types.npy"
     with (
         ArrayWriter(aside / f"{split}.tokens.npy", dtype) as tokens,
@@ -146,6 +145,8 @@ def write_split(
             stats.add(block)
             if "windows" in block:
                 windows.append(block["windows"][0])
+            if words is not None:
+                pieces.append(_pieces(words, sum(map(len, lengths[:-1])), block))
             if has_types:
                 types.append(block["types"][0])
                 any_type |= bool(block["types"][0].any())
@@ -154,7 +155,9 @@ def write_split(
         types_file.unlink()
     each = np.concatenate(lengths)
     _save_arrays(aside, split, examples, each, np.concatenate(windows) if windows else None)
-    entry = {"rows": len(examples), "tokens": int(each.sum()), "longest": int(each.max())}
+    entry: dict[str, Any] = {"rows": len(examples), "tokens": int(each.sum()), "longest": int(each.max())}
+    if words is not None:
+        entry |= _write_words(aside, split, words, np.concatenate(pieces))
     return entry, np.concatenate(keys)
 
 
@@ -170,6 +173,33 @@ def _save_arrays(aside: Path, split: str, examples: Examples, lengths: Array, wi
     np.save(aside / f"{split}.labels.npy", np.ascontiguousarray(examples.labels))
     if examples.weights is not None:
         np.save(aside / f"{split}.weights.npy", examples.weights)
+
+
+def _in_order(
+    rows: Array, shards: Sequence[Shard], store: ShardFolder, names: Sequence[str], aside: Path
+) -> Iterator[Block]:
+    """Blocks of `rows` in their order."""
+    blocks = _in_order_of_source(np.sort(rows), shards, store, names)
+    if (np.diff(rows) > 0).all():
+        return blocks
+    return _reordered(blocks, np.argsort(np.argsort(rows)), aside)
+
+
+def _pieces(words: TaggedWords, done: int, block: Block) -> Array:
+    """The first token of each word of a block, which begins at row `done` of the split."""
+    some = words.take(np.arange(len(block["cut"][0])) + done)
+    begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(block["tokens"][1])])
+    return find_pieces(some.offsets, some.spans, begins, block["starts"][0], block["ends"][0])
+
+
+def _write_words(aside: Path, split: str, words: TaggedWords, pieces: Array) -> dict[str, int]:
+    """Write the words' places; returns words, entities, and those of each that were cut off, for the manifest."""
+    np.save(aside / f"{split}.words.npy", np.column_stack([words.spans, pieces]))
+    np.save(aside / f"{split}.word_offsets.npy", words.offsets)
+    whole, cut = entities(words.codes, words.offsets), pieces == CUT
+    before = np.concatenate([[0], np.cumsum(cut)])
+    lost = int((before[whole[:, 2]] > before[whole[:, 1]]).sum())
+    return {"words": len(pieces), "entities": len(whole), "words_cut": int(cut.sum()), "entities_cut": lost}
 
 
 def _in_order_of_source(

@@ -1,0 +1,175 @@
+"""Tag schemes of entity labels, recognised and converted to IOB2: IOB1, IOB2, BIOES (IOBES, BMES, BMEWO), BILOU, and tags without prefix.
+
+    IOB2    B- begins every entity, I- continues it
+    IOB1    I- begins an entity too; B- only one right behind another of its type
+    BIOES   also E- (or L-) for the last word, S- (or U-, W-) for an entity of one word; M- is I-
+    IO      no prefix: neighbouring words of one tag are one entity
+
+What fits none of them is refused by name, with the row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from afina.errors import DataError
+from afina.statistics.entities import entity_types, iob2_names
+from afina.worker.data.labels.find_labels import LabelColumns, Labels
+from afina.worker.data.tables.data_table import DataTable, Examples, list_places
+from afina.worker.data.tables.words import TaggedWords
+
+__all__ = ["check_entities", "entity_flags", "find_entities"]
+
+Array = np.ndarray[Any, Any]
+
+_PREFIXED = re.compile(r"([BIOESLUMW])[-_](.+)")
+_BEGIN, _INSIDE, _LAST, _SINGLE = range(1, 5)
+_ROLES = {"B": _BEGIN, "I": _INSIDE, "M": _INSIDE, "E": _LAST, "L": _LAST, "S": _SINGLE, "U": _SINGLE, "W": _SINGLE}
+_SCHEMES = "IOB2 (B-PER, I-PER, O), IOB1, BIOES, BILOU, or names without prefix"
+
+
+def find_entities(columns: Sequence[LabelColumns], warnings: list[str]) -> Labels:
+    """The label names of all sources in IOB2, and the number of each word's label, which `columns` get.
+
+    Raises:
+        DataError: tags of no known scheme; sources of different ones.
+    """
+    tables = [column.table for column in columns]
+    every = dict.fromkeys(tag for table in tables for tag in _words(table).tags)
+    if not any(tag != "O" for tag in every):
+        raise DataError(
+            "token classification: no word has a tag but O: there is nothing to learn", "check `data.label`"
+        )
+    parsed = {tag: _PREFIXED.fullmatch(tag) for tag in every if tag != "O"}
+    plain = [tag for tag, match in parsed.items() if match is None]
+    if plain and len(plain) < len(parsed):
+        prefixed = next(tag for tag, match in parsed.items() if match)
+        raise DataError(
+            f"{_place(tables, plain[0])}: tag {plain[0]!r} has no prefix, and {prefixed!r} has one",
+            f"write all tags in one scheme: {_SCHEMES}",
+        )
+    if plain and "O" not in every:
+        raise DataError(
+            f"{_place(tables, plain[0])}: no word is outside of all entities (O): such tags, of parts of speech for example, are not entities",
+            f"afina measures entities; write tags as {_SCHEMES}",
+        )
+    roles = {
+        tag: (_INSIDE, tag) if match is None else (_ROLES.get(match[1], 0), match[2]) for tag, match in parsed.items()
+    }
+    odd = next((tag for tag, (role, _) in roles.items() if not role), None)
+    if odd is not None:
+        raise DataError(f"{_place(tables, odd)}: tag {odd!r} belongs to no scheme", f"write tags as {_SCHEMES}")
+    types = sorted({name for _, name in roles.values()})
+    schemes = {}
+    for column, table in zip(columns, tables, strict=True):
+        numbers, scheme = _numbered(table, roles, types)
+        column.words = replace(_words(table), codes=numbers)
+        schemes[" and ".join(table.sources)] = "IO" if plain else scheme
+    for source, scheme in schemes.items():
+        if scheme not in ("IOB2", ""):
+            what = (
+                "have no prefix: neighbouring words of one tag are one entity" if scheme == "IO" else f"are in {scheme}"
+            )
+            warnings.append(f"the tags of {source} {what}; converted to IOB2, which the model's labels are")
+    for table in tables:
+        if (widened := np.flatnonzero(_words(table).widened)).size:
+            warnings.append(
+                f"{len(widened):,} rows have spans that cut a word, and were widened to whole words: {list_places(table, widened)}"
+            )
+    return Labels("token-classification", tuple(iob2_names(types)))
+
+
+def _words(table: DataTable) -> TaggedWords:
+    assert table.words is not None
+    return table.words
+
+
+def _place(tables: Sequence[DataTable], tag: str) -> str:
+    """Row and word where a tag occurs first."""
+    for table in tables:
+        if tag in _words(table).tags:
+            return _where(table, int(np.flatnonzero(_words(table).codes == _words(table).tags.index(tag))[0]))
+    raise AssertionError(tag)
+
+
+def _where(table: DataTable, word: int) -> str:
+    offsets = _words(table).offsets
+    row = int(np.searchsorted(offsets, word, side="right")) - 1
+    return f"{table.where(row)}, word {word - int(offsets[row]) + 1}"
+
+
+def _numbered(table: DataTable, roles: dict[str, tuple[int, str]], types: Sequence[str]) -> tuple[Array, str]:
+    """Each word's label, int64 (W,); and the name of the scheme, empty where there is no entity."""
+    words = _words(table)
+    role = np.array([0 if tag == "O" else roles[tag][0] for tag in words.tags] or [0])[words.codes]
+    kind = np.array([-1 if tag == "O" else types.index(roles[tag][1]) for tag in words.tags] or [-1])[words.codes]
+    if not role.any():
+        return np.zeros(len(role), np.int64), ""
+    joined = np.zeros(len(role), bool)  # the word before it, in the same row, is of the same type
+    joined[1:] = kind[1:] == kind[:-1]
+    joined[words.offsets[:-1][words.offsets[:-1] < len(role)]] = False
+    used = set(np.unique(role).tolist())
+    inside = (role == _INSIDE) | (role == _LAST)
+    if used & {_LAST, _SINGLE}:
+        open_before = np.zeros(len(role), bool)
+        open_before[1:] = (role[:-1] == _BEGIN) | (role[:-1] == _INSIDE)
+        wrong = np.flatnonzero(inside & ~(joined & open_before))
+        if len(wrong):
+            raise DataError(
+                f"{_where(table, int(wrong[0]))}: {words.tags[words.codes[wrong[0]]]} continues no entity, as BIOES has it "
+                f"({len(wrong):,} such words)",
+                f"correct these tags: {_SCHEMES}",
+            )
+        begins, scheme = ~inside, "BIOES"
+    else:
+        opening, behind = np.flatnonzero(inside & ~joined), np.flatnonzero((role == _BEGIN) & ~joined)
+        if len(opening) and len(behind):
+            one, two = (f"{_where(table, int(w[0]))}: {words.tags[words.codes[w[0]]]}" for w in (opening, behind))
+            raise DataError(
+                f"{one} begins an entity ({len(opening):,} such words), as in IOB1, and {two} too ({len(behind):,}), as in IOB2",
+                "correct the smaller number of them: in IOB2 every entity begins with B-",
+            )
+        begins = (role == _BEGIN) | (inside & ~joined)
+        scheme = "IOB1" if len(opening) else "IOB2"
+    return np.where(role == 0, 0, 2 + 2 * kind - begins), scheme
+
+
+def check_entities(labels: Labels, splits: dict[str, Examples], warnings: list[str]) -> None:
+    """Check that train shows entities, and that the other splits measure them.
+
+    Raises:
+        DataError: train has no entity.
+    """
+    assert labels.names is not None
+    types = entity_types(labels.names)
+    counts = {
+        split: np.bincount((e.labels[e.labels % 2 == 1] - 1) // 2, minlength=len(types)) for split, e in splits.items()
+    }
+    if not counts["train"].any():
+        raise DataError("train: no row has an entity: there is nothing to learn", "use a larger `data.train`")
+    for split, each in counts.items():
+        lacking = [types[i] for i in np.flatnonzero((counts["train"] == 0) & (each > 0))]
+        absent = [types[i] for i in np.flatnonzero((counts["train"] > 0) & (each == 0))]
+        if lacking:
+            warnings.append(f"train has no entity of type {', '.join(lacking)}, {split} has")
+        if absent:
+            warnings.append(f"{split} has no entity of type {', '.join(absent)}: nothing is measured for it")
+
+
+def entity_flags(words: TaggedWords, labels: Labels) -> Array:
+    """The types of entities in each row, bool (N, T).
+
+    Args:
+        words: their codes are numbers of labels.
+    """
+    assert labels.names is not None
+    flags = np.zeros((len(words), len(labels.names) // 2), bool)
+    row = np.repeat(np.arange(len(words)), np.diff(words.offsets))
+    begins = words.codes % 2 == 1
+    flags[row[begins], (words.codes[begins] - 1) // 2] = True
+    return flags
