@@ -179,6 +179,8 @@ afina_step() {
     code=$?
     [ -n "$interrupted" ] || break
   done
+  # The ranks have ended: a stop that a signal asks for now (Slurm sends TERM when the job is requeued) would be for the next attempt.
+  trap : USR1 TERM
   kill "$watcher" 2>/dev/null
   if [ "$code" != 0 ] && [ "$code" != 75 ]; then afina_memory >>"$run/attempts/$AFINA_ATTEMPT/srun.log" 2>/dev/null; fi
   # Python ends with 120 when it cannot flush its output: the disk with the log is full.
