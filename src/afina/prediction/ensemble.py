@@ -32,8 +32,6 @@ from afina.watch.find import find_runs, short_names
 
 __all__ = ["make_ensemble", "members_of"]
 
-_FILES = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
-
 
 def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> dict[str, Any]:
     """Score the ensemble of these runs and write it into a new folder; returns what `ensemble.json` holds.
@@ -145,10 +143,10 @@ def _common_rows(runs: Sequence[RunDir]) -> tuple[dict[str, list[Predictions]], 
     """Split -> the predictions of all runs, with their temperatures, row by row; and why a split is left out."""
     read: dict[str, list[Predictions]] = {}
     notes: list[str] = []
-    for split, file in _FILES.items():
-        if all((run.path / file).is_file() for run in runs):
+    for split in ("eval", "test"):
+        if all(run.predictions_of(split).is_file() for run in runs):
             try:
-                read[split] = [_with_temperature(run, read_predictions(run.path / file)) for run in runs]
+                read[split] = [_with_temperature(run, read_predictions(run.predictions_of(split))) for run in runs]
                 read[split] = [aligned(read[split][0], rows) for rows in read[split]]
             except DataError as error:
                 read.pop(split, None)
@@ -183,12 +181,11 @@ def _best(members: Sequence[Predictions], metric: str) -> int:
 def _scored(members: Sequence[Predictions], best: int, names: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     ensemble = averaged(members)
     overall = score(ensemble, names=metrics).overall
-    paired = {d.metric: asdict(d) for d in compare_paired(members[best], ensemble, extra=metrics).differences}
     return {
         "rows": len(ensemble),
         "best": names[best],
         "scores": {name: [i.value, i.low, i.high] for name, i in overall.items()},
-        "against_best": [paired[name] for name in metrics if name in paired],
+        "against_best": compare_paired(members[best], ensemble, extra=metrics).records(metrics),
         "against_mean": [asdict(d) for d in compare_with_mean(members, ensemble, metrics)],
     }
 

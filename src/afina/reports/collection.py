@@ -356,8 +356,7 @@ def _intervals(
         if metric not in run.metrics:
             continue
         try:
-            name = "predictions_test.parquet" if split == "test" else "predictions.parquet"
-            predictions = read_predictions(run.path / name, texts=False)
+            predictions = read_predictions(RunDir(run.path).predictions_of(split), texts=False)
         except AfinaError as error:
             why = str(error)
             continue

@@ -147,8 +147,8 @@ def verdicts(comparison: Comparison, metric: str | None = None) -> list[Verdict]
 def _of_runs(comparison: Comparison, chosen: str | None, *, required: bool) -> list[Verdict]:
     extra = [name for name in comparison.metrics if name in (*NEED_SCORES, "spearman")]
     extra += [chosen] if chosen in (*NEED_SCORES, "spearman") and chosen not in extra else []
-    name = "predictions_test.parquet" if comparison.split == "test" else "predictions.parquet"
-    names, predictions = comparison.names, [_predictions(run.path / name) for run in comparison.runs]
+    files = [RunDir(run.path).predictions_of(comparison.split) for run in comparison.runs]
+    names, predictions = comparison.names, [_predictions(file) for file in files]
     first = predictions[0]
     results: list[Verdict] = []
     for name, other in zip(names[1:], predictions[1:], strict=True):

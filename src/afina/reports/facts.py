@@ -30,8 +30,6 @@ from afina.watch.timeline import AttemptTimes, timeline
 
 __all__ = ["AttemptFacts", "Lengths", "RunFacts", "read_facts"]
 
-_PREDICTIONS = {"eval": "predictions.parquet", "test": "predictions_test.parquet"}
-
 
 @dataclass(frozen=True)
 class AttemptFacts:
@@ -148,7 +146,7 @@ def read_facts(run: RunDir) -> RunFacts:
         for name in run.attempt_names()
     ]
     predictions = {
-        split: _predictions(run.path / name) for split, name in _PREDICTIONS.items() if (run.path / name).exists()
+        split: _predictions(file) for split in ("eval", "test") if (file := run.predictions_of(split)).exists()
     }
     prepared = read_json(run.path / "prepared.json")
     recipe_text, overrides, recipe_note = recipe_as_run(run.path, plan)

@@ -69,6 +69,10 @@ class RunDir:
     model = property(lambda self: self.path / "model")
     predictions = property(lambda self: self.path / "predictions.parquet")
 
+    def predictions_of(self, split: str) -> Path:
+        """The predictions of `eval` or `test`."""
+        return self.path / ("predictions_test.parquet" if split == "test" else "predictions.parquet")
+
     def plan(self) -> Plan:
         return load_plan(self.plan_file)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,8 @@ def effects(plain: Predictions, ruled: Predictions, metrics: Sequence[str], *, t
     Returns: rows; `calibration_error`, without and with it; `differences` (`afina.statistics.paired.Difference`, with minus without).
     """
     names = list(dict.fromkeys([*metrics, *(["log_loss", "brier"] if temperature else [])]))
-    by_name = {d.metric: asdict(d) for d in compare_paired(plain, ruled, extra=names).differences}
-    record: dict[str, Any] = {"rows": len(plain), "differences": [by_name[name] for name in names if name in by_name]}
+    differences = compare_paired(plain, ruled, extra=names).records(names)
+    record: dict[str, Any] = {"rows": len(plain), "differences": differences}
     if temperature:
         # The most probable class, whatever a threshold makes of it.
         both = [calibrate(rows) for rows in (plain, replace(ruled, predicted=plain.predicted))]

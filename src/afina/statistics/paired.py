@@ -10,7 +10,7 @@ differ as much. NumPy and SciPy are imported inside the functions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from afina.errors import DataError
@@ -58,6 +58,11 @@ class Paired:
     only_first: int | None
     only_second: int | None
     differences: tuple[Difference, ...]
+
+    def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The differences of these scores, as far as they were compared, in this order; for JSON."""
+        by_name = {difference.metric: difference for difference in self.differences}
+        return [asdict(by_name[name]) for name in names if name in by_name]
 
 
 def align(first: Predictions, second: Predictions) -> Array:

@@ -21,7 +21,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from afina.recipe.metrics import METRICS, metric_name, selection_metric
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
 from afina.statistics.decision_rule import probabilities
-from afina.statistics.paired import Difference, compare_paired
+from afina.statistics.paired import compare_paired
 from afina.statistics.predictions import Predictions, read_predictions
 from afina.statistics.scores import score
 from afina.statistics.weakness import reference
@@ -93,9 +93,9 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     metrics = [metric_name(plan.recipe.train.best_metric or selection_metric(task)), *(plan.recipe.metrics or ())]
     names = [name for name in dict.fromkeys([*metrics, *METRICS[task][:2]]) if name in METRICS[task]]
     found = {}
-    for split, file in (("eval", "predictions.parquet"), ("test", "predictions_test.parquet")):
-        if split in splits and (run.path / file).is_file():
-            found[split] = _compared(read_predictions(run.path / file, texts=False), model, split, names)
+    for split in ("eval", "test"):
+        if split in splits and (file := run.predictions_of(split)).is_file():
+            found[split] = _compared(read_predictions(file, texts=False), model, split, names)
     plain: dict[str, Any] = finite(found)
     return plain
 
@@ -119,12 +119,10 @@ def _compared(mine: Predictions, model: SimpleModel, split: str, names: Sequence
 
 def _differences(mine: Predictions, other: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
     try:
-        paired = compare_paired(other, mine, extra=names)
+        return compare_paired(other, mine, extra=names).records(names)
     except DataError as error:
         print(f"simple models: {error.message}", file=sys.stderr)
         return []
-    by_name: dict[str, Difference] = {d.metric: d for d in paired.differences}
-    return [asdict(by_name[name]) for name in names if name in by_name]
 
 
 def without_repeated(split: Split, before: int, after: int) -> Split:

@@ -40,7 +40,7 @@ from afina.worker.model.tokenizer import check_pad_token, check_tokens, give_pad
 from afina.worker.model.weights import check_shapes
 from afina.worker.startup import gc_paused
 from afina.worker.task.entity_columns import predicted_entities
-from afina.worker.task.tasks import auto_class, labels_words, prediction_columns, task_of_config
+from afina.worker.task.tasks import class_of_config, prediction_columns, task_of_config
 from afina.worker.task.word_places import WordPlaces
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
@@ -364,7 +364,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_c
 
 def _load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    model, report = auto_class("token-classification" if labels_words(config) else "auto").from_pretrained(
+    model, report = class_of_config(config).from_pretrained(
         str(folder),
         config=config,
         dtype=dtype,

@@ -59,13 +59,13 @@ def export_onnx(
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
-    from afina.worker.task.tasks import auto_class, labels_words
+    from afina.worker.task.tasks import class_of_config
 
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    words = labels_words(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     model = (
-        auto_class("token-classification" if words else "auto")
+        class_of_config(config)
         .from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
         .eval()
     )

@@ -136,12 +136,12 @@ def _identity(job: Prediction, files: Sequence[Path], decisions: Mapping[str, An
 def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
     """Temperature and thresholds that were fitted for the model; empty without them."""
     from afina.statistics.decision_rule import read_rule
-    from afina.worker.task.tasks import TASKS
+    from afina.worker.task.tasks import TASKS, labels_words
 
     labels = [str(name) for _, name in sorted((config.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
     kind = config.get("problem_type") or TASKS["single-label"].problem_type
     task = next((name for name, row in TASKS.items() if row.problem_type == kind), "single-label")
-    if _labels_words(config):
+    if labels_words(config.get("architectures")):
         task = "token-classification"
     if task in ("regression", "token-classification") and job.abstain_below is not None:
         remedy = "leave it out" if task == "regression" else "leave it out: each entity has a score"
@@ -150,10 +150,6 @@ def _rule(job: Prediction, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"members": len(job.members)}
     rule = None if job.plain else read_rule(job.model, task, labels)
     return {} if rule is None else {"temperature": rule.temperature, "thresholds": rule.named_thresholds(labels)}
-
-
-def _labels_words(config: Mapping[str, Any]) -> bool:
-    return any("TokenClassification" in str(name) for name in config.get("architectures") or ())
 
 
 def _check_complete(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +213,10 @@ def _text_columns(job: Prediction) -> tuple[str, ...]:
 
 def _output_columns(job: Prediction, config: Mapping[str, Any]) -> set[str]:
     """Names of the columns that a prediction adds."""
+    from afina.worker.task.tasks import labels_words
+
     more = ["confidence"] if job.abstain_below is not None else []
-    if _labels_words(config):
+    if labels_words(config.get("architectures")):
         return {"prediction"}
     return {"prediction", *more, *(f"score: {name}" for name in (config.get("id2label") or {}).values())}
 

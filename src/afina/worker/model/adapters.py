@@ -354,11 +354,11 @@ def load_merged(folder: Path, trust_remote_code: bool = False) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from afina.worker.task.tasks import auto_class, labels_words
+    from afina.worker.task.tasks import class_of_config
 
     base = find_base(folder)
     config_of_labels = AutoConfig.from_pretrained(str(labels_config(folder)), trust_remote_code=trust_remote_code)
-    model = auto_class("token-classification" if labels_words(config_of_labels) else "auto").from_pretrained(
+    model = class_of_config(config_of_labels).from_pretrained(
         str(base),
         config=config_of_labels,
         dtype=torch.float32,

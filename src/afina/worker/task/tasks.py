@@ -28,6 +28,7 @@ __all__ = [
     "Task",
     "abstained",
     "auto_class",
+    "class_of_config",
     "decisions",
     "label_lists",
     "labels_words",
@@ -68,9 +69,14 @@ def auto_class(task: str) -> Any:
     return transformers.AutoModelForSequenceClassification
 
 
-def labels_words(config: Any) -> bool:
-    """Whether a configuration is that of a token classifier."""
-    return any("TokenClassification" in str(name) for name in getattr(config, "architectures", None) or ())
+def labels_words(architectures: Sequence[str] | None) -> bool:
+    """Whether a configuration's `architectures` are those of a token classifier."""
+    return any("TokenClassification" in str(name) for name in architectures or ())
+
+
+def class_of_config(config: Any) -> Any:
+    """The class of Transformers that has the head which a configuration names."""
+    return auto_class("token-classification" if labels_words(config.architectures) else "auto")
 
 
 def decisions(task: str, logits: Array) -> Array:
@@ -150,7 +156,7 @@ def task_of_config(config: Any, folder: Path) -> tuple[str, list[str] | None]:
         return InputError(f"model: {folder / 'config.json'}: {what}", remedy)
 
     count = config.num_labels
-    if labels_words(config):
+    if labels_words(config.architectures):
         return "token-classification", _named(config, refused)
     kind = config.problem_type or ("regression" if count == 1 else "single_label_classification")
     task = next((name for name, row in TASKS.items() if row.problem_type == kind), None)

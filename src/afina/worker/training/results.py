@@ -108,7 +108,7 @@ def export_results(trainer: RunTrainer) -> Results:
         output = trainer.evaluation_loop(rows, "Test", metric_key_prefix="test")
         if attempt.rank == 0:
             metrics |= output.metrics
-            _write_predictions(data, "test", output.predictions, run.path / "predictions_test.parquet")
+            _write_predictions(data, "test", output.predictions, run.predictions_of("test"))
             fitted.measure(output.predictions, np.asarray(data.splits["test"].labels))
     gathered = (
         sharded_state.whole(checkpoint_weights(trainer.model), run.path / "trainer", keep=attempt.rank == 0)
