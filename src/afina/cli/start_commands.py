@@ -219,9 +219,9 @@ def _proposal(
     question = "Data: a file, a folder, or the id of a Hub data set"
     data = ask.checked(question, str(here[0]) if here else None, "--data", data_of, given.data)
     data = _without_header(given, data, None, ask)
-    texts, labels, row_id, split_column = _columns(given, data, ask)
+    texts, labels, row_id, guessed = _columns(given, data, ask)
     examined = _with_bar(
-        lambda tick: examine_all(data, texts, labels, tick, split_column),
+        lambda tick: examine_all(data, texts, labels, tick, guessed["split_column"]),
         sum((s.total_rows or 0) for s in data.sources.values()),
     )
     default = MULTILINGUAL_MODEL if examined[0].non_ascii > 0.3 else DEFAULT_MODEL
@@ -235,7 +235,7 @@ def _proposal(
         return text
 
     name = ask.checked("Name of the run", default_name(data), "--name", usable_name, given.name)
-    proposal = propose(data, Choices(name, texts, labels, row_id, model, split_column), examined, cluster, base)
+    proposal = propose(data, Choices(name, texts, labels, row_id, model, **guessed), examined, cluster, base)
     return data, proposal, examined[0]
 
 
@@ -256,10 +256,17 @@ def _without_header(given: _Given, data: LabelledData, site: Site | None, ask: _
 
 def _columns(
     given: _Given, data: LabelledData, ask: _Asker
-) -> tuple[tuple[str, ...], tuple[str, ...], str | None, str | None]:
-    """The columns of text, label, id and split."""
+) -> tuple[tuple[str, ...], tuple[str, ...], str | None, dict[str, str | None]]:
+    """The columns of text, label and id; and those that look like split, group and weight, by the key of `Choices`."""
     from afina.formats.rows import check_file
-    from afina.start.guess_columns import check_named, columns_of, guess_columns, guess_split_column
+    from afina.start.guess_columns import (
+        check_named,
+        columns_of,
+        guess_columns,
+        guess_group,
+        guess_split_column,
+        guess_weight,
+    )
 
     columns = columns_of(data.main)
     ask.show(_table(columns))
@@ -282,8 +289,15 @@ def _columns(
     labels = of_label(*given.labels) if given.labels else ask.checked("Label column", guessed, "--label", of_label)
     for path in (path for paths in data.files.values() for path in paths):
         check_file(path, (*texts, *labels), data.reading)
-    split_column = guess_split_column(columns, (*texts, *labels)) if len(data.sources) == 1 else None
-    return texts, labels, row_id if row_id not in (*texts, *labels) else None, split_column
+    taken = (*texts, *labels)
+    row_id = row_id if row_id not in taken else None
+    everywhere = set.intersection(*({c.name for c in columns_of(source)} for source in data.sources.values()))
+    by_name = {
+        "split_column": guess_split_column(columns, taken) if len(data.sources) == 1 else None,
+        "group": guess_group([c for c in columns if c.name in everywhere], (*taken, row_id or "")),
+        "weight": guess_weight(columns, taken),
+    }
+    return texts, labels, row_id, by_name
 
 
 class _Asker:

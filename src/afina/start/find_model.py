@@ -7,11 +7,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afina.errors import InputError, nearest
-from afina.recipe.local_model import check_no_adapter, num_parameters
+from afina.recipe.local_model import adapter_base, check_no_adapter, num_parameters
 from afina.recipe.positions import longest_input
 from afina.start.examine import count_words
 
@@ -28,6 +28,7 @@ class ModelFacts:
 
     Attributes:
         known: read from a folder, not guessed from the name.
+        adapter: the folder holds an adapter that afina trained; the other facts are those of its base.
         tokens_per_word: measured with its tokenizer; a punctuation mark counts as a word.
     """
 
@@ -36,6 +37,7 @@ class ModelFacts:
     positions: int = _BASE_POSITIONS
     known: bool = False
     tokens_per_word: float | None = None
+    adapter: bool = False
 
 
 def find_model(model: str, sample: Sequence[str]) -> ModelFacts:
@@ -48,6 +50,9 @@ def find_model(model: str, sample: Sequence[str]) -> ModelFacts:
         InputError: the folder is missing, or cannot be read.
     """
     folder = Path(os.path.expandvars(model)).expanduser()
+    base = adapter_base(folder)
+    if base is not None:
+        return replace(find_model(base[0], sample), id=str(folder.absolute()), adapter=True)
     check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
     if not folder.exists() and (model.startswith((".", "/", "~", "$")) or model.count("/") > 1):
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []

@@ -1,9 +1,10 @@
-"""Columns of labelled data for `afina init`: which look like text, label, id and split; whether the header looks like a row."""
+"""Columns of labelled data for `afina init`: which look like text, label, id, split, group and weight; whether the header looks like a row."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,9 @@ __all__ = [
     "check_named",
     "columns_of",
     "guess_columns",
+    "guess_group",
     "guess_split_column",
+    "guess_weight",
     "header_error",
     "number_of",
     "text_of",
@@ -36,6 +39,11 @@ _LABEL_NAMES = ("label", "labels", "class", "category", "target", "stars", "sent
 _TEXT_NAMES = ("text", "sentence", "review", "content", "body", "comment", "document", "utterance", "question", "title")
 _WORD_NAMES, _TAG_NAMES = ("tokens", "words"), ("ner_tags", "tags", "labels", "ner", "entities")
 _ID_NAMES = ("id", "ids", "uid", "uuid", "idx", "index", "row_id", "doc_id", "key")
+#: Of whoever or whatever several texts come from; also with `_id`, `id` or `_name` behind it.
+_GROUP_NAMES = ("group", "author", "writer", "user", "username", "speaker", "reviewer", "patient", "subject", "participant", "respondent", "customer", "document", "doc", "session", "conversation", "thread", "article", "school")  # fmt: skip
+_WEIGHT_NAMES = ("weight", "weights", "sample_weight", "instance_weight", "row_weight")
+#: A group with more than this share of the rows may be larger than a part.
+_LARGEST_GROUP = 0.05
 
 Row = Mapping[str, Any]
 
@@ -56,7 +64,7 @@ class Column:
     """A column by the first rows.
 
     Attributes:
-        filled: share of rows with a value; distinct: different values.
+        filled: share of rows with a value; distinct: different values; commonest: rows of the most frequent one.
         words: mean number of words.
         numeric, listed: every value is a number, or a list.
         example: the first value, shortened.
@@ -69,6 +77,7 @@ class Column:
     rows: int
     filled: float
     distinct: int
+    commonest: int
     words: float
     numeric: bool
     listed: bool
@@ -95,18 +104,20 @@ def _column(name: str, values: list[Any]) -> Column:
     given = [v for v in values if v is not None and v != ""]
     texts = [text_of(v) for v in given]
     first = " ".join(texts[0].split()) if texts else ""
+    counts = Counter(texts)
     return Column(
         name=name,
         rows=len(values),
         filled=len(given) / len(values),
-        distinct=len(set(texts)),
+        distinct=len(counts),
+        commonest=max(counts.values(), default=0),
         words=sum(len(t.split()) for t in texts) / max(1, len(texts)),
         numeric=bool(given) and all(number_of(v) is not None for v in given),
         listed=bool(given) and all(isinstance(v, list) for v in given),
         example=first if len(first) <= 60 else first[:59] + "…",
-        is_value=name in texts,
+        is_value=name in counts,
         spans=bool(given) and all(isinstance(v, list) for v in given) and any(map(are_spans, given)),
-        names_splits="train" in (splits := {split_named(t) for t in texts}) and None not in splits,
+        names_splits="train" in (splits := {split_named(t) for t in counts}) and None not in splits,
     )
 
 
@@ -153,6 +164,34 @@ def guess_split_column(columns: Sequence[Column], taken: Collection[str]) -> str
     """The column whose values name the split of each row, or None."""
     candidates = [c for c in columns if c.names_splits and c.name not in taken and c.filled == 1]
     return candidates[0].name if len(candidates) == 1 else None
+
+
+def guess_group(columns: Sequence[Column], taken: Collection[str]) -> str | None:
+    """The column that names what several texts come from, as an author; None where there is none, where two could be meant, or where a
+    group may be larger than a part."""
+
+    def means_group(name: str) -> bool:
+        folded = name.strip().casefold()
+        return any(folded.removesuffix(end).rstrip("_ -") in _GROUP_NAMES for end in ("", "id", "name"))
+
+    candidates = [
+        c.name
+        for c in columns
+        if means_group(c.name)
+        and c.name not in taken
+        and c.filled == 1
+        and not c.listed
+        and c.words <= 4
+        and c.distinct < c.rows
+        and c.commonest <= _LARGEST_GROUP * c.rows
+    ]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def guess_weight(columns: Sequence[Column], taken: Collection[str]) -> str | None:
+    """The column that looks like sample weights, or None."""
+    names = (c.name for c in columns if c.numeric and c.filled == 1 and c.name not in taken)
+    return next((name for name in names if name.strip().casefold() in _WEIGHT_NAMES), None)
 
 
 def check_named(columns: Sequence[Column], wanted: Sequence[str], option: str, source: str) -> None:

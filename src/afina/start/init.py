@@ -32,7 +32,7 @@ _RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose, by option or by answer: run name, columns, model."""
+    """What the user chose, by option or by answer: run name, columns, model; and the columns that look like split, group and weight."""
 
     name: str
     text: tuple[str, ...]
@@ -40,6 +40,8 @@ class Choices:
     id: str | None
     model: ModelFacts
     split_column: str | None = None
+    group: str | None = None
+    weight: str | None = None
 
 
 def check_new(folder: Path) -> Path:
@@ -102,6 +104,8 @@ def propose(
         reading=data.reading,
         others=others,
         split_column=choices.split_column if main.split_rows and None not in main.split_rows else None,
+        group=choices.group,
+        weight=choices.weight,
         gpus=gpus,
         cpus=max(1, min(8, cores // max(1, node.gpus if node is not None else 1))),
         node_mem_gb=node.mem_mb // 1024 if node is not None and node.mem_mb else None,

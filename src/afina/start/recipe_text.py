@@ -53,7 +53,7 @@ class Proposal:
         splits: split -> the Hub's split or the file key it is read from; empty for one source.
         examined: the training split, or the one source.
         others: the other splits.
-        split_column: names the split of each row.
+        split_column: names the split of each row; group: what several texts come from; weight: looks like the weight of each row.
         node_mem_gb, limit_min: of the partition, where it has such limits.
     """
 
@@ -70,6 +70,8 @@ class Proposal:
     reading: ReadOptions = PLAIN
     others: Mapping[str, Examined] = field(default_factory=dict)
     split_column: str | None = None
+    group: str | None = None
+    weight: str | None = None
     gpus: int = 0
     cpus: int = 4
     node_mem_gb: int | None = None
@@ -120,6 +122,7 @@ def recipe_text(p: Proposal) -> str:
         f"name: {_yaml(p.name)}",
         *_comments([known] if known else []),
         f"model: {_yaml(p.model.id)}",
+        *(["adapter: {}            # the one in this folder is trained on"] if p.model.adapter else []),
         *(["task: token-classification"] if p.examined.tagged else []),
         *_data(p),
         *_comments([*_about_length(p, tokens, length, windows), *about_long]),
@@ -188,6 +191,13 @@ def _data(p: Proposal) -> list[str]:
     lines += [f"  label_separator: {_yaml(x.separator)}"] if x.separator is not None else []
     lines += [f"  split_column: {_yaml(p.split_column)}"] if p.split_column else []
     lines += [f"  id: {_yaml(p.id)}            # copied into the predictions"] if p.id else []
+    lines += (
+        [f"  group: {_yaml(p.group)}         # rows of one value stay in one part: scores hold for new ones"]
+        if p.group
+        else []
+    )
+    if p.weight:
+        lines.append(f"  # `{p.weight}` is not used; if it holds the weight of each row: `weight: {_yaml(p.weight)}`")
     return [*lines, *_splits(p)]
 
 
@@ -229,6 +239,7 @@ def _splits(p: Proposal) -> list[str]:
         specs["test"] = "{}" if p.split_column else _split("test", splits["test"])
     else:
         why = "one source: a row's split follows from its text and the seed, and stays when rows are added"
+        why = f"one source: whole groups of `{p.group}` are divided, with the seed" if p.group else why
         large = p.examined.rows >= 5000
         shares = {"train": 0.8, "eval": 0.1, "test": 0.1} if large else {"train": 0.8, "eval": 0.2}
         specs = {split: f"{{fraction: {share}, seed: {_SEED}}}" for split, share in shares.items()}

@@ -244,6 +244,14 @@ def test_python_blocks_use_what_exists() -> None:
                     assert hasattr(importlib.import_module("afina.watch.handle").Run, node.attr), ast.unparse(node)
 
 
+def test_no_page_has_marks_of_a_conflict() -> None:
+    assert not [
+        page.name
+        for page in PAGES
+        if re.search(r"^(<<<<<<<|=======|>>>>>>>)( |$)", page.read_text("utf-8"), re.MULTILINE)
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", page.read_text("utf-8"))):

@@ -130,6 +130,59 @@ def test_a_column_that_names_splits_is_proposed(
         assert proposed.data.eval.split == "train" and proposed.data.test is not None
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("Author", [f"writer {n % 40}" for n in range(150)], True),
+        ("patient_id", [n % 60 for n in range(150)], True),
+        ("author", [f"writer {n}" for n in range(150)], False),  # one text each: nothing to keep together
+        ("author", [f"writer {n % 5}" for n in range(150)], False),  # larger than a part may be
+        ("author", [None, *(f"writer {n % 40}" for n in range(149))], False),
+        ("colour", [f"shade {n % 40}" for n in range(150)], False),
+    ],
+    ids=["authors", "numbers", "one text each", "few", "gaps", "another name"],
+)
+def test_a_column_of_authors_is_proposed_as_the_group(
+    init: Init, tmp_path: Path, model: Path, name: str, values: list[Any], expected: bool
+) -> None:
+    rows = [{**row, name: value} for row, value in zip(reviews(), values, strict=True)]
+    data = tiny.write_csv(tmp_path / "reviews.csv", rows)
+    answer = init(tmp_path / "project", "--data", data, "--model", model, "--label", "stars")
+    assert answer["recipe"].data.group == (name if expected else None)
+    assert (f"# one source: whole groups of `{name}` are divided" in answer["text"]) == expected
+    if name == "Author":
+        (done,) = prepared(plan_for(tmp_path / "project/recipe.yaml"))
+        assert sum(done["rows"].values()) == 150
+
+
+def test_a_column_of_weights_is_named_and_not_used(init: Init, tmp_path: Path, model: Path) -> None:
+    rows = [{**row, "weight": 0.5 + n % 3} for n, row in enumerate(reviews())]
+    data = tiny.write_csv(tmp_path / "reviews.csv", rows)
+    answer = init(tmp_path / "project", "--data", data, "--model", model, "--label", "stars")
+    assert (
+        answer["recipe"].data.weight is None
+        and "if it holds the weight of each row: `weight: weight`" in answer["text"]
+    )
+
+
+def test_the_folder_of_an_adapter_is_trained_on(init: Init, tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "classifier").mkdir(parents=True)
+    (folder / "classifier/config.json").write_text("{}")
+    config = {
+        "base_model_name_or_path": str(model),
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0,
+        "target_modules": ["query"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    data = tiny.write_csv(tmp_path / "reviews.csv", reviews())
+    answer = init(tmp_path / "project", "--data", data, "--model", folder, "--label", "stars")
+    assert answer["recipe"].model == str(folder) and answer["recipe"].adapter is not None
+    assert "by the model's tokenizer" in answer["text"]  # that of its base
+
+
 @pytest.mark.slow
 def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, tmp_path: Path, model: Path) -> None:
     rows = reviews(200)
