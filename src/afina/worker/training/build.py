@@ -64,6 +64,7 @@ def build_arguments(
         **{
             # Defaults that the recipe's `train.arguments` may override.
             "lr_scheduler_type": "linear",
+            "log_level_replica": "error",  # rank 0 says what there is to say
             "dataloader_pin_memory": not on_cpu,
             **precision.training_arguments(choice),
             **train.arguments,
