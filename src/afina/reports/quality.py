@@ -10,6 +10,7 @@ from afina.recipe.metrics import metric_name, own_metric
 from afina.reports.charts import Chart, Point, thin
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, table, warnings
+from afina.run.provenance.methods import features_of
 from afina.statistics.calibration import calibrate, coverage
 from afina.statistics.decision_rule import revised
 from afina.statistics.measures import auroc, average_precision, one_vs_rest, threshold_curves
@@ -95,13 +96,20 @@ def beside_simple(facts: RunFacts) -> str:
                 values = map(number, (d["first"], low, high, d["second"]))
                 rows.append(["" if count else model["name"], d["metric"], *values, *_paired(d)])
         html += table(heads, rows, f"On {split}, paired, on the same rows") + warnings(beaten({split: models}))
-    for model in [model for models in baselines.values() for model in models[1:]][:1]:
-        sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"
-        html += note(
-            f"{model['name']}: single tokens and pairs of them as the tokenizer gives them, texts cut {facts.plan.recipe.tokens.cut}; "
-            f"scikit-learn's defaults, not tuned; trained on train{sample}. Difference: this model minus the simple one."
-        )
-    return html
+    html += "".join(note(_described(model, facts)) for model in next(iter(baselines.values()), [])[1:])
+    return html + (
+        note("scikit-learn's defaults, not tuned. Difference: this model minus the simple one.") if html else ""
+    )
+
+
+def _described(model: Mapping[str, Any], facts: RunFacts) -> str:
+    """What a simple model was trained on and compared with, or why there is none."""
+    if why := model.get("left_out"):
+        return f"{model['name']}: left out: {why}"
+    sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"
+    compared, of = model.get("compared", (0, 0))
+    some = f"; compared on a sample of {compared:,} of {of:,} rows" if compared < of else ""
+    return f"{model['name']} {features_of(model)}, texts cut {facts.plan.recipe.tokens.cut}; trained on train{sample}{some}."
 
 
 def _paired(difference: Mapping[str, Any]) -> list[str | None]:

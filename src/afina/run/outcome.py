@@ -48,7 +48,7 @@ class Outcome(BaseModel):
             and what they change on `measured_on` (`afina.statistics.decision_rule.effects`); `cross_fitted`: without a test split.
         device, world_size, global_batch: of the last attempt.
         baselines: split -> simple models, the majority class first: name, rows that it was trained on, scores with limits, and the
-            differences of this model from it (`afina.statistics.paired.Difference`).
+            differences of this model from it (`afina.statistics.paired.Difference`) on `compared` rows; `left_out`: why there are none.
         parameters, trained_parameters: of the model; with an adapter fewer are trained.
     """
 

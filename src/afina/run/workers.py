@@ -23,28 +23,38 @@ __all__ = ["ask_worker", "ask_workers", "cannot_start", "follow_worker"]
 _END_S = 30.0
 
 
-def ask_worker(argv: Sequence[str], env: Mapping[str, str], question: Any = None, *, name: str) -> dict[str, Any]:
+def ask_worker(
+    argv: Sequence[str],
+    env: Mapping[str, str] | None,
+    question: Any = None,
+    *,
+    name: str,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Run a worker to its end and return its answer.
 
     Args:
         argv: the command, `--json` left out.
+        env: None: that of this process.
         question: sent as JSON; None sends nothing.
         name: what the worker is called in messages: "the prepare stage".
+        check: called while it runs; what it raises ends the worker.
 
     Raises:
         AfinaError: as the worker reported it.
         EnvironmentProblem: it cannot be started, or ends without an answer.
     """
-    return ask_workers([argv], [env], question, name=name)[0]
+    return ask_workers([argv], [env], question, name=name, check=check)[0]
 
 
 def ask_workers(
     argvs: Sequence[Sequence[str]],
-    envs: Sequence[Mapping[str, str]],
+    envs: Sequence[Mapping[str, str] | None],
     question: Any = None,
     *,
     name: str,
     on_progress: Callable[[int, dict[str, Any]], None] = lambda number, progress: None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Run workers beside each other to their ends; returns their answers in order.
 
@@ -67,6 +77,7 @@ def ask_workers(
             readers.append(threading.Thread(target=read, args=(number, workers[-1]), daemon=True))
             readers[-1].start()
         while any(worker.is_running() for worker in workers) and not any(worker.has_failed() for worker in workers):
+            check()
             for worker in workers:
                 worker.wait(0.2)
         for worker, reader in zip(workers, readers, strict=True):
@@ -113,12 +124,12 @@ def cannot_start(program: str, error: OSError) -> EnvironmentProblem:
 class _Worker:
     """One process, and the last line of its output."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], question: Any, name: str) -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str] | None, question: Any, name: str) -> None:
         self.name = name
         self.last: dict[str, Any] = {}
         try:
             self.process = subprocess.Popen(
-                [*argv, "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(env), start_new_session=True
+                [*argv, "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True
             )
         except OSError as error:
             raise cannot_start(argv[0], error) from None

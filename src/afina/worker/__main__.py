@@ -21,7 +21,7 @@ ANSWERS = {
     "trial": "afina.worker.node.trial",
     "rehearse": "afina.worker.node.rehearse",
     "predict": "afina.worker.inference.stages",
-    "baselines": "afina.worker.data.baselines",
+    "baselines": "afina.worker.inference.simple_models",
     "export": "afina.worker.inference.model_folder",
     "doctor": "afina.worker.checks.environment",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from afina.worker.compute.cpu import Processor, processor, tune_malloc
+from afina.worker.compute.cpu import Processor, free_memory, processor, tune_malloc
 
 _CODE = """
 import resource
@@ -50,3 +50,25 @@ def test_the_processor_is_the_first_of_the_machine(tmp_path: Path) -> None:
     assert first.flags == {"fpu", "avx512f", "avx512_bf16"} and first.has_bfloat16
     file.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert processor(file) == processor(tmp_path / "absent") == Processor(os.uname().machine, "", frozenset())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_what_the_nearest_limit_leaves(version: int, tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    job, step = (groups / ("memory" if version == 1 else "") / path for path in ("job_7", "job_7/step"))
+    for folder in (proc / "self", step):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert free_memory(proc, groups) == 8000 << 10
+    (proc / "self/cgroup").write_text("3:cpu:/\n4:memory:/job_7/step\n" if version == 1 else "0::/job_7/step\n")
+    assert free_memory(proc, groups) == 8000 << 10, "a system without the files"
+    limit, used = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    for folder, most in ((job, "1000000"), (step, "9223372036854771712" if version == 1 else "max")):
+        (folder / limit).write_text(most + "\n")
+        (folder / used).write_text("700000\n")
+    assert free_memory(proc, groups) == 300000
+    prefix = "total_" if version == 1 else ""
+    (job / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file 100000\n{prefix}active_file 50000\n")
+    assert free_memory(proc, groups) == 450000, "files are given back"

@@ -77,7 +77,7 @@ def test_without_memory_the_check_is_left_out_this_time_only(
     with monkeypatch.context() as patch:
         patch.setattr(model_check, "logits_alone", lambda *_: torch.empty(10**15))
         assert any(line.startswith("model check: left out: [enforce fail at alloc_cpu") for line in prefetch(model))
-        patch.setattr(model_check, "_free_memory", lambda: 100)
+        patch.setattr(model_check, "free_memory", lambda: 100)
         assert any("of memory, 100 B are free here; a job's first steps try it" in line for line in prefetch(model))
     assert any(line.startswith("model check: 8 rows packed") for line in prefetch(model))
 

@@ -110,8 +110,23 @@ def test_simple_models_stand_beside_the_model_with_their_differences(make_run: M
         {**about, "scores": {"accuracy": [0.8125, 0.7, 0.9]}, "differences": [one]}
         for about in ({"name": "most"}, tfidf)
     ]
-    finish(run, baselines={"eval": models})
+    embedded = {
+        **models[1],
+        "name": "frozen embeddings and logistic regression",
+        "features": "over vectors",
+        "compared": [40, 600],
+    }
+    left_out = {"name": "frozen embeddings", "left_out": "no memory", "scores": {}, "differences": []}
+    finish(run, baselines={"eval": [*models, embedded]})
     text = Page(write_report(run.path)).text
+    assert (
+        "frozen embeddings and logistic regression over vectors, texts cut" in text
+        and "; compared on a sample of 40 of 600 rows." in text
+    )
+    assert "over vectors, 500 rows of train) had accuracy 0.8125 on 40 rows of eval, this model 0.75." in text
+    finish(run, baselines={"eval": [*models, left_out]})
+    text = Page(write_report(run.path)).text
+    assert "frozen embeddings: left out: no memory" in text
     assert "0.8125" in text and "-0.0625" in text and "-0.1000" in text and "a sample of 500 of 600 rows" in text
     assert (
         text.count("the model is not better than TF-IDF and logistic regression: accuracy on eval 0.75 against 0.8125")

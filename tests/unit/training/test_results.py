@@ -16,9 +16,9 @@ from afina.run.outcome import Outcome
 from afina.statistics import decision_rule
 from afina.statistics.decision_rule import read_rule, revised
 from afina.statistics.predictions import read_predictions
-from afina.worker.data.baselines import answer
 from afina.worker.data.prepared import Split
 from afina.worker.inference.classifier import Classifier
+from afina.worker.inference.simple_models import simple_models as beside
 from afina.worker.task.losses import Loss
 from afina.worker.training import results
 from afina.worker.training.results import check_loss_curve, check_predictions, export_results, simple_models
@@ -111,20 +111,30 @@ def test_simple_models_stand_beside_a_run_and_change_nothing_of_it(
     attempt, exported = trainer.attempt, export_results(trainer)
     weights = (attempt.run.model / "model.safetensors").read_bytes()
     found = simple_models(attempt, exported)
-    most, tfidf = found.baselines["eval"]
+    most, tfidf, embedded = found.baselines["eval"]
     assert most["name"].startswith("the majority class") and tfidf["rows"] == len(attempt.data.splits["train"])
-    for model in (most, tfidf):
+    assert embedded["name"].startswith("frozen embeddings") and embedded["rows"] == tfidf["rows"]
+    for model in (most, tfidf, embedded):
         assert [d["metric"] for d in model["differences"]] == list(model["scores"])
         value, low, high = model["scores"]["accuracy"]
         assert low <= value <= high and model["differences"][0]["first"] == value
-    assert tfidf["differences"][0]["second"] == exported.metrics["eval_accuracy"]
+        assert model["differences"][0]["second"] == exported.metrics["eval_accuracy"]
     assert (attempt.run.model / "model.safetensors").read_bytes() == weights and found.metrics == exported.metrics
-    (kept,) = (Path(attempt.plan.site.scratch) / "baselines").iterdir()
-    before, arguments = kept.stat().st_mtime_ns, [str(attempt.run.path), str(attempt.data.folder)]
-    assert answer(arguments) == found.baselines and kept.stat().st_mtime_ns == before
-    kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
-    assert answer(arguments)["eval"][1]["scores"] == tfidf["scores"] and kept.stat().st_size > 100
+    first, second = sorted(
+        (Path(attempt.plan.site.scratch) / "baselines").iterdir(), key=lambda path: path.stat().st_mtime_ns
+    )
+    places = str(attempt.run.path), str(attempt.data.folder), attempt.data.model_folder
+    for kept, kind, expected in ((first, "tfidf", [most, tfidf]), (second, "embeddings", [embedded])):
+        before = kept.stat().st_mtime_ns
+        assert beside(*places, kind, 10.0)["eval"] == expected and kept.stat().st_mtime_ns == before
+        kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
+        assert beside(*places, kind, 10.0)["eval"][-1]["scores"] == expected[-1]["scores"] and kept.stat().st_size > 100
     # What goes wrong, takes too long or is in the way of a stop leaves the results as they are.
+    monkeypatch.setattr(results, "_AROUND_S", 120.0)
+    less = simple_models(attempt, exported).baselines["eval"]
+    why = {"name": "frozen embeddings", "left_out": "too little time is left", "scores": {}, "differences": []}
+    assert [m["name"] for m in less[:2]] == [most["name"], tfidf["name"]] and less[2:] == [why]
+    assert "WARNING: no frozen embeddings beside this model: too little time is left" in capsys.readouterr().out
     (attempt.run.path / "predictions.parquet").write_bytes(b"no")
     assert simple_models(attempt, exported) is exported and "cannot be read as predictions" in capsys.readouterr().out
     monkeypatch.setattr(results, "_SIMPLE_S", 0.1)

@@ -22,8 +22,8 @@ from afina.recipe.keys.train_keys import Tokens
 from afina.worker.compute import packed_model
 from afina.worker.compute.attention import PLAIN
 from afina.worker.compute.batches import EvalBatches, pool_windows
-from afina.worker.data.baselines import without_repeated
 from afina.worker.data.prepared import Split, load_manifest, open_split
+from afina.worker.data.tfidf import without_repeated
 from afina.worker.data.tokens.encode import Encoder
 from afina.worker.inference.classifier import Classifier
 from afina.worker.training.results import export_results

@@ -19,7 +19,7 @@ from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.statistics.decision_rule import described
 
-__all__ = ["execution_differences", "execution_of", "methods", "trained_count"]
+__all__ = ["execution_differences", "execution_of", "features_of", "methods", "trained_count"]
 
 _TASKS = {
     "single-label": "single-label classification",
@@ -79,7 +79,7 @@ def methods(
     sentences += [
         _choice(plan, outcome, prepared),
         *described(outcome.decisions if outcome else {}),
-        _simple(plan, outcome),
+        _simple(outcome),
     ]
     return " ".join(filter(None, sentences))
 
@@ -201,15 +201,26 @@ def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
     return f"{ran_on} ({', '.join(versions)})." if versions else f"{ran_on}."
 
 
-def _simple(plan: Plan, outcome: Outcome | None) -> str:
-    """The simple model that was trained beside it, and its first score on the last split."""
+def _simple(outcome: Outcome | None) -> str:
+    """The simple models that were trained beside it, and their first score on the last split."""
     split, models = next(reversed((outcome.baselines if outcome else {}).items()), ("", []))
     named = [(model, model["differences"][0]) for model in models[1:] if model["differences"]]
-    return " ".join(
-        f"For comparison, {model['name']} (scikit-learn's defaults, over tokens and pairs of them, {model['rows']:,} rows of train) had {d['metric']} "
-        f"{d['first']:.4g} on {split}, this model {d['second']:.4g}."
+    scores = [
+        f"{model['name']} (scikit-learn's defaults, {features_of(model)}, {model['rows']:,} rows of train) had {d['metric']} {d['first']:.4g} on "
+        f"{_rows_of(model, split)}, this model {d['second']:.4g}."
         for model, d in named
-    )
+    ]
+    return f"For comparison, {' '.join(scores)}" if scores else ""
+
+
+def features_of(model: Mapping[str, Any]) -> str:
+    """What a simple model was trained on, in words that follow its name."""
+    return str(model.get("features", "over tokens and pairs of them"))
+
+
+def _rows_of(model: Mapping[str, Any], split: str) -> str:
+    compared, of = model.get("compared", (0, 0))
+    return split if compared == of else f"{compared:,} rows of {split}"
 
 
 def _choice(plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any]) -> str:

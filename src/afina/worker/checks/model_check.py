@@ -11,7 +11,6 @@ Not covered: GPUs, half precision, and models whose float32 weights do not fit i
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from afina.files import read_json
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 from afina.text import size_in_words
+from afina.worker.compute.cpu import free_memory
 from afina.worker.data import prepare
 from afina.worker.data.prepared import Split, digest_of, load_manifest, open_split
 from afina.worker.inference.row_check import (
@@ -126,7 +126,7 @@ def _compare(
     needed = 2 * sum(
         record["size"] for name, record in result["model_files"].items() if name.endswith((".safetensors", ".bin"))
     )
-    free = _free_memory()
+    free = free_memory()
     if needed > free:
         raise _NoMemory(f"it may take {size_in_words(needed)} of memory, {size_in_words(free)} are free here")
     recipe, folder = plan.recipe, result["model_folder"]
@@ -192,14 +192,6 @@ def _load(recipe: Recipe, folder: str, manifest: Mapping[str, Any]) -> tuple[Any
 def _refusal(error: Exception, message: str, remedy: str) -> Exception:
     """The refusal of a model by what it raised; of an error of memory, which says nothing about the model, that of the check."""
     return _NoMemory(first_line(error)) if is_out_of_memory(error) else InputError(message, remedy)
-
-
-def _free_memory() -> int:
-    """Bytes that processes can still take, the page cache included."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_embeddings(model: Any, split: Split, pad: int) -> None:

@@ -1,4 +1,4 @@
-"""The CPU of this machine: its processor, as /proc/cpuinfo describes it (proc(5)), and glibc's malloc tuned for training steps.
+"""The CPU of this machine: its processor, as /proc/cpuinfo describes it (proc(5)), its free memory, and glibc's malloc tuned for training steps.
 
 Not covered: other C libraries than glibc, where the tuning has no effect.
 """
@@ -10,10 +10,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Processor", "processor", "tune_malloc"]
+__all__ = ["Processor", "free_memory", "processor", "tune_malloc"]
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Files of a cgroup's limit and use: cgroups(7), version 1 and 2.
+_LIMITS = (("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current"))
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,39 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
     flags = frozenset(fields.get("flags", "").split())
     return Processor(fields.get("model name", os.uname().machine), fields.get("vendor_id", ""), flags)
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that processes can still take, the page cache included: of the machine, or of a cgroup above this process if it allows fewer."""
+    lines = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+    free = [int(words[1]) << 10 for words in lines if words[0] == "MemAvailable:"]
+    free = free or [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in (proc / "self/cgroup").read_text().splitlines() if (proc / "self/cgroup").exists() else ():
+        _, controllers, path = line.split(":", 2)
+        root = cgroups if not controllers else cgroups / "memory" if "memory" in controllers.split(",") else None
+        below = Path(path.lstrip("/"))
+        for folder in [] if root is None else [root / part for part in (below, *below.parents)]:
+            limit, used = (_number(folder / name) for name in _LIMITS[not controllers])
+            if limit is not None and used is not None:
+                free.append(max(0, limit - used + _cache(folder)))
+    return min(free)
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # not there, or `max`
+        return None
+
+
+def _cache(cgroup: Path) -> int:
+    """Bytes of files that a cgroup may give back."""
+    try:
+        pairs = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    kinds = ("active_file", "inactive_file")
+    return sum(int(pairs.get(f"total_{kind}", pairs.get(kind, 0))) for kind in kinds)
 
 
 def tune_malloc() -> bool:

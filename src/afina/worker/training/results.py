@@ -5,12 +5,9 @@ Warnings: a metric that is undefined, a model of no use (`afina.statistics.weakn
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from afina.errors import DataError
+from afina.errors import AfinaError, DataError, Stopped
 from afina.files import name_aside, sync_file, sync_folder, sync_tree
 from afina.recipe.metrics import METRICS, NEED_SCORES
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
+from afina.run.workers import ask_worker
 from afina.statistics.decision_rule import FILE, DecisionRule, cross_fitted, effects, fit_rule, probabilities
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import beaten, weaknesses
@@ -51,6 +50,10 @@ Array = np.ndarray[Any, Any]
 _ROWS = 65_536
 #: Of the process that trains simple models; and left before the end of a job's time, to record how the run ended.
 _SIMPLE_S, _LEFT_S = 120.0, 60.0
+#: Time to embed texts for one of them: a share of the training's, within limits.
+_EMBEDDING_S, _EMBEDDING_SHARE = (10.0, 60.0), 0.1
+#: To start the process, load the model, and train on the embeddings.
+_AROUND_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -124,41 +127,62 @@ def export_results(trainer: RunTrainer) -> Results:
 
 
 def simple_models(attempt: Attempt, results: Results) -> Results:
-    """The results beside those of simple models (`afina.worker.data.baselines`), which a process of its own trains. A failure, a stop or too little
-    time leaves them out, and the log says so: the run finishes as it is."""
+    """The results beside those of simple models (`afina.worker.inference.simple_models`), which processes of their own train. A failure, a stop or too
+    little time leaves one out, and the log says so: the run finishes as it is."""
     if attempt.data.task == "token-classification":
         say("no simple models beside this one: they label texts, not words")
         return results
     if not attempt.plan.recipe.baselines or not {"eval", "test"} & attempt.data.splits.keys():
         return results
-    began, deadline = time.monotonic(), attempt.stop.deadline
     # Half the watchdog's limit: the other processes wait for this one, without a sign of progress.
-    left = min(_SIMPLE_S, attempt.watchdog.limit_s / 2)
-    if deadline is not None:
-        left = min(left, deadline - time.time() - _LEFT_S)
-    argv = [sys.executable, "-m", "afina.worker", "baselines", str(attempt.run.path), str(attempt.data.folder)]
-    why = "the job's time ends" if left <= 0 else ""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        try:
-            process = None if why else subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-            while process is not None and process.poll() is None:
-                attempt.watchdog.beat("simple models")
-                why = "a stop was requested" if attempt.stop.check(_LEFT_S) else why
-                why = f"not ready after {left:.0f} s" if time.monotonic() - began > left else why
-                if why:
-                    process.kill()
-                    process.wait()
-                time.sleep(0.05)
-            output.seek(0)
-            errors.seek(0)
-            if process is not None and not why and process.returncode == 0:
-                baselines = json.loads(output.read())
-                return replace(results, baselines=baselines, warnings=[*results.warnings, *beaten(baselines)])
-            why = why or errors.read().decode(errors="replace").strip()[-2000:]
-        except (OSError, ValueError) as error:
-            why = str(error)
-    say(f"WARNING: no simple models beside this one: {why}")
-    return results
+    end = time.monotonic() + min(_SIMPLE_S, attempt.watchdog.limit_s / 2)
+    if attempt.stop.deadline is not None:
+        end = min(end, time.monotonic() + attempt.stop.deadline - time.time() - _LEFT_S)
+    try:
+        baselines = _simple(attempt, {"kind": "tfidf"}, end)
+    except AfinaError as error:
+        say(f"WARNING: no simple models beside this one: {error.message}")
+        return results
+    shortest, longest = _EMBEDDING_S
+    wanted_s = min(max(shortest, _EMBEDDING_SHARE * attempt.meter.training_s), longest)
+    limit_s = min(wanted_s, end - time.monotonic() - _AROUND_S)
+    try:
+        question = {"kind": "embeddings", "limit_s": limit_s, "device": str(attempt.device)}
+        more = _simple(attempt, question, end if limit_s > 0 else 0)
+    except AfinaError as error:
+        say(f"WARNING: no frozen embeddings beside this model: {error.message}")
+        record = {"name": "frozen embeddings", "left_out": error.message, "scores": {}, "differences": []}
+        more = {split: [record] for split in baselines}
+    baselines = {split: [*models, *more[split]] for split, models in baselines.items()}
+    return replace(results, baselines=baselines, warnings=[*results.warnings, *beaten(baselines)])
+
+
+def _simple(attempt: Attempt, question: dict[str, Any], end: float) -> dict[str, Any]:
+    """The answer of `python -m afina.worker baselines`.
+
+    Args:
+        end: when it is ended, as `time.monotonic` gives it.
+
+    Raises:
+        AfinaError: there is none.
+    """
+    limit_s = end - time.monotonic()
+
+    def check() -> None:
+        attempt.watchdog.beat("simple models")
+        if attempt.stop.check(_LEFT_S):
+            raise Stopped("a stop was requested")
+        if time.monotonic() > end:
+            raise Stopped(f"not ready after {limit_s:.0f} s")
+
+    if limit_s <= 0:
+        raise Stopped("too little time is left")
+    if attempt.device.type == "cuda":
+        torch.cuda.empty_cache()
+    argv = [sys.executable, "-m", "afina.worker", "baselines"]
+    places = {"run": attempt.run.path, "folder": attempt.data.folder, "model_folder": attempt.data.model_folder}
+    question |= {name: str(path) for name, path in places.items()}
+    return ask_worker(argv, None, question, name="its process", check=check)
 
 
 def check_predictions(

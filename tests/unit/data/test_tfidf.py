@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from tests.tiny import tiny_reviews
 
 from afina.statistics.weakness import beaten
-from afina.worker.data import baselines
-from afina.worker.data.baselines import fit_tfidf
+from afina.worker.data import tfidf
 from afina.worker.data.prepared import Split
+from afina.worker.data.tfidf import fit_tfidf
 
 STARS = tiny_reviews(300, 3)
 TEXTS = [row["text"] for row in STARS]
@@ -63,7 +63,7 @@ def test_two_classes_absent_ones_and_rows_that_do_not_count(monkeypatch: pytest.
     wrong = np.where(np.arange(300) % 2, low, 1 - low)
     counted = fit_tfidf("single-label", _splits(wrong, (np.arange(300) % 2).astype(np.float32)), 2).logits["eval"]
     assert (counted.argmax(1) == low[200:]).mean() > 0.7, "rows of weight 0 have the wrong label"
-    monkeypatch.setattr(baselines, "_MOST_CELLS", 3000)
+    monkeypatch.setattr(tfidf, "_MOST_CELLS", 3000)
     sampled = [fit_tfidf("single-label", _splits(low), 2) for _ in range(2)]
     assert sampled[0].rows < sampled[0].of == 200
     assert (sampled[0].logits["eval"] == sampled[1].logits["eval"]).all(), "the seed is fixed"
