@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -15,9 +16,12 @@ from transformers import AutoModel
 
 from afina.errors import EnvironmentProblem, InputError
 from afina.recipe.schema import Recipe
-from afina.worker.data.linear_model import stratified_order
+from afina.run.plan import make_plan
+from afina.site.settings import Site
+from afina.statistics.predictions import Predictions
+from afina.worker.data.linear_model import SimpleModel, stratified_order
 from afina.worker.data.prepared import Split
-from afina.worker.inference import embeddings
+from afina.worker.inference import embeddings, simple_models
 from afina.worker.inference.embeddings import Embedder, fit_embeddings
 
 LENGTHS = (5, 17, 1, 9, 9, 3, 30)
@@ -129,3 +133,43 @@ def test_every_beginning_of_the_order_is_stratified() -> None:
     flags = np.stack([labels >= 0, labels == 2, labels == 1], axis=1)
     counts = flags[stratified_order("multi-label", flags)[:100]].sum(0)
     assert counts[0] == 100 and abs(counts[1] - 5) <= 1 and abs(counts[2] - 25) <= 2
+
+
+def test_a_sample_of_rows_is_compared_with_the_run_on_the_same_rows() -> None:
+    truth = np.repeat([0, 1], 30)
+    right = np.arange(60) % 3 > 0
+    mine = Predictions(
+        "single-label",
+        ("a", "b"),
+        truth,
+        np.where(right, truth, 1 - truth),
+        np.eye(2)[truth],
+        pa.table({"row": range(60)}),
+    )
+    rows = np.arange(0, 60, 2)
+    logits = np.eye(2, dtype=np.float32)[truth[rows]] * 5
+    model = SimpleModel("simple", "over few", 10, 20, 1.0, {"eval": logits}, 9.0, {"eval": rows})
+    record = simple_models._beside(mine, model, "eval", ["accuracy"])
+    (difference,) = record["differences"]
+    assert record["compared"] == [30, 60] and record["scores"]["accuracy"][0] == difference["first"] == 1
+    assert difference["second"] == right[rows].mean() and record["rows"] == 10
+    whole = SimpleModel("simple", "over few", 10, 20, 1.0, {"eval": np.eye(2, dtype=np.float32)[truth]})
+    assert simple_models._beside(mine, whole, "eval", ["accuracy"])["compared"] == [60, 60]
+
+
+def test_one_that_time_cut_short_is_made_again_when_there_is_more_than_twice_the_time(site: Site, recipe: Any) -> None:
+    plan, made = make_plan(recipe(), site), []
+
+    def kept(limit_s: float, cut_after_s: float | None) -> None:
+        def fit() -> SimpleModel:
+            made.append(limit_s)
+            return SimpleModel(
+                "m", "f", 1, 2, 0.0, {"eval": np.zeros((2, 2), np.float32)}, cut_after_s, {"eval": np.array([1, 3])}
+            )
+
+        found = simple_models._kept(plan, ["some data"], fit, limit_s)
+        assert found.samples["eval"].tolist() == [1, 3] and list(found.logits) == ["eval"]
+
+    for limit_s, cut_after_s in ((10.0, 10.0), (20.0, 20.0), (21.0, None), (60.0, 60.0)):
+        kept(limit_s, cut_after_s)
+    assert made == [10.0, 21.0]

@@ -149,13 +149,9 @@ def fit_embeddings(
                 f"{len(found):,} of {len(split):,} rows of {name} were embedded in {limit_s:.0f} s"
             )
     train = features.pop("train")
-    mean, deviation = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
-    scale = np.where(deviation > 0, deviation, 1)
-
-    def standardised(values: Array) -> Array:
-        scaled: Array = ((values - mean) / scale).astype(np.float32)
-        return scaled
-
+    mean, deviation = (getattr(np, how)(train, axis=0, dtype=np.float64).astype(np.float32) for how in ("mean", "std"))
+    deviation[deviation == 0] = 1
+    standardised = lambda values: (values - mean) / deviation  # noqa: E731
     model = fit_linear(task, standardised(train), splits["train"].take(rows["train"]), width)
     logits, samples = {}, {}
     for name, values in features.items():

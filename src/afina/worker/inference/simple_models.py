@@ -8,6 +8,7 @@ kept in `<scratch>/baselines`, by the digest of the prepared data, the fold and,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,6 +51,8 @@ _ROWS = "rows of "
 
 def answer(arguments: list[str]) -> dict[str, Any]:
     """`simple_models` of the question on standard input."""
+    with contextlib.suppress(OSError):  # where memory ends, this process does and not the training
+        Path("/proc/self/oom_score_adj").write_text("1000")
     return simple_models(**read_question("a request for simple models"))
 
 

@@ -118,7 +118,7 @@ def build(
 
 
 def _about(plan: Plan, checked: CheckedData, tokenizer: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's record of task, labels, texts and tokenizer; `repeated`: see `baselines.without_repeated`."""
+    """The manifest's record of task, labels, texts and tokenizer; `repeated`: see `tfidf.without_repeated`."""
     recipe, labels, repeated = plan.recipe, checked.labels, dict[str, list[int]]()
     units = next((e.words.units for e in checked.splits.values() if e.words is not None), None)
     if recipe.tokens.windows is not None:
