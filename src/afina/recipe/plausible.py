@@ -49,6 +49,9 @@ def implausible(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "train.arguments.warmup_steps",
             f"{shown(warmup)} steps of {steps}: the learning rate never reaches its value",
         )
+    for name in recipe.data.unused_files:
+        other = f"`data.{name}: {{}}`" if name == "test" else "a part with `split`"
+        yield f"data.files.{name}", f"no row of it is read: {other} would"
 
 
 def _value(recipe: Recipe, key: str) -> object:

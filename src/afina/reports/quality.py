@@ -124,6 +124,8 @@ def fitted(facts: RunFacts) -> str:
     record = facts.outcome.decisions if facts.outcome else {}
     if not record:
         return ""
+    if not record.get("temperature") and not record.get("thresholds"):
+        return "".join(map(note, ["Nothing was fitted.", *record.get("notes", [])]))
     on = record.get("measured_on", "eval")
     rows: list[list[Any]] = []
     if error := record.get("calibration_error"):

@@ -67,6 +67,11 @@ class DecisionRule:
     thresholds: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def changes(self) -> bool:
+        """Whether it changes any probability or decision."""
+        return self.temperature != 1 or bool(self.thresholds)
+
     def scaled(self, logits: Array) -> Array:
         """Logits (N, K) over the temperature, of the same dtype."""
         return logits if self.temperature == 1 else logits / logits.dtype.type(self.temperature)
@@ -214,11 +219,26 @@ def described(record: Mapping[str, Any]) -> list[str]:
 
 
 def fit_rule(
-    task: str, labels: Sequence[str], logits: Array, truth: Array, *, temperature: bool, thresholds: bool
+    task: str,
+    labels: Sequence[str],
+    logits: Array,
+    truth: Array,
+    *,
+    temperature: bool,
+    thresholds: bool,
+    whole: Array | None = None,
 ) -> DecisionRule:
-    """The rule for `logits` (N, K) and `truth`, class ids (N,) or 0/1 (N, K)."""
-    rule = _with_temperature(task, logits, truth) if temperature else DecisionRule()
-    return _with_thresholds(rule, task, labels, logits, truth) if thresholds else rule
+    """The rule for `logits` (N, K) and `truth`, class ids (N,) or 0/1 (N, K).
+
+    Args:
+        whole: the truth of all rows where these are some of them: it decides what there are enough rows for.
+    """
+    rule, whole = DecisionRule(), truth if whole is None else whole
+    if temperature and len(whole) < _LEAST_ROWS:
+        rule = DecisionRule(notes=(f"no temperature: there are {len(whole)} rows, {_LEAST_ROWS} are needed",))
+    elif temperature:
+        rule = _with_temperature(task, logits, truth)
+    return _with_thresholds(rule, task, labels, logits, truth, whole) if thresholds else rule
 
 
 def cross_fitted(
@@ -229,7 +249,8 @@ def cross_fitted(
 
     scaled, shifted = np.empty(logits.shape), np.empty(logits.shape)
     for part in _parts(truth):
-        rule = fit_rule(task, labels, logits[~part], truth[~part], temperature=temperature, thresholds=thresholds)
+        keys: Any = {"temperature": temperature, "thresholds": thresholds, "whole": truth}
+        rule = fit_rule(task, labels, logits[~part], truth[~part], **keys)
         wide = np.asarray(logits[part], np.float64)
         scaled[part], shifted[part] = rule.scaled(wide), rule.shifted(wide)
     return scaled, shifted
@@ -250,14 +271,13 @@ def _with_temperature(task: str, logits: Array, truth: Array) -> DecisionRule:
     import numpy as np
     from scipy.optimize import minimize_scalar
 
-    if len(truth) < _LEAST_ROWS:
-        return DecisionRule(notes=(f"no temperature: there are {len(truth)} rows, {_LEAST_ROWS} are needed",))
     bounds = tuple(np.log(_RANGE))  # the loss is convex in 1 / T, so it has one minimum in log T
     loss = lambda at: _smoothed_loss(task, logits, truth, float(np.exp(at)))  # noqa: E731
     least = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _EXACT})
     found = float(f"{np.exp(least.x):.4g}")
     ends = " or ".join(f"{end:g}" for end in _RANGE)
     notes = (f"the temperature is at the end of its range ({ends})",) if not 1.01 < found / _RANGE[0] < 396 else ()
+    notes = ("the temperature is 1, which changes nothing",) if found == 1 else notes
     return DecisionRule(found, notes=notes)
 
 
@@ -280,34 +300,39 @@ def _smoothed_loss(task: str, logits: Array, truth: Array, temperature: float) -
     return total / len(truth)
 
 
-def _with_thresholds(rule: DecisionRule, task: str, labels: Sequence[str], logits: Array, truth: Array) -> DecisionRule:
+def _with_thresholds(
+    rule: DecisionRule, task: str, labels: Sequence[str], logits: Array, truth: Array, whole: Array
+) -> DecisionRule:
     import numpy as np
 
     if task == "single-label":
-        margins, flags = [logits[:, 1] - logits[:, 0]], [truth == 1]
+        margins, flags, of_all = [logits[:, 1] - logits[:, 0]], [truth == 1], [whole == 1]
     else:
-        margins, flags = list(logits.T), list(truth.T > 0)
+        margins, flags, of_all = list(logits.T), list(truth.T > 0), list(whole.T > 0)
     limits, notes = [], list(rule.notes)
-    for name, margin, has in zip(labels[-len(margins) :], margins, flags, strict=True):
-        best, why = _best_threshold(np.asarray(margin, np.float64) / rule.temperature, has, task == "single-label")
+    for name, margin, has, known in zip(labels[-len(margins) :], margins, flags, of_all, strict=True):
+        best, why = _best_threshold(
+            np.asarray(margin, np.float64) / rule.temperature, has, task == "single-label", known
+        )
         limits.append(best)
         notes += [f"{name}: the threshold is 0.5: {why}"] if why else []
     return replace(rule, thresholds=tuple(limits) if any(limit != 0.5 for limit in limits) else (), notes=tuple(notes))
 
 
-def _best_threshold(margin: Array, has: Array, both: bool) -> tuple[float, str]:
+def _best_threshold(margin: Array, has: Array, both: bool, whole: Array) -> tuple[float, str]:
     """The threshold of a label's probability, and why it is one half where nothing better is known.
 
     Args:
         margin: the logit of the label, (N,).
         has: whether it applies, bool (N,).
         both: the mean F1 of the label and of its absence is maximised.
+        whole: as `has`, of all rows.
     """
     import numpy as np
 
-    fewest = min(int(has.sum()), int((~has).sum()))
+    fewest = min(int(whole.sum()), int((~whole).sum()))
     if fewest < _LEAST_OF_LABEL:
-        return 0.5, f"{fewest} rows {'have' if has.sum() == fewest else 'lack'} it, {_LEAST_OF_LABEL} are needed"
+        return 0.5, f"{fewest} rows {'have' if whole.sum() == fewest else 'lack'} it, {_LEAST_OF_LABEL} are needed"
     decided = np.empty(len(has), bool)
     order = np.argsort(-margin, kind="stable")
     for part in _parts(has.astype(np.int64)):

@@ -216,7 +216,8 @@ def _studentised(size: int, log: float, spread: float, draws: int, again: Any) -
         if len(t) < draws / 2:
             return NO_LIMITS
         low, high = np.percentile(t, [2.5, 97.5])
-    return float(np.exp(log - max(high, _Z) * error)), float(np.exp(log - min(low, -_Z) * error))
+    with np.errstate(over="ignore"):  # of few rows the upper one may be infinite
+        return float(np.exp(log - max(high, _Z) * error)), float(np.exp(log - min(low, -_Z) * error))
 
 
 def error_limits(truth: Array, predicted: Array, draws: int) -> dict[str, Limits]:

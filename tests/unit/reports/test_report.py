@@ -173,6 +173,12 @@ def test_fitted_decisions_have_a_section_with_what_they_change(make_run: MakeRun
     assert (
         "Temperature 2.5, fitted on eval; on eval, each fifth of its rows by what was fitted on the others" in text
     ), "Methods"
+    finish(
+        run,
+        decisions={"temperature": None, "thresholds": {}, "notes": ["no temperature: there are 3 rows, 50 are needed"]},
+    )
+    text = Page(write_report(run.path)).text
+    assert "Nothing was fitted." in text and "there are 3 rows" in text and "--plain leaves them out" not in text
     finish(run)
     assert "Fitted decisions" not in Page(write_report(run.path)).text
 

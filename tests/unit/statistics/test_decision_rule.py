@@ -139,6 +139,23 @@ def test_chance_is_not_fitted() -> None:
     assert 0.45 < np.mean(gained) < 0.55, "half right: nothing of a row's own label is in what decides it"
 
 
+def test_what_barely_is_enough_for_a_rule_is_enough_for_its_parts() -> None:
+    """With the least rows, and the least rows of a label, what is measured is not the model without a rule."""
+    draw = np.random.default_rng(0)
+    logits, truth = _rows("single-label", 50, 4.0, 1, 4)
+    rule = fit_rule("single-label", LABELS[:4], logits, truth, temperature=True, thresholds=False)
+    scaled, _ = cross_fitted("single-label", LABELS[:4], logits, truth, temperature=True, thresholds=False)
+    ratio = logits[:, 0] / scaled[:, 0]
+    assert rule.temperature > 1.5 and rule.changes and (ratio > 1.5).all()
+    few = fit_rule("single-label", LABELS[:4], logits[:49], truth[:49], temperature=True, thresholds=False)
+    assert not few.changes and few.notes == ("no temperature: there are 49 rows, 50 are needed",)
+    truth = np.repeat([0, 1], [190, 10])
+    margin = draw.normal(size=200) * 0.1 + 4 * truth - 6
+    logits = np.stack([np.zeros(200), margin], 1)
+    _, shifted = cross_fitted("single-label", LABELS[:2], logits, truth, temperature=False, thresholds=True)
+    assert ((shifted[:, 1] - shifted[:, 0] > 0) == truth).all(), "each fifth by a threshold from the others"
+
+
 def test_what_is_stored_decides_as_what_was_fitted(tmp_path: Path) -> None:
     for task, width in (("single-label", 2), ("multi-label", 4), ("single-label", 4)):
         logits, truth = _rows(task, 600, 2.0, 3, width)

@@ -160,6 +160,14 @@ class Data(Section):
         return part.split or own
 
     @property
+    def unused_files(self) -> list[str]:
+        """The keys of `files` that no split is read from."""
+        if self.files is None or self.split_column is not None:
+            return []
+        used = {self._source(name) for name in ("train", "eval", "test") if getattr(self, name) is not None}
+        return [name for name in self.files if name not in used]
+
+    @property
     def divides(self) -> bool:
         """Whether rows of one source are divided among splits, as far as it can be known without the data."""
         fractions = any(part is not None and part.fraction is not None for part in (self.train, self.eval, self.test))

@@ -245,15 +245,15 @@ class _FittedDecisions:
             return
         keys: Any = {"temperature": asked.temperature, "thresholds": asked.thresholds != "none"}
         self.rule = rule = fit_rule(task, names, logits, labels, **keys)
-        temperature = rule.temperature if asked.temperature else None
+        temperature = rule.temperature if rule.temperature != 1 else None
         thresholds = rule.named_thresholds(names)
         self.record = {"temperature": temperature, "thresholds": thresholds, "notes": list(rule.notes)}
-        if "test" not in self._data.splits:
+        if "test" not in self._data.splits and rule.changes:
             self._effects(logits, labels, *cross_fitted(task, names, logits, labels, **keys), split="eval")
 
     def measure(self, logits: Array, labels: Array) -> None:
         """What the rule changes on the rows of test."""
-        if self.rule is not None:
+        if self.rule is not None and self.rule.changes:
             self._effects(logits, labels, self.rule.scaled(logits), self.rule.shifted(logits), split="test")
 
     def _effects(self, logits: Array, labels: Array, scaled: Array, shifted: Array, *, split: str) -> None:

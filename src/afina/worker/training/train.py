@@ -336,6 +336,7 @@ def _record(trainer: RunTrainer, results: Results) -> None:
     say(*(f"WARNING: {warning}" for warning in warnings))
     say(
         *described(outcome.decisions),
+        *(f"decisions: {note}" for note in outcome.decisions.get("notes", [])),
         *usage_lines(outcome),
         f"finished: {step} steps{outcome.ended_early}, model in {run.model}",
     )
