@@ -151,7 +151,11 @@ def fit_embeddings(
     train = features.pop("train")
     mean, deviation = (getattr(np, how)(train, axis=0, dtype=np.float64).astype(np.float32) for how in ("mean", "std"))
     deviation[deviation == 0] = 1
-    standardised = lambda values: (values - mean) / deviation  # noqa: E731
+
+    def standardised(values: Array) -> Array:
+        scaled: Array = (values - mean) / deviation
+        return scaled
+
     model = fit_linear(task, standardised(train), splits["train"].take(rows["train"]), width)
     logits, samples = {}, {}
     for name, values in features.items():
