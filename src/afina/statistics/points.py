@@ -35,6 +35,7 @@ class Row:
         shown: mean of the score that is shown beside it, with its interval.
         weak: why its models are of no use; empty if one of them is.
         overlap: of folds, see `afina.statistics.intervals`; then `values` are by fold.
+        pruned: the search ended this trial, because it was behind the others.
     """
 
     point: str
@@ -47,6 +48,7 @@ class Row:
     shown: MeanInterval | None = None
     weak: str = ""
     overlap: float = 0.0
+    pruned: bool = False
 
     @property
     def runs(self) -> int:

@@ -126,6 +126,7 @@ def tabulate(
                 shown=_interval(record, shown, beside) if shown else None,
                 weak=str(reasons[0]) if reasons and all(reasons) else "",
                 overlap=record.overlap,
+                pruned=any(o.pruned for n in numbers if (o := outcomes[n]) is not None),
             )
         )
     rows, best = ranked(rows, lower, tested=record.search is None)
@@ -253,7 +254,7 @@ def _p_cell(row: Row) -> str:
 
 def _states(row: Row) -> str:
     """The state of a trial, which is one run."""
-    return next(iter(row.states), "").lower()
+    return "pruned" if row.pruned else next(iter(row.states), "").lower()
 
 
 def _left(row: Row) -> str:
@@ -287,4 +288,5 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "p_holm": row.p,
         "shown": {"mean": row.shown.mean, "interval": [row.shown.low, row.shown.high]} if row.shown else None,
         "weak": row.weak or None,
+        **({"pruned": True} if row.pruned else {}),
     }

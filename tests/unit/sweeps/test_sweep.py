@@ -685,7 +685,11 @@ def test_a_search_that_prunes(sweep: Callable[..., Sweep], prepared: list[Any]) 
     end(ask(made, 1), "finished", 0.75)
     ask(made, 2)
     assert [(t.state.name, t.value) for t in study(made)][:2] == [("COMPLETE", 0.25), ("COMPLETE", 0.75)]
-    assert "Best of 2 finished, 1 of them pruned: trial-001" in str(made.table())
+    table = made.table()
+    assert "Best of 2 finished, 1 of them pruned: trial-001" in str(table)
+    shown = {line.split()[0]: line.split()[-1] for line in str(table).splitlines() if line.startswith("trial-")}
+    assert (shown["trial-000"], shown["trial-001"]) == ("pruned", "finished")
+    assert [row.get("pruned", False) for row in table.to_dict()["rows"]] == [False, True, False]
     with pytest.raises(InputError, match="was made with --prune"):
         sweep(**{**options, "prune": False})
 
