@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from afina.ahead import doctor, prefetch, rehearse
     from afina.api import resume, submit, train
     from afina.errors import AfinaError, Cancelled, Failed, Stopped, WaitTimeout
+    from afina.prediction.ensemble import make_ensemble as ensemble
     from afina.prediction.export import export
     from afina.prediction.jobs import predict
     from afina.prediction.load_model import load
@@ -47,6 +48,7 @@ __all__ = [
     "as_completed",
     "compare",
     "doctor",
+    "ensemble",
     "export",
     "load",
     "load_recipe",
@@ -73,6 +75,7 @@ _HOMES = {
     "Recipe": "afina.recipe.schema",
     "RunSummary": "afina.watch.overview",
     "compare": "afina.reports.compare",
+    "ensemble": "afina.prediction.ensemble:make_ensemble",
     "export": "afina.prediction.export",
     "load": "afina.prediction.load_model",
     "load_recipe": "afina.recipe.parse",

@@ -167,7 +167,7 @@ def export(run_dir: str, out: str | None, onnx: bool, merge: bool, site: str | N
 @click.option("-o", "--output", "out", metavar="DIR", required=True, help="A new folder, which `afina predict` reads.")
 @json_option
 def ensemble(runs: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Average the probabilities of finished runs (seeds, points of a sweep), and score the average on the rows that all of them were evaluated on.
+    """Average the probabilities of finished runs (seeds, points of a sweep, folds), and score the average on the rows that all of them were evaluated on.
 
     Nothing is trained: the predictions that the runs have stored are averaged, each after its temperature if one was fitted. The scores are
     compared, paired, with those of the best member and with the mean of the members. A folder stands for the runs below it.
@@ -206,8 +206,10 @@ def _scores_of_ensemble(record: dict[str, Any], out: str) -> str:
             f"{split}, {about['rows']:,} rows; best member by {record['metric']}: {about['best']}",
             *aligned([heads, *rows]),
         ]
-    lines += ["", *record["notes"], "Paired on the same rows: they cover sampling of rows, not randomness in training."]
-    if "test" not in record["splits"]:
+    lines += ["", *record["notes"]]
+    if record["splits"]:
+        lines.append("Paired on the same rows: they cover sampling of rows, not randomness in training.")
+    if "eval" in record["splits"] and "test" not in record["splits"]:
         lines.append("The best member was chosen on the same rows, which is a little kind to it.")
     return "\n".join(lines)
 

@@ -2,6 +2,9 @@
 
     FOLDER/ensemble.json      the members by their run directories, and the scores; `afina predict FOLDER new.csv` averages the members' predictions
 
+A member is where it was, or where it is beside the ensemble's folder, so that both can be moved together. The folds of one cross-validation have no
+common eval rows: each row was trained on by some of them. Their ensemble has scores of test, or none.
+
 The probabilities of a member are those after its temperature, where one was fitted. The most probable class is chosen, or the labels above one
 half: thresholds of the members are not used, since they are of other probabilities. Not covered: weights of the members.
 """
@@ -10,17 +13,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, InputError
-from afina.files import name_aside, write_atomic
+from afina.files import name_aside, read_json, write_atomic
 from afina.prediction.request import ENSEMBLE, Member, find_model
 from afina.publish import rename_new
 from afina.recipe.metrics import METRICS, lower_is_better, metric_name, selection_metric
-from afina.run.directory import RunDir
+from afina.recipe.schema import Recipe
+from afina.run.directory import RunDir, is_run_dir
+from afina.run.outcome import Outcome, data_warnings
 from afina.statistics.decision_rule import DecisionRule, read_rule, revised
 from afina.statistics.measures import compute
 from afina.statistics.paired import aligned, averaged, compare_paired, compare_with_mean
@@ -33,7 +38,7 @@ from afina.watch.find import find_runs, short_names
 __all__ = ["make_ensemble", "members_of"]
 
 
-def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> dict[str, Any]:
+def make_ensemble(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], out: str | Path) -> dict[str, Any]:
     """Score the ensemble of these runs and write it into a new folder; returns what `ensemble.json` holds.
 
     Args:
@@ -43,7 +48,7 @@ def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> d
         limits, and the paired differences of the ensemble from the best member and from the mean of the members.
 
     Raises:
-        InputError: fewer than two runs, one that has not finished, other tasks, labels or texts, no common rows; `out` exists.
+        InputError: fewer than two runs, one that has not finished, other tasks, labels or texts, no common rows (but folds); `out` exists.
     """
     target = Path(out).expanduser().absolute()
     if target.exists():
@@ -52,20 +57,24 @@ def make_ensemble(paths: Sequence[str | os.PathLike[str]], out: str | Path) -> d
     if len(folders) < 2:
         raise InputError("one run alone is no ensemble", "give two run directories or more, or the folder of a sweep")
     runs, names = [RunDir(folder) for folder in folders], short_names(folders)
-    recipe = _check_alike(runs, names)
-    read, notes = _common_rows(runs)
-    task = next(iter(read.values()))[0].task
+    recipe, outcome = _check_alike(runs, names)
+    task, labels = outcome.task or "single-label", list(outcome.labels or ())
     metric = metric_name(recipe.train.best_metric or selection_metric(task))
     metric = metric if metric in METRICS[task] and metric != "confusion_matrix" else METRICS[task][0]
     asked = [name for name in (*METRICS[task][:2], "log_loss", *(recipe.metrics or ())) if name in METRICS[task]]
     metrics = [name for name in dict.fromkeys([metric, *asked]) if name != "confusion_matrix"]
-    chosen = _best(next(iter(read.values())), metric)
+    read, notes = _common_rows(runs, metric)
+    chosen = _best(next(iter(read.values())), metric) if read else 0
     splits = {split: _scored(members, chosen, names, metrics) for split, members in read.items()}
     about = [
-        {"run": str(run.path), "name": name, "temperature": _rule(run, next(iter(read.values()))[0]).temperature}
+        {
+            "run": str(run.path),
+            "beside": os.path.relpath(run.path, target),
+            "name": name,
+            "temperature": _rule(run, task, labels).temperature,
+        }
         for run, name in zip(runs, names, strict=True)
     ]
-    labels = list(next(iter(read.values()))[0].labels)
     record: dict[str, Any] = finite(
         {
             "afina": __version__,
@@ -91,26 +100,33 @@ def members_of(path: str | os.PathLike[str]) -> tuple[RunDir, tuple[Member, ...]
     if not file.is_file():
         return None
     try:
-        folders = [Path(member["run"]) for member in json.loads(file.read_text(encoding="utf-8"))["members"]]
+        listed = json.loads(file.read_text(encoding="utf-8"))["members"]
+        folders = [_where(Path(each["run"]), each.get("beside"), file.parent.absolute()) for each in listed]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(
             f"{file}: cannot be read: {error}", "make the ensemble again: afina ensemble RUN… -o FOLDER"
         ) from None
     members: list[Member] = []
     for folder in folders:
-        run, model = find_model(folder)
+        run, model = find_model(folder) if is_run_dir(folder) else (None, folder)
         if run is None:
             raise InputError(
                 f"{folder}: a member of {file.parent}, is no run directory any more",
-                "put it back, or make the ensemble again",
+                "put it back, or make the ensemble again of the others: afina ensemble RUN… -o FOLDER",
             )
         recipe = run.plan().recipe
         members.append(Member(model=model, tokens=recipe.tokens, trust_remote_code=recipe.trust_remote_code))
     return RunDir(folders[0]), tuple(members)
 
 
-def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> Any:
-    """The recipe of the first run; the others have its task, labels and texts."""
+def _where(run: Path, beside: str | None, folder: Path) -> Path:
+    """Where a member is: where it was, or as it lay beside the ensemble's folder."""
+    moved = Path(os.path.normpath(folder / beside)) if beside else run
+    return run if is_run_dir(run) or not is_run_dir(moved) else moved
+
+
+def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> tuple[Recipe, Outcome]:
+    """Recipe and outcome of the first run; the others have its task, labels and texts."""
     outcomes = [run.outcome() for run in runs]
     for run, name, outcome in zip(runs, names, outcomes, strict=True):
         if outcome is None or outcome.outcome != "finished" or not run.model.is_dir():
@@ -136,11 +152,12 @@ def _check_alike(runs: Sequence[RunDir], names: Sequence[str]) -> Any:
                 f"{name}: reads {', '.join(recipe.data.text)}, {names[0]} reads {', '.join(recipes[0].data.text)}",
                 remedy,
             )
-    return recipes[0]
+    assert outcomes[0] is not None
+    return recipes[0], outcomes[0]
 
 
-def _common_rows(runs: Sequence[RunDir]) -> tuple[dict[str, list[Predictions]], list[str]]:
-    """Split -> the predictions of all runs, with their temperatures, row by row; and why a split is left out."""
+def _common_rows(runs: Sequence[RunDir], metric: str) -> tuple[dict[str, list[Predictions]], list[str]]:
+    """Split -> the predictions of all runs, with their temperatures, row by row; and why a split is left out, or spoilt."""
     read: dict[str, list[Predictions]] = {}
     notes: list[str] = []
     for split in ("eval", "test"):
@@ -151,22 +168,40 @@ def _common_rows(runs: Sequence[RunDir]) -> tuple[dict[str, list[Predictions]], 
             except DataError as error:
                 read.pop(split, None)
                 notes.append(f"{split} is not scored: {error.message}")
-    if not read:
+    prepared = [read_json(run.path / "prepared.json") for run in runs]
+    folds = (
+        all(run.plan().recipe.data.fold is not None for run in runs) and len({p.get("digest") for p in prepared}) == 1
+    )
+    if folds and "eval" not in read:
+        notes = [_of_folds(runs, metric), *([] if read else ["A test split would score the ensemble."])]
+    elif not read:
         why = "; ".join(notes) or "no split has predictions of all of them"
         raise InputError(
             f"these runs have no common rows: {why}",
             "give runs that were evaluated on the same rows: of other seeds, or with one test split",
         )
-    return read, notes
+    spoilt = [line for each in map(data_warnings, prepared) for split in read for line in each.get(split, ())]
+    return read, [*notes, *dict.fromkeys(f"Warning: {line}" for line in spoilt)]
 
 
-def _rule(run: RunDir, rows: Predictions) -> DecisionRule:
-    rule = read_rule(run.model, rows.task, rows.labels) if rows.labels else None
+def _of_folds(runs: Sequence[RunDir], metric: str) -> str:
+    """What can be said of an ensemble of folds: the scores of its members on the rows that they were not trained on."""
+    outcomes = [outcome for run in runs if (outcome := run.outcome()) is not None]
+    values = [value for o in outcomes if isinstance(value := o.metrics.get(f"eval_{metric}"), int | float)]
+    mean = f": {metric} {sum(values) / len(values):.4f} in the mean, each on its own fold" if values else ""
+    return (
+        "The members are folds: each row of eval was trained on by others of them, so that the ensemble has no score there. "
+        f"How one of them does alone is known{mean}."
+    )
+
+
+def _rule(run: RunDir, task: str, labels: Sequence[str]) -> DecisionRule:
+    rule = read_rule(run.model, task, labels) if labels else None
     return DecisionRule(rule.temperature if rule else 1.0)
 
 
 def _with_temperature(run: RunDir, rows: Predictions) -> Predictions:
-    return revised(rows, _rule(run, rows)) if rows.scores is not None else rows
+    return revised(rows, _rule(run, rows.task, rows.labels)) if rows.scores is not None else rows
 
 
 def _best(members: Sequence[Predictions], metric: str) -> int:

@@ -77,7 +77,7 @@ class Verdict:
     p_corrected: float | None = None
 
 
-def compare(paths: Iterable[str | os.PathLike[str]], split: str = "eval") -> Comparison:
+def compare(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], split: str = "eval") -> Comparison:
     """Recipes and scores of runs side by side; `.tests()` tests whether they differ. A folder stands for the runs below it.
 
     Raises:

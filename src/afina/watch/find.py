@@ -20,7 +20,7 @@ __all__ = ["find_runs", "known_runs", "resolve_folder", "short_names"]
 _DEPTH = 4
 
 
-def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_runs(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Run directories: each folder that is one, else those below it (a sweep's, a folder of runs), by name.
 
     A name that is not a folder here is resolved on scratch, as `resolve_folder` does.
@@ -29,7 +29,7 @@ def find_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Path]:
         InputError: no such folder, or one without a run in it.
     """
     runs: list[Path] = []
-    for folder in folders:
+    for folder in [folders] if isinstance(folders, str | os.PathLike) else folders:
         path = resolve_folder(folder)
         below = _below(path, _DEPTH)
         if not below:

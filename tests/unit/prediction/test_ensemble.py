@@ -34,7 +34,7 @@ TEXTS = [row["text"] for row in ROWS]
 TRUTH = [LABELS[row["stars"] - 1] for row in ROWS]
 
 
-def _member(folder: Path, seed: int, labels: Sequence[str], rule: DecisionRule | None = None) -> Path:
+def finished_run(folder: Path, seed: int, labels: Sequence[str], rule: DecisionRule | None = None) -> Path:
     """A finished run, written by hand, with the predictions of its own model; its outputs are in the order of `labels`."""
     (folder / "attempts").mkdir(parents=True)
     tiny.tiny_model(folder / "model", num_labels=3, seed=seed)
@@ -85,9 +85,9 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One of them with its outputs in another order, one with a temperature."""
     place = tmp_path_factory.mktemp("it's a $(place)")
     return [
-        _member(place / "a", 1, LABELS),
-        _member(place / "b", 2, LABELS[::-1]),
-        _member(place / "c", 3, LABELS, DecisionRule(0.25)),
+        finished_run(place / "a", 1, LABELS),
+        finished_run(place / "b", 2, LABELS[::-1]),
+        finished_run(place / "c", 3, LABELS, DecisionRule(0.25)),
     ]
 
 
@@ -160,11 +160,52 @@ def test_runs_that_do_not_fit_are_refused(members: list[Path], tmp_path: Path) -
     rows = changed("rows") / "predictions.parquet"
     pq.write_table(pq.read_table(rows).slice(10), rows)
     assert "no common rows: eval is not scored: the eval rows differ: 90 and 80" in refused(members[0], rows.parent)
-    gone = Path(shutil.copytree(members[0], tmp_path / "gone"))
-    make_ensemble([members[1], gone], tmp_path / "pair")
-    shutil.rmtree(gone)
-    with pytest.raises(InputError, match="gone"):
-        predicting.compose(tmp_path / "pair", [tiny.write_csv(tmp_path / "a.csv", [{"text": "a"}])])
+
+
+def test_members_are_moved_with_their_ensemble_and_missed(members: list[Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(members[0], tmp_path / "here" / name)
+    afina.ensemble(tmp_path / "here", tmp_path / "here/pair")
+    data = tiny.write_csv(tmp_path / "a.csv", [{"text": "a"}])
+    job = predicting.compose(tmp_path / "here/pair", [data])
+    assert [member.model for member in job.members] == [tmp_path / "here" / name / "model" for name in ("one", "two")]
+    (tmp_path / "here").rename(tmp_path / "there")
+    job = predicting.compose(tmp_path / "there/pair", [data])
+    assert [member.model for member in job.members] == [tmp_path / "there" / name / "model" for name in ("one", "two")]
+    shutil.rmtree(tmp_path / "there/two")
+    with pytest.raises(InputError, match=r"two: a member of .*pair, is no run directory any more"):
+        predicting.compose(tmp_path / "there/pair", [data])
+
+
+def test_folds_have_no_score_on_rows_that_others_of_them_were_trained_on(
+    members: list[Path], tmp_path: Path, command: Callable[..., Ran]
+) -> None:
+    runs = [Path(shutil.copytree(members[0], tmp_path / f"fold-{number}")) for number in (1, 2)]
+    for number, run in enumerate(runs, 1):
+        for name, key, values in (
+            ("plan", "recipe", {"data": {"files": {"all": "f"}, "text": "text", "label": "stars", "fold": {"of": 2, "number": number}}}),
+            ("outcome", "metrics", {"eval_accuracy": 0.5 + number / 10}),
+        ):  # fmt: skip
+            about = json.loads((run / f"{name}.json").read_text())
+            about[key] = {**about.get(key, {}), **values}
+            (run / f"{name}.json").write_text(json.dumps(about))
+        whole = pq.read_table(run / "predictions.parquet")
+        pq.write_table(whole.slice(45 * number - 45, 45), run / "predictions.parquet")
+    done = command("ensemble", *runs, "-o", tmp_path / "unscored")
+    assert done.returncode == 0, done.stderr
+    assert "no score there. How one of them does alone is known: accuracy 0.6500 in the mean" in done.stdout
+    assert "A test split would score the ensemble." in done.stdout and "Paired" not in done.stdout
+    assert json.loads((tmp_path / "unscored/ensemble.json").read_text())["splits"] == {}
+    assert len(predicting.compose(tmp_path / "unscored", [runs[0] / "predictions.parquet"]).members) == 2
+    for run in runs:
+        pq.write_table(whole, run / "predictions_test.parquet")
+    record = make_ensemble(runs, tmp_path / "scored")
+    assert list(record["splits"]) == ["test"] and record["splits"]["test"]["rows"] == 90
+    for run in runs:
+        (run / "prepared.json").write_text(json.dumps({"digest": run.name}))
+        (run / "predictions_test.parquet").unlink()
+    with pytest.raises(InputError, match="no common rows"):
+        make_ensemble(runs, tmp_path / "no")
 
 
 def test_an_ensemble_of_regressions_and_of_several_labels() -> None:
