@@ -24,6 +24,7 @@ __all__ = [
     "tagged_sentences",
     "tiny_model",
     "tiny_reviews",
+    "tiny_tagger",
     "words",
     "write_conll",
     "write_csv",
@@ -243,6 +244,20 @@ def write_project(folder: Path, rows: int = 203, seed: int = 7, **sections: Any)
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe(**sections), indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def tiny_tagger(folder: Path, seed: int = 0) -> Path:
+    """A token classifier with the labels O, B-X and I-X, of `tiny_model`: it knows nothing, and is sure of it."""
+    from safetensors.numpy import load_file, save_file
+
+    tiny_model(folder, num_labels=3, seed=seed)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"] *= 100
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["BertForTokenClassification"], "id2label": dict(enumerate(["O", "B-X", "I-X"]))}
+    (folder / "config.json").write_text(json.dumps({**config, "word_units": "spaces"}))
+    return folder
 
 
 def _tokenizer(arch: str, max_length: int) -> Any:

@@ -1,12 +1,13 @@
 """CoNLL files: a word and its tags a line, sentences with an empty line between them.
 
-Columns are separated by white space, or by tabs where a file has any. The first is `tokens`, the last is `ner_tags`, those between are
-`column2`, `column3`, … A `-DOCSTART-` line and comments (`# …` on lines of their own, as CoNLL-U has them) are left out. Not covered: tags
+Columns are separated by spaces, or by tabs where a file has any. The first is `tokens`, the last is `ner_tags`, those between are
+`column2`, `column3`, … A `-DOCSTART-` line and comments (`# …` on lines of their own, as CoNLL-U has them; `# O` is a word) are left out. Not covered: tags
 of several words of one line (CoNLL-U's 1-2), columns that are sentences of spans (CoNLL-2005).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from afina.formats.text_files import open_text
 __all__ = ["column_names", "read_conll"]
 
 _TOKENS, _TAGS = "tokens", "ner_tags"
+_SPACES = re.compile("[ \t]+")
+_TAG = re.compile(r"O|[A-Z][-_]\S+")
 
 
 def column_names(count: int) -> list[str]:
@@ -40,9 +43,10 @@ def read_conll(path: Path, reading: ReadOptions) -> Iterator[tuple[int, list[lis
                     yield first, [list(column) for column in zip(*sentence, strict=True)]
                 sentence = []
                 continue
-            if text.startswith("# ") and not sentence:
+            cells = text.split("\t") if "\t" in text else _SPACES.split(text.strip(" "))
+            is_word = _TAG.fullmatch(cells[-1]) and len(cells) == (width or len(cells))
+            if text.startswith("# ") and not sentence and not is_word:
                 continue
-            cells = text.split("\t") if "\t" in text else text.split()
             width = width or len(cells)
             if len(cells) != width or width < 2:
                 raise DataError(

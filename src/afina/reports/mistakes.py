@@ -159,7 +159,8 @@ def _listed(
             [_label_of(predictions, of, index) for of in (predictions.truth, predictions.predicted)] if pair else []
         )
         identity = [str(about.get(name)) for name in ("row", *ids)]
-        rows.append([*identity, *values, number(size), *([_cut(text)] if texts else [])])
+        shown = f"{size:,.0f}" if predictions.task == "token-classification" else number(size)
+        rows.append([*identity, *values, shown, *([_cut(text)] if texts else [])])
     return table([*heads, *(["text"] if texts else [])], rows, caption, kind="text")
 
 

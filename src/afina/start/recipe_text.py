@@ -114,7 +114,8 @@ class Proposal:
 def recipe_text(p: Proposal) -> str:
     """The recipe; doubts about the data are comments."""
     tokens = p.tokens
-    length = min(max(16, math.ceil(quantile(tokens, 0.99) / 16) * 16), p.model.positions)
+    most = 1.0 if p.examined.tagged else 0.99  # entities behind the end are missed
+    length = min(max(16, math.ceil(quantile(tokens, most) / 16) * 16), p.model.positions)
     windows, cut, about_long = _long_texts(p, tokens, length)
     known = f"{p.model.parameters / 1e6:.0f} million parameters, {p.model.positions} positions" if p.model.known else ""
     lines = [

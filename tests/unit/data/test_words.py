@@ -15,12 +15,14 @@ from tests import tiny
 from tests.unit.data.stage import prepare_here, refused_here
 
 from afina.errors import DataError
+from afina.formats.conll import read_conll
+from afina.formats.read_options import ReadOptions
 from afina.recipe.keys.train_keys import Tokens
 from afina.run.plan import Plan
 from afina.worker.data.prepared import load_manifest, open_split
 from afina.worker.data.tables.words import find_pieces, join_words, read_row, spans_of_text
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder
-from afina.worker.task.word_places import CUT, SHARED
+from afina.worker.task.word_places import CUT, REMOVED, SHARED, WordPlaces, word_labels
 
 TASK: dict[str, Any] = {"task": "token-classification", "metrics": ["f1"]}
 WORDS = {"text": "tokens", "label": "ner_tags"}
@@ -155,7 +157,12 @@ def test_spans_take_the_words_that_they_touch() -> None:
 def test_first_tokens_are_those_of_transformers(models: Callable[..., Path], arch: str) -> None:
     """`word_ids` of a call with words, which is what Transformers' own examples align with."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(models(arch), add_prefix_space=True)
-    rows = [["the", "zebra's", "U.S.", "food", "☃", "naïve"], ["(", "best", ")", "..."], ["one"]]
+    rows = [
+        ["the", "zebra's", "U.S.", "food", "☃", "naïve"],
+        ["(", "best", ")", "..."],
+        ["one"],
+        ["❤", "\ufe0f", "food", "\u200b"],
+    ]
     texts = [join_words(words) for words in rows]
     encoder = Encoder(tokenizer, Tokens(max_length=24), spans=True)
     batch = EncodedBatch.joined([each for _, each in encoder.encode([(None, [texts])])])
@@ -163,20 +170,43 @@ def test_first_tokens_are_those_of_transformers(models: Callable[..., Path], arc
     words = [spans_of_text(text, "spaces") for text in texts if text]
     offsets = np.cumsum([0, *map(len, words)])
     ends = np.cumsum([0, *batch.lengths])
-    pieces = find_pieces(offsets, np.concatenate(words), ends, batch.spans[:, 0], batch.spans[:, 1])
+    pieces = find_pieces(offsets, np.concatenate(words), ends, batch.spans, batch.cut)
     theirs = tokenizer(rows, is_split_into_words=True, truncation=True, max_length=24)
     for row, sentence in enumerate(rows):
         assert list(batch.tokens[ends[row] : ends[row + 1]]) == theirs["input_ids"][row]
         ids = theirs.word_ids(row)
-        first = [ids.index(word) if word in ids else CUT for word in range(len(sentence))]
+        lost = CUT if batch.cut[row] else REMOVED
+        first = [ids.index(word) if word in ids else lost for word in range(len(sentence))]
         assert pieces[offsets[row] : offsets[row + 1]].tolist() == first
-    assert CUT in pieces if arch == "roberta" else CUT not in pieces
+    assert (CUT if arch == "roberta" else REMOVED) in pieces
 
 
-def test_a_word_within_the_token_of_another_shares_it() -> None:
+@pytest.mark.parametrize(
+    ("text", "units", "words"),
+    [
+        ("हिन्दी cafe\u0301s, ❤\ufe0f!", "letters", ["हिन्दी", "cafe\u0301s", ",", "❤\ufe0f", "!"]),
+        ("it's U.S.", "letters", ["it", "'", "s", "U", ".", "S", "."]),
+        ('In ("Paris"), J. and e.g. U.S., :) ...', "spaces", ["In", "(", '"', "Paris", '"', ")", ",", "J.", "and", "e.g.", "U.S.", ",", ":)", "..."]),
+        ("@user: #tag! http://a.b/c. ❤\ufe0f 👩\u200d👧", "spaces", ["@user", ":", "#tag", "!", "http://a.b/c", ".", "❤\ufe0f", "👩\u200d👧"]),
+    ],
+)  # fmt: skip
+def test_words_of_a_text(text: str, units: Any, words: list[str]) -> None:
+    assert [text[start:end] for start, end in spans_of_text(text, units).tolist()] == words
+    divided = [text[start:end] for start, end in spans_of_text(text, units, divided=True).tolist()]
+    assert divided == (text.split() if units == "spaces" else words)
+
+
+def test_words_without_a_token_of_their_own_have_labels_all_the_same() -> None:
+    """One within the token of another shares it, one that the tokenizer removes is in an entity where both its neighbours are, one cut off is outside."""
     words = np.array([[0, 2], [2, 3], [3, 4], [5, 7]])
-    pieces = find_pieces(np.array([0, 4]), words, np.array([0, 4]), np.array([-1, 0, 3, -1]), np.array([-1, 3, 4, -1]))
-    assert pieces.tolist() == [1, SHARED, 2, CUT]
+    places = np.array([[-1, -1], [0, 3], [3, 4], [-1, -1]])
+    for cut, end in ((True, CUT), (False, REMOVED)):
+        pieces = find_pieces(np.array([0, 4]), words, np.array([0, 4]), places, np.array([cut]))
+        assert pieces.tolist() == [1, SHARED, 2, end]
+    pieces = np.array([1, REMOVED, REMOVED, 2, REMOVED, 3, 1, SHARED, REMOVED, 1, CUT, CUT])
+    where = WordPlaces(np.array([0, 6, 9, 12]), np.zeros((12, 2)), pieces)
+    decided = np.array([1, 9, 9, 2, 9, 0, 1, 9, 9, 2, 9, 9])
+    assert word_labels(decided, where).tolist() == [1, 2, 2, 2, 0, 0, 1, 2, 0, 2, 0, 0]
 
 
 def test_entities_behind_max_length_are_counted(tagged: Callable[..., Plan]) -> None:
@@ -189,6 +219,18 @@ def test_entities_behind_max_length_are_counted(tagged: Callable[..., Plan]) -> 
     some = split.take(np.array([1, 0]))
     assert some.words is not None and some.words.offsets.tolist() == [0, 2, 10]
     assert some.labels.tolist() == [0, 0, *split.labels[:8]]
+
+
+def test_words_of_a_file_are_those_between_spaces_or_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    path.write_text("# id 1\n# O\na\u00a0b  O \n\n# sent_id\nx O\n \n# B-A\n", encoding="utf-8")
+    assert [(line, words) for line, (words, _) in read_conll(path, ReadOptions())] == [
+        (2, ["#", "a\u00a0b"]),
+        (6, ["x"]),
+        (8, ["#"]),
+    ]
+    path.write_text("# id\n#\tO\nb c\tO\n", encoding="utf-8")
+    assert [words for _, (words, _) in read_conll(path, ReadOptions())] == [["#", "b c"]]
 
 
 def test_a_line_of_another_width_is_refused(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -268,6 +268,8 @@ def test_onnx_is_the_same_model_or_is_not_published(
     logits = session.run(["logits"], {i.name: inputs[i.name] for i in session.get_inputs()})[0]
     assert len(logits) > 2 and np.abs(logits.mean(0) - model.logits([long])[0]).max() < 1e-5
     assert "onnx/model.onnx" in (tmp_path / "out/README.md").read_text()
+    # A token classifier has logits for each token.
+    assert export_onnx(tiny.tiny_tagger(tmp_path / "tags"), tmp_path / "tags.onnx", texts * 6, 40) < 1e-4
     # Other weights than those that are compared with.
     from afina.errors import TrainingError
     from afina.worker.inference import onnx_export

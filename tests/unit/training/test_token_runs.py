@@ -19,9 +19,11 @@ from tests import tiny
 from tests.unit.recipe.test_recipe import BASE, refused
 from tests.unit.training.in_process import lines, weights
 
-from afina.prediction.request import find_model
+from afina.prediction.jobs import compose
+from afina.prediction.request import PredictRequest, find_model
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import mistakes, score
+from afina.worker.inference import stages
 
 WORDS = (
     "task=token-classification",
@@ -92,6 +94,7 @@ def test_a_run_learns_and_its_model_says_the_same_everywhere(build: Callable[...
     ours = classifier.predict([*table["text"], None, " "])
     assert [row["entities"] for row in ours[-2:]] == [None, None]
     assert _spans([row["entities"] for row in ours[:-2]]) == _spans(table["prediction"])
+    _check_files(run.path, table, classifier, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", PLAIN, str(run.model)],
         input=json.dumps(table["text"]),
@@ -108,6 +111,24 @@ def test_a_run_learns_and_its_model_says_the_same_everywhere(build: Callable[...
     legal = [i for i, row in enumerate(theirs["labels"]) if _is_iob2(row)]
     assert len(legal) > 5
     assert [theirs["entities"][i] for i in legal] == [_spans(table["prediction"])[i] for i in legal]
+
+
+def _check_files(run: Path, table: dict[str, Any], classifier: Any, place: Path) -> None:
+    """Lists of words are taken as they are, and the words of texts as people write them are the same."""
+    words = [text.split() for text in table["text"]]
+    assert _spans([row["entities"] for row in classifier.predict(words)]) == _spans(table["prediction"])
+    attached = [f'("{text}", U.S.)' for text in table["text"]]
+    words = [["(", '"', *each, '"', ",", "U.S.", ")"] for each in words]
+    rows = [{"tokens": each} for each in [*words, *attached, ["food"] * 300]]
+    data, out = tiny.write_jsonl(place / "new.jsonl", rows), place / "new.out.jsonl"
+    about = stages.plan(compose(run, [data], out, PredictRequest(chunk_rows=20)))
+    summary = stages.run(about["parts"], 0, 1, and_merge=True, progress="log")["summary"]
+    assert summary["words"] == sum(map(len, words)) * 2 + 300 and 0 < summary["words_cut"] < 300
+    found = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    assert _spans(found[: len(words)]) == _spans([row["entities"] for row in classifier.predict(words)])
+    for text, entities, same in zip(attached, found[len(words) : -1], found, strict=False):
+        assert [text[e["start"] : e["end"]] for e in entities] == [e["text"] for e in entities]
+        assert ["".join(e["text"].split()) for e in entities] == ["".join(e["text"].split()) for e in same]
 
 
 def _is_iob2(tags: list[str]) -> bool:

@@ -28,7 +28,7 @@ from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, Targets, pool_windows, scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
-from afina.worker.data.tables.words import Units, find_pieces, spans_of_text
+from afina.worker.data.tables.words import Units, find_pieces, join_words, spans_of_text
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
@@ -160,7 +160,8 @@ class Classifier:
         """A dictionary for each text, in their order: `prediction`, and `scores`, a probability by label name.
 
         Args:
-            texts: texts, or pairs (or more) of texts for a model that was trained on such. None and blank texts are allowed.
+            texts: texts, or pairs (or more) of texts for a model that was trained on such; of a token classification also lists of words. None and
+                blank texts are allowed.
 
         Returns: `prediction` is a label's name, a list of names (multi-label) or a number (regression, without `scores`);
             None for a blank text. Of a token classification the dictionary has `entities`, a list of start, end, label, text and score
@@ -207,11 +208,12 @@ class Classifier:
             logits[start + encoded.rows] = self.run(encoded, advance)
         return logits
 
-    def encode(self, columns: Sequence[pa.Array]) -> EncodedTexts:
+    def encode(self, columns: Sequence[pa.Array], divided: Array | None = None) -> EncodedTexts:
         """Tokens of the texts that are not blank.
 
         Args:
             columns: large_string (N,), one, two for pairs, or more, which are joined.
+            divided: of a token classification, texts that are words with one space between them, bool (N,); None: none is.
         """
         blank = np.stack([is_blank(column) for column in columns])
         # Of several texts that are joined some may be blank.
@@ -233,27 +235,36 @@ class Classifier:
         if self.words is None:
             return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
         texts = columns[0].to_pylist()
-        places = self._places([texts[row] for row in rows[kept].tolist()], batch.spans, offsets)
+        divided = np.zeros(len(texts), bool) if divided is None else divided
+        some = [(texts[row], bool(divided[row])) for row in rows[kept].tolist()]
+        places = self._places(some, batch.spans, offsets, batch.cut[kept])
         split = replace(split, words=places, labels=np.zeros(len(places.pieces), np.int64))
         known = set(rows[kept].tolist())
         return EncodedTexts(
             split, rows[kept], int(batch.cut.sum()), [t if i in known else None for i, t in enumerate(texts)]
         )
 
-    def _places(self, texts: Sequence[str], spans: Array | None, token_offsets: Array) -> WordPlaces:
-        """The words of texts, as training had them, and the first token of each."""
+    def _places(
+        self, texts: Sequence[tuple[str, bool]], spans: Array | None, token_offsets: Array, cut: Array
+    ) -> WordPlaces:
+        """The words of texts (and whether they are divided already), as training had them, and the first token of each."""
         assert self.words is not None
         spans = np.empty((0, 2), np.int32) if spans is None else spans
-        words = [spans_of_text(text, self.words) for text in texts]
+        words = [spans_of_text(text, self.words, divided=divided) for text, divided in texts]
         offsets = np.concatenate([[0], np.cumsum([len(each) for each in words])]).astype(np.int64)
         flat = np.concatenate([np.empty((0, 2), np.int32), *words])
-        return WordPlaces(offsets, flat, find_pieces(offsets, flat, token_offsets, spans[:, 0], spans[:, 1]))
+        return WordPlaces(offsets, flat, find_pieces(offsets, flat, token_offsets, spans, cut))
 
-    def entities(self, texts: Sequence[str | None]) -> list[list[dict[str, Any]] | None]:
-        """The entities of each text, in their order: start, end, label, text and score of each; None for a blank text."""
-        column, result = _text_array(texts), []
+    def entities(self, texts: Sequence[str | Sequence[str] | None]) -> list[list[dict[str, Any]] | None]:
+        """The entities of each text, in their order: start, end, label, text and score of each; None for a blank text.
+
+        Args:
+            texts: a list of words stands for the text that has them with one space between.
+        """
+        column, result = _text_array([join_words(text) for text in texts]), []
+        divided = np.array([isinstance(text, (list, tuple)) for text in texts], bool)
         for start in range(0, len(column), CHUNK_ROWS):
-            encoded = self.encode([column.slice(start, CHUNK_ROWS)])
+            encoded = self.encode([column.slice(start, CHUNK_ROWS)], divided[start : start + CHUNK_ROWS])
             result += self.entity_column(encoded, self.run(encoded)).to_pylist()
         return result
 

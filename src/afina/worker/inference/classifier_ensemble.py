@@ -52,9 +52,9 @@ class ClassifierEnsemble:
         self._members = members
         self._orders = [[(member.labels or []).index(name) for name in self.labels or ()] for member in members]
 
-    def encode(self, columns: Sequence[pa.Array]) -> EncodedForAll:
+    def encode(self, columns: Sequence[pa.Array], divided: Array | None = None) -> EncodedForAll:
         """As `Classifier.encode`."""
-        each = tuple(member.encode(columns) for member in self._members)
+        each = tuple(member.encode(columns, divided) for member in self._members)
         rows = each[0].rows
         for encoded in each[1:]:
             rows = np.intersect1d(rows, encoded.rows)

@@ -45,6 +45,7 @@ class Inputs:
         chunks: rows of each chunk.
         reading: how the files are read.
         warnings: what was odd in them.
+        words: lists of words are texts, as in a token classification.
     """
 
     files: tuple[Path, ...]
@@ -54,6 +55,7 @@ class Inputs:
     chunks: tuple[int, ...]
     reading: ReadOptions = PLAIN
     warnings: tuple[str, ...] = ()
+    words: bool = False
 
     @property
     def rows(self) -> int:
@@ -68,6 +70,7 @@ class Inputs:
             "chunks": self.chunks,
             "reading": self.reading.given(),
             "warnings": self.warnings,
+            "words": self.words,
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class Inputs:
             tuple(record["chunks"]),
             ReadOptions.model_validate(record.get("reading", {})),
             tuple(record.get("warnings", ())),
+            record.get("words", False),
         )
 
 
@@ -93,6 +97,7 @@ class Chunk:
         table: the columns that are copied to the output.
         file: number of each row's file, int64 (N,).
         row: number of each row in its file, as its reader counts, int64 (N,).
+        divided: texts that are lists of words, bool (N,).
         units: the word for a row of each file: row, line, record.
     """
 
@@ -101,6 +106,7 @@ class Chunk:
     table: pa.Table
     file: Array
     row: Array
+    divided: Array
     units: Mapping[int, str]
 
     def __len__(self) -> int:
@@ -140,8 +146,13 @@ def examine(
     others: Sequence[str] | None,
     chunk_rows: int,
     reading: ReadOptions = PLAIN,
+    *,
+    words: bool = False,
 ) -> Inputs:
     """Check all files from end to end, and divide their rows into chunks of at most `chunk_rows`.
+
+    Args:
+        words: as in `Inputs`.
 
     Raises:
         DataError: with file and row.
@@ -153,7 +164,7 @@ def examine(
         fields: dict[str, pa.DataType] = {}
         reader = open_reader(path, reading)
         for batch in reader.batches(text, others):
-            texts = [_texts(reader, name, batch) for name in text]
+            texts = [_texts(reader, name, batch, words) for name in text]
             for name, column in zip(text, texts, strict=True):
                 note_texts(reader.notes, column, batch.row, name)
             copied = [name for name in batch.values if others is None or name in others]
@@ -176,6 +187,7 @@ def examine(
         chunks,
         reading,
         tuple(warnings),
+        words,
     )
 
 
@@ -246,21 +258,32 @@ def _part(inputs: Inputs, reader: FileReader, batch: RowBatch, rows: range, file
         else pa.nulls(count, field.type)
         for field in inputs.schema
     ]
-    texts = [_texts(reader, name, batch).slice(rows.start, count) for name in inputs.text]
-    table = pa.table(columns, schema=inputs.schema)
-    return Chunk(number, texts, table, np.full(count, file), batch.row[rows.start : rows.stop], {})
+    texts = [_texts(reader, name, batch, inputs.words).slice(rows.start, count) for name in inputs.text]
+    table, some = pa.table(columns, schema=inputs.schema), slice(rows.start, rows.stop)
+    divided = _are_lists(batch.values[inputs.text[0]])[some]
+    return Chunk(number, texts, table, np.full(count, file), batch.row[some], divided, {})
 
 
-def _texts(reader: FileReader, name: str, batch: RowBatch) -> pa.Array:
-    """A column of texts; of a CoNLL file its words with one space between them."""
-    return row_texts(reader, name, batch, words=format_of(reader.path) == "conll")
+def _texts(reader: FileReader, name: str, batch: RowBatch, words: bool) -> pa.Array:
+    """A column of texts; of a CoNLL file its words with one space between them, and where `words` of lists of words in other files too."""
+    words = format_of(reader.path) == "conll" or (words and bool(_are_lists(batch.values[name]).any()))
+    return row_texts(reader, name, batch, words=words)
+
+
+def _are_lists(values: Any) -> Array:
+    """Which values of a column, as a reader gives them, are lists of words, bool (N,)."""
+    if isinstance(values, pa.Array):
+        return np.full(len(values), pa.types.is_list(values.type))
+    return np.array([isinstance(value, list) for value in values], bool)
 
 
 def _joined(parts: Sequence[Chunk], units: Mapping[int, str]) -> Chunk:
     texts = [pa.concat_arrays(columns) for columns in zip(*(part.texts for part in parts), strict=True)]
     table = pa.concat_tables([part.table for part in parts]).combine_chunks()
-    file, row = (np.concatenate([getattr(part, name) for part in parts]) for name in ("file", "row"))
-    return Chunk(parts[0].number, texts, table, file, row, dict(units))
+    file, row, divided = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("file", "row", "divided")
+    )
+    return Chunk(parts[0].number, texts, table, file, row, divided, dict(units))
 
 
 # -- types ------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ __all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
 FORMAT = 2
 #: Key of our own record in the metadata of a Parquet file.
 _KEY = b"afina"
+_SUMMED = ("rows", "tokens", "blank", "truncated", "unanswered", "words", "words_cut")
 
 
 class Parts:
@@ -257,12 +258,12 @@ def digest_of(files: Mapping[str, Any]) -> str:
 
 
 def summary_of(summaries: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the parts: rows, tokens, blank, cut and unanswered texts, and how often each label was predicted."""
+    """Sums over the parts: rows, tokens, blank, cut and unanswered texts, words and those cut off, and how often each label was predicted."""
     sums: Counter[str] = Counter()
     predictions: Counter[str] = Counter()
     blank: list[str] = []
     for part in summaries:
-        sums.update({key: part[key] for key in ("rows", "tokens", "blank", "truncated", "unanswered") if key in part})
+        sums.update({key: part[key] for key in _SUMMED if key in part})
         predictions.update(part["predictions"])
         blank += part["blank_rows"]
     return {**sums, "blank_rows": blank[:5], "predictions": dict(sorted(predictions.items()))}

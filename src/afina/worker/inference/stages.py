@@ -78,6 +78,7 @@ def plan(job: Prediction) -> dict[str, Any]:
     from afina.worker.inference.inputs import check_columns, examine
     from afina.worker.inference.parts import Parts, compare
     from afina.worker.model.model_files import check_files
+    from afina.worker.task.tasks import labels_words
 
     config = check_files(job.model)
     _check_head(job.model, config)
@@ -103,7 +104,8 @@ def plan(job: Prediction) -> dict[str, Any]:
     if job.out.exists():
         return _check_complete(job.out, identity)
     id_column = [job.id_column] if job.id_column else []
-    inputs = examine(files, job.text, None if job.keep == "all" else id_column, job.chunk_rows, reading)
+    words = labels_words(config.get("architectures"))
+    inputs = examine(files, job.text, None if job.keep == "all" else id_column, job.chunk_rows, reading, words=words)
     for warning in inputs.warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     times = {str(path): path.stat().st_mtime_ns for path in files}
@@ -273,6 +275,9 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     if summary["truncated"] > _TRUNCATED_SHARE * summary["rows"]:
         share = summary["truncated"] / summary["rows"]
         yield f"{summary['truncated']:,} texts ({share:.1%}) are longer than the model was trained for and were cut"
+    if summary.get("words_cut"):
+        of = f"{summary['words_cut']:,} of {summary['words']:,} words"
+        yield f"{of} lie behind the end of texts that were cut: no entity is predicted there; split long texts"
 
 
 def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progress: str) -> float:
@@ -286,7 +291,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
 
     def encode_next() -> tuple[Chunk, EncodedTexts | EncodedForAll] | None:
         chunk = next(source, None)
-        return (chunk, classifier.encode(chunk.texts)) if chunk is not None else None
+        return (chunk, classifier.encode(chunk.texts, chunk.divided)) if chunk is not None else None
 
     # A run has checked its model; of another folder nobody knows whether its rows may share a batch.
     unchecked = not parts.job.trained and parts.job.dtype == "float32"
@@ -349,20 +354,23 @@ def _write(
     import pyarrow as pa
 
     from afina.worker.task.tasks import abstained, prediction_columns
+    from afina.worker.task.word_places import CUT
 
     rows, job = len(chunk), parts.job
     ours = classifier.run(encoded, advance)
     advance(rows - len(encoded.rows))
-    unanswered = {}
+    more = {}
     if classifier.task == "token-classification":
         columns = {"prediction": classifier.entity_column(encoded, ours)}
+        pieces = encoded.split.words.pieces  # type: ignore[union-attr]
+        more = {"words": len(pieces), "words_cut": int((pieces == CUT).sum())}
     else:
         logits = np.full((rows, classifier.num_labels), np.nan, np.float32)
         logits[encoded.rows] = ours
         columns = prediction_columns(classifier.task, classifier.labels, logits, classifier.rule)
     if job.abstain_below is not None:
         columns, count = abstained(classifier.task, columns, job.abstain_below)
-        unanswered = {"unanswered": count}
+        more = {"unanswered": count}
     table = chunk.table
     if job.keep == "id":
         names = np.array([str(path) for path in parts.inputs.files], object)
@@ -384,7 +392,7 @@ def _write(
         "blank": len(blank),
         "blank_rows": [chunk.where(row, parts.inputs.files) for row in blank[:5].tolist()],
         "truncated": encoded.truncated,
-        **unanswered,
+        **more,
         "predictions": counts,
     }
     parts.write(chunk.number, table, summary)

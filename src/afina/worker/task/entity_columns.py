@@ -41,7 +41,7 @@ def entity_column(
     if scores is not None:
         sums = np.concatenate([[0.0], np.cumsum(scores, dtype=np.float64)])
         mean = (sums[found[:, 2]] - sums[found[:, 1]]) / (found[:, 2] - found[:, 1])
-        fields["score"] = pa.array(mean, pa.float32())
+        fields["score"] = pa.array(mean.round(6), pa.float64())  # as JSON and CSV show them, too
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(texts)))]).astype(np.int32)
     values = pa.StructArray.from_arrays(list(fields.values()), list(fields))
     empty = pa.array([text is None for text in texts], pa.bool_())
@@ -52,7 +52,7 @@ def predicted_entities(
     texts: Sequence[str | None], logits: Array, words: WordPlaces, names: Sequence[str]
 ) -> pa.ListArray:
     """The entities that logits of words, (W, K), predict, with their scores; as `entity_column`."""
-    labels = word_labels(decisions("token-classification", logits), words.pieces)
+    labels = word_labels(decisions("token-classification", logits), words)
     own = np.take_along_axis(probabilities("token-classification", logits), labels[:, None], axis=1)[:, 0]
     shared = np.flatnonzero(np.asarray(words.pieces) < 0)
     own[shared] = own[np.maximum(shared - 1, 0)]  # a shared token has one score

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CUT", "SHARED", "WordPlaces", "word_labels"]
+__all__ = ["CUT", "REMOVED", "SHARED", "WordPlaces", "word_labels"]
 
 Array = np.ndarray[Any, Any]
 
-#: In place of a word's first token: it lies in the token of the word before it; it was cut off.
-SHARED, CUT = -1, -2
+#: In place of a word's first token: it lies in the token of the word before it; it was cut off; the tokenizer removes its characters, as BERT's does
+#: with variation selectors (U+FE0F behind an emoji) and U+200B.
+SHARED, CUT, REMOVED = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class WordPlaces:
     Attributes:
         offsets: words of row i are offsets[i] to offsets[i + 1] - 1, int64 (N + 1,).
         spans: first character and end of each word in its row's text, int32 (W, 2).
-        pieces: first token of each word, as an index in its row, int32 (W,); SHARED or CUT where it has none of its own.
+        pieces: first token of each word, as an index in its row, int32 (W,); SHARED, CUT or REMOVED where it has none of its own.
     """
 
     offsets: Array
@@ -49,16 +50,21 @@ class WordPlaces:
         return WordPlaces(offsets, np.asarray(self.spans)[words], np.asarray(self.pieces)[words])
 
 
-def word_labels(decided: Array, pieces: Array) -> Array:
+def word_labels(decided: Array, words: WordPlaces) -> Array:
     """The labels of all words, int64 (W,), from those of the words with a token of their own; see `afina.statistics.entities` for the numbers.
 
-    A word that shares the token of the one before it continues its entity; one that was cut off is outside (0).
-
-    Args:
-        pieces: first token of each word, SHARED or CUT.
+    A word that shares the token of the one before it continues its entity. One that was cut off is outside (0), and so is one that the tokenizer
+    removes, except between two words of one entity.
     """
-    labels = np.where(np.asarray(pieces) == CUT, 0, decided).astype(np.int64)
-    for word in np.flatnonzero(np.asarray(pieces) == SHARED).tolist():
+    pieces = np.asarray(words.pieces)
+    labels = np.where(pieces < SHARED, 0, decided).astype(np.int64)
+    kept = np.flatnonzero(pieces != REMOVED)
+    for word in np.flatnonzero((pieces == SHARED) | (pieces == REMOVED)).tolist():
         before = labels[word - 1] if word else 0
-        labels[word] = before + before % 2  # a begin (odd) is continued, and so is a continuation
+        inside = before + before % 2  # a begin (odd) is continued, and so is a continuation
+        if pieces[word] == REMOVED:
+            end = words.offsets[np.searchsorted(words.offsets, word, side="right")]
+            after = kept[np.searchsorted(kept, word) :][:1]
+            inside *= bool(len(after) and after[0] < end and labels[after[0]] == inside)
+        labels[word] = inside
     return labels

@@ -152,7 +152,7 @@ def scores(
 def entity_metrics(texts: Sequence[str], decided: Array, split: Split, names: Sequence[str]) -> dict[str, Any]:
     """The metrics of a token classification, of the labels of words with a token of their own, int (W,)."""
     assert split.words is not None
-    labels = word_labels(decided, split.words.pieces)
+    labels = word_labels(decided, split.words)
     offsets, types = split.words.offsets, len(entity_types(names))
     counts = count_rows(entities(np.asarray(split.labels), offsets), entities(labels, offsets), len(split), types)
     values, undefined = compute("token-classification", texts, *counts, None, types)

@@ -5,13 +5,17 @@ A row is one of the two:
     words    a list of words and as many tags; the row's text is the words with one space between them
     text     a text and a list of spans, `{start: 3, end: 8, label: PER}` or `[3, 8, "PER"]`, in characters, the end not included
 
-Words of a text are runs of letters and digits, and every other character that is not white space by itself. A span takes the whole words
-that it touches: one that cuts a word is widened, and counted. Spans that overlap are refused.
+Words of a text are runs of letters and digits, and every other character that is not white space by itself, each with the combining marks
+behind it (accents, vowel signs). A span takes the whole words that it touches: one that cuts a word is widened, and counted. Spans that
+overlap are refused. For a model of word lists a text is divided at white space, and the marks around its words stand apart, as in such data.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +25,7 @@ import pyarrow as pa
 
 from afina.errors import DataError
 from afina.worker.data.tables.row_batches import FileReader, RowBatch
-from afina.worker.task.word_places import CUT, SHARED
+from afina.worker.task.word_places import CUT, REMOVED, SHARED
 
 __all__ = ["TaggedWords", "Units", "find_pieces", "join_words", "raw_values", "read_row", "row_texts", "spans_of_text"]
 
@@ -29,7 +33,8 @@ Array = np.ndarray[Any, Any]
 #: What words are: pieces of the text between white space, as word lists give them; or by letters and punctuation, as texts do.
 Units = Literal["spaces", "letters"]
 
-_WORD = {"letters": re.compile(r"\w+|[^\w\s]"), "spaces": re.compile(r"\S+")}
+#: Marks before a word, the word (U.S. and J. keep their points), marks behind it.
+_AROUND = re.compile(r"([(\[{<\"'“‘«¿¡]*)((?:\w\.)+|.*?)([)\]}>\"'”’».,;:!?…]*)", re.DOTALL)
 _SPAN = "a span is {start: 3, end: 8, label: PER}, or [3, 8, \"PER\"], in characters of the text, the end not included"  # fmt: skip
 
 
@@ -109,10 +114,44 @@ def join_words(value: Any) -> str | None:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def spans_of_text(text: str, units: Units) -> Array:
-    """Where the words of a text are, int32 (n, 2)."""
-    spans = [match.span() for match in _WORD[units].finditer(text)]
+def spans_of_text(text: str, units: Units, *, divided: bool = False) -> Array:
+    """Where the words of a text are, int32 (n, 2).
+
+    Args:
+        divided: the text is words with a space between them; else marks around a word of `spaces` are words of their own.
+    """
+    if units == "letters":
+        marks = "" if text.isascii() else "".join(sorted(_marks().intersection(text)))
+        spans = [match.span() for match in _letters(marks).finditer(text)]
+    elif divided:
+        spans = [match.span() for match in re.finditer("[^ ]+", text)]
+    else:
+        pieces = re.finditer(r"\S+", text)
+        spans = [span for piece in pieces for span in _without_marks(piece[0], piece.start())]
     return np.array(spans, np.int32).reshape(-1, 2)
+
+
+@functools.cache
+def _marks() -> frozenset[str]:
+    """All combining marks: accents, vowel signs, variation selectors."""
+    return frozenset(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M")
+
+
+@functools.lru_cache(4096)
+def _letters(marks: str) -> re.Pattern[str]:
+    """Words of a text that has these combining marks; a class of all two thousand takes ten times the time."""
+    return re.compile(rf"\w+(?:[{marks}][\w{marks}]*)?|[^\w\s][{marks}]*" if marks else r"\w+|[^\w\s]")
+
+
+def _without_marks(piece: str, start: int) -> list[tuple[int, int]]:
+    """The words of a piece between white space that begins at `start`; one without letters and digits, as `:)`, is one word."""
+    if piece.isalnum() or not re.search(r"\w", piece):
+        return [(start, start + len(piece))]
+    match = _AROUND.fullmatch(piece)
+    assert match is not None
+    first, last = (start + at for at in match.span(2))
+    ends = [*range(start, first), *range(last, start + len(piece))]
+    return sorted([(first, last), *((at, at + 1) for at in ends)])
 
 
 def read_row(where: str, text: Any, tags: Any) -> tuple[Array, list[str] | None, bool]:
@@ -199,17 +238,19 @@ def _span(where: str, text: str, span: Any) -> tuple[int, int, str]:
     return start, end, label.strip()
 
 
-def find_pieces(offsets: Array, spans: Array, token_offsets: Array, starts: Array, ends: Array) -> Array:
-    """The first token of each word, as an index in its row, int32 (W,); SHARED where that token begins in the word before it, CUT where the row's
-    tokens end before it.
+def find_pieces(offsets: Array, spans: Array, token_offsets: Array, places: Array, cut: Array) -> Array:
+    """The first token of each word, as an index in its row, int32 (W,); SHARED where that token begins in the word before it, CUT where the row was
+    cut before it, REMOVED where the tokenizer made none of it.
 
     Args:
         offsets, spans: of the words, as in `TaggedWords`.
         token_offsets: tokens of each row, (N + 1,).
-        starts, ends: characters of each token in its row's text, (T,); -1 of special tokens. One without a character of its own (the
-            space before a word) is part of the word that begins there.
+        places: first character of each token in its row's text, and the one behind its last, (T, 2); -1 of special tokens. One without
+            a character of its own (the space before a word) is part of the word that begins there.
+        cut: rows whose text was longer than allowed, bool (N,).
     """
-    pieces = np.full(len(spans), CUT, np.int32)
+    starts, ends = places[:, 0], places[:, 1]
+    pieces = np.repeat(np.where(cut, CUT, REMOVED), np.diff(offsets)).astype(np.int32)
     for row in range(len(offsets) - 1):
         words = spans[offsets[row] : offsets[row + 1]]
         tokens = slice(int(token_offsets[row]), int(token_offsets[row + 1]))
@@ -222,11 +263,11 @@ def find_pieces(offsets: Array, spans: Array, token_offsets: Array, starts: Arra
         place = np.searchsorted(np.maximum.accumulate(last), words[:, 0], side="right")
         inside = place < len(real)
         here = np.where(inside, place, 0)
-        own = np.where(inside & (first[here] < words[:, 1]), real[here], CUT)
-        between = inside & (first[here] >= words[:, 1])  # no token for it: the tokenizer removes such characters
+        own = np.where(inside, real[here], CUT if cut[row] else REMOVED)
+        own[inside & (first[here] >= words[:, 1])] = REMOVED  # the token behind it
         repeated = np.zeros(len(words), bool)
         repeated[1:] = (own[1:] == own[:-1]) & (own[1:] >= 0)
-        pieces[offsets[row] : offsets[row + 1]] = np.where(repeated | between, SHARED, own)
+        pieces[offsets[row] : offsets[row + 1]] = np.where(repeated, SHARED, own)
     return pieces
 
 

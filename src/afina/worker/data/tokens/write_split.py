@@ -189,7 +189,8 @@ def _pieces(words: TaggedWords, done: int, block: Block) -> Array:
     """The first token of each word of a block, which begins at row `done` of the split."""
     some = words.take(np.arange(len(block["cut"][0])) + done)
     begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(block["tokens"][1])])
-    return find_pieces(some.offsets, some.spans, begins, block["starts"][0], block["ends"][0])
+    places = np.column_stack([block["starts"][0], block["ends"][0]])
+    return find_pieces(some.offsets, some.spans, begins, places, block["cut"][0])
 
 
 def _write_words(aside: Path, split: str, words: TaggedWords, pieces: Array) -> dict[str, int]:
