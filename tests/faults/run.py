@@ -157,7 +157,8 @@ def _scenarios(suite: Suite, options: argparse.Namespace, seed: int) -> Iterator
         if reason := suite.applies(scenario):
             _progress(f"{scenario.name}: skipped: {reason}")
             continue
-        work = partial(_kept, options, partial(suite.run, scenario, seed))
+        changed = dataclasses.replace(scenario, changes={**dict(options.set), **scenario.changes})
+        work = partial(_kept, options, partial(suite.run, changed, seed))
         if scenario.exclusive:
             yield batch
             yield [work]
@@ -284,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change the recipe of the runs with random kills",
+        help="change the recipe of the runs",
     )
     parser.add_argument("--seed", type=int, help="repeat the choices of an earlier call")
     parser.add_argument("--jobs", type=int, default=1, help="concurrent runs")
