@@ -20,6 +20,7 @@ from pydantic import Field
 
 from afina.errors import InputError
 from afina.frozen import FrozenModel
+from afina.recipe.keys.train_keys import Tokens
 from afina.sweeps.grid import key_values, refuse_keys, split_values, texts_of
 
 __all__ = ["ChoiceList", "Range", "Space", "corners", "parse_search", "space_of", "value_text"]
@@ -33,9 +34,7 @@ _PREPARED = (
     "revision",
     "task",
     "trust_remote_code",
-    "tokens.max_length",
-    "tokens.truncation",
-    "tokens.windows",
+    *(f"tokens.{name}" for name in Tokens.model_fields if name not in Tokens.batching_keys),
 )
 _EXAMPLE = "for example train.learning_rate=1e-6..1e-4:log, train.epochs=1..5 or tokens.batching=packed,grouped"
 

@@ -9,10 +9,13 @@ import pytest
 from tests.unit.conftest import recipe_dict
 
 from afina.errors import InputError, RecipeError
+from afina.recipe.keys.train_keys import Tokens, Windows
 from afina.sweeps.grid import Cell, expand_sweep, grid_of, parse_grid, parse_seeds, point_name, split_values
 from afina.sweeps.space import ChoiceList, Range, corners, parse_search, space_of, value_text
 
 TEXT = json.dumps(recipe_dict())
+#: Keys of `tokens` that decide which tokens a text becomes.
+ENCODED = Tokens(truncation="head+tail").encoding | Tokens(windows=Windows()).encoding
 
 
 def cells(*grid: str, seeds: tuple[int, ...] = (1,), overrides: tuple[str, ...] = ()) -> list[Cell]:
@@ -187,7 +190,8 @@ def test_a_space_is_ranges_and_choices() -> None:
         ("train.learning_rate=1e-5", "nothing to search"),
         ("train.learning_rate=1,,2", "a choice is empty"),
         ("tokens.batching=packed,packed", "is given twice"),
-        ("tokens.max_length=32..64", "decides what is prepared"),
+        *((f"tokens.{name}=32..64", "decides what is prepared") for name in ENCODED),
+        ("tokens.windows.pool=mean,max", "decides what is prepared"),
         ("data.label=a,b", "decides what is prepared"),
         ("train.seed=1..9", "a seed is not better than another"),
         ("resources.time=1..9", "is not part of a sweep"),

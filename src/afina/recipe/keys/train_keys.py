@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -53,6 +53,8 @@ class Tokens(Section):
     """How texts become tokens. Lengths in tokens, special tokens included."""
 
     added_later = ("truncation", "windows")
+    #: Keys that decide how batches are made, and not which tokens a text becomes.
+    batching_keys: ClassVar[tuple[str, ...]] = ("batching",)
 
     max_length: Annotated[int, Field(ge=2, le=131072)] = 512
     truncation: Literal["head", "head+tail"] = "head"
@@ -73,8 +75,8 @@ class Tokens(Section):
 
     @property
     def encoding(self) -> dict[str, Any]:
-        """The keys that decide which tokens a text becomes, for digests and records; not how batches are made of them."""
-        return self.digested(exclude=("batching",))
+        """The keys that decide which tokens a text becomes, for digests and records."""
+        return self.digested(exclude=self.batching_keys)
 
     @property
     def head_and_tail(self) -> tuple[int, int]:
