@@ -38,7 +38,7 @@ _REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehears
 
 
 class Measured(BaseModel):
-    """Measurements of a rehearsal, see `afina.worker.training.rehearsal`. Bytes, seconds, costs in tokens."""
+    """Measurements of a rehearsal, see `afina.worker.node.rehearsal`. Bytes, seconds, costs in tokens."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

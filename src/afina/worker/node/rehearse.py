@@ -1,6 +1,6 @@
 """Measure what a run will cost: `python -m afina.worker rehearse RUN_DIR`.
 
-The network is cut first, before a thread is started; `afina.worker.training.rehearsal` does the rest.
+The network is cut first, before a thread is started; `afina.worker.node.rehearsal` does the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def answer(arguments: list[str]) -> dict[str, Any]:
     run, geometry = RunDir(arguments[0]), Geometry.model_validate(question["geometry"])
     try:
         with hide_packages(*NOT_NEEDED):
-            from afina.worker.training.rehearsal import rehearse
+            from afina.worker.node.rehearsal import rehearse
 
         measured = rehearse(run, geometry, question["steps"], question["seconds"], began)
     except AfinaError:
