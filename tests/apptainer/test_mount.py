@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from tests.common import NASTY, ROOT, program
-from tests.processes import descendants, signal_all, wait_until
+from tests.processes import alive, descendants, signal_all, wait_until
 
 #: The worker: answers each line of its standard input with a line of JSON.
 WORKER = """
@@ -124,8 +124,13 @@ class Node:
         return ["apptainer", "--quiet", "exec", "--no-home", str(image or self.image), *command]
 
     def worker(self, *, plain: bool = False) -> Worker:
+        """A worker that has answered; the watcher, which bash starts beside it, has left the tree."""
         command = self.inside("python", "-c", WORKER)
-        return Worker(self.popen(command if plain else ["bash", str(self.script), str(self.image), *command]))
+        if plain:
+            return Worker(self.popen(command))
+        made = Worker(self.popen(["bash", str(self.script), str(self.image), *command]))
+        wait_until(lambda: len(self.outside(made)) >= 2)
+        return made
 
     def mounts(self) -> list[Path]:
         """Mount points below TMPDIR."""
@@ -151,6 +156,11 @@ class Node:
             if words[0] in given or (b"afina-watch" in given and words[1] in given):
                 found.append(int(file.parent.name))
         return found
+
+    def outside(self, worker: Worker) -> list[int]:
+        """The processes of a worker's mount that SIGKILL to its step does not reach under proctrack/linuxproc."""
+        tree = (worker.process.pid, *descendants(worker.process.pid))
+        return [pid for pid in self.holders(worker.root) if pid not in tree]
 
     def clean(self) -> bool:
         return not self.mounts() and list(self.tmp.iterdir()) == []
@@ -190,9 +200,13 @@ def test_a_signal_to_the_whole_step_leaves_the_files(node: Node, name: str) -> N
 
 @pytest.mark.parametrize("name", ["TERM", "USR1", "USR2"])
 def test_without_node_sh_the_files_are_gone(node: Node, name: str) -> None:
-    """The control: Apptainer's own mount, the same signal."""
+    """The control: Apptainer's own mount, the same signal. The mount's process takes a moment to end."""
     worker = node.worker(plain=True)
-    signal_all([worker.process.pid, *descendants(worker.process.pid)], signal.Signals[f"SIG{name}"])
+    tree = descendants(worker.process.pid)
+    mounting = [pid for pid in tree if b"squashfuse" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert mounting
+    signal_all([worker.process.pid, *tree], signal.Signals[f"SIG{name}"])
+    wait_until(lambda: not any(map(alive, mounting)))
     try:
         worker.receives(name)
         answer = worker.ask("import sqlite3")
@@ -214,7 +228,6 @@ def test_a_signal_to_node_sh_alone_is_passed_on(node: Node) -> None:
 def test_killed_as_a_whole_the_mount_goes_too(node: Node) -> None:
     """All that descends from the step: what SIGKILL reaches under proctrack/linuxproc."""
     worker = node.worker()
-    assert len(node.holders(worker.root)) >= 2
     signal_all([worker.process.pid, *descendants(worker.process.pid)], signal.SIGKILL)
     wait_until(node.clean)
 
@@ -231,10 +244,7 @@ def test_node_sh_killed_alone_the_worker_keeps_its_files(node: Node) -> None:
 def test_a_dead_mount_point_is_cleared_by_the_next_start(node: Node) -> None:
     """SIGKILL under proctrack/cgroup takes the mount and the watcher too. A mount that lives is left alone."""
     living, killed = node.worker(), node.worker()
-    outside = [
-        pid for pid in node.holders(killed.root) if pid not in (killed.process.pid, *descendants(killed.process.pid))
-    ]
-    signal_all([*outside, killed.process.pid, *descendants(killed.process.pid)], signal.SIGKILL)
+    signal_all([*node.outside(killed), killed.process.pid, *descendants(killed.process.pid)], signal.SIGKILL)
 
     wait_until(lambda: "not connected" in node.stat_error(killed.root))
     assert killed.root in node.mounts() and node.stat_error(living.root) == ""
@@ -247,9 +257,7 @@ def test_a_dead_mount_point_is_cleared_by_the_next_start(node: Node) -> None:
 
 def test_a_mount_that_hangs_is_left_alone(node: Node) -> None:
     worker = node.worker()
-    outside = [
-        pid for pid in node.holders(worker.root) if pid not in (worker.process.pid, *descendants(worker.process.pid))
-    ]
+    outside = node.outside(worker)
     signal_all(outside, signal.SIGSTOP)
     done = node.run(*node.inside("true"))
     signal_all(outside, signal.SIGCONT)
