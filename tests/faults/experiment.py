@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,22 +88,26 @@ class Monitor:
         self._last_step = step
 
     def _poll(self) -> None:
-        while not self._closed.wait(0.02):
+        while not self._closed.wait(0.1):
             self.update()
 
 
-def references(make: MakeRun) -> Callable[[Mapping[str, Any]], Reference]:
-    """A function that runs the undisturbed run once per set of changes that changes the training."""
-    known: dict[str, Reference] = {}
+def references(make: MakeRun, name: str) -> Callable[[Mapping[str, Any]], Reference]:
+    """A function that runs the undisturbed run once per set of changes that changes the training; of any thread."""
+    known: dict[str, Future[Reference]] = {}
     lock = threading.Lock()
 
     def reference(changes: Mapping[str, Any]) -> Reference:
         training = {key: value for key, value in changes.items() if key not in _SAVING}
-        name = f"undisturbed-{len(known)}"
         with lock:
-            if str(training) not in known:
-                known[str(training)] = _undisturbed(make(name, None, ()), training)
-        return known[str(training)]
+            number, asked = len(known), known.get(str(training))
+            future = known.setdefault(str(training), Future())
+        if asked is None:
+            try:
+                future.set_result(_undisturbed(make(f"{name}-{number}", None, ()), training))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
     return reference
 
@@ -121,10 +126,13 @@ def _undisturbed(live: LiveRun, changes: Mapping[str, Any]) -> Reference:
         live.clean_up()
 
 
-def run_scenario(scenario: Scenario, make: MakeRun, reference: Reference, seed: str, folder: Path) -> Result:
+def run_scenario(
+    scenario: Scenario, make: MakeRun, reference: Callable[[], Reference], seed: str, folder: Path
+) -> Result:
     """Run one scenario to its end. The same seed makes the same choices; their effect depends on the machine.
 
     Args:
+        reference: the undisturbed run, asked for at the end: other scenarios run beside it.
         seed: of this scenario only.
         folder: mount point of the scenario's small disk.
     """
@@ -140,7 +148,7 @@ def run_scenario(scenario: Scenario, make: MakeRun, reference: Reference, seed: 
 
 
 def run_random_kills(
-    make: MakeRun, reference: Reference, seed: str, kills: int, changes: Mapping[str, Any] = {}
+    make: MakeRun, reference: Callable[[], Reference], seed: str, kills: int, changes: Mapping[str, Any] = {}
 ) -> Result:
     """One run, with these changes of its recipe, that is killed `kills` times at random."""
     live = make(f"kills-{seed.replace('/', '-')}", None, ())
@@ -166,7 +174,7 @@ class _Log:
     refused: bool = False
 
 
-def _run(scenario: Scenario, scene: Scene, reference: Reference, seed: str) -> Result:
+def _run(scenario: Scenario, scene: Scene, reference: Callable[[], Reference], seed: str) -> Result:
     live, log = scene.live, _Log()
     live.start(scenario.changes, scenario.limit_min)
     began = time.monotonic()
@@ -189,7 +197,7 @@ def _run(scenario: Scenario, scene: Scene, reference: Reference, seed: str) -> R
                 live.resume()
     finally:
         monitor.close()
-    result = _result(scenario, live, log, monitor, time.monotonic() - began, reference, seed)
+    result = _result(scenario, live, log, monitor, time.monotonic() - began, reference(), seed)
     return dataclasses.replace(result, broken=tuple(broken_promises(scenario, result)))
 
 

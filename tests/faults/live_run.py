@@ -194,7 +194,7 @@ class LiveRun(ABC):
 
     def wait_for_training(self) -> int:
         """Wait until this attempt has done a step; returns it. Earlier log lines do not count."""
-        return self.until(self._first_step, "its first step", patience_s=240)
+        return self.until(self._first_step, "its first step", patience_s=240, pause_s=0.01)
 
     def wait_for_step(self, step: int) -> int:
         """Wait until this attempt has logged `step`; returns the last logged step."""

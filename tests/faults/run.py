@@ -57,7 +57,7 @@ class Suite:
     def __init__(self, place: Path, setting: Setting, make: MakeRun, like: Suite | None = None) -> None:
         """With `like` the runs are compared with that suite's undisturbed one, in the same place."""
         self.place, self.setting, self.make = place, setting, make
-        self.reference = like.reference if like else references(make)
+        self.reference = like.reference if like else references(make, f"undisturbed-{setting.geometry}")
 
     def applies(self, scenario: Scenario) -> str | None:
         """Why a scenario does not apply to this setting, or None."""
@@ -73,11 +73,11 @@ class Suite:
 
     def run(self, scenario: Scenario, seed: int | str) -> Result:
         folder = self.place / ("scratch/runs" if self.setting.where == "slurm" else f"disk-{scenario.name}")
-        reference = self.reference(scenario.changes)
+        reference = partial(self.reference, scenario.changes)
         return run_scenario(scenario, self.make, reference, f"{seed}/{scenario.name}", folder)
 
     def random_kills(self, seed: int | str, number: int, kills: int, changes: Mapping[str, Any] = {}) -> Result:
-        return run_random_kills(self.make, self.reference(changes), f"{seed}/{number}", kills, changes)
+        return run_random_kills(self.make, partial(self.reference, changes), f"{seed}/{number}", kills, changes)
 
 
 def local_suite(place: Path, setting: Setting) -> Suite:

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.common import LONG, some_of
@@ -26,8 +27,13 @@ from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
 from tests.faults.scenarios import ADAPTER, FSDP, SCENARIOS
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
-KILLS = 50 if LONG else 5
-_KILLED_RUNS = [f"kills-{number}" for number in range(-(-KILLS // KILLS_PER_RUN))]
+#: Runs that are killed at random: processes, changes of the recipe, kills.
+KILLED: dict[str, tuple[int, dict[str, Any], int]] = {
+    "all weights": (1, {}, 50 if LONG else 5),
+    "an adapter": (2, ADAPTER, 25 if LONG else 3),
+    "shards": (2, FSDP, 25 if LONG else 3),
+    **({"an adapter on one process": (1, ADAPTER, 25)} if LONG else {}),
+}
 #: Killed, stopped on request, a full disk, damaged checkpoints; killed and stopped with an adapter.
 ONE_OF_EACH_KIND = ("kill-all", "term-step", "full-in-save", "checkpoint-bit-flipped", "adapter-kill", "adapter-stop")
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS if "local" in scenario.where and not scenario.slow}
@@ -51,20 +57,28 @@ def result_of(request: pytest.FixtureRequest, suites: dict[int, Suite]) -> Itera
     """The result of a scenario, or of a run with random kills. All that are selected run in a pool, in the tests' order."""
     names: list[str] = []
     for item in request.session.items:
-        if (call := getattr(item, "callspec", None)) and "scenario" in call.params:
-            names.append(call.params["scenario"])
-        elif item.name == test_random_kills_change_nothing.__name__:
-            names += _KILLED_RUNS
+        params = getattr(item, "callspec", None) and item.callspec.params
+        names += [params["scenario"]] if params and "scenario" in params else []
+        names += _runs(params["kind"]) if params and "kind" in params else []
     with ThreadPoolExecutor(3) as pool:
+        pool.submit(suites[1].reference, {})
         futures = {name: pool.submit(_run, suites, name) for name in names}
         yield lambda name: futures[name].result()
         for future in futures.values():
             future.cancel()
 
 
+def _runs(kind: str) -> list[str]:
+    """Names of the runs with this kind's kills: `an adapter/0`, ..."""
+    return [f"{kind}/{number}" for number in range(-(-KILLED[kind][2] // KILLS_PER_RUN))]
+
+
 def _run(suites: dict[int, Suite], name: str) -> Result:
-    if name.startswith("kills-"):
-        return suites[1].random_kills(SEED, int(name.removeprefix("kills-")), KILLS_PER_RUN)
+    kind, _, number = name.partition("/")
+    if number:
+        processes, changes, kills = KILLED[kind]
+        kills = min(KILLS_PER_RUN, kills - int(number) * KILLS_PER_RUN)
+        return suites[processes].random_kills(f"{SEED}/{kind}", int(number), kills, changes)
     scenario = _BY_NAME[name]
     suite = suites[scenario.num_processes]
     result = suite.run(scenario, SEED)
@@ -92,28 +106,15 @@ def test_a_run_survives(suites: dict[int, Suite], result_of: ResultOf, scenario:
 @pytest.mark.series
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf) -> None:
-    runs = [result_of(name) for name in _KILLED_RUNS]
-    while (missing := KILLS - sum(result.kills for result in runs)) > 0:  # replaces kills that came too late
-        runs.append(suites[1].random_kills(SEED, len(runs), min(missing, KILLS_PER_RUN)))
+@pytest.mark.parametrize("kind", KILLED)
+def test_random_kills_change_nothing(suites: dict[int, Suite], result_of: ResultOf, kind: str) -> None:
+    processes, changes, kills = KILLED[kind]
+    runs = [result_of(name) for name in _runs(kind)]
+    while (missing := kills - sum(result.kills for result in runs)) > 0:  # replaces kills that came too late
+        again = suites[processes].random_kills(f"{SEED}/{kind}", len(runs), min(missing, KILLS_PER_RUN), changes)
+        runs.append(again)
     print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(runs)}\n" + "\n".join(result.difference for result in runs))
     assert not [result.broken for result in runs if result.broken]
-
-
-@pytest.mark.series
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("processes", "changes"),
-    [(2, ADAPTER), (2, FSDP), *([(1, ADAPTER)] if LONG else [])],
-    ids=["an adapter", "shards", *(["an adapter on one process"] if LONG else [])],
-)
-def test_random_kills_change_nothing_with(suites: dict[int, Suite], processes: int, changes: dict[str, str]) -> None:
-    results_of_kills: list[Result] = []
-    while sum(result.kills for result in results_of_kills) < KILLS / 2:
-        results_of_kills.append(suites[processes].random_kills(SEED, len(results_of_kills), KILLS_PER_RUN, changes))
-    print(f"AFINA_FAULTS_SEED={SEED}\n{results.table(results_of_kills)}")
-    assert not [result.broken for result in results_of_kills if result.broken]
 
 
 def test_the_command_lists_the_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
