@@ -1,6 +1,6 @@
 """Real trainings of tiny models: every task, one and two processes, stops and resumes, and the files that are written.
 
-Runs that are stopped or killed are commands, as a user starts them; the others are trained by `train_here`.
+Runs that are resumed are commands, as a user starts them; the others are trained by `train_here`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,19 @@ def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> sub
     return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _train(place: Path, name: str, recipe: dict[str, Any], *options: str) -> Path:
-    run = place / name
-    process = _start(place, run, recipe, *options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return run
-
-
 def _train_here(place: Path, name: str, recipe: dict[str, Any], processes: int = 1, code: int = 0) -> Path:
     file = place / f"{name}.yaml"
     file.write_text(json.dumps(recipe))
     return train_here(file, place / name, num_processes=processes, code=code, env=_environment(place))
+
+
+def _stop_here(place: Path, name: str, recipe: dict[str, Any], lines: int, processes: int = 1) -> Path:
+    """A run that is asked to stop when its metrics log has `lines` lines."""
+    with ThreadPoolExecutor(1) as thread:
+        stopped = thread.submit(_train_here, place, name, recipe, processes, code=75)
+        _wait_for_lines(place / name, lines)
+        (place / name / "stop").touch()
+        return stopped.result()
 
 
 def _resume(place: Path, run: Path, *options: str) -> tuple[int, str]:
@@ -103,7 +105,7 @@ WHOLE = _recipe(
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """The undisturbed run."""
-    return _train(place, "whole", WHOLE)
+    return _train_here(place, "whole", WHOLE)
 
 
 #: Without dropout, whose masks depend on the number of processes, and in float32.
@@ -267,11 +269,7 @@ def test_a_weighted_loss_is_the_same_on_two_processes_that_accumulate_and_pytorc
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_of_one_process_resumes_with_two(place: Path, packed: Path) -> None:
-    run = place / "geometry"
-    process = _start(place, run, json.loads(packed.with_suffix(".yaml").read_text()))
-    _wait_for_lines(run, 4)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120) and process.returncode == 75
+    run = _stop_here(place, "geometry", json.loads(packed.with_suffix(".yaml").read_text()), 4)
     code, output = _resume(place, run, "--num-processes", "2")
     assert code == 0, output
     one, two = _lines(packed), _lines(run)
@@ -289,17 +287,11 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(pla
         tokens={"batching": "longest"},
         train={"max_steps": 12, "evaluate": 6, "epochs": None, "eval_batch_size": 1},
     )
-    two = ("--num-processes", "2")
-    whole = _train(place, "evaluated", recipe, *two)
-    run = place / "abandoned"
-    process = _start(place, run, recipe, *two)
-    _wait_for_lines(run, 6)
-    (run / "stop").touch()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
+    whole = _train_here(place, "evaluated", recipe, 2)
+    run = _stop_here(place, "abandoned", recipe, 6, 2)
     assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the stop did not wait for the evaluation"
     assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
-    code, output = _resume(place, run, *two)
+    code, output = _resume(place, run, "--num-processes", "2")
     assert code == 0, output
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
@@ -307,22 +299,12 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(pla
 
 @pytest.mark.timeout(300)
 def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_age_of_the_newest(place: Path) -> None:
-    """The stop begins 15 seconds, two saves and three steps before the deadline: 60 seconds leave some for the training."""
+    """The stop begins 15 seconds, two saves and three steps before the deadline: 30 seconds leave some for the training."""
     train = {"epochs": 4000, "save_every": 50000, "save_minutes": 0.005, "evaluate": 50000, "log_every": 100}
-    recipe = _recipe(train=train)
-    run = place / "limited"
-    file = run.with_suffix(".yaml")
-    file.write_text(json.dumps(recipe))
-    deadline = time.time() + 60
-    done = subprocess.run(
-        [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)],
-        env={**_environment(place), "AFINA_DEADLINE": str(deadline)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 75, done.stdout + done.stderr
+    file = place / "limited.yaml"
+    file.write_text(json.dumps(_recipe(train=train)))
+    env = {**_environment(place), "AFINA_DEADLINE": str(time.time() + 30)}
+    run = train_here(file, place / "limited", code=75, env=env)
     outcome = _outcome(run)
     assert outcome["cause"] == "limit"
     assert (run / f"checkpoints/step-{outcome['global_step']}/manifest.json").is_file()
@@ -393,11 +375,7 @@ def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Pa
 
 def test_damaged_checkpoints_are_set_aside_or_refused(place: Path) -> None:
     """One stopped run: every checkpoint damaged, then deleted, then restored but for the newest one's optimizer state."""
-    run = place / "damaged"
-    process = _start(place, run, _recipe(train={"save_every": 2, "epochs": 8}))
-    _wait_for_lines(run, 9)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120) and process.returncode == 75
+    run = _stop_here(place, "damaged", _recipe(train={"save_every": 2, "epochs": 8}), 9)
     checkpoints, kept = run / "checkpoints", place / "kept checkpoints"
     shutil.copytree(checkpoints, kept)
     for checkpoint in checkpoints.glob("step-*"):
