@@ -1,7 +1,8 @@
-"""For all suites: Ctrl-C works, and the files with the most slow tests come first."""
+"""For all suites: Ctrl-C works, one thread for a process, and the files with the most slow tests come first."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 
@@ -9,6 +10,9 @@ import pytest
 
 # What a shell starts in its background ignores Ctrl-C, and so would all that these tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Models here are so small that a second thread costs more than it computes; and sums of other parts differ in their last digit,
+# also where PyTorch has set the number that the environment has set in another process: MKL then takes all threads for small products.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

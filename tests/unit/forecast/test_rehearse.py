@@ -19,6 +19,8 @@ from tests.unit.training.in_process import train_here
 from afina.api import plan_for
 from afina.forecast.evidence import earlier_runs, workload_of
 from afina.run.job_request import JobRequest
+from afina.worker.checks.model_check import check_model_on_rows
+from afina.worker.data.prepare import prepare
 
 Ran = subprocess.CompletedProcess[str]
 
@@ -33,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def afina(place: Path, *arguments: str, **env: str) -> Ran:
-    given = {**os.environ, "AFINA_SCRATCH": str(place / "scra tch"), "OMP_NUM_THREADS": "1", **env}
+    given = {**os.environ, "AFINA_SCRATCH": str(place / "scra tch"), **env}
     return subprocess.run(
         [sys.executable, "-m", "afina.cli", *arguments],
         env=given, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
@@ -42,9 +44,11 @@ def afina(place: Path, *arguments: str, **env: str) -> Ran:
 
 @pytest.fixture(scope="module")
 def prepared(place: Path) -> dict[str, Any]:
-    done = afina(place, "prefetch", "recipe.yaml", "--json")
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
+        plan = plan_for(place / "recipe.yaml")
+    answer = prepare(plan)
+    check_model_on_rows(plan, answer, print)
     return answer
 
 

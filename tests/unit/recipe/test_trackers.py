@@ -9,16 +9,18 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests import tiny
+from tests.processes import wait_until
 from tests.unit.conftest import Ran, tree
+from tests.unit.training.in_process import train_here
 
 from afina.errors import EnvironmentProblem, RecipeError
 from afina.recipe import trackers
@@ -181,16 +183,13 @@ def test_a_killed_and_resumed_run_is_on_tensorboard_once(tmp_path: Path) -> None
     pytest.importorskip("tensorboard", reason="the extra `trackers` is not installed")
     file = tiny.write_project(tmp_path, train={"epochs": 8, "save_every": 20}, trackers=["tensorboard"])
     run = tmp_path / "it's a run"
-    env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY}
-    argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run)]
-    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        for _ in range(6000):
-            if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 25:
-                break
-            assert process.poll() is None, process.stdout and process.stdout.read().decode()
-            time.sleep(0.02)
+    env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "WANDB_API_KEY": KEY}
+    log = run / "metrics.jsonl"
+    with ThreadPoolExecutor(1) as thread:
+        killed = thread.submit(train_here, file, run, env=env, code=-signal.SIGKILL)
+        wait_until(lambda: killed.done() or (log.exists() and len(log.read_text().splitlines()) > 25), 120)
         os.kill(json.loads((run / "lease.json").read_text())["pid"], signal.SIGKILL)
-        process.communicate(timeout=60)
+        killed.result()
     argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

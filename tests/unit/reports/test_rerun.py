@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _afina(place: Path, *arguments: str | Path, cwd: Path | None = None) -> Ran:
-    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch")}
     argv = [sys.executable, "-m", "afina.cli", *map(str, arguments)]
     return subprocess.run(argv, env=env, cwd=cwd or place, capture_output=True, text=True, timeout=300, check=False)
 

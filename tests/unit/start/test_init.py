@@ -19,6 +19,7 @@ from tests import tiny
 from tests.common import program
 from tests.hub.server import HubServer
 from tests.unit.conftest import Ran, tree
+from tests.unit.data.stage import prepare, prepare_here, result
 
 from afina import cli
 from afina.api import plan_for
@@ -64,21 +65,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_model(tmp_path_factory.mktemp("it's a model") / "tiny model")
 
 
-def prepared(*plans: Plan) -> list[dict[str, Any]]:
-    """What `afina prefetch` makes of each, in one process of its own: importing transformers takes seconds."""
-    code = (
-        "import json, os, sys\nfrom afina.run.plan import Plan\nfrom afina.worker.data import prepare\n"
-        "for line in sys.stdin:\n    plan = Plan.model_validate_json(line)\n    prepare.set_environment(plan, os.environ)\n"
-        "    print(json.dumps(prepare.prepare(plan)))\n"
-    )
-    lines = "\n".join(json.dumps(plan.model_dump(mode="json")) for plan in plans)
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def reviews(count: int = 150, seed: int = 3) -> list[dict[str, Any]]:
     return [{"id": f"r{n}", **row} for n, row in enumerate(tiny.tiny_reviews(count, seed))]
 
@@ -93,7 +79,7 @@ def test_a_csv_becomes_a_recipe_that_is_prepared(init: Init, tmp_path: Path, mod
     assert (recipe.data.text, recipe.data.label, recipe.data.id) == (("text",), ("stars",), "id")
     assert answer["rows"] == 150 and sum(answer["labels"].values()) == 150 and answer["warnings"] == []
     assert recipe.metrics is not None and recipe.train.best_metric == recipe.metrics[0] == "accuracy"
-    (done,) = prepared(plan_for(tmp_path / "pro ject/recipe.yaml"))
+    done = prepare_here(plan_for(tmp_path / "pro ject/recipe.yaml"))
     assert (done["rows"], done["task"], len(done["labels"])) == ({"train": 122, "eval": 28}, "single-label", 5)
     # The length was counted with the tokenizer: about one text in a hundred is cut, and the share is answer.
     assert not [w for w in done["warnings"] if "were cut" in w]
@@ -225,7 +211,7 @@ def test_parts_pairs_lists_and_numbers_are_recognised_and_prepared(init: Init, t
     answer = proposed(tiny.write_parquet(tmp_path / "classes.parquet", classes, {"label": names}))
     assert set(answer["labels"]) == set(names), "labels by their names"
 
-    found = prepared(*plans)
+    found = [prepare_here(plan) for plan in plans]
     assert found[0]["rows"] == {"train": 120, "eval": 40, "test": 40}
     assert found[1]["rows"] == {"train": 109, "eval": 11, "test": 40}
     assert [f["task"] for f in found] == ["single-label", "single-label", "multi-label", "multi-label", "regression", "single-label"]  # fmt: skip
@@ -353,7 +339,7 @@ def test_options_of_reading_are_written_into_the_recipe(init: Init, tmp_path: Pa
     data = answer["recipe"].data
     assert (data.delimiter, data.encoding, data.header) == ("|", "cp1252", ("text", "stars"))
     assert answer["rows"] == 41 and answer["warnings"] == [] and answer["recipe"].name == "r"
-    (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
+    done = prepare_here(plan_for(tmp_path / "p/recipe.yaml"))
     assert sum(done["rows"].values()) == 41
 
 
@@ -428,7 +414,7 @@ def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
         assert answer["rows"] == 40 and set(answer["labels"]) == set(tiny.star_names())
         assert recipe.data.eval.split == "validation"
         hub.clear()
-        (done,) = prepared(plan_for(tmp_path / "p/recipe.yaml"))
+        done = result(prepare(plan_for(tmp_path / "p/recipe.yaml")))
         assert done["rows"] == {"train": 40, "eval": 20} and not hub.requests, "asked the Hub again"
 
 
@@ -485,7 +471,13 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(
-    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, arguments: list[str], answer: str, remedy: str
+    command: Callable[..., Ran],
+    no_cluster: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    answer: str,
+    remedy: str,
 ) -> None:
     here = tmp_path / "files" if arguments else tmp_path / "none"
     here.mkdir()
@@ -500,7 +492,8 @@ def test_bad_input_is_refused_and_leaves_nothing(
             "latin.csv": b"text,label\ncaf\xe9 au lait,1\n", "broken.jsonl": b'{"text": "a", "label": 1}\n{"text": \n',
         }.items():  # fmt: skip
             (here / name).write_bytes(raw)
-    done = afina("init", "new", *arguments, "--yes", cwd=here)
+    monkeypatch.chdir(here)
+    done = command("init", "new", *arguments, "--yes")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
     assert answer in done.stderr and remedy in done.stderr
     assert not (here / "new").exists(), "looks first, writes last"

@@ -836,7 +836,7 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(afina: Callable[..., Ran], 
         "--set",
         "train.save_every=200",
     ]
-    env = {**os.environ, "AFINA_SCRATCH": str(scratch), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "afina.cli", *words],
         env=env,
@@ -857,7 +857,7 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(afina: Callable[..., Ran], 
     stopped = next(run for run in made.runs if run.state == "STOPPED")
     assert stopped.outcome is not None and stopped.outcome.global_step > 0
     # It is the same sweep with the cell that was begun; the end is brought near for the test's sake.
-    done = afina(*words, env={"OMP_NUM_THREADS": "1"})
+    done = afina(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[done.stdout.index("{\n") :])["rows"][0]["states"] == {"FINISHED": 2}
     assert [run.outcome.attempts for run in made.runs if run.outcome] == [2, 1]
@@ -878,7 +878,7 @@ def test_a_local_search_trains_what_it_asked_for(afina: Callable[..., Ran], trai
         tmp_path / "out side",
     ]
     settings = ["--set", "tokens.max_length=32", "--set", "train.max_steps=2", "--set", "train.epochs=null"]
-    done = afina("sweep", trainable, *words, *settings, "--json", env={"OMP_NUM_THREADS": "1"})
+    done = afina("sweep", trainable, *words, *settings, "--json")
     assert done.returncode == 0, done.stderr
     made = Sweep(tmp_path / "out side")
     assert [run.outcome.outcome for run in made.runs if run.outcome] == ["finished"] * 2

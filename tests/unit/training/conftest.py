@@ -51,8 +51,7 @@ def build(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     }
-    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
-    torch.set_num_threads(1)
+    verbosity = transformers.logging.get_verbosity()
     leases: list[Any] = []
 
     def make(arguments: dict[str, Any], *overrides: str, train: bool = True) -> Any:
@@ -79,5 +78,4 @@ def build(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)

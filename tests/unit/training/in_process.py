@@ -43,7 +43,7 @@ def train_here(
     from afina.worker.data.prepare import prepare
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}.items():
+        for name, value in {"HF_HUB_OFFLINE": "1", **env}.items():
             patch.setenv(name, value)
         plan = plan_for(recipe, JobRequest(overrides=overrides, num_processes=num_processes, gpus_per_node=0))
         prepared = prepare(plan)

@@ -39,7 +39,7 @@ SHARDED = (
 
 def environment(project: Path) -> dict[str, str]:
     scratch = {"AFINA_SCRATCH": str(project / "scratch"), "AFINA_RUNTIME": "none"}
-    return {**os.environ, **scratch, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[3])}
+    return {**os.environ, **scratch, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[3])}
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,7 @@ def _recipe(*, train: dict[str, Any] | None = None, **sections: Any) -> dict[str
 
 
 def _environment(place: Path) -> dict[str, str]:
-    return {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "HF_HUB_OFFLINE": "1"}
 
 
 def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> subprocess.Popen[str]:
