@@ -137,7 +137,7 @@ def test_a_column_of_authors_is_proposed_as_the_group(
     assert answer["recipe"].data.group == (name if expected else None)
     assert (f"# one source: whole groups of `{name}` are divided" in answer["text"]) == expected
     if name == "Author":
-        (done,) = prepared(plan_for(tmp_path / "project/recipe.yaml"))
+        done = prepare_here(plan_for(tmp_path / "project/recipe.yaml"))
         assert sum(done["rows"].values()) == 150
 
 
