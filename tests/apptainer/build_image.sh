@@ -47,7 +47,7 @@ chown -R "$user:" "$aside/checkout"
 
 commit=$(git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null) || commit=unknown
 epoch=$(git -C "$root" log -1 --format=%ct 2>/dev/null) || epoch=0
-options=(--cpu --compress zstd --commit "$commit" --output "$aside/new.sif")
+options=(--cpu --compress zstd --no-test --commit "$commit" --output "$aside/new.sif")
 if [[ -n ${AFINA_TORCH_INDEX:-} ]]; then options+=(--torch-index "$AFINA_TORCH_INDEX"); fi
 dependencies=$aside/base-$(digest container/requirements.txt container/prune.sh Apptainer.def tests/apptainer/rootfs.sh).sif
 if [[ -f $dependencies ]]; then

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 import shlex
 import shutil
@@ -34,22 +36,37 @@ def give_to_user(path: Path, cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def host_programs() -> Iterator[Path]:
-    """`bin` of a virtual environment that the ordinary user can read, with afina's host side only: as on a login node."""
-    folder = Path(tempfile.mkdtemp(prefix="afina-host-", dir="/tmp"))
+    """`bin` of a virtual environment that the ordinary user can read, with afina's host side only: as on a login node.
+
+    Half a minute of one core: the processes of a test session share it, and the last one removes it.
+    """
+    folder = Path(f"/tmp/afina-host-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}")
+    folder.mkdir(mode=0o755, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        folder.chmod(0o755)
-        subprocess.run(["/usr/bin/python3", "-m", "venv", str(folder / "venv")], check=True)
-        lock = (ROOT / "tests/requirements.txt").read_text()
-        (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
-        source = folder / "source"
-        source.mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "docs", "src", "slurm"):
-            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-        pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
-        subprocess.run(pip, check=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            _install_host_side(folder)
+            (folder / "complete").touch()
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder / "venv/bin"
     finally:
-        shutil.rmtree(folder)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        os.close(lock)
+
+
+def _install_host_side(folder: Path) -> None:
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--clear", str(folder / "venv")], check=True)
+    lock = (ROOT / "tests/requirements.txt").read_text()
+    (folder / "constraints.txt").write_text("\n".join(re.findall(r"^[A-Za-z0-9._-]+==[^\\\n]+", lock, re.M)))
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "Apptainer.def", "container", "docs", "src", "slurm"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    pip = [str(folder / "venv/bin/pip"), "install", "--quiet", "-c", str(folder / "constraints.txt"), str(source)]
+    subprocess.run(pip, check=True)
 
 
 def write_recipe(folder: Path, name: str, **resources: Any) -> Recipe:

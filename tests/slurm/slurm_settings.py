@@ -49,7 +49,7 @@ class Settings:
     job_requeue: int = 1
     mem_mb: int = 16000
     user: str = field(default_factory=lambda: os.environ.get("AFINA_TEST_USER", "researcher"))
-    requeue_delay_s: int = 10
+    requeue_delay_s: int = 5
     kill_wait_s: int = 10
     grace_s: int = 0
     node_timeout_s: int = 20
