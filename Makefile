@@ -52,10 +52,9 @@ image: ## Debian 12, as root: install a real Slurm and Apptainer, build the imag
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
 
-# Tests of signals and mounts run alone; the rest on three clusters at a time: they mostly wait.
+# Three clusters at a time: these tests mostly wait.
 test-cluster: $(STAMP) image ## Debian 12, as root: test in a real Slurm and in the image
-	$(ON_CLUSTER) tests/slurm/test_signals.py
-	$(ON_CLUSTER) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
+	$(ON_CLUSTER) $(BY_FILE) tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks, the documentation
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,9 @@
 """The fault suite through a real Slurm, in the real image: scenarios that need a cluster.
 
-One process, under both process trackers, and two nodes with two processes each; one scenario with a job from Python, since
-tests/slurm/test_python.py gives every kind of fault to scripted trainings both ways. The whole table, every scenario on every
-geometry, takes a night: `run.py --where slurm`, with `--via submitit` for jobs from Python.
+One process, under both process trackers, and one on each of two nodes: tests/slurm/test_jobs.py trains with two on each, and the
+suite without a cluster strikes them. One scenario with a job from Python, since tests/slurm/test_python.py gives every kind of
+fault to scripted trainings both ways. The whole table, every scenario on every geometry, takes a night: `run.py --where slurm`,
+with `--via submitit` for jobs from Python.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 
 #: Where the two trackers differ, and the causes of a requeue.
 ONE = ("kill-host", "term-step", "preempt")
-FOUR = ("term-step", "node-fail")
+TWO = ("term-step", "node-fail")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def one(image: Path, folder: Path, cluster: Cluster) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def four(image: Path, folder: Path, cluster: Cluster) -> Suite:
-    return slurm_suite(folder / "four", Setting("slurm", 2, 2), cluster, image)
+def two(image: Path, folder: Path, cluster: Cluster) -> Suite:
+    return slurm_suite(folder / "two", Setting("slurm", 2), cluster, image)
 
 
 @pytest.mark.timeout(900)
@@ -55,9 +56,9 @@ def test_a_job_survives(one: Suite, tracker: str, name: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", FOUR)
-def test_a_job_on_two_nodes_survives(four: Suite, name: str) -> None:
-    _survives(four, name)
+@pytest.mark.parametrize("name", TWO)
+def test_a_job_on_two_nodes_survives(two: Suite, name: str) -> None:
+    _survives(two, name)
 
 
 @pytest.mark.timeout(900)

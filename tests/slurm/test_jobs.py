@@ -119,7 +119,7 @@ def test_more_processes_are_the_same_training(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (2, 1)])
 def test_submitit_is_the_same_training(
     cluster: Cluster, place: Path, host: Path, single: Path, nodes: int, gpus: int
 ) -> None:

@@ -20,7 +20,6 @@ from tests import tiny
 from tests.common import ROOT
 
 import afina
-from afina.cli import main
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
 from afina.run.new_run import claim
@@ -147,16 +146,6 @@ def test_a_notebook_shows_the_page(run: afina.Run, tmp_path: Path) -> None:
     frame = ElementTree.fromstring(page._repr_html_())
     assert (frame.tag, frame.get("sandbox")) == ("iframe", "allow-scripts")
     assert frame.get("srcdoc") == page.read_text().replace("\n", " ")  # as XML reads an attribute
-
-
-def test_the_doctor_is_the_command(run: afina.Run, capsys: pytest.CaptureFixture[str]) -> None:
-    found = afina.doctor(in_image=True)
-    with contextlib.suppress(SystemExit):
-        main(["doctor", "--inside", "--json"])
-    told = json.loads(capsys.readouterr().out)["findings"]
-    assert [(one.check, one.level) for one in found] == [(one["check"], one["level"]) for one in told] and told
-    with pytest.raises(TypeError, match="nods"):
-        afina.doctor(nods=2)  # type: ignore[call-arg]
 
 
 @pytest.mark.series

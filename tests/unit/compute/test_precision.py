@@ -17,6 +17,7 @@ from tests.unit.training.in_process import train_here
 from afina.errors import EnvironmentProblem
 from afina.recipe.keys.train_keys import Train
 from afina.run.directory import RunDir
+from afina.worker.compute.cpu import Processor
 from afina.worker.compute.precision import (
     Device,
     PrecisionChoice,
@@ -221,22 +222,18 @@ def test_bfloat16_is_close_to_float32_and_a_compiled_run_is_the_same(place: Path
     assert (compiled / "model/model.safetensors").is_file()
 
 
-_SITE = """
-import os
-from afina.worker.compute import cpu as module
-rank = int(os.environ.get("LOCAL_RANK", "0"))
-here = module.Processor(("EPYC 9654", "EPYC 7742")[rank], "AuthenticAMD", frozenset(("avx512_bf16", "avx2")[rank : rank + 1]))
-module.processor = lambda: here
-"""
+def unlike() -> Processor:
+    """Another processor for each rank."""
+    rank = int(os.environ["LOCAL_RANK"])
+    flags = frozenset(("avx512_bf16", "avx2")[rank : rank + 1])
+    return Processor(("EPYC 9654", "EPYC 7742")[rank], "AuthenticAMD", flags)
 
 
-def test_processes_on_unlike_processors_train_together_with_a_warning(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_SITE)
-    argv = [sys.executable, "-m", "afina.cli", "train", "recipe.yaml", "--run", "unlike", "--num-processes", "2"]
-    env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch"), "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(argv, cwd=place, env=env, capture_output=True, text=True, check=False)
-    run, log = place / "unlike", done.stdout + done.stderr
-    assert done.returncode == 0, log
+def test_processes_on_unlike_processors_train_together_with_a_warning(place: Path) -> None:
+    processors = {f"afina.worker.compute.{module}.processor": unlike for module in ("precision", "products")}
+    env = {"AFINA_SCRATCH": str(place / "scratch")}
+    run = train_here(place / "recipe.yaml", place / "unlike", num_processes=2, env=env, constants=processors)
+    log = (run / "attempts/local-1/node0.log").read_text()
     assert "afina: precision bf16 (the CPU has instructions for it)" in log
     host = os.uname().nodename
     listed = f"bf16 on {host} (EPYC 9654); fp32 on {host} (EPYC 7742)"

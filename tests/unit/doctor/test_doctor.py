@@ -19,6 +19,7 @@ from tests.common import program
 from tests.unit.conftest import Ran, sif_bytes, tree
 
 from afina import __version__
+from afina.ahead import doctor
 from afina.diagnosis import CHECKS, disk, examine
 from afina.diagnosis.target import Target
 from afina.files import permission_remedy
@@ -346,8 +347,8 @@ def test_the_driver_is_held_against_the_one_table(
 
 
 @pytest.mark.slow
-def test_the_inside_is_whole_here_and_a_broken_package_is_found(afina: Callable[..., Ran], tmp_path: Path) -> None:
-    """Without a site too: the image's own test calls it so."""
+def test_the_inside_is_whole_here_and_a_broken_package_is_found(tmp_path: Path) -> None:
+    """Without a site too: the image's own test calls it so. In Python as by the command."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "evaluate.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')\n")
@@ -362,6 +363,9 @@ def test_the_inside_is_whole_here_and_a_broken_package_is_found(afina: Callable[
     by_check = {f["check"]: f for f in said["findings"]}
     assert "torch 2" in by_check["packages"]["message"] and "without network" in by_check["metrics"]["message"]
     assert {"python", "packages", "cuda", "metrics", "room", "compiler", "rdma"} <= set(by_check)
+    assert [(f.check, f.level) for f in doctor(in_image=True)] == [(f["check"], f["level"]) for f in said["findings"]]
+    with pytest.raises(TypeError, match="nods"):
+        doctor(nods=2)  # type: ignore[call-arg]
     assert both[1].returncode == 3
     failed = [f for f in json.loads(broken_out)["findings"] if f["level"] == "failed"]
     assert any("evaluate cannot be imported: libfoo.so.1" in f["message"] for f in failed)
