@@ -52,9 +52,9 @@ image: ## Debian 12, as root: install a real Slurm and Apptainer, build the imag
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
 
-# Three clusters at a time: these tests mostly wait.
+# Four clusters at a time: these tests wait more than they compute.
 test-cluster: $(STAMP) image ## Debian 12, as root: test in a real Slurm and in the image
-	$(ON_CLUSTER) $(BY_FILE) tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
+	$(ON_CLUSTER) $(BY_FILE) -n 4 tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks, the documentation
 	$(VENV)/bin/ruff check .

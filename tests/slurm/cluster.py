@@ -265,7 +265,7 @@ class Cluster(Settings):
         return {key: value.strip() for key, value in re.findall(r"(\S+?)=(.*?)(?=\s+[\w/:.]+=|$)", line)}
 
     def wait(
-        self, job_id: int | str, timeout: float = 60, *, states: Collection[str] = TERMINAL, restarts: int = 0
+        self, job_id: int | str, timeout: float = 120, *, states: Collection[str] = TERMINAL, restarts: int = 0
     ) -> str:
         """Wait until the job is in one of `states` (by default: has ended) after at least `restarts` restarts.
 

@@ -159,7 +159,7 @@ def test_afina_train_and_submit_are_the_same_training(cluster: Cluster, place: P
 
 
 def _wait_for_the_first_step(place: Path, pattern: str) -> Path:
-    for _ in range(240):
+    for _ in range(720):
         run = next((place / "scratch/runs").glob(pattern), None)
         if run and (run / "events.jsonl").exists() and "first_step" in (run / "events.jsonl").read_text():
             return run
