@@ -10,8 +10,8 @@ import pytest
 
 # What a shell starts in its background ignores Ctrl-C, and so would all that these tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Models here are so small that a second thread costs more than it computes; and sums of other parts differ in their last digit,
-# also where PyTorch has set the number that the environment has set in another process: MKL then takes all threads for small products.
+# Models here are so small that a second thread costs more than it computes; and on two a sum's last digit is another than on one, so
+# this process and those that it starts must have as many.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
