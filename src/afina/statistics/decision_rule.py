@@ -236,6 +236,8 @@ def fit_rule(
     rule, whole = DecisionRule(), truth if whole is None else whole
     if temperature and len(whole) < _LEAST_ROWS:
         rule = DecisionRule(notes=(f"no temperature: there are {len(whole)} rows, {_LEAST_ROWS} are needed",))
+    elif temperature and (whole == whole[:1]).all():
+        rule = DecisionRule(notes=("no temperature: all rows have the same label",))
     elif temperature:
         rule = _with_temperature(task, logits, truth)
     return _with_thresholds(rule, task, labels, logits, truth, whole) if thresholds else rule

@@ -149,6 +149,8 @@ def test_what_barely_is_enough_for_a_rule_is_enough_for_its_parts() -> None:
     assert rule.temperature > 1.5 and rule.changes and (ratio > 1.5).all()
     few = fit_rule("single-label", LABELS[:4], logits[:49], truth[:49], temperature=True, thresholds=False)
     assert not few.changes and few.notes == ("no temperature: there are 49 rows, 50 are needed",)
+    same = fit_rule("single-label", LABELS[:4], logits, np.zeros(50, np.int64), temperature=True, thresholds=False)
+    assert not same.changes and same.notes == ("no temperature: all rows have the same label",)
     truth = np.repeat([0, 1], [190, 10])
     margin = draw.normal(size=200) * 0.1 + 4 * truth - 6
     logits = np.stack([np.zeros(200), margin], 1)

@@ -178,6 +178,14 @@ def test_fitted_decisions_lie_beside_the_model_and_predictions_use_them(
         revised(plain, rule).scores, abs=1e-5
     )
     assert Classifier(run.model, tokens=tokens).predict_proba(texts) == pytest.approx(plain.scores, abs=1e-5)
+    monkeypatch.setattr(decision_rule, "_LEAST_ROWS", 50)  # there are fewer: nothing is fitted
+    nothing = export_results(trainer).decisions
+    assert nothing["notes"] == ["no temperature: there are 11 rows, 50 are needed"] and nothing.keys() == {
+        "temperature",
+        "thresholds",
+        "notes",
+    }
+    assert nothing["temperature"] is None and read_rule(run.model, "single-label", plain.labels) is None
     assert exported.metrics == export_results(build({})).metrics, "the run's metrics are of the model without them"
 
 

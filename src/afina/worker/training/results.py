@@ -319,7 +319,7 @@ def _export_model(trainer: RunTrainer, weights: Mapping[str, Any] | None, rule: 
     # Others who pad batches with it get the scores of single texts too.
     tokenizer.padding_side = padding_side(trainer.model, tokenizer.padding_side)
     tokenizer.save_pretrained(staging)
-    if rule is not None:
+    if rule is not None and rule.changes:
         data = trainer.attempt.data
         (staging / FILE).write_text(rule.to_json(data.task, data.labels or (), __version__), encoding="utf-8")
     sync_tree(staging)

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 #: Batches encoded ahead: enough that neither side waits for the other.
 _AHEAD = 2
+#: Characters of a text in a pair, times `max_length`, above which it may have more tokens than are kept.
+_CHARACTERS = 4
 #: Methods that a tokenizer's class must not override if its Rust tokenizer is to be called directly.
 _PLAIN = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
 
@@ -129,12 +131,30 @@ class Encoder:
             batch = self.tokenizer(*map(list, columns), **self._options)
             types = batch.get("token_type_ids")
             return batch["input_ids"], types, getattr(batch, "encodings", None)
-        texts = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+        texts = list(columns[0]) if len(columns) == 1 else self._shortened(list(zip(*columns, strict=True)))
         # `fast`: without the offsets of each token in its text, a sixth of the work.
         encode = self._backend.encode_batch if self.spans else self._backend.encode_batch_fast
         encodings = encode(texts)
         types = [e.type_ids for e in encodings] if self._has_types else None
         return [e.ids for e in encodings], types, encodings
+
+    def _shortened(self, pairs: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Pairs whose long texts are cut to two or three times `max_length`, the longer one of a pair being longer still.
+
+        The Rust tokenizer makes what it cuts off too, of pairs every part of one text with every part of the other: gigabytes for two of 20,000 words.
+        """
+        limit = _CHARACTERS * self.tokens.max_length
+        long = [i for i, pair in enumerate(pairs) if max(map(len, pair)) > limit]
+        sides = [self._backend.encode_batch([pairs[i][side] for i in long]) for side in (0, 1)]
+        for i, both in zip(long, zip(*sides, strict=True), strict=True):
+            counts = [len(encoding.ids) + sum(len(part.ids) for part in encoding.overflowing) for encoding in both]
+            texts = list(pairs[i])
+            for side, encoding in enumerate(both):
+                last = 0 if counts[side] <= counts[1 - side] else 1
+                if len(encoding.overflowing) > last + 1:
+                    texts[side] = texts[side][: max(end for _, end in encoding.overflowing[last].offsets)]
+            pairs[i] = tuple(texts)
+        return pairs
 
     def _windows(self, encodings: Any, most: int) -> EncodedBatch:
         counts = np.array([1 + len(e.overflowing) for e in encodings], np.int64)
