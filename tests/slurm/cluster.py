@@ -389,7 +389,8 @@ class Cluster(Settings):
         server = ["mariadbd", "--no-defaults", f"--datadir={data}", "--user=mysql", "--skip-networking"]
         server += [f"--socket={run}/mariadb.sock", f"--pid-file={run}/mariadbd.pid", f"--log-error={log}/mariadbd.log"]
         server += ["--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900"]
-        self._daemon("mariadbd", ["setsid", "--fork", *server])
+        if not self._pid("mariadbd"):  # a second one would wait for the first one's lock
+            self._daemon("mariadbd", ["setsid", "--fork", *server])
         self._wait_until((run / "mariadb.sock").is_socket, 30, "mariadbd opened no socket")
         self._daemon("slurmdbd", ["slurmdbd"])
         self._wait_until(lambda: machine.listens(self.dbd_port), 60, "slurmdbd does not listen")

@@ -44,11 +44,13 @@ def host_programs() -> Iterator[Path]:
     folder.mkdir(mode=0o755, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").exists():
-            _install_host_side(folder)
-            (folder / "complete").touch()
         fcntl.flock(lock, fcntl.LOCK_SH)
+        if not (folder / "complete").exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "complete").exists():
+                _install_host_side(folder)
+                (folder / "complete").touch()
+            fcntl.flock(lock, fcntl.LOCK_SH)
         yield folder / "venv/bin"
     finally:
         with contextlib.suppress(BlockingIOError):
