@@ -121,6 +121,8 @@ def test_rows_that_there_is_no_time_for_are_left_out_and_too_few_are_refused(mon
     assert (len(model.samples["eval"]), model.rows, model.cut_after_s) == (192, 576, 6.0)
     with pytest.raises(EnvironmentProblem, match="64 of 2,000 rows of eval were embedded in 2 s"):
         fit(2.0)
+    with pytest.raises(EnvironmentProblem, match="0 of 2,000 rows of eval were embedded in 0 s"):
+        fit(-3.0)  # the process took all of the time to start
 
 
 def test_every_beginning_of_the_order_is_stratified() -> None:

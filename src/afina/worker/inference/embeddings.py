@@ -146,7 +146,7 @@ def fit_embeddings(
         rows[name], cut = order[: len(found)], cut or len(found) < len(order)
         if len(found) < min(_LEAST_ROWS, len(split)):
             raise EnvironmentProblem(
-                f"{len(found):,} of {len(split):,} rows of {name} were embedded in {limit_s:.0f} s"
+                f"{len(found):,} of {len(split):,} rows of {name} were embedded in {max(0, limit_s):.0f} s"
             )
     train = features.pop("train")
     mean, deviation = (getattr(np, how)(train, axis=0, dtype=np.float64).astype(np.float32) for how in ("mean", "std"))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -57,13 +59,19 @@ def answer(arguments: list[str]) -> dict[str, Any]:
 
 
 def simple_models(
-    run: str, folder: str, model_folder: str, kind: str, limit_s: float = 0.0, device: str = "cpu"
+    run: str,
+    folder: str,
+    model_folder: str,
+    kind: str,
+    limit_s: float = 0.0,
+    device: str = "cpu",
+    end: float = math.inf,
 ) -> dict[str, Any]:
     """Split -> simple models of a kind, each with its scores and the paired differences of the fine-tuned model from it.
 
     Args:
         folder, model_folder: prepared data and pretrained model, as this node reads them.
-        kind: `tfidf`, after the majority class; or `embeddings`, on `device`, within `limit_s` seconds.
+        kind: `tfidf`, after the majority class; or `embeddings`, on `device`, within `limit_s` seconds once the model is loaded, and until `end` (`time.time`).
     """
     finished = RunDir(run)
     plan, prepared, manifest = finished.plan(), finished.prepared(), load_manifest(folder)
@@ -84,9 +92,8 @@ def simple_models(
         def fit() -> SimpleModel:
             from afina.worker.inference.embeddings import Embedder, fit_embeddings
 
-            return fit_embeddings(
-                Embedder(plan.recipe, Path(model_folder), manifest, device), task, splits, width, limit_s
-            )
+            embedder = Embedder(plan.recipe, Path(model_folder), manifest, device)
+            return fit_embeddings(embedder, task, splits, width, min(limit_s, end - time.time()))
 
         model = _kept(plan, [*content, prepared["model_files"]], fit, limit_s)
     metrics = [metric_name(plan.recipe.train.best_metric or selection_metric(task)), *(plan.recipe.metrics or ())]

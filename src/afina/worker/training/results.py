@@ -147,7 +147,8 @@ def simple_models(attempt: Attempt, results: Results) -> Results:
     wanted_s = min(max(shortest, _EMBEDDING_SHARE * attempt.meter.training_s), longest)
     limit_s = min(wanted_s, end - time.monotonic() - _AROUND_S)
     try:
-        question = {"kind": "embeddings", "limit_s": limit_s, "device": str(attempt.device)}
+        embedded = time.time() + end - time.monotonic() - _AROUND_S / 2  # however long the process takes to start
+        question = {"kind": "embeddings", "limit_s": limit_s, "end": embedded, "device": str(attempt.device)}
         more = _simple(attempt, question, end if limit_s > 0 else 0)
     except AfinaError as error:
         say(f"WARNING: no frozen embeddings beside this model: {error.message}")
