@@ -185,6 +185,8 @@ def test_first_tokens_are_those_of_transformers(models: Callable[..., Path], arc
     ("text", "units", "words"),
     [
         ("हिन्दी cafe\u0301s, ❤\ufe0f!", "letters", ["हिन्दी", "cafe\u0301s", ",", "❤\ufe0f", "!"]),
+        ("我在北京, 서울에서 東京タワー กรุ ok", "letters", [*"我在北京,서울에서東京タワー", "ก", "รุ", "ok"]),
+        ("(我在北京), 서울에서 ok.", "spaces", [*"(我在北京),", "서울에서", "ok", "."]),
         ("it's U.S.", "letters", ["it", "'", "s", "U", ".", "S", "."]),
         ('In ("Paris"), J. and e.g. U.S., :) ...', "spaces", ["In", "(", '"', "Paris", '"', ")", ",", "J.", "and", "e.g.", "U.S.", ",", ":)", "..."]),
         ("@user: #tag! http://a.b/c. ❤\ufe0f 👩\u200d👧", "spaces", ["@user", ":", "#tag", "!", "http://a.b/c", ".", "❤\ufe0f", "👩\u200d👧"]),

@@ -6,8 +6,10 @@ A row is one of the two:
     text     a text and a list of spans, `{start: 3, end: 8, label: PER}` or `[3, 8, "PER"]`, in characters, the end not included
 
 Words of a text are runs of letters and digits, and every other character that is not white space by itself, each with the combining marks
-behind it (accents, vowel signs). A span takes the whole words that it touches: one that cuts a word is widened, and counted. Spans that
-overlap are refused. For a model of word lists a text is divided at white space, and the marks around its words stand apart, as in such data.
+behind it (accents, vowel signs); so is every character of scripts that are written without spaces, or with particles on their words: Chinese,
+Japanese, Korean, Thai, Lao, Burmese, Khmer. A span takes the whole words that it touches: one that cuts a word is widened, and counted. Spans that
+overlap are refused. For a model of word lists a text is divided at white space, and the marks around its words stand apart, as
+in such data; where there are no spaces every character is a word.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ Array = np.ndarray[Any, Any]
 #: What words are: pieces of the text between white space, as word lists give them; or by letters and punctuation, as texts do.
 Units = Literal["spaces", "letters"]
 
+#: Thai and Lao, Burmese, Khmer, kana, Chinese characters.
+_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_PARTS = re.compile(f"[{_NO_SPACES}]|[^{_NO_SPACES}]+")
 #: Marks before a word, the word (U.S. and J. keep their points), marks behind it.
 _AROUND = re.compile(r"([(\[{<\"'“‘«¿¡]*)((?:\w\.)+|.*?)([)\]}>\"'”’».,;:!?…]*)", re.DOTALL)
 _SPAN = "a span is {start: 3, end: 8, label: PER}, or [3, 8, \"PER\"], in characters of the text, the end not included"  # fmt: skip
@@ -140,18 +145,20 @@ def _marks() -> frozenset[str]:
 @functools.lru_cache(4096)
 def _letters(marks: str) -> re.Pattern[str]:
     """Words of a text that has these combining marks; a class of all two thousand takes ten times the time."""
-    return re.compile(rf"\w+(?:[{marks}][\w{marks}]*)?|[^\w\s][{marks}]*" if marks else r"\w+|[^\w\s]")
+    letter = rf"[^\W{_NO_SPACES}\uac00-\ud7af]"
+    return re.compile(rf"{letter}+(?:[{marks}]+{letter}*)*|\S[{marks}]*" if marks else rf"{letter}+|\S")
 
 
 def _without_marks(piece: str, start: int) -> list[tuple[int, int]]:
     """The words of a piece between white space that begins at `start`; one without letters and digits, as `:)`, is one word."""
-    if piece.isalnum() or not re.search(r"\w", piece):
+    if (piece.isalnum() and piece.isascii()) or not re.search(r"\w", piece):
         return [(start, start + len(piece))]
     match = _AROUND.fullmatch(piece)
     assert match is not None
     first, last = (start + at for at in match.span(2))
     ends = [*range(start, first), *range(last, start + len(piece))]
-    return sorted([(first, last), *((at, at + 1) for at in ends)])
+    core = [match.span() for match in _PARTS.finditer(piece, first - start, last - start)]
+    return sorted([*((start + a, start + b) for a, b in core), *((at, at + 1) for at in ends)])
 
 
 def read_row(where: str, text: Any, tags: Any) -> tuple[Array, list[str] | None, bool]:
