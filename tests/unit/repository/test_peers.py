@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import tiny
 from tests.unit.repository.conftest import Bench
 
 
@@ -118,3 +119,21 @@ def test_peers_prepare_the_same_tokens(bench: Bench, tmp_path: Path) -> None:
     assert (afina["peer"], peer["peer"]) == ("afina", "map") and afina["tokens"] == peer["tokens"] > 400 * 20
     assert 2 * afina["tokens"] < afina["bytes"] < peer["bytes"] + 100_000
     assert min(afina["memory"], peer["memory"]) > 50 << 20 and "| 400 | afina |" in out
+
+
+@pytest.mark.series
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_entities_are_trained_as_by_transformers_example(bench: Bench, tmp_path: Path) -> None:
+    """With its batches and its dropout the losses of all steps are equal; all peers are scored by one rule."""
+    rows = tiny.tagged_sentences(96, 5)
+    for part, some in (("train", rows[:48]), ("eval", rows[48:72]), ("test", rows[72:])):
+        tiny.write_conll(tmp_path / f"{part}.txt", some)
+    files = [word for part in ("train", "eval", "test") for word in (f"--{part}", tmp_path / f"{part}.txt")]
+    options = ["--models", "tiny", "--seeds", "1", "--epochs", "2", "--max-length", "64"]
+    options += ["--learning-rate", "0.01", "--threads", "1", "--peers", "trainer", "afina-padded"]
+    out = bench("entities", *files, *options, "--out", tmp_path / "out")
+    trainer, afina = map(json.loads, (tmp_path / "out/cells.jsonl").read_text().splitlines())
+    assert len(trainer["losses"]) == 12 and afina["losses"] == pytest.approx(trainer["losses"], abs=1e-5)
+    assert (afina["eval_f1"], afina["test_f1"]) == (trainer["eval_f1"], trainer["test_f1"])
+    assert "12 steps, afina-padded and trainer: largest difference" in out

@@ -40,7 +40,7 @@ def trained(project: Path, place: Path, overrides: list[str], sharding: str) -> 
     run = None
     if ranks.rank() == 0:
         plan = plan_for(project / "recipe.yaml", JobRequest(overrides=words, num_processes=2, gpus_per_node=0))
-        key = f"{plan.recipe.model} {plan.recipe.tokens.windows}"  # what else it depends on is the same
+        key = f"{plan.recipe.model} {plan.recipe.task} {plan.recipe.tokens.windows}"  # what else it depends on is the same
         if key not in _prepared:
             _prepared[key] = prepare(plan)
         run = claim(plan, _prepared[key], ["true"], "", place / f"{len(list(place.iterdir()))} {sharding}")

@@ -107,6 +107,7 @@ CASES = [
     ["train.freeze=embeddings", "train.layer_decay=0.9", "train.arguments={optim: rmsprop}"],
     ["train.arguments={optim: adagrad}"],
     ["tokens={max_length: 16, windows: {stride: 8}}", "train.max_batch_per_device=2"],
+    ["task=token-classification", "data.files={all: tags.conll}", "data.text=tokens", "data.label=ner_tags"],
 ]
 
 
