@@ -1,4 +1,6 @@
-"""Prediction as a job array on the test cluster, in the image: the last task merges; a cancelled array is completed."""
+"""Prediction as a job array on the test cluster, in the image: the last task merges; a cancelled array is completed. Of one model, and of
+an ensemble whose folder was moved.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,20 @@ import pytest
 from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
+from tests.unit.prediction.test_ensemble import finished_run
+
+import afina
 
 
 @pytest.fixture(scope="module")
 def place(cluster: Cluster, image: Path) -> Iterator[Path]:
-    """A project folder with a classifier and texts."""
+    """A project folder with a classifier, an ensemble, and texts."""
     with project_folder(cluster, 'afina it\'s a "prediction" ', image) as path:
         tiny.tiny_model(path / "model", num_labels=3)
+        for seed in (1, 2):
+            finished_run(path / f"made here/member {seed}", seed, ["bad", "fair", "good"])
+        afina.ensemble(path / "made here", path / "made here/committee")
+        (path / "made here").rename(path / "moved")
         tiny.write_csv(path / "texts.csv", tiny.tiny_reviews(900, 1))
         give_to_user(path, cluster)
         yield path
@@ -32,34 +41,36 @@ def _ended(cluster: Cluster, job: str) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path) -> None:
-    afina = [str(host / "afina"), "predict", "model", "texts.csv", "--chunk-rows", "100"]
-    one = cluster.run_as_user([*afina, "-o", "one.csv"], cwd=place, timeout=300, env={"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("model", ["model", "moved/committee"])
+def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path, model: str) -> None:
+    name = model.rpartition("/")[2]
+    command = [str(host / "afina"), "predict", model, "texts.csv", "--site", "slurm/site.env", "--chunk-rows", "100"]
+    one = cluster.run_as_user([*command, "-o", f"{name}.one.csv"], cwd=place, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert one.returncode == 0, one.stdout + one.stderr
-    array = ["-o", "array.csv", "--submit", "--array", "3", "--time", "10", "--gpus-per-node", "0", "--json"]
-    done = cluster.run_as_user([*afina, *array], cwd=place, timeout=300, env={"OMP_NUM_THREADS": "1"})
+    array = ["-o", f"{name}.csv", "--submit", "--array", "3", "--time", "10", "--gpus-per-node", "0", "--json"]
+    done = cluster.run_as_user([*command, *array], cwd=place, timeout=300, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["tasks"], answer["chunks"]) == (3, 9)
     _ended(cluster, answer["job_id"])
-    logs = "\n".join(log.read_text(errors="replace") for log in place.glob("array.csv.slurm-*.out"))
-    assert (place / "array.csv").is_file(), f"{logs}\n{cluster.diagnose()}"
-    assert (place / "array.csv").read_bytes() == (place / "one.csv").read_bytes()
-    assert not (place / "array.csv.parts").exists()
-    assert len(list(place.glob("array.csv.slurm-*_*.out"))) == 3
+    logs = "\n".join(log.read_text(errors="replace") for log in place.glob(f"{name}.csv.slurm-*.out"))
+    assert (place / f"{name}.csv").is_file(), f"{logs}\n{cluster.diagnose()}"
+    assert (place / f"{name}.csv").read_bytes() == (place / f"{name}.one.csv").read_bytes()
+    assert not (place / f"{name}.csv.parts").exists()
+    assert len(list(place.glob(f"{name}.csv.slurm-*_*.out"))) == 3
 
 
 @pytest.mark.timeout(900)
 def test_the_command_completes_a_cancelled_array(cluster: Cluster, place: Path, host: Path) -> None:
-    afina = [str(host / "afina"), "predict", "model", "texts.csv", "-o", "completed.csv", "--chunk-rows", "100"]
+    command = [str(host / "afina"), "predict", "model", "texts.csv", "-o", "completed.csv", "--chunk-rows", "100"]
     options = ["--submit", "--array", "2", "--gpus-per-node", "0", "--json"]
-    done = cluster.run_as_user([*afina, *options], cwd=place, timeout=300)
+    done = cluster.run_as_user([*command, *options], cwd=place, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     job = json.loads(done.stdout.splitlines()[-1])["job_id"]
-    refused = cluster.run_as_user(afina, cwd=place, timeout=300)
+    refused = cluster.run_as_user(command, cwd=place, timeout=300)
     assert refused.returncode == 2 and f"job {job} is still working on this" in refused.stderr, refused.stderr
     cluster.run_as_user(["scancel", job], check=True)
     _ended(cluster, job)
-    made = cluster.run_as_user(afina, cwd=place, timeout=300)
+    made = cluster.run_as_user(command, cwd=place, timeout=300)
     assert made.returncode == 0, made.stdout + made.stderr
     assert len((place / "completed.csv").read_text().splitlines()) > 900

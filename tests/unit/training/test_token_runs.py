@@ -126,6 +126,18 @@ def _check_files(run: Path, table: dict[str, Any], classifier: Any, place: Path)
     assert summary["words"] == sum(map(len, words)) * 2 + 300 and 0 < summary["words_cut"] < 300
     found = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
     assert _spans(found[: len(words)]) == _spans([row["entities"] for row in classifier.predict(words)])
+    # A folder of any origin is checked first: these texts together and each alone.
+    about = stages.plan(
+        compose(
+            shutil.copytree(run / "model", place / "plain"),
+            [data],
+            place / "plain.jsonl",
+            PredictRequest(text="tokens"),
+        )
+    )
+    stages.run(about["parts"], 0, 1, and_merge=True, progress="log")
+    plain = [json.loads(line)["prediction"] for line in (place / "plain.jsonl").read_text().splitlines()]
+    assert _spans(plain[:-1]) == _spans(found[:-1])
     for text, entities, same in zip(attached, found[len(words) : -1], found, strict=False):
         assert [text[e["start"] : e["end"]] for e in entities] == [e["text"] for e in entities]
         assert ["".join(e["text"].split()) for e in entities] == ["".join(e["text"].split()) for e in same]
