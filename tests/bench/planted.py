@@ -1,0 +1,114 @@
+"""Planted faults of labelled data: are they found, and what do the scores say?
+
+    AFINA_TEST_DATA=FOLDER python tests/bench/planted.py --out FOLDER [flipped] [groups] [--rows 1000] [--threads 2]
+
+flipped     film snippets, the lowest fifth and the highest of their ratings; 5 % of the labels are exchanged. Of the exchanged labels, the share among the
+            tenth of the rows that `doubtful_labels.csv` of a five-fold cross-validation ranks first, and the precision of those it calls issues
+groups      each of 50 authors signs every text with a name, and has one label in nine of ten; scores on an eval split of rows and on one of whole authors,
+            and on the texts of 50 other authors, which is what a user gets
+
+MiniLM, two epochs. The same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from measuring import AFINA, environment_of, measured  # type: ignore[import-not-found]
+from reviews import model_for, tiny  # type: ignore[import-not-found]
+
+from afina.run.directory import RunDir
+
+_NAMES = {"1": "bad", "5": "good"}
+
+
+def _snippets(rows: int) -> list[dict[str, str]]:
+    """Snippets of the lowest and the highest fifth, half of each, in a fixed random order."""
+    with (Path(os.environ["AFINA_TEST_DATA"]) / "movie_snippets.csv").open(encoding="utf-8", newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["stars"] in _NAMES]
+    random.Random(1).shuffle(found)
+    chosen = [row for stars in _NAMES for row in [each for each in found if each["stars"] == stars][: rows // 2]]
+    random.Random(2).shuffle(chosen)
+    return [{"text": row["text"], "label": _NAMES[row["stars"]]} for row in chosen]
+
+
+def _recipe(folder: Path, **keys: Any) -> Path:
+    recipe = {
+        "name": folder.name,
+        "model": str(model_for("minilm", folder)),
+        "data": {"files": {"all": "all.csv"}, "text": "text", "label": "label", **keys},
+        "train": {"batch_size": 16, "epochs": 2, "learning_rate": 1e-4, "keep": "last"},
+        "metrics": ["accuracy", "f1"],
+        "baselines": False,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def flipped(folder: Path, environment: dict[str, str], rows: int) -> None:
+    table = _snippets(rows)
+    planted = set(random.Random(3).sample(range(rows), rows // 20))
+    for number in planted:
+        table[number]["label"] = "good" if table[number]["label"] == "bad" else "bad"
+    tiny.write_csv(folder / "all.csv", [{"id": number, **row} for number, row in enumerate(table)])
+    home = folder / "sweep"
+    argv = [*AFINA, "sweep", str(_recipe(folder, id="id")), "--folds", "5", "--local", "--sweep", str(home)]
+    measured(argv, environment)
+    with (home / "doubtful_labels.csv").open(encoding="utf-8", newline="") as file:
+        ranked = [(int(row["id"]), row["issue"] == "yes") for row in csv.DictReader(file)]
+    first = {number for number, _ in ranked[: rows // 10]}
+    issues = {number for number, issue in ranked if issue}
+    print(
+        f"flipped: {len(planted & first)} of {len(planted)} exchanged labels are among the first {rows // 10} of {rows} rows; "
+        f"{len(planted & issues)} of {len(issues)} issues are exchanged labels"
+    )
+
+
+def groups(folder: Path, environment: dict[str, str], rows: int) -> None:
+    draw, table = random.Random(4), _snippets(2 * rows)
+    by_label = {name: [row["text"] for row in table if row["label"] == name] for name in _NAMES.values()}
+    written: list[dict[str, str]] = []
+    while len(written) < 2 * rows:
+        author = len(written) % 100
+        usual, other = ("good", "bad") if author % 2 else ("bad", "good")
+        label = usual if (draw.random() < 0.9 and by_label[usual]) or not by_label[other] else other
+        name = f"writer{author:02d}"
+        written.append({"text": f"{by_label[label].pop()} {name}", "label": label, "author": name})
+    seen = [row for row in written if int(row["author"][-2:]) < 50]
+    tiny.write_csv(folder / "all.csv", seen)
+    tiny.write_csv(folder / "others.csv", [row for row in written if int(row["author"][-2:]) >= 50])
+    files = {"all": "all.csv", "test": "others.csv"}
+    for way, keys in {"rows": {}, "authors": {"group": "author"}}.items():
+        run = RunDir(folder / f"run-{way}")
+        parts = {"train": {"fraction": 0.7}, "eval": {"fraction": 0.3}, "test": {}}
+        recipe = _recipe(folder, files=files, **parts, **keys)
+        if run.outcome() is None:
+            measured([*AFINA, "train", str(recipe), "--run", str(run.path), "--num-processes", "1"], environment)
+        outcome = run.outcome()
+        assert outcome is not None
+        print(
+            f"groups: divided by {way}: eval accuracy {outcome.metrics['eval_accuracy']:.3f}, of other authors {outcome.metrics['test_accuracy']:.3f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", choices=["flipped", "groups", "all"], default="all")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    for fault in ("flipped", "groups") if options.faults == "all" or "all" in options.faults else options.faults:
+        folder = options.out.absolute() / fault
+        (flipped if fault == "flipped" else groups)(folder, environment_of(folder, options.threads), options.rows)
+
+
+if __name__ == "__main__":
+    main()
