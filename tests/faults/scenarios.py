@@ -14,12 +14,21 @@ from tests.faults import inject
 from tests.faults.live_run import STAGES
 from tests.faults.local_run import NO_NETWORK, OWN_NETWORK
 
-__all__ = ["ADAPTER", "FSDP", "SCENARIOS", "Scenario", "find_scenario"]
+__all__ = ["ADAPTER", "ENTITIES", "FSDP", "SCENARIOS", "Scenario", "find_scenario"]
 
 #: Recipe keys of a run that trains an adapter and the head alone.
 ADAPTER: dict[str, Any] = {"adapter": "{rank: 4, dropout: 0.1}"}
 #: Of one whose model is sharded over two processes.
 FSDP: dict[str, Any] = {"train.sharding": "fsdp"}
+
+#: Of one that finds entities.
+ENTITIES: dict[str, Any] = {
+    "task": "token-classification",
+    "data.files": "{all: tags.conll}",
+    "data.text": "tokens",
+    "data.label": "ner_tags",
+    "metrics": "[f1]",
+}
 
 #: Recipe keys of a run that ends before its planned steps.
 EARLY: dict[str, Any] = {"train.early_stopping": "{patience: 12, min_delta: 10}", "train.evaluate": 20}
@@ -120,6 +129,12 @@ def _scenarios() -> list[Scenario]:
             num_processes=2,
             changes=FSDP,
             graceful=True,
+        ),
+        Scenario(
+            "entities-kill",
+            "Every process of a training that finds entities is killed, in two attempts.",
+            (inject.kill_all, inject.kill_all),
+            changes=ENTITIES,
         ),
         Scenario("kill-host", "The host process is killed; the training may continue.", (inject.kill_host,)),
         Scenario("kill-starting", "Killed during start-up.", (inject.kill_starting,)),
