@@ -52,9 +52,10 @@ image: ## Debian 12, as root: install a real Slurm and Apptainer, build the imag
 	tests/apptainer/install.sh
 	AFINA_TORCH_INDEX="$(TORCH_INDEX_URL)" tests/apptainer/build_image.sh "$(TEST_IMAGE)"
 
-# Four clusters at a time: these tests wait more than they compute.
+# Tests of signals run alone: what they leave on the host, the starts of others would clear. The rest on three clusters at a time: they mostly wait.
 test-cluster: $(STAMP) image ## Debian 12, as root: test in a real Slurm and in the image
-	$(ON_CLUSTER) $(BY_FILE) -n 4 tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
+	$(ON_CLUSTER) tests/slurm/test_signals.py
+	$(ON_CLUSTER) $(BY_FILE) --ignore tests/slurm/test_signals.py tests/faults/test_survival_slurm.py tests/slurm tests/apptainer
 
 check: $(STAMP) ## ruff, mypy, the import layers, shellcheck, the locks, the documentation
 	$(VENV)/bin/ruff check .

@@ -29,6 +29,7 @@ _RESOURCES = {"gpus_per_node": 1, "cpus_per_gpu": 1, "time": 30}
 def write_project(folder: Path) -> Path:
     """Write model, reviews, sentences with tags, recipe and an empty scratch into `folder`; existing files stay."""
     if not (folder / "recipe.yaml").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         tiny.write_conll(folder / "tags.conll", tiny.tagged_sentences(301, 1))
         tiny.write_project(folder, 301, 1, name="faults", train=_TRAIN, metrics=["accuracy"], resources=_RESOURCES)
     return folder
