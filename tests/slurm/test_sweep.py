@@ -136,6 +136,38 @@ def test_array_tasks_ask_for_their_trials(cluster: Cluster, place: Path, afina: 
 @pytest.mark.series
 @pytest.mark.skipif(not LONG, reason="three minutes: AFINA_LONG=1 make test-cluster")
 @pytest.mark.timeout(900)
+def test_a_pruned_trial_frees_its_slot_and_stays_pruned_when_it_is_killed(
+    cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]
+) -> None:
+    """The search's seed gives the first five trials rates that learn, and the others rates that do not."""
+    search = "--search train.learning_rate=1e-8..1e-2:log --search-seed 971 --trials 8 --prune --max-parallel 2"
+    settings = ("train.epochs=8", "train.evaluate=20", "train.save_every=20", "name=pruning")
+    command = ("recipe.yaml", *search.split(), *(word for setting in settings for word in ("--set", setting)))
+    first = afina(*command)
+    runs = [Path(first["sweep"]) / f"runs/trial-{n:03}" for n in range(8)]
+    (array,) = first["jobs"]
+    _wait(lambda: bool(_events(runs[6], "stopped_early")), "trial 6 was not pruned", 600)
+    # Between its decision and its end: the next attempt has the decision from the checkpoint, or makes it again.
+    subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(runs[6]))}"], check=True)
+    table = afina(*command, "--wait")
+    assert [row["states"] for row in table["rows"]] == [{"FINISHED": 1}] * 8
+    pruned = {row["point"] for row in table["rows"] if row.get("pruned")}
+    # The sixth runs beside the fifth: it may have had too few finished ones to be compared with.
+    assert {"trial-006", "trial-007"} <= pruned <= {"trial-005", "trial-006", "trial-007"}
+    assert f", {len(pruned)} of them pruned: " in table["notes"][0]
+    outcomes = {run.name: json.loads((run / "outcome.json").read_text()) for run in runs}
+    assert {name for name, o in outcomes.items() if o["pruned"]} == pruned
+    assert {name for name, o in outcomes.items() if o["global_step"] < 160} == pruned
+    assert {cluster.job(f"{array}_{n}")["JobState"] for n in range(8)} == {"COMPLETED"}
+    assert sorted(path.name for path in runs[6].glob("attempts/*")) == [f"{array}_6.0", f"{array}_6.1"]
+    assert len({event["step"] for event in _events(runs[6], "stopped_early")}) == 1, "another decision after the kill"
+    # The same command has nothing left to do.
+    assert afina(*command)["jobs"] == []
+
+
+@pytest.mark.series
+@pytest.mark.skipif(not LONG, reason="three minutes: AFINA_LONG=1 make test-cluster")
+@pytest.mark.timeout(900)
 def test_the_same_command_repairs_folds_and_every_row_is_predicted_once_in_each_repeat(
     cluster: Cluster, place: Path, afina: Callable[..., dict[str, Any]]
 ) -> None:
