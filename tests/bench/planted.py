@@ -1,11 +1,11 @@
 """Planted faults of labelled data: are they found, and what do the scores say?
 
-    AFINA_TEST_DATA=FOLDER python tests/bench/planted.py --out FOLDER [flipped] [groups] [--rows 1000] [--threads 2]
+    AFINA_TEST_DATA=FOLDER python tests/bench/planted.py --out FOLDER [--only groups] [--rows 1000] [--threads 2]
 
 flipped     film snippets, the lowest fifth and the highest of their ratings; 5 % of the labels are exchanged. Of the exchanged labels, the share among the
             tenth of the rows that `doubtful_labels.csv` of a five-fold cross-validation ranks first, and the precision of those it calls issues
-groups      snippets of the second and the fourth fifth; each of 50 authors signs every text with a name, and has one label in nine of ten; scores on an eval split of rows and on one of whole authors,
-            and on the texts of 50 other authors, which is what a user gets
+groups      snippets of the second and the fourth fifth; each of 50 authors signs every text with a name, and has one label in nine of ten; scores on an
+            eval split of rows and on one of whole authors, and on the texts of 50 other authors, which is what a user gets
 
 MiniLM, two epochs and five. The same command goes on with what is missing.
 """
@@ -100,16 +100,19 @@ def groups(folder: Path, environment: dict[str, str], rows: int) -> None:
         )
 
 
+_FAULTS = {"flipped": flipped, "groups": groups}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", choices=["flipped", "groups", "all"], default="all")
+    parser.add_argument("--only", choices=_FAULTS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    for fault in ("flipped", "groups") if options.faults == "all" or "all" in options.faults else options.faults:
+    for fault in [options.only] if options.only else _FAULTS:
         folder = options.out.absolute() / fault
-        (flipped if fault == "flipped" else groups)(folder, environment_of(folder, options.threads), options.rows)
+        _FAULTS[fault](folder, environment_of(folder, options.threads), options.rows)
 
 
 if __name__ == "__main__":

@@ -291,10 +291,11 @@ def _columns(
         check_file(path, (*texts, *labels), data.reading)
     taken = (*texts, *labels)
     row_id = row_id if row_id not in taken else None
-    everywhere = set.intersection(*({c.name for c in columns_of(source)} for source in data.sources.values()))
+    others = [{c.name for c in columns_of(source)} for source in data.sources.values() if source is not data.main]
+    shared = [c for c in columns if all(c.name in names for names in others)]
     by_name = {
         "split_column": guess_split_column(columns, taken) if len(data.sources) == 1 else None,
-        "group": guess_group([c for c in columns if c.name in everywhere], (*taken, row_id or "")),
+        "group": guess_group(shared, (*taken, row_id or "")),
         "weight": guess_weight(columns, taken),
     }
     return texts, labels, row_id, by_name
