@@ -7,7 +7,6 @@ over each other. The intervals of single runs cover the sampling of eval rows.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from afina.reports.compare import Comparison, Verdict, names_of, test_rows
 from afina.reports.page import document, figures, note, pairs, seconds, table, tiles, warnings
 from afina.run.directory import RunDir
 from afina.statistics.intervals import mean_interval
+from afina.statistics.label_quality import doubtful_rows
 from afina.statistics.points import Row, ranked, remarks, useless
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
@@ -307,11 +307,12 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
 
 
 def _doubtful(folder: Path, *, texts: bool) -> str:
-    """The rows of a cross-validation whose label is probably wrong, as `afina sweep` has written them."""
+    """The rows of a cross-validation whose label is probably wrong, from the table that `afina sweep` has written."""
     try:
-        with (folder / "doubtful_labels.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
+        rows = doubtful_rows(read_predictions(folder / "out_of_fold.parquet"))
+    except AfinaError:
+        return ""
+    if not rows:
         return ""
     heads = ["file", "row", *(["text"] if texts else []), "label", "suggested", "probability", "issue"]
     cells = [[(row.get(head) or "")[:_MOST_TEXT] for head in heads] for row in rows[:_MOST_DOUBTFUL]]

@@ -8,13 +8,56 @@ all, is not the given one, and the model does not predict the given one. Issues 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from afina.statistics.predictions import Predictions
 
-__all__ = ["label_quality"]
+__all__ = ["doubtful_rows", "label_quality"]
 
 Array = Any
+
+#: The most doubtful rows that are listed even where confident learning names fewer issues.
+_LEAST = 100
+
+
+def doubtful_rows(out_of_fold: Predictions) -> list[dict[str, str]]:
+    """The issues of a cross-validation, at least `_LEAST` rows, the most doubtful first; none of a regression or of entities.
+
+    Keys: rank, what identifies the row, its text, `label`, `suggested` (of several labels: `NAME?`, the one that is probably wrong), the `probability` of
+    the label, a mean over repeats, and `issue` (yes, or nothing).
+
+    Args:
+        out_of_fold: sorted by repeat, with the same rows in the same order in each.
+    """
+    import numpy as np
+
+    if out_of_fold.scores is None:
+        return []
+    repeats = len(set(out_of_fold.table.column("repeat").to_pylist()))
+    count = len(out_of_fold) // repeats
+    scores = out_of_fold.scores.reshape(repeats, count, -1).mean(0)
+    first = replace(
+        out_of_fold, truth=out_of_fold.truth[:count], scores=scores, table=out_of_fold.table.slice(0, count)
+    )
+    quality, issue, other = label_quality(first)
+    order = np.lexsort((np.arange(count), quality, ~issue))[: max(_LEAST, int(issue.sum()))]
+    return [
+        {
+            "rank": str(rank),
+            **{name: "" if value is None else str(value) for name, value in first.about(int(i)).items()},
+            "label": _named(first, int(i)),
+            "suggested": first.labels[other[i]] + ("?" if first.task == "multi-label" else ""),
+            "probability": f"{quality[i]:.4f}",
+            "issue": "yes" if issue[i] else "",
+        }
+        for rank, i in enumerate(order, start=1)
+    ]
+
+
+def _named(rows: Predictions, index: int) -> str:
+    label = rows.table.column("label")[index].as_py()
+    return ", ".join(label) if isinstance(label, list) else str(label)
 
 
 def label_quality(predictions: Predictions) -> tuple[Array, Array, Array]:

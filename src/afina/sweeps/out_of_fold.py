@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import replace
+import itertools
 from pathlib import Path
 from typing import Any
 
 from afina.errors import DataError, first_line
 from afina.files import name_aside, write_atomic
-from afina.statistics.label_quality import label_quality
-from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.label_quality import doubtful_rows
+from afina.statistics.predictions import read_predictions
 from afina.sweeps.sweep_dir import SweepDir, SweepRecord
 
 __all__ = ["write_doubtful", "write_out_of_fold"]
-
-#: The most doubtful rows that are listed even where confident learning names fewer issues.
-_LEAST = 100
 
 
 def write_out_of_fold(home: SweepDir, record: SweepRecord) -> Path:
@@ -72,57 +69,34 @@ def _check(whole: Any, record: SweepRecord, target: Path) -> None:
         )
 
 
-def write_doubtful(home: SweepDir, record: SweepRecord) -> list[dict[str, str]]:
-    """Write `doubtful_labels.csv` from `out_of_fold.parquet`: the issues, at least `_LEAST` rows, the most doubtful first; returns its rows. A file that
-    is newer is left as it is, for it may have been corrected.
+def write_doubtful(home: SweepDir) -> tuple[list[dict[str, str]], Path | None]:
+    """Write `doubtful_labels.csv` from `out_of_fold.parquet`: `doubtful_rows`, and `correct_label`, to be filled in; none of a regression.
 
-    Columns: rank, what identifies the row, its text, `label`, `suggested` (of several labels: `NAME?`, the one that is probably wrong), the
-    `probability` of the label, a mean over repeats, `issue` (yes, or nothing), and `correct_label`, to be filled in. None is written of a regression.
+    A file that is newer is left as it is, for it may have been corrected, and one that is older is kept under another name. Neither is read: a
+    spreadsheet may have saved it with other delimiters or in another encoding.
+
+    Returns: the rows, and where an older file is kept.
 
     Raises:
-        DataError: a file is damaged, or cannot be written.
+        DataError: the table is damaged, or the file cannot be written.
     """
     target: Path = home.doubtful
+    rows, older = doubtful_rows(read_predictions(home.out_of_fold)), None
     try:
-        if not target.is_file() or target.stat().st_mtime_ns < home.out_of_fold.stat().st_mtime_ns:
-            rows = _doubtful(read_predictions(home.out_of_fold), len(record.cells) // (record.folds or 1))
-            if not rows:
-                return []
+        if rows and not (target.is_file() and target.stat().st_mtime_ns >= home.out_of_fold.stat().st_mtime_ns):
+            if target.is_file():
+                names = (target.with_name(f"{target.stem}.{number}.csv") for number in itertools.count(1))
+                older = target.rename(next(name for name in names if not name.exists()))
             text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, rows[0].keys())
+            writer = csv.DictWriter(text, [*rows[0], "correct_label"])
             writer.writeheader()
-            writer.writerows(rows)
-            write_atomic(target, text.getvalue())
-        with target.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{target.name}: {first_line(error)}", "remove it, and show the table again") from None
+            writer.writerows({name: _for_spreadsheets(name, value) for name, value in row.items()} for row in rows)
+            write_atomic(target, text.getvalue().encode("utf-8-sig"))  # Excel takes a file without the mark for cp1252
+    except OSError as error:
+        raise DataError(f"{target.name}: {first_line(error)}", "make it writable, and show the table again") from None
+    return rows, older
 
 
-def _doubtful(rows: Predictions, repeats: int) -> list[dict[str, Any]]:
-    import numpy as np
-
-    if rows.scores is None:
-        return []
-    count = len(rows) // repeats  # sorted by repeat, then by row: each repeat has the same rows in the same order
-    scores = rows.scores.reshape(repeats, count, -1).mean(0)
-    first = replace(rows, truth=rows.truth[:count], scores=scores, table=rows.table.slice(0, count))
-    quality, issue, other = label_quality(first)
-    order = np.lexsort((np.arange(count), quality, ~issue))[: max(_LEAST, int(issue.sum()))]
-    return [
-        {
-            "rank": rank,
-            **first.about(int(i)),
-            "label": _named(first, int(i)),
-            "suggested": first.labels[other[i]] + ("?" if first.task == "multi-label" else ""),
-            "probability": f"{quality[i]:.4f}",
-            "issue": "yes" if issue[i] else "",
-            "correct_label": "",
-        }
-        for rank, i in enumerate(order, start=1)
-    ]
-
-
-def _named(rows: Predictions, index: int) -> str:
-    label = rows.table.column("label")[index].as_py()
-    return ", ".join(label) if isinstance(label, list) else str(label)
+def _for_spreadsheets(name: str, value: str) -> str:
+    """A text that a spreadsheet would compute or call an error ("=1+1", "- good") begins with an apostrophe."""
+    return f"'{value}" if name.startswith("text") and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -139,10 +139,11 @@ class Sweep:
             table = replace(table, notes=(*table.notes, looks))
         if record.folds and all(state == "FINISHED" for state in states):
             where = write_out_of_fold(self.dir, record)
-            doubtful = tuple(write_doubtful(self.dir, record))
+            doubtful, older = write_doubtful(self.dir)
             notes = (*table.notes, f"Every row as it was predicted out of fold: {where}")
             notes += (f"Labels that are probably wrong, to be corrected: {self.dir.doubtful}",) if doubtful else ()
-            table = replace(table, notes=notes, doubtful=doubtful)
+            notes += (f"The runs have changed; the file of before is kept: {older}",) if older else ()
+            table = replace(table, notes=notes, doubtful=tuple(doubtful))
         splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}
         return replace(table, notes=(*table.notes, *_about_data(runs, splits)))
 

@@ -5,6 +5,7 @@ sbatch and squeue are small programs on PATH; what `prepare` says is given. Swee
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -809,7 +810,8 @@ def _predicted(run: RunDir, rows: range) -> None:
     sure = [0.1 if row == 3 else 0.9 - row / 100 for row in rows]  # that the label is right: of row 3 it is wrong
     x = [p if name == "x" else 1 - p for name, p in zip(names, sure, strict=True)]
     table = {"row": list(rows), "file": pa.array(["a.csv"] * len(rows)).dictionary_encode(), "label": names}
-    table |= {"text": [f"text\n<{row}>" for row in rows], "prediction": ["x" if p > 0.5 else "y" for p in x]}
+    texts = ["=1+1" if row == 7 else f"text\n<{row}>" for row in rows]
+    table |= {"text": texts, "prediction": ["x" if p > 0.5 else "y" for p in x]}
     pq.write_table(pa.table({**table, "score: x": x, "score: y": [1 - p for p in x]}), run.predictions)
 
 
@@ -854,13 +856,19 @@ def test_folds_are_one_array_over_one_store_and_one_table_of_all_rows(
     )
     assert [row["row"] for row in others] == list("987654210"), "those without an issue by their probability"
     assert "a.csv:3  x      y          0.1000    text <3>" in str(table) and table.to_dict()["doubtful"][0] == first
-    corrected = made.dir.doubtful.read_text().replace("yes,", "yes,y", 1)
-    made.dir.doubtful.write_text(corrected)
-    assert made.table().doubtful[0]["correct_label"] == "y" and made.dir.doubtful.read_text() == corrected
+    corrected = made.dir.doubtful.read_text().replace("yes,", "yes,y", 1).replace(",", ";").encode("cp1252", "replace")
+    made.dir.doubtful.write_bytes(corrected)  # as a spreadsheet saves it
+    assert made.table().doubtful[0] == first and made.dir.doubtful.read_bytes() == corrected
     for texts in (True, False):
         charts, page = collection_page(made.path, [run.path for run in runs], made.path / "report", texts=texts)
         html = page(dict.fromkeys((chart.key for chart in charts), ""))
         assert "Northcutt" in html and ("&lt;3&gt;" in html) == texts and "<3>" not in html
+    _predicted(runs[0], range(4))
+    kept = made.path / "doubtful_labels.1.csv"
+    assert f"the file of before is kept: {kept}" in str(made.table()) and kept.read_bytes() == corrected
+    with made.dir.doubtful.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {**first, "correct_label": ""} and "'=1+1" in [row["text"] for row in rows]
     _predicted(runs[0], range(5))
     with pytest.raises(DataError, match="not every row is predicted once in each of 2 repeats"):
         made.table()
