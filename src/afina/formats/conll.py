@@ -35,9 +35,9 @@ def read_conll(path: Path, reading: ReadOptions) -> Iterator[tuple[int, list[lis
     """
     sentence: list[list[str]] = []
     first = width = 0
-    with open_text(path, reading, newline="\n") as file:
+    with open_text(path, reading, newline=None) as file:  # a return alone ends lines too
         for number, line in enumerate(file, 1):
-            text = line.rstrip("\r\n")
+            text = line.rstrip("\n")
             if not text.strip() or text.startswith("-DOCSTART-"):
                 if sentence:
                     yield first, [list(column) for column in zip(*sentence, strict=True)]

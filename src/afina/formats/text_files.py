@@ -105,7 +105,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, reading: ReadOptions = PLAIN, newline: str = "") -> Iterator[IO[str]]:
+def open_text(path: Path, reading: ReadOptions = PLAIN, newline: str | None = "") -> Iterator[IO[str]]:
     """The file's text.
 
     Raises:

@@ -277,10 +277,16 @@ def test_rows_without_a_group_and_groups_that_cannot_be_held_are_named(tmp_path:
     rows = of([10] * 10)
     for i in (0, 1, 50, 99):
         rows[i]["author"] = ""
+    for i in (2, 3, 4):
+        rows[i]["author"] = "NA"
     rows[99]["text"] = rows[0]["text"].upper()
     own: dict[str, Any] = {"split_by": "text", "group": "author"}
     _, parts, warnings = build(tmp_path, {"all": rows}, **own)
     assert any("rows of train have no group (`author`); each counts as one of its own" in line for line in warnings)
+    assert any(
+        "3 rows of train have a word for a missing value as their group (`author`: NA), and are one" in line
+        for line in warnings
+    )
     assert {99, 0} <= set(parts["train"].rows) or {99, 0} <= set(parts["eval"].rows), "equal texts stay together"
     error = refused(tmp_path, {"all": of([90, 5, 5])}, **own)
     assert "one group (`author`) has 90 of 100 rows, and the largest split holds 80" in error.message

@@ -119,6 +119,8 @@ def test_schemes_become_iob2(tagged: Callable[..., Plan], tags: str, iob2: str, 
         ([("a good food", "DT JJ NN")], "no word is outside of all entities"),
         ([("a good food", "O B-A L-A"), ("good the food", "O M-A X-A")], "tag 'X-A'"),
         ([("a good food", "O O O")], "there is nothing to learn"),
+        ([("a good food", "O b-X i-X")], "word 2: tag 'b-X' is of no known scheme"),
+        ([("a good food", "O X-B X-I")], "word 2: tag 'X-B' is of no known scheme"),
     ],
 )
 def test_tags_of_no_scheme_are_refused_with_their_place(
@@ -134,6 +136,11 @@ def test_tags_of_no_scheme_are_refused_with_their_place(
         (["a", " "], ["O", "O"], "word 2: ' ' is not a word"),
         (["a", "b"], ["O", 3], "word 2: 3 is not a tag"),
         ("New York", [[0, 8, "LOC"], {"start": 4, "end": 8, "label": "LOC"}], "span 4 to 8 ('York') overlaps"),
+        (
+            "Kochtopf",
+            [[0, 4, "X"], [4, 8, "X"]],
+            "span 4 to 8 ('topf') is in one word ('Kochtopf') with the one before it",
+        ),
         ("New York", [[4, 9, "LOC"]], "span 4 to 9 is not inside the text of 8 characters"),
         ("New York", [[3, 4, "LOC"]], "holds no word"),
         ("New York", [[0, "8", "LOC"]], "is not a span"),
@@ -194,8 +201,6 @@ def test_first_tokens_are_those_of_transformers(models: Callable[..., Path], arc
 )  # fmt: skip
 def test_words_of_a_text(text: str, units: Any, words: list[str]) -> None:
     assert [text[start:end] for start, end in spans_of_text(text, units).tolist()] == words
-    divided = [text[start:end] for start, end in spans_of_text(text, units, divided=True).tolist()]
-    assert divided == (text.split() if units == "spaces" else words)
 
 
 def test_words_without_a_token_of_their_own_have_labels_all_the_same() -> None:
@@ -230,6 +235,12 @@ def test_words_of_a_file_are_those_between_spaces_or_tabs(tmp_path: Path) -> Non
         (2, ["#", "a\u00a0b"]),
         (6, ["x"]),
         (8, ["#"]),
+    ]
+    path.write_bytes(b"a O\rb O\r\rc O\r\n\r\nd O")  # also those of old Macs, and of Windows
+    assert [(line, words) for line, (words, _) in read_conll(path, ReadOptions())] == [
+        (1, ["a", "b"]),
+        (4, ["c"]),
+        (6, ["d"]),
     ]
     path.write_text("# id\n#\tO\nb c\tO\n", encoding="utf-8")
     assert [words for _, (words, _) in read_conll(path, ReadOptions())] == [["#", "b c"]]

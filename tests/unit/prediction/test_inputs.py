@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from tests import tiny
 
 from afina.errors import DataError, InputError
 from afina.worker.data.tables.data_table import DataSource
+from afina.worker.data.tables.words import read_row
 from afina.worker.inference import inputs
 from afina.worker.inference.inputs import Inputs, examine, read_chunks
 from afina.worker.inference.parts import Parts
@@ -103,6 +105,25 @@ def test_parts_of_an_older_afina_are_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(InputError, match="cannot be read"):
         Parts(tmp_path)
+
+
+def test_words_of_lists_are_those_of_training(tmp_path: Path) -> None:
+    """Also of words with a space, and of the lists that Polars writes."""
+    rows = [["New York", "is", "b c"], [], None]
+    kinds: dict[str, Any] = {"list.parquet": pa.list_(pa.string()), "large.parquet": pa.large_list(pa.large_string())}
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"tokens": words} for words in rows])
+    for name, kind in kinds.items():
+        pq.write_table(pa.table({"tokens": pa.array(rows, kind)}), tmp_path / name)
+    for path in sorted(tmp_path.iterdir()):
+        found = examine([path], ["tokens"], [], 9, words=True)
+        (chunk,) = read_chunks(found, [path], [0])
+        assert chunk.texts[0].to_pylist() == ["New York is b c", "", None], path
+        assert chunk.divided[0].tolist() == [[0, 8], [9, 11], [12, 15]], path
+        assert chunk.divided[0].tolist() == read_row("", rows[0], ["O"] * 3)[0].tolist()
+        assert (len(chunk.divided[1]), chunk.divided[2]) == (0, None)
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"tokens": ["a"]}, {"tokens": ["a", " "]}])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2, word 2: ' ' is not a word"):
+        examine([tmp_path / "a.jsonl"], ["tokens"], [], 9, words=True)
 
 
 def test_sentences_of_a_conll_file_are_texts_beside_their_columns(tmp_path: Path) -> None:

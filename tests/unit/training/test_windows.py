@@ -175,7 +175,7 @@ def _losses(trainer: Any) -> list[float]:
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ("tokens: {max_length: 64, windows: {stride: 40}}", "40 of 64 tokens: windows share at most half"),
+        ("tokens: {max_length: 64, windows: {stride: 40}}", "windows of 64 tokens share 40: at most half of them, 32"),
         ("tokens: {windows: {}, truncation: head+tail}", "has no meaning beside `tokens.windows`"),
         ("tokens: {windows: {pool: first}}", "tokens.windows.pool"),
     ],

@@ -70,8 +70,11 @@ class Tokens(Section):
             remedy = "leave `tokens.truncation` out: windows read all of a text"
             yield KeyedError("has no meaning beside `tokens.windows`", "truncation", remedy=remedy)
         if self.max_length < 16 or self.windows.stride > self.max_length // 2:
-            problem = f"{self.windows.stride} of {self.max_length} tokens: windows share at most half, of 16 or more"
-            yield KeyedError(problem, "windows", "stride", remedy="lower it, or raise `tokens.max_length`")
+            most, short = self.max_length // 2, self.max_length < 16
+            problem = f"windows of {self.max_length} tokens share {self.windows.stride}: at most half of them, {most}"
+            problem = f"windows of {self.max_length} tokens: they have 16 or more" if short else problem
+            remedy = "raise `tokens.max_length`" if short else f"set it to {most} or less, or raise `tokens.max_length`"
+            yield KeyedError(problem, "windows", "stride", remedy=remedy)
 
     @property
     def encoding(self) -> dict[str, Any]:

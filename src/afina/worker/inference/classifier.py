@@ -28,7 +28,7 @@ from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, Targets, pool_windows, scored_logits
 from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
-from afina.worker.data.tables.words import Units, find_pieces, join_words, spans_of_text
+from afina.worker.data.tables.words import Units, find_pieces, given_words, join_words, spans_of_text
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
@@ -213,7 +213,7 @@ class Classifier:
 
         Args:
             columns: large_string (N,), one, two for pairs, or more, which are joined.
-            divided: of a token classification, texts that are words with one space between them, bool (N,); None: none is.
+            divided: of a token classification, where the words of each text are that is a list of words, int32 (n, 2), else None; (N,).
         """
         blank = np.stack([is_blank(column) for column in columns])
         # Of several texts that are joined some may be blank.
@@ -235,8 +235,7 @@ class Classifier:
         if self.words is None:
             return EncodedTexts(split, rows[kept], int(batch.cut.sum()))
         texts = columns[0].to_pylist()
-        divided = np.zeros(len(texts), bool) if divided is None else divided
-        some = [(texts[row], bool(divided[row])) for row in rows[kept].tolist()]
+        some = [(texts[row], None if divided is None else divided[row]) for row in rows[kept].tolist()]
         places = self._places(some, batch.spans, offsets, batch.cut[kept])
         split = replace(split, words=places, labels=np.zeros(len(places.pieces), np.int64))
         known = set(rows[kept].tolist())
@@ -245,12 +244,12 @@ class Classifier:
         )
 
     def _places(
-        self, texts: Sequence[tuple[str, bool]], spans: Array | None, token_offsets: Array, cut: Array
+        self, texts: Sequence[tuple[str, Array | None]], spans: Array | None, token_offsets: Array, cut: Array
     ) -> WordPlaces:
-        """The words of texts (and whether they are divided already), as training had them, and the first token of each."""
+        """The words of texts (or where they are, if that is known), as training had them, and the first token of each."""
         assert self.words is not None
         spans = np.empty((0, 2), np.int32) if spans is None else spans
-        words = [spans_of_text(text, self.words, divided=divided) for text, divided in texts]
+        words = [spans_of_text(text, self.words) if known is None else known for text, known in texts]
         offsets = np.concatenate([[0], np.cumsum([len(each) for each in words])]).astype(np.int64)
         flat = np.concatenate([np.empty((0, 2), np.int32), *words])
         return WordPlaces(offsets, flat, find_pieces(offsets, flat, token_offsets, spans, cut))
@@ -262,7 +261,7 @@ class Classifier:
             texts: a list of words stands for the text that has them with one space between.
         """
         column, result = _text_array([join_words(text) for text in texts]), []
-        divided = np.array([isinstance(text, (list, tuple)) for text in texts], bool)
+        divided = given_words(texts, lambda number: f"text {number + 1}")
         for start in range(0, len(column), CHUNK_ROWS):
             encoded = self.encode([column.slice(start, CHUNK_ROWS)], divided[start : start + CHUNK_ROWS])
             result += self.entity_column(encoded, self.run(encoded)).to_pylist()

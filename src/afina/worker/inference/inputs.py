@@ -23,7 +23,7 @@ from afina.errors import DataError, InputError
 from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.worker.data.tables.readers import open_reader
 from afina.worker.data.tables.row_batches import FileReader, RowBatch, note_texts
-from afina.worker.data.tables.words import row_texts
+from afina.worker.data.tables.words import given_words, raw_values, row_texts
 
 __all__ = ["CHUNK_BYTES", "Chunk", "Inputs", "check_columns", "examine", "read_chunks"]
 
@@ -97,7 +97,7 @@ class Chunk:
         table: the columns that are copied to the output.
         file: number of each row's file, int64 (N,).
         row: number of each row in its file, as its reader counts, int64 (N,).
-        divided: texts that are lists of words, bool (N,).
+        divided: where the words of each text are that is a list of words, int32 (n, 2), else None; (N,).
         units: the word for a row of each file: row, line, record.
     """
 
@@ -165,6 +165,8 @@ def examine(
         reader = open_reader(path, reading)
         for batch in reader.batches(text, others):
             texts = [_texts(reader, name, batch, words) for name in text]
+            if words:
+                _words(reader, text[0], batch)
             for name, column in zip(text, texts, strict=True):
                 note_texts(reader.notes, column, batch.row, name)
             copied = [name for name in batch.values if others is None or name in others]
@@ -260,21 +262,31 @@ def _part(inputs: Inputs, reader: FileReader, batch: RowBatch, rows: range, file
     ]
     texts = [_texts(reader, name, batch, inputs.words).slice(rows.start, count) for name in inputs.text]
     table, some = pa.table(columns, schema=inputs.schema), slice(rows.start, rows.stop)
-    divided = _are_lists(batch.values[inputs.text[0]])[some]
+    divided = _words(reader, inputs.text[0], batch)[some] if inputs.words else np.full(count, None, object)
     return Chunk(number, texts, table, np.full(count, file), batch.row[some], divided, {})
 
 
 def _texts(reader: FileReader, name: str, batch: RowBatch, words: bool) -> pa.Array:
     """A column of texts; of a CoNLL file its words with one space between them, and where `words` of lists of words in other files too."""
-    words = format_of(reader.path) == "conll" or (words and bool(_are_lists(batch.values[name]).any()))
+    words = format_of(reader.path) == "conll" or (words and _has_lists(batch.values[name]))
     return row_texts(reader, name, batch, words=words)
 
 
-def _are_lists(values: Any) -> Array:
-    """Which values of a column, as a reader gives them, are lists of words, bool (N,)."""
+def _has_lists(values: Any) -> bool:
+    """Whether a column, as a reader gives it, has lists of words."""
     if isinstance(values, pa.Array):
-        return np.full(len(values), pa.types.is_list(values.type))
-    return np.array([isinstance(value, list) for value in values], bool)
+        kind = values.type
+        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    return any(isinstance(value, list) for value in values)
+
+
+def _words(reader: FileReader, name: str, batch: RowBatch) -> Array:
+    """Where the words of each text are that is a list of words, see `given_words`."""
+    if not _has_lists(batch.values[name]):
+        return np.full(len(batch), None, object)
+    return given_words(
+        raw_values(reader, name, batch), lambda number: f"{reader.path}, {reader.unit} {batch.row[number]}"
+    )
 
 
 def _joined(parts: Sequence[Chunk], units: Mapping[int, str]) -> Chunk:

@@ -28,6 +28,8 @@ __all__ = ["check_entities", "entity_flags", "find_entities"]
 Array = np.ndarray[Any, Any]
 
 _PREFIXED = re.compile(r"([BIOESLUMW])[-_](.+)")
+#: Tags of other schemes, which would be taken for names without prefix.
+_ALMOST = re.compile(r"[biesluomw][-_].+|.+[-_][BIESLU]")
 _BEGIN, _INSIDE, _LAST, _SINGLE = range(1, 5)
 _ROLES = {"B": _BEGIN, "I": _INSIDE, "M": _INSIDE, "E": _LAST, "L": _LAST, "S": _SINGLE, "U": _SINGLE, "W": _SINGLE}
 _SCHEMES = "IOB2 (B-PER, I-PER, O), IOB1, BIOES, BILOU, or names without prefix"
@@ -52,6 +54,11 @@ def find_entities(columns: Sequence[LabelColumns], warnings: list[str]) -> Label
         raise DataError(
             f"{_place(tables, plain[0])}: tag {plain[0]!r} has no prefix, and {prefixed!r} has one",
             f"write all tags in one scheme: {_SCHEMES}",
+        )
+    if plain and all(_ALMOST.fullmatch(tag) for tag in plain):
+        raise DataError(
+            f"{_place(tables, plain[0])}: tag {plain[0]!r} is of no known scheme: the prefix is a capital letter before the name",
+            f"write tags as {_SCHEMES}",
         )
     if plain and "O" not in every:
         raise DataError(

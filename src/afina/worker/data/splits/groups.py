@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
+from afina.formats.text_files import MISSING_WORDS
 from afina.worker.data.splits.divide import split_groups
 from afina.worker.data.tables.data_table import Examples, TextDigests, list_places
 
@@ -45,7 +46,7 @@ def group_codes(groups: pa.Array | None, keys: Array) -> Array:
 
 
 def check_groups(name: str, splits: Mapping[str, Examples], warnings: list[str]) -> None:
-    """Warn of rows without a group, and of groups of one row each.
+    """Warn of rows without a group, of one that means none, and of groups of one row each.
 
     Args:
         name: of the column.
@@ -65,7 +66,13 @@ def check_groups(name: str, splits: Mapping[str, Examples], warnings: list[str])
                 f"{len(without):,} of {len(examples):,} rows of {split} have no group (`{name}`); each counts as one of its own: "
                 f"{list_places(examples.table, without)}"
             )
-        elif split == "train" and len(pc.unique(examples.groups)) == len(examples) > 1:
+        filled = np.flatnonzero(pc.is_in(pc.utf8_lower(examples.groups), pa.array(MISSING_WORDS, pa.large_string())))
+        if len(filled) > 1:
+            warnings.append(
+                f"{len(filled):,} rows of {split} have a word for a missing value as their group (`{name}`: "
+                f"{examples.groups[int(filled[0])].as_py()}), and are one group: leave the cell empty where there is none: {list_places(examples.table, filled)}"
+            )
+        if not len(without) and split == "train" and len(pc.unique(examples.groups)) == len(examples) > 1:
             warnings.append(
                 f"every row of train is a group of its own: is `{name}` the column of authors, documents or patients?"
             )

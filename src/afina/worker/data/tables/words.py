@@ -18,7 +18,7 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,17 @@ from afina.errors import DataError
 from afina.worker.data.tables.row_batches import FileReader, RowBatch
 from afina.worker.task.word_places import CUT, REMOVED, SHARED
 
-__all__ = ["TaggedWords", "Units", "find_pieces", "join_words", "raw_values", "read_row", "row_texts", "spans_of_text"]
+__all__ = [
+    "TaggedWords",
+    "Units",
+    "find_pieces",
+    "given_words",
+    "join_words",
+    "raw_values",
+    "read_row",
+    "row_texts",
+    "spans_of_text",
+]
 
 Array = np.ndarray[Any, Any]
 #: What words are: pieces of the text between white space, as word lists give them; or by letters and punctuation, as texts do.
@@ -119,17 +129,11 @@ def join_words(value: Any) -> str | None:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def spans_of_text(text: str, units: Units, *, divided: bool = False) -> Array:
-    """Where the words of a text are, int32 (n, 2).
-
-    Args:
-        divided: the text is words with a space between them; else marks around a word of `spaces` are words of their own.
-    """
+def spans_of_text(text: str, units: Units) -> Array:
+    """Where the words of a text are, int32 (n, 2); marks around a word of `spaces` are words of their own."""
     if units == "letters":
         marks = "" if text.isascii() else "".join(sorted(_marks().intersection(text)))
         spans = [match.span() for match in _letters(marks).finditer(text)]
-    elif divided:
-        spans = [match.span() for match in re.finditer("[^ ]+", text)]
     else:
         pieces = re.finditer(r"\S+", text)
         spans = [span for piece in pieces for span in _without_marks(piece[0], piece.start())]
@@ -161,6 +165,22 @@ def _without_marks(piece: str, start: int) -> list[tuple[int, int]]:
     return sorted([*((start + a, start + b) for a, b in core), *((at, at + 1) for at in ends)])
 
 
+def given_words(values: Sequence[Any], where: Callable[[int], str]) -> Array:
+    """Of each value that is a list of words where they are in its text, int32 (n, 2), else None; (N,).
+
+    Args:
+        where: file and row of a value's number, for messages.
+
+    Raises:
+        DataError: a word is none.
+    """
+    given = np.full(len(values), None, object)
+    for number, value in enumerate(values):
+        if isinstance(value, (list, tuple)):
+            given[number] = read_row(where(number), value, None)[0]
+    return given
+
+
 def read_row(where: str, text: Any, tags: Any) -> tuple[Array, list[str] | None, bool]:
     """Words, tags and whether a span was widened, of one row; the tags are None where the row has none.
 
@@ -180,7 +200,7 @@ def read_row(where: str, text: Any, tags: Any) -> tuple[Array, list[str] | None,
         return _of_spans(where, str(text), tags)
     raise DataError(
         f"{where}: a text with the label {tags!r}: token classification has a tag for each word, or spans",
-        f"give lists of words and tags, or spans: {_SPAN}",
+        f"give lists of words and tags, or spans (JSON Lines and Parquet have lists, CSV has none): {_SPAN}",
     )
 
 
@@ -207,7 +227,7 @@ def _of_words(where: str, words: Sequence[Any], tags: Any) -> tuple[Array, list[
 
 def _of_spans(where: str, text: str, spans: Sequence[Any]) -> tuple[Array, list[str], bool]:
     words = spans_of_text(text, "letters")
-    tags, widened, taken = ["O"] * len(words), False, -1
+    tags, widened, taken, before = ["O"] * len(words), False, -1, 0
     for start, end, label in sorted(_span(where, text, span) for span in spans):
         first = int(np.searchsorted(words[:, 1], start, "right"))
         last = int(np.searchsorted(words[:, 0], end, "left"))
@@ -216,15 +236,20 @@ def _of_spans(where: str, text: str, spans: Sequence[Any]) -> tuple[Array, list[
                 f"{where}: span {start} to {end} ({text[start:end]!r}) holds no word", f"correct it; {_SPAN}"
             )
         if first <= taken:
+            how = (
+                "overlaps the one before it"
+                if start < before
+                else f"is in one word ({text[slice(*words[first])]!r}) with the one before it"
+            )
             raise DataError(
-                f"{where}: span {start} to {end} ({text[start:end]!r}) overlaps the one before it",
+                f"{where}: span {start} to {end} ({text[start:end]!r}) {how}",
                 "keep one of them: a word has one label; for nested entities train a model for each level",
             )
         inner = text[start:end].strip()
         whole = text[words[first, 0] : words[last - 1, 1]]
         widened |= inner != whole
         tags[first:last] = [f"B-{label}"] + [f"I-{label}"] * (last - first - 1)
-        taken = last - 1
+        taken, before = last - 1, end
     return words, tags, widened
 
 
