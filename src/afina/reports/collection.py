@@ -75,7 +75,7 @@ def collection_page(folder: Path, paths: Sequence[Path], page: Path, *, texts: b
             ("Effect of each hyperparameter", figures(effects, drawings)),
             ("Learning curves", figures(curves, drawings)),
             ("Runs", listed + note("; ".join(filter(None, (why, hint)))) if listed else ""),
-            ("Doubtful labels", _doubtful(folder, texts=texts)),
+            ("Doubtful labels", _doubtful(folder, any(row.weak for row in rows), texts=texts)),
             ("Sweep", _sweep(record)),
         ]
         models = {str(run.recipe.get("model")) for run in runs}
@@ -306,7 +306,7 @@ def _table(page: Path, runs: Sequence[tuple[str, RunResult, Interval | None, str
     return table(heads, rows, "The best first", links=links, remarks=weak)
 
 
-def _doubtful(folder: Path, *, texts: bool) -> str:
+def _doubtful(folder: Path, useless: bool, *, texts: bool) -> str:
     """The rows of a cross-validation whose label is probably wrong, from the table that `afina sweep` has written."""
     try:
         rows = doubtful_rows(read_predictions(folder / "out_of_fold.parquet"))
@@ -316,7 +316,9 @@ def _doubtful(folder: Path, *, texts: bool) -> str:
         return ""
     heads = ["file", "row", *(["text"] if texts else []), "label", "suggested", "probability", "issue"]
     cells = [[(row.get(head) or "")[:_MOST_TEXT] for head in heads] for row in rows[:_MOST_DOUBTFUL]]
+    caution = "The models are of no use (see above), and so are their doubts. " if useless else ""
     return table(heads, cells, "The most doubtful first") + note(
+        f"{caution}"
         "By confident learning (Northcutt, Jiang and Chuang 2021) from the probabilities out of fold; probability: of the label as given. An issue: another label passes its "
         "own mean probability. All of them, with a column to correct, are in doubtful_labels.csv."
     )

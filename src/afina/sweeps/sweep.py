@@ -141,7 +141,13 @@ class Sweep:
             where = write_out_of_fold(self.dir, record)
             doubtful, older = write_doubtful(self.dir)
             notes = (*table.notes, f"Every row as it was predicted out of fold: {where}")
-            notes += (f"Labels that are probably wrong, to be corrected: {self.dir.doubtful}",) if doubtful else ()
+            useless = any(row.weak for row in table.rows)
+            what = (
+                "Labels that models of no use doubt, which says little"
+                if useless
+                else "Labels that are probably wrong, to be corrected"
+            )
+            notes += (f"{what}: {self.dir.doubtful}",) if doubtful else ()
             notes += (f"The runs have changed; the file of before is kept: {older}",) if older else ()
             table = replace(table, notes=notes, doubtful=tuple(doubtful))
         splits = {column.partition("_")[0] for column in (table.metric, table.shown) if column}

@@ -802,7 +802,7 @@ def test_the_command_submits_and_shows(
 # -- folds -----------------------------------------------------------------------------------------------------------
 
 
-def _predicted(run: RunDir, rows: range) -> None:
+def _predicted(run: RunDir, rows: range, *, always: str = "") -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -811,7 +811,7 @@ def _predicted(run: RunDir, rows: range) -> None:
     x = [p if name == "x" else 1 - p for name, p in zip(names, sure, strict=True)]
     table = {"row": list(rows), "file": pa.array(["a.csv"] * len(rows)).dictionary_encode(), "label": names}
     texts = ["=1+1" if row == 7 else f"text\n<{row}>" for row in rows]
-    table |= {"text": texts, "prediction": ["x" if p > 0.5 else "y" for p in x]}
+    table |= {"text": texts, "prediction": [always or ("x" if p > 0.5 else "y") for p in x]}
     pq.write_table(pa.table({**table, "score: x": x, "score: y": [1 - p for p in x]}), run.predictions)
 
 
@@ -869,6 +869,9 @@ def test_folds_are_one_array_over_one_store_and_one_table_of_all_rows(
     with made.dir.doubtful.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {**first, "correct_label": ""} and "'=1+1" in [row["text"] for row in rows]
+    for run, rows_of in zip(runs, ((0, 4), (4, 10), (0, 5), (5, 10)), strict=True):
+        _predicted(run, range(*rows_of), always="x")
+    assert "Labels that models of no use doubt" in str(made.table())
     _predicted(runs[0], range(5))
     with pytest.raises(DataError, match="not every row is predicted once in each of 2 repeats"):
         made.table()
