@@ -257,6 +257,13 @@ def test_missing_keys(recipe_file: Callable[..., Path], key: str) -> None:
     assert f"add `{key.split('.')[-1]}:`" in caught.value.remedy
 
 
+def test_a_section_for_its_defaults_is_empty_braces(recipe_file: Callable[..., Path]) -> None:
+    for key in ("decisions", "train.early_stopping", "tokens.windows"):
+        with pytest.raises(RecipeError, match=f"{key}: true makes no sense here") as caught:
+            load_recipe(recipe_file(), [f"{key}=true"])
+        assert caught.value.remedy == "write `{}` for the defaults, or leave it out"
+
+
 # -- values ------------------------------------------------------------------------------------------------------------
 
 WRONG = {

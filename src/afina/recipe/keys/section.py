@@ -66,7 +66,8 @@ class Section(FrozenModel):
     def _no_stray_boolean_and_no_secret(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields.get(info.field_name or "")
         if isinstance(value, bool) and field is not None and not _takes_boolean(field.annotation):
-            raise ValueError(f"{str(value).lower()} makes no sense here")
+            remedy = "write `{}` for the defaults, or leave it out" if _takes_section(field.annotation) else ""
+            raise KeyedError(f"{str(value).lower()} makes no sense here", remedy=remedy)
         if not isinstance(value, dict) and looks_secret(value):
             raise KeyedError(SECRET[0], remedy=SECRET[1])
         return value
@@ -84,6 +85,12 @@ class Section(FrozenModel):
 
 def _takes_boolean(annotation: Any) -> bool:
     return annotation is bool or any(map(_takes_boolean, get_args(annotation)))
+
+
+def _takes_section(annotation: Any) -> bool:
+    return (isinstance(annotation, type) and issubclass(annotation, Section)) or any(
+        map(_takes_section, get_args(annotation))
+    )
 
 
 def listed(value: Any) -> Any:
