@@ -202,6 +202,8 @@ def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         return {}
     by_column = {}
     for name, feature in features.items():
+        if isinstance(feature, list) and len(feature) == 1:  # a list of them, as datasets before 4 writes it too
+            feature = feature[0]
         feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
             by_column[name] = [str(n) for n in feature["names"]]

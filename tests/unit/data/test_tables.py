@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -150,12 +151,14 @@ def test_class_labels_become_names_in_their_order(tmp_path: Path) -> None:
 
 
 def test_lists_of_class_labels(tmp_path: Path) -> None:
-    features = {"tags": {"feature": {"names": ["a", "b", "c"], "_type": "ClassLabel"}, "_type": "List"}}
-    table = pa.table({"tags": pa.array([[0, 2], [], None, [1]])}).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})}
-    )
-    pq.write_table(table, tmp_path / "a.parquet")
-    assert column(read_files([tmp_path / "a.parquet"], ["tags"]), "tags") == [["a", "c"], [], None, ["b"]]
+    label = {"names": ["a", "b", "c"], "_type": "ClassLabel"}
+    features: list[Any] = [{"feature": label, "_type": "List"}, {"feature": label, "_type": "Sequence"}, [label]]
+    for feature in features:
+        for kind in (pa.list_(pa.int64()), pa.large_list(pa.int64())):
+            about = {"huggingface": json.dumps({"info": {"features": {"tags": feature}}})}
+            table = pa.table({"tags": pa.array([[0, 2], [], None, [1]], kind)}).replace_schema_metadata(about)
+            pq.write_table(table, tmp_path / "a.parquet")
+            assert column(read_files([tmp_path / "a.parquet"], ["tags"]), "tags") == [["a", "c"], [], None, ["b"]]
 
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
