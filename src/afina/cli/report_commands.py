@@ -187,8 +187,6 @@ def _print(comparison: Any, tests: Any) -> None:
         for row in rows:
             table.add_row(*row)
         console.print("", *([table] if rows else []), *others, sep="\n")
-        about = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: "
-        console.print(f"{about}seeds of one recipe may differ as much.")
 
 
 def _shown(value: Any) -> str:

@@ -240,14 +240,11 @@ def comparison_page(found: Comparison, tests: Sequence[Verdict] | None, looked: 
         heads, rows, others = test_rows(tests) if tests else ([], [], [])
         for before, row in itertools.pairwise(rows):  # a row that is sorted elsewhere keeps its run
             row[0] = row[0] or before[0]
-        about_tests = "Difference: run minus the first. The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much."
         body = [
             ("Scores", figures(scores, drawings) + beside(found.metrics, number, f"On {found.split}") + note(why)),
             (
                 "Tests",
-                table(heads, rows, "Paired, on the same rows") + "".join(map(note, [*others, about_tests]))
-                if tests
-                else "",
+                table(heads, rows, "Paired, on the same rows") + "".join(map(note, others)) if tests else "",
             ),
             ("Learning curves", figures(curves, drawings)),
             ("Differences between the recipes", same + beside(found.recipe, _shown, "Keys that differ")),

@@ -234,7 +234,7 @@ def _predictions(run: Path) -> Predictions | str:
 
 
 def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Heads and rows of the table of tests, on the terminal and in the page, and a line for each that is not possible."""
+    """Heads and rows of the table of tests, on the terminal and in the page, and lines: which is not possible, and what the tests cover."""
     several, lines = len(tests) > 1, []
     heads = [f"against {tests[0].against}", "score", "first", "run", "difference", "95 % interval", "p"]
     heads += [*(["p (Holm)"] if several else []), "test"]
@@ -259,7 +259,12 @@ def test_rows(tests: Sequence[Verdict]) -> tuple[list[str], list[list[str]], lis
                     d.test + split,
                 ]
             )
-    return heads, rows, lines
+    over = {d.test.startswith("corrected t") for test in tests if test.paired for d in test.paired.differences}
+    covered = {
+        False: "The tests cover sampling of rows, not randomness in training: seeds of one recipe may differ as much.",
+        True: "The tests over folds cover sampling of rows, those of train too; all runs have one seed.",
+    }
+    return heads, rows, [*lines, "Difference: run minus the first.", *(covered[of_folds] for of_folds in sorted(over))]
 
 
 def to_json(comparison: Comparison, tests: Sequence[Verdict] | None) -> dict[str, Any]:

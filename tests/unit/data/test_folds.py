@@ -117,6 +117,9 @@ def test_folds_that_cannot_be_made_are_refused(plan: Callable[..., Plan], tmp_pa
     assert "--folds 2 or fewer" in error
     error = refused_here(plan(data=_fold(1, 5, files=files, group="author")))
     assert "5 folds of 4 groups (`author`)" in error
+    one = str(write_csv(tmp_path / "one.csv", [{**row, "author": "a"} for row in rows]))
+    error = refused_here(plan(data=_fold(1, 5, files={"train": one, "eval": files}, group="author")))
+    assert "folds of 1 groups (`author`)\nname another column" in error
     apart = {
         part: str(write_csv(tmp_path / f"{part}.csv", tiny_reviews(60, seed)))
         for part, seed in (("train", 1), ("eval", 2))

@@ -25,6 +25,7 @@ from tests.unit.statistics.test_scores import write
 from afina.errors import ClaimedError, DataError, InputError, SlurmError, WaitTimeout
 from afina.files import read_json
 from afina.recipe.parse import parse_recipe
+from afina.reports import compare as compare_page
 from afina.reports.collection import collection_page
 from afina.reports.compare import compare
 from afina.run import new_run
@@ -893,6 +894,10 @@ def test_two_cross_validations_are_compared_over_the_same_folds(sweep: Callable[
     comparison = compare([made.path for made in sweeps])
     (verdict,) = comparison.tests()
     assert verdict.paired is not None and verdict.paired.rows == 15 and verdict.run == sweeps[1].path.name
+    assert compare_page.test_rows([verdict])[2] == [
+        "Difference: run minus the first.",
+        "The tests over folds cover sampling of rows, those of train too; all runs have one seed.",
+    ]
     first = verdict.paired.differences[0]
     expected = paired_t_test(scores[1], scores[0], overlap=1 / 2)
     assert (first.metric, first.p, first.low) == ("accuracy", expected.p, expected.difference.low)

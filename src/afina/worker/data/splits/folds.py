@@ -97,7 +97,9 @@ def check_folds(folder: Path, task: str, data: Data) -> list[list[dict[str, int]
     sizes = np.bincount(groups)
     what = f"groups (`{data.group}`)" if data.group else "different texts"
     if len(sizes) < data.fold.of:
-        raise DataError(f"data.fold: {data.fold.of} folds of {len(sizes)} {what}", f"at most --folds {len(sizes)}")
+        other = "name another column in `data.group`, or leave it out" if data.group else "give rows of other texts"
+        remedy = f"at most --folds {len(sizes)}" if len(sizes) > 1 else other
+        raise DataError(f"data.fold: {data.fold.of} folds of {len(sizes)} {what}", remedy)
     if int(sizes.max()) > -(-len(train) // data.fold.of):
         most = len(train) // int(sizes.max())
         raise DataError(
