@@ -1,6 +1,6 @@
 """Prediction with a finished run: on this machine, in the site's container or without one; as a Slurm job or a job array.
 
-This module composes the request (`afina.prediction.request`) and starts the workers (`afina.worker.inference.stages`). Everything may
+This module composes the request (`afina.prediction.request`) and starts the workers (`afina.worker.predicting.stages`). Everything may
 be killed and repeated: the same call continues with the missing chunks.
 """
 

@@ -1,7 +1,7 @@
 """The request of a prediction: model, inputs, output and options as one frozen value, JSON both ways.
 
 Composing it only reads the disk: which files a folder or a pattern names, whether a path is a run directory. It is carried out by
-`afina.worker.inference.stages`.
+`afina.worker.predicting.stages`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ ANSWERS = {
     "peek": "afina.worker.hub.datasets",
     "trial": "afina.worker.node.trial",
     "rehearse": "afina.worker.node.rehearse",
-    "predict": "afina.worker.inference.stages",
+    "predict": "afina.worker.predicting.stages",
     "baselines": "afina.worker.inference.simple_models",
     "export": "afina.worker.inference.model_folder",
     "doctor": "afina.worker.checks.environment",

@@ -13,7 +13,7 @@ from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import number_text, read_json
 from afina.formats.rows import read_rows
 from afina.worker.data.tables.data_table import read_files
-from afina.worker.inference.inputs import examine
+from afina.worker.predicting.inputs import examine
 
 #: File, content, message after the path, remedy.
 BROKEN: dict[str, tuple[str, bytes, str, str]] = {

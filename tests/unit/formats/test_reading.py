@@ -23,7 +23,7 @@ from afina.formats.rows import read_rows
 from afina.recipe.data_files import find_files, split_of
 from afina.recipe.keys.data_keys import Data
 from afina.worker.data.tables.data_table import DataTable, read_files
-from afina.worker.inference.inputs import examine, read_chunks
+from afina.worker.predicting.inputs import examine, read_chunks
 
 ROWS = [("a good text", "pos"), ("ein schöner “Text”", "neg"), ("x, y; z", "pos")]
 RECORDS = [{"text": text, "label": label} for text, label in ROWS]

@@ -25,8 +25,8 @@ from afina.prediction.request import PredictRequest
 from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.statistics.paired import averaged, compare_paired, compare_with_mean
 from afina.statistics.predictions import Predictions
-from afina.worker.inference import stages as worker
-from afina.worker.inference.parts import made_by
+from afina.worker.predicting import plan_parts, predict_parts
+from afina.worker.predicting.parts import made_by
 
 LABELS = ["bad", "fair", "good"]
 ROWS = tiny.tiny_reviews(90, 2, stars=3)
@@ -121,8 +121,8 @@ def test_the_mean_of_probabilities_is_scored_and_predicts(
     assert middle["log_loss"]["high"] < 0, "by convexity the mean of probabilities has less loss, row by row"
 
     data = tiny.write_csv(tmp_path / "new.csv", [{"text": text} for text in [*TEXTS, " "]])
-    about = worker.plan(predicting.compose(out, [data], tmp_path / "new.parquet", PredictRequest(chunk_rows=40)))
-    worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
+    about = plan_parts.plan(predicting.compose(out, [data], tmp_path / "new.parquet", PredictRequest(chunk_rows=40)))
+    predict_parts.run(about["parts"], 0, 1, and_merge=True, progress="log")
     rows = pq.read_table(tmp_path / "new.parquet").to_pylist()
     scores = np.array([[row[f"score: {name}"] for name in LABELS] for row in rows[:-1]])
     assert scores == pytest.approx(mean, abs=1e-5) and np.ptp(mean, axis=0).min() > 1e-3

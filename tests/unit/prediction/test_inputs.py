@@ -16,9 +16,9 @@ from tests import tiny
 from afina.errors import DataError, InputError
 from afina.worker.data.tables.data_table import DataSource
 from afina.worker.data.tables.words import read_row
-from afina.worker.inference import inputs
-from afina.worker.inference.inputs import Inputs, examine, read_chunks
-from afina.worker.inference.parts import Parts
+from afina.worker.predicting import inputs
+from afina.worker.predicting.inputs import Inputs, examine, read_chunks
+from afina.worker.predicting.parts import Parts
 
 SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
 

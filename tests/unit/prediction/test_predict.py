@@ -34,8 +34,8 @@ from afina.prediction import jobs as predicting
 from afina.prediction.request import Prediction, PredictRequest, folder_of
 from afina.statistics.decision_rule import FILE, DecisionRule
 from afina.worker.__main__ import main as door
-from afina.worker.inference import stages as worker
-from afina.worker.inference.parts import Parts
+from afina.worker.predicting import plan_parts, predict_parts
+from afina.worker.predicting.parts import Parts
 from afina.worker.task.tasks import TASKS, abstained, prediction_columns
 
 LABELS = ["1", "2", "3", "4", "5"]
@@ -83,13 +83,13 @@ def here(run: Path, inputs: str | Path, out: Path, **options: Any) -> dict[str, 
     """What `afina predict` does, in this process."""
     about = planned(run, inputs, out, **options)
     if about["state"] != "whole":
-        worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
+        predict_parts.run(about["parts"], 0, 1, and_merge=True, progress="log")
     return about
 
 
 def planned(run: Path, inputs: str | Path, out: Path, **options: Any) -> dict[str, Any]:
     """The plan stage of `here`: the inputs are checked, and the folder of parts is there."""
-    return worker.plan(predicting.compose(run, [inputs], out, PredictRequest(**options)))
+    return plan_parts.plan(predicting.compose(run, [inputs], out, PredictRequest(**options)))
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ def test_several_texts_are_joined_by_the_tokenizers_separator(run: Path) -> None
 
 
 def test_fitted_decisions_are_used_told_and_left_out_on_request(run: Path, reviews: Path, tmp_path: Path) -> None:
-    from afina.worker.inference.parts import made_by
+    from afina.worker.predicting.parts import made_by
 
     rule, fitted = DecisionRule(2.5), tmp_path / "run"
     shutil.copytree(run, fitted)
@@ -266,7 +266,7 @@ def test_unsure_texts_are_left_unanswered_and_counted(
     here(run, data, tmp_path / "all.parquet")
     everything = rows_of(tmp_path / "all.parquet")
     least = sorted(max(row[f"score: {label}"] for label in LABELS) for row in everything[:-1])[20]
-    summary = worker.run(
+    summary = predict_parts.run(
         planned(run, data, tmp_path / "out.parquet", keep="id", abstain_below=least)["parts"],
         0,
         1,
@@ -299,13 +299,13 @@ def test_blank_texts_have_no_prediction_and_rows_are_named(run: Path, tmp_path: 
     assert {row["file"] for row in rows} == {str(data)}
     assert [row["prediction"] is None for row in rows] == [False, True, True, True, False]
     assert [row["score: 1"] is None for row in rows] == [False, True, True, True, False]
-    from afina.worker.inference.parts import made_by
+    from afina.worker.predicting.parts import made_by
 
     made = made_by(out)
     assert made is not None
     assert made["summary"]["blank"] == 3
     assert made["summary"]["blank_rows"] == [f"{data}, line {n}" for n in (3, 4, 5)]
-    assert any("3 of 5 rows" in line and ", line 3" in line for line in worker._warnings(made["summary"]))
+    assert any("3 of 5 rows" in line and ", line 3" in line for line in predict_parts._warnings(made["summary"]))
 
 
 def test_a_pipe(run: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +313,12 @@ def test_a_pipe(run: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatc
 
     def ask_worker(argv: list[str], env: Any, question: Any = None, *, name: str) -> dict[str, Any]:
         stage, *words = argv[argv.index("afina.worker") + 2 :]
-        return worker.plan(Prediction.model_validate(question)) if stage == "plan" else worker.merge(words[0])
+        return (
+            plan_parts.plan(Prediction.model_validate(question)) if stage == "plan" else predict_parts.merge(words[0])
+        )
 
     def ask_workers(argvs: list[list[str]], *_: Any, **__: Any) -> list[dict[str, Any]]:
-        return [worker.run(argv[argv.index("run") + 1], 0, 1, and_merge=False, progress="log") for argv in argvs]
+        return [predict_parts.run(argv[argv.index("run") + 1], 0, 1, and_merge=False, progress="log") for argv in argvs]
 
     monkeypatch.setattr(predicting, "ask_worker", ask_worker)
     monkeypatch.setattr(predicting, "ask_workers", ask_workers)
@@ -422,7 +424,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(run: Path, reviews: P
 def test_shares_are_the_same_file_and_the_last_one_merges(run: Path, reviews: Path, tmp_path: Path) -> None:
     here(run, reviews, tmp_path / "whole.csv", chunk_rows=30)
     about = planned(run, reviews, tmp_path / "shared.csv", chunk_rows=30)
-    merged = [worker.run(about["parts"], k, 3, and_merge=True, progress="log")["merged"] for k in (2, 0, 1)]
+    merged = [predict_parts.run(about["parts"], k, 3, and_merge=True, progress="log")["merged"] for k in (2, 0, 1)]
     assert merged == [False, False, True]
     assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
@@ -431,13 +433,13 @@ def test_a_merge_that_was_killed_is_repeated(run: Path, reviews: Path, tmp_path:
     """The output has its name, the folder is still there; and a damaged part is made again."""
     out = tmp_path / "out.csv"
     about = planned(run, reviews, out, chunk_rows=50)
-    worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
+    predict_parts.run(about["parts"], 0, 1, and_merge=False, progress="log")
     part = Parts(about["parts"]).path(1)
     part.write_bytes(part.read_bytes()[:-9])
     assert planned(run, reviews, out, chunk_rows=50)["done"] == 4
-    worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
+    predict_parts.run(about["parts"], 0, 1, and_merge=False, progress="log")
     kept = shutil.copytree(about["parts"], tmp_path / "kept")
-    worker.merge(about["parts"])
+    predict_parts.merge(about["parts"])
     content = out.read_bytes()
     marker = {"file": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     kept.rename(about["parts"])
@@ -469,7 +471,7 @@ def test_a_difference_is_refused_by_name(run: Path, reviews: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"input reviews.csv has changed"):
         planned(run, reviews, out, chunk_rows=50)
     with pytest.raises(InputError, match=r"reviews.csv: its content differs"):
-        worker.run(about["parts"], 0, 1, and_merge=True, progress="log")
+        predict_parts.run(about["parts"], 0, 1, and_merge=True, progress="log")
     assert tree(Path(about["parts"])) == before
     reviews.write_text(text)  # touched, and the same again
     here(run, reviews, out, chunk_rows=50)
@@ -522,7 +524,7 @@ def test_bad_bytes_in_parquet_are_found_before_the_model_is_loaded(run: Path, tm
         pa.table({"text": pa.Array.from_buffers(pa.string(), len(good), good.buffers())}), tmp_path / "a.parquet"
     )
     with pytest.raises(AfinaError, match=r"a.parquet, row 9001: column `text` holds bytes that are not UTF-8"):
-        worker.plan(predicting.compose(run, [tmp_path / "a.parquet"], tmp_path / "o.parquet"))
+        plan_parts.plan(predicting.compose(run, [tmp_path / "a.parquet"], tmp_path / "o.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -568,7 +570,7 @@ def test_a_full_disk_keeps_what_is_done(
     """A limit on file sizes, which merging is the first to meet."""
     out = tmp_path / "out.csv"
     about = planned(run, reviews, out, chunk_rows=20)
-    worker.run(about["parts"], 0, 1, and_merge=False, progress="log")
+    predict_parts.run(about["parts"], 0, 1, and_merge=False, progress="log")
     before = tree(Path(about["parts"]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -617,7 +619,7 @@ def test_submitted_shares_are_one_prediction(
     refused = command("predict", run, reviews, *options)
     assert refused.returncode == 2 and "job 4711 is still working on this" in refused.stderr
     (tmp_path / "queue").write_text("")
-    assert not worker.run(str(parts), 1, 2, and_merge=True, progress="log")["merged"]
+    assert not predict_parts.run(str(parts), 1, 2, and_merge=True, progress="log")["merged"]
     env = {**os.environ, "SLURM_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "0"}
     ran = subprocess.run(["bash", *argv[-3:]], env=env, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

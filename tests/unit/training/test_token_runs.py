@@ -23,7 +23,7 @@ from afina.prediction.jobs import compose
 from afina.prediction.request import PredictRequest, find_model
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import mistakes, score
-from afina.worker.inference import stages
+from afina.worker.predicting import plan_parts, predict_parts
 
 WORDS = (
     "task=token-classification",
@@ -121,13 +121,13 @@ def _check_files(run: Path, table: dict[str, Any], classifier: Any, place: Path)
     words = [["(", '"', *each, '"', ",", "U.S.", ")"] for each in words]
     rows = [{"tokens": each} for each in [*words, *attached, ["food"] * 300]]
     data, out = tiny.write_jsonl(place / "new.jsonl", rows), place / "new.out.jsonl"
-    about = stages.plan(compose(run, [data], out, PredictRequest(chunk_rows=20)))
-    summary = stages.run(about["parts"], 0, 1, and_merge=True, progress="log")["summary"]
+    about = plan_parts.plan(compose(run, [data], out, PredictRequest(chunk_rows=20)))
+    summary = predict_parts.run(about["parts"], 0, 1, and_merge=True, progress="log")["summary"]
     assert summary["words"] == sum(map(len, words)) * 2 + 300 and 0 < summary["words_cut"] < 300
     found = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
     assert _spans(found[: len(words)]) == _spans([row["entities"] for row in classifier.predict(words)])
     # A folder of any origin is checked first: these texts together and each alone.
-    about = stages.plan(
+    about = plan_parts.plan(
         compose(
             shutil.copytree(run / "model", place / "plain"),
             [data],
@@ -135,7 +135,7 @@ def _check_files(run: Path, table: dict[str, Any], classifier: Any, place: Path)
             PredictRequest(text="tokens"),
         )
     )
-    stages.run(about["parts"], 0, 1, and_merge=True, progress="log")
+    predict_parts.run(about["parts"], 0, 1, and_merge=True, progress="log")
     plain = [json.loads(line)["prediction"] for line in (place / "plain.jsonl").read_text().splitlines()]
     assert _spans(plain[:-1]) == _spans(found[:-1])
     for text, entities, same in zip(attached, found[len(words) : -1], found, strict=False):

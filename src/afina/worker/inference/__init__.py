@@ -1,1 +1,1 @@
-"""Using a trained model: classifier, prediction parts, export, model card, ONNX."""
+"""Using a trained model: classifier, ensembles, embeddings, export, model card, ONNX."""

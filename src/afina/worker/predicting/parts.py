@@ -33,7 +33,7 @@ from afina.files import difference, name_aside, sha256, sync_file, sync_folder, 
 from afina.prediction.request import OUTPUTS, STDIN, Prediction, folder_of
 from afina.publish import rename_new
 from afina.recipe.keys.train_keys import AS_RECORDED
-from afina.worker.inference.inputs import Inputs
+from afina.worker.predicting.inputs import Inputs
 
 __all__ = ["Parts", "compare", "digest_of", "made_by", "summary_of"]
 
