@@ -34,7 +34,7 @@ __all__ = ["Rehearsed", "doctor", "prefetch", "rehearse", "target_for"]
 
 
 class Rehearsed(NamedTuple):
-    """What a rehearsal measured, and the forecast of the run that follows from it."""
+    """Measurements of a rehearsal, and the forecast of the run that follows from them."""
 
     forecast: Estimate
     measured: Measured
@@ -92,7 +92,7 @@ def _prepared(recipe: AnyRecipe, request: JobRequest, *, refresh: bool = False) 
 
 
 def target_for(recipe: AnyRecipe | None, request: JobRequest, *, quick: bool = False, with_job: bool = False) -> Target:
-    """What the doctor examines. A site or a recipe that cannot be read becomes a finding.
+    """The subjects of the doctor's examination. A site or a recipe that cannot be read becomes a finding.
 
     Args:
         quick: Slurm is not asked.

@@ -311,7 +311,7 @@ def _job_of(one: object) -> str | None:
 
 
 def plan_to_submit(recipe: AnyRecipe | Run, request: JobRequest) -> tuple[Plan, Run | None]:
-    """What `submit` submits: a new plan, or a run and its own plan, of which only the time limit can change.
+    """The plan that `submit` submits: a new one, or a run's own, of which only the time limit can change.
 
     Raises:
         InputError: the request changes something else of a run.
@@ -361,7 +361,7 @@ def visible_gpus() -> int:
 
 
 def dry_run(plan: Plan, via: Via, path: str | Path | None = None, *, claimed: bool = False) -> dict[str, Any]:
-    """What `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing.
+    """Describe what `submit` would do with this plan: the run directory, the command, and with submitit its script. Changes nothing.
 
     Args:
         claimed: `path` is a run that is resumed.

@@ -113,7 +113,7 @@ class Failure:
 
 
 class AfinaError(Exception):
-    """What went wrong, and what to do about it; the arguments are those of `Failure`."""
+    """An error and its remedy; the arguments are those of `Failure`."""
 
     exit_code = 1
 

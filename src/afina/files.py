@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def permission_remedy(path: Path) -> str:
-    """What to do about a file or folder that this user may not use: names its owner where that is somebody else."""
+    """The remedy for a file or folder that this user may not use: names its owner where that is somebody else."""
     there = next((folder for folder in (path, *path.parents) if _visible(folder)), path)
     try:
         owner = there.stat().st_uid

@@ -63,7 +63,7 @@ def redact_comments(text: str) -> str:
 
 
 def looks_secret(value: Any) -> bool:
-    """Whether a value, or one inside a list or mapping, is a Hub token or a URL with a password."""
+    """True if a value, or one inside a list or mapping, is a Hub token or a URL with a password."""
     if isinstance(value, str):
         return bool(_TOKEN.search(value) or _URL.search(value))
     if isinstance(value, Mapping):

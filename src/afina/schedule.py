@@ -69,11 +69,11 @@ class Schedule:
         return epochs * self.rows + steps * self.global_batch
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation follows `step`: the end of an interval, or of the run."""
+        """True if an evaluation follows `step`: the end of an interval, or of the run."""
         return self.evaluate is not None and (step >= self.total_steps or step % self._steps(self.evaluate) == 0)
 
     def saves_at(self, step: int) -> bool:
-        """Whether a checkpoint follows `step`; others are written by the clock, and when the run is asked to stop."""
+        """True if a checkpoint follows `step`; others are written by the clock, and when the run is asked to stop."""
         return step >= self.total_steps or step % self._steps(self.save_every) == 0
 
     @property

@@ -27,7 +27,7 @@ CLEAR_LINE = "\r\033[K"
 
 
 def can_draw(stream: TextIO | None) -> bool:
-    """Whether a bar may be drawn there: a terminal that can clear a line, not a pipe, not `TERM=dumb`."""
+    """True if a bar may be drawn there: a terminal that can clear a line, not a pipe, not `TERM=dumb`."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

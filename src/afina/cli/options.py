@@ -1,4 +1,4 @@
-"""What several commands share: the options that make a JobRequest, a time on the command line, and how a run's end is printed."""
+"""Shared by several commands: the options that make a JobRequest, a time on the command line, and how a run's end is printed."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def finish(run: Any, as_json: bool) -> None:
 
 
 def next_command(run: Any, outcome: str) -> str:
-    """What to type after a run that has ended here."""
+    """The next commands after a run that has ended here."""
     from afina.watch.find import short_names
 
     name = shlex.quote(short_names([run])[0])
@@ -183,7 +183,7 @@ def next_command(run: Any, outcome: str) -> str:
 
 
 def usage_remedy(error: click.ClickException, argv: Sequence[str] | None) -> str:
-    """What to type instead of a wrong option or argument: the recipe's key, the site's variable, or the command's help."""
+    """The remedy for a wrong option or argument: the recipe's key, the site's variable, or the command's help."""
     context = getattr(error, "ctx", None)
     see = f"see {context.command_path if context else 'afina'} --help"
     if not isinstance(error, click.NoSuchOption) or not error.option_name.startswith("--"):
@@ -236,7 +236,7 @@ def another_command(command: str, recipe: str, request: JobRequest = JobRequest(
 
 
 def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
-    """What a plan is about, in a few lines.
+    """A plan in a few lines.
 
     Args:
         job: of `api.dry_run`: the run directory and the command.

@@ -334,7 +334,7 @@ class _Asker:
     def checked(
         self, question: str, default: str | None, option: str, check: Callable[[str], T], given: str | None = None
     ) -> T:
-        """What `check` makes of the answer; asks again where it refuses, and somebody is there to answer.
+        """The answer as converted by `check`; asks again where it refuses, and somebody is there to answer.
 
         Raises:
             AfinaError: `given`, or the default of a silent command, is refused.
@@ -372,7 +372,7 @@ def _with_bar(work: Any, total: int) -> Any:
 
 
 def _next_commands(recipe: Path | None, slurm: bool, image: Literal[False, "build", "pull"], folder: Path) -> list[str]:
-    """What to type after `afina init`; `image`: how to get the one that is missing."""
+    """The next commands after `afina init`; `image`: how to get the one that is missing."""
     # The site file is searched from the working directory.
     enter = [f"cd {shlex.quote(str(folder))}"] if folder.absolute() != Path.cwd() else []
     if recipe is None:

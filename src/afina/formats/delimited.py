@@ -182,7 +182,7 @@ def _misquoted(path: Path, number: int, line: int, reason: str) -> DataError:
 
 
 def _swallows(cell: str, place: int, width: int, delimiter: str) -> bool:
-    """Whether a cell holds the ends and beginnings of other rows: each of its lines has the separators of a row, and none of prose."""
+    """True if a cell holds the ends and beginnings of other rows: each of its lines has the separators of a row, and none of prose."""
     lines = cell.split("\n")
     if len(lines) < 2 or width < 2 or re.search(rf"{re.escape(delimiter)}\s", cell):
         return False

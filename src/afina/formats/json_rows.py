@@ -60,7 +60,7 @@ def records_below(path: Path, record: Mapping[str, Any]) -> DataError | None:
 
 
 def _is_lines(file: IO[str], reading: ReadOptions) -> bool:
-    """Whether the first line that is not blank is a row of its own: a whole object, and not one of all rows."""
+    """True if the first line that is not blank is a row of its own: a whole object, and not one of all rows."""
     line = next((part for part in iter(lambda: file.readline(_FIRST), "") if not part.isspace()), "")
     if line.lstrip().startswith("["):
         return False
@@ -132,7 +132,7 @@ def _values(text: str) -> Iterator[Any]:
 
 
 def _under(path: Path, value: Any, reading: ReadOptions, unit: str = "", number: int = 0) -> Any:
-    """What is under the option `field`."""
+    """The value under the option `field`."""
     for key in reading.field.split(".") if reading.field is not None else ():
         if not isinstance(value, dict) or key not in value:
             place = f"{path}, {unit} {number}" if unit else str(path)

@@ -1,4 +1,4 @@
-"""What is odd in a file and no error: kept while the file is read, and shown as warnings."""
+"""Oddities of a file that are not errors: collected while the file is read, and shown as warnings."""
 
 from __future__ import annotations
 

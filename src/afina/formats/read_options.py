@@ -134,7 +134,7 @@ class ReadOptions(FrozenModel):
         return "utf-8-sig" if self.encoding in (None, "utf-8") else str(self.encoding)
 
     def is_used_by(self, paths: Iterable[Path]) -> bool:
-        """Whether one of the files can use each option that is set."""
+        """True if one of the files can use each option that is set."""
         formats = {format_of(path) for path in paths}
         return all(formats & set(_USED_BY[key]) for key in self.given())
 

@@ -55,7 +55,9 @@ def make_ensemble(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
         raise InputError(f"-o {target}: exists; nothing that exists is overwritten", "choose another folder with -o")
     folders = list(dict.fromkeys(path.absolute() for path in find_runs(paths)))
     if len(folders) < 2:
-        raise InputError("one run alone is no ensemble", "give two run directories or more, or the folder of a sweep")
+        raise InputError(
+            "an ensemble needs more than one run", "give two run directories or more, or the folder of a sweep"
+        )
     runs, names = [RunDir(folder) for folder in folders], short_names(folders)
     recipe, outcome = _check_alike(runs, names)
     task, labels = outcome.task or "single-label", list(outcome.labels or ())
@@ -111,7 +113,7 @@ def members_of(path: str | os.PathLike[str]) -> tuple[RunDir, tuple[Member, ...]
         run, model = find_model(folder) if is_run_dir(folder) else (None, folder)
         if run is None:
             raise InputError(
-                f"{folder}: a member of {file.parent}, is no run directory any more",
+                f"{folder}: a member of {file.parent}, is not a run directory any more",
                 "put it back, or make the ensemble again of the others: afina ensemble RUN… -o FOLDER",
             )
         recipe = run.plan().recipe
@@ -185,7 +187,7 @@ def _common_rows(runs: Sequence[RunDir], metric: str) -> tuple[dict[str, list[Pr
 
 
 def _of_folds(runs: Sequence[RunDir], metric: str) -> str:
-    """What can be said of an ensemble of folds: the scores of its members on the rows that they were not trained on."""
+    """Figures of an ensemble of folds: the scores of its members on the rows that they were not trained on."""
     outcomes = [outcome for run in runs if (outcome := run.outcome()) is not None]
     values = [value for o in outcomes if isinstance(value := o.metrics.get(f"eval_{metric}"), int | float)]
     mean = f": {metric} {sum(values) / len(values):.4f} in the mean, each on its own fold" if values else ""

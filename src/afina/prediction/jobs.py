@@ -307,7 +307,7 @@ def _check_queue(parts: Path) -> None:
 
 
 def _of_plan_stage(about: dict[str, Any]) -> dict[str, Any]:
-    """What the summary has of the plan stage's answer."""
+    """The summary's part of the plan stage's answer."""
     return {name: about[name] for name in ("out", "state", "decisions")}
 
 

@@ -62,7 +62,7 @@ CHUNK_ROWS = 32_768
 
 @dataclass(frozen=True, kw_only=True)
 class PredictRequest:
-    """What a caller asks for besides model, inputs and output. None means the default of the worker or the run.
+    """Options of a prediction besides model, inputs and output. None means the default of the worker or the run.
 
     Attributes:
         text: the column with the texts, or several; by default those of the training.
@@ -133,7 +133,7 @@ class Member(FrozenModel):
 
 
 class Prediction(FrozenModel):
-    """What a worker predicts. Paths are absolute.
+    """The request that a worker carries out. Paths are absolute.
 
     Attributes:
         plan: of the run; for a plain model folder, one made for it, so that containers are started in one way.

@@ -129,7 +129,7 @@ def _errors_behind(error: ValidationError, model: type[BaseModel], tree: Mapping
 
 
 def _follows(error: _Error, removed: Collection[str]) -> bool:
-    """Whether an error may only follow from a value that was removed: it names it, or is about what held it."""
+    """True if an error may only follow from a value that was removed: it names it, or is about what held it."""
     below = len(error.keys) > 1 and any(name.startswith(".".join(error.keys) + ".") for name in removed)
     return below or any(f"`{name}" in error.words for name in removed if name)
 

@@ -57,7 +57,7 @@ def key_rows() -> Iterator[KeyRow]:
 
 
 def _is_section(key: str) -> bool:
-    """Whether a key is a section, whose own keys follow; of `train.arguments` the arguments do."""
+    """True if a key is a section, whose own keys follow; of `train.arguments` the arguments do."""
     return key in (
         "data",
         "tokens",

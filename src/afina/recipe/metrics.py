@@ -94,7 +94,7 @@ def _without_split(metric: str) -> str:
 
 
 def lower_is_better(metric: str, given: Sequence[str] = ()) -> bool:
-    """Whether a metric is minimised; its name may have the prefix of a split: `mse`, `eval_mse`, `test_mse`.
+    """True if a metric is minimised; its name may have the prefix of a split: `mse`, `eval_mse`, `test_mse`.
 
     Args:
         given: the metrics of the recipe, `best_metric` included; they say it of the user's own.

@@ -51,7 +51,7 @@ else:
 
 
 class Recipe(_Explained):
-    """What to train, complete and frozen. `afina.recipe.parse.load_recipe` reads one from a file.
+    """A recipe, complete and frozen. `afina.recipe.parse.load_recipe` reads one from a file.
 
     Raises:
         RecipeError: a key or value is wrong.
@@ -235,7 +235,7 @@ class Recipe(_Explained):
 
     @property
     def trained(self) -> str:
-        """What of the model is trained, in words; empty: all of it."""
+        """The trained part of the model in words; empty: all of it."""
         if adapter := self.adapter:
             return f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {adapter.layers}, and the head"
         return "" if self.train.freeze is None else f"all but {self.train.frozen}"

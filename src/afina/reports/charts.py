@@ -83,7 +83,7 @@ class Chart:
         return {name: points for name, points in self.lines.items() if points}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to draw."""
+        """True if there is anything to draw."""
         return bool(self.drawn or self.ranges or self.matrix or any(self.dots.values()) or any(self.bars.values()))
 
     @property

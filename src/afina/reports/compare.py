@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def folded(self) -> bool:
-        """Whether all of them are folds of cross-validations."""
+        """True if all of them are folds of cross-validations."""
         return all(run.fold is not None for run in self.runs)
 
     def tests(self, metric: str | None = None) -> list[Verdict]:

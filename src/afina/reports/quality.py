@@ -103,7 +103,7 @@ def beside_simple(facts: RunFacts) -> str:
 
 
 def _described(model: Mapping[str, Any], facts: RunFacts) -> str:
-    """What a simple model was trained on and compared with, or why there is none."""
+    """Training data and comparison of a simple model, or why there is none."""
     if why := model.get("left_out"):
         return f"{model['name']}: left out: {why}"
     sample = "" if model["rows"] == model["of"] else f", on a sample of {model['rows']:,} of {model['of']:,} rows"

@@ -99,7 +99,7 @@ def _stands_against(facts: RunFacts) -> str:
 
 
 def _weakness(facts: RunFacts) -> list[str]:
-    """What a run of an older afina did not record itself."""
+    """Values that a run of an older afina did not record itself."""
     rows = facts.predictions.get("eval")
     metric = facts.plan.recipe.train.best_metric or ""
     return [f"the model {reason}" for reason in weaknesses(rows, metric)] if isinstance(rows, Predictions) else []

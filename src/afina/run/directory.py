@@ -112,7 +112,7 @@ class RunDir:
         return max(map(int, steps), default=0)
 
     def how_to_resume(self) -> str:
-        """What the next attempt of a run that has not finished would do."""
+        """The next attempt's action on a run that has not finished."""
         if step := self.newest_step:
             return f"`{self.continue_command}` continues from the newest checkpoint (step {step})"
         return f"`{self.continue_command}` begins at the first step: there is no checkpoint yet"

@@ -20,7 +20,7 @@ KeepAfter = Literal["best", "none", "all"]
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed from `checkpoints/` (or would be), and what stays: names and bytes."""
+    """Checkpoints that were removed from `checkpoints/` (or would be), and those that stay: names and bytes."""
 
     run: Path
     removed: dict[str, int]

@@ -1,4 +1,4 @@
-"""What follows an attempt: a requeue, or the end of the job. From the run directory alone; `job.sh` reads the decision.
+"""The decision after an attempt: a requeue, or the end of the job. From the run directory alone; `job.sh` reads the decision.
 
     finished, or a user asked for the stop         the end
     stopped at the time limit                      again, if a step was made since the attempt before

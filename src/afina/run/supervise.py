@@ -240,7 +240,7 @@ def _written(path: Path) -> float:
 
 
 def _liveness(holder: Mapping[str, Any], since: float) -> tuple[Liveness, float]:
-    """Whether a process lives that wrote down its `pid`, when it `started`, its `host` and that one's `boot`; seconds since then."""
+    """True if a process lives that wrote down its `pid`, when it `started`, its `host` and that one's `boot`; seconds since then."""
     silent_s = max(0.0, time.time() - since)
     if holder.get("boot") == boot_id():
         # The process id alone is not enough: it may be another process's by now.

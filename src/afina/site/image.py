@@ -101,7 +101,7 @@ def _check_interface(image: Path, runtime: str, env: Mapping[str, str]) -> None:
 
 
 def _other_interface(labels: Mapping[str, str]) -> str | None:
-    """What to say of an image with another interface than this afina's; None where it is the same."""
+    """The failure of an image with another interface than this afina's; None where it is the same."""
     inside = labels.get("afina.interface", "none")
     if inside == str(INTERFACE):
         return None

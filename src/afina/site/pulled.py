@@ -92,7 +92,7 @@ class Pulled:
         return self.folder / "names" / hashlib.sha256(os.fsencode(self.address)).hexdigest()[:32]
 
     def is_whole(self, say: Say) -> bool:
-        """Whether the file is there with the content that was pulled; it is read only if it changed since."""
+        """True if the file is there with the content that was pulled; it is read only if it changed since."""
         known = read_json(self.note)
         try:
             return self.path.stat().st_size == known.get("size") and known.get("sha256") == image_sha256(
@@ -118,7 +118,7 @@ def newest(address: str, cache: Path) -> Pulled | None:
 
 
 def resolve(address: str, cache: Path, env: Mapping[str, str], say: Say = to_stderr) -> Pulled:
-    """What AFINA_IMAGE names now. The registry is asked unless a digest is given; a tag that moved is reported.
+    """The image that AFINA_IMAGE names now. The registry is asked unless a digest is given; a tag that moved is reported.
 
     Args:
         cache: the site's folder of caches.

@@ -18,7 +18,7 @@ _OPTIONAL = ("matplotlib", "optuna")
 
 
 def lacking() -> list[str]:
-    """What the extra `train` requires and this Python has not: `torch>=2.6`, `transformers>=5.17 (4.40.1 is here)`. Imports nothing."""
+    """Requirements of the extra `train` that this Python does not meet: `torch>=2.6`, `transformers>=5.17 (4.40.1 is here)`. Imports nothing."""
     try:
         required = importlib.metadata.requires("afina") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source

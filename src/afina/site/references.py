@@ -24,7 +24,7 @@ _REFERENCE = re.compile(
 
 
 def is_reference(text: str) -> bool:
-    """Whether AFINA_IMAGE is an address in a registry and not a path."""
+    """True if AFINA_IMAGE is an address in a registry and not a path."""
     return text.startswith(("oras://", "docker://"))
 
 

@@ -86,7 +86,7 @@ class Registry:
     _authorization: str | None = field(default=None, repr=False)
 
     def manifest(self) -> Manifest:
-        """What the reference points to now; with a digest, that manifest.
+        """The manifest that the reference points to now; with a digest, that one.
 
         Raises:
             SiteError: there is none, the login does not open it, it is of another kind; `UNREACHABLE` where nothing answers.

@@ -211,7 +211,7 @@ def _short(text: str) -> str:
 
 
 def are_spans(value: Any) -> bool:
-    """Whether a value is a list of spans of a text, each with its label."""
+    """True if a value is a list of spans of a text, each with its label."""
     return isinstance(value, list) and any(isinstance(each, Mapping) and each.keys() >= SPAN for each in value)
 
 

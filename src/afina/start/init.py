@@ -32,7 +32,7 @@ _RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose, by option or by answer: run name, columns, model; and the columns that look like split, group and weight."""
+    """The user's choices, by option or by answer: run name, columns, model; and the columns that look like split, group and weight."""
 
     name: str
     text: tuple[str, ...]

@@ -46,7 +46,7 @@ _SPLITS = ("train", "eval", "test")
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the recipe is written from.
+    """Choices and findings from which the recipe is written.
 
     Attributes:
         files: split -> paths as the recipe writes them; empty for a Hub data set.

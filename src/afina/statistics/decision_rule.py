@@ -69,7 +69,7 @@ class DecisionRule:
 
     @property
     def changes(self) -> bool:
-        """Whether it changes any probability or decision."""
+        """True if it changes any probability or decision."""
         return self.temperature != 1 or bool(self.thresholds)
 
     def scaled(self, logits: Array) -> Array:

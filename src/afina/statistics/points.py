@@ -67,7 +67,7 @@ def ranked(rows: Sequence[Row], lower: bool, *, tested: bool = True) -> tuple[li
 
 
 def useless(rows: Sequence[Row]) -> list[str]:
-    """What takes the place of the notes where every model is of no use."""
+    """The notes where every model is of no use."""
     measured = [row for row in rows if row.interval is not None]
     if not measured or not all(row.weak for row in measured):
         return []
@@ -102,7 +102,7 @@ def _compared(rows: Sequence[Row], best: Row) -> list[Row]:
 
 
 def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
-    """What the table says, in sentences."""
+    """The table in sentences."""
     if best is None:
         return ["No run has finished yet."]
     others = [row for row in rows if row is not best and row.interval is not None]

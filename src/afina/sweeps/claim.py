@@ -132,7 +132,7 @@ def claim_cells(draft: Draft, prepared: Mapping[str, Any], undo: contextlib.Exit
 
 
 def _of_fold(prepared: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
-    """What `prepare` says of the plan's fold, from what it says of another fold of the same data."""
+    """The answer of `prepare` for the plan's fold, from its answer for another fold of the same data."""
     if plan.recipe.data.fold is None:
         return prepared
     sizes = plan.recipe.data.fold.sizes(prepared["folds"])

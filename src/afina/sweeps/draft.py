@@ -36,7 +36,7 @@ BUSY = ("PENDING", "RUNNING")
 
 @dataclass(frozen=True)
 class Draft:
-    """What a call would do: the dry run prints it.
+    """A draft of a call's effects: the dry run prints it.
 
     Attributes:
         home: the sweep directory, there or not.
@@ -59,7 +59,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What a caller asks for: which runs (the arguments of `afina.sweep`, values as text), and the request of each, `job`."""
+    """A request for runs: which ones (the arguments of `afina.sweep`, values as text), and the request of each, `job`."""
 
     grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seeds: int | str | Sequence[int] | None = None

@@ -3,7 +3,7 @@
 Pure: outcomes and states in, a table out. Points are compared with the best one by a paired t-test over the seeds that both
 have finished, because a seed moves all points together; p-values are Holm-corrected over those comparisons. The trials of a
 search are listed by their value. A score of the test split is shown and chooses nothing; a model that predicts one label, or does not beat
-the majority class, is no best one. Not covered: the best was selected by the same numbers, which the table notes; trials are not
+the majority class, is never the best. Not covered: the best was selected by the same numbers, which the table notes; trials are not
 tested, because one run each has no spread.
 """
 

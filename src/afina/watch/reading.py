@@ -67,7 +67,7 @@ class RunResult:
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What stands against the metrics: of the outcome, which has those about the data; where it has none, of `prepared.json`."""
+        """Reservations about the metrics: those of the outcome, which has those about the data; where it has none, those of `prepared.json`."""
         if "warnings" in self.outcome:
             return tuple(map(str, self.outcome["warnings"] or ()))
         spoiled = data_warnings(read_json(self.path / "prepared.json"))

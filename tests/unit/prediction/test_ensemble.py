@@ -153,7 +153,7 @@ def test_runs_that_do_not_fit_are_refused(members: list[Path], tmp_path: Path) -
         (run / "outcome.json").write_text(json.dumps({**json.loads((run / "outcome.json").read_text()), **values}))
         return run
 
-    assert "one run alone is no ensemble" in refused(members[0], members[0])
+    assert "an ensemble needs more than one run" in refused(members[0], members[0])
     assert "has no model: it is stopped" in refused(members[0], changed("stopped", outcome="stopped", exit_code=75))
     assert "is multi-label" in refused(members[0], changed("task", task="multi-label"))
     assert "other labels than" in refused(members[0], changed("labels", labels=["bad", "fair", "best"]))
@@ -173,7 +173,7 @@ def test_members_are_moved_with_their_ensemble_and_missed(members: list[Path], t
     job = predicting.compose(tmp_path / "there/pair", [data])
     assert [member.model for member in job.members] == [tmp_path / "there" / name / "model" for name in ("one", "two")]
     shutil.rmtree(tmp_path / "there/two")
-    with pytest.raises(InputError, match=r"two: a member of .*pair, is no run directory any more"):
+    with pytest.raises(InputError, match=r"two: a member of .*pair, is not a run directory any more"):
         predicting.compose(tmp_path / "there/pair", [data])
 
 

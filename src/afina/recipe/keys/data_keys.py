@@ -169,14 +169,14 @@ class Data(Section):
 
     @property
     def divides(self) -> bool:
-        """Whether rows of one source are divided among splits, as far as it can be known without the data."""
+        """True if rows of one source are divided among splits, as far as it can be known without the data."""
         fractions = any(part is not None and part.fraction is not None for part in (self.train, self.eval, self.test))
         shared = self.files is not None and self.split_column is None and self._source("train") == self._source("eval")
         return fractions or shared
 
     @property
     def chooses_rows(self) -> bool:
-        """Whether rows are divided or sampled by afina, as far as it can be known without the data."""
+        """True if rows are divided or sampled by afina, as far as it can be known without the data."""
         sampled = any(part is not None and part.sample is not None for part in (self.train, self.eval, self.test))
         # A Hub data set may have only one split.
         alone = self.hub is not None and self.eval.split is None and "eval" not in (self.splits or {})

@@ -11,7 +11,7 @@ __all__ = ["Decisions"]
 
 
 class Decisions(Section):
-    """What is fitted on eval for the model in `model/`, and used by predictions: see `afina.statistics.decision_rule`."""
+    """Fits on eval for the model in `model/`, which predictions use: see `afina.statistics.decision_rule`."""
 
     temperature: bool = True
     thresholds: Literal["none", "f1"] = "none"

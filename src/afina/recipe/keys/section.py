@@ -1,4 +1,4 @@
-"""What all sections of a recipe share: the frozen base, its errors with their keys, names and lists of names."""
+"""The base of all sections of a recipe: frozen values, errors with their keys, names and lists of names."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Tokens(Section):
 
     @property
     def cut(self) -> str:
-        """What is left of a text that is too long, in words."""
+        """The part of a long text that is kept, in words."""
         if self.windows is not None:
             w, what = self.windows, f"{self.windows.max_windows} windows of {self.max_length} tokens"
             return f"after {what} ({w.stride} shared, {w.pool} of the logits)"
@@ -213,14 +213,14 @@ class Train(Section):
 
     @property
     def frozen(self) -> str:
-        """What `freeze` freezes, in words."""
+        """The frozen part of the model, in words."""
         return {"embeddings": "the embeddings", "body": "all weights below the head"}.get(
             str(self.freeze), f"the embeddings and the first {'layer' if self.freeze == 1 else f'{self.freeze} layers'}"
         )
 
     @property
     def rates_differ(self) -> bool:
-        """Whether some weights have a learning rate of their own."""
+        """True if some weights have a learning rate of their own."""
         return self.layer_decay != 1 or self.head_learning_rate is not None
 
     @property

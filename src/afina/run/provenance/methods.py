@@ -29,7 +29,7 @@ _TASKS = {
 
 
 def execution_of(run: RunDir) -> dict[str, str]:
-    """What the newest attempt computed with: versions, processor, GPUs, precision, processes."""
+    """Software and hardware of the newest attempt: versions, processor, GPUs, precision, processes."""
     known = [read_json(run.attempts / name / "env.json") for name in reversed(run.attempt_names())]
     env = next((one for one in known if one.get("versions")), {})
     hardware, geometry = env.get("hardware") or {}, env.get("geometry") or {}
@@ -214,7 +214,7 @@ def _simple(outcome: Outcome | None) -> str:
 
 
 def features_of(model: Mapping[str, Any]) -> str:
-    """What a simple model was trained on, in words that follow its name."""
+    """The training data of a simple model, in words that follow its name."""
     return str(model.get("features", "over tokens and pairs of them"))
 
 

@@ -119,7 +119,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _file_difference(name: str, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
-    """What changed in a data file; empty if nothing did."""
+    """The change of a data file in words; empty if nothing changed."""
     if then is None or now is None:
         return f"data file {name}: {'not used then' if then is None else 'not used now'}"
     if then.get("sha256") == now.get("sha256"):

@@ -107,7 +107,7 @@ def _special_tokens(folder: Path) -> list[int]:
 
 
 def _kind_of_rows(split: Split, special: list[int]) -> list[Any]:
-    """What of the rows may matter to a model: the power of two above the longest, special tokens in texts, token types."""
+    """Properties of rows that may matter to a model: the power of two above the longest, special tokens in texts, token types."""
     counts = count_special(split, special)
     varying = [token for token, column in zip(special, counts.T, strict=True) if column.min() < column.max()]
     return [1 << int(split.lengths.max() - 1).bit_length(), varying, split.types is not None]
@@ -261,7 +261,7 @@ def _check_half_precision(model: Any, recipe: Recipe, split: Split, rows: list[i
 def _of_the_base(
     recipe: Recipe, folder: str, labels: list[str] | None, head: str, split: Split, rows: list[int]
 ) -> Array | None:
-    """What the base itself says of `rows`, in the recipe's order of labels; None where it says nothing of these labels."""
+    """The base's own predictions for `rows`, in the recipe's order of labels; None where it does not know these labels."""
     import torch
     from transformers import AutoConfig
 

@@ -18,13 +18,13 @@ __all__ = ["attend", "available", "supports"]
 
 
 def supports(query: torch.Tensor) -> bool:
-    """Whether the kernel takes such queries, (tokens, heads, D): half precision, compute capability 8.0 or newer."""
+    """True if the kernel takes such queries, (tokens, heads, D): half precision, compute capability 8.0 or newer."""
     return query.dtype in (torch.float16, torch.bfloat16) and available(query.get_device(), query.shape[-1])
 
 
 @functools.cache
 def available(device: int, width: int) -> bool:
-    """Whether the kernel exists for heads of this width on GPU number `device`; -1 is the CPU."""
+    """True if the kernel exists for heads of this width on GPU number `device`; -1 is the CPU."""
     return (
         device >= 0
         and torch.version.hip is None

@@ -374,7 +374,7 @@ def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:
 
 
 def checkpoints_activations(arguments: TrainingArguments) -> bool:
-    """Whether the backward pass recomputes layers (activation checkpointing)."""
+    """True if the backward pass recomputes layers (activation checkpointing)."""
     return any(getattr(arguments, f"{kind}_checkpointing", None) for kind in ("activation", "gradient"))
 
 

@@ -202,7 +202,7 @@ def choose_for_run(run: RunDir, train: Train, model_type: str = "") -> Precision
 
 
 def tf32_enabled() -> bool:
-    """Whether float32 matrix products on a GPU use TF32 at present.
+    """True if float32 matrix products on a GPU use TF32 at present.
 
     `torch.get_float32_matmul_precision` raises after use of the newer setting, which Transformers uses (torch 2.13).
     """

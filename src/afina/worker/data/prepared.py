@@ -232,7 +232,7 @@ def seal(staging: Path, about: Mapping[str, Any]) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `folder` holds undamaged prepared data; compares every byte."""
+    """True if `folder` holds undamaged prepared data; compares every byte."""
     try:
         verify(folder)
     except SiteError:

@@ -163,7 +163,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
 
 
 def _warnings(facts: CardFacts, splits: Sequence[str]) -> list[str]:
-    """What stands against these numbers, without paths of this machine."""
+    """Reservations about these numbers, without paths of this machine."""
     spoiled = data_warnings(facts.prepared)
     lines = [*facts.outcome.warnings, *(line for split in splits for line in spoiled.get(split, []))]
     for path in {str(path) for paths in facts.plan.files.values() for path in paths}:

@@ -61,7 +61,7 @@ _ATTENTION = {
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether `add_adapter` was called on this model."""
+    """True if `add_adapter` was called on this model."""
     return _NAME in getattr(model, "peft_config", {})
 
 

@@ -42,7 +42,7 @@ def build_model(
 
     Raises:
         InputError: a stored weight is not finite.
-        RecipeError: the adapter's targets are no layers of the model; more layers are to be frozen than there are.
+        RecipeError: the model has no layers of the adapter's targets; more layers are to be frozen than there are.
     """
     names = list(labels or placeholders(num_labels))
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""What rows of one batch may share with this model: the padding side, its token, and rows that must run apart.
+"""Padding for this model: its side, its token, and rows that must run apart.
 
 A row's logits must not depend on the other rows of its batch. Measured on small random models of the sequence classifiers of
 transformers 5.23: padded on the right, all but a few give each row the logits that it has alone.
@@ -63,7 +63,7 @@ def needs_equal_lengths(model: Any) -> str | None:
 
 
 def runs_rows_apart(model: Any) -> bool:
-    """Whether `separate_rows` changes this model."""
+    """True if `separate_rows` changes this model."""
     return needs_equal_lengths(model) is not None or _reads_end(model)
 
 
@@ -109,7 +109,7 @@ def separate_rows(model: Any) -> str | None:
 
 
 def _reads_end(model: Any) -> bool:
-    """Whether the head reads the position of the end-of-text token."""
+    """True if the head reads the position of the end-of-text token."""
     return "eos_token_id" in _names(model) and getattr(model.config, "eos_token_id", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""Whether transformers can train a pretrained model as the recipe asks: architecture, weights, positions, layers, code of its own.
+"""Checks that transformers can train a pretrained model as the recipe asks: architecture, weights, positions, layers, code of its own.
 
 These checks need transformers (seconds to import) and run once, see `afina.worker.model.check_cache`.
 

@@ -134,5 +134,5 @@ def model_class(model: Any) -> type:
 
 
 def is_token_classifier(model: Any) -> bool:
-    """Whether a model gives logits of each token, (B, L, K), and pools nothing."""
+    """True if a model gives logits of each token, (B, L, K), and pools nothing."""
     return "TokenClassification" in model_class(model).__name__

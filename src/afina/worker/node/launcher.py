@@ -195,7 +195,7 @@ def _facts(geometry: Geometry, allocation: Allocation) -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    """What is installed, without importing it."""
+    """Installed versions, without importing the packages."""
     versions = {}
     for name in ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -57,7 +57,7 @@ def run(folder: str, number: int, of: int, *, and_merge: bool, progress: str) ->
 
 
 def merge(folder: str) -> dict[str, Any]:
-    """Merge the parts and print warnings; another process that does the same at the same time is no error."""
+    """Merge the parts and print warnings; another process that does the same at the same time is harmless."""
     from afina.worker.predicting.parts import Parts, made_by
 
     parts = Parts(folder)

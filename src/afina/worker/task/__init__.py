@@ -1,1 +1,1 @@
-"""What a task is in numbers: decisions and probabilities of logits, losses, metrics built in and of one's own."""
+"""A task in numbers: decisions and probabilities from logits, losses, built-in and own metrics."""

@@ -73,7 +73,7 @@ class Loss:
         return np.asarray(self(torch.from_numpy(logits), torch.from_numpy(np.array(labels))).double().numpy())
 
     def divisors(self, labels: Array, weights: Array | None) -> Array | None:
-        """What each row adds to the divisor of a mean, float64 (N,); None: 1 each.
+        """Each row's part of the divisor of a mean, float64 (N,); None: 1 each.
 
         Args:
             weights: of the rows, (N,); None: 1 each.

@@ -70,7 +70,7 @@ def auto_class(task: str) -> Any:
 
 
 def labels_words(architectures: Sequence[str] | None) -> bool:
-    """Whether a configuration's `architectures` are those of a token classifier."""
+    """True if a configuration's `architectures` are those of a token classifier."""
     return any("TokenClassification" in str(name) for name in architectures or ())
 
 

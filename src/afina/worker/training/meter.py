@@ -200,7 +200,7 @@ class Work:
         return self.schedule.examples_of(step), int(self._tokens[number]), float(self._flops[number])
 
     def divisor(self, step: int) -> float:
-        """What the sum of a step's losses is divided by; 1 where all its rows have weight 0."""
+        """The divisor of a step's sum of losses; 1 where all its rows have weight 0."""
         if self.divisors is None:
             return self.schedule.examples_of(step)
         number = self._enter(step)

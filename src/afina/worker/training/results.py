@@ -253,7 +253,7 @@ class _FittedDecisions:
             self._effects(logits, labels, *cross_fitted(task, names, logits, labels, **keys), split="eval")
 
     def measure(self, logits: Array, labels: Array) -> None:
-        """What the rule changes on the rows of test."""
+        """Changes by the rule on the rows of test."""
         if self.rule is not None and self.rule.changes:
             self._effects(logits, labels, self.rule.scaled(logits), self.rule.shifted(logits), split="test")
 

@@ -59,7 +59,7 @@ class LabelColumns:
 
     @property
     def has_one_each(self) -> bool:
-        """Whether every label that is there is a list of one."""
+        """True if every label that is there is a list of one."""
         lengths = pc.list_value_length(self.columns[0]) if self.is_list else pa.array([], pa.int32())
         return bool(pc.all(pc.fill_null(pc.equal(lengths, 1), True), min_count=0).as_py())
 

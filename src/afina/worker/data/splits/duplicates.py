@@ -130,7 +130,7 @@ def trained_rows(train: Split, model_folder: Path) -> Array:
 
 
 def _known_rows(model_folder: Path) -> Array | None:
-    """What a model of one of our runs was trained on; None for other models, and where its record is gone."""
+    """The training data of a model of one of our runs; None for other models, and where its record is gone."""
     run = model_folder.resolve().parent
     if (run / TRAINED_ROWS).is_file():
         try:

@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 
 def has_group(groups: pa.Array) -> Array:
-    """Whether each row has a group, bool (N,)."""
+    """True if each row has a group, bool (N,)."""
     return np.asarray(pc.fill_null(pc.not_equal(groups, ""), False).to_numpy(zero_copy_only=False), bool)
 
 

@@ -209,7 +209,7 @@ def join_columns(columns: Sequence[pa.Array], tokenizer: Any) -> list[pa.Array]:
 
 
 def _is_plain(tokenizer: Any) -> bool:
-    """Whether the Rust tokenizer, called directly, returns the same as this tokenizer."""
+    """True if the Rust tokenizer, called directly, returns the same as this tokenizer."""
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     return isinstance(tokenizer, TokenizersBackend) and all(
