@@ -301,12 +301,19 @@ def test_a_model_in_python(place: Path) -> None:
     assert [one["prediction"] for one in rows[1:]] == [None] * 3
     assert np.isnan(model.predict_proba([""])).all()
     assert model.predict([]) == [] and model.predict_proba([]).shape == (0, 3)
-    pairs = model.predict_proba([(texts[0], texts[1]), (texts[2], "")])
+    with pytest.raises(InputError, match=r"reads a text a row \(in training: body\), 2 were given"):
+        model.predict([(texts[0], texts[1])])
+    with pytest.raises(InputError, match="not Unicode"):
+        model.predict(["\ud800"])
+    of_pairs = Classifier(place / "run/model", text_columns=("premise", "hypothesis"))
+    pairs = of_pairs.predict_proba([(texts[0], texts[1]), (texts[2], "")])
     assert np.isfinite(pairs[0]).all() and np.isnan(pairs[1]).all()
+    with pytest.raises(InputError, match=r"reads 2 texts a row \(in training: premise, hypothesis\), 1 was given"):
+        of_pairs.predict([texts[0]])
     with pytest.raises(InputError, match="a list of texts is expected"):
         model.predict("one text")
     with pytest.raises(InputError, match="mixed"):
-        model.predict(["one", ("two", "three")])
+        of_pairs.predict(["one", ("two", "three")])
 
 
 def test_architectures_that_are_not_proven_are_padded(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class Classifier:
         """
         if self.words is not None:
             return [{"entities": entities} for entities in self.entities(texts)]
-        logits = self.logits(*_parted(texts))
+        logits = self.logits(*_parted(texts, self.text_columns))
         columns = {
             name: values.to_pylist()
             for name, values in prediction_columns(self.task, self.labels, logits, self.rule).items()
@@ -185,7 +185,7 @@ class Classifier:
 
     def predict_proba(self, texts: Sequence[Any]) -> Array:
         """Probabilities, float32 (N, K), columns in the order of `labels`; values (N, 1) for regression. NaN: a blank text."""
-        scores: Array = probabilities(self.task, self.rule.scaled(self.logits(*_parted(texts))))
+        scores: Array = probabilities(self.task, self.rule.scaled(self.logits(*_parted(texts, self.text_columns))))
         return scores
 
     def logits(
@@ -409,17 +409,26 @@ def _limit(tokenizer: Any, config: Any) -> int:
 def _text_array(texts: Sequence[str | None]) -> pa.Array:
     try:
         return pa.array(texts, pa.large_string())
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text is not Unicode: {error}", "decode it anew, or leave the half of a pair out") from None
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         wrong = next(text for text in texts if text is not None and not isinstance(text, str))
         raise InputError(f"{wrong!r} is not a text", "give texts, or None where there is none") from None
 
 
-def _parted(texts: Sequence[Any]) -> list[list[str | None]]:
-    """Texts, or several texts a row, as one list for each column."""
+def _parted(texts: Sequence[Any], trained: Sequence[str] | None) -> list[list[str | None]]:
+    """Texts, or several texts a row, as one list for each column; as many as there were in training, if that is known."""
     if isinstance(texts, str):
         raise InputError("one text was given, a list of texts is expected", "put it into a list: predict([text])")
     rows = list(texts)
-    if not any(isinstance(row, (tuple, list)) for row in rows):
+    several = [len(row) for row in rows if isinstance(row, (tuple, list))]
+    if trained and rows and {len(trained)} != set(several or [1]):
+        how = "a text" if len(trained) == 1 else f"{len(trained)} texts"
+        raise InputError(
+            f"the model reads {how} a row (in training: {', '.join(trained)}), {max(several or [1])} {'were' if several else 'was'} given",
+            "give texts" if len(trained) == 1 else f"give tuples of {len(trained)} texts, in this order",
+        )
+    if not several:
         return [rows]
     if any(not isinstance(row, (tuple, list)) or len(row) != len(rows[0]) for row in rows):
         raise InputError("single texts and pairs of texts are mixed", 'give pairs only: [("a", "b"), …]')
