@@ -1,5 +1,5 @@
-"""Prediction as a job array on the test cluster, in the image: the last task merges; a cancelled array is completed. Of one model, and of
-an ensemble whose folder was moved.
+"""Prediction as a job array on the test cluster, in the image: the last task merges; a cancelled array is completed. Of one model, of
+one that finds entities, and of an ensemble whose folder was moved.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def place(cluster: Cluster, image: Path) -> Iterator[Path]:
     """A project folder with a classifier, an ensemble, and texts."""
     with project_folder(cluster, 'afina it\'s a "prediction" ', image) as path:
         tiny.tiny_model(path / "model", num_labels=3)
+        tiny.tiny_tagger(path / "tagger")
         for seed in (1, 2):
             finished_run(path / f"made here/member {seed}", seed, ["bad", "fair", "good"])
         afina.ensemble(path / "made here", path / "made here/committee")
@@ -41,7 +42,7 @@ def _ended(cluster: Cluster, job: str) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("model", ["model", "moved/committee"])
+@pytest.mark.parametrize("model", ["model", "tagger", "moved/committee"])
 def test_an_array_is_one_prediction(cluster: Cluster, place: Path, host: Path, model: str) -> None:
     name = model.rpartition("/")[2]
     command = [str(host / "afina"), "predict", model, "texts.csv", "--site", "slurm/site.env", "--chunk-rows", "100"]
