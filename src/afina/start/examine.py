@@ -18,7 +18,7 @@ from typing import Any
 from afina.formats.json_rows import number_text
 from afina.formats.text_files import note_damaged, note_missing
 from afina.recipe.data_files import split_named
-from afina.start.guess_columns import MOST_CLASSES, Source, are_spans, number_of, text_of
+from afina.start.guess_columns import MOST_CLASSES, Source, are_spans, number_of, span_label, text_of
 
 __all__ = [
     "MOST_ROWS",
@@ -219,7 +219,8 @@ class _Labels:
             return
         before = ""
         for each in value:
-            tag = f"B-{each.get('label')}" if isinstance(each, dict) else str(each)
+            label = span_label(each)
+            tag = str(each) if label is None else f"B-{label}"
             prefix, kind = (tag[0], tag[2:]) if tag[1:2] in ("-", "_") else ("", tag)
             if tag != "O" and (prefix in ("B", "S", "U", "W") or kind != before):
                 self.counts[kind] += 1

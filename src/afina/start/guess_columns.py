@@ -28,6 +28,7 @@ __all__ = [
     "guess_weight",
     "header_error",
     "number_of",
+    "span_label",
     "text_of",
 ]
 
@@ -212,7 +213,16 @@ def _short(text: str) -> str:
 
 def are_spans(value: Any) -> bool:
     """True if a value is a list of spans of a text, each with its label."""
-    return isinstance(value, list) and any(isinstance(each, Mapping) and each.keys() >= SPAN for each in value)
+    return isinstance(value, list) and any(span_label(each) is not None for each in value)
+
+
+def span_label(value: Any) -> str | None:
+    """The label of a span, `{start, end, label}` or `[start, end, label]`; None of anything else."""
+    if isinstance(value, Mapping):
+        return str(value["label"]) if value.keys() >= SPAN else None
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[2], str):
+        return None
+    return value[2] if all(type(place) is int for place in value[:2]) else None
 
 
 def text_of(value: Any) -> str:

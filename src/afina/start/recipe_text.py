@@ -260,8 +260,9 @@ def _long_texts(p: Proposal, tokens: Sequence[int], length: int) -> tuple[int, s
         why = "windows read all of such a text, at the cost of all its tokens; `truncation: head+tail` in their place keeps its two ends"
         return windows, f", windows: {{stride: {_STRIDE}, max_windows: {windows}}}", [why]
     if longer > _MANY_LONG:
+        stride = "" if length >= 2 * _STRIDE else f"stride: {length // 4}"
         why = (
-            "head+tail keeps a quarter of the tokens from the beginning of such a text and the rest from its end; `windows: {}` "
+            f"head+tail keeps a quarter of the tokens from the beginning of such a text and the rest from its end; `windows: {{{stride}}}` "
             "in its place reads all of it, at the cost of all its tokens"
         )
         return 1, ", truncation: head+tail", [why]

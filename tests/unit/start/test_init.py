@@ -7,12 +7,14 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tests import tiny
@@ -382,6 +384,44 @@ def test_uneven_classes_long_texts_and_parts_that_share_texts(init: Init, tmp_pa
         assert "of the texts are longer than a window of 512" in answer["text"]
     assert any("20 texts of the other splits are in train too" in w for w in answer["warnings"])
     assert recipe.model == "google-bert/bert-base-cased" and recipe.train.epochs == 5
+
+
+def test_entities_are_found_in_every_form(init: Init, tmp_path: Path, model: Path) -> None:
+    sentences = tiny.tagged_sentences(40, 3)
+    spans = []
+    for words, tags in sentences:
+        ends = np.cumsum([len(word) + 1 for word in words]) - 1
+        each: list[list[Any]] = []
+        for word, tag, end in zip(words, tags, ends.tolist(), strict=True):
+            if tag.startswith("B"):
+                each.append([end - len(word), end, tag[2:]])
+            elif tag.startswith("I"):
+                each[-1][1] = end
+        spans.append({"text": " ".join(words), "spans": each})
+    objects = [
+        {**row, "spans": [dict(zip(("start", "end", "label"), s, strict=True)) for s in row["spans"]]} for row in spans
+    ]
+    files = [
+        tiny.write_conll(tmp_path / "a.conll", sentences),
+        tiny.write_jsonl(tmp_path / "b.jsonl", [{"tokens": words, "ner_tags": tags} for words, tags in sentences]),
+        tiny.write_jsonl(tmp_path / "c.jsonl", spans),
+        tiny.write_jsonl(tmp_path / "d.jsonl", objects),
+    ]
+    strong = sum(label == "STRONG" for row in spans for *_, label in row["spans"])
+    for file in files:
+        answer = init(tmp_path / file.stem, "--data", file, "--model", model)
+        assert answer["recipe"].task == "token-classification", file
+        assert f"'STRONG' {strong}" in answer["text"], file
+
+
+def test_windows_that_are_named_in_place_of_head_and_tail_fit_the_model(
+    init: Init, tmp_path: Path, model: Path
+) -> None:
+    rows = [{"text": f"{n} " + "word " * (200 if n % 8 == 0 else 20), "label": "ab"[n % 2]} for n in range(80)]
+    text = init(tmp_path / "p", "--data", tiny.write_csv(tmp_path / "r.csv", rows), "--model", model)["text"]
+    (named,) = re.findall(r"`(windows: {.*?})` in its place", text)
+    (tmp_path / "p/recipe.yaml").write_text(text.replace("truncation: head+tail", named))
+    assert load_recipe(tmp_path / "p/recipe.yaml").tokens.windows is not None
 
 
 def test_a_text_that_is_not_in_english_gets_a_model_that_reads_it(init: Init, tmp_path: Path) -> None:
