@@ -238,7 +238,8 @@ def _json_column(path: Path, name: str, values: list[Any], rows: Array, unit: st
         for number, value in zip(rows, values, strict=True):
             if value is not None and any(v is None or isinstance(v, dict | list) for v in value):
                 raise DataError(
-                    f"{path}, {unit} {number}: column `{name}` is not a plain list of values", 'for example ["a", "b"]'
+                    f"{path}, {unit} {number}: column `{name}` is not a plain list of values",
+                    'for example ["a", "b"]; spans of entities have `task: token-classification`',
                 )
         return pa.array(texts, pa.list_(pa.large_string()))
     if list in kinds or dict in kinds:
