@@ -44,6 +44,11 @@ _SEED_LIMIT = 2**32
 _NOT_VARIED: dict[str, str] = {
     "name": "leave it out: a cell is named by its values",
     "resources": "it changes nothing that is trained: give it to the whole sweep with --nodes, --gpus-per-node, --time or --set",
+    **dict.fromkeys(
+        ("baselines", "decisions", "trackers"),
+        "it changes nothing that is trained, and no score in the table: give it to the whole sweep with --set",
+    ),
+    "data.fold": "folds are no settings to choose from: --folds",
 }
 
 
@@ -280,9 +285,9 @@ def refuse_keys(option: str, keys: Sequence[str], overrides: Sequence[str]) -> N
     """
     given = {word.partition("=")[0].strip() for word in overrides}
     for key in keys:
-        section = key.partition(".")[0]
-        if section in _NOT_VARIED:
-            raise InputError(f"{option} {key}: is not part of a sweep", _NOT_VARIED[section])
+        fixed = next((name for name in _NOT_VARIED if f"{key}.".startswith(f"{name}.")), None)
+        if fixed is not None and option != "--folds":
+            raise InputError(f"{option} {key}: is not part of a sweep", _NOT_VARIED[fixed])
         for other in [k for k in keys if k != key] + sorted(given):
             if key == other or other.startswith(f"{key}.") or (key.startswith(f"{other}.") and other not in given):
                 how = "--set" if other in given else option

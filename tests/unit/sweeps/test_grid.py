@@ -88,6 +88,8 @@ def test_a_name_takes_as_much_of_the_key_as_tells_it_from_the_others() -> None:
         (["train..x=1"], "is not a key"),
         (["name=a,b"], "is not part of a sweep"),
         (["resources.time=1,2"], "is not part of a sweep"),
+        (["decisions.thresholds=none,f1"], "--grid decisions.thresholds: is not part of a sweep"),
+        (["data.fold.number=1,2"], "--grid data.fold.number: is not part of a sweep"),
         (["train.arguments={a: 1},{a: 2}", "train.arguments.a=1,2"], "is also given by --grid"),
     ],
 )
