@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 from tests.common import NASTY
+from tests.unit.forks import ForkedWorkers
 
 from afina.recipe.parse import load_recipe
 from afina.recipe.schema import Recipe
@@ -52,6 +53,12 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def a_job_that_squeue_does_not_show_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that stand for squeue forget jobs of a second ago, which Slurm does not."""
     monkeypatch.setattr("afina.slurm.query.NEW_S", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def a_lost_job_is_looked_for_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the programs that stand for squeue do not say at once they never say."""
+    monkeypatch.setattr("afina.slurm.submit._PAUSES_S", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(params=NASTY)
@@ -181,20 +188,21 @@ def afina(scratch: Path) -> Callable[..., Ran]:
 
 
 @pytest.fixture
-def command(scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    """As `afina`, in this process: for commands that end before they start a worker."""
+def command(scratch: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """As `afina`, in this process, and its workers in forks."""
     from afina.cli import main
 
     def run(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> Ran:
         argv, code = [*map(str, arguments)], 0
         with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", ForkedWorkers)
             for name, value in {"AFINA_SCRATCH": str(scratch), **(env or {})}.items():
                 patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
             try:
                 main(argv)
             except SystemExit as ended:
                 code = ended.code if isinstance(ended.code, int) else bool(ended.code)
-        captured = capsys.readouterr()
+        captured = capfd.readouterr()
         return subprocess.CompletedProcess(argv, code, captured.out, captured.err)
 
     return run

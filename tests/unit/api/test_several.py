@@ -104,13 +104,8 @@ def test_a_refused_array_leaves_the_queued_one_alone(calls: Path, scratch: Path,
     assert run.job_id == "100_0" and len(list((scratch / "arrays").iterdir())) == 1
 
 
-def test_an_array_whose_answer_was_lost_is_found_again(
-    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_array_whose_answer_was_lost_is_found_again(calls: Path, tmp_path: Path) -> None:
     """Its token is in the runs' intents, and its tasks are the runs."""
-    from afina.slurm import submit
-
-    monkeypatch.setattr(submit, "_PAUSES_S", (0,))
     (tmp_path / "sbatch").write_text('echo "Socket timed out" >&2; exit 1\n')
     with pytest.raises(SlurmError, match="may be in the queue all the same"):
         afina.submit(recipes("a", "b"))

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from tests.unit.forks import ForkedWorkers
 
 from afina.errors import AfinaError
 from afina.run.plan import Plan
 
-#: The prepare stage with shards so small that little data has many.
-SMALL_SHARDS = """
-import sys
-from afina.worker.__main__ import main
-from afina.worker.data.tokens import shards, tokenise
-shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
-sys.exit(main(["prepare"]))
-"""
+#: Of the prepare stage: shards so small that little data has many.
+SMALL_SHARDS = {
+    "afina.worker.data.tokens.shards.SHARD_BYTES": 40_000,
+    "afina.worker.data.tokens.tokenise._BATCH_BYTES": 10_000,
+}
 
 Ran = subprocess.CompletedProcess[str]
 
@@ -54,17 +51,16 @@ def prepare(plan: Plan | str, *arguments: str, env: dict[str, str] | None = None
     )
 
 
-def start(plan: Plan, program: str = SMALL_SHARDS, **env: str) -> subprocess.Popen[str]:
-    """The stage as a process that is running."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
+def start(plan: Plan, **env: str) -> subprocess.Popen[str]:
+    """The stage with small shards as a process that is running, a fork."""
+    process = ForkedWorkers(
+        [sys.executable, "-m", "afina.worker", "prepare"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **env},
         text=True,
-        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        constants=SMALL_SHARDS,
     )
     assert process.stdin is not None
     process.stdin.write(plan.to_json())

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.tiny import tiny_reviews, write_csv
 from tests.unit.conftest import private_mounts, tree
-from tests.unit.data.stage import leftovers, prepare, prepare_here, refused, result, start
+from tests.unit.data.stage import finished, leftovers, prepare_here, refused, result, start
 from tests.unit.model_hub.test_prepare_hub import flip
 
 from afina.errors import SiteError
@@ -77,10 +77,10 @@ def test_killed_at_any_instant(plan: Plan) -> None:
     print(f"AFINA_TEST_SEED={SEED}")
     chance = random.Random(SEED)
     began = time.monotonic()
-    final = Path(result(prepare(plan))["prepared"])
+    final = Path(result(finished(start(plan)))["prepared"])
     usual = time.monotonic() - began
     shutil.rmtree(final)
-    finished = 0
+    late = 0
     for number in range(KILLS):
         process = start(plan)
         stage = STAGES[number % len(STAGES)] if chance.random() < 0.8 else None
@@ -96,12 +96,12 @@ def test_killed_at_any_instant(plan: Plan) -> None:
         process.communicate(timeout=60)
         if final.exists():
             store.verify(final)
-            finished += 1
+            late += 1
             shutil.rmtree(final)
-    ran = prepare(plan)
+    ran = finished(start(plan))
     assert result(ran)["prepared"] == str(final) and "waiting" not in ran.stderr
     store.verify(final)
-    assert leftovers(plan) == [final.name], f"after {KILLS} kills, {finished} of them too late"
+    assert leftovers(plan) == [final.name], f"after {KILLS} kills, {late} of them too late"
     assert list(plan.site.cache.glob("prepare/*")) == []
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.tiny import tiny_reviews, write_csv, write_jsonl, write_parquet
 from tests.unit.conftest import tree
-from tests.unit.data.stage import SMALL_SHARDS, finished, leftovers, result, start
+from tests.unit.data.stage import finished, leftovers, result, start
 
 from afina.errors import DataError
 from afina.recipe.keys.train_keys import Tokens
@@ -308,9 +308,7 @@ def test_a_prepare_that_is_killed_repeatedly_gives_the_same_bytes(plan: Plan) ->
 
 @pytest.mark.slow
 def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, SMALL_SHARDS, plan.to_json()], stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, plan.to_json()], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     deadline = time.monotonic() + 100
@@ -325,10 +323,17 @@ def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
     assert leftovers(plan) == [] and shard_files(plan)
 
 
-PARENT = """
+_SMALL = """
+import sys
+from afina.worker.__main__ import main
+from afina.worker.data.tokens import shards, tokenise
+shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
+sys.exit(main(["prepare"]))
+"""
+PARENT = f"""
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-child.stdin.write(sys.argv[2].encode())
+child = subprocess.Popen([sys.executable, "-c", {_SMALL!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+child.stdin.write(sys.argv[1].encode())
 child.stdin.close()
 print(child.pid, flush=True)
 child.stdout.read()

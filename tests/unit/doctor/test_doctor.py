@@ -86,28 +86,30 @@ def test_a_healthy_machine_has_no_failures_and_stays_as_it_was(bin: Path, site: 
     assert len(CHECKS) == len(set(CHECKS))
 
 
-def test_without_a_site_the_rest_is_looked_at_all_the_same(bin: Path, afina: Callable[..., Ran], scratch: Path) -> None:
-    done = afina("doctor", "--json", env={"AFINA_SCRATCH": f"{scratch}x"})
+def test_without_a_site_the_rest_is_looked_at_all_the_same(
+    bin: Path, command: Callable[..., Ran], scratch: Path
+) -> None:
+    done = command("doctor", "--json", env={"AFINA_SCRATCH": f"{scratch}x"})
     said = json.loads(done.stdout)
     assert done.returncode == 3 and said["failed"] == 1 and "Traceback" not in done.stderr
     by_check = {f["check"]: f for f in said["findings"]}
     assert by_check["site"]["level"] == "failed" and "mkdir -p" in by_check["site"]["remedy"]
     assert by_check["slurm"]["level"] == "ok" and by_check["sacct"]["message"] == "works"
-    done = afina("doctor", "--site", "no such.env")
+    done = command("doctor", "--site", "no such.env")
     assert done.returncode == 3 and "failed   site " in done.stdout and "remedy: give --site FILE" in done.stdout
 
 
 def test_a_recipe_is_held_against_its_partition(
-    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path
+    bin: Path, command: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path
 ) -> None:
     file = recipe_file(model=str(model_folder))
-    done = afina("doctor", file, "--json", "--set", "resources.time=2-0")
+    done = command("doctor", file, "--json", "--set", "resources.time=2-0")
     by_check = {f["check"]: f for f in json.loads(done.stdout)["findings"]}
     assert done.returncode == 3 and "partition gpu allows" in by_check["resources"]["message"]
     assert by_check["recipe"]["level"] == "ok"
-    done = afina("doctor", file, "--json")
+    done = command("doctor", file, "--json")
     assert done.returncode == 0, done.stdout
-    done = afina("doctor", file, "--set", "data.files=revews.csv")
+    done = command("doctor", file, "--set", "data.files=revews.csv")
     assert done.returncode == 3 and "did you mean `reviews.csv`?" in done.stdout
 
 
@@ -169,9 +171,9 @@ def test_a_replacement_that_is_seen_in_parts(tmp_path: Path, monkeypatch: pytest
     assert finding.level == "failed" and "a reader saw part of a file" in finding.message
 
 
-def test_no_secret_is_shown(bin: Path, afina: Callable[..., Ran]) -> None:
+def test_no_secret_is_shown(bin: Path, command: Callable[..., Ran]) -> None:
     token = "hf_" + "s3cr3t" * 6
-    done = afina("doctor", env={"HF_TOKEN": token})
+    done = command("doctor", env={"HF_TOKEN": token})
     assert "there is a Hugging Face token" in done.stdout and token not in done.stdout + done.stderr
 
 
@@ -281,11 +283,11 @@ def test_a_container_that_does_not_start(contained: Target, bin: Path) -> None:
 
 
 def test_an_image_that_is_cut_off_is_a_finding_of_the_site(
-    bin: Path, afina: Callable[..., Ran], tmp_path: Path
+    bin: Path, command: Callable[..., Ran], tmp_path: Path
 ) -> None:
     image = tmp_path / "half.sif"
     image.write_bytes(sif_bytes()[:300])
-    done = afina("doctor", env={"AFINA_IMAGE": str(image)})
+    done = command("doctor", env={"AFINA_IMAGE": str(image)})
     assert done.returncode == 3 and "is cut off: 300 of 640 bytes are there" in done.stdout
 
 
@@ -371,9 +373,9 @@ def test_the_inside_is_whole_here_and_a_broken_package_is_found(tmp_path: Path) 
     assert any("evaluate cannot be imported: libfoo.so.1" in f["message"] for f in failed)
 
 
-def test_a_job_is_not_tried_where_it_cannot_be(bin: Path, afina: Callable[..., Ran], scratch: Path) -> None:
+def test_a_job_is_not_tried_where_it_cannot_be(bin: Path, command: Callable[..., Ran], scratch: Path) -> None:
     program(bin, "sbatch", "echo 'sbatch: error: Invalid account' >&2; exit 1\n")
-    done = afina("doctor", "--job", "--json")
+    done = command("doctor", "--job", "--json")
     said = json.loads(done.stdout)
     (refused,) = [f for f in said["findings"] if f["level"] == "failed"]
     assert done.returncode == 3 and refused["check"] == "sbatch" and "SBATCH_ACCOUNT" in refused["remedy"]

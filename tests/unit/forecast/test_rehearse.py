@@ -14,6 +14,7 @@ import pytest
 from tests import tiny
 from tests.common import program
 from tests.unit.conftest import tree
+from tests.unit.forks import run_here
 from tests.unit.training.in_process import train_here
 
 from afina.api import plan_for
@@ -35,11 +36,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def afina(place: Path, *arguments: str, **env: str) -> Ran:
-    given = {**os.environ, "AFINA_SCRATCH": str(place / "scra tch"), **env}
-    return subprocess.run(
-        [sys.executable, "-m", "afina.cli", *arguments],
-        env=given, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return run_here(*arguments, env={"AFINA_SCRATCH": str(place / "scra tch"), **env})
 
 
 @pytest.fixture(scope="module")

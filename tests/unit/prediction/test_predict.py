@@ -99,9 +99,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 # -- the numbers ------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_the_run(run: Path, reviews: Path, tmp_path: Path, afina: Callable[..., Ran]) -> None:
+def test_predictions_are_those_of_the_run(
+    run: Path, reviews: Path, tmp_path: Path, command: Callable[..., Ran]
+) -> None:
     out = tmp_path / "new.parquet"
-    done = afina("predict", run, reviews, "-o", out, "--json")
+    done = command("predict", run, reviews, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     own = {row["id"]: row for row in rows_of(run / "predictions.parquet")}

@@ -169,11 +169,11 @@ def left_behind(scratch: Path, before: dict[str, str]) -> list[str]:
 
 @pytest.mark.slow
 def test_no_such_column(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, tmp_path: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, tmp_path: Path
 ) -> None:
     before = tree(scratch)
     run = tmp_path / "never made"
-    done = afina("train", recipe_file(model=str(tiny), data__label="star"), "--run", run)
+    done = command("train", recipe_file(model=str(tiny), data__label="star"), "--run", run)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("remedy: ") == 1, done
     assert "star" in done.stderr and "reviews.csv" in done.stderr and "did you mean `stars`?" in done.stderr
     assert not run.exists() and [p for p in left_behind(scratch, before) if "runs" in p] == []
@@ -191,23 +191,23 @@ def test_no_such_column(
     ids=["empty", "header only", "not UTF-8", "binary"],
 )
 def test_data_that_cannot_be_read(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, content: bytes, says: str
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, content: bytes, says: str
 ) -> None:
     path = recipe_file(model=str(tiny))
     (path.parent / "reviews.csv").write_bytes(content)
-    done = afina("prefetch", path)
+    done = command("prefetch", path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("remedy: ") == 1, done
     assert says in done.stderr
 
 
 @pytest.mark.slow
 def test_an_argument_that_transformers_does_not_know(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, tmp_path: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tiny: Path, tmp_path: Path
 ) -> None:
     parts = {"data__train": {"fraction": 0.5}, "data__eval": {"fraction": 0.5}, "tokens__max_length": 64}
     path = recipe_file(model=str(tiny), train__arguments={"wieght_decay": 0.1}, **parts)
     write_csv(path.parent / "reviews.csv", tiny_reviews(60))
-    done = afina("train", path, "--run", tmp_path / "never made")
+    done = command("train", path, "--run", tmp_path / "never made")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done
     assert "wieght_decay" in done.stderr and "weight_decay" in done.stderr.replace("wieght_decay", "")
     assert not (tmp_path / "never made").exists()

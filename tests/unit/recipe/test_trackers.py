@@ -20,6 +20,7 @@ import pytest
 from tests import tiny
 from tests.processes import wait_until
 from tests.unit.conftest import Ran, tree
+from tests.unit.forks import run_here
 from tests.unit.training.in_process import train_here
 
 from afina.errors import EnvironmentProblem, RecipeError
@@ -59,13 +60,13 @@ def test_not_a_tracker(recipe: Callable[..., Recipe], given: Any, message: str) 
 
 
 def test_a_missing_package_is_refused_before_anything_is_made(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path, scratch: Path, tmp_path: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], model_folder: Path, scratch: Path, tmp_path: Path
 ) -> None:
     if importlib.util.find_spec("mlflow"):
         pytest.skip("mlflow is installed here")
     path = recipe_file(model=str(model_folder), trackers=["mlflow"])
     before = tree(scratch)
-    done = afina("train", path, "--run", tmp_path / "run")
+    done = command("train", path, "--run", tmp_path / "run")
     assert done.returncode == 3 and "trackers: mlflow needs the package mlflow" in done.stderr, done
     assert f"remedy: {shlex.quote(sys.executable)} -m pip install mlflow; or leave mlflow out" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -183,21 +184,18 @@ def test_a_killed_and_resumed_run_is_on_tensorboard_once(tmp_path: Path) -> None
     pytest.importorskip("tensorboard", reason="the extra `trackers` is not installed")
     file = tiny.write_project(tmp_path, train={"epochs": 8, "save_every": 20}, trackers=["tensorboard"])
     run = tmp_path / "it's a run"
-    env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch"), "WANDB_API_KEY": KEY}
+    env = {"AFINA_SCRATCH": str(tmp_path / "scratch"), "WANDB_API_KEY": KEY}
     log = run / "metrics.jsonl"
     with ThreadPoolExecutor(1) as thread:
         killed = thread.submit(train_here, file, run, env=env, code=-signal.SIGKILL)
         wait_until(lambda: killed.done() or (log.exists() and len(log.read_text().splitlines()) > 25), 120)
         os.kill(json.loads((run / "lease.json").read_text())["pid"], signal.SIGKILL)
         killed.result()
-    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=200, check=False)
+    done = run_here("resume", run, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     command = trackers.sync_commands(run, ["tensorboard"])[0]
     assert f"afina: tensorboard: {command}" in done.stdout
-    status = subprocess.run(
-        [sys.executable, "-m", "afina.cli", "status", str(run)], env=env, capture_output=True, text=True
-    )
+    status = run_here("status", run, env=env)
     assert f"  records: {command}\n" in status.stdout, status.stdout + status.stderr
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

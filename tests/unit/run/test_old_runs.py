@@ -40,9 +40,9 @@ def old(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(afina: Callable[..., Ran], old: Path) -> Callable[..., Ran]:
+def here(command: Callable[..., Ran], old: Path) -> Callable[..., Ran]:
     def run(*arguments: str | Path) -> Ran:
-        return afina(*arguments, env={"AFINA_SCRATCH": str(old), "AFINA_RUNTIME": "none"})
+        return command(*arguments, env={"AFINA_SCRATCH": str(old), "AFINA_RUNTIME": "none"})
 
     return run
 

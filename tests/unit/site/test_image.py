@@ -195,36 +195,38 @@ def test_verify_finds_nothing_wrong(apptainer: Path, tmp_path: Path) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_labels(apptainer: Path, afina: Callable[..., Ran], tmp_path: Path, nasty: str) -> None:
+def test_the_command_prints_the_labels(
+    apptainer: Path, command: Callable[..., Ran], tmp_path: Path, nasty: str
+) -> None:
     path = image_file(tmp_path / f"x{nasty}.sif", signed=True)
-    done = afina("image", "info", str(path), "--json")
+    done = command("image", "info", str(path), "--json")
     assert done.returncode == 0, done.stderr
     printed: dict[str, Any] = json.loads(done.stdout)
     assert {name: printed[name] for name in summary(read_image(path))} == summary(read_image(path))
     assert printed["minimum_driver"] == "580.65.06" and printed["signatures"] == 1
 
 
-def test_the_sites_image_is_the_default(apptainer: Path, afina: Callable[..., Ran], tmp_path: Path) -> None:
+def test_the_sites_image_is_the_default(apptainer: Path, command: Callable[..., Ran], tmp_path: Path) -> None:
     path = image_file(tmp_path / "x.sif")
     (tmp_path / "site.env").write_text(f"AFINA_IMAGE='{path}'\n")
-    done = afina("image", "info", "--site", str(tmp_path / "site.env"))
+    done = command("image", "info", "--site", str(tmp_path / "site.env"))
     assert done.returncode == 0 and done.stdout.startswith(f"{path}\n") and "driver 580.65.06 or newer" in done.stdout
-    done = afina("image", "info")
+    done = command("image", "info")
     assert done.returncode == 2 and "AFINA_IMAGE is not set" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_verify_ends_with_three_where_something_is_wrong(
-    apptainer: Path, afina: Callable[..., Ran], tmp_path: Path
+    apptainer: Path, command: Callable[..., Ran], tmp_path: Path
 ) -> None:
     path = image_file(tmp_path / "x.sif")
     path.write_bytes(path.read_bytes()[:-3])
-    done = afina("image", "verify", str(path), "--json")
+    done = command("image", "verify", str(path), "--json")
     assert done.returncode == 3, done.stderr
     assert levels(Finding(**finding) for finding in json.loads(done.stdout)["findings"])["whole"] == "failed"
-    done = afina("image", "verify", str(path), "--key", "/no/such.pem")
+    done = command("image", "verify", str(path), "--key", "/no/such.pem")
     assert done.returncode == 3 and "neither a key file" in done.stderr
 
 
-def test_an_image_cannot_be_checked_from_inside(afina: Callable[..., Ran]) -> None:
-    done = afina("image", "verify", env={"APPTAINER_CONTAINER": "/x.sif"})
+def test_an_image_cannot_be_checked_from_inside(command: Callable[..., Ran]) -> None:
+    done = command("image", "verify", env={"APPTAINER_CONTAINER": "/x.sif"})
     assert done.returncode == 2 and "on the host" in done.stderr

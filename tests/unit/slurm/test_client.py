@@ -271,11 +271,11 @@ def test_cancel_passes_the_job(bin: Path, tmp_path: Path) -> None:
 
 
 def test_without_slurm_nothing_is_claimed(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, scratch: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path, scratch: Path
 ) -> None:
     path = recipe_file()
     before = tree(scratch)
-    done = afina("submit", path, env={"PATH": no_slurm(tmp_path)})
+    done = command("submit", path, env={"PATH": no_slurm(tmp_path)})
     assert done.returncode == 3 and done.stdout == ""
     assert done.stderr.startswith("error: sbatch is not on PATH: no Slurm here\n  remedy: run this on a login node")
     assert tree(scratch) == before
@@ -283,14 +283,14 @@ def test_without_slurm_nothing_is_claimed(
 
 @pytest.mark.parametrize("via", ["sbatch", "submitit"])
 def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
-    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
+    bin: Path, command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
 ) -> None:
     path = recipe_file()
     before = tree(tmp_path)
     given = ["submit", path, "--via", via, "--nodes", "2", "--gpus-per-node", "2", "--time", "1:30:00", "--dry-run"]
-    done = afina(*given)
+    done = command(*given)
     assert done.returncode == 0, done.stderr
-    as_json = afina(*given, "--json")
+    as_json = command(*given, "--json")
     assert tree(tmp_path) == before, "a dry run left something behind"
     answer = json.loads(as_json.stdout)
     plan = Plan.model_validate(answer["plan"])
@@ -307,21 +307,23 @@ def test_a_dry_run_prints_what_would_be_run_and_changes_nothing(
         assert checked.returncode == 0, checked.stderr
 
 
-def test_a_dry_run_needs_no_slurm(afina: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    done = afina("submit", recipe_file(), "--dry-run", env={"PATH": no_slurm(tmp_path)})
+def test_a_dry_run_needs_no_slurm(
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = command("submit", recipe_file(), "--dry-run", env={"PATH": no_slurm(tmp_path)})
     assert done.returncode == 0 and "  command  sbatch --parsable" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("via", ["sbatch", "submitit"])
 def test_a_refused_submission_leaves_no_run_behind(
-    bin: Path, afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
+    bin: Path, command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, tmp_path: Path, via: str
 ) -> None:
     for name in ("sbatch", "srun"):
         program(bin, name, "echo 'sbatch: error: invalid partition specified: gqu' >&2; exit 1\n")
     path = recipe_file(model=str(tiny_model(tmp_path / "model")))
     write_csv(path.parent / "reviews.csv", tiny_reviews(40))
     settings = ("data.train={fraction: 0.5}", "data.eval={fraction: 0.5}", "tokens.max_length=32")
-    done = afina("submit", path, "--via", via, *[word for setting in settings for word in ("--set", setting)])
+    done = command("submit", path, "--via", via, *[word for setting in settings for word in ("--set", setting)])
     assert done.returncode == 3 and "invalid partition specified" in done.stderr, done
     assert "  remedy: " in done.stderr and "Traceback" not in done.stderr
     assert not list((scratch / "runs").iterdir())

@@ -154,30 +154,30 @@ def test_a_cluster_without_accounting_is_known_without_accounts(bin: Path) -> No
     ],
 )
 def test_a_submission_that_cannot_succeed_leaves_nothing(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path,
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path,
     options: list[str], message: str,
 ) -> None:  # fmt: skip
     """And it is refused before anything is prepared."""
     file = recipe_file(model=str(model_folder))
     before = tree(scratch)
-    done = afina("submit", file, *options)
+    done = command("submit", file, *options)
     assert done.returncode == 3 and message in done.stderr and "remedy: " in done.stderr, done
     assert tree(scratch) == before
 
 
 def test_a_sweep_that_cannot_fit_leaves_nothing(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
 ) -> None:
     file = recipe_file(model=str(model_folder))
     before = tree(scratch)
-    done = afina("sweep", file, "--seeds", "2", "--gpus-per-node", "8")
+    done = command("sweep", file, "--seeds", "2", "--gpus-per-node", "8")
     assert done.returncode == 3 and "8 GPUs per node" in done.stderr and "remedy: " in done.stderr, done
     assert tree(scratch) == before
 
 
 def test_the_partition_of_the_site_counts(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
 ) -> None:
-    done = afina("submit", recipe_file(model=str(model_folder)), env={"SBATCH_PARTITION": "cpu"})
+    done = command("submit", recipe_file(model=str(model_folder)), env={"SBATCH_PARTITION": "cpu"})
     assert done.returncode == 3 and "no node of partition cpu has more than no GPUs" in done.stderr
     assert "SBATCH_PARTITION=gpu, which has it" in done.stderr

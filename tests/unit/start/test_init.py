@@ -461,15 +461,15 @@ def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
+def test_nothing_is_overwritten(init: Init, command: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
     data = tiny.write_csv(tmp_path / "r.csv", reviews(30))
     folder = tmp_path / "p"
     answer = init(folder, "--data", data, "--label", "stars")
     assert [Path(w).name for w in answer["written"]] == ["site.env", "recipe.yaml"]
     before = tree(folder)
-    done = afina("init", folder, "--data", data, "--yes")
+    done = command("init", folder, "--data", data, "--yes")
     assert done.returncode == 2 and f"{folder}/recipe.yaml exists already, and is not overwritten" in done.stderr
-    done = afina("init", folder, "--site-only", "--yes")
+    done = command("init", folder, "--site-only", "--yes")
     assert done.returncode == 2 and "slurm/site.env exists already" in done.stderr
     assert tree(folder) == before
 
@@ -540,7 +540,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
 
 
 def test_a_data_set_that_the_hub_does_not_have_leaves_nothing(
-    afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Callable[..., Ran], no_cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fetching it needs a site and its scratch; both are removed, and what was there before stays."""
     (tmp_path / "project").mkdir()
@@ -548,7 +548,7 @@ def test_a_data_set_that_the_hub_does_not_have_leaves_nothing(
     with HubServer(tmp_path / "hub") as hub:
         for name, value in hub.env(tmp_path / "cache").items():
             monkeypatch.setenv(name, value)
-        done = afina("init", "project", "--data", "reviws", "--scratch", tmp_path / "new/scratch", "--yes")
+        done = command("init", "project", "--data", "reviws", "--scratch", tmp_path / "new/scratch", "--yes")
     assert done.returncode == 3 and "reviws" in done.stderr and "remedy" in done.stderr, done
     assert "no file or folder here has that name. did you mean `reviews`?" in done.stderr
     assert list((tmp_path / "project").iterdir()) == [] and not (tmp_path / "new").exists()
@@ -576,7 +576,7 @@ def test_questions_have_defaults(tmp_path: Path, no_cluster: Path, scratch: Path
 # -- the machine -------------------------------------------------------------------------------------------------------
 
 
-def test_the_site_says_what_the_cluster_says(afina: Callable[..., Ran], no_cluster: Path, tmp_path: Path) -> None:
+def test_the_site_says_what_the_cluster_says(command: Callable[..., Ran], no_cluster: Path, tmp_path: Path) -> None:
     sinfo = (
         "cpu*|up|2-00:00:00|1-infinite|10|48|190000|(null)|idle\nlong|up|7-00:00:00|1-4|4|64|512000|gpu:a100:4|mixed\n"
     )
@@ -593,7 +593,7 @@ def test_the_site_says_what_the_cluster_says(afina: Callable[..., Ran], no_clust
     from tests.unit.conftest import sif_bytes
 
     image.write_bytes(sif_bytes())
-    done = afina("init", tmp_path / "p", "--data", data, "--label", "stars", "--image", image, "--yes", env=env)
+    done = command("init", tmp_path / "p", "--data", data, "--label", "stars", "--image", image, "--yes", env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "afina submit recipe.yaml"
     site = tmp_path / "p/slurm/site.env"

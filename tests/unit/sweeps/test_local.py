@@ -33,7 +33,9 @@ def trainable(recipe_file: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(afina: Callable[..., Ran], trainable: Path, scratch: Path) -> None:
+def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(
+    command: Callable[..., Ran], trainable: Path, scratch: Path
+) -> None:
     settings = ("tokens.max_length=32", "train.epochs=40", "train.evaluate=200", "train.save_every=200")
     words = ["sweep", str(trainable), "--seeds", "2", "--local", "--json"]
     words += [word for setting in settings for word in ("--set", setting)]
@@ -58,21 +60,21 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(afina: Callable[..., Ran], 
     stopped = next(run for run in made.runs if run.state == "STOPPED")
     assert stopped.outcome is not None and stopped.outcome.global_step > 0
     # It is the same sweep with the cell that was begun.
-    done = afina(*words)
+    done = command(*words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[done.stdout.index("{\n") :])["rows"][0]["states"] == {"FINISHED": 2}
     assert [run.outcome.attempts for run in made.runs if run.outcome] == [2, 1]
-    again = afina(*words)
+    again = command(*words)
     assert again.returncode == 0 and [run.outcome.attempts for run in made.runs if run.outcome] == [2, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_local_search_trains_what_it_asked_for(afina: Callable[..., Ran], trainable: Path, tmp_path: Path) -> None:
+def test_a_local_search_trains_what_it_asked_for(command: Callable[..., Ran], trainable: Path, tmp_path: Path) -> None:
     words = ["--search", "train.learning_rate=1e-4..1e-2:log", "--trials", "2", "--local"]
     words += ["--sweep", str(tmp_path / "out side")]
     settings = ["--set", "tokens.max_length=32", "--set", "train.max_steps=2", "--set", "train.epochs=null"]
-    done = afina("sweep", trainable, *words, *settings, "--json")
+    done = command("sweep", trainable, *words, *settings, "--json")
     assert done.returncode == 0, done.stderr
     made = Sweep(tmp_path / "out side")
     assert [run.outcome.outcome for run in made.runs if run.outcome] == ["finished"] * 2
@@ -84,17 +86,17 @@ def test_a_local_search_trains_what_it_asked_for(afina: Callable[..., Ran], trai
 @pytest.mark.series
 @pytest.mark.timeout(600)
 def test_a_local_cross_validation_predicts_every_row_once(
-    afina: Callable[..., Ran], trainable: Path, scratch: Path
+    command: Callable[..., Ran], trainable: Path, scratch: Path
 ) -> None:
     import pyarrow.parquet as pq
 
     words = ["sweep", str(trainable), "--folds", "2", "--local", "--set", "tokens.max_length=32"]
     words += ["--set", "train.epochs=1"]
     env = {"AFINA_SCRATCH": str(scratch)}
-    done = afina(*words, env=env)
+    done = command(*words, env=env)
     assert done.returncode == 0, done.stderr
     (home,) = (scratch / "sweeps").iterdir()
-    grown = afina(*words, "--repeats", "2", "--json", env=env)
+    grown = command(*words, "--repeats", "2", "--json", env=env)
     assert grown.returncode == 0, grown.stderr
     made = Sweep(home)
     assert [run.outcome.attempts for run in made.runs if run.outcome] == [1] * 4
@@ -105,5 +107,5 @@ def test_a_local_cross_validation_predicts_every_row_once(
     for run in made.runs:
         rows = RunDir(run.path).prepared()["rows"]
         assert len(pq.read_table(RunDir(run.path).predictions)) == rows["eval"] == 80 - rows["train"]
-    page = afina("report", str(home), env=env)
+    page = command("report", str(home), env=env)
     assert page.returncode == 0 and "Means over folds" in (home / "report/index.html").read_text()

@@ -923,8 +923,8 @@ def test_two_cross_validations_are_compared_over_the_same_folds(sweep: Callable[
     ],
 )
 def test_folds_of_more_than_one_setting_are_refused(
-    afina: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, words: list[str], reason: str
+    command: Callable[..., Ran], recipe_file: Callable[..., Path], scratch: Path, words: list[str], reason: str
 ) -> None:
-    ran = afina("sweep", str(recipe_file()), *words, env={"AFINA_SCRATCH": str(scratch)})
+    ran = command("sweep", str(recipe_file()), *words, env={"AFINA_SCRATCH": str(scratch)})
     assert ran.returncode == 2 and reason in ran.stderr, ran.stderr
     assert not list(scratch.glob("sweeps/*"))

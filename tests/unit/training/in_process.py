@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.forks import ForkedWorkers
 
 from afina.api import plan_for
+from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.new_run import claim_run
-from afina.worker.__main__ import main as door
 
-__all__ = ["STEPS", "lines", "train_here", "weights"]
+__all__ = ["STEPS", "attempt_here", "lines", "train_here", "weights"]
 
 #: Optimizer steps of the project's recipe.
 STEPS = 4
@@ -48,42 +47,40 @@ def train_here(
         plan = plan_for(recipe, JobRequest(overrides=overrides, num_processes=num_processes, gpus_per_node=0))
         prepared = prepare(plan)
         prepared["warnings"] += check_model_on_rows(plan, prepared, print)
-        log = claim_run(plan, run, prepared=prepared).begin_attempt("local-1") / "node0.log"
-        group = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1"}
-        group |= {"MASTER_PORT": _free_port(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        workers = []
-        for rank in range(num_processes):
-            of_rank = {**group, "RANK": rank, "LOCAL_RANK": rank} if num_processes > 1 else {}
-            given = {**os.environ, **{name: str(value) for name, value in of_rank.items()}}
-            workers.append(_FORKS.Process(target=_work, args=(run, log, given, constants), daemon=True))
-            workers[-1].start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [code] * num_processes, log.read_text()
+        claim_run(plan, run, prepared=prepared)
+        attempt_here(run, "local-1", num_processes=num_processes, code=code, constants=constants)
     return run
 
 
-#: Forks of a process that has imported what a training needs, and has trained nothing.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["afina.worker.training.trainer", "afina.worker.training.results", __name__])
+def attempt_here(
+    run: Path,
+    attempt: str,
+    *,
+    num_processes: int = 1,
+    code: int = 0,
+    env: Mapping[str, str] = {},
+    constants: Mapping[str, object] = {},
+) -> None:
+    """One attempt of a run, whose processes end with `code`; they are forks, and nothing supervises them."""
+    directory = RunDir(run)
+    log = directory.begin_attempt(attempt) / "node0.log"
+    directory.stop_file.unlink(missing_ok=True)
+    group = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": _free_port(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    argv = [sys.executable, "-m", "afina.worker", "train", str(run)]
+    workers = []
+    for rank in range(num_processes):
+        of_rank = {**group, "RANK": rank, "LOCAL_RANK": rank} if num_processes > 1 else {}
+        given = {**os.environ, **env, "AFINA_ATTEMPT": attempt, **{name: str(value) for name, value in of_rank.items()}}
+        with log.open("a") as file:
+            workers.append(ForkedWorkers(argv, env=given, stdout=file, stderr=file, constants=constants))
+    assert [worker.wait() for worker in workers] == [code] * num_processes, log.read_text()
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _work(run: Path, log: Path, env: dict[str, str], constants: Mapping[str, object]) -> None:
-    """`python -m afina.worker train RUN`, whose output goes to `log`."""
-    os.environ.clear()
-    os.environ.update(env)
-    for name, value in constants.items():
-        module, _, constant = name.rpartition(".")
-        setattr(import_module(module), constant, value)
-    with log.open("a", encoding="utf-8", buffering=1) as sys.stdout:
-        sys.stderr = sys.stdout
-        sys.exit(door(["train", str(run)]))
 
 
 def weights(trainer: Any) -> Any:

@@ -1,6 +1,6 @@
 """Real trainings of tiny models: every task, one and two processes, stops and resumes, and the files that are written.
 
-Runs that are resumed are commands, as a user starts them; the others are trained by `train_here`.
+A run that is stopped by signals is a command, as a user starts it; the others are forks (`train_here`, `run_here`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests import tiny
-from tests.unit.training.in_process import train_here
+from tests.unit.forks import run_here
+from tests.unit.training.in_process import attempt_here, train_here
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,7 @@ def _stop_here(place: Path, name: str, recipe: dict[str, Any], lines: int, proce
 
 
 def _resume(place: Path, run: Path, *options: str) -> tuple[int, str]:
-    argv = [sys.executable, "-m", "afina.cli", "resume", str(run), *options]
-    done = subprocess.run(argv, env=_environment(place), capture_output=True, text=True, timeout=300, check=False)
+    done = run_here("resume", run, *options, env=_environment(place))
     return done.returncode, done.stdout + done.stderr
 
 
@@ -168,11 +168,12 @@ def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert _outcome(run)["outcome"] == "stopped"
+    with ThreadPoolExecutor(1) as thread:
+        resumed = thread.submit(attempt_here, run, "local-2", code=75, env=_environment(place))
+        _wait_for_lines(run, 20, attempt=2)
+        os.kill(json.loads((run / "lease.json").read_text())["pid"], signal.SIGTERM)
+        resumed.result()
     resume = [sys.executable, "-m", "afina.cli", "resume", str(run)]
-    resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
-    _wait_for_lines(run, 20, attempt=2)
-    resumed.send_signal(signal.SIGTERM)
-    assert resumed.wait(timeout=120) == 75
     resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
     _wait_for_lines(run, 50, attempt=3)
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
@@ -291,20 +292,20 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(pla
     run = _stop_here(place, "abandoned", recipe, 6, 2)
     assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5, 6], "the stop did not wait for the evaluation"
     assert (_outcome(run)["cause"], _outcome(run)["global_step"]) == ("asked", 6)
-    code, output = _resume(place, run, "--num-processes", "2")
-    assert code == 0, output
+    attempt_here(run, "local-2", num_processes=2, env=_environment(place))
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.timeout(300)
 def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_age_of_the_newest(place: Path) -> None:
-    """The stop begins 15 seconds, two saves and three steps before the deadline: 30 seconds leave some for the training."""
+    """The stop begins half a second, two saves and three steps before the deadline: ten seconds leave some for the training."""
     train = {"epochs": 4000, "save_every": 50000, "save_minutes": 0.005, "evaluate": 50000, "log_every": 100}
     file = place / "limited.yaml"
     file.write_text(json.dumps(_recipe(train=train)))
-    env = {**_environment(place), "AFINA_DEADLINE": str(time.time() + 30)}
-    run = train_here(file, place / "limited", code=75, env=env)
+    env = {**_environment(place), "AFINA_DEADLINE": str(time.time() + 10)}
+    constants = {"afina.worker.survival.stop._INEXACT_S": 0.5}
+    run = train_here(file, place / "limited", code=75, env=env, constants=constants)
     outcome = _outcome(run)
     assert outcome["cause"] == "limit"
     assert (run / f"checkpoints/step-{outcome['global_step']}/manifest.json").is_file()
@@ -366,10 +367,9 @@ def test_a_loss_that_is_not_finite_fails_the_run(place: Path) -> None:
 
 def test_a_claimed_run_directory_is_refused_and_unchanged(place: Path, whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
-    process = _start(place, whole, WHOLE)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "this run has finished" in output and "model=" in output and "Traceback" not in output
+    done = run_here("train", whole.with_suffix(".yaml"), "--run", whole, env=_environment(place))
+    assert done.returncode == 2
+    assert "this run has finished" in done.stderr and "model=" in done.stderr and "Traceback" not in done.stderr
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 

@@ -91,27 +91,27 @@ def test_the_geometry_is_that_of_the_attempt(run: RunDir) -> None:
     assert list(log_lines(run, LogSelection(rank=2))) == ["two\n"]
 
 
-def test_before_the_first_attempt_it_is_slurms_log(run: RunDir, afina: Callable[..., Ran]) -> None:
-    done = afina("logs", "r")
+def test_before_the_first_attempt_it_is_slurms_log(run: RunDir, command: Callable[..., Ran]) -> None:
+    done = command("logs", "r")
     assert done.returncode == 2 and "no attempt has begun, there is no log (PLANNED)" in done.stderr, done
     assert "remedy: afina submit " in done.stderr
     run.append("submissions.jsonl", {"job_id": "12", "via": "sbatch"})
     (run.path / "slurm-12.out").write_text("error: AFINA_IMAGE is not the image\n")
-    done = afina("logs", run.path)
+    done = command("logs", run.path)
     assert done.returncode == 0 and "slurm-12.out" in done.stdout and "AFINA_IMAGE is not the image" in done.stdout
 
 
-def test_rank_and_node_together_are_refused(run: RunDir, afina: Callable[..., Ran]) -> None:
+def test_rank_and_node_together_are_refused(run: RunDir, command: Callable[..., Ran]) -> None:
     begin(run, "7.0", "x\n")
-    done = afina("logs", "r", "--rank", "1", "--node", "0")
+    done = command("logs", "r", "--rank", "1", "--node", "0")
     assert done.returncode == 2 and "--rank and --node: give one of them" in done.stderr
-    assert afina("logs", "r", "-n", "5").stdout == "x\n"
+    assert command("logs", "r", "-n", "5").stdout == "x\n"
 
 
-def test_a_folder_of_several_runs_is_no_run(run: RunDir, afina: Callable[..., Ran]) -> None:
+def test_a_folder_of_several_runs_is_no_run(run: RunDir, command: Callable[..., Ran]) -> None:
     (run.path.parent / "q").mkdir()
     (run.path.parent / "q/plan.json").write_text("{}")
-    done = afina("logs", run.path.parent)
+    done = command("logs", run.path.parent)
     assert done.returncode == 2 and "holds 2 runs" in done.stderr and "name one of them: q, r" in done.stderr
 
 

@@ -449,13 +449,13 @@ def test_what_cannot_be_looked_into_hides_nothing_else(slurm: Slurm, runs: Path)
     (runs / "theirs").chmod(0o700)
 
 
-def test_nasty_names(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_nasty_names(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     for name in NASTY:
         make(runs / name)
-    done = afina("list", "--json")
+    done = command("list", "--json")
     assert done.returncode == 0, done.stderr
     assert {Path(r["run"]).name for r in json.loads(done.stdout)} == set(NASTY)
-    shown = afina("status").stdout.splitlines()
+    shown = command("status").stdout.splitlines()
     assert len(shown) == len(NASTY) + 2, "a name with a line break is one line"
     assert not (runs.parent / "pwned").exists()
 
@@ -463,54 +463,54 @@ def test_nasty_names(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> Non
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_status_of_one_is_an_object_and_of_many_a_list(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_status_of_one_is_an_object_and_of_many_a_list(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     make(runs / "a")
-    one = json.loads(afina("status", runs / "a", "--json").stdout)
+    one = json.loads(command("status", runs / "a", "--json").stdout)
     assert {"run", "state", "step", "job_id", "metrics", "error"} <= set(one) and one["metrics"] == {}
-    assert json.loads(afina("status", "a", "--json").stdout)["run"] == str(runs / "a")
-    assert [r["run"] for r in json.loads(afina("status", runs, "--json").stdout)] == [str(runs / "a")]
+    assert json.loads(command("status", "a", "--json").stdout)["run"] == str(runs / "a")
+    assert [r["run"] for r in json.loads(command("status", runs, "--json").stdout)] == [str(runs / "a")]
     assert set(one) == set(RunSummary.__dataclass_fields__)
 
 
-def test_warnings_stand_below_the_metrics(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_warnings_stand_below_the_metrics(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     run = make(runs / "a")
     begin(run, "local-1")
     shared = "3 of 9 rows of eval are in train too"
     metrics = {"eval_accuracy": 0.9}
     run.record(Outcome(outcome="finished", exit_code=0, attempt="local-1", metrics=metrics, warnings=[shared]))
-    shown = afina("status", "a").stdout
+    shown = command("status", "a").stdout
     assert shown.index("eval_accuracy 0.900000") < shown.index(f"warning: {shared}")
-    assert json.loads(afina("status", "a", "--json").stdout)["warnings"] == [shared]
+    assert json.loads(command("status", "a", "--json").stdout)["warnings"] == [shared]
     # An older afina's outcome has none; its data warnings are in prepared.json.
     outcome = json.loads(run.outcome_file.read_text())
     del outcome["warnings"]
     run.outcome_file.write_text(json.dumps(outcome))
     (run.path / "prepared.json").write_text(json.dumps({"warnings": [f"{shared}, word for word: b.csv, row 1"]}))
-    assert f"warning: {shared}, word for word" in afina("status", "a").stdout
+    assert f"warning: {shared}, word for word" in command("status", "a").stdout
 
 
-def test_status_without_runs_says_how_to_make_one(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
-    done = afina("status")
+def test_status_without_runs_says_how_to_make_one(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
+    done = command("status")
     assert done.returncode == 0 and done.stdout.startswith("no runs yet: `afina submit RECIPE`")
-    assert json.loads(afina("status", "--json").stdout) == []
-    assert afina("list").stdout == "no runs yet\n"
-    done = afina("status", env={"AFINA_SCRATCH": None})
+    assert json.loads(command("status", "--json").stdout) == []
+    assert command("list").stdout == "no runs yet\n"
+    done = command("status", env={"AFINA_SCRATCH": None})
     assert done.returncode == 3 and "AFINA_SCRATCH is not set" in done.stderr
 
 
-def test_status_is_a_table_with_totals(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_status_is_a_table_with_totals(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     slurm.answer("squeue", "2|2|PENDING|30:00|N/A||Resources")
     begin(done_ := make(runs / "done"), "local-1")
     end(done_, "local-1", "finished", "", "")
     make(runs / "waits", job="2")
-    said = afina("status").stdout.splitlines()
+    said = command("status").stdout.splitlines()
     assert said[0].split()[:3] == ["state", "run", "step"]
     assert said[1].startswith("FINISHED  done") and said[2].startswith("PENDING   waits")
     assert said[2].endswith("it is next, and the nodes or GPUs it asks for are busy (Resources)"), "not cut in a pipe"
     assert said[3] == "2 runs: 1 finished, 1 pending"
 
 
-def test_list_filters_and_sorts(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_list_filters_and_sorts(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     for number, (name, value) in enumerate([("b", 0.5), ("a", 0.75), ("c", None)]):
         run = make(runs / name)
         os.utime(run.plan_file, (time.time() - 3600 * (number + 1),) * 2)
@@ -520,7 +520,7 @@ def test_list_filters_and_sorts(slurm: Slurm, runs: Path, afina: Callable[..., R
             end(run, "local-1", "stopped", "asked", "")
 
     def names(*options: str) -> list[str]:
-        return [line.split()[-1] for line in afina("list", *options).stdout.splitlines()[1:]]
+        return [line.split()[-1] for line in command("list", *options).stdout.splitlines()[1:]]
 
     assert (names(), names("--sort", "name"), names("--sort", "best")) == (
         ["b", "a", "c"],
@@ -528,10 +528,10 @@ def test_list_filters_and_sorts(slurm: Slurm, runs: Path, afina: Callable[..., R
         ["a", "b", "c"],
     )
     assert (names("--state", "stopped"), names("--state", "PLANNED")) == (["b", "a"], ["c"])
-    assert afina("list", "--state", "failed").stdout == "no runs that are failed\n"
-    sized = afina("list", "--size").stdout.splitlines()
+    assert command("list", "--state", "failed").stdout == "no runs that are failed\n"
+    sized = command("list", "--size").stdout.splitlines()
     assert sized[0].split() == ["state", "accuracy", "age", "size", "run"] and re.search(r"\d k?B  b$", sized[1])
-    as_json = json.loads(afina("list", "--json", "--size").stdout)
+    as_json = json.loads(command("list", "--json", "--size").stdout)
     on_disk = sum(f.stat().st_size for f in (runs / "b").rglob("*") if f.is_file())
     assert as_json[0]["size_bytes"] == on_disk
 
@@ -547,11 +547,11 @@ def test_list_sorts_by_a_metric_of_ones_own_in_its_direction(
     assert [line.split()[-1] for line in lines[1:]] == ["cheap", "dear"] and "2.0000" in lines[1]
 
 
-def test_watch_needs_a_terminal(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_watch_needs_a_terminal(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     make(runs / "a")
-    done = afina("status", "--watch")
+    done = command("status", "--watch")
     assert done.returncode == 2 and "--watch draws on a terminal" in done.stderr
-    assert json.loads(afina("status", "a", "--watch", "--json").stdout)["state"] == "PLANNED"
+    assert json.loads(command("status", "a", "--watch", "--json").stdout)["state"] == "PLANNED"
 
 
 def test_watch_redraws_until_ctrl_c_which_is_silent(slurm: Slurm, runs: Path) -> None:
@@ -584,7 +584,7 @@ def test_watch_redraws_until_ctrl_c_which_is_silent(slurm: Slurm, runs: Path) ->
 
 
 def test_cancel_takes_queued_and_running_jobs_with_one_call(
-    slurm: Slurm, runs: Path, afina: Callable[..., Ran]
+    slurm: Slurm, runs: Path, command: Callable[..., Ran]
 ) -> None:
     begin(done_ := make(runs / "done", job="1"), "1.0")
     end(done_, "1.0", "finished", "", "end")
@@ -595,7 +595,7 @@ def test_cancel_takes_queued_and_running_jobs_with_one_call(
     slurm.answer(
         "squeue", "2|2|PENDING|1:00|N/A||Priority", "3|3|COMPLETING|1:00|N/A||None", "4|4|PENDING|1:00|N/A||Priority"
     )
-    done = afina("cancel", runs)
+    done = command("cancel", runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "done: nothing to cancel: it has finished",
@@ -608,7 +608,7 @@ def test_cancel_takes_queued_and_running_jobs_with_one_call(
     slurm.answer("squeue")
     slurm.answer("sacct", fails="Slurm accounting storage is disabled")
     assert {s.run.name: s.state for s in summarise(known_runs())}["waits"] == "STOPPED", "known without accounting"
-    again = json.loads(afina("cancel", "waits", "--json").stdout)
+    again = json.loads(command("cancel", "waits", "--json").stdout)
     assert [(a["did"], a["job_ids"]) for a in again] == [("nothing", [])]
 
 
@@ -630,10 +630,10 @@ def test_cancel_asks_a_training_outside_of_slurm_by_its_stop_file(slurm: Slurm, 
     assert slurm.calls() == []
 
 
-def test_cancel_says_that_slurm_does_not_answer(slurm: Slurm, runs: Path, afina: Callable[..., Ran]) -> None:
+def test_cancel_says_that_slurm_does_not_answer(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> None:
     make(runs / "waits", job="2")
     slurm.answer("squeue", fails="Unable to contact slurm controller")
-    done = afina("cancel", "waits")
+    done = command("cancel", "waits")
     assert done.returncode == 3 and "Slurm does not answer: nothing was cancelled" in done.stderr
     slurm.answer("squeue", "2|2|PENDING|1:00|N/A||Priority")
     slurm.answer("scancel", fails="scancel: error: Access denied")

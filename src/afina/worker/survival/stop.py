@@ -23,6 +23,8 @@ CAUSES = ("", "asked", "signal", "limit")
 _CHECK_EVERY_S = 0.5
 #: Bytes per second that any scratch file system takes, used before the first save is measured.
 _SLOW_DISK = 50e6
+#: For inexact clocks, and for Slurm.
+_INEXACT_S = 15.0
 
 
 class StepTimes:
@@ -103,4 +105,4 @@ def stop_lead_s(times: StepTimes, save_s: float, save_bytes: int) -> float:
         save_s: the longest save so far in seconds, 0 before the first.
         save_bytes: what a save writes.
     """
-    return 15.0 + 2 * (save_s or save_bytes / _SLOW_DISK) + 3 * times.longest
+    return _INEXACT_S + 2 * (save_s or save_bytes / _SLOW_DISK) + 3 * times.longest
