@@ -461,15 +461,15 @@ def test_a_data_set_of_the_hub_is_fetched_to_where_prefetch_finds_it(
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten(init: Init, command: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
+def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path: Path, no_cluster: Path) -> None:
     data = tiny.write_csv(tmp_path / "r.csv", reviews(30))
     folder = tmp_path / "p"
     answer = init(folder, "--data", data, "--label", "stars")
     assert [Path(w).name for w in answer["written"]] == ["site.env", "recipe.yaml"]
     before = tree(folder)
-    done = command("init", folder, "--data", data, "--yes")
+    done = afina("init", folder, "--data", data, "--yes")
     assert done.returncode == 2 and f"{folder}/recipe.yaml exists already, and is not overwritten" in done.stderr
-    done = command("init", folder, "--site-only", "--yes")
+    done = afina("init", folder, "--site-only", "--yes")
     assert done.returncode == 2 and "slurm/site.env exists already" in done.stderr
     assert tree(folder) == before
 
@@ -490,7 +490,7 @@ def test_nothing_is_overwritten(init: Init, command: Callable[..., Ran], tmp_pat
         (
             ["--data", "no head.csv"],
             "the first line looks like a row",
-            "--no-header on a command line, or --header NAME,NAME",
+            "--no-header on a afina line, or --header NAME,NAME",
         ),
         (["--data", "below.json"], "records under `data`", "--field data"),
         (["--data", "reviews.csv", "--field", "a"], "--field: is for JSON files", "leave it out"),

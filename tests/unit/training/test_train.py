@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,25 @@ def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> sub
     return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _train_here(place: Path, name: str, recipe: dict[str, Any], processes: int = 1, code: int = 0) -> Path:
+def _train_here(
+    place: Path,
+    name: str,
+    recipe: dict[str, Any],
+    processes: int = 1,
+    code: int = 0,
+    constants: Mapping[str, object] = {},
+) -> Path:
     file = place / f"{name}.yaml"
     file.write_text(json.dumps(recipe))
-    return train_here(file, place / name, num_processes=processes, code=code, env=_environment(place))
+    env = _environment(place)
+    return train_here(file, place / name, num_processes=processes, code=code, env=env, constants=constants)
 
 
 def _stop_here(place: Path, name: str, recipe: dict[str, Any], lines: int, processes: int = 1) -> Path:
-    """A run that is asked to stop when its metrics log has `lines` lines."""
+    """A run that is asked to stop when its metrics log has `lines` lines; it looks at each step, or might be over before."""
+    constants = {"afina.worker.survival.stop._CHECK_EVERY_S": 0.0}
     with ThreadPoolExecutor(1) as thread:
-        stopped = thread.submit(_train_here, place, name, recipe, processes, code=75)
+        stopped = thread.submit(_train_here, place, name, recipe, processes, 75, constants)
         _wait_for_lines(place / name, lines)
         (place / name / "stop").touch()
         return stopped.result()
