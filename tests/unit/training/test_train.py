@@ -292,7 +292,7 @@ def test_a_run_of_one_process_resumes_with_two(place: Path, packed: Path) -> Non
 @pytest.mark.timeout(600)
 def test_an_evaluation_interrupted_by_a_stop_is_repeated_by_the_next_attempt(place: Path) -> None:
     """The evaluation takes seconds, one row at a time; the stop is requested when its step has been logged."""
-    tiny.write_csv(place / "long.csv", tiny.tiny_reviews(800, 11))
+    tiny.write_csv(place / "long.csv", tiny.tiny_reviews(300, 11))
     recipe = _recipe(
         data={"files": {"train": "reviews.csv", "eval": "long.csv"}, "train": None, "eval": None},
         tokens={"batching": "longest"},
