@@ -490,7 +490,7 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (
             ["--data", "no head.csv"],
             "the first line looks like a row",
-            "--no-header on a afina line, or --header NAME,NAME",
+            "--no-header on a command line, or --header NAME,NAME",
         ),
         (["--data", "below.json"], "records under `data`", "--field data"),
         (["--data", "reviews.csv", "--field", "a"], "--field: is for JSON files", "leave it out"),

@@ -141,6 +141,7 @@ def test_simple_models_stand_beside_a_run_and_change_nothing_of_it(
     assert simple_models(attempt, exported) is exported and "not ready after 0 s" in capsys.readouterr().out
     attempt.run.stop_file.write_text("asked")
     monkeypatch.setattr(results, "_SIMPLE_S", 60.0)
+    monkeypatch.setattr("afina.worker.survival.stop._CHECK_EVERY_S", 0.0)
     assert simple_models(attempt, exported) is exported and "a stop was requested" in capsys.readouterr().out
     none = replace(
         attempt,
