@@ -2,7 +2,7 @@
 
 For each shape: `afina rehearse` in a fresh scratch folder, which holds no earlier run; then the run itself with `afina train`; then a
 forecast from that run of one with twice the epochs, and that run too. Times are those of the rehearsal and of the outcomes, start-up to end;
-memory used is the largest resident set of the worker (`ru_maxrss` of wait4(2)).
+memory used is that of the outcome, the largest resident set of the worker.
 
     AFINA_TEST_DATA=FOLDER python tests/bench/estimates.py [--rows 600] [--threads 2] [--shapes …] [--json found.json]
     python tests/bench/estimates.py --quick
@@ -114,16 +114,14 @@ def _train(folder: Path, environment: dict[str, str], name: str, *options: str) 
     run = folder / "scratch/runs" / name
     argv = [*AFINA, "train", "recipe.yaml", "--run", str(run), *options]
     with (folder / f"{name}.log").open("wb") as log:
-        child = subprocess.Popen(argv, env=environment, cwd=folder, stdout=log, stderr=log)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
+        done = subprocess.run(argv, env=environment, cwd=folder, stdout=log, stderr=log, check=False)
+    if done.returncode:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-3000:])
     outcome = json.loads((run / "outcome.json").read_text())
     return {
         "seconds": outcome["seconds"],
         "seconds_by_part": outcome["utilisation"]["seconds_by_part"],
-        "host_gb": usage.ru_maxrss * 1024 / 1e9,
+        "host_gb": outcome["utilisation"]["peak_memory_gb"],
         "steps": outcome["global_step"],
     }
 

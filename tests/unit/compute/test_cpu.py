@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from afina.worker.compute.cpu import Processor, free_memory, processor, tune_malloc
@@ -72,3 +73,11 @@ def test_free_memory_is_what_the_nearest_limit_leaves(version: int, tmp_path: Pa
     prefix = "total_" if version == 1 else ""
     (job / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file 100000\n{prefix}active_file 50000\n")
     assert free_memory(proc, groups) == 450000, "files are given back"
+
+
+def test_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
+    ballast = np.ones(60_000_000)  # 480 MB
+    code = "from afina.worker.compute.cpu import resident_bytes as r; print(r(), r(most=True))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    now, most = map(int, done.stdout.split())
+    assert 5e6 < now <= most < 2e8 < ballast.nbytes

@@ -1,4 +1,4 @@
-"""The CPU of this machine: its processor, as /proc/cpuinfo describes it (proc(5)), its free memory, and glibc's malloc tuned for training steps.
+"""The CPU of this machine: its processor, as /proc/cpuinfo describes it (proc(5)), memory, and glibc's malloc tuned for training steps.
 
 Not covered: other C libraries than glibc, where the tuning has no effect.
 """
@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Processor", "free_memory", "processor", "tune_malloc"]
+__all__ = ["Processor", "free_memory", "processor", "resident_bytes", "tune_malloc"]
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -41,6 +41,16 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
     flags = frozenset(fields.get("flags", "").split())
     return Processor(fields.get("model name", os.uname().machine), fields.get("vendor_id", ""), flags)
+
+
+def resident_bytes(*, most: bool = False) -> int:
+    """Memory of this process that is in RAM; `most`: the most since it was started.
+
+    Not getrusage(2)'s `ru_maxrss`, which begins with what the parent had: of a run started in a notebook, the notebook's.
+    """
+    name = "VmHWM:" if most else "VmRSS:"
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next((int(words[1]) << 10 for words in lines if words[0] == name), 0)
 
 
 def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

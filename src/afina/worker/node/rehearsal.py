@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry
 from afina.worker.compute.batches import TOKENS_PER_ROW, StepBatches, costs, row_numbers
-from afina.worker.compute.cpu import processor
+from afina.worker.compute.cpu import processor, resident_bytes
 from afina.worker.data.prepared import Split
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
@@ -54,7 +53,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
         began: start of this process, by `time.monotonic`.
     """
     plan = run.plan()
-    base_bytes = _status("VmRSS")
+    base_bytes = resident_bytes()
     data = open_data(plan, run.prepared(), verify=True)
     splits = data.splits
     if "eval" in splits:
@@ -107,7 +106,7 @@ def _of_machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if cuda else processor().name,
         "threads": torch.get_num_threads(),
-        "peak_bytes": _status("VmHWM"),
+        "peak_bytes": resident_bytes(most=True),
         "gpu_peak_bytes": int(torch.cuda.max_memory_reserved()) if cuda else None,
         "gpu_total_bytes": int(torch.cuda.mem_get_info()[1]) if cuda else None,
     }
@@ -233,11 +232,3 @@ def _longest_rows(split: Split, size: int) -> Split:
     middle = len(order) // 2
     rows = np.unique(np.concatenate([order[:first], order[middle : middle + 2 * size]]))
     return split.take(rows)
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, or VmHWM, its maximum."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from afina.schedule import Schedule
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Batching, epoch_steps
+from afina.worker.compute.cpu import resident_bytes
 from afina.worker.compute.flops import Peak, device_peak
 
 __all__ = ["PARTS", "Meter", "Work", "peak_memory_bytes", "seconds_since_launch", "share_of_peak"]
@@ -229,7 +229,7 @@ def seconds_since_launch(attempt: Path) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has used: of the GPU where there is one, else resident (getrusage(2))."""
+    """The most memory that this process has used: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_bytes(most=True)
