@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 from tests.common import NASTY
-from tests.unit.forks import ForkedWorkers
+from tests.unit.forks import exit_code_here
 
 from afina.recipe.parse import load_recipe
 from afina.recipe.schema import Recipe
@@ -188,20 +188,12 @@ def afina(scratch: Path) -> Callable[..., Ran]:
 
 
 @pytest.fixture
-def command(scratch: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+def command(scratch: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """As `afina`, in this process, and its workers in forks."""
-    from afina.cli import main
 
     def run(*arguments: str | Path, env: Mapping[str, str | None] | None = None) -> Ran:
-        argv, code = [*map(str, arguments)], 0
-        with monkeypatch.context() as patch:
-            patch.setattr(subprocess, "Popen", ForkedWorkers)
-            for name, value in {"AFINA_SCRATCH": str(scratch), **(env or {})}.items():
-                patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
-            try:
-                main(argv)
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else bool(ended.code)
+        argv = [*map(str, arguments)]
+        code = exit_code_here(argv, {"AFINA_SCRATCH": str(scratch), **(env or {})})
         captured = capfd.readouterr()
         return subprocess.CompletedProcess(argv, code, captured.out, captured.err)
 

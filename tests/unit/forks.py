@@ -23,7 +23,7 @@ import pytest
 
 from afina.worker.__main__ import main as door
 
-__all__ = ["FORKS", "ForkedWorkers", "run_here"]
+__all__ = ["FORKS", "ForkedWorkers", "exit_code_here", "run_here"]
 
 #: Forks of a process that has imported what a training needs, and has trained nothing.
 FORKS = multiprocessing.get_context("forkserver")
@@ -34,19 +34,25 @@ FORKS.set_forkserver_preload(
 
 def run_here(*arguments: str | Path, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     """`afina ARGUMENTS` in this process, its workers in forks; their standard error is not part of the answer."""
+    out, err, words = io.StringIO(), io.StringIO(), [str(word) for word in arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = exit_code_here(words, env)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def exit_code_here(words: list[str], env: Mapping[str, str | None]) -> int:
+    """That of `afina WORDS` in this process, its workers in forks; a variable that is None is removed."""
     from afina.cli import main
 
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    words = [str(word) for word in arguments]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", ForkedWorkers)
         for name, value in env.items():
-            patch.setenv(name, value)
+            patch.setenv(name, value) if value is not None else patch.delenv(name, raising=False)
         try:
             main(words)
         except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else bool(ended.code)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+            return ended.code if isinstance(ended.code, int) else bool(ended.code)
+    return 0
 
 
 class ForkedWorkers(subprocess.Popen):  # type: ignore[type-arg]
