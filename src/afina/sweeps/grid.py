@@ -246,7 +246,7 @@ def expand_folds(
         )
     if folds * repeats > _MOST:
         raise InputError(f"this sweep would be {folds * repeats} runs; at most {_MOST}", "fewer folds or repeats")
-    refuse_keys("--folds", ["data.fold"], overrides)
+    _refuse_given_twice("--folds", ["data.fold"], overrides)
     numbered = [(repeat, number) for repeat in range(1, repeats + 1) for number in range(1, folds + 1)]
     words = [
         (f"data.fold.of={folds}", f"data.fold.number={number}", f"data.fold.repeat={repeat}")
@@ -283,11 +283,16 @@ def refuse_keys(option: str, keys: Sequence[str], overrides: Sequence[str]) -> N
     Raises:
         InputError: with where to set it instead.
     """
-    given = {word.partition("=")[0].strip() for word in overrides}
     for key in keys:
         fixed = next((name for name in _NOT_VARIED if f"{key}.".startswith(f"{name}.")), None)
-        if fixed is not None and option != "--folds":
+        if fixed is not None:
             raise InputError(f"{option} {key}: is not part of a sweep", _NOT_VARIED[fixed])
+    _refuse_given_twice(option, keys, overrides)
+
+
+def _refuse_given_twice(option: str, keys: Sequence[str], overrides: Sequence[str]) -> None:
+    given = {word.partition("=")[0].strip() for word in overrides}
+    for key in keys:
         for other in [k for k in keys if k != key] + sorted(given):
             if key == other or other.startswith(f"{key}.") or (key.startswith(f"{other}.") and other not in given):
                 how = "--set" if other in given else option
