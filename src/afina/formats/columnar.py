@@ -14,7 +14,7 @@ from afina.formats.columns import distinct, partitions
 from afina.formats.read_options import format_of
 from afina.formats.text_files import foreign
 
-__all__ = ["Columnar", "class_names", "count_rows", "open_columnar", "readable_columnar"]
+__all__ = ["Columnar", "class_names", "count_rows", "is_list", "open_columnar", "readable_columnar"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -52,8 +52,8 @@ class Columnar:
             return None
         kind = self.schema.field(above[0]).type
         for step in above[1]:
-            kind = kind.value_type if step.isdigit() and _is_list(kind) else kind.field(step).type
-        known = key.isdigit() if _is_list(kind) else hasattr(kind, "names") and key in kind.names
+            kind = kind.value_type if step.isdigit() and is_list(kind) else kind.field(step).type
+        known = key.isdigit() if is_list(kind) else hasattr(kind, "names") and key in kind.names
         return (above[0], (*above[1], key)) if known else None
 
     def has(self, name: str) -> bool:
@@ -126,7 +126,8 @@ def _nested(kind: Any) -> Iterator[tuple[str, ...]]:
             yield (field.name, *keys)
 
 
-def _is_list(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
+    """True of the three kinds of lists that Arrow has."""
     import pyarrow as pa
 
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
@@ -136,7 +137,7 @@ def _value_at(column: Any, keys: Sequence[str]) -> Any:
     import pyarrow.compute as pc
 
     for key in keys:
-        column = _element(column, int(key)) if _is_list(column.type) else pc.struct_field(column, key)
+        column = _element(column, int(key)) if is_list(column.type) else pc.struct_field(column, key)
     return column
 
 

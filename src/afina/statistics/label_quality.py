@@ -34,7 +34,7 @@ def doubtful_rows(out_of_fold: Predictions) -> list[dict[str, str]]:
 
     if out_of_fold.scores is None:
         return []
-    repeats = len(set(out_of_fold.table.column("repeat").to_pylist()))
+    repeats = len(out_of_fold.table.column("repeat").unique())
     count = len(out_of_fold) // repeats
     scores = out_of_fold.scores.reshape(repeats, count, -1).mean(0)
     first = replace(

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError, InputError
+from afina.formats.columnar import is_list
 from afina.formats.read_options import PLAIN, ReadOptions, format_of
 from afina.worker.data.tables.readers import open_reader
 from afina.worker.data.tables.row_batches import FileReader, RowBatch, note_texts
@@ -111,6 +112,13 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def part(self, number: int, rows: slice) -> Chunk:
+        """Some of the rows as a part of chunk `number`."""
+        start, count = rows.start, rows.stop - rows.start
+        texts = [column.slice(start, count) for column in self.texts]
+        table = self.table.slice(start, count)
+        return Chunk(number, texts, table, self.file[rows], self.row[rows], self.divided[rows], self.units)
 
     def where(self, index: int, files: Sequence[Path]) -> str:
         """`reviews.csv, row 12`."""
@@ -210,11 +218,12 @@ def read_chunks(inputs: Inputs, files: Sequence[Path], wanted: Collection[int]) 
         reader = open_reader(path, inputs.reading)
         units[file] = reader.unit
         for batch in reader.batches(inputs.text, inputs.others):
-            at = 0
+            at, whole = 0, None  # made once, if a part of it is wanted
             while at < len(batch):
                 stop = min(len(batch), at + int(ends[number]) - start)
                 if number in wanted:
-                    parts.append(_part(inputs, reader, batch, range(at, stop), file, number))
+                    whole = whole or _whole(inputs, reader, batch, file)
+                    parts.append(whole.part(number, slice(at, stop)))
                 at, start = stop, start + stop - at
                 if start == ends[number]:
                     if parts:
@@ -251,19 +260,17 @@ class _Divider:
         return (*self._chunks, self._rows) if self._rows else tuple(self._chunks)
 
 
-def _part(inputs: Inputs, reader: FileReader, batch: RowBatch, rows: range, file: int, number: int) -> Chunk:
-    """Some rows of a batch as a part of chunk `number`."""
-    count = len(rows)
+def _whole(inputs: Inputs, reader: FileReader, batch: RowBatch, file: int) -> Chunk:
+    """The rows of a batch, of no chunk yet."""
+    count = len(batch)
     columns = [
-        reader.typed(field.name, batch, field.type).slice(rows.start, count)
-        if field.name in batch.values
-        else pa.nulls(count, field.type)
+        reader.typed(field.name, batch, field.type) if field.name in batch.values else pa.nulls(count, field.type)
         for field in inputs.schema
     ]
-    texts = [_texts(reader, name, batch, inputs.words).slice(rows.start, count) for name in inputs.text]
-    table, some = pa.table(columns, schema=inputs.schema), slice(rows.start, rows.stop)
-    divided = _words(reader, inputs.text[0], batch)[some] if inputs.words else np.full(count, None, object)
-    return Chunk(number, texts, table, np.full(count, file), batch.row[some], divided, {})
+    texts = [_texts(reader, name, batch, inputs.words) for name in inputs.text]
+    table = pa.table(columns, schema=inputs.schema)
+    divided = _words(reader, inputs.text[0], batch) if inputs.words else np.full(count, None, object)
+    return Chunk(-1, texts, table, np.full(count, file), batch.row, divided, {})
 
 
 def _texts(reader: FileReader, name: str, batch: RowBatch, words: bool) -> pa.Array:
@@ -273,10 +280,9 @@ def _texts(reader: FileReader, name: str, batch: RowBatch, words: bool) -> pa.Ar
 
 
 def _has_lists(values: Any) -> bool:
-    """Whether a column, as a reader gives it, has lists of words."""
+    """True if a column, as a reader gives it, has lists of words."""
     if isinstance(values, pa.Array):
-        kind = values.type
-        return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+        return is_list(values.type)
     return any(isinstance(value, list) for value in values)
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afina.errors import DataError
-from afina.formats.columnar import open_columnar
+from afina.formats.columnar import is_list, open_columnar
 from afina.formats.columns import check_columns
 from afina.formats.json_rows import number_text
 from afina.formats.notes import Notes
@@ -103,7 +103,7 @@ def _plain(path: Path, name: str, column: pa.Array, classes: list[str] | None) -
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         inner = _plain(path, name, pc.list_flatten(column), classes)
         if pa.types.is_list(inner.type):
             raise _unreadable(path, name, kind)

@@ -172,7 +172,7 @@ def given_words(values: Sequence[Any], where: Callable[[int], str]) -> Array:
         where: file and row of a value's number, for messages.
 
     Raises:
-        DataError: a word is none.
+        DataError: a word is not a text, or is blank.
     """
     given = np.full(len(values), None, object)
     for number, value in enumerate(values):
