@@ -1,13 +1,14 @@
 """Planted faults of labelled data: are they found, and what do the scores say?
 
-    AFINA_TEST_DATA=FOLDER python tests/bench/planted.py --out FOLDER [--only groups] [--rows 1000] [--threads 2]
+    AFINA_TEST_DATA=FOLDER python tests/bench/planted.py --out FOLDER [--only groups] [--seed 0] [--rows 1000] [--threads 2]
 
 flipped     film snippets, the lowest fifth and the highest of their ratings; 5 % of the labels are exchanged. Of the exchanged labels, the share among the
             tenth of the rows that `doubtful_labels.csv` of a five-fold cross-validation ranks first, and the precision of those it calls issues
 groups      snippets of the second and the fourth fifth; each of 50 authors signs every text with a name, and has one label in nine of ten; scores on an
             eval split of rows and on one of whole authors, and on the texts of 50 other authors, which is what a user gets
 
-MiniLM, two epochs and five. The same command goes on with what is missing.
+MiniLM, two epochs and five. The seed decides the snippets, the exchanged labels, the authors' labels and the training. The same command goes on with
+what is missing.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ _CLEAR = {"1": "bad", "5": "good"}
 _HARD = {"2": "bad", "4": "good"}
 
 
-def _snippets(rows: int, names: dict[str, str]) -> list[dict[str, str]]:
-    """Snippets of two fifths of the ratings, half of each, in a fixed random order."""
+def _snippets(rows: int, names: dict[str, str], seed: int) -> list[dict[str, str]]:
+    """Snippets of two fifths of the ratings, half of each, in a random order."""
     with (Path(os.environ["AFINA_TEST_DATA"]) / "movie_snippets.csv").open(encoding="utf-8", newline="") as file:
         found = [row for row in csv.DictReader(file) if row["stars"] in names]
-    random.Random(1).shuffle(found)
+    random.Random(10 * seed + 1).shuffle(found)
     chosen = [row for stars in names for row in [each for each in found if each["stars"] == stars][: rows // 2]]
-    random.Random(2).shuffle(chosen)
+    random.Random(10 * seed + 2).shuffle(chosen)
     return [{"text": row["text"], "label": names[row["stars"]]} for row in chosen]
 
 
-def _recipe(folder: Path, epochs: int, **keys: Any) -> Path:
+def _recipe(folder: Path, epochs: int, seed: int, **keys: Any) -> Path:
     recipe = {
         "name": folder.name,
         "model": str(model_for("minilm", folder)),
         "data": {"files": {"all": "all.csv"}, "text": "text", "label": "label", **keys},
-        "train": {"batch_size": 16, "epochs": epochs, "learning_rate": 1e-4, "keep": "last"},
+        "train": {"batch_size": 16, "epochs": epochs, "learning_rate": 1e-4, "keep": "last", "seed": 42 + seed},
         "metrics": ["accuracy", "f1"],
         "baselines": False,
     }
@@ -54,14 +55,14 @@ def _recipe(folder: Path, epochs: int, **keys: Any) -> Path:
     return path
 
 
-def flipped(folder: Path, environment: dict[str, str], rows: int) -> None:
-    table = _snippets(rows, _CLEAR)
-    planted = set(random.Random(3).sample(range(rows), rows // 20))
+def flipped(folder: Path, environment: dict[str, str], rows: int, seed: int) -> None:
+    table = _snippets(rows, _CLEAR, seed)
+    planted = set(random.Random(10 * seed + 3).sample(range(rows), rows // 20))
     for number in planted:
         table[number]["label"] = "good" if table[number]["label"] == "bad" else "bad"
     tiny.write_csv(folder / "all.csv", [{"id": number, **row} for number, row in enumerate(table)])
     home = folder / "sweep"
-    argv = [*AFINA, "sweep", str(_recipe(folder, 2, id="id")), "--folds", "5", "--local", "--sweep", str(home)]
+    argv = [*AFINA, "sweep", str(_recipe(folder, 2, seed, id="id")), "--folds", "5", "--local", "--sweep", str(home)]
     measured(argv, environment)
     with (home / "doubtful_labels.csv").open(encoding="utf-8", newline="") as file:
         ranked = [(int(row["id"]), row["issue"] == "yes") for row in csv.DictReader(file)]
@@ -73,8 +74,8 @@ def flipped(folder: Path, environment: dict[str, str], rows: int) -> None:
     )
 
 
-def groups(folder: Path, environment: dict[str, str], rows: int) -> None:
-    draw, table = random.Random(4), _snippets(2 * rows, _HARD)
+def groups(folder: Path, environment: dict[str, str], rows: int, seed: int) -> None:
+    draw, table = random.Random(10 * seed + 4), _snippets(2 * rows, _HARD, seed)
     by_label = {name: [row["text"] for row in table if row["label"] == name] for name in _HARD.values()}
     written: list[dict[str, str]] = []
     while len(written) < 2 * rows:
@@ -90,7 +91,7 @@ def groups(folder: Path, environment: dict[str, str], rows: int) -> None:
     for way, keys in {"rows": {}, "authors": {"group": "author"}}.items():
         run = RunDir(folder / f"run-{way}")
         parts = {"train": {"fraction": 0.7}, "eval": {"fraction": 0.3}, "test": {}}
-        recipe = _recipe(folder, 5, files=files, **parts, **keys)
+        recipe = _recipe(folder, 5, seed, files=files, **parts, **keys)
         if run.outcome() is None:
             measured([*AFINA, "train", str(recipe), "--run", str(run.path), "--num-processes", "1"], environment)
         outcome = run.outcome()
@@ -107,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=_FAULTS)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     for fault in [options.only] if options.only else _FAULTS:
-        folder = options.out.absolute() / fault
-        _FAULTS[fault](folder, environment_of(folder, options.threads), options.rows)
+        folder = options.out.absolute() / f"{fault}-{options.seed}"
+        _FAULTS[fault](folder, environment_of(folder, options.threads), options.rows, options.seed)
 
 
 if __name__ == "__main__":
