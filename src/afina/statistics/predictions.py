@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.errors import DataError, first_line
+from afina.formats.columnar import is_list
 from afina.statistics.entities import count_rows
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
         table = pq.read_table(path, columns=names)
         labels = tuple(name.removeprefix(_SCORE) for name in table.column_names if name.startswith(_SCORE))
         truth, predicted = table.column("label"), table.column("prediction")
-        if pa.types.is_list(truth.type) and pa.types.is_struct(truth.type.value_type):
+        several = is_list(truth.type)
+        if several and pa.types.is_struct(truth.type.value_type):
             return _of_entities(table)
         if not labels:
             values = [np.asarray(column.to_numpy(), np.float64) for column in (truth, predicted)]
             return Predictions("regression", (), values[0], values[1], None, table)
         scores = np.stack([np.asarray(table.column(_SCORE + name).to_numpy(), np.float64) for name in labels], axis=1)
-        several = pa.types.is_list(truth.type) or pa.types.is_large_list(truth.type)
         values = [(_flags if several else _numbers)(column, labels) for column in (truth, predicted)]
     except FileNotFoundError:
         raise DataError(f"{path}: is missing", "a run writes it when it finishes") from None
@@ -88,13 +89,16 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
 
 def _of_entities(table: Any) -> Predictions:
     import numpy as np
+    import pyarrow.compute as pc
 
     columns = [table.column(name).combine_chunks() for name in ("label", "prediction")]
     names = sorted({name for column in columns for name in column.flatten().field("label").to_pylist()})
     entities = []
     for column in columns:
         flat = column.flatten()
-        row = np.repeat(np.arange(len(column)), column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+        row = np.repeat(
+            np.arange(len(column)), pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        )
         spans = [flat.field(name).to_numpy(zero_copy_only=False) for name in ("start", "end")]
         kinds = np.array([names.index(name) for name in flat.field("label").to_pylist()], np.int64)
         entities.append(np.stack([row, *spans, kinds], axis=1).astype(np.int64))
@@ -118,9 +122,10 @@ def _numbers(column: Any, labels: Sequence[str]) -> Any:
 def _flags(column: Any, labels: Sequence[str]) -> Any:
     """Lists of label names as bool (N, L)."""
     import numpy as np
+    import pyarrow.compute as pc
 
     whole = column.combine_chunks()
-    lengths = np.asarray(whole.value_lengths().to_numpy(zero_copy_only=False), np.int64)
+    lengths = np.asarray(pc.list_value_length(whole).to_numpy(zero_copy_only=False), np.int64)
     flags = np.zeros((len(whole), len(labels)), bool)
     if lengths.sum():
         flags[np.repeat(np.arange(len(whole)), lengths), _numbers(whole.flatten(), labels)] = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tests.tiny import write_csv, write_jsonl
 
@@ -27,7 +28,7 @@ from afina.worker.data.splits.divide import (
     stratified_split,
     value_groups,
 )
-from afina.worker.data.splits.groups import check_shared_groups
+from afina.worker.data.splits.groups import check_shared_groups, group_names
 from afina.worker.data.tables.data_table import DataTable, Examples, read_files
 
 Rows = list[dict[str, Any]]
@@ -269,6 +270,30 @@ def test_a_group_stays_together(tmp_path: Path) -> None:
     }
 
 
+def test_a_group_is_one_however_its_name_is_written(tmp_path: Path) -> None:
+    column = pa.array(
+        ["7", " 7.0", "+007", "7.", "-7", "70", "0.7", "Ann  Lee", "ann lee\u00a0", "Jose\u0301", "José", "０７"]
+    )
+    assert group_names(column).to_pylist() == [
+        *["7"] * 4, "-7", "70", "0.7", *["ann lee"] * 2, *["josé"] * 2, "7",
+    ]  # fmt: skip
+    assert group_names(pa.array([7.0, 0.5, None, float("nan")])).to_pylist() == ["7", "0.5", None, None]
+    shares = {"train": {"fraction": 0.5}, "eval": {"fraction": 0.5}}
+    written = [str, lambda n: f"{n}.0", lambda n: f"{n:03d}"]
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2], "author": written[i % 3](i // 9)} for i in range(180)]
+    _, parts, warnings = build(tmp_path, {"all": rows}, split_by="text", group="author", **shares)
+    authors = [{(row - 1) // 9 for row in examples.table.row} for examples in parts.values()]
+    assert [len(each) for each in authors] == [10, 10] and not authors[0] & authors[1]
+    assert warnings == ["20 groups of `author` are written in several ways, as '0' and '0.0', and each is one group"]
+    train = [{**row, "author": 1234567890123456789 + row["n"] // 3} for row in reviews(30)]
+    evals = [{**row, "author": float(1234567890123456789)} for row in reviews(6, start=30)]
+    _, _, warnings = build(tmp_path, {"train": train, "eval": evals}, kind="jsonl", group="author")
+    assert [line for line in warnings if "rounded" in line] == [
+        "6 rows have a group (`author`) that was rounded, as 1.2345678901234568e+18: rows of one group may be taken for several; "
+        f"write that column as text: {tmp_path}/eval.jsonl, lines 1, 2, 3, 4, 5 (and 1 more)"
+    ]
+
+
 def test_rows_without_a_group_and_groups_that_cannot_be_held_are_named(tmp_path: Path) -> None:
     def of(sizes: list[int]) -> Rows:
         authors = [f"a{n}" for n, size in enumerate(sizes) for _ in range(size)]
@@ -284,7 +309,7 @@ def test_rows_without_a_group_and_groups_that_cannot_be_held_are_named(tmp_path:
     _, parts, warnings = build(tmp_path, {"all": rows}, **own)
     assert any("rows of train have no group (`author`); each counts as one of its own" in line for line in warnings)
     assert any(
-        "3 rows of train have a word for a missing value as their group (`author`: NA), and are one" in line
+        "3 rows of train have a word for a missing value as their group (`author`: na), and are one" in line
         for line in warnings
     )
     assert {99, 0} <= set(parts["train"].rows) or {99, 0} <= set(parts["eval"].rows), "equal texts stay together"

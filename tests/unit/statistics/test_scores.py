@@ -367,6 +367,31 @@ def test_a_text_that_comes_twice_is_matched_once_each(tmp_path: Path) -> None:
         align(first, second)
 
 
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list])
+def test_lists_of_either_kind_are_read_as_a_run_wrote_them(tmp_path: Path, kind: Any) -> None:
+    first = several(tmp_path / "a.parquet")
+    written = pq.read_table(tmp_path / "a.parquet")
+    labels, spans = kind(pa.string()), kind(pa.struct({"start": pa.int32(), "end": pa.int32(), "label": pa.string()}))
+    changed = pa.table(
+        {
+            name: written[name].cast(labels) if name in ("label", "prediction") else written[name]
+            for name in written.column_names
+        }
+    )
+    pq.write_table(changed, tmp_path / "b.parquet")
+    first, second = (read_predictions(tmp_path / name) for name in ("a.parquet", "b.parquet"))
+    assert (
+        second.task == "multi-label"
+        and (first.truth == second.truth).all()
+        and (first.predicted == second.predicted).all()
+    )
+    entity = {"start": 0, "end": 3, "label": "PER"}
+    columns = {"label": pa.array([[entity], []], spans), "prediction": pa.array([[entity], [entity]], spans)}
+    pq.write_table(pa.table({"row": [1, 2], **columns}), tmp_path / "c.parquet")
+    found = read_predictions(tmp_path / "c.parquet")
+    assert found.task == "token-classification" and found.truth.sum() == 2 and found.predicted.sum() == 3
+
+
 def test_models_that_cannot_be_compared_are_refused_with_the_reason(tmp_path: Path) -> None:
     first = classified(tmp_path / "a.parquet", 50)
     with pytest.raises(DataError, match=r"eval rows differ: 50 and 40, \d+ of them in both"):

@@ -123,15 +123,10 @@ def _numbered(table: DataTable, roles: dict[str, tuple[int, str]], types: Sequen
     used = set(np.unique(role).tolist())
     inside = (role == _INSIDE) | (role == _LAST)
     if used & {_LAST, _SINGLE}:
-        open_before = np.zeros(len(role), bool)
-        open_before[1:] = (role[:-1] == _BEGIN) | (role[:-1] == _INSIDE)
-        wrong = np.flatnonzero(inside & ~(joined & open_before))
-        if len(wrong):
-            raise DataError(
-                f"{_where(table, int(wrong[0]))}: {words.tags[words.codes[wrong[0]]]} continues no entity, as BIOES has it "
-                f"({len(wrong):,} such words)",
-                f"correct these tags: {_SCHEMES}",
-            )
+        opens = (role == _BEGIN) | (role == _INSIDE)  # more words of the entity follow
+        continued = inside & joined & np.concatenate([[False], opens[:-1]])
+        _refuse(table, inside & ~continued, "continues no entity")
+        _refuse(table, opens & ~np.concatenate([continued[1:], [False]]), "has no last word (E-) behind it")
         begins, scheme = ~inside, "BIOES"
     else:
         opening, behind = np.flatnonzero(inside & ~joined), np.flatnonzero((role == _BEGIN) & ~joined)
@@ -144,6 +139,16 @@ def _numbered(table: DataTable, roles: dict[str, tuple[int, str]], types: Sequen
         begins = (role == _BEGIN) | (inside & ~joined)
         scheme = "IOB1" if len(opening) else "IOB2"
     return np.where(role == 0, 0, 2 + 2 * kind - begins), scheme
+
+
+def _refuse(table: DataTable, wrong: Array, what: str) -> None:
+    """Raise if any word is `wrong`, bool (W,), in BIOES."""
+    words, found = _words(table), np.flatnonzero(wrong)
+    if len(found):
+        raise DataError(
+            f"{_where(table, int(found[0]))}: {words.tags[words.codes[found[0]]]} {what}, as BIOES has it ({len(found):,} such words)",
+            f"correct these tags: {_SCHEMES}",
+        )
 
 
 def check_entities(labels: Labels, splits: dict[str, Examples], warnings: list[str]) -> None:

@@ -43,7 +43,7 @@ from afina.worker.data.splits.divide import (
     stratified_split,
     value_groups,
 )
-from afina.worker.data.splits.groups import check_groups, divide_groups, group_codes
+from afina.worker.data.splits.groups import check_group_names, check_groups, divide_groups, group_codes, group_names
 from afina.worker.data.tables.data_table import DataSource, DataTable, Examples, as_text, list_places
 from afina.worker.hub.datasets import HubData
 from afina.worker.progress import Progress
@@ -157,11 +157,12 @@ def build_splits(
             **_labelled(column, labels, chosen),
             ids=ids,
             weights=row_weights(split, table, data.weight, chosen) if data.weight else None,
-            groups=(groups := as_text(table.columns[data.group]).take(pa.array(chosen)) if data.group else None),
+            groups=(groups := group_names(table.columns[data.group]).take(pa.array(chosen)) if data.group else None),
             codes=group_codes(groups, _text_keys(data, table)[chosen]) if data.group or data.fold else None,
         )
     (check_entities if task == "token-classification" else check_labels)(labels, splits, warnings)
     if data.group is not None:
+        check_group_names(data.group, [column.table for column in columns.values()], warnings)
         check_groups(data.group, splits, warnings)
     return labels, splits
 
@@ -282,7 +283,7 @@ def _divide_pool(
         return stratified_split(_strata(pool, labels, rank_groups), len(pool.rows), wanted, seed)
     if data.group is None:
         return split_by_key(_text_keys(data, table)[pool.rows], _strata(pool, labels, value_groups), wanted, seed)
-    codes = group_codes(as_text(table.columns[data.group]), _text_keys(data, table))[pool.rows]
+    codes = group_codes(group_names(table.columns[data.group]), _text_keys(data, table))[pool.rows]
     codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
     if pool.column.words is not None:
         strata: Array | None = entity_flags(pool.column.words.take(pool.rows), labels)

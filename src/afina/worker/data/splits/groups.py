@@ -1,6 +1,7 @@
 """Groups: rows of one author, document or patient, which no two splits may share.
 
-A row without a group is one with the rows of the same text. Not covered: equal texts of two groups may be in two splits, which
+A row without a group is one with the rows of the same text. Names that differ in case, white space, the form of their Unicode characters or the way a
+whole number is written (`7`, `7.0`, `007`) are one group: what two groups are together costs little, what one is in two splits leaks. Not covered: equal texts of two groups may be in two splits, which
 `afina.worker.data.splits.duplicates` warns of.
 """
 
@@ -17,12 +18,66 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError
 from afina.formats.text_files import MISSING_WORDS
+from afina.text import plural
 from afina.worker.data.splits.divide import split_groups
-from afina.worker.data.tables.data_table import Examples, TextDigests, list_places
+from afina.worker.data.tables.data_table import DataTable, Examples, TextDigests, as_text, list_places
 
-__all__ = ["check_groups", "check_shared_groups", "divide_groups", "group_codes", "has_group"]
+__all__ = [
+    "check_group_names",
+    "check_groups",
+    "check_shared_groups",
+    "divide_groups",
+    "group_codes",
+    "group_names",
+    "has_group",
+]
 
 Array = np.ndarray[Any, Any]
+
+#: A whole number in one of the ways that programs write it.
+_WHOLE = r"^\+?(-?)0*([0-9]+)(?:\.0*)?$"
+#: One that a program had as a floating-point number: digits are gone.
+_ROUNDED = r"^-?[0-9](\.[0-9]+)?e\+[0-9]+$"
+
+
+def group_names(column: pa.Array) -> pa.Array:
+    """A column of groups as names that are equal where the groups are, large_string (N,)."""
+    names = pc.utf8_lower(pc.utf8_normalize(as_text(column), "NFKC"))
+    spaced = pc.binary_join(pc.utf8_split_whitespace(names), pa.scalar(" ", pa.large_string()))
+    return pc.replace_substring_regex(spaced, _WHOLE, r"\1\2")
+
+
+def check_group_names(name: str, tables: Sequence[DataTable], warnings: list[str]) -> None:
+    """Warn of groups that are written in several ways, and of numbers that have lost digits.
+
+    Args:
+        name: of the column.
+    """
+    written = pc.unique(pa.concat_arrays([as_text(table.columns[name]) for table in tables]))
+    pairs = zip(group_names(written).to_pylist(), written.to_pylist(), strict=True)
+    ways: dict[str, list[str]] = {}
+    for group, way in pairs:
+        if group:
+            ways.setdefault(group, []).append(way)
+    several = [each for each in ways.values() if len(each) > 1]
+    if several:
+        listed = " and ".join(map(repr, several[0][:2]))
+        warnings.append(
+            f"{plural(len(several), 'group')} of `{name}` {'are' if len(several) > 1 else 'is'} written in several ways, as {listed}, "
+            "and each is one group"
+        )
+    for table in tables:
+        names = as_text(table.columns[name])
+        rounded = np.flatnonzero(
+            pc.fill_null(pc.match_substring_regex(names, _ROUNDED, ignore_case=True), False).to_numpy(
+                zero_copy_only=False
+            )
+        )
+        if len(rounded):
+            warnings.append(
+                f"{len(rounded):,} rows have a group (`{name}`) that was rounded, as {names[int(rounded[0])].as_py()}: rows of one group may be "
+                f"taken for several; write that column as text: {list_places(table, rounded)}"
+            )
 
 
 def has_group(groups: pa.Array) -> Array:
@@ -34,7 +89,7 @@ def group_codes(groups: pa.Array | None, keys: Array) -> Array:
     """The code of each row's group, int64 (N,) from 0 on: of its name, or of its text where it has none.
 
     Args:
-        groups: names, large_string (N,); None: no row has one.
+        groups: from `group_names`, large_string (N,); None: no row has one.
         keys: digests of the texts, uint64 (N, K), K >= 2.
     """
     keys = keys.copy()
@@ -66,7 +121,7 @@ def check_groups(name: str, splits: Mapping[str, Examples], warnings: list[str])
                 f"{len(without):,} of {len(examples):,} rows of {split} have no group (`{name}`); each counts as one of its own: "
                 f"{list_places(examples.table, without)}"
             )
-        filled = np.flatnonzero(pc.is_in(pc.utf8_lower(examples.groups), pa.array(MISSING_WORDS, pa.large_string())))
+        filled = np.flatnonzero(pc.is_in(examples.groups, pa.array(MISSING_WORDS, pa.large_string())))
         if len(filled) > 1:
             warnings.append(
                 f"{len(filled):,} rows of {split} have a word for a missing value as their group (`{name}`: "

@@ -144,7 +144,7 @@ class Examples:
         labels: int64 (N,) single-label, float32 (N, L) multi-label, float32 (N,) regression.
         ids: large_string (N,), or None where the recipe names no id column.
         weights: float32 (N,), or None where the recipe names no column of weights.
-        groups: names of the rows' groups, large_string (N,), or None where the recipe names no column of groups.
+        groups: names of the rows' groups (`afina.worker.data.splits.groups.group_names`), large_string (N,), or None where the recipe names no column of groups.
         words: of a token classification, whose `labels` are of words, int64 (W,).
         codes: of the groups, int64 (N,), rows without one by their text; None where there are neither groups nor folds.
     """
