@@ -14,8 +14,8 @@
     ... --peers tutorial afina --epochs 3 --rounds 5 --vary-seed --pad-to-batch     accuracy and macro-F1 over five seeds
     ... --quick                  tiny texts and a tiny model: does it work, not how fast
 
-Each run gives seconds of training (without evaluations), with evaluations, and of the whole command; evaluated rows per second; memory (of
-its processes together, on a GPU what torch allocated); and MFU: the model's floating-point operations for real tokens
+Each run gives seconds of training (without evaluations), with evaluations (without saves: the peers save nothing), and of the whole command; evaluated rows
+per second; memory (of its processes together, on a GPU what torch allocated); and MFU: the model's floating-point operations for real tokens
 (afina.worker.compute.flops) over the seconds of training and the best torch.mm of the same cores, in the precision of the peer. Speeds are
 relative to the tutorial in the same round, so that other load meets both; shown are medians and ranges over the rounds. Every finished
 run is a line of OUT/cells.jsonl, from which the same command continues; OUT/peers.json holds the summary.
@@ -142,7 +142,7 @@ def run_cell(options: argparse.Namespace, cell: dict[str, Any], peaks: dict[str,
         outcome = json.loads(log_of(options, cell).with_name("outcome.json").read_text())
         parts = outcome["utilisation"]["seconds_by_part"]
         training = sum(parts[name] for name in ("input", "forward_backward", "optimizer", "other"))
-        evaluating, seconds = parts["evaluation"], training + parts["evaluation"] + parts["saving"]
+        evaluating, seconds = parts["evaluation"], training + parts["evaluation"]
         steps, gpu = outcome["global_step"], outcome["device"] == "cuda"
         metrics = {name: outcome["metrics"][f"eval_{name}"] for name in ("accuracy", "f1")}
         memory = outcome["utilisation"]["peak_memory_gb"] if gpu else done.memory / 1e9

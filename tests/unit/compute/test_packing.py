@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from afina.worker.compute.packing import group_sequences
+from afina.worker.compute.packing import filled_width, group_sequences
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -27,3 +27,10 @@ def test_the_groups_are_the_cheapest_split(seed: int) -> None:
         for bars in itertools.combinations(range(1, len(lengths)), count)
     ]
     assert price(group_sequences(lengths, call)) == pytest.approx(min(map(price, ways))), (seed, lengths, call)
+
+
+def test_few_widths_recur_and_little_is_added() -> None:
+    added = {tokens: filled_width(tokens) - tokens for tokens in range(1, 5000)}
+    assert all(0 <= more <= max(15, tokens / 32) for tokens, more in added.items())
+    assert [len({filled_width(n) for n in range(low, 2 * low)}) for low in (128, 512, 2048)] == [9, 33, 33]
+    assert all(filled_width(filled_width(tokens)) == filled_width(tokens) for tokens in added)

@@ -85,7 +85,7 @@ def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
     run = train_here(recipe, tmp_path / "paced", env=env, constants=constants)
     outcome = json.loads((run / "outcome.json").read_text())
     used = outcome["utilisation"]
-    assert used["real_token_share"] == 1.0
+    assert 0.85 < used["real_token_share"] <= 1.0, "a few tokens more, where oneDNN multiplies"
     parts = used["seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(outcome["seconds"], abs=1.0)
     assert min(parts[p] for p in ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving")) > 0

@@ -107,11 +107,13 @@ def attend(
         # As for torch's own attention: a rotation may have made queries and keys float32 again.
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (query, key, value))
-    tokens, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
+    width, first_only = len(q), packing is not None and getattr(module, FIRST_ONLY, False)
+    if packing is not None:
+        q, k, v = (x[: packing.tokens] for x in (q, k, v))  # padding may lie behind
     by_flash = packing is not None and bias is None and cap is None and not (first_only and (window or causal))
     by_flash = by_flash and flash.supports(q) and q.shape[2] == v.shape[2]
     if packing is None:
-        whole = Group(query.shape[0], query.shape[2], tokens)
+        whole = Group(query.shape[0], query.shape[2], width)
         calls = [Call(whole, whole, attention_mask, causal and attention_mask is None)]
     else:
         calls = [] if by_flash else [_call(g, first_only, window, causal, query.device) for g in packing.groups]
@@ -132,7 +134,9 @@ def attend(
             _with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias, cap=cap
         )
     if packing is not None and first_only:
-        out = out.new_zeros(tokens, *out.shape[1:]).index_copy(0, packing.starts, out)
+        out = out.new_zeros(width, *out.shape[1:]).index_copy(0, packing.starts, out)
+    elif len(out) < width:
+        out = functional.pad(out, (0, 0, 0, 0, 0, width - len(out)))
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
 
 
@@ -162,7 +166,10 @@ def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.view(*x.shape[:-1], module.num_attention_heads, -1)
 
-        q, k, v = (heads(project(hidden[0])) for project in (module.query_proj, module.key_proj, module.value_proj))
+        q, k, v = (
+            heads(project(hidden[0][: current["packing"].tokens]))
+            for project in (module.query_proj, module.key_proj, module.value_proj)
+        )
         # As DeBERTa computes it, in float32 whatever the precision.
         scale = 1 / float(scaled_size_sqrt(q, 1 + len({"c2p", "p2c"} & set(module.pos_att_type))))
         q = q * scale
@@ -189,7 +196,8 @@ def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
                 scores = scores.masked_fill(~group.mask, torch.finfo(scores.dtype).min)
             out = module.dropout(scores.softmax(-1)).to(values.dtype) @ values
             outs.append(group.unpad(out.transpose(1, 2)).flatten(1))
-        return torch.cat(outs)[None], None
+        out = torch.cat(outs)
+        return functional.pad(out, (0, 0, 0, hidden.shape[1] - len(out)))[None], None
 
     encoder.get_rel_pos = partial(distances, encoder.get_rel_pos)
     for layer in encoder.layer:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from afina.run.plan import Geometry
-from afina.worker.compute.packing import Group, group_windows, pack, pool
+from afina.worker.compute.packing import Group, filled_width, group_windows, pack, pool
 from afina.worker.data.prepared import Split
 
 __all__ = [
@@ -278,6 +278,7 @@ class PackedCollator:
     Attributes:
         heads, device: attention heads and kind of device, for the packing's groups.
         offset: positions begin at `pad_token_id` + 1 and do not count padding tokens (RoBERTa and its relatives).
+        fill: padding is added behind the sequences, see `filled_width`: zeros, which are valid tokens and positions in all architectures.
     """
 
     split: Split
@@ -285,6 +286,7 @@ class PackedCollator:
     heads: int
     offset: bool = False
     device: str = "cpu"
+    fill: bool = False
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Any]:
         starts, ends, counts = self.split.spans(row_numbers(rows))
@@ -303,7 +305,10 @@ class PackedCollator:
         batch = {"input_ids": ids[None], "position_ids": positions[None]}
         if self.split.types is not None:
             batch["token_type_ids"] = np.concatenate([self.split.types[a:b] for a, b in bounds]).astype(np.int64)[None]
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        behind = filled_width(len(ids)) - len(ids) if self.fill else 0
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(np.pad(array, ((0, 0), (0, behind)))) for name, array in batch.items()
+        }
         packing = pack(lengths, self.heads, self.device)
         return {**tensors, **extra, "labels": _targets(self.split, rows, firsts), "packing": packing}
 

@@ -269,7 +269,9 @@ def _prove(family: Any, config: str) -> str | None:
             split = Split(tokens, np.concatenate([[0], ends]), np.zeros(len(_LENGTHS), np.int64), None)
             alone = [_logits_and_gradients(model, Collator(split, 0)([row])) for row in range(len(_LENGTHS))]
             enable_packing(model, attention.PLAIN)
-            found = _logits_and_gradients(model, collator(model, split, "packed", 0)(list(range(len(_LENGTHS)))))
+            found = _logits_and_gradients(
+                model, collator(model, split, "packed", 0, fill=True)(list(range(len(_LENGTHS))))
+            )
     except Exception as error:  # whatever a model's code raises of inputs that it does not know
         return f"{kind} does not take packed batches: {type(error).__name__}: {first_line(error)}"
     wanted = [torch.cat([a[0] for a in alone]), *(sum(g) for g in zip(*(a[1:] for a in alone), strict=True))]
@@ -285,7 +287,8 @@ def _logits_and_gradients(model: Any, batch: dict[str, Any]) -> list[torch.Tenso
     """Logits (B, K), of tokens (T, K), and the gradients of all parameters for a sum of them."""
     model.zero_grad(set_to_none=True)
     batch.pop("labels")
-    logits = model(**batch)["logits"].flatten(0, -2)
+    tokens = batch["packing"].tokens if "packing" in batch else None  # padding may lie behind them
+    logits = model(**batch)["logits"].flatten(0, -2)[:tokens]
     (logits * torch.tensor([1.0, -0.5, 0.25])).sum().backward()
     return [logits.detach(), *(torch.zeros_like(w) if w.grad is None else w.grad for w in model.parameters())]
 
@@ -338,13 +341,14 @@ def collator(
     tokenizer_side: str = "right",
     max_length: int | None = None,
     device: str = "cpu",
+    fill: bool = False,
 ) -> Collator | PackedCollator:
     """Makes batches of `split` for `model`, by `batching`.
 
     Args:
         pad_token_id, tokenizer_side: the tokenizer's padding.
         max_length: the width of `padded` batches.
-        device: kind of device, for packed batches.
+        device, fill: of packed batches, see `PackedCollator`.
     """
     if batching != "packed":
         pad_to = max_length if batching == "padded" else None
@@ -352,7 +356,7 @@ def collator(
     architecture = _architecture(model)
     offset = architecture is not None and architecture.offset
     first = model.base_model.embeddings.padding_idx if offset else pad_token_id
-    return PackedCollator(split, first, model.config.num_attention_heads, offset, device)
+    return PackedCollator(split, first, model.config.num_attention_heads, offset, device, fill)
 
 
 def attention_dropout(recipe: Recipe, folder: str) -> dict[str, float]:

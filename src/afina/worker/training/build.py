@@ -194,8 +194,8 @@ def _shares(attempt: Attempt) -> str:
     return f"sharded over {count} processes (FSDP2): {share} of weights, gradients and optimizer state in each"
 
 
-def collator(attempt: Attempt, model: Any, split: Split) -> Collator | PackedCollator:
-    """Makes batches of `split` for `model`."""
+def collator(attempt: Attempt, model: Any, split: Split, fill: bool = False) -> Collator | PackedCollator:
+    """Makes batches of `split` for `model`; `fill`: see `PackedCollator`."""
     return packed_model.collator(
         model,
         split,
@@ -204,6 +204,7 @@ def collator(attempt: Attempt, model: Any, split: Split) -> Collator | PackedCol
         tokenizer_side=attempt.data.padding_side,
         max_length=attempt.plan.recipe.tokens.max_length,
         device=attempt.device.type,
+        fill=fill,
     )
 
 
@@ -221,7 +222,8 @@ def train_loader(
         attempt.batching,
         each=split.sum_over_sequences(lambda lengths: costs(lengths, hidden)),
     )
-    collate = collator(attempt, model, split)
+    by_onednn = attempt.precision.bf16_on_cpu or products.library() == "oneDNN"
+    collate = collator(attempt, model, split, fill=by_onednn)
     return DataLoader(Rows(split), batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
 
 
