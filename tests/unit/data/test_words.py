@@ -99,15 +99,30 @@ def test_every_form_of_the_same_data_prepares_the_same(tagged: Callable[..., Pla
         ("B-A E-A O S-A S-A S-B", "B-A I-A O B-A B-A B-B", "are in BIOES"),
         ("B-A L-A O U-A U-A U-B", "B-A I-A O B-A B-A B-B", "are in BIOES"),
         ("A A O A A B", "B-A I-A O B-A I-A B-B", "have no prefix"),
+        ("B I O B B B", "B-entity I-entity O B-entity B-entity B-entity", ""),
+        ("B E O S S S", "B-entity I-entity O B-entity B-entity B-entity", "are in BIOES"),
     ],
 )
 def test_schemes_become_iob2(tagged: Callable[..., Plan], tags: str, iob2: str, scheme: str) -> None:
     # A second row that begins with the type that the first ends with: an entity ends with its row.
     result = prepare_here(tagged([("good the best food was fine", tags), ("food the best", tags.split()[3] + " O O")]))
     split = open_split(result["prepared"], "train")
-    assert [result["labels"][label] for label in split.labels] == [*iob2.split(), "B-A", "O", "O"]
+    assert [result["labels"][label] for label in split.labels] == [*iob2.split(), iob2.split()[0], "O", "O"]
     told = [line for line in result["warnings"] if "converted to IOB2" in line]
     assert bool(told) == bool(scheme) and all(scheme in line for line in told)
+
+
+def test_labels_of_spans_that_are_tags_are_said(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    spans = [[0, 3, "B-LOC"], [4, 8, "I-LOC"], [9, 13, "O"], [14, 18, "I-95"]]
+    rows = [{"text": "New York good food", "spans": spans}] * 2
+    path = tiny.write_jsonl(tmp_path / "all.jsonl", rows)
+    result = prepare_here(
+        plan(data={"files": {"train": str(path), "eval": str(path)}, "text": "text", "label": "spans"}, **TASK)
+    )
+    assert result["labels"] == ["O", *(f"{p}-{t}" for t in ("B-LOC", "I-95", "I-LOC", "O") for p in "BI")]
+    assert any(
+        "types of entities are called as tags are: B-LOC, I-95, I-LOC, O: a span" in line for line in result["warnings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +130,7 @@ def test_schemes_become_iob2(tagged: Callable[..., Plan], tags: str, iob2: str, 
     [
         ([("a good food", "O B-A I-A"), ("good the food", "I-A O O")], "line 7, word 1: I-A begins an entity"),
         ([("a good food", "O B-A E-A"), ("good the food", "O E-A O")], "line 7, word 2: E-A continues no entity"),
-        ([("a good food", "S-A I-A O")], "line 4, word 2: I-A continues no entity, as BIOES has it (1 such words)"),
+        ([("a good food", "S-A I-A O")], "line 3, word 2: I-A continues no entity, as BIOES has it (1 such words)"),
         ([("a good food", "B-A E-A I-A")], "word 3: I-A continues no entity"),
         ([("a good food", "B-A I-B E-B")], "word 2: I-B continues no entity, as BIOES has it (1 such words)"),
         ([("a good food", "S-A B-A O")], "word 2: B-A has no last word (E-) behind it"),

@@ -4,6 +4,7 @@
     IOB1    I- begins an entity too; B- only one right behind another of its type
     BIOES   also E- (or L-) for the last word, S- (or U-, W-) for an entity of one word; M- is I-
     IO      no prefix: neighbouring words of one tag are one entity
+    B, I, O without a name (or B, I, E, S): as the schemes above, and all entities are of one type
 
 What fits none of them is refused by name, with the row.
 """
@@ -11,7 +12,7 @@ What fits none of them is refused by name, with the row.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,11 @@ Array = np.ndarray[Any, Any]
 _PREFIXED = re.compile(r"([BIOESLUMW])[-_](.+)")
 #: Tags of other schemes, which would be taken for names without prefix.
 _ALMOST = re.compile(r"[biesluomw][-_].+|.+[-_][BIESLU]")
+_SHOWN = 5
 _BEGIN, _INSIDE, _LAST, _SINGLE = range(1, 5)
 _ROLES = {"B": _BEGIN, "I": _INSIDE, "M": _INSIDE, "E": _LAST, "L": _LAST, "S": _SINGLE, "U": _SINGLE, "W": _SINGLE}
+#: The type of entities whose tags name none.
+_UNNAMED = "entity"
 _SCHEMES = "IOB2 (B-PER, I-PER, O), IOB1, BIOES, BILOU, or names without prefix"
 
 
@@ -47,7 +51,45 @@ def find_entities(columns: Sequence[LabelColumns], warnings: list[str]) -> Label
         raise DataError(
             "token classification: no word has a tag but O: there is nothing to learn", "check `data.label`"
         )
+    roles, plain = _roles(tables, every, warnings)
+    types = sorted({name for _, name in roles.values()})
+    like_tags = [name for name in types if name == "O" or _PREFIXED.fullmatch(name)]
+    if like_tags:
+        warnings.append(
+            f"types of entities are called as tags are: {', '.join(like_tags[:_SHOWN])}: a span reaches over all words of its entity, and its label is the "
+            "name of the type alone (PER, not B-PER); words outside have no span"
+        )
+    schemes = {}
+    for column, table in zip(columns, tables, strict=True):
+        numbers, scheme = _numbered(table, roles, types)
+        column.words = replace(_words(table), codes=numbers)
+        schemes[" and ".join(table.sources)] = "IO" if plain else scheme
+    for source, scheme in schemes.items():
+        if scheme not in ("IOB2", ""):
+            what = (
+                "have no prefix: neighbouring words of one tag are one entity" if scheme == "IO" else f"are in {scheme}"
+            )
+            warnings.append(f"the tags of {source} {what}; converted to IOB2, which the model's labels are")
+    for table in tables:
+        if (widened := np.flatnonzero(_words(table).widened)).size:
+            warnings.append(
+                f"{len(widened):,} rows have spans that cut a word, and were widened to whole words: {list_places(table, widened)}"
+            )
+    return Labels("token-classification", tuple(iob2_names(types)))
+
+
+def _roles(
+    tables: Sequence[DataTable], every: Iterable[str], warnings: list[str]
+) -> tuple[dict[str, tuple[int, str]], bool]:
+    """Role and type of each tag but O; and whether the tags have no prefix.
+
+    Raises:
+        DataError: tags of no known scheme.
+    """
     parsed = {tag: _PREFIXED.fullmatch(tag) for tag in every if tag != "O"}
+    if parsed.keys() <= _ROLES.keys() and "B" in parsed and len(parsed) > 1:
+        parsed = {tag: _PREFIXED.fullmatch(f"{tag}-{_UNNAMED}") for tag in parsed}
+        warnings.append(f"the tags name no type ({', '.join(parsed)}): all entities are of type {_UNNAMED!r}")
     plain = [tag for tag, match in parsed.items() if match is None]
     if plain and len(plain) < len(parsed):
         prefixed = next(tag for tag, match in parsed.items() if match)
@@ -71,24 +113,7 @@ def find_entities(columns: Sequence[LabelColumns], warnings: list[str]) -> Label
     odd = next((tag for tag, (role, _) in roles.items() if not role), None)
     if odd is not None:
         raise DataError(f"{_place(tables, odd)}: tag {odd!r} belongs to no scheme", f"write tags as {_SCHEMES}")
-    types = sorted({name for _, name in roles.values()})
-    schemes = {}
-    for column, table in zip(columns, tables, strict=True):
-        numbers, scheme = _numbered(table, roles, types)
-        column.words = replace(_words(table), codes=numbers)
-        schemes[" and ".join(table.sources)] = "IO" if plain else scheme
-    for source, scheme in schemes.items():
-        if scheme not in ("IOB2", ""):
-            what = (
-                "have no prefix: neighbouring words of one tag are one entity" if scheme == "IO" else f"are in {scheme}"
-            )
-            warnings.append(f"the tags of {source} {what}; converted to IOB2, which the model's labels are")
-    for table in tables:
-        if (widened := np.flatnonzero(_words(table).widened)).size:
-            warnings.append(
-                f"{len(widened):,} rows have spans that cut a word, and were widened to whole words: {list_places(table, widened)}"
-            )
-    return Labels("token-classification", tuple(iob2_names(types)))
+    return roles, bool(plain)
 
 
 def _words(table: DataTable) -> TaggedWords:
