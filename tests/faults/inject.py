@@ -104,7 +104,7 @@ def kill_host(scene: Scene) -> str:
 
 
 def kill_starting(scene: Scene) -> str:
-    pause = scene.rng.uniform(0, 5)
+    pause = scene.rng.uniform(0, scene.live.start_s)
     time.sleep(pause)
     scene.live.kill_everything()
     return f"SIGKILL to every process {pause:.1f} s after the start"
@@ -388,7 +388,7 @@ def random_kill(scene: Scene, share: float, last: bool) -> str:
     moment = rng.choices(("training", "save", "start", "end"), (6, 2, 1, 3 if last else 0))[0]
     victim = rng.choices(("all", "rank", "host"), (3, 3, 1))[0]
     if moment == "start":
-        pause = rng.uniform(0, 6)
+        pause = rng.uniform(0, 1.2 * live.start_s)
         time.sleep(pause)
         when = f"{pause:.1f} s after the start"
     elif moment == "end":

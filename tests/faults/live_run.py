@@ -75,6 +75,8 @@ class LiveRun(ABC):
 
     setting: Setting
     run: Path
+    #: Seconds that the worker's start takes on an idle machine, about.
+    start_s = 5.0
     #: Bytes of events.jsonl when the current attempt started.
     _events_before = 0
 

@@ -26,6 +26,7 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,12 +81,13 @@ class Suite:
         return run_random_kills(self.make, partial(self.reference, changes), f"{seed}/{number}", kills, changes)
 
 
-def local_suite(place: Path, setting: Setting) -> Suite:
+def local_suite(place: Path, setting: Setting, popen: type[subprocess.Popen[bytes]] = subprocess.Popen) -> Suite:
+    """`popen` starts the runs' commands."""
     write_project(place)
     prefetch(place)
 
     def make(name: str, disk: Disk | None, network: Sequence[str]) -> LiveRun:
-        return LocalRun(place, _free(disk.folder if disk else place, name), setting, network)
+        return LocalRun(place, _free(disk.folder if disk else place, name), setting, network, popen)
 
     return Suite(place, setting, make)
 

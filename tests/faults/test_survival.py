@@ -25,6 +25,7 @@ from tests.faults.live_run import Setting
 from tests.faults.results import Result
 from tests.faults.run import KILLS_PER_RUN, Suite, local_suite, main
 from tests.faults.scenarios import ADAPTER, FSDP, SCENARIOS
+from tests.unit.forks import ForkedWorkers, serve_forks
 
 SEED = os.environ.get("AFINA_FAULTS_SEED") or str(random.randrange(10**6))
 #: Runs that are killed at random: processes, changes of the recipe, kills.
@@ -49,7 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def suites(place: Path) -> dict[int, Suite]:
-    return {n: local_suite(place, Setting(per_node=n)) for n in (1, 2)}
+    serve_forks()
+    return {n: local_suite(place, Setting(per_node=n), ForkedWorkers) for n in (1, 2)}
 
 
 @pytest.fixture(scope="module")
