@@ -67,7 +67,7 @@ def exit_code_here(words: list[str], env: Mapping[str, str | None]) -> int:
 
 
 class _Forks(subprocess.Popen):  # type: ignore[type-arg]
-    """In the place of `subprocess.Popen`: `python -m afina.… …` is a fork, every other command a process."""
+    """In the place of `subprocess.Popen`: `python -m afina.…` or `tests.…` is a fork, every other command a process."""
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any, *rest: Any) -> None:  # fmt: skip
         call = None if isinstance(args, (str, bytes, Path)) else _call_of([os.fsdecode(word) for word in args])
@@ -154,11 +154,11 @@ def _received(passed: Any) -> int:
 
 
 def _call_of(argv: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The module and the arguments of `python -m afina.… …`; None for another command."""
-    for module in ("afina.worker", "afina.cli"):
-        if argv[0] == sys.executable and module in argv[:4]:
-            return module, list(argv[argv.index(module) + 1 :])
-    return None
+    """The module and the arguments of `python -m MODULE …`; None for another command, and for modules of others."""
+    if argv[0] != sys.executable or "-m" not in argv[:-1]:
+        return None
+    at = argv.index("-m") + 1
+    return (argv[at], list(argv[at + 1 :])) if argv[at].startswith(("afina.", "tests.")) else None
 
 
 def _become(
@@ -205,17 +205,16 @@ def _work(module: str, words: list[str], env: Mapping[str, str]) -> NoReturn:
     os.environ.update(env)
     if module == "afina.worker":
         sys.exit(door(words))
-    from afina.cli import main
-
     subprocess.Popen = _Children  # type: ignore[misc]
-    main(words)
+    import_module(module).main(words)
     sys.exit()
 
 
 def _show(argv: Sequence[str]) -> None:
-    """The command line of this process in /proc, in the place of the one that it was forked with."""
+    """The command line of this process in /proc, in the place of the one that it was forked with; the words that fit."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, size = int(fields[45]), int(fields[46]) - int(fields[45])  # arg_start and arg_end, see proc(5)
-    text = b"".join(os.fsencode(word) + b"\0" for word in argv)
-    assert len(text) <= size, f"{len(text)} bytes do not fit into {size}"
+    text = b""
+    for word in argv:
+        text += os.fsencode(word) + b"\0" if len(text) + len(os.fsencode(word)) < size else b""
     ctypes.memmove(start, text.ljust(size, b"\0"), size)

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +57,41 @@ def attempt_here(
     attempt: str,
     *,
     num_processes: int = 1,
+    nodes: int = 1,
     code: int = 0,
     env: Mapping[str, str] = {},
     constants: Mapping[str, object] = {},
 ) -> None:
-    """One attempt of a run, whose processes end with `code`; they are forks, and nothing supervises them."""
+    """One attempt of a run, whose processes on all nodes end with `code`; they are forks, and nothing supervises them."""
     directory = RunDir(run)
     log = directory.begin_attempt(attempt) / "node0.log"
     directory.stop_file.unlink(missing_ok=True)
-    group = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_ADDR": "127.0.0.1"}
+    argv = ["afina.worker", "train", str(run)]
+    ended = ranks_here(argv, log, num_processes, nodes, {**env, "AFINA_ATTEMPT": attempt}, constants)
+    assert ended == [code] * num_processes, log.read_text()
+
+
+def ranks_here(
+    argv: Sequence[str],
+    log: Path,
+    num_processes: int,
+    nodes: int = 1,
+    env: Mapping[str, str] = {},
+    constants: Mapping[str, object] = {},
+) -> list[int]:
+    """The exit codes of `python -m ARGV` as processes of one group, on so many nodes; they are forks."""
+    on_each = num_processes // nodes
+    group = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": on_each, "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": _free_port(), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    argv = [sys.executable, "-m", "afina.worker", "train", str(run)]
-    workers = []
+    started = []
     for rank in range(num_processes):
-        of_rank = {**group, "RANK": rank, "LOCAL_RANK": rank} if num_processes > 1 else {}
-        given = {**os.environ, **env, "AFINA_ATTEMPT": attempt, **{name: str(value) for name, value in of_rank.items()}}
+        place = {"RANK": rank, "LOCAL_RANK": rank % on_each, "GROUP_RANK": rank // on_each}
+        of_rank = {**group, **place} if num_processes > 1 else {}
+        given = {**os.environ, **env, **{name: str(value) for name, value in of_rank.items()}}
         with log.open("a") as file:
-            workers.append(ForkedWorkers(argv, env=given, stdout=file, stderr=file, constants=constants))
-    assert [worker.wait() for worker in workers] == [code] * num_processes, log.read_text()
+            command = [sys.executable, "-m", *argv]
+            started.append(ForkedWorkers(command, env=given, stdout=file, stderr=file, constants=constants))
+    return [each.wait() for each in started]
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 """Trainings on several processes, sharded and whole, compared in one start of them.
 
-Usage: torchrun --nproc-per-node N sharded.py PROJECT OUT CASES: PROJECT as the fixture `project` writes it; rank 0 writes to OUT, for each
+Usage, with torchrun's variables: python -m tests.unit.training.sharded PROJECT OUT [CASES]: PROJECT as the fixture `project` writes it; rank 0 writes to OUT, for each
 list of overrides in the JSON list CASES, the largest differences between the two trainings. Without CASES: for each architecture, those of
 logits and gradients, or the reason why it is refused.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +139,19 @@ def architectures(place: Path, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def main(project: Path, out: Path, cases: list[list[str]] | None) -> None:
+def main(words: list[str]) -> None:
     import torch.distributed as dist
 
     from afina.worker.compute import ranks
 
+    warnings.simplefilter("ignore")
+    project, out = map(Path, words[:2])
     dist.init_process_group("gloo")
-    if cases is None:
+    if not words[2:]:
         architectures(project, out)
         ranks.leave()
         return
-    found = []
+    found, cases = [], json.loads(words[2])
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
         for overrides in cases:
             pair = [trained(project, Path(place), overrides, sharding) for sharding in ("none", "fsdp")]
@@ -160,4 +163,4 @@ def main(project: Path, out: Path, cases: list[list[str]] | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(sys.argv[1:])

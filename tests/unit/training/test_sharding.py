@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tests.architectures import architecture_config, architecture_folder
+from tests.common import some_of
 from tests.unit.training import in_process
+from tests.unit.training.in_process import attempt_here, ranks_here
 
 from afina.api import plan_for
 from afina.errors import RecipeError
-from afina.run.commands import accelerate_argv
 from afina.run.directory import RunDir
 from afina.run.job_request import JobRequest
 from afina.run.new_run import claim, prepare
-from afina.run.plan import Geometry
 
-HERE = Path(__file__).resolve()
 SHARDED = (
     "train.sharding=fsdp",
     "train.precision=fp32",
@@ -38,8 +34,7 @@ SHARDED = (
 
 
 def environment(project: Path) -> dict[str, str]:
-    scratch = {"AFINA_SCRATCH": str(project / "scratch"), "AFINA_RUNTIME": "none"}
-    return {**os.environ, **scratch, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[3])}
+    return {"AFINA_SCRATCH": str(project / "scratch"), "AFINA_RUNTIME": "none", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,48 +49,29 @@ def claimed(project: Path, run: Path, *overrides: str) -> RunDir:
 
 
 def launched(project: Path, run: RunDir, attempt: str, nodes: int, per_node: int, stop_at: int = 0) -> None:
-    """One attempt on `nodes` launchers of this machine with `per_node` processes each; stopped after `stop_at` steps."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    batch = {"global_batch": 8, "batch_per_device": 8 // nodes // per_node, "accumulation": 1}
-    geometry = Geometry(nodes=nodes, processes_per_node=per_node, gpus_per_node=0, cpus_per_process=1, **batch)
-    folder = run.begin_attempt(attempt)
-    config = folder / "accelerate.yaml"
-    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n")
-    launchers = []
-    for node in range(nodes):
-        about: dict[str, Any] = {"node": node, "head": "127.0.0.1", "port": port, "config": config}
-        command = ["-m", "afina.worker", "train", str(run.path)]
-        argv = accelerate_argv(geometry, **about, python=sys.executable, command=command)
-        env = {**environment(project), "AFINA_ATTEMPT": attempt, "PET_SIGNALS_TO_HANDLE": "SIGTERM"}
-        with (folder / f"node{node}.log").open("wb") as log:
-            launchers.append(subprocess.Popen(argv, env=env, stdout=log, stderr=log))
-    deadline = time.monotonic() + 300
-    while stop_at and time.monotonic() < deadline:
-        lines = run.metrics_file.read_text().splitlines() if run.metrics_file.exists() else []
-        if len([line for line in lines if '"loss"' in line]) >= stop_at:
-            run.stop_file.touch()
-            break
-        assert all(each.poll() is None for each in launchers), (folder / "node0.log").read_text()
-        time.sleep(0.01)
-    for each in launchers:
-        each.wait(timeout=300)
+    """One attempt on `nodes` nodes of this machine with `per_node` processes each; stopped after `stop_at` steps."""
+    processes = nodes * per_node
+    about: dict[str, Any] = {"num_processes": processes, "nodes": nodes, "code": 75 if stop_at else 0}
+    about |= {"env": environment(project), "constants": {"afina.worker.survival.stop._CHECK_EVERY_S": 0.0}}
+    with ThreadPoolExecutor(1) as thread:
+        attempted = thread.submit(attempt_here, run.path, attempt, **about)
+        while stop_at and not attempted.done():
+            if len([line for line in run.lines("metrics.jsonl") if "loss" in line]) >= stop_at:
+                run.stop_file.touch()
+                break
+            time.sleep(0.01)
+        attempted.result(timeout=300)
     run.stop_file.unlink(missing_ok=True)
     outcome = run.outcome()
-    logs = "\n".join(file.read_text() for file in sorted(folder.glob("*.log")))
-    assert outcome is not None and outcome.attempt == attempt, logs
-    assert outcome.outcome == ("stopped" if stop_at else "finished"), logs
-    assert outcome.world_size == nodes * per_node
+    assert outcome is not None and (outcome.attempt, outcome.world_size) == (attempt, processes)
 
 
 def weights(run: RunDir) -> dict[str, Any]:
     return {name: weight.numpy() for name, weight in load_file(run.model / "model.safetensors").items()}
 
 
-#: Overrides of trainings on two processes; the second ones in `make test-series` alone.
-CASES = [
-    [],
+#: Overrides of trainings on two processes: none, and others on each day.
+_OTHERS = [
     ["train.max_batch_per_device=2", "tokens.batching=longest", "train.eval_batch_size=1"],
     ["train.fast_dropout=false", "train.arguments={activation_checkpointing: true}"],
     ["adapter={rank: 4, dropout: 0.1, targets: all-linear}"],
@@ -109,6 +85,7 @@ CASES = [
     ["tokens={max_length: 16, windows: {stride: 8}}", "train.max_batch_per_device=2"],
     ["task=token-classification", "data.files={all: tags.conll}", "data.text=tokens", "data.label=ner_tags"],
 ]
+CASES: list[list[str]] = [[], *some_of(_OTHERS, 6)]
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +102,9 @@ def differences(project: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 def on_two_processes(project: Path, out: Path, *cases: str) -> Any:
     """What `sharded.py` wrote."""
-    argv = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    argv += [str(HERE.with_name("sharded.py")), str(project), str(out), *cases]
-    done = subprocess.run(argv, env=environment(project), capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = out.with_suffix(".log")
+    argv = ["tests.unit.training.sharded", str(project), str(out), *cases]
+    assert ranks_here(argv, log, 2, env=environment(project)) == [0, 0], log.read_text()
     return json.loads(out.read_text())
 
 
