@@ -10,41 +10,14 @@ there is internet. Imports none of the three; `afina.worker.training.tracking` w
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from afina.errors import EnvironmentProblem
-
-__all__ = ["TRACKERS", "check_trackers", "sync_commands", "tracker_environment"]
+__all__ = ["TRACKERS", "sync_commands", "tracker_environment"]
 
 #: Each tracker and the package that it needs, as pip and as Python know it.
 TRACKERS: dict[str, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Check that the packages are installed; called in the prepare stage, which runs in the environment of the training.
-
-    Raises:
-        EnvironmentProblem: one is missing.
-    """
-    for name in names:
-        package = TRACKERS[name]
-        if importlib.util.find_spec(package) is None:
-            inside = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
-            where = f"the image {inside}" if inside else f"the environment of {sys.executable}"
-            remedy = (
-                f"build an image that has it: add {package} to the extra `train` in pyproject.toml, then container/lock.sh and container/build.sh"
-                if inside
-                else f"{shlex.quote(sys.executable)} -m pip install {package}"
-            )
-            raise EnvironmentProblem(
-                f"trackers: {name} needs the package {package}, which {where} does not have",
-                f"{remedy}; or leave {name} out of trackers: metrics.jsonl has it all",
-            )
 
 
 def tracker_environment(run: Path, name: str, run_id: str, env: Mapping[str, str]) -> dict[str, str]:

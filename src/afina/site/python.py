@@ -1,20 +1,24 @@
-"""This Python, where jobs run without an image: has it what training needs?"""
+"""This Python, of the image or where jobs run without one: has it what training needs?"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shlex
 import sys
 
-from afina.errors import SiteError
+from afina.errors import EnvironmentProblem, SiteError
+from afina.recipe.schema import Recipe
+from afina.recipe.trackers import TRACKERS
 
-__all__ = ["check_python", "lacking"]
+__all__ = ["check_packages", "check_python", "lacking"]
 
 #: The module of a distribution, where it has another name.
 _MODULES = {"scikit-learn": "sklearn"}
-#: Of the extra `train`: only a search, and only figures, need these.
-_OPTIONAL = ("matplotlib", "optuna")
+#: Of the extra `train`: only weights in 4 bits, only figures, and only a search need these.
+_OPTIONAL = ("bitsandbytes", "matplotlib", "optuna")
 
 
 def lacking() -> list[str]:
@@ -57,3 +61,30 @@ def check_python() -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split(".") if part)  # type: ignore[index]
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Check that this Python has the packages that a recipe asks for beyond those of every training; called in the prepare stage.
+
+    Raises:
+        EnvironmentProblem: one is missing.
+    """
+    wanted = [
+        (f"trackers: {name}", TRACKERS[name], f"leave {name} out of trackers: metrics.jsonl has it all")
+        for name in recipe.trackers
+    ]
+    if recipe.train.base_dtype == "nf4":
+        wanted.append(("train.base_dtype: nf4", "bitsandbytes", "write bf16, which needs no package"))
+    for key, package, otherwise in wanted:
+        if importlib.util.find_spec(package) is not None:
+            continue
+        inside = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+        where = f"the image {inside}" if inside else f"the environment of {sys.executable}"
+        remedy = (
+            f"build an image that has it: add {package} to the extra `train` in pyproject.toml, then container/lock.sh and container/build.sh"
+            if inside
+            else f"{shlex.quote(sys.executable)} -m pip install {package}"
+        )
+        raise EnvironmentProblem(
+            f"{key} needs the package {package}, which {where} does not have", f"{remedy}; or {otherwise}"
+        )

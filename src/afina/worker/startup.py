@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-__all__ = ["NOT_NEEDED", "gc_paused", "hide_packages", "import_evaluate"]
+__all__ = ["NOT_NEEDED", "gc_paused", "hide_packages", "import_evaluate", "import_peft"]
 
 #: What Transformers would import and afina imports itself, where it is needed: peft only with an adapter.
 NOT_NEEDED = ("datasets", "scipy", "peft")
@@ -79,6 +79,19 @@ def import_evaluate() -> Any:
         raise AttributeError(f"module 'evaluate' has no attribute {name!r}")
 
     package.__getattr__ = take
+    return package
+
+
+def import_peft() -> Any:
+    """The package `peft`, without bitsandbytes, which it would import for two seconds wherever it is installed."""
+    if "peft" in sys.modules or "bitsandbytes" in sys.modules:
+        return importlib.import_module("peft")
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # not to be found, for the import system
+    try:
+        package = importlib.import_module("peft")
+        package.import_utils.is_bnb_available()  # remembers the answer
+    finally:
+        del sys.modules["bitsandbytes"]
     return package
 
 

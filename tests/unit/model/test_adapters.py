@@ -194,7 +194,7 @@ def test_the_section_is_checked_and_digested() -> None:
     assert recipe.adapter == Adapter(targets=("query",)) and recipe.adapter.variant == "LoRA"
     assert json.dumps(recipe.digested()) != json.dumps(plain.digested())
     for wrong, reason in (
-        ({"kind": "qlora"}, "needs bitsandbytes"),
+        ({"kind": "qlora"}, "train.base_dtype: nf4"),
         ({"targets": []}, "empty list"),
         ({"rank": 0}, "rank"),
     ):

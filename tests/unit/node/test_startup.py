@@ -46,3 +46,19 @@ assert not hasattr(evaluate, "Evaluators")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.series
+def test_an_adapter_does_not_import_bitsandbytes() -> None:
+    """In a process of its own; two seconds of every start."""
+    code = """
+import sys
+from transformers import BertConfig, BertForSequenceClassification
+from afina.recipe.keys.adapter_keys import Adapter
+from afina.worker.model.adapters import add_adapter
+small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+add_adapter(BertForSequenceClassification(small), Adapter(dora=True))
+assert "peft" in sys.modules and "bitsandbytes" not in sys.modules
+import bitsandbytes
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

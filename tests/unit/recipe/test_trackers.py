@@ -23,7 +23,7 @@ from tests.unit.conftest import Ran, tree
 from tests.unit.forks import run_here
 from tests.unit.training.in_process import train_here
 
-from afina.errors import EnvironmentProblem, RecipeError
+from afina.errors import RecipeError
 from afina.recipe import trackers
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
@@ -72,15 +72,6 @@ def test_a_missing_package_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
     left = set(tree(scratch)) - set(before)
     assert not [path for path in left if Path(path).is_file()], left
-
-
-def test_a_package_that_the_image_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", "no_such_package_of_wandb")
-    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/afina.sif")
-    with pytest.raises(EnvironmentProblem, match=r"which the image /images/afina\.sif does not have") as caught:
-        trackers.check_trackers(["wandb"])
-    assert "container/lock.sh" in caught.value.remedy
-    trackers.check_trackers([])
 
 
 def test_the_environment_is_offline_and_inside_the_run(tmp_path: Path) -> None:

@@ -89,11 +89,13 @@ def test_the_model_folder_has_the_logits_of_the_run_in_plain_peft_and_merged(
     assert theirs["labels"] == [table["prediction"]] * 2
 
 
-ADAPTED = (ADAPTER, "train.base_dtype=bf16")
+ADAPTED, FOUR_BITS = (ADAPTER, "train.base_dtype=bf16"), (ADAPTER, "train.base_dtype=nf4")
 LAYERS = ("train.freeze=1", "train.layer_decay=0.5", "train.head_learning_rate=0.01")
 
 
-@pytest.mark.parametrize("keys", [ADAPTED, LAYERS], ids=["adapter, bf16 base", "layers"])
+@pytest.mark.parametrize(
+    "keys", [ADAPTED, FOUR_BITS, LAYERS], ids=["adapter, bf16 base", "adapter, base in 4 bits", "layers"]
+)
 def test_only_what_is_trained_changes_and_a_checkpoint_resumes_exactly(
     build: Callable[..., Any], keys: tuple[str, ...]
 ) -> None:
@@ -104,7 +106,7 @@ def test_only_what_is_trained_changes_and_a_checkpoint_resumes_exactly(
         assert bool((weight != started[name]).any()) == weight.requires_grad, name
     step = trainer.attempt.run.checkpoints / "step-2"
     files = {path.name for path in step.iterdir()}
-    assert ({"adapter_model.safetensors", "adapter_config.json"} < files) == (keys == ADAPTED)
+    assert ({"adapter_model.safetensors", "adapter_config.json"} < files) == (keys != LAYERS)
     assert ("model.safetensors" in files) == (keys == LAYERS)
     event = next(e for e in trainer.attempt.run.lines("events.jsonl") if e.get("event") == "checkpoint")
     assert event["bytes"] < 2 * trainer.attempt.checkpoint_bytes + 60_000, (

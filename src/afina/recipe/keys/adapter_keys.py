@@ -10,10 +10,7 @@ from afina.recipe.keys.section import Section, Text, listed
 
 __all__ = ["Adapter"]
 
-_IN_FOUR_BITS = (
-    "QLoRA keeps the base in 4 bits, which needs bitsandbytes and a GPU, and afina has neither tested nor installed it: "
-    "write `kind: lora`, whose base is in float32"
-)
+_IN_FOUR_BITS = "QLoRA is LoRA beside a base in 4 bits: write `kind: lora`, and `train.base_dtype: nf4`"
 
 
 class Adapter(Section):

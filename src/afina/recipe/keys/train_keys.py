@@ -161,7 +161,7 @@ class Train(Section):
     sharding: Literal["none", "fsdp"] = "none"
     attention_dropout: Literal[0] | None = None
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    base_dtype: Literal["fp32", "bf16", "nf4"] = "fp32"
     compile: bool = False
     arguments: dict[str, Any] = Field(default_factory=dict)
 
@@ -197,9 +197,14 @@ class Train(Section):
 
     def _problems_of_sharding(self) -> Iterator[KeyedError]:
         off = "leave it out, or set `train.sharding: none`"
-        refused = {"compile": True, "cuda_graphs": True, "precision": "fp16", "base_dtype": "bf16"}
-        for key in (key for key, value in refused.items() if getattr(self, key) == value):
-            yield KeyedError(f"{shown(refused[key])} was not proven with `train.sharding`", key, remedy=off)
+        refused: dict[str, list[Any]] = {
+            "compile": [True],
+            "cuda_graphs": [True],
+            "precision": ["fp16"],
+            "base_dtype": ["bf16", "nf4"],
+        }
+        for key in (key for key, values in refused.items() if getattr(self, key) in values):
+            yield KeyedError(f"{shown(getattr(self, key))} was not proven with `train.sharding`", key, remedy=off)
         for key in (key for key in self.arguments if key in NOT_SHARDED):
             yield KeyedError(f"{NOT_SHARDED[key]} (`train.sharding`)", "arguments", key, remedy=off)
         if (optim := self.arguments.get("optim", SHARDED_OPTIMIZERS[0])) not in SHARDED_OPTIMIZERS:

@@ -8,10 +8,7 @@ than MKL. A product is compared with float64 before oneDNN is used.
 Attention keeps MKL: its products are many and small, with new shapes at every step, and oneDNN would build a kernel for each.
 Only `afina.worker.compute.attention` does so; models with another attention use MKL for all products.
 
-Beside an adapter, `store_frozen_in_bf16` keeps the weights that are not trained in bfloat16, half the memory, and multiplies them in the
-precision of their input as before. Where a base is stored in bfloat16, as most decoders are, nothing is rounded and every product stays the same.
-
-Not covered: other vendors' processors keep MKL; oneDNN was not measured there. Embeddings that scale their rows (Gemma) stay in float32.
+Not covered: other vendors' processors keep MKL; oneDNN was not measured there.
 """
 
 from __future__ import annotations
@@ -21,13 +18,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from afina.worker.compute.cpu import Processor, processor
 
-__all__ = ["by_mkl", "by_mkl_backward_too", "library", "store_frozen_in_bf16", "use_onednn"]
+__all__ = ["by_mkl", "by_mkl_backward_too", "library", "use_onednn"]
 
 #: Relative error: float32 is far below it, bfloat16 (8 bits) far above.
 _EXACT = 1e-5
@@ -94,66 +88,6 @@ class _FromMkl(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _permit(_in_use)
         return gradients
-
-
-def store_frozen_in_bf16(model: nn.Module) -> str:
-    """Store the frozen weights of linear layers and embeddings of `model` in bfloat16; returns a line for the log."""
-    kinds: dict[type, type] = {nn.Linear: _Linear, Conv1D: _Conv1D, nn.Embedding: _Embedding}
-    before, rounded = sum(p.nbytes for p in model.parameters()), 0
-    for module in model.modules():
-        if type(module) not in kinds:
-            continue
-        weight: Any = module.weight
-        if not weight.requires_grad:
-            stored = weight.data.bfloat16()
-            rounded += not torch.equal(stored.float(), weight.data)
-            weight.data, module.__class__ = stored, kinds[type(module)]
-    after = sum(p.nbytes for p in model.parameters())
-    size = f"frozen weights in bfloat16: {after / 1e6:,.0f} MB for the model, not {before / 1e6:,.0f}"
-    if not rounded:
-        return f"{size}; the base has no more digits, so nothing is rounded"
-    return (
-        f"WARNING: {size}; {rounded} matrices of the base lose digits in training, but not where the trained model is used: scores "
-        "will differ in their third digit (train.base_dtype: fp32 trains beside the base as it is)"
-    )
-
-
-class _Stored(torch.autograd.Function):
-    """x Wᵀ + b, where W (out, in) and b are stored in bfloat16 and not trained. Backward converts W again, so that no copy of it is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight.to(gradients[0].dtype), None, None
-
-
-def _stored_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
-        product: torch.Tensor = _Stored.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return product
-
-
-class _Linear(nn.Linear):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _stored_product(input, self.weight, self.bias)
-
-
-class _Conv1D(Conv1D):  # type: ignore[misc]
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _stored_product(input, self.weight.t(), self.bias)
-
-
-class _Embedding(nn.Embedding):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input).float()
 
 
 def _permit(permitted: bool) -> None:

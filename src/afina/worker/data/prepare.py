@@ -28,10 +28,10 @@ from afina.processes import advisory_lock
 from afina.publish import sweep
 from afina.recipe.metrics import selection_metric
 from afina.recipe.schema import Recipe
-from afina.recipe.trackers import check_trackers
 from afina.run.allocation import Allocation
 from afina.run.commands import without_launcher
 from afina.run.plan import Plan
+from afina.site.python import check_packages
 from afina.site.settings import cache_environment
 from afina.worker.data.prepared import digest_of, verify
 from afina.worker.data.tables.data_table import DataSource
@@ -86,7 +86,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
 
     recipe = plan.recipe
     _sweep(plan)
-    check_trackers(recipe.trackers)
+    check_packages(recipe)
     inputs = _fetch(plan, say)
     states = _states(plan)
     content = _content(plan, inputs)

@@ -25,6 +25,7 @@ from afina.files import difference, read_json, write_atomic
 from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.local_model import ADAPTER_LABELS, adapter_base
 from afina.worker.model.weights import is_token_classifier, model_class
+from afina.worker.startup import import_peft
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def add_adapter(model: Any, adapter: Adapter, new: Collection[str] = ()) -> str:
         RecipeError: a target names no linear layer; with those that exist.
         InputError: the head is not made of modules.
     """
-    import peft
+    peft = import_peft()
 
     whole = _trained_whole(model, new)
     layers, targets, note = choose_layers(model, adapter, whole)
@@ -108,6 +109,7 @@ def choose_layers(model: Any, adapter: Adapter, whole: Collection[str] = ()) -> 
     Raises:
         RecipeError: a target names no linear layer.
     """
+    import_peft()
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -167,7 +169,7 @@ def _trained_whole(model: Any, new: Collection[str]) -> list[str]:
 
 def _inject(model: Any, config: Any, whole: Collection[str], *, trainable: bool = True) -> None:
     """Inject by `config`, whose `modules_to_save` become `whole` only then: these are trained in place, not as copies."""
-    import peft
+    peft = import_peft()
 
     config.modules_to_save, config.inference_mode = None, not trainable
     peft.inject_adapter_in_model(config, model, _NAME)
@@ -243,6 +245,7 @@ def save_labels(model: Any, folder: Path, prepared: Mapping[str, Any]) -> None:
 
 def save_adapter(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write adapter and head as peft does; see `save_weights`."""
+    import_peft()
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -267,6 +270,7 @@ def load_adapter(model: Any, folder: Path, *, head: bool = True) -> list[str]:
     Raises:
         InputError: the files hold other weights than the model has places for.
     """
+    import_peft()
     from peft.utils import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -350,7 +354,7 @@ def load_merged(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: base and adapter do not belong together, or the base is not here.
     """
-    import peft
+    peft = import_peft()
     import torch
     from transformers import AutoConfig
 
@@ -373,6 +377,7 @@ def load_merged(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def merge(model: Any) -> Any:
     """Add the adapter to the weights of its layers, and take it out of the model; in place."""
+    import_peft()
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):

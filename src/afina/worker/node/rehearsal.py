@@ -75,7 +75,7 @@ def rehearse(run: RunDir, geometry: Geometry, steps: int, seconds: float, began:
     timed = list(attempt.times.last)[_UNTIMED:]
     return {
         "batching": attempt.batching,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": attempt.parameters[1],
         "costs": [round(cost, 1) for cost in trainer.chosen_costs[_UNTIMED:][: len(timed)]],
         "seconds": [round(s, 4) for s in timed],
         "mean_cost": round(trainer.mean_cost, 1),

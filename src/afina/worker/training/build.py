@@ -34,6 +34,7 @@ from afina.worker.compute.flops import forward_flops
 from afina.worker.data.prepared import Split
 from afina.worker.model.adapters import has_adapter, labels_config, parameter_counts, set_base
 from afina.worker.model.depth import blocks, step_cost
+from afina.worker.model.frozen_weights import store_frozen
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
 from afina.worker.startup import gc_paused
@@ -108,8 +109,8 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
     if arguments.device.type == "cpu":
         cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
-    if plan.recipe.train.base_dtype == "bf16":
-        notes.append(products.store_frozen_in_bf16(model))
+    if plan.recipe.train.base_dtype != "fp32":
+        notes.append(store_frozen(model, plan.recipe.train.base_dtype))
     set_pad_token(model, pad_token_id)
     if plan.recipe.tokens.windows is not None:
         pool_windows(model, plan.recipe.tokens.windows.pool)
@@ -141,10 +142,15 @@ def build_attempt(
         # Not the folder of this attempt, which may be a copy on the node.
         set_base(model, run.prepared(), plan.recipe.model)
     gc.freeze()  # what has been imported and built stays: later collections skip it
+    # Before its frozen weights are stored in fewer bits, two of them in one number.
+    parameters, counts, cost = (
+        model.num_parameters(exclude_embeddings=True),
+        parameter_counts(model),
+        step_cost(model),
+    )
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:
         say(head, *notes)
-    parameters = model.num_parameters(exclude_embeddings=True)
     attempt = Attempt(
         run=run,
         allocation=allocation,
@@ -155,9 +161,9 @@ def build_attempt(
         data=data,
         precision=choice,
         batching=batching,
-        flops=step_cost(model)
+        flops=cost
         * data.splits["train"].sum_over_sequences(lambda lengths: forward_flops(model.config, lengths, parameters)),
-        parameters=parameter_counts(model),
+        parameters=counts,
         checkpoint_bytes=state_bytes(model),
         host_mesh=ranks.host_mesh(arguments.ddp_timeout_delta) if plan.recipe.train.sharding != "none" else None,
         stop=stop,
