@@ -294,12 +294,12 @@ def digest(path: Path) -> str:
 
 
 def _processes(run: Path) -> dict[int, list[bytes]]:
-    """Every process of a run with its environment, which holds the run's name: also orphans."""
+    """Every process of a run with its environment: also orphans. The run's name is there, or a word of the command (a fork's)."""
     processes = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (entry / "environ").read_bytes().split(b"\0")
-            if b"PEER_RUN=" + os.fsencode(run) in words:
+            words, command = ((entry / name).read_bytes().split(b"\0") for name in ("environ", "cmdline"))
+            if b"PEER_RUN=" + os.fsencode(run) in words or os.fsencode(run) in command:
                 processes[int(entry.name)] = words
     return processes
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.common import ROOT
+from tests.unit.forks import ForkedWorkers
 
 Bench = Callable[..., str]
 
@@ -23,3 +25,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """afina in forks, for benches whose figures of it are not looked at."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedWorkers)

@@ -16,6 +16,7 @@ from tests.unit.repository.conftest import Bench
 
 @pytest.mark.series
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.timeout(500)
 def test_peers_train_the_same_and_an_interrupted_bench_continues(bench: Bench, tmp_path: Path) -> None:
     options = ["--out", tmp_path, "--quick", "--rows", "32", "--lengths", "short", "--threads", "1", "--vary-seed"]
@@ -31,7 +32,7 @@ def test_peers_train_the_same_and_an_interrupted_bench_continues(bench: Bench, t
         assert cell["training_seconds"] < cell["seconds"] < cell["wall_seconds"] and cell["evaluated_per_second"] > 0
     # MFU by the bench and by afina itself differ by the peaks that they were measured against.
     afina, own = cells["afina"], cells["afina"]["utilisation"]
-    assert own["real_token_share"] == 1.0
+    assert 0.8 < own["real_token_share"] <= 1.0  # packed, and filled up a little
     assert own["mfu"] * own["peak_flops"] == pytest.approx(afina["mfu"] * afina["peak_flops"], rel=0.02)
     assert "| tiny, short, 1 | afina |" in out and f"| accuracy | afina | {afina['accuracy']:.4f}" in out
     summary = json.loads((tmp_path / "peers.json").read_text())
@@ -71,10 +72,11 @@ def _evaluation_differs_by(run: Path, table: Path) -> float:
 
 @pytest.mark.series
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.timeout(500)
 def test_a_missing_optimizer_shows_in_the_weights_and_in_the_output(bench: Bench, tmp_path: Path) -> None:
     """Trainer continues with a fresh optimizer without a warning; afina takes the checkpoint before it and warns."""
-    options = ["--peers", "trainer,afina", "--faults", "optimizer", "--steps", "160", "--save-every", "20"]
+    options = ["--peers", "trainer,afina", "--faults", "optimizer", "--steps", "60", "--save-every", "10"]
     out = bench("peers_faults", *options, "--json", tmp_path / "found.json")
     rows = {(row["peer"], row["fault"]): row for row in json.loads((tmp_path / "found.json").read_text())}
     assert len(rows) == 4
@@ -93,6 +95,7 @@ def test_a_missing_optimizer_shows_in_the_weights_and_in_the_output(bench: Bench
 
 @pytest.mark.series
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.timeout(500)
 def test_predicting_is_compared_with_the_pipeline_and_survives_kills(bench: Bench, tmp_path: Path) -> None:
     options = ["--quick", "--rows", "600", "--sample", "600", "--rounds", "1", "--kills", "1", "--batch-sizes", "8"]
@@ -123,6 +126,7 @@ def test_peers_prepare_the_same_tokens(bench: Bench, tmp_path: Path) -> None:
 
 @pytest.mark.series
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.timeout(500)
 def test_entities_are_trained_as_by_transformers_example(bench: Bench, tmp_path: Path) -> None:
     """With its batches and its dropout the losses of all steps are equal; all peers are scored by one rule."""
