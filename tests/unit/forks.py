@@ -26,7 +26,7 @@ import pytest
 
 from afina.worker.__main__ import main as door
 
-__all__ = ["FORKS", "ForkedWorkers", "exit_code_here", "run_here", "serve_forks"]
+__all__ = ["FORKS", "ForkedWorkers", "exit_code_here", "run_forked", "run_here", "serve_forks"]
 
 #: Forks of a process that has imported what a training needs, and has trained nothing.
 FORKS = multiprocessing.get_context("forkserver")
@@ -64,6 +64,13 @@ def exit_code_here(words: list[str], env: Mapping[str, str | None]) -> int:
         except SystemExit as ended:
             return ended.code if isinstance(ended.code, int) else bool(ended.code)
     return 0
+
+
+def run_forked(argv: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with its streams captured, of a command in a fork."""
+    with ForkedWorkers(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
 
 class _Forks(subprocess.Popen):  # type: ignore[type-arg]

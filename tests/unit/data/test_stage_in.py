@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests import tiny
+from tests.unit.forks import run_forked
 
 from afina.worker.data import stage_in as module
 from afina.worker.data.stage_in import remove, stage, staged
@@ -79,13 +79,14 @@ def test_a_staged_run_is_the_same_run(tmp_path: Path) -> None:
     tiny.write_project(tmp_path, 60, train={"max_steps": 4}, resources={"gpus_per_node": 0})
     env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch")}
     argv = [sys.executable, "-m", "afina.cli"]
-    subprocess.run([*argv, "train", "recipe.yaml", "--run", "plain"], cwd=tmp_path, env=env, check=True)
     pointer = tmp_path / "pointer"
-    subprocess.run([*argv, "claim", "--pointer", pointer, "recipe.yaml"], cwd=tmp_path, env=env, check=True)
+    for words in (("train", "recipe.yaml", "--run", "plain"), ("claim", "--pointer", pointer, "recipe.yaml")):
+        done = run_forked([*argv, *words], cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
     run = Path(pointer.read_text())
     job = {"AFINA_LAUNCH": "slurm", "SLURM_JOB_ID": "7", "AFINA_ATTEMPT": "7.0", "AFINA_STAGE": str(tmp_path / "local")}
     launch = [sys.executable, "-m", "afina.worker", "launch", str(run)]
-    done = subprocess.run(launch, env={**env, **job}, capture_output=True, text=True, check=False)
+    done = run_forked(launch, env={**env, **job})
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"staged in {tmp_path / 'local'}" in done.stdout and list((tmp_path / "local").iterdir()) == []
     for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):

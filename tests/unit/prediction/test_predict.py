@@ -24,6 +24,7 @@ import pytest
 from tests import tiny
 from tests.common import ROOT, program
 from tests.unit.conftest import Ran, tree
+from tests.unit.forks import ForkedWorkers
 from tests.unit.training.in_process import train_here
 
 import afina
@@ -404,7 +405,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(run: Path, reviews: P
 
     about = planned(run, data, out, chunk_rows=100)
     assert about["chunks"] == 41
-    killed = subprocess.Popen([sys.executable, "-m", "afina.worker", "predict", "run", str(parts)])
+    killed = ForkedWorkers([sys.executable, "-m", "afina.worker", "predict", "run", str(parts)])
     until(2)
     killed.kill()
     killed.wait()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from tests import tiny
 from tests.common import program
 from tests.unit.conftest import Ran, recipe_dict, tree
+from tests.unit.forks import run_forked
 from tests.unit.reports.test_report import Page
 
 from afina import api
@@ -54,7 +54,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _afina(place: Path, *arguments: str | Path, cwd: Path | None = None) -> Ran:
     env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch")}
     argv = [sys.executable, "-m", "afina.cli", *map(str, arguments)]
-    return subprocess.run(argv, env=env, cwd=cwd or place, capture_output=True, text=True, timeout=300, check=False)
+    return run_forked(argv, env=env, cwd=cwd or place)
 
 
 def _weights(run: Path) -> str:

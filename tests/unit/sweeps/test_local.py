@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.tiny import tiny_model, tiny_reviews, write_csv
 from tests.unit.conftest import Ran
+from tests.unit.forks import ForkedWorkers
 
 from afina.run.directory import RunDir
 from afina.sweeps.sweep import Sweep
@@ -40,8 +41,8 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(
     words = ["sweep", str(trainable), "--seeds", "2", "--local", "--json"]
     words += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "afina.cli", *words],
+    process = ForkedWorkers(
+        [sys.executable, "-m", "afina.cli", *words],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
