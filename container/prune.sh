@@ -1,5 +1,6 @@
 #!/bin/sh
-# Removes the test suites of the installed packages (147 MB, 84 MB of them PyTorch's); nothing in the packages imports them.
+# Removes the test suites of the installed packages (147 MB, 84 MB of them PyTorch's), which nothing in the packages imports, and
+# bitsandbytes' libraries (120 MB) for other CUDA versions than PyTorch's, for ROCm and for Intel's GPUs.
 #
 #   prune.sh SITE-PACKAGES
 #
@@ -12,3 +13,6 @@ find "$1" -mindepth 2 -type d \( -name test -o -name tests \) -prune -exec sh -c
             *) [ -z "$(find "$folder" -name "test_*" -print -quit)" ] || rm -rf "$folder" ;;
         esac
     done' "$1" {} +
+
+cuda=$(sed -n "s/^cuda[^']*'\([0-9]*\)[.].*/\1/p" "$1/torch/version.py")
+find "$1/bitsandbytes" -name "libbitsandbytes_*.so" ! -name libbitsandbytes_cpu.so ! -name "libbitsandbytes_cuda${cuda:-none}?.so" -delete

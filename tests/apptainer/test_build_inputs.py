@@ -165,18 +165,30 @@ def test_a_disk_that_cannot_hold_a_build_is_refused(tmp_path: Path) -> None:
 # -- contents -----------------------------------------------------------------------------------------------------
 
 
-def test_only_suites_of_tests_are_pruned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cuda", "same"), [("None", []), ("'13.0'", ["cuda130", "cuda132"]), ("'12.8'", ["cuda128"])])
+def test_suites_of_tests_and_libraries_for_other_gpus_are_pruned(tmp_path: Path, cuda: str, same: list[str]) -> None:
+    libraries = [
+        f"bitsandbytes/libbitsandbytes_{n}.so"
+        for n in ("cuda118", "cuda128", "cuda130", "cuda132", "rocm71", "xpu2026")
+    ]
     kept = [
+        *(name for name in libraries if any(one in name for one in same)),
+        "bitsandbytes/libbitsandbytes_cpu.so",
+        "torch/version.py",
         "numpy/testing/utils.py",
         "torch/testing/__init__.py",
         "package/test/data.txt",
         "tests/test_top.py",
         "a/latest/test_x.py",
     ]
-    gone = ["numpy/tests/test_a.py", "scipy/stats/tests/data/test_b.csv", "torch/test/binary", "x/test/deep/test_c.py"]
+    gone = [name for name in libraries if name not in kept]
+    gone += ["numpy/tests/test_a.py", "scipy/stats/tests/data/test_b.csv", "torch/test/binary", "x/test/deep/test_c.py"]
     for name in (*kept, *gone):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
+    (tmp_path / "torch/version.py").write_text(
+        f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
+    )
     done = call("sh", CONTAINER / "prune.sh", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
