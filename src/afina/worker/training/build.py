@@ -17,6 +17,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
+from afina.site.python import check_packages
 from afina.text import size_in_words
 from afina.worker.compute import cpu, dropout, packed_model, precision, products, ranks
 from afina.worker.compute.batches import (
@@ -110,6 +111,7 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
         cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
     if plan.recipe.train.base_dtype != "fp32":
+        check_packages(plan.recipe)  # a run may be resumed in another image than it was prepared in
         notes.append(store_frozen(model, plan.recipe.train.base_dtype))
     set_pad_token(model, pad_token_id)
     if plan.recipe.tokens.windows is not None:
