@@ -23,9 +23,12 @@ from tests import tiny
 from tests.unit.compute import encoders
 from tests.unit.training import test_train as runs
 
+from afina.recipe.keys.adapter_keys import Adapter
 from afina.worker.compute import attention, cuda_graphs, flash, packed_model
 from afina.worker.compute.batches import PackedCollator
 from afina.worker.compute.packing import pack
+from afina.worker.model.adapters import add_adapter
+from afina.worker.model.frozen_weights import store_frozen
 from afina.worker.task.losses import Loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -75,6 +78,25 @@ def test_packed_equals_padded(name: str) -> None:
         padded, packs = (_step(name, half=True, packs=kind) for kind in (False, True))
         for found, usual, expected in zip(packs, padded, exact, strict=True):
             assert _apart(found, expected) < 1.5 * _apart(usual, expected) + 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nf4"])
+def test_frozen_weights_that_were_stored_on_the_cpu_give_the_same_logits_and_gradients(dtype: str) -> None:
+    """Beside an adapter: the bits are those of the CPU, and move to the GPU as they are."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = encoders.without_dropout(encoders.model_of(encoders.OTHERS["llama"])).train()
+        torch.manual_seed(0)
+        add_adapter(model, Adapter(rank=4, dropout=0.0, targets="all-linear"))
+        store_frozen(model, dtype)
+        packed_model.enable_packing(model.to(device), attention.PLAIN)
+        split = encoders.split_of(encoders.LENGTHS, 5, types=False, forbidden=encoders.PAD)
+        batch = packed_model.collator(model, split, "packed", encoders.PAD, device=device)(ROWS)
+        logits, _, gradients = encoders.step(model, batch if device == "cpu" else _on_gpu(batch))
+        found.append((logits.double().cpu(), {name: value.double().cpu() for name, value in gradients.items()}))
+    (here, of_here), (there, of_there) = found
+    assert _apart(there, here) < 2e-5 and of_here.keys() == of_there.keys()
+    assert all(_apart(of_there[name], value) < 2e-4 for name, value in of_here.items() if float(value.norm()))
 
 
 @pytest.mark.skipif(not HALF, reason="flash attention needs compute capability 8.0")
