@@ -237,8 +237,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def _ran(process: subprocess.Popen[str], code: int = 0) -> None:
+    """The command ends with `code`. A process of its own: a fork of one that has asked for a GPU cannot use it."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+
+
+def _train(place: Path, name: str, recipe: dict[str, Any]) -> Path:
+    _ran(runs._start(place, place / name, recipe))
+    return place / name
+
+
+def _resume(place: Path, run: Path) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(argv, env=runs._environment(place), text=True, **pipes)
+
+
 def test_a_run_trains_on_the_gpu_logs_it_and_predicts(place: Path) -> None:
-    run = runs._train(place, "whole", runs._recipe(train={"epochs": 8, "cuda_graphs": True}))
+    run = _train(place, "whole", runs._recipe(train={"epochs": 8, "cuda_graphs": True}))
     outcome = runs._outcome(run)
     events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     precision = next(event for event in events if event["event"] == "precision")
@@ -272,20 +289,17 @@ def test_a_run_trains_on_the_gpu_logs_it_and_predicts(place: Path) -> None:
 def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_undisturbed_run(place: Path, recorded: bool) -> None:
     """Batches, dropout, schedule and optimizer resume exactly; a GPU sums gradients in varying order."""
     recipe = runs._recipe(train={"epochs": 8, "save_every": 5, "cuda_graphs": recorded})
-    whole = runs._train(place, f"undisturbed-{recorded}", recipe)
+    whole = _train(place, f"undisturbed-{recorded}", recipe)
     run = place / f"disturbed-{recorded}"
     process = runs._start(place, run, recipe)
     runs._wait_for_lines(run, 6)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
-    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
-    resumed = subprocess.Popen(argv, env=runs._environment(place), stdout=subprocess.DEVNULL)
+    _ran(process, 75)
+    resumed = _resume(place, run)
     runs._wait_for_lines(run, 40, attempt=2)
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)
-    assert resumed.wait(timeout=120) == 4
-    code, output = runs._resume(place, run)
-    assert code == 0, output
+    _ran(resumed, 4)
+    _ran(_resume(place, run))
     expected, found = runs._lines(whole), runs._lines(run)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     losses = [(a["loss"], b["loss"]) for a, b in zip(expected, found, strict=True) if "loss" in a]
