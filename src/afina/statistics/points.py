@@ -108,7 +108,7 @@ def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
     others = [row for row in rows if row is not best and row.interval is not None]
     notes, intervals, unit = [], _FOLDS if best.overlap else _INTERVALS, "fold" if best.overlap else "seed"
     if len(best.values) < best.runs:
-        notes.append("Provisional: no point has finished all its runs.")
+        notes.append("Provisional: no point has a value of each of its runs.")
     if not others:
         return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else intervals]
     after = next((row for row in others if row.p is not None), others[0])

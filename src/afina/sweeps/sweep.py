@@ -157,10 +157,10 @@ class Sweep:
         """The best point, or trial.
 
         Raises:
-            InputError: no run has finished yet, or all models are of no use.
+            InputError: no run has finished yet or has a value, or all models are of no use.
         """
         table = self.table(metric)
-        if table.best is None and any(row.weak for row in table.rows):
+        if table.best is None and any("FINISHED" in row.states for row in table.rows):
             raise InputError(f"{self.path}: {table.notes[0]}", "examine the data and the learning rate first")
         if table.best is None:
             raise InputError(f"{self.path}: no run has finished yet", "wait for it: Sweep.wait()")

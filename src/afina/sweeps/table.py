@@ -21,7 +21,7 @@ from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, mean_interval
 from afina.statistics.points import Row, ranked, remarks, useless
 from afina.sweeps.sweep_dir import SweepRecord
-from afina.text import aligned, number, p_value
+from afina.text import aligned, number, p_value, plural
 
 __all__ = ["Table", "best_metric", "tabulate"]
 
@@ -131,6 +131,11 @@ def tabulate(
         )
     rows, best = ranked(rows, lower, tested=record.search is None)
     notes = useless(rows) or (_search_notes(rows, best, finished) if record.search else remarks(rows, best))
+    if undefined := sum(_value(outcome, column) is None for outcome in finished):
+        left_out = (
+            f"{column} is not defined in {plural(undefined, 'finished run')}, which no mean and no comparison has"
+        )
+        notes = [f"{left_out}.", *(notes if best or undefined < len(finished) else [])]
     if shown:
         notes.append(
             f"{shown} is only shown: a choice by the test split would make its scores too kind. Chosen by {column}."

@@ -120,7 +120,7 @@ def sweep(
 def end(
     run: RunDir,
     kind: str,
-    accuracy: float = 0.5,
+    accuracy: float | None = 0.5,
     *,
     cause: str = "",
     code: int = 0,
@@ -524,7 +524,26 @@ def test_the_table_before_the_end(sweep: Callable[..., Sweep]) -> None:
         made.best()
     end(made.runs[2].dir, "finished", 0.4)
     text = str(made.table())
-    assert "Provisional: no point has finished all its runs." in text and "learning_rate=1e-3" in text.splitlines()[4]
+    assert (
+        "Provisional: no point has a value of each of its runs." in text
+        and "learning_rate=1e-3" in text.splitlines()[4]
+    )
+
+
+def test_finished_runs_whose_metric_is_undefined_are_said(sweep: Callable[..., Sweep]) -> None:
+    made = sweep(GRID, seeds=2)
+    end(made.runs[2].dir, "finished", None)
+    text = str(made.table())
+    assert "eval_accuracy is not defined in 1 finished run, which no mean" in text and "has finished yet" not in text
+    with pytest.raises(InputError, match="eval_accuracy is not defined in 1 finished run"):
+        made.best()
+    end(made.runs[3].dir, "finished", 0.4)
+    text = str(made.table())
+    assert "is not defined in 1 finished run" in text and "no point has a value of each of its runs" in text
+    assert made.best().values == {2: 0.4} and "1/2" in text
+    searched = sweep(search=["train.learning_rate=1e-5..1e-1:log"], trials=4, directory="search")
+    end(ask(searched, 0), "finished", None)
+    assert "eval_accuracy is not defined in 1 finished run" in str(searched.table())
 
 
 def test_a_metric_of_which_the_least_is_best(sweep: Callable[..., Sweep]) -> None:
