@@ -170,6 +170,17 @@ def test_a_pruned_training_ends_at_the_same_step_however_often_it_is_stopped(
         assert bool((weights(again) == weights(whole)).all())
 
 
+def test_a_trial_that_ends_by_itself_is_not_pruned_at_the_same_step(build: Callable[..., Any], tmp_path: Path) -> None:
+    for n in range(5):
+        _trial(tmp_path / f"other {n}", [-1.0])  # epoch 1; step 10 is the first evaluation behind it
+    trainer = build({}, *EARLY, "train.early_stopping={patience: 4, min_delta: 1000}", train=False)
+    (trainer.attempt.run.path / PRUNING).write_text('{"metric": "eval_loss", "lower": true}')
+    trainer.train()
+    trainer.attempt.saver.finish()
+    assert trainer.state.global_step == 10
+    assert trainer.attempt.early_stop.stopped and trainer.attempt.median_stop.reason is None
+
+
 def test_a_patience_that_ends_nothing_is_refused_before_the_queue(build: Callable[..., Any]) -> None:
     with pytest.raises(RecipeError, match="a patience of 2 ends no training of 3 evaluations before its end") as error:
         build({}, "train.max_steps=6", "train.evaluate=2", "train.early_stopping={}", "data.weight=weight", train=False)
