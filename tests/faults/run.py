@@ -159,7 +159,7 @@ def _scenarios(suite: Suite, options: argparse.Namespace, seed: int) -> Iterator
         if reason := suite.applies(scenario):
             _progress(f"{scenario.name}: skipped: {reason}")
             continue
-        changed = dataclasses.replace(scenario, changes={**dict(options.set), **scenario.changes})
+        changed = dataclasses.replace(scenario, changes={**scenario.changes, **dict(options.set)})
         work = partial(_kept, options, partial(suite.run, changed, seed))
         if scenario.exclusive:
             yield batch
