@@ -170,7 +170,7 @@ def _wait_for_the_first_step(place: Path, pattern: str) -> Path:
 @pytest.mark.timeout(600)
 def test_the_signal_before_the_limit_stops_requeues_and_finishes_the_same_run(cluster: Cluster, place: Path) -> None:
     """Sends USR1 to the batch shell, as --signal=B:USR1 does; the time at which Slurm sends it is not tested."""
-    settings = ("name=limited", "train.epochs=40", "train.evaluate=350", "train.save_every=350")
+    settings = ("name=limited", "train.epochs=20", "train.evaluate=175", "train.save_every=175")
     options = [word for setting in settings for word in ("--set", setting)]
     script = ("slurm/finetune.sbatch", "recipe.yaml")
     job = cluster.sbatch("--gpus-per-node=1", "--cpus-per-task=1", *script, *options, cwd=place)
@@ -179,10 +179,10 @@ def test_the_signal_before_the_limit_stops_requeues_and_finishes_the_same_run(cl
     assert cluster.wait(job, timeout=400, restarts=1) == "COMPLETED", (place / f"slurm-{job}.out").read_text()
     outcome = _finished(run)
     assert outcome["attempts"] == 2
-    assert outcome["global_step"] == 1400
+    assert outcome["global_step"] == 700
     steps = [(line["step"], "eval_loss" in line) for line in _metrics(run)]
     assert steps == sorted(set(steps)), "a line is repeated or missing"
-    assert len(steps) == 140 + 4
+    assert len(steps) == 70 + 4
 
 
 @pytest.mark.timeout(300)

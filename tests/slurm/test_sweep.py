@@ -114,8 +114,8 @@ def test_the_same_command_repairs_a_sweep_with_a_killed_run_and_a_failed_node(
 
     # Finished cells are not run again; a larger grid runs only its new cells.
     assert afina(*command)["jobs"] == []
-    grown = afina("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "3", "--wait")
-    assert [len(row["values"]) for row in grown["rows"]] == [3, 3]
+    (job,) = afina("recipe.yaml", "--grid", "train.learning_rate=5e-3,1e-3", "--seeds", "3")["jobs"]
+    cluster.run_as_user(["scancel", str(job)], check=True)
     assert json.loads((home / "submissions.jsonl").read_text().splitlines()[-1])["tasks"] == [4, 5]
     assert len({json.loads((run / "prepared.json").read_text())["digest"] for run in (home / "runs").iterdir()}) == 1
 
