@@ -18,7 +18,7 @@ from afina.prediction.request import Prediction, folder_of
 from afina.run.allocation import Allocation
 from afina.worker.progress import Progress
 from afina.worker.reply import report
-from afina.worker.startup import gc_paused
+from afina.worker.startup import NOT_NEEDED, hide_packages
 
 if TYPE_CHECKING:
     from afina.worker.inference.classifier import EncodedTexts
@@ -121,7 +121,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
 def _load(job: Prediction, number: int) -> Any:
     """The classifier (or those of an ensemble) of share `number`: on its own GPU, else on all cores."""
     os.environ.setdefault("OMP_NUM_THREADS", str(Allocation.from_env().cores()))
-    with gc_paused():
+    with hide_packages(*NOT_NEEDED):
         import torch
 
         from afina.worker.compute import cpu, products
