@@ -71,6 +71,9 @@ def make(path: Path, *, job: str | None = None, **train: Any) -> RunDir:
     run = RunDir(path)
     if job:
         run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
+        time.sleep(
+            0.01
+        )  # the times of files are a few milliseconds behind the clock: nothing of it ends before it was submitted
     return run
 
 
