@@ -305,10 +305,10 @@ class PackedCollator:
         batch = {"input_ids": ids[None], "position_ids": positions[None]}
         if self.split.types is not None:
             batch["token_type_ids"] = np.concatenate([self.split.types[a:b] for a, b in bounds]).astype(np.int64)[None]
-        behind = filled_width(len(ids)) - len(ids) if self.fill else 0
-        tensors: dict[str, Any] = {
-            name: torch.from_numpy(np.pad(array, ((0, 0), (0, behind)))) for name, array in batch.items()
-        }
+        if self.fill:
+            behind = filled_width(len(ids)) - len(ids)
+            batch = {name: np.pad(array, ((0, 0), (0, behind))) for name, array in batch.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         packing = pack(lengths, self.heads, self.device)
         return {**tensors, **extra, "labels": _targets(self.split, rows, firsts), "packing": packing}
 

@@ -145,11 +145,8 @@ def build_attempt(
         set_base(model, run.prepared(), plan.recipe.model)
     gc.freeze()  # what has been imported and built stays: later collections skip it
     # Before its frozen weights are stored in fewer bits, two of them in one number.
-    parameters, counts, cost = (
-        model.num_parameters(exclude_embeddings=True),
-        parameter_counts(model),
-        step_cost(model),
-    )
+    parameters = model.num_parameters(exclude_embeddings=True)
+    counts, cost = parameter_counts(model), step_cost(model)
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:
         say(head, *notes)

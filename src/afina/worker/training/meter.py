@@ -88,7 +88,7 @@ class Meter:
         for batch in batches:
             self.computed += batch["input_ids"].numel()
             if "packing" in batch:
-                self.real += sum(batch["packing"].lengths)
+                self.real += batch["packing"].tokens
             else:
                 self.real += int(batch["attention_mask"].sum())
 
