@@ -134,13 +134,13 @@ def outcome(facts: RunFacts) -> str:
 
 
 def epochs(facts: RunFacts) -> str:
-    """The table that the run prints at its end: one row per evaluation, with the last training loss before it."""
+    """The table that the run prints at its end: one row per evaluation, with the mean training loss since the one before."""
     names = list(dict.fromkeys(k for line in facts.evaluations for k in _scalars(line)))
     rows, loss = [], None
     for line in facts.metrics:
         loss = line.get("loss", loss)
         if "eval_loss" in line:
-            values = (loss, line["eval_loss"], *(line.get(name) for name in names))
+            values = (line.get("training_loss", loss), line["eval_loss"], *(line.get(name) for name in names))
             rows.append([line.get("epoch"), line.get("step"), *map(number, values)])
     heads = ["epoch", "step", "training loss", "validation loss", *(n.removeprefix("eval_") for n in names)]
     return table(heads, rows, "One row per evaluation") + warnings(facts.spoiled.get("eval", []) if rows else [])

@@ -70,14 +70,18 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
         "of a peak of": _peak(utilisation),
         "trained": f"{trained} ({trained_count(facts.outcome)})" if trained else None,
         "model": _sharded(facts),
-        "largest memory, GB": utilisation.get("peak_memory_gb"),
+        f"largest memory of a {_measured_place(facts)}, GB": utilisation.get("peak_memory_gb"),
         "examples per step": utilisation.get("examples_per_step"),
     }
     pace = [event for event in facts.events if event.get("event") == "pace"]
     charts = [
         Chart("speed", "Tokens per second by step", lines={"tokens per second": _pace(pace, "tokens_per_s")}),
         Chart("examples", "Examples per second by step", lines={"examples per second": _pace(pace, "examples_per_s")}),
-        Chart("memory", "Memory in GB by step", lines={"memory": _pace(pace, "memory_gb")}),
+        Chart(
+            "memory",
+            f"Memory of the first {_measured_place(facts)} in GB by step",
+            lines={"memory": _pace(pace, "memory_gb")},
+        ),
     ]
     if charts[0]:
         del charts[1]
@@ -146,17 +150,13 @@ def requested_and_used(facts: RunFacts) -> str:
     if spent:
         share = f"{max(spent) / (resources.time * 60):.0%}"
         rows.append(["time of the longest attempt", f"{resources.time} min", seconds(max(spent)), share])
-    memory = _largest([job.memory_gb for job in jobs]) or _memory_measured(facts)
+    what, memory = "memory per node, largest task", _largest([job.memory_gb for job in jobs])
+    if memory is None and not _on_gpu(facts):  # there the run measures the memory of the GPU, which nobody requests
+        what, memory = "memory per node, largest process", _memory_measured(facts)
     asked = resources.mem_gb or _largest([job.asked_memory_gb for job in jobs])
     if memory is not None:
-        rows.append(
-            [
-                "memory per node, largest task",
-                f"{asked:.3g} GB" if asked else "the cluster's default",
-                f"{memory:.3g} GB",
-                f"{memory / asked:.0%}" if asked else None,
-            ]
-        )
+        requested = f"{asked:.3g} GB" if asked else "the cluster's default"
+        rows.append([what, requested, f"{memory:.3g} GB", f"{memory / asked:.0%}" if asked else None])
     cpu = sum(job.cpu_s or 0 for job in jobs)
     held = sum(job.elapsed_s * job.cpus for job in jobs)
     if held:
@@ -196,8 +196,19 @@ def _job(job: JobUsage) -> list[Any]:
     ]
 
 
+def _on_gpu(facts: RunFacts) -> bool:
+    device = facts.outcome.device if facts.outcome else None
+    started = (event.get("devices") for event in facts.events if event.get("event") == "attempt_started")
+    return (device or next(started, None) or "cpu") != "cpu"
+
+
+def _measured_place(facts: RunFacts) -> str:
+    """What the worker measures the memory of."""
+    return "GPU" if _on_gpu(facts) else "process"
+
+
 def _memory_measured(facts: RunFacts) -> float | None:
-    """The largest memory that the worker measured, GB."""
+    """The largest memory of a process, or of a GPU, that the worker measured, GB."""
     values = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
     values.append(facts.utilisation.get("peak_memory_gb"))
     return _largest([float(v) for v in values if isinstance(v, int | float)])

@@ -90,7 +90,7 @@ CURVE = (
     {"step": 20, "epoch": 1.0, "loss": 1.0},
     {"step": 20, "epoch": 1.0, "eval_loss": 0.9, "eval_accuracy": 0.5, "eval_f1_per_class": [0.1]},
     {"step": 40, "epoch": 2.0, "loss": 0.7},
-    {"step": 40, "epoch": 2.0, "eval_loss": 0.5, "eval_accuracy": 0.75},
+    {"step": 40, "epoch": 2.0, "eval_loss": 0.5, "eval_accuracy": 0.75, "training_loss": 0.8125},
 )
 
 
@@ -295,7 +295,10 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
     ]
     assert page.names.count("h1") == 1 and page.names.count("html") == page.names.count("main") == 1
     assert ["1", "20", "1.0000", "0.9000", "0.5000"] in page.rows
-    assert ["2", "40", "0.7000", "0.5000", "0.7500"] in page.rows and ["eval_accuracy", "0.7500"] in page.rows
+    assert ["2", "40", "0.8125", "0.5000", "0.7500"] in page.rows, (
+        "the mean since the evaluation before, as the log has it"
+    )
+    assert ["eval_accuracy", "0.7500"] in page.rows
     assert ["outcome", "finished"] in page.rows and ["steps", "40 of 40"] in page.rows
     assert ["2", "0.2200"] in page.rows, "F1 of the second class"
     assert ["2", "2", "6", "0"] in page.rows, "the second row of the confusion matrix"
@@ -756,7 +759,7 @@ def test_attempts_are_marked_and_their_times_are_shown(make_run: MakeRun) -> Non
     assert {"attempt 2", "attempt 3"} <= {text.text for text in loss.iter("text")}
     assert "attempt 3 at step 30" in str(loss.find("desc").text)  # type: ignore[union-attr]
     assert ["7.1", "1:30 min", "10 s", "2 s", "20", "30", "1", "4 s", "0.5 s"] in page.rows
-    assert "Tokens per second by step" in page.source and "Memory in GB by step" in page.source
+    assert "Tokens per second by step" in page.source and "Memory of the first process in GB by step" in page.source
     assert ["torch", "2.13"] in page.rows
     outcome = json.loads(run.outcome_file.read_text())
     used = {"real_token_share": 0.5, "mfu": 0.25, "peak_flops": 2e12, "peak_source": "measured", "peak_memory_gb": 3.5}
@@ -804,7 +807,13 @@ def test_requested_and_used_resources(make_run: MakeRun, tmp_path: Path, monkeyp
     (folder / "sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
     page = Page(write_report(run.path))
     assert "No accounting from Slurm (sacct)" in page.text
-    assert ["memory per node, largest task", "16 GB", "1.5 GB", "9%"] in page.rows, "from the run's own events"
+    assert ["memory per node, largest process", "16 GB", "1.5 GB", "9%"] in page.rows, "from the run's own events"
+    run.record(Outcome.model_validate({**json.loads(run.outcome_file.read_text()), "device": "cuda"}))
+    page = Page(write_report(run.path))
+    assert not any(row[0].startswith("memory per node") for row in page.rows), (
+        "that of a GPU is not what the recipe requests"
+    )
+    assert "Memory of the first GPU in GB by step" in page.source
 
 
 def test_figures_are_files_too(make_run: MakeRun) -> None:
