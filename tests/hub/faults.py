@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["KINDS", "Answer", "Fault", "patience", "refusal"]
 
-KINDS = {"gated", "private", "missing", "rate_limit", "error", "cut", "reset", "stall", "slow"}
+KINDS = {"gated", "private", "missing", "rate_limit", "error", "cut", "reset", "stall"}
 
 
 @dataclass
@@ -24,14 +24,13 @@ class Fault:
           cut, reset  the connection is closed (FIN), or reset (RST), after `after_bytes` of an answer's content; a
                       shorter answer passes and does not count
           stall       like cut, but silent for `seconds` before it closes
-          slow        every answer comes `seconds` late
     """
 
     repo: str
     kind: str
     times: int | None = None  # how often; None: always
     only: str = "*"  # pattern for the file names it concerns; metadata requests have the name ""
-    scope: str = "all"  # "api", "files", "cdn" (the large files' origin; it knows only `error`) or "all"
+    scope: str = "all"  # "api", "files" or "all"
     status: int = 500
     after_bytes: int = 0
     seconds: float = 0.0

@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -23,7 +23,7 @@ __all__ = ["API_VERBS", "OTHER_TOKEN", "TOKEN", "Handler", "Request"]
 TOKEN = "hf_test"  # may read everything
 OTHER_TOKEN = "hf_other"  # a valid account that is on no access list
 
-API_VERBS = {"revision", "tree", "paths-info", "refs", "commits", "auth-check"}
+API_VERBS = {"revision", "tree", "paths-info", "refs", "auth-check"}
 _SHA_LENGTH = 40
 _DATE = "2024-01-01T00:00:00.000Z"  # of every commit: answers are the same on every machine
 
@@ -64,9 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         segments = [unquote(part) for part in url.path.strip("/").split("/")]
         query = parse_qs(url.query)
         try:
-            if segments[0] == "_hub":
-                self._steer(segments[1:], body)
-            elif self.server.origin == "cdn":
+            if self.server.origin == "cdn":
                 self._content(segments)
             elif segments[0] == "api" and len(segments) > 2 and segments[1] in ("models", "datasets"):
                 self._api(segments[1], segments[2:], query, body)
@@ -85,8 +83,6 @@ class Handler(BaseHTTPRequestHandler):
     # -- answers -------------------------------------------------------------------------------------------------
 
     def _record(self, status: int) -> None:
-        if self.path.startswith("/_hub/"):
-            return
         hub = self.server.hub
         with hub._lock:
             hub.requests.append(
@@ -120,8 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes="):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start = int(first) if first else max(0, len(content) - int(last))
-            stop = min(int(last) + 1, len(content)) if first and last else len(content)
+            start, stop = int(first), min(int(last) + 1, len(content)) if last else len(content)
             if start >= len(content):
                 raise Answer(416, None, {"Content-Range": f"bytes */{len(content)}"})
         self._record(206 if wanted else 200)
@@ -161,9 +156,6 @@ class Handler(BaseHTTPRequestHandler):
         repo, asked, rest = hub._find(kind, segments)
         if asked in hub._moved:
             raise Answer(307, None, {"Location": self.path.replace(asked, hub._moved[asked], 1)})
-        slow = hub._strike(asked, scope, name, {"slow"})
-        if slow is not None:
-            time.sleep(slow.seconds)
         if hub._strike(asked, scope, name, {"missing"}):
             raise refusal(404, "RepoNotFound", "Repository not found")
         if token != TOKEN and (repo is None or hub._strike(asked, scope, name, {"private"})):
@@ -210,12 +202,6 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "refs":
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": hub.head(kind, repo.id)}
             raise Answer(200, {"branches": [branch], "tags": [], "converts": []})
-        if verb == "commits":
-            listed = [
-                {"id": sha, "title": folder.name, "message": "", "date": _DATE, "authors": []}
-                for sha, folder in reversed(repo.commits().items())
-            ]
-            raise Answer(200, listed)
         if verb == "tree":
             _, files = self._at(repo, argument[0])
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
@@ -223,12 +209,7 @@ class Handler(BaseHTTPRequestHandler):
             listed = entries(files, below, recursive)
             if below and not listed:
                 raise refusal(404, "EntryNotFound", f"{below} does not exist")
-            first = int(query.get("cursor", ["0"])[0])
-            headers = {}
-            if first + hub.page_size < len(listed):
-                base = f"{self.server.url}{urlsplit(self.path).path}?recursive={recursive}"
-                headers["Link"] = f'<{base}&cursor={first + hub.page_size}>; rel="next"'
-            raise Answer(200, listed[first : first + hub.page_size], headers)
+            raise Answer(200, listed)
         if verb == "paths-info" and self.command == "POST":
             _, files = self._at(repo, argument[0])
             if self.headers.get("Content-Type", "").startswith("application/json"):
@@ -290,22 +271,4 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(404, {"error": f"no content for {asked}"})
         name = "/".join(segments[place + 1 :])
         _, files = self._at(repo, segments[place])
-        if broken := hub._strike(repo.id, "cdn", name, {"error"}):
-            raise Answer(broken.status, {"error": "content network"})
         self._send_file(repo, name, files[name], {"ETag": f'"{files[name].sha256}"'})
-
-    def _steer(self, segments: list[str], body: bytes) -> None:
-        hub = self.server.hub
-        if segments == ["requests"]:
-            raise Answer(200, [asdict(request) for request in hub.requests])
-        if segments[:1] == ["head"] and len(segments) > 2:
-            raise Answer(200, {"sha": hub.head(segments[1], "/".join(segments[2:]))})
-        if self.command == "POST" and segments == ["faults"]:
-            try:
-                raise Answer(200, asdict(hub.fault(**json.loads(body))))
-            except (TypeError, ValueError) as error:
-                raise Answer(400, {"error": str(error)}) from error
-        if self.command == "POST" and segments == ["heal"]:
-            hub.heal()
-            raise Answer(200, {})
-        raise Answer(404, {"error": f"unknown: {'/'.join(segments)}"})

@@ -4,14 +4,8 @@ It serves model and data set repositories, with several commits each, to hugging
 through `HF_ENDPOINT`, records every request, and fails on demand (`HubServer.fault`). Large files (by extension, as on
 the Hub) are redirected to a second origin that stands for the content network.
 
-Standard library only, so that a shell test can run it with any Python, in the root of the repository:
-
-    python -m tests.hub.server ROOT          # prints the endpoint, serves until it is terminated
-
-ROOT holds `models/OWNER/NAME/commits/0001/FILES...`, `datasets/...` likewise; `commits/` are served in sorted order,
-`main` is the last. A repository without an owner is `models/NAME/commits/...`. A running server is steered over HTTP:
-`GET /_hub/requests`, `GET /_hub/head/models/OWNER/NAME` (its commit), `POST /_hub/faults` with
-`{"repo": "OWNER/NAME", "kind": "rate_limit", ...}`, `POST /_hub/heal`.
+Its folder holds `models/OWNER/NAME/commits/0001/FILES...`, `datasets/...` likewise; `commits/` are served in sorted order,
+`main` is the last. A repository without an owner is `models/NAME/commits/...`.
 
 Not covered: uploads, Xet (no answer carries an X-Xet header, so clients use plain HTTP), spaces, search, the data set
 viewer, git. The client maps a bare 401 to RepositoryNotFoundError only over https, so a repository that is hidden says
@@ -20,9 +14,7 @@ viewer, git. The client maps a bare 401 to RepositoryNotFoundError only over htt
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -45,8 +37,8 @@ class Origin(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, hub: HubServer, origin: str, port: int = 0):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, hub: HubServer, origin: str):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.hub, self.origin = hub, origin
         self.open_connections: set[socket.socket] = set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -82,19 +74,17 @@ class HubServer:
     Leaving the block stops it, and raises if the server itself made a mistake (`errors`).
     """
 
-    def __init__(self, root: Path, port: int = 0, page_size: int = 1000):
+    def __init__(self, root: Path):
         self.root = Path(root)
-        self.page_size = page_size  # of tree listings; the Hub's is 1000
         self.tokens = {TOKEN, OTHER_TOKEN}
         self.requests: list[Request] = []
         self.errors: list[str] = []
         self._faults: list[Fault] = []
         self._moved: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._port = port
 
     def __enter__(self) -> HubServer:
-        self._hub = Origin(self, "hub", self._port)
+        self._hub = Origin(self, "hub")
         self._cdn = Origin(self, "cdn")
         for server in (self._hub, self._cdn):
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -171,9 +161,9 @@ class HubServer:
             self._faults.append(fault)
         return fault
 
-    def heal(self, repo: str | None = None) -> None:
+    def heal(self) -> None:
         with self._lock:
-            self._faults = [fault for fault in self._faults if repo is not None and fault.repo != repo]
+            self._faults.clear()
 
     def clear(self) -> None:
         """Forget the recorded requests."""
@@ -195,20 +185,3 @@ class HubServer:
         folder = self.root / kind / repo_id
         repo = Repo(kind, repo_id, folder) if (folder / "commits").is_dir() else None
         return repo, repo_id, segments[named:]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve ROOT as a Hugging Face Hub on the loopback interface.")
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    arguments = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with HubServer(arguments.root, arguments.port) as hub:
-        print(hub.endpoint, flush=True)
-        stop.wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from tests.hub.server import OTHER_TOKEN, TOKEN, HubServer
-from tests.tiny import dataset_card, parquet_bytes, star_names, tiny_model, tiny_reviews
+from tests.tiny import star_names
 from tests.unit.conftest import private_mounts
+from tests.unit.data import stage
 from tests.unit.data.stage import refused, result
+from tests.unit.model_hub.conftest import DATA, MODEL, data_files
 
 from afina.errors import EnvironmentProblem, InputError, SiteError
 from afina.recipe.schema import Recipe
@@ -22,36 +24,6 @@ from afina.run.plan import Plan, make_plan
 from afina.site.settings import Site
 from afina.worker.data import prepared
 from afina.worker.model.model_files import verify_model
-
-MODEL, DATA = "me/tiny", "me/reviews"
-Ran = subprocess.CompletedProcess[str]
-
-
-def data_files(seed: int = 0) -> dict[str, bytes | str | Path]:
-    rows = [{**row, "stars": row["stars"] - 1} for row in tiny_reviews(60, seed)]
-    labels = {"stars": star_names()}
-    return {
-        "README.md": dataset_card(
-            {"default": {"train": "train.parquet", "test": "test.parquet"}},
-            labels,
-            {"text": "string", "rating": "float64"},
-        ),
-        "train.parquet": parquet_bytes(rows[:40]),
-        "test.parquet": parquet_bytes(rows[40:]),
-    }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, model: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        server.add_model(MODEL, model)
-        server.add_dataset(DATA, data_files())
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +49,9 @@ def plan(site: Site, checked: dict[str, bytes]) -> Iterator[Callable[..., Plan]]
     checked.update({path.name: path.read_bytes() for path in pins.glob("checked-*.json")})
 
 
-def prepare(plan: Plan, hub: HubServer, **env: str) -> Ran:
+def prepare(plan: Plan, hub: HubServer, **env: str) -> stage.Ran:
     hub.clear()
-    return subprocess.run(
-        [sys.executable, "-m", "afina.worker", "prepare"],
-        input=plan.to_json(),
-        env={**os.environ, **hub.env(plan.site.cache / "huggingface"), **env},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+    return stage.prepare(plan, env={**hub.env(plan.site.cache / "huggingface"), **env})
 
 
 def test_pinned_fetched_once_and_then_offline(plan: Callable[..., Plan], hub: HubServer, model: Path) -> None:
@@ -116,6 +80,9 @@ def test_a_pin_holds_until_it_is_refreshed(plan: Callable[..., Plan], hub: HubSe
     assert result(ran)["data_commit"] == new != old and "moved from" in ran.stderr
     assert result(ran)["digest"] != first["digest"] and result(ran)["model_commit"] == first["model_commit"]
     assert result(prepare(plan(data={"revision": old}), hub))["digest"] == first["digest"]
+    hub.add_dataset(DATA, data_files(seed=2))
+    hub.fault(DATA, "gated")
+    assert "is gated" in refused(prepare(made, hub, AFINA_REFRESH="1"), EnvironmentProblem.exit_code), "not old rows"
 
 
 def test_a_name_without_an_owner(plan: Callable[..., Plan], hub: HubServer) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.hub.server import HubServer
-from tests.tiny import tiny_model
+from tests.unit.data import stage
 from tests.unit.data.stage import result
-from tests.unit.model_hub.test_prepare_hub import DATA, MODEL, data_files
+from tests.unit.model_hub.conftest import DATA, MODEL
 
 from afina.recipe.schema import Recipe
 from afina.redact import looks_secret, redact
@@ -31,36 +29,16 @@ SECRETS = {
 PASSWORD = "pr0xy-p4ssw0rd"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, model: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        server.tokens.add(HF)
-        server.add_model(MODEL, model)
-        server.add_dataset(DATA, data_files())
-        yield server
-
-
 @pytest.fixture
 def run(site: Site, hub: HubServer, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the stage and searches its files and output."""
+    hub.tokens.add(HF)
 
     def prepare(**env: str) -> subprocess.CompletedProcess[str]:
         data = {"hub": DATA, "text": "text", "label": "stars", "eval": {"split": "test"}}
         spec = {"name": "t", "model": MODEL, "data": data, "tokens": {"max_length": 64}}
         plan: Plan = make_plan(Recipe.model_validate(spec), site)
-        ran = subprocess.run(
-            [sys.executable, "-m", "afina.worker", "prepare"],
-            input=plan.to_json(),
-            env={**os.environ, **SECRETS, **hub.env(site.cache / "huggingface"), **env},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-        )
+        ran = stage.prepare(plan, env={**SECRETS, **hub.env(site.cache / "huggingface"), **env})
         search(tmp_path, ran.stdout, ran.stderr)
         return ran
 
