@@ -5,21 +5,12 @@ Runs the real image as an ordinary user. Not covered here: training in it (tests
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.common import ROOT
+from tests.apptainer.conftest import Apptainer
 
-from afina.version import INTERFACE
-
-Apptainer = Callable[..., subprocess.CompletedProcess[str]]
-
-LOCK = ROOT / "container" / "requirements.txt"
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "submitit", "afina")
 
 
@@ -97,49 +88,3 @@ def test_everything_is_compiled(image: Path, apptainer: Apptainer) -> None:
     compiled = [file for file in files if file.endswith(".pyc")]
     assert len(compiled) > 1000, len(compiled)
     assert [file for file in files if file.endswith(".py")] == []
-
-
-def test_packages_are_those_of_the_lock(image: Path, home: Path, apptainer: Apptainer) -> None:
-    pins = [line.removesuffix(" \\") for line in LOCK.read_text().splitlines() if re.match(r"[a-z]", line)]
-    (home / "pins.json").write_text(json.dumps(pins))
-    # The image's own Python evaluates markers.
-    code = """
-import importlib.metadata, json
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-pins = [Requirement(pin) for pin in json.load(open("pins.json"))]
-wanted = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()}
-there = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
-print(json.dumps({"wanted": wanted, "there": there}))
-"""
-    done = apptainer("exec", image, "python", "-c", code)
-    assert done.returncode == 0, done.stderr
-    wanted, there = (json.loads(done.stdout)[key] for key in ("wanted", "there"))
-    assert len(wanted) > 50
-    assert {name: there.get(name) for name in wanted} == wanted
-    beside = {name for name in there.keys() - wanted.keys() if not re.match(r"nvidia-|cuda-|triton$", name)}
-    assert beside <= {"afina", "torch", "pip", "setuptools"}
-
-
-def test_labels_say_what_it_is(image: Path, apptainer: Apptainer) -> None:
-    done = apptainer("inspect", "--json", "--labels", image)
-    assert done.returncode == 0, done.stderr
-    labels = json.loads(done.stdout)["data"]["attributes"]["labels"]
-    torch = apptainer("exec", image, "python", "-c", "import torch; print(torch.__version__)").stdout.strip()
-    project = dict(re.findall(r'^(\w+) = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M))
-    assert labels["org.opencontainers.image.title"] == "afina"
-    assert labels["org.opencontainers.image.version"] == project["version"]
-    assert labels["org.opencontainers.image.licenses"] == project["license"]
-    assert labels["org.opencontainers.image.revision"]
-    assert labels["afina.interface"] == str(INTERFACE)
-    assert labels["afina.torch"] == torch
-    assert labels["afina.lock"] == hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]
-
-
-def test_nothing_of_the_build_machine_is_left(image: Path, apptainer: Apptainer) -> None:
-    listing = apptainer(
-        "exec", image, "sh", "-c", "ls -A /mnt /opt /root/.cache /opt/afina/pip.conf /etc/pip.conf 2>/dev/null; true"
-    )
-    assert listing.stdout.split() == ["/mnt:", "/opt:", "afina"]
-    settings = apptainer("exec", image, "python", "-m", "pip", "config", "list")
-    assert (settings.returncode, settings.stdout.strip()) == (0, "")

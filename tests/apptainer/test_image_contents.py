@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests import tiny
+from tests.apptainer.conftest import Apptainer
 from tests.common import ROOT, program
 
 from afina.site.image import check_fit, read_image, summary
-
-Apptainer = Callable[..., subprocess.CompletedProcess[str]]
+from afina.version import INTERFACE
 
 LOCK = (ROOT / "container/requirements.txt").read_text()
 
 
 def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
-    about = summary(read_image(image))
+    about, labels = summary(read_image(image)), read_image(image).labels
     code = "import json, platform, torch; print(json.dumps([torch.__version__, torch.version.cuda, platform.python_version()]))"
     done = apptainer("exec", image, "python", "-c", code)
     assert done.returncode == 0, done.stderr
@@ -32,6 +32,11 @@ def test_labels_are_what_is_inside(image: Path, apptainer: Apptainer) -> None:
     assert about["base"] and about["base_digest"]
     assert [f.level for f in check_fit(read_image(image)) if f.check == "version"] == ["ok"]
     assert read_image(image).declared_bytes == image.stat().st_size
+    project = dict(re.findall(r'^(\w+) = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M))
+    standing = [labels[f"org.opencontainers.image.{name}"] for name in ("title", "version", "licenses")]
+    assert standing == ["afina", project["version"], project["license"]]
+    assert labels["org.opencontainers.image.revision"] and labels["afina.interface"] == str(INTERFACE)
+    assert labels["afina.lock"] == hashlib.sha256(LOCK.encode()).hexdigest()[:16]
 
 
 def test_image_info_inside_and_outside_agree(image: Path, apptainer: Apptainer) -> None:
@@ -58,25 +63,38 @@ def test_a_run_in_the_image_is_the_run_outside(image: Path, home: Path, apptaine
     assert (home / "inside/metrics.jsonl").read_bytes() == (home / "outside/metrics.jsonl").read_bytes()
 
 
-def test_the_list_of_packages_is_the_lock(image: Path, apptainer: Apptainer) -> None:
-    """Every installed package is pinned in the lock, which is in the image with its hashes; licences; Debian's packages."""
+def test_packages_are_those_of_the_lock(image: Path, home: Path, apptainer: Apptainer) -> None:
+    """What is installed, the list of it in the image and beside it; the lock with its hashes; licences; Debian's packages."""
+    pins = [line.removesuffix(" \\") for line in LOCK.splitlines() if re.match(r"[a-z]", line)]
+    (home / "pins.json").write_text(json.dumps(pins))
+    # The image's own Python evaluates markers.
+    code = """
+import importlib.metadata, json
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+pins = [Requirement(pin) for pin in json.load(open("pins.json"))]
+wanted = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins if not pin.marker or pin.marker.evaluate()}
+there = {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
+print(json.dumps([wanted, there]))
+"""
+    done = apptainer("exec", image, "python", "-c", code)
+    assert done.returncode == 0, done.stderr
+    wanted, there = json.loads(done.stdout)
+    assert len(wanted) > 50 and {name: there.get(name) for name in wanted} == wanted
+    assert all(
+        re.fullmatch(r"afina|pip|setuptools|torch|triton|nvidia-.*|cuda-.*", name)
+        for name in there.keys() - wanted.keys()
+    )
     inside, lock, debian = (
         apptainer("exec", image, "cat", f"/opt/afina/{name}").stdout
         for name in ("packages.json", "requirements.txt", "debian.txt")
     )
     beside = image.with_name(image.name + ".packages.json")
     assert not beside.exists() or beside.read_text() == inside
-    packages = {re.sub(r"[-_.]+", "-", about["name"]).lower(): about for about in json.loads(inside)}
     assert lock == LOCK
     assert len(debian.splitlines()) > 50 and "libc6" in debian
-    # One package may be pinned to several versions, each for other Pythons or machines.
-    pins = set(re.findall(r"^([a-z0-9-]+)==([\w.]+)", LOCK, re.M))
-    installed = {(name, about["version"]) for name, about in packages.items()}
-    unpinned = {name for name, _ in installed - pins}
-    assert len(installed & pins) > 50
-    assert all(re.fullmatch(r"afina|pip|setuptools|torch|triton|nvidia-.*|cuda-.*", name) for name in unpinned), (
-        unpinned
-    )
+    packages = {re.sub(r"[-_.]+", "-", about["name"]).lower(): about for about in json.loads(inside)}
+    assert {name: about["version"] for name, about in packages.items()} == there
     for name, about in packages.items():
         assert about.get("license_expression") or about.get("license") or "License ::" in str(about["classifier"]), name
 
@@ -95,9 +113,12 @@ print(json.dumps([sorted(flags), left, (site / "torch/test").exists()]))
     assert json.loads(done.stdout) == [["01000000"], [], False]
 
 
-def test_no_log_and_no_cache_is_left(image: Path, apptainer: Apptainer) -> None:
-    done = apptainer("exec", image, "sh", "-c", "ls -d /var/log/dpkg.log /var/log/apt /root/.cache /var/cache/ldconfig/aux-cache /opt/afina-source 2>/dev/null; find / -xdev -name .git 2>/dev/null; true")  # fmt: skip
-    assert done.stdout == ""
+def test_nothing_of_the_build_is_left(image: Path, apptainer: Apptainer) -> None:
+    """No log, no cache, no source, and none of the settings of the machine that built it."""
+    done = apptainer("exec", image, "sh", "-c", "ls -d /var/log/dpkg.log /var/log/apt /root/.cache /var/cache/ldconfig/aux-cache /opt/afina-source /opt/afina/pip.conf /etc/pip.conf 2>/dev/null; find / -xdev -name .git 2>/dev/null; ls -A /mnt /opt")  # fmt: skip
+    assert done.stdout.split() == ["/mnt:", "/opt:", "afina"]
+    settings = apptainer("exec", image, "python", "-m", "pip", "config", "list")
+    assert (settings.returncode, settings.stdout.strip()) == (0, "")
 
 
 # -- afina image verify ------------------------------------------------------------------------------------------------
