@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import socket
 import subprocess
@@ -55,46 +56,13 @@ class RegistryServer:
     def _certificate(self) -> dict[str, str]:
         """An authority, and a certificate and key of localhost that it signed."""
         key, certificate = self.folder / "key.pem", self.folder / "certificate.pem"
-        make = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "9",
-        ]
-        of_authority = [
-            "-subj",
-            "/CN=afina test authority",
-            "-keyout",
-            str(self.folder / "ca.key"),
-            "-out",
-            str(self.authority),
-        ]
-        signed = [
-            "-CA",
-            str(self.authority),
-            "-CAkey",
-            str(self.folder / "ca.key"),
-            "-addext",
-            "subjectAltName=DNS:localhost",
-        ]
-        of_server = [
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "basicConstraints=CA:FALSE",
-            "-keyout",
-            str(key),
-            "-out",
-            str(certificate),
-        ]
-        subprocess.run([*make, *of_authority], check=True, capture_output=True)
-        subprocess.run([*make, *signed, *of_server], check=True, capture_output=True)
+        words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9"
+        make, ca_key = shlex.split(words), self.folder / "ca.key"
+        own = ["-subj", "/CN=afina test authority", "-keyout", ca_key, "-out", self.authority]
+        subprocess.run([*make, *own], check=True, capture_output=True)
+        signed = ["-CA", self.authority, "-CAkey", ca_key, "-addext", "subjectAltName=DNS:localhost"]
+        server = ["-subj", "/CN=localhost", "-addext", "basicConstraints=CA:FALSE", "-keyout", key, "-out", certificate]
+        subprocess.run([*make, *signed, *server], check=True, capture_output=True)
         return {"certificate": str(certificate), "key": str(key)}
 
     def start(self) -> None:

@@ -11,13 +11,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster import Cluster
 from tests.common import ROOT, program
+from tests.processes import wait_until
 
 from afina.recipe.schema import Recipe
 from afina.run.commands import job_scripts, sbatch_argv
@@ -137,15 +137,22 @@ LOST = 'echo "sbatch: error: Batch job submission failed: Socket timed out on se
 
 
 class ScriptedRun:
-    """A claimed run of the ordinary user, whose worker is `WORKER`."""
+    """A claimed run of the ordinary user, whose worker is a script; a site and resources as they are given."""
 
-    def __init__(self, cluster: Cluster, folder: Path, python: Path, site: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        python: Path,
+        site: dict[str, Any],
+        worker: str = WORKER,
+        **resources: Any,
+    ) -> None:
         self.cluster, self.folder = cluster, folder
         (folder / "scratch/runs").mkdir(parents=True)
-        (folder / "worker.sh").write_text(WORKER)
-        self.plan: Plan = make_plan(
-            write_recipe(folder, "other", gpus_per_node=0), Site(scratch=folder / "scratch", **site)
-        )
+        (folder / "worker.sh").write_text(worker)
+        recipe = write_recipe(folder, "other", **{"gpus_per_node": 0, **resources})
+        self.plan: Plan = make_plan(recipe, Site(scratch=folder / "scratch", **site))
         self.env = {"AFINA_SCRATCH": str(folder / "scratch"), "AFINA_RUNTIME": "none", "PYTHON": str(python)}
         self.claim(["bash", str(folder / "worker.sh"), "launch", "{run}"])
 
@@ -174,15 +181,12 @@ class ScriptedRun:
         return [int(line["job_id"].partition(";")[0]) for line in self.run.lines("submissions.jsonl")]
 
     def next_job(self, known: int) -> int:
-        for _ in range(300):
-            if len(jobs := self.jobs()) > known:
-                return jobs[known]
-            time.sleep(0.1)
-        raise AssertionError(self.logs())
+        wait_until(lambda: len(self.jobs()) > known, failure=self.logs)
+        return self.jobs()[known]
 
     def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.path.glob("slurm-*.out")))
 
-    def environment(self, job: int) -> dict[str, str]:
-        text = (self.run.path / f"env.{job}.0.0").read_text(errors="replace")
+    def environment(self, job: int, restart: int = 0, node: int = 0) -> dict[str, str]:
+        text = (self.run.path / f"env.{job}.{restart}.{node}").read_text(errors="replace")
         return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)

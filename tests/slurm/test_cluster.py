@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, ClusterError
+from tests.processes import alive, wait_until
 
 SRUN = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
 
@@ -21,19 +22,8 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for_lines(path: Path, count: int, timeout: float = 20) -> list[str]:
-    deadline = time.monotonic() + timeout
-    while len(found := lines(path)) < count:
-        assert time.monotonic() < deadline, f"{path.name} holds {found}, not {count} lines, after {timeout:g} s"
-        time.sleep(0.1)
-    return found
-
-
-def gone(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+def wait_for_lines(path: Path, count: int) -> list[str]:
+    return wait_until(lambda: len(lines(path)) >= count and lines(path), 20, failure=lambda: f"{path}: {lines(path)}")
 
 
 def test_two_nodes_run_two_tasks_as_the_ordinary_user(cluster: Cluster) -> None:
@@ -75,7 +65,7 @@ def test_a_node_that_loses_power_gives_its_job_back(cluster: Cluster, folder: Pa
     (pid,) = wait_for_lines(folder / "attempts", 1)
     cluster.fail_node("n2")
     try:
-        assert gone(pid)
+        assert not alive(int(pid))
         assert cluster.node_state("n2").startswith("down")
         with pytest.raises(ClusterError, match="not running"):
             cluster.kill_slurmd("n2")
@@ -111,10 +101,10 @@ def test_what_a_signal_reaches(cluster: Cluster, tracker: str, folder: Path) -> 
     wait_for_lines(folder / "term", len(reached))
     time.sleep(1)
     assert set(lines(folder / "term")) == reached
-    assert not any(map(gone, pids.values()))
+    assert all(map(alive, map(int, pids.values())))
     cluster.run_as_user(["scancel", "--signal=KILL", f"{job}.0"], check=True)
     assert cluster.wait(job) == "FAILED"
-    survivors = {name for name, pid in pids.items() if not gone(pid)}
+    survivors = {name for name, pid in pids.items() if alive(int(pid))}
     assert survivors == {"linuxproc": {"orphan"}, "cgroup": set()}[tracker]
     for name in survivors:
         os.kill(int(pids[name]), signal.SIGKILL)
@@ -139,14 +129,14 @@ def test_a_second_cluster_comes_up_after_an_unclean_end_and_leaves_nothing(
     for daemon in other.daemon_pids().values():
         os.kill(daemon, signal.SIGKILL)
     with Cluster(other.state, accounting=False, proctrack=cluster.proctrack) as again:
-        assert gone(pid)
+        assert not alive(int(pid))
         assert not os.path.ismount(mount)
         assert again.run_as_user([*SRUN, "-N2", "echo", "up"], check=True).stdout.split() == ["up", "up"]
         pids = again.daemon_pids()
         assert set(pids) == {"munged", "slurmctld", "slurmd-n1", "slurmd-n2"}
-    assert all(gone(str(number)) for number in pids.values())
+    assert not any(map(alive, pids.values()))
     assert not again.daemon_pids()
     again.down()
-    assert not gone(bystander_pid)
+    assert alive(int(bystander_pid))
     (folder / "stop").touch()
     assert cluster.wait(bystander) == "COMPLETED"

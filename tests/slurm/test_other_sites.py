@@ -15,6 +15,7 @@ import pytest
 from cluster import Cluster
 from projects import LOST, ScriptedRun, give_to_user
 from tests.common import program
+from tests.processes import wait_until
 
 from afina.errors import InputError, SlurmError
 from afina.run.commands import container_argv, job_scripts, sbatch_argv
@@ -279,10 +280,7 @@ def test_one_task_of_a_prediction_is_requeued_alone(cluster: Cluster, folder: Pa
         "--array=0-1", "--time=5", "--output=log-%a", parts / "predict.sbatch", str(parts), "2", cwd=folder
     )
     starts = parts / "starts"
-    for _ in range(300):
-        if starts.exists() and len(starts.read_text().splitlines()) == 2:
-            break
-        time.sleep(0.1)
+    wait_until(lambda: starts.exists() and len(starts.read_text().splitlines()) == 2)
     cluster.run_as_user(["scancel", "--batch", "--signal=USR1", f"{array}_1"], check=True)
     assert cluster.wait(f"{array}_1", restarts=1) == "COMPLETED"
     assert cluster.job(f"{array}_0")["JobState"] == "RUNNING", "its sibling works on"

@@ -5,7 +5,6 @@ one that finds entities, and of an ensemble whose folder was moved.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
+from tests.processes import wait_until
 from tests.unit.prediction.test_ensemble import finished_run
 
 import afina
@@ -34,11 +34,8 @@ def place(cluster: Cluster, image: Path) -> Iterator[Path]:
 
 
 def _ended(cluster: Cluster, job: str) -> None:
-    for _ in range(480):
-        if not cluster.run_as_user(["squeue", "--noheader", "--job", job]).stdout.strip():
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"job {job} has not ended\n{cluster.diagnose()}")
+    argv = ["squeue", "--noheader", "--job", job]
+    wait_until(lambda: not cluster.run_as_user(argv).stdout.strip(), 240, pause_s=0.5, failure=cluster.diagnose)
 
 
 @pytest.mark.timeout(900)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from tests.common import ROOT
+from tests.processes import wait_until
 
 #: Records signals; once the file `go` exists it imports modules it has not read yet.
 WORKER = """
@@ -68,11 +68,8 @@ class Step:
         self.until(file.exists)
         return json.loads(file.read_text())
 
-    def until(self, reached: Callable[[], bool], timeout: float = 60) -> None:
-        deadline = time.monotonic() + timeout
-        while not reached():
-            assert time.monotonic() < deadline, (self.folder / "out").read_text()
-            time.sleep(0.1)
+    def until(self, reached: Callable[[], bool]) -> None:
+        wait_until(reached, 60, failure=lambda: (self.folder / "out").read_text())
 
     def start(self) -> int:
         """Start a job and wait until its worker runs in the image that node.sh has mounted."""

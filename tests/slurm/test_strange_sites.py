@@ -11,6 +11,7 @@ import pytest
 from cluster import Cluster
 from projects import LOST, ScriptedRun
 from tests.common import program
+from tests.processes import wait_until
 
 from afina.errors import SlurmError
 from afina.run.commands import sbatch_argv
@@ -30,11 +31,8 @@ def lead(made: ScriptedRun, monkeypatch: pytest.MonkeyPatch, **env: str) -> None
         monkeypatch.setenv(name, value)
 
 
-def until(reached: Callable[[], bool], made: ScriptedRun, seconds: float = 60) -> None:
-    ends = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < ends, (summary_of(made.run.path), made.logs())
-        time.sleep(0.3)
+def until(reached: Callable[[], bool], made: ScriptedRun) -> None:
+    wait_until(reached, 60, pause_s=0.3, failure=lambda: f"{summary_of(made.run.path)}\n{made.logs()}")
 
 
 def test_wrappers_that_greet(cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch) -> None:

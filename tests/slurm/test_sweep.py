@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cluster import Cluster
 from projects import give_to_user, project_folder
 from tests import tiny
 from tests.common import LONG
+from tests.processes import wait_until
 
 RECIPE = tiny.recipe(
     name="sweep it's $(touch never)",
@@ -48,13 +48,6 @@ def afina(cluster: Cluster, place: Path, host: Path) -> Callable[..., dict[str, 
     return run
 
 
-def _wait(reached: Callable[[], bool], what: str, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.25)
-
-
 def _events(run: Path, kind: str) -> list[dict[str, Any]]:
     try:
         lines = (run / "events.jsonl").read_text().splitlines()
@@ -76,7 +69,7 @@ def test_the_same_command_repairs_a_sweep_with_a_killed_run_and_a_failed_node(
     (array,) = first["jobs"]
     jobs = [f"{array}_{task}" for task in range(4)]
     for run in runs:
-        _wait(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), f"{run} saved nothing")  # type: ignore[misc]
+        wait_until(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), 180, failure=f"{run} saved nothing")  # type: ignore[misc]
 
     # The process that trains, of the task whose job id is the array's: its shell requeues this task and no other.
     last = next(task for task in range(4) if cluster.job(jobs[task])["JobId"] == array)
@@ -84,7 +77,9 @@ def test_the_same_command_repairs_a_sweep_with_a_killed_run_and_a_failed_node(
     # A whole run, its shell included: nothing can requeue it.
     lost = next(task for task in range(4) if task != last)
     cluster.run_as_user(["scancel", "--signal=KILL", "--batch", jobs[lost]], check=True)
-    _wait(lambda: int(cluster.job(jobs[last])["Restarts"]) == 1, "the killed rank's task was not requeued")
+    wait_until(
+        lambda: int(cluster.job(jobs[last])["Restarts"]) == 1, 180, failure="the killed rank's task was not requeued"
+    )
     assert [cluster.job(job)["Restarts"] for job in jobs] == ["1" if task == last else "0" for task in range(4)]
     cluster.wait(jobs[lost], timeout=60)
     node = cluster.job(jobs[next(task for task in range(4) if task not in (last, lost))])["NodeList"]
@@ -146,7 +141,7 @@ def test_a_pruned_trial_frees_its_slot_and_stays_pruned_when_it_is_killed(
     first = afina(*command)
     runs = [Path(first["sweep"]) / f"runs/trial-{n:03}" for n in range(8)]
     (array,) = first["jobs"]
-    _wait(lambda: bool(_events(runs[6], "stopped_early")), "trial 6 was not pruned", 600)
+    wait_until(lambda: bool(_events(runs[6], "stopped_early")), 600, failure="trial 6 was not pruned")
     # Between its decision and its end: the next attempt has the decision from the checkpoint, or makes it again.
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {re.escape(str(runs[6]))}"], check=True)
     table = afina(*command, "--wait")
@@ -183,7 +178,7 @@ def test_the_same_command_repairs_folds_and_every_row_is_predicted_once_in_each_
     (array,) = first["jobs"]
     assert len(runs) == 10
     for run in runs[:2]:
-        _wait(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), f"{run} saved nothing")  # type: ignore[misc]
+        wait_until(lambda run=run: any(run.glob("checkpoints/*/manifest.json")), 180, failure=f"{run} saved nothing")  # type: ignore[misc]
     cluster.run_as_user(["scancel", "--signal=KILL", "--batch", f"{array}_0"], check=True)
     cluster.wait(f"{array}_0", timeout=60)
     node = cluster.job(f"{array}_1")["NodeList"]

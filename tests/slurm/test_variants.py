@@ -6,22 +6,19 @@ script and the command line of a real submission.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster
-from projects import give_to_user, write_recipe
+from projects import ScriptedRun
 from tests.common import ROOT
 
-from afina.run.commands import job_scripts, sbatch_argv
-from afina.run.new_run import claim
-from afina.run.plan import Plan, make_plan
-from afina.site.settings import Site
+from afina.run.commands import sbatch_argv
 
 #: `bash worker.sh COMMAND RUN …`, as `python -m afina.worker COMMAND RUN …` would be called: launch on each node, finish at the end.
 WORKER = """
@@ -40,76 +37,28 @@ esac
 """
 
 #: What the batch script calls, Slurm's commands apart.
-TOOLS = [
-    "bash",
-    "cat",
-    "cut",
-    "date",
-    "dirname",
-    "env",
-    "grep",
-    "hostname",
-    "mkdir",
-    "mv",
-    "rm",
-    "sed",
-    "sleep",
-    "tail",
-    "touch",
-    "tr",
-    "srun",
-    "sbatch",
-    "squeue",
-]
+TOOLS = "bash cat cut date dirname env grep hostname mkdir mv rm sed sleep tail touch tr srun sbatch squeue"
 
 
-class Variant:
-    """A folder of the ordinary user with a claimed run of a special site."""
-
-    def __init__(self, cluster: Cluster, folder: Path, site: dict[str, Any], resources: dict[str, Any]) -> None:
-        self.cluster, self.folder = cluster, folder
-        (folder / "scratch").mkdir()
-        (folder / "worker.sh").write_text(WORKER)
-        self.plan: Plan = make_plan(
-            write_recipe(folder, "variant", **resources), Site(scratch=folder / "scratch", **site)
-        )
-        argv = ["bash", str(folder / "worker.sh"), "launch", "{run}"]
-        self.run = claim(self.plan, {}, argv, "", folder / "run it's", scripts=job_scripts())
-        give_to_user(folder, cluster)
-
-    def submit(self, **env: str) -> int:
-        argv = sbatch_argv(self.plan, self.run.path)
-        given = {"AFINA_SCRATCH": str(self.folder / "scratch"), "AFINA_RUNTIME": "none", **env}
-        return int(self.cluster.run_as_user(argv, env=given, cwd=self.folder, check=True).stdout.split(";")[0])
+class Variant(ScriptedRun):
+    """A run of a special site, whose attempts stop once."""
 
     def log(self, job: int) -> str:
         return (self.run.path / f"slurm-{job}.out").read_text()
 
-    def environment(self, attempt: str, node: int = 0) -> dict[str, str]:
-        text = (self.run.path / f"env.{attempt}.{node}").read_text()
-        return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
-
-    def next_job(self, first: int) -> int:
+    def resumed_by(self, first: int) -> int:
         """The job that resumed the run, submitted by the first one."""
         self.cluster.wait(first)
-        lines = list(self.run.lines("submissions.jsonl"))
-        assert [line["via"] for line in lines] == ["resubmit"], self.log(first)
-        job = int(lines[0]["job_id"])
+        assert [line["via"] for line in self.run.lines("submissions.jsonl")] == ["resubmit"], self.log(first)
+        (job,) = self.jobs()
         assert self.cluster.wait(job) == "COMPLETED", self.log(job)
         return job
 
 
 @pytest.fixture
-def variant(cluster: Cluster, folder: Path) -> Iterator[Callable[..., Variant]]:
-    yield lambda site, **resources: Variant(cluster, folder, site, resources)
+def variant(cluster: Cluster, folder: Path, host: Path) -> Iterator[Callable[..., Variant]]:
+    yield lambda site, **resources: Variant(cluster, folder, host / "python", site, WORKER, **resources)
     cluster.cancel_all()
-
-
-@pytest.fixture
-def no_requeue(cluster: Cluster) -> Iterator[None]:
-    cluster.restart(job_requeue=0)
-    yield
-    cluster.restart(job_requeue=1)
 
 
 @pytest.mark.timeout(180)
@@ -120,14 +69,10 @@ def test_gpus_in_either_spelling_come_back_after_a_requeue(
     made = variant({"gpu_request": request_}, nodes=2, gpus_per_node=2)
     job = made.submit()
     assert cluster.wait(job, restarts=1) == "COMPLETED", made.log(job)
-    for attempt in (f"{job}.0", f"{job}.1"):
-        for node in (0, 1):
-            seen = made.environment(attempt, node)
-            assert (seen["SLURM_GPUS_ON_NODE"], seen["CUDA_VISIBLE_DEVICES"], seen["AFINA_NODES"].split()) == (
-                "2",
-                "0,1",
-                ["n1", "n2"],
-            )
+    for restart, node in itertools.product((0, 1), (0, 1)):
+        seen = made.environment(job, restart, node)
+        assert (seen["SLURM_GPUS_ON_NODE"], seen["CUDA_VISIBLE_DEVICES"]) == ("2", "0,1")
+        assert seen["AFINA_NODES"].split() == ["n1", "n2"]
 
 
 @pytest.mark.timeout(180)
@@ -140,7 +85,7 @@ def test_a_type_of_gpu_and_no_requeue(cluster: Cluster, variant: Callable[..., V
         made = variant(site, gpus_per_node=2, mem_gb=1)
         assert "#SBATCH --requeue" not in (made.run.path / "finetune.sbatch").read_text()
         first = made.submit(AFINA_SBATCH_EXTRA="\n".join(extra), AFINA_SBATCH_OMIT="requeue,mem")
-        second = made.next_job(first)
+        second = made.resumed_by(first)
         assert "no requeue" in made.log(first) and "disabled" in made.log(first)
         for job in (first, second):
             about = cluster.job(job)
@@ -148,7 +93,7 @@ def test_a_type_of_gpu_and_no_requeue(cluster: Cluster, variant: Callable[..., V
             assert about["Comment"].partition(" afina:")[0] == extra[0][10:], about
             assert about["TresPerNode"].replace("/", ":") == "gres:gpu:a100:2", about
             assert about.get("MinMemoryNode", "0") == "0", about
-            assert made.environment(f"{job}.0")["SLURM_GPUS_ON_NODE"] == "2"
+            assert made.environment(job)["SLURM_GPUS_ON_NODE"] == "2"
     finally:
         cluster.restart(job_requeue=1, gpu_type="")
 
@@ -158,13 +103,13 @@ def test_no_scontrol_on_the_nodes(cluster: Cluster, variant: Callable[..., Varia
     made = variant({}, nodes=2, gpus_per_node=1)
     tools = made.folder / "bin"
     tools.mkdir()
-    for name in TOOLS:
+    for name in TOOLS.split():
         (tools / name).symlink_to(str(shutil.which(name)))
     first = made.submit(PATH=str(tools))
-    second = made.next_job(first)
+    second = made.resumed_by(first)
     assert "scontrol: command not found" in made.log(first)
     for job in (first, second):
-        seen = made.environment(f"{job}.0", 1)
+        seen = made.environment(job, node=1)
         assert (seen["AFINA_NODES"].split(), seen["AFINA_HEAD"]) == (["n1", "n2"], "n1")
         assert seen["SLURM_GPUS_ON_NODE"] == "1"
 
@@ -175,17 +120,16 @@ def test_nothing_of_slurm_on_the_nodes_but_srun(cluster: Cluster, variant: Calla
     made = variant({}, gpus_per_node=0)
     tools = made.folder / "bin"
     tools.mkdir()
-    for name in TOOLS:
+    for name in TOOLS.split():
         if name not in ("sbatch", "squeue"):
             (tools / name).symlink_to(str(shutil.which(name)))
     # sbatch itself is found by the submission's own PATH, which is the job's too: by its whole name, then.
     argv = [str(shutil.which("sbatch")), *sbatch_argv(made.plan, made.run.path)[1:]]
     argv[argv.index("--export=ALL")] += f",PATH={tools}"
-    given = {"AFINA_SCRATCH": str(made.folder / "scratch"), "AFINA_RUNTIME": "none"}
-    job = int(cluster.run_as_user(argv, env=given, cwd=made.folder, check=True).stdout.split(";")[0])
+    job = int(cluster.run_as_user(argv, env=made.env, cwd=made.folder, check=True).stdout.split(";")[0])
     assert cluster.wait(job) == "FAILED"
     assert "continue with: sbatch" in made.log(job)
-    seen = made.environment(f"{job}.0")
+    seen = made.environment(job)
     # From Slurm 23.02 on the job knows its end without asking.
     assert seen["AFINA_DEADLINE"] == seen.get("SLURM_JOB_END_TIME", "")
 
@@ -214,6 +158,6 @@ def test_the_folder_of_a_copy_is_bound(cluster: Cluster, variant: Callable[..., 
     made = variant({"stage": "1"}, gpus_per_node=0)
     job = made.submit(AFINA_STAGE="1", TMPDIR=str(made.folder), APPTAINER_BIND="/opt")
     assert cluster.wait(job, restarts=1) == "COMPLETED", made.log(job)
-    seen = made.environment(f"{job}.0")
+    seen = made.environment(job)
     assert (seen["AFINA_STAGE"], seen["APPTAINER_BIND"]) == (str(made.folder), f"/opt,{made.folder}")
     assert os.environ.get("AFINA_STAGE") is None

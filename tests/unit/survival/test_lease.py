@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import pytest
+from tests.processes import wait_until
 
 from afina.errors import ClaimedError
 from afina.processes import Process, boot_id
@@ -122,8 +123,5 @@ def test_an_attempt_that_was_presumed_dead_notices(run: RunDir, monkeypatch: pyt
     lease = Lease(run, "1.0")
     lease.take()
     _elsewhere(run, attempt="2.0")
-    deadline = time.monotonic() + 20
-    while not lease.lost:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: lease.lost, 20, pause_s=0.02)
     assert json.loads((run.path / "lease.json").read_text())["attempt"] == "2.0"
