@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import wait_until
 
 from afina.errors import AfinaError, EnvironmentProblem, Failure
 from afina.processes import start_time
@@ -66,13 +67,6 @@ def start(**question: Any) -> subprocess.Popen[str]:
 def pid_in(path: Path) -> int:
     wait_until(path.exists)
     return int(path.read_text())
-
-
-def wait_until(what: Any) -> None:
-    began = time.monotonic()
-    while not what():
-        assert time.monotonic() - began < 20
-        time.sleep(0.02)
 
 
 def test_an_answer_and_what_is_reported_before_it() -> None:
