@@ -52,3 +52,10 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program(folder, name, "exit 1\n")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return tmp_path / "queue"
+
+
+#: A worker that stops when it is asked to, as a training does, and records that it did.
+STOPS = """
+echo up; for i in {1..400}; do [ ! -e "$1/stop" ] || break; sleep 0.05; done
+printf '{"outcome": "stopped", "exit_code": 75, "attempt": "%s", "cause": "asked"}' "$AFINA_ATTEMPT" >"$1/outcome.json"; exit 75
+"""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests import tiny
 from tests.processes import wait_until
-from tests.unit.api.test_waiting import STOPS
+from tests.unit.api.conftest import STOPS
 
 import afina
 from afina.errors import InputError

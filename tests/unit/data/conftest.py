@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,6 @@ def plan(
 
     yield make
     check_records.update({path.name: path.read_bytes() for path in pins.glob("checked-*.json")})
+
+
+SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))

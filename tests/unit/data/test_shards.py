@@ -1,43 +1,29 @@
-"""Large data: memory stays flat, any number of threads gives the same bytes, and a killed prepare resumes from its shards."""
+"""Token shards: splits made of them are those of one call of the tokenizer; a missing or damaged one is made again."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
 import random
-import re
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tests.tiny import tiny_reviews, write_csv, write_jsonl, write_parquet
-from tests.unit.conftest import tree
-from tests.unit.data.stage import finished, leftovers, result, start
+from tests.unit.data.conftest import SEED
 
 from afina.errors import DataError
 from afina.recipe.keys.train_keys import Tokens
 from afina.recipe.schema import Recipe
-from afina.run.plan import Plan
 from afina.worker.data.splits.build_splits import build_splits
 from afina.worker.data.tables.data_table import DataSource
 from afina.worker.data.tokens import shards, tokenise, write_split
 from afina.worker.data.tokens.encode import Encoder
 from afina.worker.data.tokens.shards import ShardFolder, ShardMissing
 from afina.worker.model.tokenizer import load_tokenizer
-from afina.worker.progress import Progress
-
-#: Read before the test environment forgets them.
-KILLS = max(1, int(os.environ.get("AFINA_TEST_KILLS", "8")) // 8)
-SEED = int(os.environ.get("AFINA_TEST_SEED", str(random.SystemRandom().randrange(1 << 30))))
 
 Making = Callable[..., tokenise.Tokenising]
 
@@ -73,7 +59,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afina.worker.data.tokens.write_split._BLOCK_BYTES", 3000)
 
 
-# -- splits -----------------------------------------------------------------------------------------------------------
+# -- splits ------------------------------------------------------------------------------------------------------------
+
 
 PARTS = {"train": {"fraction": 0.6, "sample": 150}, "eval": {"fraction": 0.2}, "test": {"fraction": 0.2, "sample": 31}}
 
@@ -183,7 +170,7 @@ def test_texts_are_the_same_when_they_are_read_again(tmp_path: Path) -> None:
             source.read(["label"], ["text"])
 
 
-# -- shards -----------------------------------------------------------------------------------------------------------
+# -- shards ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_or_damaged_shard_is_made_again(making: Making, tmp_path: Path, small: None) -> None:
@@ -246,101 +233,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(making: Making, tmp_pat
         assert error.value.remedy
 
 
-# -- killed -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plan(plan: Callable[..., Plan], tmp_path: Path) -> Plan:
-    path = write_csv(tmp_path / "it's big.csv", tiny_reviews(12_000))
-    splits = {"train": {"fraction": 0.8, "sample": 9000}, "eval": {"fraction": 0.2}}
-    return plan(None, {"files": {"all": str(path)}, **splits}, tokens={"max_length": 24})
-
-
-def shard_files(plan: Plan) -> list[Path]:
-    return sorted(tokenise.shards_folder(plan).glob("*/*.npz"))
-
-
-@pytest.mark.slow
-def test_a_prepare_that_is_killed_repeatedly_gives_the_same_bytes(plan: Plan) -> None:
-    print(f"AFINA_TEST_SEED={SEED}")
-    chance = random.Random(SEED)
-    final = Path(result(finished(start(plan, RAYON_NUM_THREADS="1")))["prepared"])
-    undisturbed = tree(final)
-    assert shard_files(plan) == [] and list(tokenise.shards_folder(plan).iterdir()) == []
-    shutil.rmtree(final)
-    there = landed = 0
-    for _ in range(5 * KILLS):
-        process = start(plan, RAYON_NUM_THREADS=chance.choice("123"))
-        wanted = there + chance.randint(1, 3)
-        deadline = time.monotonic() + 100
-        while len(shard_files(plan)) < wanted and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.01))
-        process.kill()
-        process.communicate(timeout=60)
-        if final.exists():  # too late, on a busy machine: once more from the beginning
-            shutil.rmtree(final)
-        else:
-            assert len(shard_files(plan)) >= wanted
-            landed += 1
-        there = len(shard_files(plan))
-        if landed >= KILLS and there:
-            break
-    assert there, "every kill came too late"
-    damaged = chance.choice(shard_files(plan))
-    damaged.write_bytes(damaged.read_bytes()[:-7])
-    stamps = {path: path.stat().st_mtime_ns for path in shard_files(plan) if path != damaged}
-    process = start(plan)
-    seen: dict[Path, int] = {}
-    while process.poll() is None and not final.exists():
-        for path in stamps:
-            with contextlib.suppress(FileNotFoundError):  # published, and the shards removed
-                seen[path] = path.stat().st_mtime_ns
-        time.sleep(0.001)
-    ran = finished(process)
-    resumed = re.search(r"resuming an interrupted prepare: ([\d,]+) of ([\d,]+) texts are tokenised", ran.stderr)
-    assert result(ran)["reused"] is False and resumed, ran.stderr
-    assert 0 < int(resumed[1].replace(",", "")) < int(resumed[2].replace(",", ""))
-    assert seen == stamps, "an existing shard was made again"
-    assert tree(final) == undisturbed
-    assert leftovers(plan) == [final.name] and list(tokenise.shards_folder(plan).iterdir()) == []
-
-
-@pytest.mark.slow
-def test_it_stops_when_its_parent_is_killed(plan: Plan, tmp_path: Path) -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, plan.to_json()], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid = int(parent.stdout.readline())
-    deadline = time.monotonic() + 100
-    while not shard_files(plan):
-        assert time.monotonic() < deadline and Path(f"/proc/{pid}").exists()
-        time.sleep(0.001)
-    parent.kill()
-    parent.communicate()
-    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]:
-        assert time.monotonic() < deadline, "it runs on without a parent"
-        time.sleep(0.05)
-    assert leftovers(plan) == [] and shard_files(plan)
-
-
-_SMALL = """
-import sys
-from afina.worker.__main__ import main
-from afina.worker.data.tokens import shards, tokenise
-shards.SHARD_BYTES, tokenise._BATCH_BYTES = 40_000, 10_000
-sys.exit(main(["prepare"]))
-"""
-PARENT = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {_SMALL!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-child.stdin.write(sys.argv[1].encode())
-child.stdin.close()
-print(child.pid, flush=True)
-child.stdout.read()
-"""
-
-
-# -- token statistics -----------------------------------------------------------------------------------------------
+# -- token statistics --------------------------------------------------------------------------------------------------
 
 
 def test_texts_without_content_tokens_are_counted() -> None:
@@ -350,118 +243,3 @@ def test_texts_without_content_tokens_are_counted() -> None:
     )
     stats.add({"tokens": (np.array([5]), np.array([0, 1])), "cut": (np.ones(2, bool), np.ones(2))})
     assert (stats.bare, stats.content, stats.unknown, stats.cut, stats.rows) == ([1, 2, 4, 5], 3, 1, 2, 7)
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-MEASURE = """
-import pathlib, sys
-from afina.recipe.keys.data_keys import Data
-from afina.recipe.keys.train_keys import Tokens
-from afina.worker.data.tokens import shards, tokenise, write_split
-from afina.worker.data.tokens.encode import Encoder
-from afina.worker.data.splits.build_splits import build_splits
-from afina.worker.data.tables.data_table import DataSource
-
-class Tokenizer:
-    model_input_names = ("input_ids",)
-    unk_token_id, all_special_ids = None, []
-    def __call__(self, texts, **_):
-        return {"input_ids": [[len(text), 1] for text in texts]}
-
-shards.SHARD_BYTES = write_split._BLOCK_BYTES = 1 << 20
-tokenise._BATCH_BYTES = 1 << 18
-path = pathlib.Path(sys.argv[1])
-source = DataSource((path,))
-parts = {"train": {"fraction": 0.5}, "eval": {"fraction": 0.5, "sample": int(sys.argv[2])}}
-data = Data.model_validate({"files": {"all": str(path)}, "text": "text", "label": "stars", **parts})
-table = source.read(data.label, data.text)
-labels, examples = build_splits("auto", data, {"all": table}, {"train": "all", "eval": "all"}, [])
-checked = tokenise.CheckedData(labels, examples, [], {"all": source}, {"all": source.state()})
-tokenising = tokenise.Tokenising(checked, data, Encoder(Tokenizer(), Tokens(max_length=32)), None, "uint16")
-store = shards.ShardFolder(path.parent, "digest", {})
-tokenising.make(store, print)
-tokenising.write_splits(store, path.parent)
-# Not ru_maxrss, which a process begins with what its parent had when it was started.
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_memory_does_not_grow_with_the_data(tmp_path: Path, suffix: str) -> None:
-    """Reading, checking, tokenising (by a stand-in that costs nothing), a shuffled eval of half the rows: seven times the data
-    in a fifth more memory, and less than half of what the texts have."""
-    write = {"csv": write_csv, "jsonl": write_jsonl, "parquet": write_row_groups}[suffix]
-    peaks = {}
-    for rows in (4000, 30_000):
-        folder = tmp_path / str(rows)
-        folder.mkdir()
-        path = folder / f"a.{suffix}"
-        write(path, [{"text": f"good {i} {'z' * 3000}", "stars": i % 5} for i in range(rows)])
-        argv = [sys.executable, "-c", MEASURE, str(path), str(rows // 2)]
-        ran = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert ran.returncode == 0, ran.stderr
-        peaks[rows] = int(ran.stdout.splitlines()[-1]) << 10
-        assert len(pq.read_table(folder / "eval.rows.parquet")) == rows // 2
-    grown, added = peaks[30_000] - peaks[4000], 26_000 * 3000
-    assert grown < 0.5 * added, f"{grown / 2**20:.0f} MiB more for {added / 2**20:.0f} MiB of text"
-    assert peaks[30_000] < 1.2 * peaks[4000], peaks
-
-
-def write_row_groups(path: Path, rows: list[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=500, use_dictionary=False)
-
-
-# -- progress ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    now = [0.0]
-    said: list[str] = []
-    with Progress(
-        "tokenising", "tokenised", "texts", 10_000, said.append, before=1000, clock=lambda: now[0]
-    ) as progress:
-        for _ in range(90):
-            now[0] += 2
-            progress.advance(100)
-    assert said == [
-        "tokenised 4,000 of 10,000 texts, 50 per second, about 2 min left",
-        "tokenised 7,000 of 10,000 texts, 50 per second, about 60 s left",
-        "tokenised 10,000 of 10,000 texts, 50 per second, about 0 s left",
-    ]
-    with Progress("reading", "read", "rows", None, said.append, clock=lambda: now[0]) as progress:
-        now[0] += 61
-        progress.advance(122_000)
-    assert said[3:] == ["read 122,000 rows, 2,000 per second"]
-
-
-def test_a_terminal_gets_a_bar() -> None:
-    code = """
-import time
-from afina.worker.progress import Progress
-with Progress("tokenising", "tokenised", "texts", 4000, print) as progress:
-    for _ in range(4):
-        progress.advance(1000)
-        time.sleep(0.15)
-"""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stderr=theirs,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "90"},
-    )
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            block = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        shown += block
-    os.close(ours)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and out == b""
-    assert b"tokenising" in shown and b"2000/4000" in shown and b"texts" in shown

@@ -1,4 +1,4 @@
-"""JSON objects, words and names aside; atomic writes are tested with run directories."""
+"""Files: JSON objects, words, names aside, atomic writes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from tests.unit.run.claimed import _names
 
 from afina.errors import EnvironmentProblem
 from afina.files import append_line, encode_words, name_aside, read_json, read_words, write_atomic, write_problem
@@ -77,3 +79,49 @@ def test_a_file_that_cannot_be_written_names_the_reason_that_it_has(tmp_path: Pa
     assert "is gone" in blocked.value.remedy
     for number, remedy in ((errno.EROFS, "permissions of the folder"), (errno.EDQUOT, "free space or quota")):
         assert remedy in write_problem(tmp_path / "a", OSError(number, os.strerror(number))).remedy
+
+
+def test_write_atomic_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a file"
+    write_atomic(path, "one ☃")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two" and _names(tmp_path).count("a file") == 1
+    assert [n for n in _names(tmp_path) if n.startswith(".")] == []
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "x").write_text("")
+    with pytest.raises(EnvironmentProblem):  # a folder is in the way of os.replace
+        write_atomic(folder / "full", "data")
+    assert _names(folder) == ["full"]
+    for absent in (folder / "not there" / "x", folder / "full" / "x" / "y"):
+        with pytest.raises(EnvironmentProblem) as caught:
+            write_atomic(absent, "data")
+        assert caught.value.message.startswith(f"{absent}: ")
+
+
+def test_readers_never_see_a_part(tmp_path: Path) -> None:
+    path, size, stop = tmp_path / "f", 300_000, threading.Event()
+    write_atomic(path, b"0" * size)
+
+    def write() -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            write_atomic(path, str(turn % 10).encode() * size)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(50):
+            raw = path.read_bytes()
+            assert len(raw) == size and len(set(raw)) == 1
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert _names(tmp_path).count("f") == 1 and not [n for n in _names(tmp_path) if n.startswith(".f")]

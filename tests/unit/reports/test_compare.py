@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.unit.conftest import Ran, tree
-from tests.unit.reports.test_report import Page, data_of
+from tests.unit.reports.pages import Page, data_of
 from tests.unit.statistics.test_scores import write
 
 from afina.errors import InputError

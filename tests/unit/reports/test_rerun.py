@@ -16,7 +16,7 @@ from tests import tiny
 from tests.common import program
 from tests.unit.conftest import Ran, recipe_dict, tree
 from tests.unit.forks import run_forked
-from tests.unit.reports.test_report import Page
+from tests.unit.reports.pages import Page
 
 from afina import api
 from afina.errors import DataError, InputError, SlurmError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.recipe.test_recipe import BASE, refused
+from tests.unit.recipe.refusals import BASE, refused
 from tests.unit.training.in_process import lines, weights
 
 from afina.errors import RecipeError

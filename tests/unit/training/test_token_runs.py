@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tests import tiny
-from tests.unit.recipe.test_recipe import BASE, refused
+from tests.unit.recipe.refusals import BASE, refused
 from tests.unit.training.in_process import lines, weights
 
 from afina.prediction.jobs import compose

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tests import tiny
-from tests.unit.recipe.test_recipe import BASE, refused
+from tests.unit.recipe.refusals import BASE, refused
 from tests.unit.training.in_process import lines, weights
 
 from afina.errors import RecipeError
