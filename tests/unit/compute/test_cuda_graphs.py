@@ -105,14 +105,9 @@ def test_the_reason_why_steps_are_not_recorded(
 ) -> None:
     monkeypatch.setattr(cuda_graphs.flash, "available", lambda device, width: width % 8 == 0)
     about = {
-        "kind": "bert",
-        "width": 64,
-        "batching": "packed",
-        "processes": 1,
-        "bf16": True,
-        "checkpointing": False,
+        "kind": "bert", "width": 64, "batching": "packed", "processes": 1, "bf16": True, "checkpointing": False,
         **changes,
-    }
+    }  # fmt: skip
     why = cuda_graphs.why_not_graphed(
         _OnGpu(about["kind"], about["width"]),
         about["batching"],

@@ -110,18 +110,9 @@ def test_a_split_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            ["1", "1.0", "2"],
-            "labels that look alike are separate classes: '1' (PLACE, row 1; 4 in all), '1.0' (PLACE, row 2; 4 in all)",
-        ),
-        (
-            ["Pos", "neg", "pos"],
-            "labels that look alike are separate classes: 'Pos' (PLACE, row 1; 4 in all), 'pos' (PLACE, row 3; 4 in all)",
-        ),
-        (
-            ["a", "b", "a\u200b"],
-            "labels that look alike are separate classes: 'a' (PLACE, row 1; 4 in all), 'a\\u200b' (PLACE, row 3; 4 in all)",
-        ),
+        (["1", "1.0", "2"], "labels that look alike are separate classes: '1' (PLACE, row 1; 4 in all), '1.0' (PLACE, row 2; 4 in all)"),
+        (["Pos", "neg", "pos"], "labels that look alike are separate classes: 'Pos' (PLACE, row 1; 4 in all), 'pos' (PLACE, row 3; 4 in all)"),
+        (["a", "b", "a\u200b"], "labels that look alike are separate classes: 'a' (PLACE, row 1; 4 in all), 'a\\u200b' (PLACE, row 3; 4 in all)"),
         (["yes", "no", "NA"], "label 'NA' (PLACE, row 3) is text and a class"),
         (["yes", "no", "?"], "label '?' (PLACE, row 3) is text and a class"),
         (["a", "b", "a, b"], "label 'a, b' (PLACE, row 3) looks like several labels, but is one class: for several"),
@@ -129,7 +120,7 @@ def test_a_split_that_gets_no_rows_says_of_what(tmp_path: Path) -> None:
         (["['a']", "['a', 'b']", "[]"], "label \"['a', 'b']\" (PLACE, row 2) looks like a list written as text"),
         (["1,5", "2", "3,25"], "label '1,5' (PLACE, row 1) looks like a number with a decimal comma"),
     ],
-)
+)  # fmt: skip
 def test_suspicious_labels_are_warned_of(tmp_path: Path, values: list[str], message: str) -> None:
     rows = [{"text": f"t{i}", "label": v} for i, v in enumerate(values * 2)]
     warnings = build(tmp_path, both(rows))[2]

@@ -60,17 +60,10 @@ def test_a_second_process_waits_and_finds_the_data(plan: Plan) -> None:
 
 #: Paths that appear beside and below prepared/ while it works, in this order.
 STAGES = (
-    ".turn-*",
-    "../cache/prepare/*",
-    "../cache/prepare/*/0-00002.npz",
-    ".staging-*",
-    ".staging-*/train.tokens.npy",
-    ".staging-*/train.rows.parquet",
-    ".staging-*/eval.tokens.npy",
-    ".staging-*/tokenizer",
-    ".staging-*/manifest.json",
-    "[0-9a-f]*",
-)
+    ".turn-*", "../cache/prepare/*", "../cache/prepare/*/0-00002.npz", ".staging-*", ".staging-*/train.tokens.npy",
+    ".staging-*/train.rows.parquet", ".staging-*/eval.tokens.npy", ".staging-*/tokenizer",
+    ".staging-*/manifest.json", "[0-9a-f]*",
+)  # fmt: skip
 
 
 def test_killed_at_any_instant(plan: Plan) -> None:

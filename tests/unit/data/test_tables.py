@@ -16,16 +16,8 @@ from afina.errors import DataError
 from afina.worker.data.tables.data_table import DataTable, as_text, list_places, read_files
 
 NASTY = [
-    "plain",
-    'he said "no"',
-    "a, b; c\td",
-    "two\nlines\r\nthree",
-    "naïve 😀 Ünïcödé",
-    "'; echo foo",
-    "NA",
-    "",
-    " x ",
-]
+    "plain", 'he said "no"', "a, b; c\td", "two\nlines\r\nthree", "naïve 😀 Ünïcödé", "'; echo foo", "NA", "", " x ",
+]  # fmt: skip
 
 
 def column(table: DataTable, name: str) -> list[object]:

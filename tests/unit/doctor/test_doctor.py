@@ -25,18 +25,8 @@ def test_a_healthy_machine_has_no_failures_and_stays_as_it_was(bin: Path, site: 
     findings = list(examine(target(site)))
     assert [f for f in findings if f.level == "failed"] == []
     assert {
-        "site",
-        "scratch",
-        "quota",
-        "locks",
-        "rename",
-        "caches",
-        "token",
-        "clock",
-        "image",
-        "slurm",
-        "partition",
-    } <= {f.check for f in findings}
+        "site", "scratch", "quota", "locks", "rename", "caches", "token", "clock", "image", "slurm", "partition",
+    } <= {f.check for f in findings}  # fmt: skip
     assert all(f.remedy for f in findings if f.level != "ok"), "a warning without a remedy"
     assert tree(site.scratch) == before
     assert len(CHECKS) == len(set(CHECKS))

@@ -12,20 +12,10 @@ from afina.run.outcome import Outcome
 KINDS = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, AfinaError)]
 
 CODES = {
-    "InputError": 2,
-    "RecipeError": 2,
-    "DataError": 2,
-    "ClaimedError": 2,
-    "EnvironmentProblem": 3,
-    "SiteError": 3,
-    "HubError": 3,
-    "SlurmError": 3,
-    "TrainingError": 4,
-    "Failed": 4,
-    "Stopped": 75,
-    "Cancelled": 75,
+    "InputError": 2, "RecipeError": 2, "DataError": 2, "ClaimedError": 2, "EnvironmentProblem": 3, "SiteError": 3,
+    "HubError": 3, "SlurmError": 3, "TrainingError": 4, "Failed": 4, "Stopped": 75, "Cancelled": 75,
     "WaitTimeout": 75,
-}
+}  # fmt: skip
 
 
 def test_every_error_has_the_exit_code_of_the_contract() -> None:

@@ -31,19 +31,9 @@ from afina.worker.model.tokenizer import load_tokenizer
 LONGEST = 100
 #: One for each way that rows are batched, heads are pooled and tokenizers are stored; every architecture is in CASES.
 RUNS = [
-    "big_bird",
-    "canine",
-    "deberta",
-    "fnet",
-    "funnel",
-    "modernbert",
-    "roberta",
-    "xlnet",
-    "bart",
-    "t5",
-    "gpt2",
+    "big_bird", "canine", "deberta", "fnet", "funnel", "modernbert", "roberta", "xlnet", "bart", "t5", "gpt2",
     "llama",
-]
+]  # fmt: skip
 CASES = [(kind, side) for kind in ARCHITECTURES for side in (("right", "left") if kind in LEFT else ("right",))]
 
 

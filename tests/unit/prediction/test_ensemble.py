@@ -51,14 +51,9 @@ def finished_run(folder: Path, seed: int, labels: Sequence[str], rule: DecisionR
         "tokens": {"max_length": 40},
     }
     geometry = {
-        "nodes": 1,
-        "processes_per_node": 1,
-        "gpus_per_node": 0,
-        "cpus_per_process": 1,
-        "global_batch": 8,
-        "batch_per_device": 8,
-        "accumulation": 1,
-    }
+        "nodes": 1, "processes_per_node": 1, "gpus_per_node": 0, "cpus_per_process": 1, "global_batch": 8,
+        "batch_per_device": 8, "accumulation": 1,
+    }  # fmt: skip
     plan = {"afina_version": "0.1.0", "recipe": recipe, "site": {"scratch": str(folder.parent)}, "geometry": geometry}
     outcome = {
         "outcome": "finished",

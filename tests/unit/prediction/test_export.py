@@ -123,14 +123,9 @@ def test_fitted_decisions_are_given_away_with_the_model(place: Path, tmp_path: P
     (run / "model" / FILE).write_text(DecisionRule(3.0).to_json("single-label", labels, "0"))
     outcome = json.loads((run / "outcome.json").read_text())
     loss = {
-        "metric": "log_loss",
-        "first": 0.9,
-        "second": 0.7,
-        "low": -0.3,
-        "high": -0.1,
-        "p": 0.001,
+        "metric": "log_loss", "first": 0.9, "second": 0.7, "low": -0.3, "high": -0.1, "p": 0.001,
         "test": "paired bootstrap",
-    }
+    }  # fmt: skip
     record = {"temperature": 3.0, "measured_on": "test", "calibration_error": [0.2, 0.05], "differences": [loss]}
     (run / "outcome.json").write_text(json.dumps({**outcome, "decisions": record}))
     worker.export(str(run), str(tmp_path / "out"), onnx=False)

@@ -85,20 +85,14 @@ def test_warmup_longer_than_the_run() -> None:
 @pytest.mark.parametrize(
     ("data", "unused"),
     [
-        (
-            "files: {train: a.csv, eval: b.csv, test: c.csv}",
-            "`data.files.test`: no row of it is read: `data.test: {}` would",
-        ),
-        (
-            "files: {all: a.csv, eval: b.csv, train: c.csv}",
-            "`data.files.all`: no row of it is read: a part with `split` would",
-        ),
+        ("files: {train: a.csv, eval: b.csv, test: c.csv}", "`data.files.test`: no row of it is read: `data.test: {}` would"),
+        ("files: {all: a.csv, eval: b.csv, train: c.csv}", "`data.files.all`: no row of it is read: a part with `split` would"),
         ("files: {train: a.csv, eval: b.csv, test: c.csv}, test: {}", ""),
         ("files: {train: a.csv, test: c.csv}, eval: {split: test}", ""),
         ("files: {train: a.csv}", ""),
         ("files: a.csv, split_column: s", ""),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_no_part_is_read_from_is_a_warning(data: str, unused: str) -> None:
     warnings = parse_recipe(f"{{name: x, model: a, data: {{{data}, text: t, label: l}}}}").warnings
     assert [warning.partition(": ")[2] for warning in warnings] == ([unused] if unused else []), warnings

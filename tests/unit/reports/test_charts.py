@@ -143,17 +143,9 @@ def test_figures_are_files_too(make_run: MakeRun) -> None:
     folder = write_report(run.path, png=True).parent
     names = {p.name for p in folder.iterdir()}
     keys = (
-        "score",
-        "classes-eval",
-        "loss",
-        "metrics",
-        "learning-rate",
-        "calibration-eval",
-        "answered-eval",
-        "confusion-eval",
-        "pr-eval",
-        "roc-eval",
-    )
+        "score", "classes-eval", "loss", "metrics", "learning-rate", "calibration-eval", "answered-eval",
+        "confusion-eval", "pr-eval", "roc-eval",
+    )  # fmt: skip
     assert names == {"index.html", *(f"{k}.{s}" for k in keys for s in ("svg", "png"))}
     for key in keys:
         root = ElementTree.parse(folder / f"{key}.svg").getroot()

@@ -16,14 +16,9 @@ from afina.reports import write_report
 def test_simple_models_stand_beside_the_model_with_their_differences(make_run: MakeRun) -> None:
     run = make_run()
     one = {
-        "metric": "accuracy",
-        "first": 0.8125,
-        "second": 0.75,
-        "low": -0.1,
-        "high": 0.02,
-        "p": 0.21,
+        "metric": "accuracy", "first": 0.8125, "second": 0.75, "low": -0.1, "high": 0.02, "p": 0.21,
         "test": "McNemar",
-    }
+    }  # fmt: skip
     tfidf = {"name": "TF-IDF and logistic regression", "rows": 500, "of": 600, "seconds": 1.0}
     models = [
         {**about, "scores": {"accuracy": [0.8125, 0.7, 0.9]}, "differences": [one]}
@@ -59,14 +54,9 @@ def test_simple_models_stand_beside_the_model_with_their_differences(make_run: M
 def test_fitted_decisions_have_a_section_with_what_they_change(make_run: MakeRun) -> None:
     run = make_run()
     f1 = {
-        "metric": "f1",
-        "first": 0.5,
-        "second": 0.625,
-        "low": 0.03125,
-        "high": 0.25,
-        "p": 0.01,
+        "metric": "f1", "first": 0.5, "second": 0.625, "low": 0.03125, "high": 0.25, "p": 0.01,
         "test": "paired bootstrap",
-    }
+    }  # fmt: skip
     record = {"temperature": 2.5, "thresholds": {"1": 0.25}, "notes": ["2: the threshold is 0.5: few"], "rows": 200}
     finish(
         run,

@@ -16,17 +16,8 @@ HOST = sorted(
     if p.name not in ("afina", "__main__") and "worker" not in p.parts and "_slurm" not in p.parts
 )
 HEAVY = (
-    "torch",
-    "transformers",
-    "datasets",
-    "evaluate",
-    "accelerate",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "sklearn",
-    "scipy",
-)
+    "torch", "transformers", "datasets", "evaluate", "accelerate", "numpy", "pandas", "pyarrow", "sklearn", "scipy",
+)  # fmt: skip
 LATE = (*HEAVY, "submitit", "matplotlib")
 
 

@@ -16,21 +16,11 @@ from afina.run import allocation
 from afina.run.allocation import Allocation, interface_to, is_loopback, socket_interface
 
 JOB = {
-    "SLURM_JOB_ID": "42",
-    "SLURM_RESTART_COUNT": "2",
-    "SLURM_NNODES": "3",
-    "SLURM_NODEID": "1",
-    "SLURMD_NODENAME": "n2",
-    "SLURM_GPUS_ON_NODE": "4",
-    "SLURM_CPUS_PER_TASK": "1",
-    "AFINA_LAUNCH": "slurm",
-    "AFINA_ATTEMPT": "42.2",
-    "AFINA_NODES": "n1 n2 n3 ",
-    "AFINA_HEAD": "10.0.0.1",
-    "AFINA_PORT": "20301",
-    "AFINA_DEADLINE": "1700000000",
-    "SECRET_TOKEN": "x",
-}
+    "SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "2", "SLURM_NNODES": "3", "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "1", "AFINA_LAUNCH": "slurm",
+    "AFINA_ATTEMPT": "42.2", "AFINA_NODES": "n1 n2 n3 ", "AFINA_HEAD": "10.0.0.1", "AFINA_PORT": "20301",
+    "AFINA_DEADLINE": "1700000000", "SECRET_TOKEN": "x",
+}  # fmt: skip
 
 
 def test_of_a_job() -> None:

@@ -125,14 +125,8 @@ def test_site_variables_are_not_repeated_as_options() -> None:
     plan = plan_with(site_with(sbatch={"SBATCH_ACCOUNT": "x"}))
     assert not [word for word in sbatch_argv(plan, Path("/r")) if "account" in word]
     assert set(slurm_options(plan)) == {
-        "job-name",
-        "nodes",
-        "ntasks-per-node",
-        "cpus-per-task",
-        "time",
-        "export",
-        "gpus-per-node",
-    }
+        "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "export", "gpus-per-node",
+    }  # fmt: skip
 
 
 def test_the_scripts_are_those_of_the_repository() -> None:

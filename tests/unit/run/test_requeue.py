@@ -111,13 +111,7 @@ def test_another_end_in_between_begins_the_count_anew_and_keeps_the_nodes_out(ru
 @pytest.mark.parametrize(
     ("code", "log", "cause", "message", "remedy"),
     [
-        (
-            137,
-            "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.",
-            "host-memory",
-            "memory (4 GB per node)",
-            "to 6",
-        ),
+        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.", "host-memory", "memory (4 GB per node)", "to 6"),
         (1, "srun: error: n1: task 0: Out Of Memory", "host-memory", "memory (4 GB per node)", "sbatch --mem=6G "),
         (1, "cgroup: oom_kill 2", "host-memory", "memory (4 GB per node)", "resources.mem_gb"),
         (128 + 24, "", "ulimit", "processor time", "ulimit"),
@@ -125,7 +119,7 @@ def test_another_end_in_between_begins_the_count_anew_and_keeps_the_nodes_out(ru
         (128 + 25, "", "ulimit", "ulimit -f", "ulimit"),
         (137, "", "killed", "signal 9 (SIGKILL)", "afina submit"),
     ],
-)
+)  # fmt: skip
 def test_memory_and_limits_are_named_and_not_tried_again(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, code: int, log: str, cause: str, message: str, remedy: str
 ) -> None:

@@ -33,15 +33,10 @@ def test_the_script_is_bash_and_clean() -> None:
         ([], {}, 2, "no recipe and no run directory given"),
         (["r.yaml"], {}, 3, "this is not inside a Slurm job"),
         (["r.yaml"], {"SLURM_JOB_ID": "1"}, 3, "AFINA_SCRATCH is not set"),
-        (
-            ["r.yaml"],
-            {"SLURM_JOB_ID": "1", "AFINA_SCRATCH": "/not/there"},
-            3,
-            "AFINA_SCRATCH=/not/there does not exist on",
-        ),
+        (["r.yaml"], {"SLURM_JOB_ID": "1", "AFINA_SCRATCH": "/not/there"}, 3, "AFINA_SCRATCH=/not/there does not exist on"),
         (["r.yaml"], {"SLURM_JOB_ID": "1", "AFINA_SITE": "/no/site.env"}, 3, "AFINA_SITE=/no/site.env: no such file"),
     ],
-)
+)  # fmt: skip
 def test_the_script_refuses(bin: Path, arguments: list[str], env: dict[str, str | None], code: int, says: str) -> None:
     done = sbatch(*arguments, env=env)
     assert done.returncode == code and says in done.stderr and "\n  remedy: " in done.stderr, done
@@ -63,16 +58,9 @@ def test_a_run_directory_passes_through_unharmed(slurm_commands: Path, run: RunD
     assert argv[-2:] == run.worker_argv() == ["echo", str(run.path)]
     log = str(attempt / "node").replace("%", "%%") + "%n.log"
     assert argv[:-2] == [
-        "--export=ALL",
-        "--nodes=2",
-        "--ntasks=2",
-        "--ntasks-per-node=1",
-        "--cpus-per-task=3",
-        "--kill-on-bad-exit=1",
-        f"--output={log}",
-        f"--error={log}",
-        "--open-mode=append",
-    ]
+        "--export=ALL", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=3",
+        "--kill-on-bad-exit=1", f"--output={log}", f"--error={log}", "--open-mode=append",
+    ]  # fmt: skip
     assert (env["AFINA_HEAD"], env["AFINA_LAUNCH"], env["AFINA_ATTEMPT"]) == ("127.0.0.1", "slurm", "4242.0")
     assert 20000 <= int(env["AFINA_PORT"]) < 41000
     assert f"afina: run {run.path}, attempt 4242.0" in done.stdout and "ended with 0" in done.stdout

@@ -64,36 +64,18 @@ def test_submission_passes_every_word_and_the_site(bin: Path, tmp_path: Path, ru
     ("refusal", "remedy"),
     [
         ("sbatch: error: invalid partition specified: gqu", "SBATCH_PARTITION"),
-        (
-            "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
-            "SBATCH_ACCOUNT",
-        ),
-        (
-            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
-            "--time",
-        ),
+        ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "SBATCH_ACCOUNT"),
+        ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "--time"),
         ("sbatch: error: Batch job submission failed: Requested node configuration is not available", "sinfo"),
-        (
-            "sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification",
-            "--gpus-per-node 0",
-        ),
+        ("sbatch: error: Batch job submission failed: Invalid generic resource (gres) specification", "--gpus-per-node 0"),
         ("sbatch: error: Invalid qos specification", "SBATCH_QOS"),
-        (
-            "sbatch: error: QOSMaxSubmitJobPerUserLimit\nJob violates accounting/QOS policy (job submit limit, …)",
-            "wait for some",
-        ),
-        (
-            "sbatch: error: QOSMaxWallDurationPerJobLimit\nJob violates accounting/QOS policy (job submit limit, …)",
-            "shorter --time",
-        ),
+        ("sbatch: error: QOSMaxSubmitJobPerUserLimit\nJob violates accounting/QOS policy (job submit limit, …)", "wait for some"),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nJob violates accounting/QOS policy (job submit limit, …)", "shorter --time"),
         ("sbatch: error: QOSMaxGRESPerJob\nJob violates accounting/QOS policy (job submit limit, …)", "ask for less"),
-        (
-            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
-            "less time, fewer nodes",
-        ),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "less time, fewer nodes"),
         ("sbatch: error: something else entirely", "site.env"),
     ],
-)
+)  # fmt: skip
 def test_a_refused_submission_gives_slurms_words_and_a_remedy(
     bin: Path, run: RunDir, refusal: str, remedy: str
 ) -> None:
@@ -177,16 +159,9 @@ def test_states_come_from_one_call(bin: Path, tmp_path: Path) -> None:
     )
     jobs = query(["1", "2", "3", "4", "5", "6", "7", "8", "9_1"])
     assert {job_id: job.state for job_id, job in jobs.items()} == {
-        "1": "RUNNING",
-        "2": "PENDING",
-        "3": "RUNNING",
-        "4": "PENDING",
-        "5": "PENDING",
-        "6": "GONE",
-        "7": "GONE",
-        "8": "PENDING",
-        "9_1": "GONE",
-    }
+        "1": "RUNNING", "2": "PENDING", "3": "RUNNING", "4": "PENDING", "5": "PENDING", "6": "GONE", "7": "GONE",
+        "8": "PENDING", "9_1": "GONE",
+    }  # fmt: skip
     assert jobs["1"] == Job("1", "RUNNING", "RUNNING", "None", 93784, 1795627570.0, "n[1-2]")
     assert (jobs["2"].time_left_s, jobs["2"].start, jobs["5"].time_left_s) == (None, None, 3599)
     assert jobs["8"].reason == "(ReqNodeNotAvail, UnavailableNodes:n[1-3]|4)"

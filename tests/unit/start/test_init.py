@@ -116,27 +116,15 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
     ("arguments", "answer", "remedy"),
     [
         (["--data", "revews.csv"], "--data revews.csv: no such file or folder", "did you mean `reviews.csv`?"),
-        (
-            ["--data", "reviews.xlsx"],
-            "format .xlsx is not known",
-            "save the sheet as `CSV UTF-8`; known formats: .csv, .tsv",
-        ),
+        (["--data", "reviews.xlsx"], "format .xlsx is not known", "save the sheet as `CSV UTF-8`; known formats: .csv, .tsv"),
         (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
         (["--data", "head.csv"], "no rows", "each further one is an example"),
         (["--data", "semi.csv"], "seems to be separated by `;`", "--delimiter ';'"),
         (["--data", "latin.csv"], "not UTF-8", "--encoding cp1252"),
-        (
-            ["--data", "no head.csv"],
-            "the first line looks like a row",
-            "--no-header on a command line, or --header NAME,NAME",
-        ),
+        (["--data", "no head.csv"], "the first line looks like a row", "--no-header on a command line, or --header NAME,NAME"),
         (["--data", "below.json"], "records under `data`", "--field data"),
         (["--data", "reviews.csv", "--field", "a"], "--field: is for JSON files", "leave it out"),
-        (
-            ["--data", "reviews.csv", "--encoding", "cp12522"],
-            "--encoding: no encoding `cp12522`; did you mean `cp1252`?",
-            "--help",
-        ),
+        (["--data", "reviews.csv", "--encoding", "cp12522"], "--encoding: no encoding `cp12522`; did you mean `cp1252`?", "--help"),
         (["--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON", "correct that line"),
         (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),
         (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
@@ -147,7 +135,7 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "reviews.csv", "--config", "x"], "belongs to a Hub data set", "leave it out"),
         ([], "no default: Data", "give it with --data"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_refused_and_leaves_nothing(
     command: Callable[..., Ran],
     no_cluster: Path,

@@ -163,17 +163,9 @@ def test_intervals_of_losses_and_of_several_labels_cover(imbalance: int) -> None
         return Predictions("multi-label", ("a", "b", "c", "d"), truth, scores > 0.5, scores, None)
 
     names = [
-        "f1",
-        "f1_micro",
-        "precision",
-        "recall",
-        "f1_weighted",
-        "subset_accuracy",
-        "log_loss",
-        "brier",
-        "auroc",
+        "f1", "f1_micro", "precision", "recall", "f1_weighted", "subset_accuracy", "log_loss", "brier", "auroc",
         "average_precision",
-    ]
+    ]  # fmt: skip
     whole = score(sample(300_000, np.random.default_rng(1)), 200, names).overall
     rng, held = np.random.default_rng(2), {name: [] for name in names}  # type: ignore[var-annotated]
     for _ in range(200):

@@ -208,13 +208,8 @@ def picky(labels, predictions):
 
 def test_a_metric_of_ones_own_is_computed_and_one_that_fails_stops_nothing() -> None:
     names = [
-        "accuracy",
-        "mine:cost:lower",
-        "mine:sure",
-        "mine:none",
-        "mine:picky",
-        "sklearn.metrics:hamming_loss:lower",
-    ]
+        "accuracy", "mine:cost:lower", "mine:sure", "mine:none", "mine:picky", "sklearn.metrics:hamming_loss:lower",
+    ]  # fmt: skip
     labels, predictions = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])
     scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
     found = compute_metrics("single-label", names, predictions, labels, 2, scores, {"mine": CODE})

@@ -26,15 +26,10 @@ from afina.statistics.scores import mistakes, score
 from afina.worker.predicting import plan_parts, predict_parts
 
 WORDS = (
-    "task=token-classification",
-    "data.files={all: tags.conll}",
-    "data.text=tokens",
-    "data.label=ner_tags",
-    "metrics=[f1, precision, recall, f1_macro, accuracy]",
-    "train.learning_rate=0.01",
-    "train.max_steps=60",
+    "task=token-classification", "data.files={all: tags.conll}", "data.text=tokens", "data.label=ner_tags",
+    "metrics=[f1, precision, recall, f1_macro, accuracy]", "train.learning_rate=0.01", "train.max_steps=60",
     "train.log_every=5",
-)
+)  # fmt: skip
 #: Without afina: entities by a pipeline, and the labels of words by the rule of Transformers' examples: those of first tokens.
 PLAIN = """
 import json, sys

@@ -55,21 +55,11 @@ def test_every_state_with_one_question_each_to_squeue_and_sacct(slurm: Slurm, ru
     slurm.answer("sacct", "8|8|CANCELLED by 1000", "10|10|NODE_FAIL")
     found = {s.run.name: s for s in summarise(known_runs())}
     assert {name: s.state for name, s in found.items()} == {
-        "planned": "PLANNED",
-        "pending": "PENDING",
-        "running": "RUNNING",
-        "finished": "FINISHED",
-        "requeued": "PENDING",
-        "stopped": "STOPPED",
-        "failed": "FAILED",
-        "gone": "FAILED",
-        "cancelled": "STOPPED",
-        "cancelled-here": "STOPPED",
-        "died": "FAILED",
-        "cell": "RUNNING",
-        "resubmitted": "PENDING",
+        "planned": "PLANNED", "pending": "PENDING", "running": "RUNNING", "finished": "FINISHED",
+        "requeued": "PENDING", "stopped": "STOPPED", "failed": "FAILED", "gone": "FAILED", "cancelled": "STOPPED",
+        "cancelled-here": "STOPPED", "died": "FAILED", "cell": "RUNNING", "resubmitted": "PENDING",
         "waits-again": "PENDING",
-    }
+    }  # fmt: skip
     squeue, sacct = slurm.calls()
     assert (squeue[0], sacct[0]) == ("squeue", "sacct")
     assert set(sacct[-1].removeprefix("--jobs=").split(",")) == {"7", "8", "9", "10"}, (
