@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEFAULT_EPOCHS", "Schedule"]
+__all__ = ["DEFAULT_EPOCHS", "Schedule", "embedding_seconds"]
 
 DEFAULT_EPOCHS = 3.0
+#: Time to embed texts for a simple model beside a run: a share of the training's, within limits.
+_EMBEDDING_S, _EMBEDDING_SHARE = (10.0, 60.0), 0.1
 Every = int | Literal["epoch"]
 
 
@@ -95,3 +97,9 @@ class Schedule:
 
     def _steps(self, every: Every) -> int:
         return self.steps_per_epoch if every == "epoch" else every
+
+
+def embedding_seconds(training_s: float) -> float:
+    """The longest time that frozen embeddings beside a run may take to compute, after so many seconds of training."""
+    shortest, longest = _EMBEDDING_S
+    return min(max(shortest, _EMBEDDING_SHARE * training_s), longest)

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from afina.run.plan import Plan
-from afina.schedule import Schedule
+from afina.schedule import Schedule, embedding_seconds
 from afina.text import minutes_in_words, seconds_in_words
 
 __all__ = ["Earlier", "Estimate", "Measured", "Workload", "describe", "estimate", "fit_line"]
@@ -33,6 +33,8 @@ _CUDA_BYTES = 1.0e9
 #: Margins of a request: machines differ, and a job that is killed costs more than one that asks for too much.
 _MORE_TIME, _MORE_MEMORY = 1.25, 1.2
 _STOP_LEAD_S = 15.0
+#: Two processes that start, TF-IDF of a few thousand rows, and the comparisons: measured on two cores.
+_AROUND_EMBEDDING_S = 8.0
 _EARLY = "early stopping may end the run sooner: steps and time are the most that it takes"
 _REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehearse` before it submits"
 
@@ -82,6 +84,7 @@ class Earlier:
 
     Attributes:
         other_seconds: evaluations, saves and the end.
+        simple_seconds: of the simple models beside it.
         peak_gb: largest memory of a process, on a GPU that of the GPU.
     """
 
@@ -92,6 +95,7 @@ class Earlier:
     other_seconds: float
     evaluated_rows: int
     peak_gb: float | None = None
+    simple_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Estimate:
     Attributes:
         basis: rehearsal, earlier runs, or model (no evidence: steps and sizes of the model's state alone).
         seconds: wall time of all attempts, start-up included.
-        seconds_by_part: startup, steps, evaluations, saves.
+        seconds_by_part: startup, steps, evaluations, saves, simple_models.
         host_gb: memory of the busiest node; gpu_gb: of each GPU.
         state_gb: weights, gradients and optimizer state of one process, a part of its memory.
         checkpoint_gb, disk_gb: one checkpoint, and the largest size of the run directory.
@@ -175,6 +179,8 @@ def estimate(
     host, gpu = _memory(plan, work, rehearsed, alike)
     checkpoint = (measured.checkpoint_bytes if measured else None) or (work.parameters and 12 * work.parameters)
     disk = checkpoint and checkpoint * (train.keep_checkpoints + 2 + 1 / 3)
+    if by_part and not _has_simple_models(plan, work):
+        by_part["simple_models"] = 0.0
     seconds = round(sum(by_part.values()), 1) if by_part else None
     time_min, attempts = _requests(plan, seconds, by_part, limit_min)
     return Estimate(
@@ -236,6 +242,7 @@ def _time_measured(measured: Measured, schedule: Schedule, evaluations: int, pla
         "steps": steps,
         "evaluations": evaluations * each + test,
         "saves": saves * (measured.stall_seconds or 0.0) + (measured.save_seconds or 0.0),
+        "simple_models": _AROUND_EMBEDDING_S + embedding_seconds(steps),
     }
 
 
@@ -252,7 +259,13 @@ def _time_earlier(runs: Sequence[Earlier], work: Workload, schedule: Schedule, e
         "steps": schedule.examples_after(schedule.total_steps) / mean([run.examples_per_second for run in runs]),
         "evaluations": per_row * (evaluations * work.eval_rows + work.test_rows),
         "saves": 0.0,  # part of what the earlier runs took beside their steps
+        "simple_models": mean([run.simple_seconds for run in runs]),
     }
+
+
+def _has_simple_models(plan: Plan, work: Workload) -> bool:
+    recipe = plan.recipe
+    return recipe.baselines and recipe.task != "token-classification" and bool(work.eval_rows or work.test_rows)
 
 
 def _memory(

@@ -128,14 +128,16 @@ def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:
     evaluations = sum("eval_loss" in line for line in run.metrics())
     examples = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0)).examples_after(outcome.global_step)
     speed = outcome.samples_per_second or 0.0
-    startup = outcome.utilisation.get("seconds_by_part", {}).get("startup", _STARTUP_S) / outcome.attempts
+    by_part = outcome.utilisation.get("seconds_by_part", {})
+    startup, simple = by_part.get("startup", _STARTUP_S) / outcome.attempts, by_part.get("simple_models", 0.0)
     return Earlier(
         name=run.path.name,
         device=outcome.device or "cpu",
         examples_per_second=speed,
         startup_seconds=startup,
         # The rest of the wall time is evaluations, saves and the end; it grows with the rows that are evaluated.
-        other_seconds=max(0.0, outcome.seconds - startup * outcome.attempts - examples / speed),
+        other_seconds=max(0.0, outcome.seconds - startup * outcome.attempts - examples / speed - simple),
         evaluated_rows=evaluations * rows.get("eval", 0),
         peak_gb=outcome.utilisation.get("peak_memory_gb"),
+        simple_seconds=simple,
     )

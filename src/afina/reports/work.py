@@ -9,6 +9,7 @@ from afina.reports.charts import Chart, Point
 from afina.reports.facts import Lengths, RunFacts
 from afina.reports.page import note, pairs, seconds, table
 from afina.reports.sections import wall_time
+from afina.run.outcome import part_in_words
 from afina.run.provenance.methods import trained_count
 from afina.slurm.accounting import JobUsage
 
@@ -97,7 +98,7 @@ def _sharded(facts: RunFacts) -> str | None:
 def time_spent(facts: RunFacts) -> str:
     """Wall time by part of the training and by attempt."""
     parts = {
-        str(k).replace("_", " and "): v
+        part_in_words(str(k)): v
         for k, v in (facts.utilisation.get("seconds_by_part") or {}).items()
         if isinstance(v, int | float)
     }

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from afina.errors import EXIT_ENVIRONMENT, EXIT_INPUT, Failure
 
-__all__ = ["ANOTHER_RUN", "Outcome", "data_warnings"]
+__all__ = ["ANOTHER_RUN", "Outcome", "data_warnings", "part_in_words"]
 
 #: Causes of failures that no attempt of the same run gets past: its recipe, its data or its code must change.
 ANOTHER_RUN = ("loss", "code")
@@ -28,7 +28,7 @@ class Outcome(BaseModel):
         attempt: the attempt that wrote it.
         global_step: optimizer steps done.
         metrics: `eval_*` (and `test_*`) of the model in `model/`.
-        samples_per_second: training examples per second of training, evaluations and saves left out.
+        samples_per_second: training examples per second of training; evaluations, saves and simple models are left out.
         utilisation: how the machine was used, over all attempts as far as checkpoints carry it on: real tokens per second,
             the share of real tokens among those computed, mfu (model-FLOP utilisation) and the peak (FLOP/s of all processes) it
             refers to, the most memory of a process, examples per step, wall seconds by part.
@@ -112,6 +112,11 @@ class Outcome(BaseModel):
             cause = failure.cause if isinstance(failure, Failure) else failure.get("cause")
             return {**values, "cause": cause or None}
         return values
+
+
+def part_in_words(part: str) -> str:
+    """A key of `utilisation["seconds_by_part"]` in words."""
+    return "forward and backward" if part == "forward_backward" else part.replace("_", " ")
 
 
 def data_warnings(prepared: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -121,6 +121,9 @@ def test_a_rehearsal_becomes_the_time_of_the_run(plan: Callable[..., Plan]) -> N
     assert parts["steps"] == pytest.approx(1500 * (0.1 + 0.001 * 1200), rel=0.01)
     # Three epochs, and once more where the best one is not the last.
     assert parts["evaluations"] == pytest.approx(4 * 40.0, rel=0.01)
+    assert parts["simple_models"] == 68.0, "beside a training of half an hour texts are embedded for a minute at most"
+    without = estimate(plan(baselines=False), BERT, measured=MEASURED)
+    assert without.seconds_by_part["simple_models"] == 0.0
     assert found.seconds == pytest.approx(sum(parts.values()), abs=0.2)
     assert found.host_gb == 5.0 and found.mem_gb == 6 and found.checkpoint_gb == 1.3
     assert found.time_min is not None and found.time_min * 60 > 1.2 * (found.seconds or 0)
@@ -161,7 +164,9 @@ def test_earlier_runs_tell_the_time_of_the_next(plan: Callable[..., Plan]) -> No
     other = replace(EARLIER, device="cuda", examples_per_second=1e6)
     found = estimate(plan(), BERT, earlier=[other, EARLIER])
     assert found.basis == "earlier runs"
-    assert found.seconds_by_part == {"startup": 15.0, "steps": 2400.0, "evaluations": 800.0, "saves": 0.0}
+    assert found.seconds_by_part == {"startup": 15.0, "steps": 2400.0, "evaluations": 800.0, "saves": 0.0, "simple_models": 0.0}
+    beside = estimate(plan(), BERT, earlier=[replace(EARLIER, simple_seconds=20.0)])
+    assert beside.seconds_by_part["simple_models"] == 20.0
     assert estimate(plan(), BERT, earlier=[replace(EARLIER, peak_gb=3.5)]).host_gb == 3.5
     # A rehearsal knows better.
     assert estimate(plan(), BERT, measured=MEASURED, earlier=[EARLIER]).basis == "rehearsal"

@@ -89,6 +89,7 @@ def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
     parts = used["seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(outcome["seconds"], abs=1.0)
     assert min(parts[p] for p in ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving")) > 0
+    assert parts["simple_models"] > parts["other"], "they are no part of the training, and no rate contains them"
     assert 0 < used["mfu"] < 1 and used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
     tokens = np.load(next((tmp_path / "scratch/prepared").glob("*/train.offsets.npy")))[-1] * 12
     trained = sum(parts[p] for p in ("input", "forward_backward", "optimizer", "other"))

@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO, cast
 
 from afina.run.directory import RunDir
-from afina.run.outcome import Outcome
+from afina.run.outcome import Outcome, part_in_words
 from afina.run.plan import Geometry, Plan
 from afina.text import CLEAR_LINE, aligned, can_draw
 
@@ -75,7 +75,8 @@ def metrics_table(run: RunDir, metric_names: list[str]) -> str:
 def usage_lines(outcome: Outcome) -> list[str]:
     """How the run used the machine: a line of rates, and one of seconds by part."""
     used = outcome.utilisation
-    parts = [f"{seconds:.1f} {name}" for name, seconds in used.get("seconds_by_part", {}).items() if seconds >= 0.05]
+    by_part = used.get("seconds_by_part", {})
+    parts = [f"{seconds:.1f} {part_in_words(part)}" for part, seconds in by_part.items() if seconds >= 0.05]
     rates = [
         f"{outcome.samples_per_second:.1f} examples/s" if outcome.samples_per_second else "",
         f"{used['tokens_per_second']:,.0f} real tokens/s" if used.get("tokens_per_second") else "",
@@ -85,7 +86,7 @@ def usage_lines(outcome: Outcome) -> list[str]:
         else "",
         f"{used['peak_memory_gb']:.2f} GB at most" if used.get("peak_memory_gb") else "",
     ]
-    lines = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts).replace('_', ' and ')}" if parts else ""]
+    lines = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts)}" if parts else ""]
     return [line for line in lines if line]
 
 

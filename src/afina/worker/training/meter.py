@@ -28,8 +28,8 @@ from afina.worker.compute.flops import Peak, device_peak
 
 __all__ = ["PARTS", "Meter", "Work", "peak_memory_bytes", "seconds_since_launch", "share_of_peak"]
 
-#: `other`: agreeing on what comes next, logging, and the time between epochs.
-PARTS = ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving", "other")
+#: `other`: agreeing on what comes next, logging, and the time between epochs. `simple_models`: the baselines, when all is trained.
+PARTS = ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving", "simple_models", "other")
 
 #: The parts of training proper; rates refer to them.
 _TRAINING = ("input", "forward_backward", "optimizer", "other")
@@ -79,7 +79,7 @@ class Meter:
 
     @property
     def training_s(self) -> float:
-        """Seconds of training proper: start-up, evaluations and saves left out."""
+        """Seconds of training proper: start-up, evaluations, saves and simple models left out."""
         running = time.perf_counter() - self._since if self._part in _TRAINING else 0.0
         return sum(self.seconds[part] for part in _TRAINING) + running
 

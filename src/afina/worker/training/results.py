@@ -23,6 +23,7 @@ from afina.recipe.metrics import METRICS, NEED_SCORES
 from afina.recipe.schema import Recipe
 from afina.run.directory import RunDir
 from afina.run.workers import ask_worker
+from afina.schedule import embedding_seconds
 from afina.statistics.decision_rule import FILE, DecisionRule, cross_fitted, effects, fit_rule, probabilities
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import beaten, weaknesses
@@ -50,8 +51,6 @@ Array = np.ndarray[Any, Any]
 _ROWS = 65_536
 #: Of the process that trains simple models; and left before the end of a job's time, to record how the run ended.
 _SIMPLE_S, _LEFT_S = 120.0, 60.0
-#: Time to embed texts for one of them: a share of the training's, within limits.
-_EMBEDDING_S, _EMBEDDING_SHARE = (10.0, 60.0), 0.1
 #: To start the process, load the model, and train on the embeddings.
 _AROUND_S = 30.0
 
@@ -143,9 +142,7 @@ def simple_models(attempt: Attempt, results: Results) -> Results:
     except AfinaError as error:
         say(f"WARNING: no simple models beside this one: {error.message}")
         return results
-    shortest, longest = _EMBEDDING_S
-    wanted_s = min(max(shortest, _EMBEDDING_SHARE * attempt.meter.training_s), longest)
-    limit_s = min(wanted_s, end - time.monotonic() - _AROUND_S)
+    limit_s = min(embedding_seconds(attempt.meter.training_s), end - time.monotonic() - _AROUND_S)
     try:
         embedded = time.time() + end - time.monotonic() - _AROUND_S / 2  # however long the process takes to start
         question = {"kind": "embeddings", "limit_s": limit_s, "end": embedded, "device": str(attempt.device)}

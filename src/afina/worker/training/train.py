@@ -172,7 +172,7 @@ def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
     results = Results(0, {}, []) if stop.agreed else export_results(trainer)
     attempt.meter.measure_memory(attempt.device)
     if attempt.rank == 0:
-        with attempt.meter.within("other"):
+        with attempt.meter.within("simple_models"):
             results = results if stop.agreed else simple_models(attempt, results)
     ranks.barrier()  # launchers may end the processes that are left when the first have ended
     if attempt.rank == 0:
