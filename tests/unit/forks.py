@@ -31,7 +31,12 @@ __all__ = ["FORKS", "ForkedWorkers", "exit_code_here", "run_forked", "run_here",
 #: Forks of a process that has imported what a training needs, and has trained nothing.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["afina.worker.training.trainer", "afina.worker.training.results", "afina.worker.checks.model_check", __name__]
+    [
+        "afina.worker.training.trainer",
+        "afina.worker.training.results.export_results",
+        "afina.worker.checks.model_check",
+        __name__,
+    ]
 )
 
 

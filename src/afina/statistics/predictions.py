@@ -1,6 +1,6 @@
 """`predictions.parquet` of a run as arrays: labels, predictions and probabilities of each row.
 
-Reads what `afina.worker.training.results` wrote. Texts stay in the table until one is needed. NumPy and pyarrow are imported inside the
+Reads what `afina.worker.training.results.write_predictions` wrote. Texts stay in the table until one is needed. NumPy and pyarrow are imported inside the
 functions: `afina --help` needs neither.
 """
 

@@ -164,7 +164,13 @@ def test_earlier_runs_tell_the_time_of_the_next(plan: Callable[..., Plan]) -> No
     other = replace(EARLIER, device="cuda", examples_per_second=1e6)
     found = estimate(plan(), BERT, earlier=[other, EARLIER])
     assert found.basis == "earlier runs"
-    assert found.seconds_by_part == {"startup": 15.0, "steps": 2400.0, "evaluations": 800.0, "saves": 0.0, "simple_models": 0.0}
+    assert found.seconds_by_part == {
+        "startup": 15.0,
+        "steps": 2400.0,
+        "evaluations": 800.0,
+        "saves": 0.0,
+        "simple_models": 0.0,
+    }
     beside = estimate(plan(), BERT, earlier=[replace(EARLIER, simple_seconds=20.0)])
     assert beside.seconds_by_part["simple_models"] == 20.0
     assert estimate(plan(), BERT, earlier=[replace(EARLIER, peak_gb=3.5)]).host_gb == 3.5

@@ -27,7 +27,7 @@ Array = Any
 
 
 def write(path: Path, task: str, truth: Array, logits: Array, texts: list[str] | None = None) -> Path:
-    """A file as `afina.worker.training.results` writes it."""
+    """A file as `afina.worker.training.results.write_predictions` writes it."""
     size = len(truth)
     table: dict[str, Any] = {
         "row": list(range(size)),

@@ -33,7 +33,7 @@ def trained(project: Path, place: Path, overrides: list[str], sharding: str) -> 
     from afina.worker.survival.stop import StopRequest
     from afina.worker.training.attempt import open_data
     from afina.worker.training.build import build_attempt
-    from afina.worker.training.results import export_results
+    from afina.worker.training.results.export_results import export_results
     from afina.worker.training.trainer import RunTrainer
 
     AcceleratorState._reset_state(reset_partial_state=True)

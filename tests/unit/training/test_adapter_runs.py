@@ -52,7 +52,7 @@ def test_the_model_folder_has_the_logits_of_the_run_in_plain_peft_and_merged(
 ) -> None:
     from afina.worker.inference.classifier import Classifier
     from afina.worker.inference.model_folder import export
-    from afina.worker.training.results import export_results
+    from afina.worker.training.results.export_results import export_results
 
     trainer = build({}, ADAPTER, "train.learning_rate=0.05")
     attempt, run = trainer.attempt, trainer.attempt.run
@@ -151,7 +151,7 @@ def test_a_wrong_section_is_refused(project: Path, missing: str) -> None:
 def test_a_run_goes_on_from_an_adapter(build: Callable[..., Any], project: Path, tmp_path: Path) -> None:
     """With the same labels from the same logits; with others from the same adapter. Both write an adapter beside the same base."""
     from afina.worker.inference.classifier import Classifier
-    from afina.worker.training.results import export_results
+    from afina.worker.training.results.export_results import export_results
 
     first = build({}, "adapter={rank: 4, alpha: 8, targets: all-linear}", "train.learning_rate=0.05")
     export_results(first)

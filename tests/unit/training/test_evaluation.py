@@ -17,7 +17,7 @@ from afina.worker.task.scoring import compute_metrics
 from afina.worker.task.tasks import TASKS, decisions
 from afina.worker.task.word_places import CUT, SHARED, WordPlaces
 from afina.worker.training import evaluation
-from afina.worker.training.results import _columns
+from afina.worker.training.results.write_predictions import _columns
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "token-classification"])

@@ -78,7 +78,7 @@ def test_the_work_of_a_step_is_that_of_its_rows(rows: int, batching: Any) -> Non
 
 @pytest.mark.timeout(200)
 def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
-    recipe = tiny.write_project(tmp_path, train={"epochs": 12})
+    recipe = tiny.write_project(tmp_path, train={"epochs": 12}, baselines=True)
     env = {"AFINA_SCRATCH": str(tmp_path / "scratch")}
     live = "afina.worker.training.live_progress"
     constants = {f"{live}.FIRST_S": 0.1, f"{live}.EVERY_S": 0.3}

@@ -22,7 +22,7 @@ from afina.api import plan_for
 from afina.errors import InputError
 from afina.run.job_request import JobRequest
 from afina.worker.model.check_arguments import check_arguments
-from afina.worker.training.results import export_results
+from afina.worker.training.results.export_results import export_results
 
 pytestmark = [pytest.mark.series, pytest.mark.filterwarnings("ignore")]
 

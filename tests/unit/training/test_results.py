@@ -20,8 +20,10 @@ from afina.worker.data.prepared import Split
 from afina.worker.inference.classifier import Classifier
 from afina.worker.inference.simple_models import simple_models as beside
 from afina.worker.task.losses import Loss
-from afina.worker.training import results
-from afina.worker.training.results import check_loss_curve, check_predictions, export_results, simple_models
+from afina.worker.training.results import simple_models_beside
+from afina.worker.training.results.export_results import export_results
+from afina.worker.training.results.result_checks import check_loss_curve, check_predictions
+from afina.worker.training.results.simple_models_beside import simple_models
 
 DRAW = np.random.default_rng(3)
 NAMES = ["bad", "good", "so-so"]
@@ -130,17 +132,17 @@ def test_simple_models_stand_beside_a_run_and_change_nothing_of_it(
         kept.write_bytes(kept.read_bytes()[:100])  # damaged: made again
         assert beside(*places, kind, 10.0)["eval"][-1]["scores"] == expected[-1]["scores"] and kept.stat().st_size > 100
     # What goes wrong, takes too long or is in the way of a stop leaves the results as they are.
-    monkeypatch.setattr(results, "_AROUND_S", 120.0)
+    monkeypatch.setattr(simple_models_beside, "_AROUND_S", 120.0)
     less = simple_models(attempt, exported).baselines["eval"]
     why = {"name": "frozen embeddings", "left_out": "too little time is left", "scores": {}, "differences": []}
     assert [m["name"] for m in less[:2]] == [most["name"], tfidf["name"]] and less[2:] == [why]
     assert "WARNING: no frozen embeddings beside this model: too little time is left" in capsys.readouterr().out
     (attempt.run.path / "predictions.parquet").write_bytes(b"no")
     assert simple_models(attempt, exported) is exported and "cannot be read as predictions" in capsys.readouterr().out
-    monkeypatch.setattr(results, "_SIMPLE_S", 0.1)
+    monkeypatch.setattr(simple_models_beside, "_SIMPLE_S", 0.1)
     assert simple_models(attempt, exported) is exported and "not ready after 0 s" in capsys.readouterr().out
     attempt.run.stop_file.write_text("asked")
-    monkeypatch.setattr(results, "_SIMPLE_S", 60.0)
+    monkeypatch.setattr(simple_models_beside, "_SIMPLE_S", 60.0)
     monkeypatch.setattr("afina.worker.survival.stop._CHECK_EVERY_S", 0.0)
     assert simple_models(attempt, exported) is exported and "a stop was requested" in capsys.readouterr().out
     none = replace(

@@ -54,7 +54,7 @@ def _spans(column: list[Any]) -> list[Any]:
 
 def test_a_run_learns_and_its_model_says_the_same_everywhere(build: Callable[..., Any], tmp_path: Path) -> None:
     from afina.worker.inference.classifier import Classifier
-    from afina.worker.training.results import export_results
+    from afina.worker.training.results.export_results import export_results
 
     trainer = build({}, *WORDS)
     assert trainer.attempt.batching == "packed"
@@ -149,7 +149,7 @@ def _is_iob2(tags: list[str]) -> bool:
 )
 def test_a_checkpoint_resumes_exactly(build: Callable[..., Any], keys: tuple[str, ...]) -> None:
     from afina.worker.inference.classifier import Classifier
-    from afina.worker.training.results import export_results
+    from afina.worker.training.results.export_results import export_results
 
     given = (*WORDS, *keys, "train.max_steps=9", "train.save_every=3", "train.evaluate=4", "train.keep_checkpoints=9")
     trainer, again = build({}, *given), build({}, *given, train=False)

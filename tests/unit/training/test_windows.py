@@ -26,7 +26,7 @@ from afina.worker.data.prepared import Split, load_manifest, open_split
 from afina.worker.data.tfidf import without_repeated
 from afina.worker.data.tokens.encode import Encoder
 from afina.worker.inference.classifier import Classifier
-from afina.worker.training.results import export_results
+from afina.worker.training.results.export_results import export_results
 
 TOKENS = {"max_length": 16, "windows": {"stride": 4, "max_windows": 3}}
 KEYS = (f"tokens={json.dumps(TOKENS)}", "train.log_every=1", "train.save_every=1", "train.keep_checkpoints=9")

@@ -39,6 +39,7 @@ from afina.worker.data.prepared import load_manifest
 from afina.worker.data.splits.folds import open_splits
 from afina.worker.data.tfidf import fit_tfidf, without_repeated
 from afina.worker.reply import read_question
+from afina.worker.startup import NOT_NEEDED, hide_packages
 from afina.worker.task.tasks import decisions
 
 __all__ = ["answer", "simple_models"]
@@ -90,7 +91,8 @@ def simple_models(
     else:
 
         def fit() -> SimpleModel:
-            from afina.worker.inference.embeddings import Embedder, fit_embeddings
+            with hide_packages(*NOT_NEEDED):
+                from afina.worker.inference.embeddings import Embedder, fit_embeddings
 
             embedder = Embedder(plan.recipe, Path(model_folder), manifest, device)
             return fit_embeddings(embedder, task, splits, width, min(limit_s, end - time.time()))

@@ -18,7 +18,7 @@ from afina.errors import RecipeError, nearest
 from afina.recipe.keys.train_keys import Train
 from afina.recipe.keys.training_arguments import EFFECTIVE
 from afina.worker.model.check_cache import checked_once
-from afina.worker.startup import gc_paused
+from afina.worker.startup import NOT_NEEDED, hide_packages
 
 __all__ = ["check_arguments"]
 
@@ -48,7 +48,7 @@ def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: in
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
-    with gc_paused():
+    with hide_packages(*NOT_NEEDED):
         import transformers
         from transformers import TrainingArguments
 

@@ -40,7 +40,7 @@ from afina.worker.training.log import introduction, mark_lines, metrics_table, s
 
 if TYPE_CHECKING:  # torch is imported after signals are caught and the lease is taken
     from afina.worker.training.attempt import Attempt
-    from afina.worker.training.results import Results
+    from afina.worker.training.results.export_results import Results
     from afina.worker.training.trainer import RunTrainer
 
 __all__ = ["explain_failure", "main"]
@@ -150,7 +150,8 @@ def _train(run: RunDir, allocation: Allocation, stop: StopRequest, lease: Lease)
     with hide_packages(*NOT_NEEDED):
         from afina.worker.compute import ranks
         from afina.worker.training.evaluation import EvaluationAbandoned, StoppedEarly
-        from afina.worker.training.results import Results, export_results, simple_models
+        from afina.worker.training.results.export_results import Results, export_results
+        from afina.worker.training.results.simple_models_beside import simple_models
 
     trainer, resume = _build(run, allocation, stop, lease)
     attempt = trainer.attempt

@@ -1,0 +1,1 @@
+"""Results of a training: the model and its predictions, warnings about them, fitted decisions, simple models beside them."""
