@@ -35,6 +35,9 @@ def test_the_parts_add_up_over_attempts() -> None:
     assert sum(summary["seconds_by_part"].values()) == pytest.approx(5 + taken, abs=0.01)
     assert summary["seconds_by_part"]["evaluation"] >= 0.02
     trained = first.training_s
+    with first.within("simple_models"):
+        time.sleep(0.02)
+    assert first.training_s == trained, "no rate of a training contains the models beside it"
     assert 0.05 <= trained < 0.5
     assert summary["mfu"] == pytest.approx(3e6 / (1e9 * trained), rel=1e-3)
 
@@ -78,7 +81,7 @@ def test_the_work_of_a_step_is_that_of_its_rows(rows: int, batching: Any) -> Non
 
 @pytest.mark.timeout(200)
 def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
-    recipe = tiny.write_project(tmp_path, train={"epochs": 12}, baselines=True)
+    recipe = tiny.write_project(tmp_path, train={"epochs": 12})
     env = {"AFINA_SCRATCH": str(tmp_path / "scratch")}
     live = "afina.worker.training.live_progress"
     constants = {f"{live}.FIRST_S": 0.1, f"{live}.EVERY_S": 0.3}
@@ -89,7 +92,6 @@ def test_a_run_records_where_its_time_went(tmp_path: Path) -> None:
     parts = used["seconds_by_part"]
     assert sum(parts.values()) == pytest.approx(outcome["seconds"], abs=1.0)
     assert min(parts[p] for p in ("startup", "input", "forward_backward", "optimizer", "evaluation", "saving")) > 0
-    assert parts["simple_models"] > parts["other"], "they are no part of the training, and no rate contains them"
     assert 0 < used["mfu"] < 1 and used["peak_flops"] > 1e9 and used["peak_memory_gb"] > 0.1
     tokens = np.load(next((tmp_path / "scratch/prepared").glob("*/train.offsets.npy")))[-1] * 12
     trained = sum(parts[p] for p in ("input", "forward_backward", "optimizer", "other"))
