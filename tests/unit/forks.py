@@ -33,7 +33,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "afina.worker.training.trainer",
-        "afina.worker.training.results.export_results",
+        "afina.worker.training.results.simple_models_beside",
         "afina.worker.checks.model_check",
         __name__,
     ]
