@@ -12,6 +12,7 @@ from afina.recipe.metrics import lower_is_better
 from afina.reports.charts import Chart, Point, points_of, smoothed
 from afina.reports.facts import RunFacts
 from afina.reports.page import note, pairs, pre, seconds, table, tiles, warnings
+from afina.run.directory import evaluations_of
 from afina.run.provenance.methods import methods as paragraph
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import weaknesses
@@ -136,12 +137,10 @@ def outcome(facts: RunFacts) -> str:
 def epochs(facts: RunFacts) -> str:
     """The table that the run prints at its end: one row per evaluation, with the mean training loss since the one before."""
     names = list(dict.fromkeys(k for line in facts.evaluations for k in _scalars(line)))
-    rows, loss = [], None
-    for line in facts.metrics:
-        loss = line.get("loss", loss)
-        if "eval_loss" in line:
-            values = (line.get("training_loss", loss), line["eval_loss"], *(line.get(name) for name in names))
-            rows.append([line.get("epoch"), line.get("step"), *map(number, values)])
+    rows = []
+    for line, training_loss in evaluations_of(facts.metrics):
+        values = (training_loss, line["eval_loss"], *(line.get(name) for name in names))
+        rows.append([line.get("epoch"), line.get("step"), *map(number, values)])
     heads = ["epoch", "step", "training loss", "validation loss", *(n.removeprefix("eval_") for n in names)]
     return table(heads, rows, "One row per evaluation") + warnings(facts.spoiled.get("eval", []) if rows else [])
 

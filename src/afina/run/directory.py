@@ -38,7 +38,7 @@ from afina.files import read_words, write_atomic, write_problem
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, load_plan
 
-__all__ = ["PRUNING", "RunDir", "is_run_dir", "job_ids_of", "task_of"]
+__all__ = ["PRUNING", "RunDir", "evaluations_of", "is_run_dir", "job_ids_of", "task_of"]
 
 #: Of a trial whose search prunes: `{"metric": "eval_accuracy", "lower": false}`.
 PRUNING = "pruning.json"
@@ -273,6 +273,15 @@ class RunDir:
                 outcome = Outcome(outcome="failed", attempt=attempt, **json.loads(path.read_bytes()))
                 failures += [outcome.failure] if outcome.failure else []
         return failures
+
+
+def evaluations_of(logged: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], float | None]]:
+    """Each evaluation of a metrics log, and the mean training loss since the one before; where an older afina did not log that, the last loss."""
+    loss: float | None = None
+    for line in logged:
+        loss = line.get("loss", loss)
+        if "eval_loss" in line:
+            yield line, line.get("training_loss", loss)
 
 
 def job_ids_of(submissions: Iterable[Mapping[str, Any]], attempts: Sequence[str]) -> tuple[str, ...]:

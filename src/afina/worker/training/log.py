@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import Any, TextIO, cast
 
-from afina.run.directory import RunDir
+from afina.run.directory import RunDir, evaluations_of
 from afina.run.outcome import Outcome, part_in_words
 from afina.run.plan import Geometry, Plan
 from afina.text import CLEAR_LINE, aligned, can_draw
@@ -53,21 +53,14 @@ def introduction(plan: Plan, geometry: Geometry, task: str, rows: dict[str, int]
 
 def metrics_table(run: RunDir, metric_names: list[str]) -> str:
     """The table of the Transformers tutorial: one line per evaluation, with the mean training loss since the one before."""
-    logged = list(run.metrics())
+    logged = run.metrics()
     scalar = [m for m in metric_names if any(isinstance(line.get(f"eval_{m}"), float) for line in logged)]
     head = ["epoch", "training loss", "validation loss", *scalar]
     rows: list[list[str]] = []
-    loss: float | None = None
-    for line in logged:
-        loss = line.get("loss", loss)
-        if "eval_loss" in line:
-            values = [line.get(f"eval_{name}") for name in scalar]
-            cells = [
-                line.get("training_loss", loss),
-                line["eval_loss"],
-                *(v if isinstance(v, float) else None for v in values),
-            ]
-            rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
+    for line, training_loss in evaluations_of(logged):
+        values = [line.get(f"eval_{name}") for name in scalar]
+        cells = [training_loss, line["eval_loss"], *(v if isinstance(v, float) else None for v in values)]
+        rows.append([f"{line['epoch']:g}", *("-" if v is None else f"{v:.6f}" for v in cells)])
     lines = aligned([head, *rows], right=range(len(head)))
     return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:], ""])
 

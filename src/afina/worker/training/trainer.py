@@ -217,7 +217,7 @@ class RunTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Logits of every row (or word) on rank 0, in input order; the loss and the recipe's metrics on every rank.
 
-        Where steps have been made since the last evaluation, also their `training_loss`: the mean over their examples.
+        Where steps have been made since the last evaluation, also their `training_loss`: the mean over their examples, each with its weight in the loss.
         """
         attempt, data = self.attempt, self.attempt.data
         split: Split = dataloader.dataset.split  # type: ignore[attr-defined]
