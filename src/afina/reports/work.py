@@ -37,10 +37,12 @@ def lengths(facts: RunFacts) -> tuple[str, list[Chart]]:
     ]
     heads = ["split", "shortest", "median", "mean", "longest", f"{limit} or more", "real, padded", "real, longest"]
     html += table(heads, rows, "Tokens per text, special tokens included")
-    how = facts.plan.recipe.tokens.batching
+    asked = facts.plan.recipe.tokens.batching
+    ran = next((e["batching"] for e in reversed(facts.events) if "batching" in e), None)
+    batching = f"This run's batching was {ran}" if ran else f"The recipe's batching is {asked}"
     html += note(
         f"“real” is the share of tokens that are not padding, if texts are padded to {limit} tokens (padded) or to the longest text of a "
-        f"random batch of {facts.plan.geometry.batch_per_device} (longest). This run's batching is {how}; packed batches have no padding. Longer texts were cut {facts.plan.recipe.tokens.cut}."
+        f"random batch of {facts.plan.geometry.batch_per_device} (longest). {batching}; packed batches have no padding. Longer texts were cut {facts.plan.recipe.tokens.cut}."
     )
     if windows:
         html += note(

@@ -19,6 +19,7 @@ from tests.unit.reports.pages import Page
 from afina.errors import EnvironmentProblem, Failure, InputError
 from afina.reports import drawing, write_report
 from afina.run.outcome import Outcome
+from afina.run.provenance.methods import methods
 
 
 def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
@@ -211,8 +212,29 @@ def test_a_methods_paragraph_can_be_quoted(make_run: MakeRun, model_folder: Path
         "for single-label classification (3 labels) on reviews.csv; the prepared data has the SHA-256 ab12, with afina",
         "train 600 rows (a fraction of 0.8, by a hash of the text, seed 42, a sample of 600 by a hash of the text, seed 42)",
         "AdamW (β1 0.9, β2 0.999, ε 1e-08, weight decay 0.05, gradients clipped at 1); learning rate 5e-05, cosine schedule",
-        "8 examples per step, 1 epochs (40 steps), seed 1",
+        "8 examples per step, 1 epoch (40 steps), seed 1. Loss: cross entropy. It was",
         "trained in bf16 with 4 processes on NVIDIA H200 (Python 3.12.1, PyTorch 2.13, Transformers 5.17)",
         "The checkpoint with the highest f1 on eval was kept (step 20), so that scores on eval are a little too kind.",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "words"),
+    [
+        ("single-label", {"class_weights": "balanced", "label_smoothing": 0.1}, "cross entropy; class weights (balanced); label smoothing 0.1"),
+        ("single-label", {"loss": "focal", "class_weights": {"1": 2, "3": 0.5}}, "focal loss (γ 2); class weights (1: 2, 3: 0.5)"),
+        ("multi-label", {"loss": "focal", "focal_gamma": 1.5, "pos_weight": {"1": 3}}, "focal loss of each label (γ 1.5); weights of positives (1: 3)"),
+        ("token-classification", {}, "cross entropy of each word"),
+        ("regression", {}, "squared error"),
+    ],
+)  # fmt: skip
+def test_methods_name_the_loss(make_run: MakeRun, task: str, train: dict[str, Any], words: str) -> None:
+    run = make_run(**{f"train__{key}": value for key, value in train.items()}, data__weight="weight")
+    prepared = {"task": task, "labels": ["1", "2", "3"]}
+    assert f" Loss: {words}; rows weighted by column weight." in methods(run.plan(), None, prepared, {}, {})
+
+
+def test_methods_name_the_number_format_of_a_frozen_base(make_run: MakeRun) -> None:
+    run = make_run(adapter={"rank": 4}, train__base_dtype="nf4")
+    assert "all other weights were frozen and stored in nf4. Optimizer:" in methods(run.plan(), None, {}, {}, {})

@@ -236,7 +236,8 @@ class Train(Section):
     @property
     def length(self) -> str:
         """The length of the training in words."""
-        most = f"{self.num_epochs:g} epochs" if self.max_steps is None else f"at most {self.max_steps:,} steps"
+        epochs = f"{self.num_epochs:g} epoch{'s' * (self.num_epochs != 1)}"
+        most = epochs if self.max_steps is None else f"at most {self.max_steps:,} steps"
         if self.early_stopping is None:
             return most
         waits = plural(self.early_stopping.patience, "evaluation")

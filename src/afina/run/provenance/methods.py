@@ -12,6 +12,7 @@ from typing import Any
 
 from afina.files import read_json
 from afina.recipe.keys.data_keys import Part
+from afina.recipe.keys.loss_keys import DEFAULT_GAMMA
 from afina.recipe.keys.train_keys import Train
 from afina.recipe.metrics import lower_is_better, metric_name, selection_metric
 from afina.run.directory import RunDir
@@ -25,6 +26,15 @@ _TASKS = {
     "single-label": "single-label classification",
     "multi-label": "multi-label classification",
     "token-classification": "token classification",
+}
+
+
+#: The loss of each task (`afina.worker.task.losses`), and what it is of.
+_LOSSES = {
+    "single-label": ("cross entropy", ""),
+    "multi-label": ("binary cross entropy", " of each label"),
+    "token-classification": ("cross entropy", " of each word"),
+    "regression": ("squared error", ""),
 }
 
 
@@ -74,6 +84,7 @@ def methods(
         _model_and_data(plan, prepared, record),
         _splits(plan, prepared),
         _training(plan, outcome),
+        _loss(plan, prepared),
         _machine(plan, ran),
     ]
     sentences += [
@@ -164,13 +175,32 @@ def _trained(plan: Plan, outcome: Outcome | None) -> str:
     recipe = plan.recipe
     share = f" ({trained_count(outcome)})"
     if adapter := recipe.adapter:
+        stored = "" if recipe.train.base_dtype == "fp32" else f" and stored in {recipe.train.base_dtype}"
         return (
             f"Trained were {adapter.variant} adapters of rank {adapter.rank} (α {adapter.alpha:g}, dropout {adapter.dropout:g}) on {adapter.layers}, and the "
-            f"head{share}; all other weights were frozen. "
+            f"head{share}; all other weights were frozen{stored}. "
         )
     return (
         f"Frozen were {recipe.train.frozen}; trained was the rest{share}. " if recipe.train.freeze is not None else ""
     )
+
+
+def _loss(plan: Plan, prepared: Mapping[str, Any]) -> str:
+    train, task = plan.recipe.train, str(prepared.get("task") or plan.recipe.task)
+    if task not in _LOSSES:
+        return ""
+    gamma = DEFAULT_GAMMA if train.focal_gamma is None else train.focal_gamma
+    kind, of = _LOSSES[task]
+    more = [f"{kind}{of}" if train.loss != "focal" else f"focal loss{of} (γ {gamma:g})"]
+    for key, given in (("class weights", train.class_weights), ("weights of positives", train.pos_weight)):
+        if given is not None:
+            each = "balanced" if given == "balanced" else ", ".join(f"{name}: {w:g}" for name, w in given.items())
+            more.append(f"{key} ({each})")
+    if train.label_smoothing:
+        more.append(f"label smoothing {train.label_smoothing:g}")
+    if plan.recipe.data.weight is not None:
+        more.append(f"rows weighted by column {plan.recipe.data.weight}")
+    return f"Loss: {'; '.join(more)}."
 
 
 def trained_count(outcome: Outcome | None) -> str:

@@ -255,7 +255,7 @@ def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
     if attempt.rank:
         return
     checks |= preflight.check_room(run, attempt.checkpoint_bytes, attempt.plan.recipe.train.keep_checkpoints)
-    attempt.event("preflight", **checks)
+    attempt.event("preflight", batching=attempt.batching, **checks)
     say(*(f"WARNING: {warning}" for warning in checks["warnings"]))
     rows = {part: len(split) for part, split in attempt.data.splits.items()}
     say(*introduction(attempt.plan, attempt.geometry, attempt.data.task, rows, attempt.device.type))
