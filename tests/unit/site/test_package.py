@@ -81,17 +81,23 @@ def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(venv: Path, tmp_path: Path) -> Callable[..., Ran]:
-    """Run a program of the venv in an empty folder with an empty HOME; `packages` is a folder of further ones."""
+    """Run a program of the venv in an empty folder with an empty HOME; `packages` is a folder of further ones; `variables` are added."""
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
 
-    def call(*argv: str, packages: Path = SITE_PACKAGES) -> Ran:
+    def call(*argv: str, packages: Path = SITE_PACKAGES, **variables: str) -> Ran:
         (place,) = (venv / "lib").glob("python*/site-packages")
         (place / "more.pth").write_text(f"{packages}\n")
         words = [str(venv / "bin" / argv[0]), *argv[1:]]
         return subprocess.run(
-            words, cwd=tmp_path / "here", env=env, capture_output=True, text=True, timeout=300, check=False
+            words,
+            cwd=tmp_path / "here",
+            env=env | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
 
     return call
@@ -141,17 +147,26 @@ def test_a_wheel_brings_the_pages_that_messages_name(run: Callable[..., Ran], tm
 
 
 def test_a_wheel_trains_here(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """…and predicts. Neither waits for the import of packages that this run does not use."""
     tiny.write_project(tmp_path / "data", rows=60)
     data, scratch = tmp_path / "data", tmp_path / "scratch"
     words = ["--data", str(data / "reviews.csv"), "--model", str(data / "model"), "--scratch", str(scratch), "--yes"]
     first = run("afina", "init", ".", *words)
     assert first.returncode == 0, first
-    done = run("afina", "train", "recipe.yaml", "--set", "train.epochs=1", "--set", "tokens.max_length=32")
+    options = ["--set", "train.epochs=1", "--set", "tokens.max_length=32", "--set", "baselines=false"]
+    done = run("afina", "train", "recipe.yaml", *options, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stdout + done.stderr
     (finished,) = scratch.glob("runs/*/outcome.json")
     assert '"finished"' in finished.read_text()
     for name in ("finetune.sbatch", "job.sh", "node.sh"):
         assert (finished.parent / name).read_bytes() == (ROOT / "slurm" / name).read_bytes()
+    predict = ["predict", finished.parent.name, str(data / "reviews.csv"), "-o", "out.parquet"]
+    predicted = run("afina", *predict, PYTHONPROFILEIMPORTTIME="1")
+    assert predicted.returncode == 0, predicted.stdout + predicted.stderr
+    for output in (done.stdout + done.stderr, predicted.stdout + predicted.stderr):
+        imported = set(re.findall(r"^import time:.*\| +(\w+)$", output, re.MULTILINE))
+        assert {"torch", "afina"} <= imported
+        assert imported & {"peft", "bitsandbytes", "optuna", "matplotlib", "submitit"} == set()
 
 
 def test_a_python_that_cannot_train_is_refused_before_anything_is_done(run: Callable[..., Ran], tmp_path: Path) -> None:

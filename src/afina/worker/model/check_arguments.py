@@ -44,13 +44,13 @@ def check_arguments(train: Train, pins: Path, steps: int | None = None) -> list[
     return checked_once(pins, ["arguments", 4, arguments, rate, steps], lambda: _try_arguments(arguments, rate, steps))
 
 
+@hide_packages(*NOT_NEEDED)
 def _try_arguments(arguments: Mapping[str, Any], learning_rate: float, steps: int | None) -> list[str]:
     """Leaves no folder behind and forms no process group."""
     import dataclasses
 
-    with hide_packages(*NOT_NEEDED):
-        import transformers
-        from transformers import TrainingArguments
+    import transformers
+    from transformers import TrainingArguments
 
     installed = f"transformers {transformers.__version__}"
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
