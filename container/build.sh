@@ -108,7 +108,7 @@ done
 command -v apptainer >/dev/null || fail 3 'apptainer is not on PATH: load its module, or install Apptainer 1.2 or newer'
 command -v python3 >/dev/null || fail 3 'python3 is not on PATH: it reads the configuration of pip for the build'
 
-afina() { PYTHONPATH=$root/src python3 -m afina.cli "$@"; }
+afina() { PYTHONPATH=$root/src python3 -m afina "$@"; }
 if ((${#push[@]})) && ! afina image push --help >/dev/null 2>&1; then
     fail 3 "--push needs afina's own packages in $(command -v python3): pip install . (without PyTorch); or push later: afina image push IMAGE ADDRESS"
 fi

@@ -57,7 +57,7 @@ def test_a_run_in_the_image_is_the_run_outside(image: Path, home: Path, apptaine
     command = ("train", "recipe.yaml", "--num-processes", "1", "--run")
     done = apptainer("run", image, *command, "inside", environment=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    argv = [sys.executable, "-m", "afina.cli", *command, "outside"]
+    argv = [sys.executable, "-m", "afina", *command, "outside"]
     here = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "HF_", "CUDA_VISIBLE"))}
     subprocess.run(argv, cwd=home, env={**here, **env}, check=True, capture_output=True)
     assert (home / "inside/metrics.jsonl").read_bytes() == (home / "outside/metrics.jsonl").read_bytes()
@@ -137,7 +137,7 @@ def as_the_user(home: Path) -> dict[str, str]:
 
 
 def verified(image: Path, env: dict[str, str], *options: str) -> tuple[int, dict[str, str]]:
-    argv = [sys.executable, "-m", "afina.cli", "image", "verify", str(image), "--json", *options]
+    argv = [sys.executable, "-m", "afina", "image", "verify", str(image), "--json", *options]
     done = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     return done.returncode, {f["check"]: f["level"] for f in json.loads(done.stdout)["findings"]}

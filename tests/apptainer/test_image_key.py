@@ -197,7 +197,7 @@ def test_nothing_is_prepared_claimed_or_queued(signed: Path, plan: Plan, tmp_pat
         "AFINA_IMAGE_KEY": str(signed / "pem.pub"),
     }
     env["PATH"] = f"{programs}:{os.environ['PATH']}"
-    argv = [sys.executable, "-m", "afina.cli", *command, str(plan.recipe_file)]
+    argv = [sys.executable, "-m", "afina", *command, str(plan.recipe_file)]
     done = subprocess.run(argv, env={**os.environ, **env}, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "signature not found" in done.stderr, done.stdout + done.stderr
     assert not (programs / "called").exists() and list(scratch.iterdir()) == []

@@ -30,7 +30,7 @@ from afina.site.pulled import newest, resolve
 from afina.site.pulled import pull as pull_once
 from afina.site.settings import load_site
 
-AFINA = [sys.executable, "-m", "afina.cli"]
+AFINA = [sys.executable, "-m", "afina"]
 SIZE = 10_000_000
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 __all__ = ["AFINA", "Measured", "environment_of", "measured", "ranged", "spread"]
 
 #: The command line of this checkout.
-AFINA = (sys.executable, "-m", "afina.cli")
+AFINA = (sys.executable, "-m", "afina")
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,10 @@ class Work:
         if peer == "afina":
             number = ["--num-processes", str(processes)] if processes > 1 else []
             if again:
-                return [sys.executable, "-m", "afina.cli", "resume", str(run), *number]
+                return [sys.executable, "-m", "afina", "resume", str(run), *number]
             recipe = run.with_name(f"{run.name}.yaml")
             recipe.write_text(json.dumps(self.recipe()))
-            return [sys.executable, "-m", "afina.cli", "train", str(recipe), "--run", str(run), *number]
+            return [sys.executable, "-m", "afina", "train", str(recipe), "--run", str(run), *number]
         launch = [sys.executable]
         if processes > 1:
             config = self.folder / "accelerate.yaml"

@@ -81,7 +81,7 @@ class Job(Case):
         file = self.run.with_name(f"{self.run.name}.yaml")
         file.write_text(json.dumps(recipe))
         file.chmod(0o644)
-        return ["-m", "afina.cli", "submit", str(file), "--run", str(self.run)]
+        return ["-m", "afina", "submit", str(file), "--run", str(self.run)]
 
     def until(self, reached: Callable[[], bool], pause: float = 0.01) -> bool:
         """Wait for `reached`; False if the job ended before, or hung."""

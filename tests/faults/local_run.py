@@ -109,7 +109,7 @@ class LocalRun(LiveRun):
     def _afina(self, prefix: Sequence[str], *words: str, log: Path | None = None) -> subprocess.Popen[bytes]:
         with (log or self.log).open("ab") as out:
             return (subprocess.Popen if prefix else self.popen)(
-                [*prefix, sys.executable, "-m", "afina.cli", *words],
+                [*prefix, sys.executable, "-m", "afina", *words],
                 cwd=self.place,
                 env=environment(self.place),
                 stdin=subprocess.DEVNULL,

@@ -39,7 +39,7 @@ def prefetch(place: Path) -> None:
     """Prepare the data once, without a container, for all runs."""
     if any(place.glob("scratch/prepared/*/manifest.json")):
         return
-    argv = [sys.executable, "-m", "afina.cli", "prefetch", "recipe.yaml"]
+    argv = [sys.executable, "-m", "afina", "prefetch", "recipe.yaml"]
     done = subprocess.run(
         argv, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300, check=False
     )

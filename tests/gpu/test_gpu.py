@@ -249,7 +249,7 @@ def _train(place: Path, name: str, recipe: dict[str, Any]) -> Path:
 
 
 def _resume(place: Path, run: Path) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    argv = [sys.executable, "-m", "afina", "resume", str(run)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(argv, env=runs._environment(place), text=True, **pipes)
 
@@ -270,7 +270,7 @@ def test_a_run_trains_on_the_gpu_logs_it_and_predicts(place: Path) -> None:
     predicted: dict[str, list[dict[str, str]]] = {}
     for device, environment in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         out = place / f"{device}.csv"
-        argv = [sys.executable, "-m", "afina.cli", "predict", str(run), str(texts), "-o", str(out)]
+        argv = [sys.executable, "-m", "afina", "predict", str(run), str(texts), "-o", str(out)]
         done = subprocess.run(
             argv, env={**runs._environment(place), **environment}, capture_output=True, text=True, check=False
         )
@@ -311,7 +311,7 @@ def test_a_run_stopped_and_killed_on_the_gpu_is_nearly_the_undisturbed_run(place
 def test_a_rehearsal_measures_the_memory_of_the_gpu(place: Path) -> None:
     file = place / "rehearsed.yaml"
     file.write_text(json.dumps(runs._recipe()))
-    argv = [sys.executable, "-m", "afina.cli", "rehearse", str(file), "--json"]
+    argv = [sys.executable, "-m", "afina", "rehearse", str(file), "--json"]
     done = subprocess.run(argv, env=runs._environment(place), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cuda" in done.stdout, done.stdout

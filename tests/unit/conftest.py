@@ -169,12 +169,12 @@ Ran = subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def afina(scratch: Path) -> Callable[..., Ran]:
-    """Runs `python -W error -m afina.cli ARGUMENTS` with AFINA_SCRATCH set; `env` adds to it, None removes."""
+    """Runs `python -W error -m afina ARGUMENTS` with AFINA_SCRATCH set; `env` adds to it, None removes."""
 
     def run(*arguments: str | Path, env: Mapping[str, str | None] | None = None, cwd: Path | None = None) -> Ran:
         given = {**os.environ, "AFINA_SCRATCH": str(scratch), **(env or {})}
         return subprocess.run(
-            [sys.executable, "-W", "error", "-m", "afina.cli", *map(str, arguments)],
+            [sys.executable, "-W", "error", "-m", "afina", *map(str, arguments)],
             env={k: v for k, v in given.items() if v is not None},
             cwd=cwd,
             stdin=subprocess.DEVNULL,

@@ -69,4 +69,4 @@ def screen(written: str) -> list[str]:
     return ["".join(line).rstrip() for line in lines]
 
 
-AFINA = (sys.executable, "-W", "error", "-m", "afina.cli")
+AFINA = (sys.executable, "-W", "error", "-m", "afina")

@@ -175,7 +175,7 @@ def test_a_signal_asks_the_worker_to_stop(run: RunDir, scratch: Path, number: si
     words = ["bash", "-c", body, "bash", str(run.path), ""]
     (run.path / "worker.argv").write_bytes(b"\0".join(os.fsencode(w) for w in words))
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "afina.cli", "resume", str(run.path)],
+        [sys.executable, "-W", "error", "-m", "afina", "resume", str(run.path)],
         env={**os.environ, "AFINA_SCRATCH": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -190,7 +190,7 @@ def test_a_signal_asks_the_worker_to_stop(run: RunDir, scratch: Path, number: si
 
 
 def test_a_closed_pipe_leaves_no_traceback() -> None:
-    script = '"$1" -m afina.cli --help | true; "$1" -m afina.cli --help | head -n 1'
+    script = '"$1" -m afina --help | true; "$1" -m afina --help | head -n 1'
     argv = ["bash", "-o", "pipefail", "-c", script, "x", sys.executable]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.stderr == "" and done.stdout.startswith("Usage: ")
@@ -201,6 +201,6 @@ def test_a_locale_that_is_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / "café ☃"
     folder.mkdir()
     env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
-    argv = [sys.executable, "-m", "afina.cli", "status", str(folder)]
+    argv = [sys.executable, "-m", "afina", "status", str(folder)]
     done = subprocess.run(argv, env=env, capture_output=True, check=False)
     assert done.returncode == 2 and f"{folder}: not a run directory".encode() in done.stderr, done.stderr

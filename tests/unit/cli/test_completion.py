@@ -39,7 +39,7 @@ def completed(shell: str, line: str, folder: Path) -> list[str]:
         pytest.skip(f"needs {shell}")
     (folder / "bin").mkdir(exist_ok=True)
     program = folder / "bin/afina"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m afina.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m afina "$@"\n')
     program.chmod(0o755)
     words = [word or "''" for word in line.split(" ")]
     if shell == "bash":

@@ -149,7 +149,7 @@ def test_a_failed_training_has_a_report(tmp_path: Path) -> None:
         "    sys.meta_path.insert(0, Refuse())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "afina.cli", "demo", str(tmp_path / "a demo")],
+        [sys.executable, "-m", "afina", "demo", str(tmp_path / "a demo")],
         env={**os.environ, "PYTHONPATH": str(broken)},
         capture_output=True,
         text=True,

@@ -250,7 +250,7 @@ def test_training_writes_into_no_cache(plan: Plan, tmp_path: Path) -> None:
     recipe.write_text(json.dumps({**plan.recipe.model_dump(mode="json"), "train": {"max_steps": 2, "batch_size": 4}}))
     folders = [plan.site.prepared, plan.site.cache, plan.site.scratch / "pins", home, plan.model_folder]
     script = 'for f in "$3" "$4" "$5" "$6" "$7"; do mount --bind "$f" "$f"; mount -o remount,bind,ro "$f"; done\n'
-    script += 'HF_HOME="$6" AFINA_SCRATCH="$8" exec "$1" -m afina.cli train "$2" --run "$9" --num-processes 1'
+    script += 'HF_HOME="$6" AFINA_SCRATCH="$8" exec "$1" -m afina train "$2" --run "$9" --num-processes 1'
     run = tmp_path / "run"
     before = tree(*folders)
     ran = private_mounts(script, sys.executable, recipe, *folders, plan.site.scratch, run)

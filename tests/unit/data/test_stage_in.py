@@ -78,7 +78,7 @@ def test_a_staged_run_is_the_same_run(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     tiny.write_project(tmp_path, 60, train={"max_steps": 4}, resources={"gpus_per_node": 0})
     env = {**os.environ, "AFINA_SCRATCH": str(tmp_path / "scratch")}
-    argv = [sys.executable, "-m", "afina.cli"]
+    argv = [sys.executable, "-m", "afina"]
     pointer = tmp_path / "pointer"
     for words in (("train", "recipe.yaml", "--run", "plain"), ("claim", "--pointer", pointer, "recipe.yaml")):
         done = run_forked([*argv, *words], cwd=tmp_path, env=env)

@@ -54,7 +54,7 @@ def test_the_inside_is_whole_here_and_a_broken_package_is_found(tmp_path: Path) 
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "evaluate.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')\n")
-    argv = [sys.executable, "-m", "afina.cli", "doctor", "--inside", "--json"]
+    argv = [sys.executable, "-m", "afina", "doctor", "--inside", "--json"]
     both = [
         subprocess.Popen(argv, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for env in ({}, {"PYTHONPATH": str(broken)})

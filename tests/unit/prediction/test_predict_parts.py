@@ -60,7 +60,7 @@ def test_killed_at_any_instant_the_output_is_the_same_file(run: Path, reviews: P
     killed.wait()
     there = len(list(parts.glob("part-*")))
     assert 2 <= there < 41
-    command = [sys.executable, "-m", "afina.cli", "predict", str(run), str(data), "-o", str(out), "--chunk-rows", "100"]
+    command = [sys.executable, "-m", "afina", "predict", str(run), str(data), "-o", str(out), "--chunk-rows", "100"]
     stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until(there + 2)
     stopped.send_signal(signal.SIGINT)

@@ -149,7 +149,7 @@ def test_a_run_directory_that_is_in_use(
 def test_a_scratch_that_cannot_be_used(
     recipe_file: Callable[..., Path], scratch: Path, mount: str, message: str, remedy: str
 ) -> None:
-    train = 'export AFINA_SCRATCH="$1"; exec "$2" -W error -m afina.cli train "$3"'
+    train = 'export AFINA_SCRATCH="$1"; exec "$2" -W error -m afina train "$3"'
     done = private_mounts(f'mount -t tmpfs -o {mount} tmpfs "$1"; {train}', scratch, sys.executable, recipe_file())
     only_message(done, 3, f"AFINA_SCRATCH={scratch} {message}", remedy)
 

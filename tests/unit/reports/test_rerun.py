@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _afina(place: Path, *arguments: str | Path, cwd: Path | None = None) -> Ran:
     env = {**os.environ, "AFINA_SCRATCH": str(place / "scratch")}
-    argv = [sys.executable, "-m", "afina.cli", *map(str, arguments)]
+    argv = [sys.executable, "-m", "afina", *map(str, arguments)]
     return run_forked(argv, env=env, cwd=cwd or place)
 
 

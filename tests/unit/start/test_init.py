@@ -183,7 +183,7 @@ def test_a_data_set_that_the_hub_does_not_have_leaves_nothing(
 def test_questions_have_defaults(tmp_path: Path, no_cluster: Path, scratch: Path) -> None:
     """Enter takes the default; a table of the columns comes first; an end of input is no answer."""
     tiny.write_csv(tmp_path / "reviews.csv", reviews(40))
-    argv = [sys.executable, "-m", "afina.cli", "init"]
+    argv = [sys.executable, "-m", "afina", "init"]
     env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
     done = subprocess.run(
         argv, input="\n\n\nrating\n\nmy run\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False

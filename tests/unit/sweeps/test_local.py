@@ -42,7 +42,7 @@ def test_a_local_sweep_stops_with_ctrl_c_and_goes_on(
     words += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, "AFINA_SCRATCH": str(scratch)}
     process = ForkedWorkers(
-        [sys.executable, "-m", "afina.cli", *words],
+        [sys.executable, "-m", "afina", *words],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

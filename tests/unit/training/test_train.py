@@ -52,7 +52,7 @@ def _environment(place: Path) -> dict[str, str]:
 def _start(place: Path, run: Path, recipe: dict[str, Any], *options: str) -> subprocess.Popen[str]:
     file = run.with_suffix(".yaml")
     file.write_text(json.dumps(recipe))
-    argv = [sys.executable, "-m", "afina.cli", "train", str(file), "--run", str(run), *options]
+    argv = [sys.executable, "-m", "afina", "train", str(file), "--run", str(run), *options]
     return subprocess.Popen(argv, env=_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_is_stopped_repeatedly_equals_the_undisturbed_run(place: Path
         _wait_for_lines(run, 20, attempt=2)
         os.kill(json.loads((run / "lease.json").read_text())["pid"], signal.SIGTERM)
         resumed.result()
-    resume = [sys.executable, "-m", "afina.cli", "resume", str(run)]
+    resume = [sys.executable, "-m", "afina", "resume", str(run)]
     resumed = subprocess.Popen(resume, env=_environment(place), stdout=subprocess.DEVNULL)
     _wait_for_lines(run, 50, attempt=3)
     subprocess.run(["pkill", "-KILL", "-f", f"afina.worker train {run}"], check=True)

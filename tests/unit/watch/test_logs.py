@@ -155,7 +155,7 @@ def test_following_one_attempt_ends_with_it(run: RunDir) -> None:
 def test_ctrl_c_ends_it_without_a_message(run: RunDir) -> None:
     begin(run, "7.0", "one\n")
     run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
-    argv = [sys.executable, "-W", "error", "-m", "afina.cli", "logs", "r", "-f"]
+    argv = [sys.executable, "-W", "error", "-m", "afina", "logs", "r", "-f"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "one\n"
     process.send_signal(signal.SIGINT)

@@ -117,7 +117,7 @@ def test_watch_redraws_until_ctrl_c_which_is_silent(slurm: Slurm, runs: Path) ->
     begin(make(runs / "runs", job="2"), "2.0")
     child, terminal = pty.fork()
     if child == 0:  # pragma: no cover
-        os.execv(sys.executable, [sys.executable, "-m", "afina.cli", "status", "--watch"])
+        os.execv(sys.executable, [sys.executable, "-m", "afina", "status", "--watch"])
     said = b""
     while b"1 running" not in said:
         said += os.read(terminal, 4096)

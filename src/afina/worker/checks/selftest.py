@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         argv = [
             sys.executable,
             "-m",
-            "afina.cli",
+            "afina",
             "train",
             str(recipe),
             "--run",

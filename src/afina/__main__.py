@@ -1,4 +1,4 @@
-"""`python -m afina.cli` is the `afina` command."""
+"""`python -m afina` is the `afina` command."""
 
 from afina.cli import main
 
