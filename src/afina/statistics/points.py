@@ -15,7 +15,7 @@ from afina.statistics.intervals import MeanInterval, PairedTest, paired_t_test
 from afina.statistics.paired import holm
 from afina.text import p_value
 
-__all__ = ["Row", "ranked", "remarks", "useless"]
+__all__ = ["Row", "passed_over", "ranked", "remarks", "useless"]
 
 _LEVEL = 0.05
 
@@ -36,6 +36,7 @@ class Row:
         weak: why its models are of no use; empty if one of them is.
         overlap: of folds, see `afina.statistics.intervals`; then `values` are by fold.
         pruned: the search ended this trial, because it was behind the others.
+        ahead: its mean is better than that of the best, which it cannot be.
     """
 
     point: str
@@ -49,6 +50,7 @@ class Row:
     weak: str = ""
     overlap: float = 0.0
     pruned: bool = False
+    ahead: bool = False
 
     @property
     def runs(self) -> int:
@@ -57,11 +59,13 @@ class Row:
 
 def ranked(rows: Sequence[Row], lower: bool, *, tested: bool = True) -> tuple[list[Row], Row | None]:
     """The rows, the best first and those without a finished run last, tested against the best; and the best, if there is one."""
-    ordered = sorted(
-        rows, key=lambda row: math.inf if row.interval is None else row.interval.mean if lower else -row.interval.mean
-    )
+    ordered = sorted(rows, key=lambda row: math.inf if row.interval is None else _mean(row) * (1 if lower else -1))
     best = _best(ordered)
-    if best is None or not tested:
+    if best is None:
+        return ordered, None
+    place = ordered.index(best)
+    ordered[:place] = [replace(row, ahead=_mean(row) != _mean(best)) for row in ordered[:place]]
+    if not tested:
         return ordered, best
     return [best, *_compared([row for row in ordered if row is not best], best)], best
 
@@ -76,6 +80,10 @@ def useless(rows: Sequence[Row]) -> list[str]:
         *(f"{row.point}: {row.weak}." for row in measured[:3]),
         "Their order is chance. Examine the data and the learning rate first.",
     ]
+
+
+def _mean(row: Row) -> float:
+    return math.nan if row.interval is None else row.interval.mean
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
@@ -101,6 +109,16 @@ def _compared(rows: Sequence[Row], best: Row) -> list[Row]:
     return [replace(row, against_best=tests[at], p=corrected.get(at)) for at, row in enumerate(rows)]
 
 
+def passed_over(rows: Sequence[Row]) -> list[str]:
+    """A note on points whose mean is better than that of the best; empty if there are none."""
+    ahead = [
+        f"{row.point} ({'its models are of no use' if row.weak else f'{len(row.values)} of {row.runs} runs have finished'})"
+        for row in rows
+        if row.ahead
+    ]
+    return [f"Passed over, with a better mean: {', '.join(ahead)}."] if ahead else []
+
+
 def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
     """The table in sentences."""
     if best is None:
@@ -111,6 +129,7 @@ def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
         notes.append("Provisional: no point has a value of each of its runs.")
     if not others:
         return [*notes, f"Best so far, and the only one: {best.point}." if len(rows) > 1 else intervals]
+    notes += passed_over(others)
     after = next((row for row in others if row.p is not None), others[0])
     test, count = after.against_best, sum(row.p is not None for row in others)
     head = f"Best: {best.point}. "

@@ -19,7 +19,7 @@ from afina.errors import InputError, nearest
 from afina.recipe.metrics import SCALARS, lower_is_better, metric_name, metric_range, own_metric, selection_metric
 from afina.run.outcome import Outcome
 from afina.statistics.intervals import MeanInterval, mean_interval
-from afina.statistics.points import Row, ranked, remarks, useless
+from afina.statistics.points import Row, passed_over, ranked, remarks, useless
 from afina.sweeps.sweep_dir import SweepRecord
 from afina.text import aligned, number, p_value, plural
 
@@ -172,6 +172,7 @@ def _search_notes(rows: Sequence[Row], best: Row | None, finished: Sequence[Outc
     pruned = sum(outcome.pruned for outcome in finished)
     return [
         f"Best of {count} finished{f', {pruned} of them pruned' if pruned else ''}: {best.point} ({words}).",
+        *passed_over(rows),
         "The best of many single runs looks better than it is: compare it with its neighbours over seeds (--grid … --seeds 5).",
     ]
 

@@ -204,4 +204,9 @@ def test_models_of_no_use_are_called_so_and_none_is_best(sweep: Callable[..., Sw
     ended(4, good)
     ended(5, good)
     assert made.best().point == "learning_rate=1e-3" and "remark" in str(made.table())
+    assert "Passed over" not in str(made.table())
     assert "is not better than always predicting the majority class 'one star'" in made.table().rows[-1].weak
+    for number in (2, 3):
+        end(made.dir.run(made.record.cells[number].name), "finished", 1.0)
+    assert made.best().point == "learning_rate=1e-3"
+    assert "Passed over, with a better mean: learning_rate=5e-3 (its models are of no use)." in str(made.table())
