@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEFAULT_EPOCHS", "Schedule", "embedding_seconds"]
+__all__ = ["DEFAULT_EPOCHS", "Schedule", "embedding_seconds", "stop_lead_s"]
 
 DEFAULT_EPOCHS = 3.0
 #: Time to embed texts for a simple model beside a run: a share of the training's, within limits.
 _EMBEDDING_S, _EMBEDDING_SHARE = (10.0, 60.0), 0.1
+#: For inexact clocks, and for Slurm.
+_INEXACT_S = 15.0
 Every = int | Literal["epoch"]
 
 
@@ -103,3 +105,12 @@ def embedding_seconds(training_s: float) -> float:
     """The longest time that frozen embeddings beside a run may take to compute, after so many seconds of training."""
     shortest, longest = _EMBEDDING_S
     return min(max(shortest, _EMBEDDING_SHARE * training_s), longest)
+
+
+def stop_lead_s(save_s: float, step_s: float) -> float:
+    """How long before the deadline a stop begins: two saves, three steps, and 15 s for inexact clocks and Slurm.
+
+    Args:
+        save_s, step_s: the longest of them, in seconds.
+    """
+    return _INEXACT_S + 2 * save_s + 3 * step_s

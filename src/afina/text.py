@@ -63,7 +63,7 @@ def short_duration(seconds: float | None) -> str:
 
 
 def size_in_words(num_bytes: float) -> str:
-    """`3.1 GB`, in decimal units, as `df -H`, quotas and `resources.mem_gb` count."""
+    """`3.1 GB`, in decimal units, as `df -H` and quotas count."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":

@@ -17,13 +17,13 @@ from typing import Any
 
 from afina.errors import AfinaError, EnvironmentProblem
 from afina.forecast.estimate import Earlier, Measured, Workload
-from afina.recipe.local_model import num_parameters
 from afina.run.commands import host_environment, worker_argv
 from afina.run.directory import RunDir
 from afina.run.new_run import claim
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan, geometry_for
 from afina.run.workers import ask_worker
+from afina.sizes import Sizes
 
 __all__ = ["earlier_runs", "rehearse", "workload_of"]
 
@@ -70,22 +70,14 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
 
 
 def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
-    """The rows of each split and the parameters of the model (unknown with an adapter), from the prepared data and the model folder.
-
-    Raises:
-        EnvironmentProblem: one of them cannot be read.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        rows = {split: int(count) for split, count in prepared["rows"].items()}
-        # The sizes that follow from their number are those of a training of all weights.
-        parameters = None if plan.recipe.adapter else num_parameters(Path(prepared["model_folder"]))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise EnvironmentProblem(
-            f"model or prepared data cannot be read: {error}", "run `afina prefetch RECIPE` again"
-        ) from None
-    return Workload(parameters, rows["train"], rows.get("eval", 0), rows.get("test", 0))
+    """What the answer of the prepare stage says about the work of a run."""
+    rows, sizes = prepared["rows"], prepared.get("sizes")
+    return Workload(
+        rows=rows,
+        tokens=prepared["tokens"],
+        simple_models=plan.recipe.has_simple_models(prepared["task"], rows),
+        sizes=sizes and Sizes(**sizes),
+    )
 
 
 def earlier_runs(plan: Plan) -> list[Earlier]:
@@ -114,30 +106,46 @@ def _newest(runs: Path) -> Iterator[Path]:
             yield Path(path)
 
 
+#: Arguments of a training that change neither its speed nor its memory.
+_LIGHT = {
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "log_level", "log_level_replica", "logging_first_step", "run_name", "ddp_timeout",
+}  # fmt: skip
+#: Keys of `train` that change them; what follows from rows, steps and splits is not among them, nor is the loss.
+_HEAVY = {
+    "freeze", "fast_dropout", "onednn", "cuda_graphs", "sharding", "attention_dropout", "precision", "base_dtype", "compile", "eval_batch_size",
+}  # fmt: skip
+
+
 def _likeness(plan: Plan) -> list[Any]:
     """Settings on which speed and memory of a run depend."""
-    train, g = plan.recipe.train, plan.geometry
-    model = str(plan.model_folder) if plan.model_folder else plan.recipe.model
-    layout = (g.num_processes, g.gpus_per_node, g.cpus_per_process, g.batch_per_device, g.accumulation)
-    numbers = (train.fast_dropout, train.attention_dropout, train.precision, train.compile, train.sharding)
-    return [model, plan.recipe.adapter, plan.recipe.tokens, layout, train.arguments, numbers]
+    recipe, g = plan.recipe, plan.geometry
+    model = str(plan.model_folder) if plan.model_folder else recipe.model
+    words = recipe.task == "token-classification"
+    adapter = recipe.adapter and recipe.adapter.model_dump(exclude={"alpha", "rslora"})
+    arguments = {name: value for name, value in recipe.train.arguments.items() if name not in _LIGHT}
+    machine = plan.site.sbatch.get("SBATCH_PARTITION"), plan.site.gpu_request
+    return [model, words, adapter, recipe.tokens, g, machine, arguments, recipe.train.model_dump(include=_HEAVY)]
 
 
 def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:
-    rows = run.prepared()["rows"]
+    prepared = run.prepared()
+    rows, tokens = prepared["rows"], prepared["tokens"]
     evaluations = sum("eval_loss" in line for line in run.metrics())
     examples = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0)).examples_after(outcome.global_step)
     speed = outcome.samples_per_second or 0.0
     by_part = outcome.utilisation.get("seconds_by_part", {})
     startup, simple = by_part.get("startup", _STARTUP_S) / outcome.attempts, by_part.get("simple_models", 0.0)
+    saves = [event["seconds"] for event in run.lines("events.jsonl") if event.get("event") == "checkpoint"]
     return Earlier(
         name=run.path.name,
         device=outcome.device or "cpu",
-        examples_per_second=speed,
+        tokens_per_second=speed * tokens["train"] / rows["train"],
         startup_seconds=startup,
-        # The rest of the wall time is evaluations, saves and the end; it grows with the rows that are evaluated.
+        # The rest of the wall time is evaluations, saves and the end; it grows with the texts that are evaluated.
         other_seconds=max(0.0, outcome.seconds - startup * outcome.attempts - examples / speed - simple),
-        evaluated_rows=evaluations * rows.get("eval", 0),
+        evaluated_tokens=evaluations * tokens.get("eval", 0) + tokens.get("test", 0),
         peak_gb=outcome.utilisation.get("peak_memory_gb"),
-        simple_seconds=simple,
+        simple_seconds=simple or None,
+        save_seconds=max(saves, default=0.0),
     )

@@ -8,7 +8,7 @@ and passwords, because a recipe is shared.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -232,6 +232,10 @@ class Recipe(_Explained):
             return
         of = "" if self.task == "auto" else f" of a {self.task} task"
         yield KeyedError(unknown(metric, f"a metric{of}", known) + "; one of your own: `module:function`", *keys)
+
+    def has_simple_models(self, task: str, splits: Collection[str]) -> bool:
+        """True if simple models are trained beside a run with these splits; they label texts, not words."""
+        return self.baselines and task != "token-classification" and not {"eval", "test"}.isdisjoint(splits)
 
     @property
     def trained(self) -> str:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests import tiny
 from tests.common import program
@@ -24,6 +23,21 @@ from afina.worker.checks.model_check import check_model_on_rows
 from afina.worker.data.prepare import prepare
 
 Ran = subprocess.CompletedProcess[str]
+#: Changes of a recipe, and whether a run without the change tells its speed and memory.
+LIKENESS = {
+    "tokens.max_length=48": 0,
+    "train.precision=bf16": 0,
+    "train.freeze=1": 0,
+    "train.onednn=false": 0,
+    "train.cuda_graphs=true": 0,
+    "train.eval_batch_size=4": 0,
+    "train.batch_size=8": 0,
+    "train.arguments.optim=sgd": 0,
+    "adapter={rank: 2}": 0,
+    "train.arguments.weight_decay=0.1": 1,
+    "train.epochs=7": 1,
+    "train.learning_rate=0.5": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +115,16 @@ def test_a_process_that_has_left_the_network_reaches_nobody() -> None:
 
 
 @pytest.mark.slow
-def test_rows_and_parameters_are_read_without_torch(
-    place: Path, prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_the_work_of_a_run_is_in_the_answer_of_the_prepare_stage(
+    place: Path, prepared: dict[str, Any], monkeypatch: pytest.MonkeyPatch, rehearsed: dict[str, Any]
 ) -> None:
-    from safetensors import safe_open
-
     monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
-    plan = plan_for(place / "recipe.yaml")
-    work = workload_of(plan, prepared)
-    with safe_open(place / "model/model.safetensors", framework="np") as file:
-        assert work.parameters == sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    assert (work.train_rows, work.eval_rows, work.test_rows) == (212, 48, 0)
+    work = workload_of(plan_for(place / "recipe.yaml"), prepared)
+    assert work.rows == {"train": 212, "eval": 48} and not work.simple_models and work.sizes is not None
+    assert (
+        work.sizes.weights == 4 * rehearsed["measured"]["parameters"]
+        and work.sizes.checkpoint == 3 * work.sizes.weights
+    )
 
 
 @pytest.mark.slow
@@ -125,10 +138,13 @@ def test_a_run_is_the_evidence_of_the_next_forecast(
     monkeypatch.setenv("AFINA_SCRATCH", str(place / "scra tch"))
     (run,) = earlier_runs(plan_for(place / "recipe.yaml"))
     outcome = json.loads(next((place / "scra tch/runs").glob("*/outcome.json")).read_text())
-    assert run.examples_per_second == outcome["samples_per_second"] and run.device == "cpu"
-    assert 0 < run.startup_seconds < outcome["seconds"] and run.evaluated_rows == 2 * 48
-    for change in ("tokens.max_length=48", "train.precision=bf16"):
-        assert earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=[change]))) == [], change
+    tokens = prepared["tokens"]
+    assert run.tokens_per_second == pytest.approx(outcome["samples_per_second"] * tokens["train"] / 212)
+    assert run.tokens_per_second == pytest.approx(outcome["utilisation"]["tokens_per_second"], rel=0.01)
+    assert run.device == "cpu" and 0 < run.startup_seconds < outcome["seconds"]
+    assert run.evaluated_tokens == 2 * tokens["eval"] and run.simple_seconds is None, "the recipe has no baselines"
+    for change, alike in LIKENESS.items():
+        assert len(earlier_runs(plan_for(place / "recipe.yaml", JobRequest(overrides=[change])))) == alike, change
 
     folder = tmp_path / "fake bin"
     program(folder, "sinfo", "echo 'gpu*|up|30:00|1-infinite|1|4|16000|(null)|idle'\n")

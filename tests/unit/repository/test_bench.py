@@ -23,8 +23,8 @@ def test_a_forecast_stands_beside_what_was_used(bench: Bench, tmp_path: Path) ->
     assert one["forecast"]["basis"] == "rehearsal" and one["later_forecast"]["basis"] == "earlier runs"
     assert one["forecast"]["total_steps"] == one["used"]["steps"] == 3 and one["later_used"]["steps"] == 6
     assert 0.3 < one["used"]["host_gb"] < 3
-    # The same libraries, model and batches.
-    assert one["forecast"]["host_gb"] == pytest.approx(one["used"]["host_gb"], rel=0.25)
+    # The same libraries, model and batches; and what further steps take, of which three take little.
+    assert one["used"]["host_gb"] <= one["forecast"]["host_gb"] <= one["used"]["host_gb"] + 0.3
     assert len(out.strip().splitlines()) == 3
 
 

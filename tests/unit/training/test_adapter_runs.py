@@ -4,6 +4,7 @@ exactly, and `model/` of an adapter has the run's logits everywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -94,6 +95,42 @@ LAYERS = ("train.freeze=1", "train.layer_decay=0.5", "train.head_learning_rate=0
 
 
 @pytest.mark.parametrize(
+    ("keys", "optim", "moments"),
+    [
+        ((), None, 8),
+        (("train.freeze=embeddings",), None, 8),
+        (("train.freeze=body",), "adafactor", 0.03),
+        ((ADAPTER,), "rmsprop", 4),
+        (ADAPTED, "sgd", 0),
+        (FOUR_BITS, None, 8),
+        (("train.sharding=fsdp",), None, 8),
+    ],
+)
+def test_the_prepare_stage_knows_the_sizes_of_a_training(
+    build: Callable[..., Any], keys: tuple[str, ...], optim: str | None, moments: float
+) -> None:
+    """Before any weight is loaded, and as a checkpoint is on the disk."""
+    trainer = build({"optim": optim} if optim else {}, *keys, "train.save_every=2", "train.keep_after=all")
+    attempt = trainer.attempt
+    assert attempt.run.prepared()["sizes"] == dataclasses.asdict(attempt.sizes)
+    trained, total = attempt.parameters
+    saved = 4 * (trained if ADAPTER in keys else total)
+    assert (attempt.sizes.weights, attempt.sizes.exported) == (4 * total, saved)
+    assert attempt.sizes.checkpoint == pytest.approx(saved + moments * trained, abs=0.02 * trained)
+    event = next(e for e in attempt.run.lines("events.jsonl") if e.get("event") == "checkpoint")
+    assert 0 < event["bytes"] - attempt.sizes.checkpoint < 60_000, "the states of a rank, and the manifest"
+    stored = sum(p.nbytes for p in trainer.model.parameters())
+    if keys == FOUR_BITS:
+        stored += sum(sum(t.nbytes for t in (s.absmax, s.state2.absmax)) for s in _scales(trainer.model))
+    assert attempt.sizes.state == pytest.approx(stored + (4 + moments) * trained, rel=0.02)
+
+
+def _scales(model: Any) -> list[Any]:
+    """Those of the weights in 4 bits."""
+    return [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+
+
+@pytest.mark.parametrize(
     "keys", [ADAPTED, FOUR_BITS, LAYERS], ids=["adapter, bf16 base", "adapter, base in 4 bits", "layers"]
 )
 def test_only_what_is_trained_changes_and_a_checkpoint_resumes_exactly(
@@ -109,9 +146,7 @@ def test_only_what_is_trained_changes_and_a_checkpoint_resumes_exactly(
     assert ({"adapter_model.safetensors", "adapter_config.json"} < files) == (keys != LAYERS)
     assert ("model.safetensors" in files) == (keys == LAYERS)
     event = next(e for e in trainer.attempt.run.lines("events.jsonl") if e.get("event") == "checkpoint")
-    assert event["bytes"] < 2 * trainer.attempt.checkpoint_bytes + 60_000, (
-        "what preflight expects, and the states of a rank"
-    )
+    assert event["bytes"] == sum(path.stat().st_size for path in step.iterdir())
     shutil.copytree(step, before.attempt.run.checkpoints / "step-2")
     before.train(resume_from_checkpoint=str(before.attempt.run.checkpoints / "step-2"))
     before.attempt.saver.finish()

@@ -83,6 +83,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     from afina.worker.data.splits.duplicates import check_trained_before
     from afina.worker.data.tokens.shards import discard
     from afina.worker.data.tokens.tokenise import shards_folder
+    from afina.worker.model.sizes import expected_sizes
 
     recipe = plan.recipe
     _sweep(plan)
@@ -129,6 +130,9 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
         "tokens": {split: about["tokens"] for split, about in splits.items()},
         "groups": {split: about["groups"] for split, about in splits.items() if "groups" in about},
         "folds": folds,
+        "sizes": expected_sizes(
+            inputs.model_folder, recipe, manifest["task"], manifest["num_labels"], plan.site.scratch / "pins"
+        ),
         "warnings": [*manifest["warnings"], *late],
         "spoiled": {split: warnings for split, warnings in spoiled.items() if warnings},
         "files": _files_of(plan, manifest),

@@ -12,6 +12,7 @@ Not covered: embeddings that scale their rows (Gemma) stay in float32; GPUs, whe
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,19 +20,18 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["store_frozen"]
+__all__ = ["store_frozen", "stored_bytes"]
+
+#: Bytes of a weight in 4 bits: a byte of scale for each 64 of them, and four for each 256 scales.
+_NF4 = 1 / 2 + (1 + 4 / 256) / 64
 
 
 def store_frozen(model: nn.Module, dtype: str) -> str:
     """Store the frozen weights of linear layers and embeddings of `model` as bf16 or nf4; returns a line for the log."""
     kinds: dict[type, type] = {nn.Linear: _Linear, Conv1D: _Conv1D, nn.Embedding: _Embedding}
     before, rounded = sum(p.nbytes for p in model.parameters()), 0
-    for module in model.modules():
-        if type(module) not in kinds:
-            continue
+    for module in _with_frozen_weight(model):
         weight: Any = module.weight
-        if weight.requires_grad:
-            continue
         if dtype == "nf4" and type(module) is nn.Linear:
             module.weight = _in_four_bits(weight)
             rounded += 1
@@ -49,6 +49,20 @@ def store_frozen(model: nn.Module, dtype: str) -> str:
         f"WARNING: {size}; {rounded} matrices of the base lose digits in training, but not where the trained model is used: scores "
         f"will differ in their {digit} digit (train.base_dtype: fp32 trains beside the base as it is)"
     )
+
+
+def stored_bytes(model: nn.Module, dtype: str) -> int:
+    """Bytes of all weights of a model in float32 once `store_frozen` has stored them, with the scales of those in 4 bits."""
+    each = {"fp32": 4.0, "bf16": 2.0, "nf4": _NF4}[dtype]
+    stored = {
+        module.weight: each if type(module) is nn.Linear else max(each, 2.0) for module in _with_frozen_weight(model)
+    }
+    return round(sum(weight.numel() * stored.get(weight, 4.0) for weight in model.parameters()))
+
+
+def _with_frozen_weight(model: nn.Module) -> Iterator[Any]:
+    """The modules whose weight is stored in fewer bits."""
+    return (m for m in model.modules() if type(m) in (nn.Linear, Conv1D, nn.Embedding) and not m.weight.requires_grad)
 
 
 def _in_four_bits(weight: torch.Tensor) -> Any:

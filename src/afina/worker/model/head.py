@@ -38,7 +38,7 @@ def build_model(
 
     Args:
         labels: names in the order of the outputs; None for regression.
-        changes: to the model's configuration.
+        changes: to the model's configuration; with `device_map: meta` it is built without memory.
 
     Raises:
         InputError: a stored weight is not finite.
@@ -61,7 +61,7 @@ def build_model(
         **(changes or {}),
     )
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight.detach().sum()):
+        if not weight.is_meta and not torch.isfinite(weight.detach().sum()):
             raise InputError(
                 f"model: {name} of {recipe.model} holds NaN or infinity: its first loss would not be finite either",
                 "take the model from before it broke, or download it again",

@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 
 from afina.errors import EnvironmentProblem, TrainingError
+from afina.recipe.keys.train_keys import Train
 from afina.run.directory import RunDir
+from afina.sizes import Sizes
+from afina.text import plural, size_in_words
 from afina.worker.compute import ranks
-from afina.worker.model.adapters import has_adapter
 
-__all__ = ["check_ranks", "check_room", "state_bytes"]
+__all__ = ["check_ranks", "check_room"]
 
 #: How long the ranks wait for each other once all have started.
 _MEET = datetime.timedelta(minutes=5)
@@ -32,34 +34,26 @@ _FEW_INODES = 200
 _SMALL_SHM = 64_000_000
 
 
-def state_bytes(model: torch.nn.Module) -> int:
-    """Bytes of one checkpoint: all weights, or with an adapter the trained ones; and AdamW's two moments of each trained one."""
-    frozen = 0 if has_adapter(model) else 1
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else frozen) for p in model.parameters())
-
-
-def check_room(run: RunDir, one: int, keep: int) -> dict[str, Any]:
+def check_room(run: RunDir, sizes: Sizes, train: Train) -> dict[str, Any]:
     """Check the space for all that exists at the same time: the kept checkpoints, the best, the one being written, the model.
-
-    Args:
-        one: bytes of a checkpoint.
-        keep: how many checkpoints are kept.
 
     Raises:
         EnvironmentProblem: too few bytes or inodes are free, or files may not be so large (`ulimit -f`).
     """
     present = sum(f.stat().st_size for f in Path(run.checkpoints).glob("step-*/*") if f.is_file())
-    needed = max(one + one // 3, one * (keep + 2) + one // 3 - present)
+    keep, one, best = train.keep_checkpoints, sizes.checkpoint, train.keep == "best"
+    needed = max(one + sizes.exported, sizes.of_run(keep, best=best) - present)
     space = os.statvfs(run.path)
     free = space.f_bavail * space.f_frsize
     if free < needed:
+        what = f"{plural(keep, 'checkpoint')}, one that is written{', the best one' * best} and the model"
         raise EnvironmentProblem(
-            f"{run.path}: {keep} checkpoints, the best one and the model need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            f"{run.path}: {what} need {size_in_words(needed)}, {size_in_words(free)} are free",
             "free space (old runs, caches), lower train.keep_checkpoints, or choose another --run DIR",
             cause="disk",
         )
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and limit < one // 3:  # the weights alone
+    if limit != resource.RLIM_INFINITY and limit < sizes.exported:  # the weights alone
         raise EnvironmentProblem(
             f"files may have {limit:,} bytes here (ulimit -f), and a checkpoint has {one:,}",
             "raise the limit in the site file, or ask your administrators",

@@ -150,7 +150,7 @@ class Saver:
             checkpoints.rotate(self.folder, self.keep, snapshot.protected)
             seconds = time.monotonic() - self.began
             self.seconds = max(self.seconds, seconds)
-            size = sum(f["size"] for f in checkpoints.manifest(path)["files"].values())
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             self.record(step=snapshot.step, seconds=round(seconds, 3), stall_s=round(stalled_s, 3), bytes=size)
         except BaseException as error:
             if staging is not None:

@@ -1,4 +1,4 @@
-"""Stop requests: four causes, and how early a stop must begin before the deadline.
+"""Stop requests and their four causes.
 
 Rank 0 checks the stop file and the deadline, every rank catches signals; the ranks agree at the end of a step
 (`afina.worker.training.control`).
@@ -14,17 +14,13 @@ from typing import Any
 
 from afina.run.directory import RunDir
 
-__all__ = ["CAUSES", "StepTimes", "StopRequest", "stop_lead_s"]
+__all__ = ["CAUSES", "StepTimes", "StopRequest"]
 
 #: Numbered, so that the ranks agree by their maximum; where several apply, the highest wins.
 CAUSES = ("", "asked", "signal", "limit")
 
 #: Seconds between two checks of the stop file: a shared file system answers slowly.
 _CHECK_EVERY_S = 0.5
-#: Bytes per second that any scratch file system takes, used before the first save is measured.
-_SLOW_DISK = 50e6
-#: For inexact clocks, and for Slurm.
-_INEXACT_S = 15.0
 
 
 class StepTimes:
@@ -96,13 +92,3 @@ class StopRequest:
                 return self.signalled()
             self._from_file = CAUSES.index(cause if cause in CAUSES[1:] else "asked")
         return max(self.signalled(), self._from_file)
-
-
-def stop_lead_s(times: StepTimes, save_s: float, save_bytes: int) -> float:
-    """How long before the deadline a stop begins: two saves, three steps, and 15 s for inexact clocks and Slurm.
-
-    Args:
-        save_s: the longest save so far in seconds, 0 before the first.
-        save_bytes: what a save writes.
-    """
-    return _INEXACT_S + 2 * (save_s or save_bytes / _SLOW_DISK) + 3 * times.longest

@@ -28,7 +28,8 @@ from afina.recipe.metrics import (
 from afina.run.allocation import Allocation
 from afina.run.directory import RunDir
 from afina.run.plan import Geometry, Plan
-from afina.schedule import Schedule
+from afina.schedule import Schedule, stop_lead_s
+from afina.sizes import Sizes
 from afina.worker.compute.batches import Batching
 from afina.worker.compute.precision import PrecisionChoice
 from afina.worker.data import prepared as store
@@ -39,12 +40,15 @@ from afina.worker.model.model_files import verify_model
 from afina.worker.survival.early_stop import EarlyStop, MedianStop
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.snapshot import Saver
-from afina.worker.survival.stop import StepTimes, StopRequest, stop_lead_s
+from afina.worker.survival.stop import StepTimes, StopRequest
 from afina.worker.survival.watchdog import Watchdog
 from afina.worker.task.losses import Loss
 from afina.worker.training.meter import Meter, Work, seconds_since_launch
 
 __all__ = ["Attempt", "TrainingData", "open_data"]
+
+#: Bytes per second that any scratch file system takes, used before the first save is measured.
+_SLOW_DISK = 50e6
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Attempt:
         batching: the recipe's, or what the model can take.
         flops: floating-point operations of the forward and backward pass of each training row, (N,).
         parameters: how many are trained, and how many there are.
-        checkpoint_bytes: the size of a checkpoint.
+        sizes: of the training, in bytes.
         host_mesh: of the shards' copies in host memory; None where the model is whole in each process.
     """
 
@@ -155,7 +159,7 @@ class Attempt:
     batching: Batching
     flops: np.ndarray[Any, Any]
     parameters: tuple[int, int]
-    checkpoint_bytes: int
+    sizes: Sizes
     host_mesh: Any
     stop: StopRequest
     lease: Lease
@@ -240,7 +244,8 @@ class Attempt:
         """The stop request that this rank knows of, as an index into `CAUSES`; rank 0 also checks file and deadline."""
         if self.rank:
             return self.stop.signalled()
-        return self.stop.check(stop_lead_s(self.times, self.saver.seconds, self.checkpoint_bytes))
+        save_s = self.saver.seconds or self.sizes.checkpoint / _SLOW_DISK
+        return self.stop.check(stop_lead_s(save_s, self.times.longest))
 
     @property
     def keeps_best(self) -> bool:

@@ -38,9 +38,9 @@ from afina.worker.model.depth import blocks, step_cost
 from afina.worker.model.frozen_weights import store_frozen
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
+from afina.worker.model.sizes import sizes_of
 from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
-from afina.worker.survival.preflight import state_bytes
 from afina.worker.survival.stop import StopRequest
 from afina.worker.training.attempt import Attempt, TrainingData
 from afina.worker.training.log import say
@@ -146,7 +146,7 @@ def build_attempt(
     gc.freeze()  # what has been imported and built stays: later collections skip it
     # Before its frozen weights are stored in fewer bits, two of them in one number.
     parameters = model.num_parameters(exclude_embeddings=True)
-    counts, cost = parameter_counts(model), step_cost(model)
+    counts, cost, sizes = parameter_counts(model), step_cost(model), sizes_of(model, plan.recipe)
     batching, notes = _adapt(model, plan, arguments, data.pad_token_id)
     if arguments.process_index == 0:
         say(head, *notes)
@@ -163,7 +163,7 @@ def build_attempt(
         flops=cost
         * data.splits["train"].sum_over_sequences(lambda lengths: forward_flops(model.config, lengths, parameters)),
         parameters=counts,
-        checkpoint_bytes=state_bytes(model),
+        sizes=sizes,
         host_mesh=ranks.host_mesh(arguments.ddp_timeout_delta) if plan.recipe.train.sharding != "none" else None,
         stop=stop,
         lease=lease,
@@ -193,9 +193,8 @@ def _shares(attempt: Attempt) -> str:
     """A line about `train.sharding`."""
     if not attempt.is_sharded:
         return "train.sharding: fsdp shards nothing here: there is one process, which holds all of the model"
-    trained, total = attempt.parameters
     count = attempt.geometry.num_processes
-    share = size_in_words((4 * total + 12 * trained) // count)  # float32; gradients and AdamW's two moments
+    share = size_in_words(attempt.sizes.state // count)
     return f"sharded over {count} processes (FSDP2): {share} of weights, gradients and optimizer state in each"
 
 

@@ -254,7 +254,7 @@ def _preflight(trainer: RunTrainer, resume: Path | None) -> None:
     say(*precision.announce(run, attempt.name, attempt.precision, attention))
     if attempt.rank:
         return
-    checks |= preflight.check_room(run, attempt.checkpoint_bytes, attempt.plan.recipe.train.keep_checkpoints)
+    checks |= preflight.check_room(run, attempt.sizes, attempt.plan.recipe.train)
     attempt.event("preflight", batching=attempt.batching, **checks)
     say(*(f"WARNING: {warning}" for warning in checks["warnings"]))
     rows = {part: len(split) for part, split in attempt.data.splits.items()}

@@ -28,10 +28,7 @@ _AROUND_S = 30.0
 def simple_models(attempt: Attempt, results: Results) -> Results:
     """The results beside those of simple models (`afina.worker.inference.simple_models`), which processes of their own train. A failure, a stop or too
     little time leaves one out, and the log says so: the run finishes as it is."""
-    if attempt.data.task == "token-classification":
-        say("no simple models beside this one: they label texts, not words")
-        return results
-    if not attempt.plan.recipe.baselines or not {"eval", "test"} & attempt.data.splits.keys():
+    if not attempt.plan.recipe.has_simple_models(attempt.data.task, attempt.data.splits):
         return results
     # Half the watchdog's limit: the other processes wait for this one, without a sign of progress.
     end = time.monotonic() + min(_SIMPLE_S, attempt.watchdog.limit_s / 2)
