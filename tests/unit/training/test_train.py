@@ -314,7 +314,7 @@ def test_the_deadline_stops_a_run_with_a_checkpoint_and_save_minutes_limits_the_
     file = place / "limited.yaml"
     file.write_text(json.dumps(_recipe(train=train)))
     env = {**_environment(place), "AFINA_DEADLINE": str(time.time() + 10)}
-    constants = {"afina.worker.survival.stop._INEXACT_S": 0.5}
+    constants = {"afina.schedule._INEXACT_S": 0.5}
     run = train_here(file, place / "limited", code=75, env=env, constants=constants)
     outcome = _outcome(run)
     assert outcome["cause"] == "limit"
