@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,59 @@ def test_the_parts_add_up_over_attempts() -> None:
     assert summary["examples_per_step"] == 8
     assert summary["tokens_per_second"] == pytest.approx(200 / second.training_s, rel=1e-3)
     assert 5.99 < summary["seconds_by_part"]["startup"] < 6.5
+
+
+def test_the_best_peak_of_all_attempts_counts_on_the_same_kind_of_machine() -> None:
+    """One is measured too low where others use the cores; the share would jump at a resume."""
+    first, elsewhere = Meter(), Meter()
+    first.peak = elsewhere.peak = Peak(4e9, "here")
+    first.seconds["forward_backward"] = 10.0
+    first.flops = 2e10
+    for peak, best in ((1e9, 4e9), (5e9, 5e9)):
+        second = Meter()
+        second.peak = Peak(peak, "here")
+        second.restore(json.loads(json.dumps(first.state())))
+        third = Meter()
+        third.peak = Peak(2e9, "here")
+        third.restore(json.loads(json.dumps(second.state())))
+        for resumed in (second, third):
+            assert resumed.peak == Peak(best, "here")
+            assert resumed.summary(1)["mfu"] == pytest.approx(2e10 / (best * 10), rel=1e-3)
+    elsewhere.peak = Peak(1e9, "on another number of threads")
+    elsewhere.restore(json.loads(json.dumps(first.state())))
+    assert elsewhere.peak.flops == 1e9 and elsewhere.summary(1)["mfu"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_time_that_is_left_follows_from_steps_after_the_first_and_contains_evaluations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first step takes 5 s, the others 1 s, for 300 tokens each; 1,200 tokens are evaluated twice more."""
+    from afina.worker.training import live_progress
+
+    now, events, meter = [0.0], [], Meter()
+    meter.real = meter.computed = 1
+    monkeypatch.setattr(live_progress, "EVERY_S", 5.0)
+    monkeypatch.setattr(live_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Meter, "training_s", property(lambda _: now[0]))
+    attempt = SimpleNamespace(
+        meter=meter,
+        schedule=Schedule.of(80, 8, max_steps=20),
+        early_stop=None,
+        data=SimpleNamespace(splits={"eval": SimpleNamespace(lengths=np.full(12, 100))}),
+        event=lambda kind, **fields: events.append(fields),
+    )
+    progress, state = live_progress.LiveProgress(attempt), SimpleNamespace(global_step=0, max_steps=20, epoch=0.0)  # type: ignore[arg-type]
+    progress.on_train_begin(None, state, None)
+    for state.global_step in range(1, 14):
+        now[0] += 5 if state.global_step == 1 else 1
+        meter.count_step(8, 300, 1e9)
+        progress.on_step_end(None, state, None)
+        if state.global_step == 10:
+            meter.seconds["evaluation"], meter.evaluations = 7.0, 1
+    assert [event["step"] for event in events] == [7, 13]
+    assert events[0]["tokens_per_s"] == 300 and events[0]["examples_per_s"] == 8
+    assert events[0]["seconds_left"] == pytest.approx(13 * 1 + 2 * 1200 / 300 / 3, abs=0.05)
+    assert events[1]["seconds_left"] == 7 * 1 + 7
 
 
 def test_switching_costs_next_to_nothing() -> None:

@@ -1,6 +1,6 @@
 """Live progress of a training: a bar on a terminal, a line in the log, a `pace` event once a minute.
 
-Rates refer to the time since the previous event. Nothing is computed for them on the device: a step costs two comparisons.
+Rates refer to the time since the previous event, at first since the first step: that one includes what happens only once. Nothing is computed for them on the device: a step costs two comparisons.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
                 self.bar.set_postfix_str("  ".join(_in_words(pace | {"mfu": None, "seconds_left": None})))
             else:
                 print("  ".join([_position(state), *_in_words(pace)]), flush=True)
+        elif state.global_step == self.first_step:
+            self._since_last(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs = logs or {}
@@ -92,9 +94,9 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
     def _pace(self, state: Any) -> dict[str, Any]:
         meter, schedule = self.attempt.meter, self.attempt.schedule
         seconds, steps, examples, tokens, flops = self._since_last(state)
-        each_evaluation = meter.seconds["evaluation"] / meter.evaluations if meter.evaluations else 0.0
         left = (state.max_steps - state.global_step) * seconds / steps
-        left += schedule.evaluations_after(state.global_step) * each_evaluation
+        if evaluations := schedule.evaluations_after(state.global_step):
+            left += evaluations * self._evaluation_seconds(seconds / tokens)
         return {
             "step": state.global_step,
             "max_steps": state.max_steps,
@@ -108,6 +110,17 @@ class LiveProgress(TrainerCallback):  # type: ignore[misc]
             **({"waited": early.waited, "patience": early.patience} if (early := self.attempt.early_stop) else {}),
             "memory_gb": round(peak_memory_bytes() / 1e9, 3),
         }
+
+    def _evaluation_seconds(self, each_token: float) -> float:
+        """Of one evaluation: the mean so far; before the first, a third of what a training on so many tokens takes (forward of forward and backward).
+
+        Args:
+            each_token: seconds of training.
+        """
+        meter = self.attempt.meter
+        if meter.evaluations:
+            return meter.seconds["evaluation"] / meter.evaluations
+        return float(self.attempt.data.splits["eval"].lengths.sum()) * each_token / 3
 
 
 def _position(state: Any) -> str:

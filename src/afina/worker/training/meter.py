@@ -23,7 +23,7 @@ import torch
 from afina.schedule import Schedule
 from afina.worker.compute import ranks
 from afina.worker.compute.batches import Batching, epoch_steps
-from afina.worker.compute.cpu import resident_bytes
+from afina.worker.compute.cpu import processor, resident_bytes
 from afina.worker.compute.flops import Peak, device_peak
 
 __all__ = ["PARTS", "Meter", "Work", "peak_memory_bytes", "seconds_since_launch", "share_of_peak"]
@@ -106,18 +106,25 @@ class Meter:
             "seconds": dict(self.seconds),
             **sums,
             "capacity": self._capacity_now(),
+            "peak": self.peak and [self.peak.flops, *self._conditions],
+            "before": [self._capacity, self._counted],
             "memory_bytes": max(self.memory_bytes, peak_memory_bytes()),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Add the sums of earlier attempts to those of this one, which has only started up."""
+        """Add the sums of earlier attempts to those of this one, which has only started up. On the same kind of machine the best peak counts for all."""
         self.enter(self._part)
         for part, seconds in state["seconds"].items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         for name in self._SUMS:
             setattr(self, name, getattr(self, name) + state[name])
-        self._capacity += state["capacity"]
-        self._counted += sum(state["seconds"][part] for part in _TRAINING)
+        capacity, counted = state["capacity"], sum(state["seconds"][part] for part in _TRAINING)
+        flops, *conditions = state.get("peak") or [0.0]  # checkpoints of afina before 0.2 have none
+        if self.peak is not None and conditions == self._conditions:
+            self.peak = Peak(max(flops, self.peak.flops), self.peak.source)
+            capacity, counted = state["before"]
+        self._capacity += capacity
+        self._counted += counted
         self.memory_bytes = max(self.memory_bytes, state["memory_bytes"])
 
     def measure_peak(self, device: torch.device, matmul_dtype: str) -> None:
@@ -128,6 +135,11 @@ class Meter:
             peak = Peak(ranks.total(device, peak.flops), f"{peak.source}; the sum of {count} processes")
         if self.peak is None or self.peak.flops < peak.flops:
             self.peak = peak
+
+    @property
+    def _conditions(self) -> list[str]:
+        """What the peak depends on: number format, threads or GPU, processes; and the processor."""
+        return [self.peak.source if self.peak else "", processor().name]
 
     def measure_memory(self, device: torch.device) -> None:
         """Record the most memory that any process has used. Collective."""
