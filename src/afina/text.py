@@ -66,7 +66,7 @@ def size_in_words(num_bytes: float) -> str:
     """`3.1 GB`, in decimal units, as `df -H` and quotas count."""
     value, unit = float(num_bytes), "B"
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
+        if value < (1000 if unit == "B" else 999.95) or unit == "TB":
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

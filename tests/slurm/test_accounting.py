@@ -37,7 +37,7 @@ def test_usage_of_a_requeued_job_and_an_array(cluster: Cluster, folder: Path, mo
         time.sleep(0.5)
     assert (first.state, second.state) == ("REQUEUED", "COMPLETED") and first.job == second.job == job
     assert (second.cpus, second.gpus, second.nodes, second.limit_min) == (2, 2, 1, 5.0)
-    assert second.asked_memory_gb == pytest.approx(500 / 1024)
+    assert second.asked_memory_bytes == 500 * 2**20
     assert second.cpu_s is not None and 1.5 < second.cpu_s < 6 and second.elapsed_s >= 3
     assert second.cpu_share is not None and 0 < second.cpu_share <= 1 and second.energy_j is None
     tasks = job_usage([f"{array}_1", f"{array}_2"]) or []

@@ -39,6 +39,7 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     """
     from afina import ahead
     from afina.forecast.estimate import describe
+    from afina.text import size_in_words
 
     estimate, measured = ahead.rehearse(
         recipe,
@@ -53,9 +54,9 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
         print(json.dumps({**estimate.to_json(), "measured": measured.model_dump()}))
         return
     steps, step = len(measured.seconds), sum(measured.seconds) / len(measured.seconds)
-    memory = f"{measured.peak_bytes / 1e9:.2f} GB"
+    memory = size_in_words(measured.peak_bytes)
     if measured.gpu_peak_bytes is not None:
-        memory += f", {measured.gpu_peak_bytes / 1e9:.2f} GB of the GPU"
+        memory += f", {size_in_words(measured.gpu_peak_bytes)} of the GPU"
     cut = (
         "network cut"
         if measured.network == "cut"
@@ -64,7 +65,7 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
     print(f"rehearsed on {measured.device_name} ({measured.device}, {measured.threads} threads), {cut}")
     print(
         f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
-        f"batch; checkpoint {(measured.checkpoint_bytes or 0) / 1e9:.3f} GB in {measured.save_seconds or 0:.1f} s"
+        f"batch; checkpoint {size_in_words(measured.checkpoint_bytes or 0)} in {measured.save_seconds or 0:.1f} s"
     )
     print("\n".join(describe(estimate.to_json())))
 

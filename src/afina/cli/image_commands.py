@@ -165,9 +165,11 @@ def _print_finding(finding: Any) -> None:
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and text of each known property, the most important first."""
+    from afina.text import size_in_words
+
     cuda = f", CUDA {about['cuda']}, driver {about['minimum_driver'] or '?'} or newer" if about["cuda"] else ""
     signed = "yes; `afina image verify` checks by whom" if about["signatures"] else "no"
-    size = "" if about["size_bytes"] is None else f"{about['size_bytes'] / 1e6:.1f} MB"
+    size = "" if about["size_bytes"] is None else size_in_words(about["size_bytes"])
     base = " @ ".join(word for word in (about["base"], about["base_digest"]) if word)
     built = f"{about['built']}" if about["built"] else ""
     by = f" with Apptainer {about['built_with']}" if about["built_with"] else ""

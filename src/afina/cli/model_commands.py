@@ -151,12 +151,13 @@ def export(run_dir: str, out: str | None, onnx: bool, merge: bool, site: str | N
       afina export RUN -o stars --merge
     """
     from afina.prediction import export as exporting
+    from afina.text import size_in_words
 
     made = exporting.export(run_dir, out, onnx=onnx, merge=merge, site=site)
     if as_json:
         print(json.dumps(made, ensure_ascii=False))
         return
-    print(f"afina: {made['out']} ({made['bytes'] / 1e6:,.1f} MB, {made['parameters']:,} parameters)")
+    print(f"afina: {made['out']} ({size_in_words(made['bytes'])}, {made['parameters']:,} parameters)")
     if made["onnx_difference"] is not None:
         print(f"  onnx/model.onnx: logits as PyTorch's, to {made['onnx_difference']:.1g}")
     print("  the card is README.md: fill in what is marked with ✎ before you publish it")

@@ -16,7 +16,7 @@ from afina.run.commands import container_argv
 from afina.site.finding import Finding
 from afina.site.image import check_image, read_image
 from afina.site.settings import in_container, without_isolation
-from afina.text import plural
+from afina.text import plural, size_in_words
 from afina.version import __version__
 
 __all__ = ["check_binds", "check_image_file", "check_runtime"]
@@ -42,9 +42,9 @@ def check_image_file(target: Target) -> Iterator[Finding]:
         yield Finding("image", "ok", f"none: jobs run {sys.executable}, which can train and which every node must see")
         return
     check_image(site)
-    size = site.image.stat().st_size / 1e9 if site.image.exists() else 0.0
+    size = size_in_words(site.image.stat().st_size if site.image.exists() else 0)
     origin = f", from {site.pulled.reference.pinned}" if site.pulled else ""
-    yield Finding("image", "ok", f"{site.image}: whole, {size:.2f} GB{origin}")
+    yield Finding("image", "ok", f"{site.image}: whole, {size}{origin}")
     if site.image_key:
         yield Finding("image key", "ok", f"signed by {site.image_key}")
     gpus = target.plan.geometry.gpus_per_node if target.plan else 0

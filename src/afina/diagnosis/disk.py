@@ -23,6 +23,7 @@ from afina.files import permission_remedy
 from afina.site.finding import Finding, Level
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
 from afina.slurm.cluster import read_config
+from afina.text import size_in_words
 
 __all__ = [
     "check_caches",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 #: Below the first a warning, below the second a failure.
-_FEW_GB, _FEWEST_GB = 20.0, 1.0
+_FEW_BYTES, _FEWEST_BYTES = 20e9, 1e9
 _FEW_INODES, _FEWEST_INODES = 20_000, 200
 _SKEW_S = 5.0
 #: File systems that are not shared between machines.
@@ -94,14 +95,14 @@ def check_scratch(target: Target) -> Iterator[Finding]:
     assert target.site is not None
     scratch = target.site.scratch
     space = os.statvfs(scratch)
-    free, kind = space.f_bavail * space.f_frsize / 1e9, _file_system(scratch)
+    free, kind = space.f_bavail * space.f_frsize, _file_system(scratch)
     inodes = space.f_favail if space.f_files else None
-    message = f"{scratch} ({kind}): {free:,.1f} GB free" + ("" if inodes is None else f", {inodes:,} inodes")
-    if free < _FEWEST_GB or (inodes is not None and inodes < _FEWEST_INODES):
+    message = f"{scratch} ({kind}): {size_in_words(free)} free" + ("" if inodes is None else f", {inodes:,} inodes")
+    if free < _FEWEST_BYTES or (inodes is not None and inodes < _FEWEST_INODES):
         remedy = "free space there (old runs, caches), or point AFINA_SCRATCH elsewhere"
         yield Finding("scratch", "failed", message, remedy)
         return
-    if free < _FEW_GB or (inodes is not None and inodes < _FEW_INODES):
+    if free < _FEW_BYTES or (inodes is not None and inodes < _FEW_INODES):
         remedy = "too little for checkpoints of a large model: remove old runs and caches"
         yield Finding("scratch", "warning", message, remedy)
     else:

@@ -8,10 +8,10 @@ from typing import Any
 from afina.reports.charts import Chart, Point
 from afina.reports.facts import Lengths, RunFacts
 from afina.reports.page import note, pairs, seconds, table
-from afina.reports.sections import wall_time
 from afina.run.outcome import part_in_words
 from afina.run.provenance.methods import trained_count
 from afina.slurm.accounting import JobUsage
+from afina.text import size_in_words
 
 __all__ = ["lengths", "requested_and_used", "speed", "time_spent"]
 
@@ -73,7 +73,7 @@ def speed(facts: RunFacts) -> tuple[str, list[Chart]]:
         "of a peak of": _peak(utilisation),
         "trained": f"{trained} ({trained_count(facts.outcome)})" if trained else None,
         "model": _sharded(facts),
-        f"largest memory of a {_measured_place(facts)}, GB": utilisation.get("peak_memory_gb"),
+        f"largest memory of a {_measured_place(facts)}": _size(utilisation.get("peak_memory_gb"), 1e9),
         "examples per step": utilisation.get("examples_per_step"),
     }
     pace = [event for event in facts.events if event.get("event") == "pace"]
@@ -153,13 +153,14 @@ def requested_and_used(facts: RunFacts) -> str:
     if spent:
         share = f"{max(spent) / (resources.time * 60):.0%}"
         rows.append(["time of the longest attempt", f"{resources.time} min", seconds(max(spent)), share])
-    what, memory = "memory per node, largest task", _largest([job.memory_gb for job in jobs])
+    what, memory = "memory per node, largest task", _largest([job.memory_bytes for job in jobs])
     if memory is None and not _on_gpu(facts):  # there the run measures the memory of the GPU, which nobody requests
         what, memory = "memory per node, largest process", _memory_measured(facts)
-    asked = resources.mem_gb or _largest([job.asked_memory_gb for job in jobs])
+    given = f" (resources.mem_gb {resources.mem_gb})" if resources.mem_gb else ""
+    asked = (resources.mem_gb or 0) * 2**30 or _largest([job.asked_memory_bytes for job in jobs])  # Slurm's G
     if memory is not None:
-        requested = f"{asked:.3g} GB" if asked else "the cluster's default"
-        rows.append([what, requested, f"{memory:.3g} GB", f"{memory / asked:.0%}" if asked else None])
+        requested = f"{size_in_words(asked)}{given}" if asked else "the cluster's default"
+        rows.append([what, requested, _size(memory), f"{memory / asked:.0%}" if asked else None])
     cpu = sum(job.cpu_s or 0 for job in jobs)
     held = sum(job.elapsed_s * job.cpus for job in jobs)
     if held:
@@ -171,17 +172,28 @@ def requested_and_used(facts: RunFacts) -> str:
             {"energy": f"{energy / 3.6e6:.3g} kWh ({energy:,.0f} J), measured by Slurm, mostly for whole nodes"}
         )
     html += table(
-        ["job", "state", "wall time", "limit, min", "nodes", "cores", "GPUs", "cores used", "memory, GB", "energy, J"],
+        ["job", "state", "wall time", "limit, min", "nodes", "cores", "GPUs", "cores used", "memory", "energy, J"],
         [_job(job) for job in jobs],
         "From sacct",
     )
     if not jobs and any(attempt.environment.get("slurm") for attempt in facts.attempts):
         html += note("No accounting from Slurm (sacct): processor time, memory and energy of the jobs are unknown.")
-    total = wall_time(facts)
-    gpus = facts.plan.geometry.gpus_per_node * facts.plan.geometry.nodes
-    if total and gpus:
-        html += pairs({"GPU hours": f"{total * gpus / 3600:.2f}"})
+    if hours := _gpu_hours(facts):
+        html += pairs({"GPU hours": f"{hours:.2f}"})
     return html
+
+
+def _gpu_hours(facts: RunFacts) -> float:
+    """Of all attempts, each by its own processes: one may resume on another number of GPUs."""
+    if not facts.plan.geometry.gpus_per_node:
+        return 0.0
+    seconds_of_gpus = 0.0
+    for attempt in facts.attempts:
+        geometry = attempt.environment.get("geometry") or facts.plan.geometry.model_dump()
+        if attempt.times.last and attempt.times.started:
+            gpus = geometry["nodes"] * geometry["processes_per_node"]
+            seconds_of_gpus += gpus * (attempt.times.last - attempt.times.started)
+    return seconds_of_gpus / 3600
 
 
 def _job(job: JobUsage) -> list[Any]:
@@ -194,7 +206,7 @@ def _job(job: JobUsage) -> list[Any]:
         job.cpus,
         job.gpus or None,
         _percent(job.cpu_share),
-        job.memory_gb,
+        _size(job.memory_bytes),
         job.energy_j,
     ]
 
@@ -211,10 +223,10 @@ def _measured_place(facts: RunFacts) -> str:
 
 
 def _memory_measured(facts: RunFacts) -> float | None:
-    """The largest memory of a process, or of a GPU, that the worker measured, GB."""
+    """The largest memory of a process, or of a GPU, that the worker measured, bytes."""
     values = [e.get("memory_gb") for e in facts.events if e.get("event") == "pace"]
     values.append(facts.utilisation.get("peak_memory_gb"))
-    return _largest([float(v) for v in values if isinstance(v, int | float)])
+    return _largest([float(v) * 1e9 for v in values if isinstance(v, int | float)])
 
 
 def _largest(values: list[float | None]) -> float | None:
@@ -229,6 +241,10 @@ def _pace(events: list[Mapping[str, Any]], key: str) -> list[Point]:
         if isinstance(e.get(key), int | float) and isinstance(e.get("step"), int)
     }
     return sorted(points.items())
+
+
+def _size(value: Any, unit: float = 1.0) -> str | None:
+    return size_in_words(value * unit) if isinstance(value, int | float) else None
 
 
 def _percent(value: Any) -> str | None:

@@ -372,7 +372,7 @@ def image_sha256(image: Path, folder: Path, say: Say = to_stderr) -> str:
         return str(known["sha256"])
     size = image.stat().st_size
     if size >= _REPORT_FROM_BYTES:
-        say(f"reading {image} ({size / 1e9:.1f} GB) for its digest; kept for the next run")
+        say(f"reading {image} ({size_in_words(size)}) for its digest; kept for the next run")
     digest = sha256_of(image)
     _remember(image, folder, digest)
     return digest

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from afina.errors import SiteError, nearest
+from afina.text import size_in_words
 
 __all__ = [
     "KNOWN",
@@ -123,7 +124,7 @@ def usable_scratch(value: str, file: Path | None) -> Path:
         remedy = "choose a folder of your own or your group's on scratch"
         raise SiteError(f"AFINA_SCRATCH={value} is not writable by you", remedy)
     if space.f_bavail * space.f_frsize < _LEAST_FREE or (space.f_files and space.f_favail == 0):
-        free = f"{space.f_bavail * space.f_frsize / 1e6:.0f} MB and {space.f_favail} inodes are free"
+        free = f"{size_in_words(space.f_bavail * space.f_frsize)} and {space.f_favail} inodes are free"
         remedy = "remove old runs and caches, or choose another folder"
         raise SiteError(f"AFINA_SCRATCH={value} is full: {free}", remedy)
     return path

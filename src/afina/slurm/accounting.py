@@ -28,7 +28,7 @@ _FIELDS = (
     "ConsumedEnergyRaw",
     "AllocTRES",
 )
-_UNITS_GB = {"K": 1 / 1024**2, "M": 1 / 1024, "G": 1.0, "T": 1024.0}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class JobUsage:
 
     Attributes:
         cpu_s: processor time of all its steps; cpu_share: of its cores' time.
-        memory_gb: the largest resident set of a task; asked_memory_gb: requested per node.
+        memory_bytes: the largest resident set of a task; asked_memory_bytes: requested per node.
         energy_j: joules.
     """
 
@@ -50,8 +50,8 @@ class JobUsage:
     gpus: int
     cpu_s: float | None
     cpu_share: float | None
-    asked_memory_gb: float | None
-    memory_gb: float | None
+    asked_memory_bytes: float | None
+    memory_bytes: float | None
     energy_j: float | None
 
 
@@ -95,7 +95,7 @@ def _usage(job: Mapping[str, str], steps: Sequence[Mapping[str, str]]) -> JobUsa
         _whole(job.get("NNodes")),
     )
     cpu = parse_seconds(job.get("TotalCPU") or "")
-    rss = [size for step in steps if (size := _gigabytes(step.get("MaxRSS"))) is not None]
+    rss = [size for step in steps if (size := _bytes(step.get("MaxRSS"))) is not None]
     energy = max((_number(row.get("ConsumedEnergyRaw")) or 0.0 for row in (job, *steps)), default=0.0)
     tres = dict(item.partition("=")[::2] for item in (job.get("AllocTRES") or "").split(","))
     return JobUsage(
@@ -108,28 +108,28 @@ def _usage(job: Mapping[str, str], steps: Sequence[Mapping[str, str]]) -> JobUsa
         gpus=_whole(tres.get("gres/gpu")),
         cpu_s=cpu,
         cpu_share=cpu / (elapsed * cpus) if cpu is not None and elapsed and cpus else None,
-        asked_memory_gb=_requested_gb(job.get("ReqMem"), cpus, tres, nodes),
-        memory_gb=max(rss) if rss else None,
+        asked_memory_bytes=_requested_bytes(job.get("ReqMem"), cpus, tres, nodes),
+        memory_bytes=max(rss) if rss else None,
         # 0: no plugin measures it. Slurm's NO_VAL: 2^32 - 2, or close to 2^64.
         energy_j=energy if 0 < energy < 1e15 and energy != 2**32 - 2 else None,
     )
 
 
-def _requested_gb(text: str | None, cpus: int, tres: Mapping[str, str], nodes: int) -> float | None:
-    """GB per node. Before Slurm 21.08 the size ends with `n` (per node) or `c` (per core); 0 means all that the node has."""
+def _requested_bytes(text: str | None, cpus: int, tres: Mapping[str, str], nodes: int) -> float | None:
+    """Bytes per node. Before Slurm 21.08 the size ends with `n` (per node) or `c` (per core); 0 means all that the node has."""
     match = re.fullmatch(r"([\d.]+[KMGT]?)([nc]?)", text or "")
-    size = _gigabytes(match[1]) if match else None
+    size = _bytes(match[1]) if match else None
     if match and size and match[2] == "c":
         return size * cpus / max(1, nodes)
     if not size:
-        whole = _gigabytes(tres.get("mem"))
+        whole = _bytes(tres.get("mem"))
         return whole / max(1, nodes) if whole else None
     return size
 
 
-def _gigabytes(text: str | None) -> float | None:
+def _bytes(text: str | None) -> float | None:
     match = re.fullmatch(r"([\d.]+)([KMGT]?)", text or "")
-    return float(match[1]) * (_UNITS_GB[match[2]] if match[2] else 1 / 1024**3) if match else None
+    return float(match[1]) * _UNITS[match[2]] if match else None
 
 
 def _number(text: str | None) -> float | None:

@@ -21,7 +21,7 @@ from afina.site.settings import Site
 
 def test_a_local_disk_is_a_doubt_until_a_job_looks(bin: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "_file_system", lambda path: "ext4")
-    for limit in ("_FEW_GB", "_FEW_INODES"):  # the tests' own disk may be nearly full
+    for limit in ("_FEW_BYTES", "_FEW_INODES"):  # the tests' own disk may be nearly full
         monkeypatch.setattr(disk, limit, 0)
     assert [f.remedy for f in found(target(site), "scratch")][1:] == ["`afina doctor --job` checks it"]
     assert [f.level for f in found(target(site, with_job=True), "scratch")] == ["ok"]

@@ -16,4 +16,10 @@ def test_times_in_words(seconds: float | None, said: str) -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [size_in_words(n) for n in (0, 999, 1000, 438_000_000)] == ["0 B", "999 B", "1.0 kB", "438.0 MB"]
+    assert [size_in_words(n) for n in (0, 999, 1000, 999_951, 438_000_000)] == [
+        "0 B",
+        "999 B",
+        "1.0 kB",
+        "1.0 MB",
+        "438.0 MB",
+    ]

@@ -75,6 +75,7 @@ def test_attempts_are_marked_and_their_times_are_shown(make_run: MakeRun) -> Non
     assert ["model FLOP utilisation", "25.0%"] in page.rows and ["of a peak of", "2 TFLOP/s (measured)"] in page.rows
     assert ["forward and backward", "3 s", "75.0%"] in page.rows
     assert next(row for row in page.rows if row[0].startswith("memory per node"))[2] == "3.5 GB"
+    assert ["largest memory of a process", "3.5 GB"] in page.rows
 
 
 SACCT = """#!/bin/bash
@@ -104,19 +105,33 @@ def test_requested_and_used_resources(make_run: MakeRun, tmp_path: Path, monkeyp
         len((folder / "sacct.calls").read_text().splitlines()) == 1
         and "--jobs=7" in (folder / "sacct.calls").read_text()
     )
-    assert ["memory per node, largest task", "16 GB", "4 GB", "25%"] in page.rows
+    assert ["memory per node, largest task", "17.2 GB (resources.mem_gb 16)", "4.3 GB", "25%"] in page.rows
     assert ["time of the longest attempt", "60 min", "1:30 min", "2%"] in page.rows
     used = next(row for row in page.rows if row[0] == "processor time")
     assert used[3] == f"{3090.5 / (1090 * 4):.0%}"
-    assert ["7", "COMPLETED", "16:40 min", "60", "1", "4", "2", "75.0%", "4", "7.2e+06"] in page.rows
+    assert ["7", "COMPLETED", "16:40 min", "60", "1", "4", "2", "75.0%", "4.3 GB", "7.2e+06"] in page.rows
     assert "2 kWh (7,200,000 J)" in page.text
     (folder / "sacct").write_text("#!/bin/bash\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
     page = Page(write_report(run.path))
     assert "No accounting from Slurm (sacct)" in page.text
-    assert ["memory per node, largest process", "16 GB", "1.5 GB", "9%"] in page.rows, "from the run's own events"
+    assert ["memory per node, largest process", "17.2 GB (resources.mem_gb 16)", "1.5 GB", "9%"] in page.rows, (
+        "from the run's own events"
+    )
     run.record(Outcome.model_validate({**json.loads(run.outcome_file.read_text()), "device": "cuda"}))
     page = Page(write_report(run.path))
     assert not any(row[0].startswith("memory per node") for row in page.rows), (
         "that of a GPU is not what the recipe requests"
     )
     assert "Memory of the first GPU in GB by step" in page.source
+
+
+def test_gpu_hours_are_those_of_each_attempt(make_run: MakeRun) -> None:
+    """90 s on two nodes of four GPUs, and after a requeue twice on one node of two."""
+    run = make_run(resources={"nodes": 2, "gpus_per_node": 4})
+    attempts(run)
+    for name, nodes, processes in (("7.0", 2, 4), ("7.1", 1, 2), ("7.2", 1, 2)):
+        file = run.attempts / name / "env.json"
+        geometry = {"nodes": nodes, "processes_per_node": processes}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "geometry": geometry}))
+    page = Page(write_report(run.path))
+    assert ["GPU hours", f"{90 * (8 + 2 + 2) / 3600:.2f}"] in page.rows

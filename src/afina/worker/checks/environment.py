@@ -29,6 +29,7 @@ from afina.run.allocation import Allocation, socket_interface
 from afina.site.finding import Finding, Level
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
+from afina.text import size_in_words
 from afina.version import __version__
 from afina.worker.reply import report
 
@@ -138,7 +139,7 @@ def _gpu(number: int, driver: str) -> Finding:
     ones = torch.ones(64, 64, device=f"cuda:{number}")
     bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
     message = (
-        f"GPU {number}: {about.name}, {about.total_memory / 1e9:.0f} GB, compute capability {about.major}.{about.minor}, "
+        f"GPU {number}: {about.name}, {size_in_words(about.total_memory)}, compute capability {about.major}.{about.minor}, "
         f"{bf16}, driver {driver}, CUDA {torch.version.cuda}"
     )
     if float((ones @ ones).sum()) == 64.0**3:
@@ -190,7 +191,7 @@ def _room() -> Iterator[Finding]:
             yield Finding("room", "warning", f"{path}: {error.strerror}", why)
             continue
         free = space.f_bavail * space.f_frsize
-        message = f"{path}: {free / 1e9:.2f} GB free"
+        message = f"{path}: {size_in_words(free)} free"
         if free >= least:
             yield Finding("room", "ok", message)
         else:

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from afina.text import size_in_words
+
 __all__ = ["VARIABLE", "Copied", "remove", "stage", "staged"]
 
 #: The variable that tells the training processes of the node's copy.
@@ -47,7 +49,9 @@ def stage(prepared: Mapping[str, Any], root: Path, attempt: str) -> Copied:
         size = sum(_size(source) for source in sources.values())
         free = shutil.disk_usage(root).free
         if free < size + _SPARE:
-            return Copied(None, f"not staged: {size / 1e6:.0f} MB are needed, and {root} has {free / 1e6:.0f} MB free")
+            return Copied(
+                None, f"not staged: {size_in_words(size)} are needed, and {root} has {size_in_words(free)} free"
+            )
         # Others can write in /tmp: a folder of this name that is already there is an error.
         folder = Path(f"{_prefix(root)}{attempt}.{os.getpid()}")
         folder.mkdir(mode=0o700)
@@ -61,7 +65,7 @@ def stage(prepared: Mapping[str, Any], root: Path, attempt: str) -> Copied:
             raise
     except (OSError, shutil.Error) as error:
         return Copied(None, f"not staged: {error}")
-    message = f"{size / 1e6:.0f} MB of model and data staged in {folder} in {time.monotonic() - began:.1f} s"
+    message = f"{size_in_words(size)} of model and data staged in {folder} in {time.monotonic() - began:.1f} s"
     return Copied(folder, message)
 
 

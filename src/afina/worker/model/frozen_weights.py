@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from afina.text import size_in_words
+
 __all__ = ["store_frozen", "stored_bytes"]
 
 #: Bytes of a weight in 4 bits: a byte of scale for each 64 of them, and four for each 256 scales.
@@ -41,7 +43,7 @@ def store_frozen(model: nn.Module, dtype: str) -> str:
             weight.data = stored
         module.__class__ = kinds[type(module)]
     after = sum(p.nbytes for p in model.parameters())
-    size = f"frozen weights in {dtype}: {after / 1e6:,.0f} MB for the model, not {before / 1e6:,.0f}"
+    size = f"frozen weights in {dtype}: {size_in_words(after)} for the model, not {size_in_words(before)}"
     if not rounded:
         return f"{size}; the base has no more digits, so nothing is rounded"
     digit = "first" if dtype == "nf4" else "third"

@@ -210,7 +210,7 @@ def _hardware() -> dict[str, object]:
     models = [match[1] for card in cards if (match := re.search(r"(?m)^Model:\s*(.+)$", _proc(str(card))))]
     return {
         "cpu": processor().name,
-        "memory_gb": round(int(memory[1]) / 1024**2, 1) if memory else None,
+        "memory_gb": round(int(memory[1]) * 1024 / 1e9, 1) if memory else None,
         "gpus": models,
         "driver": driver_version(),
     }

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from afina.run.directory import RunDir, evaluations_of
 from afina.run.outcome import Outcome, part_in_words
 from afina.run.plan import Geometry, Plan
-from afina.text import CLEAR_LINE, aligned, can_draw
+from afina.text import CLEAR_LINE, aligned, can_draw, size_in_words
 
 __all__ = ["bar_stream", "introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
 
@@ -77,7 +77,7 @@ def usage_lines(outcome: Outcome) -> list[str]:
         f"{used['mfu']:.1%} of {used['peak_flops'] / 1e12:.3g} TFLOP/s ({used['peak_source']})"
         if used.get("mfu")
         else "",
-        f"{used['peak_memory_gb']:.2f} GB at most" if used.get("peak_memory_gb") else "",
+        f"{size_in_words(used['peak_memory_gb'] * 1e9)} at most" if used.get("peak_memory_gb") else "",
     ]
     lines = [", ".join(filter(None, rates)), f"seconds: {', '.join(parts)}" if parts else ""]
     return [line for line in lines if line]
