@@ -29,6 +29,8 @@ GB = 1e9
 GIB = 2**30
 #: Python, torch, transformers and their libraries before a model is loaded: 0.37 GB, measured on a CPU.
 _BASE_BYTES = 0.45e9
+#: The process that starts several of them on a node: 0.23 GB.
+_LAUNCHER_BYTES = 0.25e9
 #: The process that trains simple models on frozen embeddings, without the weights of the model: 0.47 to 0.74 GB.
 _SIMPLE_BYTES = 0.75e9
 #: CUDA context, cuBLAS and NCCL buffers, which PyTorch's own count leaves out. From documentation, not measured.
@@ -308,6 +310,7 @@ def _memory(
         return None, gpu
     # It is trained when the run's processes have ended their work, and have not given their memory back.
     beside = _SIMPLE_BYTES + (work.sizes.weights if work.sizes else 0) if work.simple_models else 0
+    beside += _LAUNCHER_BYTES if plan.geometry.num_processes > 1 else 0
     if rehearsed is not None and _shares(plan) > 1 and work.sizes:
         host, gpu = _sharded_memory(plan, work.sizes, one, gpu)
         return host + beside, gpu

@@ -131,7 +131,8 @@ def _likeness(plan: Plan) -> list[Any]:
 def _earlier(run: RunDir, plan: Plan, outcome: Outcome) -> Earlier:
     prepared = run.prepared()
     rows, tokens = prepared["rows"], prepared["tokens"]
-    evaluations = sum("eval_loss" in line for line in run.metrics())
+    # And once more for the predictions, where the best step was not the last.
+    evaluations = sum("eval_loss" in line for line in run.metrics()) + (outcome.model_step != outcome.global_step)
     examples = plan.recipe.train.schedule(rows["train"], rows.get("eval", 0)).examples_after(outcome.global_step)
     speed = outcome.samples_per_second or 0.0
     by_part = outcome.utilisation.get("seconds_by_part", {})
