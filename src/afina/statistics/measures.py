@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
+    "ROW_SHARES",
     "average_precision",
     "auroc",
     "compute",
@@ -27,6 +28,12 @@ __all__ = [
 ]
 
 Array = Any
+
+#: Metrics that are the share of rows that are right, by task.
+ROW_SHARES = {
+    "single-label": ("accuracy", "f1_micro", "precision_micro", "recall_micro", "recall_weighted"),
+    "multi-label": ("subset_accuracy",),
+}
 
 #: Why a metric has no value.
 _REASONS = {

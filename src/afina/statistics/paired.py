@@ -1,8 +1,9 @@
 """Paired tests: is one model better than another on the same rows?
 
-Accuracy of classifiers: McNemar's exact test (1947), a binomial test on the rows that only one model gets right. Mean absolute error:
-Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which weighs rows anew and takes both models' predictions for them;
-as in `afina.statistics.limits` its limits know of one more row of each class, that only the first or only the second model gets right.
+Shares of rows that are right (accuracy): McNemar's exact test (1947), a binomial test on the rows that only one model gets right, and the
+interval of Bonett and Price (2012). Mean absolute error: Wilcoxon's signed-rank test. Every other score: the paired bootstrap, which weighs
+rows anew and takes both models' predictions for them; as in `afina.statistics.limits` its limits know of one more row of each class, that
+only the first or only the second model gets right.
 Runs that were evaluated on different rows are refused with the reason. Not covered: randomness in training; two seeds of one recipe may
 differ as much. NumPy and SciPy are imported inside the functions.
 """
@@ -15,8 +16,18 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.recipe.metrics import NEED_SCORES
+from afina.statistics.intervals import share_difference
 from afina.statistics.limits import DRAWS, MOST_CELLS, distinct, pseudo_rows, resample, score_limits
-from afina.statistics.measures import auroc, average_precision, contributions, from_sums, one_vs_rest, ranks, row_losses
+from afina.statistics.measures import (
+    ROW_SHARES,
+    auroc,
+    average_precision,
+    contributions,
+    from_sums,
+    one_vs_rest,
+    ranks,
+    row_losses,
+)
 from afina.statistics.predictions import Predictions
 
 __all__ = ["Difference", "Paired", "align", "aligned", "averaged", "compare_paired", "compare_with_mean", "holm"]
@@ -160,7 +171,8 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, 
         a, b = (float(of[name][0]) for of in values)
         low, high = _percentile(lower[name], 2.5), _percentile(upper[name], 97.5)
         p, test = _bootstrap_p(lower[name], upper[name]), "paired bootstrap"
-        if name in ("accuracy", "subset_accuracy") and right is not None:
+        if right is not None and name in ROW_SHARES.get(task, ()):
+            low, high = share_difference(*_only_one(*right), len(first))
             p, test = _mcnemar(*right), "McNemar exact"
         elif name in ("mse", "mae"):
             losses = [np.abs(v - first.truth) ** (2 if name == "mse" else 1) for v in (one, two)]
@@ -173,8 +185,8 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, 
         differences += _of_scores(task, first.truth, both, [name for name in extra if name in NEED_SCORES], draws)
     if task == "regression" and "spearman" in extra:
         differences.append(_spearman(first.truth, one, two, draws))
-    only = [int((a & ~b).sum()) for a, b in (right, right[::-1])] if right is not None else [None, None]
-    return Paired(len(first), only[0], only[1], tuple(differences))
+    only_first, only_second = _only_one(*right) if right is not None else (None, None)
+    return Paired(len(first), only_first, only_second, tuple(differences))
 
 
 def compare_with_mean(
@@ -364,10 +376,15 @@ def _right(task: str, truth: Array, predicted: Array) -> Array:
     return truth == predicted if task == "single-label" else (truth == predicted).all(axis=1)
 
 
+def _only_one(one: Array, two: Array) -> tuple[int, int]:
+    """Rows that only the first gets right, and that only the second does."""
+    return int((one & ~two).sum()), int((two & ~one).sum())
+
+
 def _mcnemar(one: Array, two: Array) -> float:
     from scipy.stats import binomtest
 
-    first, second = int((one & ~two).sum()), int((two & ~one).sum())
+    first, second = _only_one(one, two)
     return float(binomtest(first, first + second, 0.5).pvalue) if first + second else 1.0
 
 

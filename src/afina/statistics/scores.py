@@ -18,7 +18,7 @@ from afina.statistics.limits import (
     error_limits,
     score_limits,
 )
-from afina.statistics.measures import compute, from_sums, parts, sums_of
+from afina.statistics.measures import ROW_SHARES, compute, from_sums, parts, sums_of
 from afina.statistics.predictions import Predictions
 from afina.statistics.weakness import reference
 
@@ -80,10 +80,7 @@ def score(predictions: Predictions, draws: int = DRAWS, names: Sequence[str] | N
         found, draws = dict.fromkeys(from_sums(task, whole[None, :]), NO_LIMITS), 0
     else:
         found, draws = bootstrap(task, *distinct(task, width, truth, predicted), draws)
-    for name in {"accuracy", "subset_accuracy"} & found.keys():
-        found[name] = wilson(float(whole[-3]), float(whole[-1]))
-    if task == "single-label":
-        found |= {name: found["accuracy"] for name in found if name.endswith("_micro")}
+    found |= dict.fromkeys(found.keys() & set(ROW_SHARES.get(task, ())), wilson(float(whole[-3]), float(whole[-1])))
     if predictions.scores is not None and set(names) & set(NEED_SCORES):
         found |= score_limits(task, truth, predictions.scores, draws)
     overall = {name: _around(values[name], found.get(name, NO_LIMITS)) for name in names if name in values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -11,7 +12,7 @@ import pytest
 from scipy import stats
 
 from afina.recipe.metrics import SCALARS, metric_range
-from afina.statistics.intervals import mean_interval, paired_t_test
+from afina.statistics.intervals import mean_interval, paired_t_test, share_difference
 
 
 def test_one_value_has_no_interval_and_none_is_an_error() -> None:
@@ -117,3 +118,20 @@ def test_an_interval_ends_where_the_metric_does() -> None:
     assert metric_range("r2") == (-math.inf, 1.0)
     assert metric_range("cost") == (-math.inf, math.inf)
     assert all(metric_range(name)[1] in (1.0, math.inf) for name in SCALARS)
+
+
+@pytest.mark.parametrize("rows", [20, 30, 100])
+def test_intervals_of_the_difference_of_two_shares_cover(rows: int) -> None:
+    """Exactly, not by simulation; and they agree with McNemar's test, except near 0.05."""
+    first, second = np.meshgrid(np.arange(rows + 1), np.arange(rows + 1), indexing="ij")
+    first, second = (part[first + second <= rows] for part in (first, second))
+    limits = np.array([share_difference(one, two, rows) for one, two in zip(first, second, strict=True)])
+    for one, two in itertools.product((0.002, 0.01, 0.05, 0.2, 0.4), (0.002, 0.01, 0.05, 0.2, 0.5)):
+        chances = stats.multinomial.pmf(
+            np.stack([first, second, rows - first - second], axis=-1), rows, [one, two, 1 - one - two]
+        )
+        held = (limits[:, 0] <= two - one) & (two - one <= limits[:, 1])
+        assert chances[held].sum() >= 0.95, (one, two)
+    for one, two, (low, high) in zip(first, second, limits, strict=True):
+        p = stats.binomtest(one, one + two).pvalue if one + two else 1.0
+        assert 0.035 < p < 0.07 or (p < 0.05) == (not low <= 0 <= high), (one, two, p)
