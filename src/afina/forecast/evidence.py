@@ -70,14 +70,19 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
 
 
 def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
-    """What the answer of the prepare stage says about the work of a run."""
-    rows, sizes = prepared["rows"], prepared.get("sizes")
-    return Workload(
-        rows=rows,
-        tokens=prepared["tokens"],
-        simple_models=plan.recipe.has_simple_models(prepared["task"], rows),
-        sizes=sizes and Sizes(**sizes),
-    )
+    """What the answer of the prepare stage says about the work of a run.
+
+    Raises:
+        EnvironmentProblem: it is that of another afina.
+    """
+    try:
+        rows, tokens, task, sizes = prepared["rows"], prepared["tokens"], prepared["task"], prepared.get("sizes")
+        beside = plan.recipe.has_simple_models(task, rows)
+        return Workload(rows=rows, tokens=tokens, simple_models=beside, sizes=sizes and Sizes(**sizes))
+    except (KeyError, TypeError) as error:
+        raise EnvironmentProblem(
+            f"the prepared data tell no sizes: {error}", "run `afina prefetch RECIPE` again, in an image of this afina"
+        ) from None
 
 
 def earlier_runs(plan: Plan) -> list[Earlier]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from afina.errors import EnvironmentProblem
 from afina.files import write_atomic
 from afina.forecast.estimate import Estimate, Measured, estimate
 from afina.forecast.evidence import earlier_runs, rehearse, workload_of
@@ -27,6 +29,9 @@ def forecast(
     Args:
         prepared: the answer of the prepare stage.
         cluster: for the time limit of the partition.
+
+    Raises:
+        EnvironmentProblem: see `workload_of`.
     """
     limit = None if cluster is None else limit_of(job_size(plan, os.environ), cluster)
     work = workload_of(plan, prepared)
@@ -48,6 +53,7 @@ def write_forecast(plan: Plan, directory: RunDir, cluster: Cluster, *, rehearsed
     except BaseException:
         shutil.rmtree(directory.path)
         raise
-    values = forecast(plan, prepared, cluster, measured).to_json()
-    values["measured"] = measured and measured.model_dump()
-    write_atomic(directory.path / "estimate.json", json.dumps(values, indent=2) + "\n")
+    with contextlib.suppress(EnvironmentProblem):  # a forecast that cannot be made does not stop a submission
+        values = forecast(plan, prepared, cluster, measured).to_json()
+        values["measured"] = measured and measured.model_dump()
+        write_atomic(directory.path / "estimate.json", json.dumps(values, indent=2) + "\n")
