@@ -79,28 +79,43 @@ def _some_rank(scene: Scene) -> int:
 # Faults
 
 
+def at_step(words: str, act: Callable[[Scene], object], saved: int = 0) -> Action:
+    """Do this at a random step, of those after `saved` checkpoints; `words` say it."""
+
+    def inject(scene: Scene) -> str:
+        step = _saved_step(scene, saved) if saved else _some_step(scene)
+        act(scene)
+        return words.format(step=step) if "{step}" in words else f"{words} at step {step}"
+
+    return inject
+
+
+def signal_host(number: signal.Signals) -> Action:
+    return at_step(f"{number.name} to the host process", lambda scene: scene.live.signal_host(number))
+
+
+def signal_step(number: signal.Signals) -> Action:
+    return at_step(f"{number.name} to the step", lambda scene: scene.live.signal_step(number))
+
+
+kill_all = at_step("SIGKILL to every process", lambda scene: scene.live.kill_everything())
+kill_all_saved = at_step(
+    "SIGKILL to every process at step {step}, after two checkpoints", lambda scene: scene.live.kill_everything(), 2
+)
+kill_host = signal_host(signal.SIGKILL)
+touch_stop = at_step("the stop file", lambda scene: (scene.live.run / "stop").touch())
+cut_network_for_good = at_step(
+    "no network between the ranks from step {step} on", lambda scene: scene.local.cut_network()
+)
+scancel = at_step("scancel", lambda scene: scene.slurm.scancel())
+requeue = at_step("scontrol requeue", lambda scene: scene.slurm.requeue())
+preempt = at_step("preempted by a job of a higher partition", lambda scene: scene.slurm.preempt())
+
+
 def kill_rank(scene: Scene) -> str:
     rank, step = _some_rank(scene), _some_step(scene)
     signal_all([scene.live.rank(rank)], signal.SIGKILL)
     return f"SIGKILL to rank {rank} at step {step}"
-
-
-def kill_all(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.live.kill_everything()
-    return f"SIGKILL to every process at step {step}"
-
-
-def kill_all_saved(scene: Scene) -> str:
-    step = _saved_step(scene, 2)
-    scene.live.kill_everything()
-    return f"SIGKILL to every process at step {step}, after two checkpoints"
-
-
-def kill_host(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.live.signal_host(signal.SIGKILL)
-    return f"SIGKILL to the host process at step {step}"
 
 
 def kill_starting(scene: Scene) -> str:
@@ -134,24 +149,6 @@ def kill_at(stage: str) -> Action:
     return inject
 
 
-def signal_host(number: signal.Signals) -> Action:
-    def inject(scene: Scene) -> str:
-        step = _some_step(scene)
-        scene.live.signal_host(number)
-        return f"{number.name} to the host process at step {step}"
-
-    return inject
-
-
-def signal_step(number: signal.Signals) -> Action:
-    def inject(scene: Scene) -> str:
-        step = _some_step(scene)
-        scene.live.signal_step(number)
-        return f"{number.name} to the step at step {step}"
-
-    return inject
-
-
 def term_rank(scene: Scene) -> str:
     rank, step = _some_rank(scene), _some_step(scene)
     signal_all([scene.live.rank(rank)], signal.SIGTERM)
@@ -172,27 +169,15 @@ def term_skewed(scene: Scene) -> str:
     return f"SIGTERM to rank {order[0]} at step {step}, to the others {pause:.1f} s later"
 
 
-def touch_stop(scene: Scene) -> str:
-    step = _some_step(scene)
-    (scene.live.run / "stop").touch()
-    return f"the stop file at step {step}"
-
-
 def fill_disk(leave: int) -> Action:
     """Fill the disk but for `leave` bytes: with 64 KiB log lines still fit and the next save does not."""
-
-    def inject(scene: Scene) -> str:
-        step = _saved_step(scene)
-        scene.small_disk.fill(leave)
-        return f"file system full (but {leave} bytes) from step {step} on"
-
-    return inject
+    words = f"file system full (but {leave} bytes) from step {{step}} on"
+    return at_step(words, lambda scene: scene.small_disk.fill(leave), 1)
 
 
-def fail_disk(scene: Scene) -> str:
-    step = _saved_step(scene)
-    scene.small_disk.fail()
-    return f"EIO for everything on the file system from step {step} on"
+fail_disk = at_step(
+    "EIO for everything on the file system from step {step} on", lambda scene: scene.small_disk.fail(), 1
+)
 
 
 def cut_power(scene: Scene) -> str:
@@ -252,12 +237,6 @@ def cut_network(scene: Scene) -> str:
     return f"no network between the ranks for {pause:.1f} s at step {step}"
 
 
-def cut_network_for_good(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.local.cut_network()
-    return f"no network between the ranks from step {step} on"
-
-
 def nothing(scene: Scene) -> str:
     return "no other fault"
 
@@ -265,24 +244,6 @@ def nothing(scene: Scene) -> str:
 def second_start(scene: Scene) -> str:
     """Before the first has begun to train: without a lease both would train."""
     return f"started a second time at once: {scene.live.second()}"
-
-
-def scancel(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.slurm.scancel()
-    return f"scancel at step {step}"
-
-
-def requeue(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.slurm.requeue()
-    return f"scontrol requeue at step {step}"
-
-
-def preempt(scene: Scene) -> str:
-    step = _some_step(scene)
-    scene.slurm.preempt()
-    return f"preempted by a job of a higher partition at step {step}"
 
 
 def fail_node(scene: Scene) -> str:
