@@ -210,17 +210,6 @@ def test_damaged_data_is_set_aside_and_made_again(plan: Callable[..., Plan]) -> 
     assert sorted(leftovers(made)) == sorted([f".damaged-{folder.name[-8:]}-1", folder.name])
 
 
-def test_two_at_once_publish_one(plan: Callable[..., Plan]) -> None:
-    made = plan()
-    children = [start(made) for _ in range(3)]
-    results = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0, 0], results
-    assert len({json.loads(out)["prepared"] for out, _ in results}) == 1
-    folder = Path(json.loads(results[0][0])["prepared"])
-    prepared.verify(folder)
-    assert leftovers(made) == [folder.name]
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_no_incomplete_data(
     plan: Callable[..., Plan], tmp_path: Path, number: signal.Signals, code: int

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from tests.unit.conftest import Ran
+from tests.unit.recipe.refusals import refused
 
-from afina.errors import RecipeError
 from afina.recipe.parse import parse_recipe
 
 _WRONG = """name: bad/name
@@ -21,14 +21,8 @@ tokens: {max_length: 1}
 """
 
 
-def message(text: str, *overrides: str) -> str:
-    with pytest.raises(RecipeError) as caught:
-        parse_recipe(text, overrides, source="r.yaml")
-    return str(caught.value)
-
-
 def test_all_errors_at_once_each_with_its_line() -> None:
-    text = message(_WRONG, "resources.nodes=0", "train")
+    text = str(refused(_WRONG, "resources.nodes=0", "train"))
     assert text.startswith("r.yaml: 12 errors\n")
     for line in (
         "r.yaml:1: `name`: 'bad/name' is not usable",
@@ -58,7 +52,7 @@ def test_all_errors_at_once_each_with_its_line() -> None:
     ],
 )
 def test_what_only_follows_from_an_error_is_not_another_one(text: str, count: int) -> None:
-    lines = message(text).splitlines()
+    lines = str(refused(text)).splitlines()
     assert lines[0] == f"r.yaml: {count} errors" if count > 1 else not lines[0].endswith("errors"), lines
 
 

@@ -40,10 +40,6 @@ def test_pairs_are_not_cut_in_their_middle() -> None:
     assert "`tokens.truncation`: is of single texts, and `data.text` names two" in refused(text).message
 
 
-def test_an_unknown_key_is_named_before_what_it_lacks() -> None:
-    assert "unknown key `modle`" in refused(BASE.replace("model:", "modle:")).message
-
-
 @pytest.mark.parametrize("key", ["name", "model", "data", "data.text", "data.label"])
 def test_missing_keys(recipe_file: Callable[..., Path], key: str) -> None:
     with pytest.raises(RecipeError) as caught:

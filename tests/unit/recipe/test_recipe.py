@@ -142,11 +142,6 @@ def test_hub_keys_with_files(key: str) -> None:
     assert error.message == f"r.yaml:5: `data.{key}`: belongs to a Hub data set; with `files` leave it out"
 
 
-def test_epochs_and_max_steps() -> None:
-    error = refused(BASE + "  epochs: 1\n  max_steps: 5\n")
-    assert error.message == "r.yaml:7: `train`: give `epochs` or `max_steps`, not both"
-
-
 @pytest.mark.parametrize(
     ("source", "train", "others", "ok"),
     [

@@ -28,9 +28,5 @@ def claimed(plan: Plan, path: Path | None = None) -> RunDir:
     return claim(plan, {"prepared": "/p", "model": "/m"}, ARGV, "name: as written ☃\n", path)
 
 
-def _names(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir()]
-
-
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.conftest import private_mounts, tree
-from tests.unit.run.claimed import ARGV, _names, claimed, mode
+from tests.unit.run.claimed import ARGV, claimed, mode
 
 from afina.errors import ClaimedError, EnvironmentProblem, InputError
 from afina.run.commands import sbatch_argv
@@ -171,7 +171,7 @@ def test_many_at_once_get_numbers_of_their_own(plan: Plan, tmp_path: Path) -> No
     answers = race(plan, tmp_path, "")
     assert len(set(answers)) == 4 and all(line.startswith("won ") for line in answers)
     stem = f"amazon-stars-{plan.digest[:8]}"
-    assert sorted(_names(plan.site.runs)) == sorted(f"{stem}-{n}" for n in range(1, 5))
+    assert sorted(p.name for p in plan.site.runs.iterdir()) == sorted(f"{stem}-{n}" for n in range(1, 5))
 
 
 # -- no space ----------------------------------------------------------------------------------------------------------

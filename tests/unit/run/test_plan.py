@@ -17,7 +17,7 @@ from afina.formats.read_options import DATA_SUFFIXES
 from afina.prediction.request import Prediction
 from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
-from afina.run.plan import Plan, check_cores, geometry_for, load_plan, make_plan
+from afina.run.plan import Plan, geometry_for, load_plan, make_plan
 from afina.site.settings import Site
 from afina.version import INTERFACE
 
@@ -118,15 +118,6 @@ def test_a_request_is_checked_like_the_recipe(
 ) -> None:
     with pytest.raises(InputError, match="must be a whole number"):
         make_plan(recipe(), site, JobRequest(**wrong), recipe_file=recipe_file())
-
-
-def test_more_processes_than_cores() -> None:
-    cores = len(os.sched_getaffinity(0))
-    check_cores(cores)
-    with pytest.raises(InputError) as caught:
-        check_cores(cores + 1)
-    assert f"{cores + 1} processes on {cores} cores" in caught.value.message
-    assert caught.value.remedy == f"use --num-processes {cores} or fewer"
 
 
 # -- data files --------------------------------------------------------------------------------------------------------
@@ -283,6 +274,7 @@ def test_model_folders_that_are_refused(tmp_path: Path, site: Site, model_folder
     assert why(str(model_folder)).message == (
         f"model: {model_folder} has no weights (model.safetensors, model.safetensors.index.json)"
     )
+    assert "download the model again" in why(str(model_folder)).remedy
     (model_folder / "config.json").unlink()
     assert "has no config.json" in why(str(model_folder)).message
     for given in ("./mo dle", "/not/there/at/all", "~/absent", "$HOME/absent", "a/b/c"):

@@ -247,6 +247,7 @@ def test_scratch_that_is_read_only(scratch: Path) -> None:
     )
     assert done.returncode == 3, done
     assert f"AFINA_SCRATCH={scratch} is not writable by you" in done.stdout
+    assert "remedy: choose a folder of your own" in done.stdout
     assert list(scratch.iterdir()) == []
 
 

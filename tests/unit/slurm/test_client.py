@@ -211,35 +211,11 @@ def test_without_accounting_gone_is_gone(bin: Path, body: str) -> None:
     assert query(["1"]) == {"1": Job("1", "GONE")}
 
 
-def test_the_state_of_a_run(bin: Path, run: RunDir) -> None:
-    from afina.watch.handle import Run
-
-    handle = Run(run.path)
-    assert handle.state == "PLANNED"
-    run.append("submissions.jsonl", {"job_id": "7", "via": "sbatch"})
-    program(bin, "sacct", "exit 1\n")
-    for job, slurm_state, state in ((7, "PENDING", "PENDING"), (7, "RUNNING", "RUNNING"), (8, "RUNNING", "FAILED")):
-        program(bin, "squeue", f"echo '{job}|{job}|{slurm_state}|10:00|N/A|n1|Priority'\n")
-        assert handle.state == state
-    program(bin, "squeue", "exit 1\n")
-    assert handle.state == "UNKNOWN"
-
-
 def test_no_squeue_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", no_slurm(tmp_path))
     assert query(["1"]) == {"1": Job("1", "UNKNOWN", reason="squeue is not on PATH: no Slurm here")}
     with pytest.raises(SlurmError, match="sbatch is not on PATH: no Slurm here"):
         need_slurm()
-
-
-def test_cancel_passes_the_job(bin: Path, tmp_path: Path) -> None:
-    record = tmp_path / "record"
-    program(bin, "scancel", f'printf "%s\\n" "$@" >{shlex.quote(str(record))}\n')
-    cancel("12", "13_4")
-    assert record.read_text() == "12\n13_4\n"
-    program(bin, "scancel", "echo 'Invalid job id' >&2; exit 1\n")
-    with pytest.raises(SlurmError, match="Invalid job id"):
-        cancel("12")
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

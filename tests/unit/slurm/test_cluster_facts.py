@@ -146,32 +146,23 @@ def test_a_cluster_without_accounting_is_known_without_accounts(bin: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "options", "message"),
     [
-        (["--time", "2-0"], "partition gpu allows"),
-        (["--gpus-per-node", "8"], "8 GPUs per node"),
-        (["--set", "resources.mem_gb=600"], "600 GB of memory per node"),
+        ("submit", ["--time", "2-0"], "partition gpu allows"),
+        ("submit", ["--gpus-per-node", "8"], "8 GPUs per node"),
+        ("submit", ["--set", "resources.mem_gb=600"], "600 GB of memory per node"),
+        ("sweep", ["--seeds", "2", "--gpus-per-node", "8"], "8 GPUs per node"),
     ],
 )
 def test_a_submission_that_cannot_succeed_leaves_nothing(
     command: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path,
-    options: list[str], message: str,
+    name: str, options: list[str], message: str,
 ) -> None:  # fmt: skip
     """And it is refused before anything is prepared."""
     file = recipe_file(model=str(model_folder))
     before = tree(scratch)
-    done = command("submit", file, *options)
+    done = command(name, file, *options)
     assert done.returncode == 3 and message in done.stderr and "remedy: " in done.stderr, done
-    assert tree(scratch) == before
-
-
-def test_a_sweep_that_cannot_fit_leaves_nothing(
-    command: Callable[..., Ran], recipe_file: Callable[..., Path], bin: Path, scratch: Path, model_folder: Path
-) -> None:
-    file = recipe_file(model=str(model_folder))
-    before = tree(scratch)
-    done = command("sweep", file, "--seeds", "2", "--gpus-per-node", "8")
-    assert done.returncode == 3 and "8 GPUs per node" in done.stderr and "remedy: " in done.stderr, done
     assert tree(scratch) == before
 
 
