@@ -16,6 +16,7 @@ from tests import tiny
 from tests.apptainer.conftest import Apptainer
 from tests.common import ROOT, program
 
+from afina.files import encode_words
 from afina.site.image import check_fit, read_image, summary
 from afina.version import INTERFACE
 
@@ -48,19 +49,36 @@ def test_image_info_inside_and_outside_agree(image: Path, apptainer: Apptainer) 
 
 
 def test_a_run_in_the_image_is_the_run_outside(image: Path, home: Path, apptainer: Apptainer) -> None:
-    """The same recipe in the plain environment of these tests: the same metrics, byte for byte."""
+    """The same recipe in the plain environment of these tests: the same metrics, byte for byte.
+
+    Beside a site file of the host, whose image and runtime are not for a run that is in the image already.
+    """
     tiny.write_project(home, 60, train={"max_steps": 4})
+    (home / "scratch").mkdir(exist_ok=True)
+    (home / "slurm").mkdir()
+    (home / "slurm/site.env").write_text(
+        f"AFINA_SCRATCH='{home}'/scratch\nAFINA_IMAGE='{image}'\nAFINA_RUNTIME=apptainer\n"
+    )
     if os.geteuid() == 0:
         for path in home.rglob("*"):
             shutil.chown(path, os.environ.get("AFINA_TEST_USER", "researcher"))
-    env = {"AFINA_SCRATCH": str(home / "scratch"), "OMP_NUM_THREADS": "1"}
+    env = {"OMP_NUM_THREADS": "1"}
     command = ("train", "recipe.yaml", "--num-processes", "1", "--run")
     done = apptainer("run", image, *command, "inside", environment=env)
     assert done.returncode == 0, done.stdout + done.stderr
     argv = [sys.executable, "-m", "afina", *command, "outside"]
     here = {name: value for name, value in os.environ.items() if not name.startswith(("AFINA_", "HF_", "CUDA_VISIBLE"))}
+    (home / "plain.env").write_text(f"AFINA_SCRATCH='{home}'/scratch\nAFINA_RUNTIME=none\n")
+    env |= {"AFINA_SITE": str(home / "plain.env")}
     subprocess.run(argv, cwd=home, env={**here, **env}, check=True, capture_output=True)
     assert (home / "inside/metrics.jsonl").read_bytes() == (home / "outside/metrics.jsonl").read_bytes()
+    # A run of the host: its command starts a container, which there is none to start in the image.
+    run = home / "inside"
+    words = ["no-such-runtime", "exec", str(image), "python", "-P", "-m", "afina.worker", "launch", str(run)]
+    (run / "worker.argv").write_bytes(encode_words(words))
+    (run / "outcome.json").unlink()
+    done = apptainer("run", image, "resume", "inside", environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and (run / "outcome.json").exists(), done.stdout + done.stderr
 
 
 def test_packages_are_those_of_the_lock(image: Path, home: Path, apptainer: Apptainer) -> None:

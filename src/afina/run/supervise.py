@@ -25,8 +25,10 @@ from afina.errors import EXIT_FAILED, AfinaError
 from afina.files import read_json
 from afina.processes import boot_id, spawn_detached, start_time
 from afina.run.causes import ensure_outcome
+from afina.run.commands import worker_argv
 from afina.run.directory import RunDir
 from afina.run.workers import cannot_start
+from afina.site.settings import in_container
 from afina.text import CLEAR_LINE, can_draw
 
 __all__ = [
@@ -60,6 +62,10 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     """
     folder = run.begin_attempt(attempt)
     argv = run.worker_argv()
+    if (
+        in_container()
+    ):  # of the image, or of another with the same packages: not the host's command, which starts a container
+        argv = worker_argv(run.plan(), *argv[-2:])
     # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
     (folder / "exit").unlink(missing_ok=True)
     if lease_of(run.path)[1] not in ("alive", "fresh"):  # else the stop is for the attempt that lives

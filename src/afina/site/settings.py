@@ -325,11 +325,13 @@ def _image(
 
 
 def _runtime(value: str, image: Path | None, env: Mapping[str, str], *, job: bool) -> Runtime:
-    if value in get_args(Runtime):
-        return cast(Runtime, value)
-    if value:
+    if value and value not in get_args(Runtime):
         raise SiteError(f"AFINA_RUNTIME={value} is not known", "one of: apptainer, singularity, none")
-    if image is None or (in_container(env) and not job):
+    if in_container(env) and not job:
+        return "none"  # we are in it; the site file names the host's
+    if value:
+        return cast(Runtime, value)
+    if image is None:
         return "none"
     if in_container(env):
         return "apptainer" if env.get("APPTAINER_CONTAINER") else "singularity"

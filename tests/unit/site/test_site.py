@@ -362,6 +362,7 @@ def test_runtimes(tmp_path: Path, scratch: Path, sif: Path) -> None:
 def test_inside_a_container_there_is_no_further_one(tmp_path: Path, scratch: Path) -> None:
     inside = {"AFINA_SCRATCH": scratch, "AFINA_IMAGE": tmp_path / "not visible here.sif", "APPTAINER_CONTAINER": "/x"}
     assert load_site(env=env(**inside)).runtime == "none"
+    assert load_site(env=env(**inside, AFINA_RUNTIME="apptainer")).runtime == "none"
     job = load_site(env=env(**inside), job=True)
     assert (job.runtime, job.image) == ("apptainer", tmp_path / "not visible here.sif")
     # `module load` of a site file means nothing in there.
