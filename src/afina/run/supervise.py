@@ -61,11 +61,7 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     ends the worker at once.
     """
     folder = run.begin_attempt(attempt)
-    argv = run.worker_argv()
-    if (
-        in_container()
-    ):  # of the image, or of another with the same packages: not the host's command, which starts a container
-        argv = worker_argv(run.plan(), *argv[-2:])
+    argv = _worker_argv(run)
     # From before this attempt: of an earlier one, or of this name (a requeue under the same number).
     (folder / "exit").unlink(missing_ok=True)
     if lease_of(run.path)[1] not in ("alive", "fresh"):  # else the stop is for the attempt that lives
@@ -93,6 +89,12 @@ def run_node(run: RunDir, attempt: str, *, env: Mapping[str, str], received: lis
     if not copy.is_alive():  # else a process that the worker left behind still holds the pipe
         worker.stdout.close()
     return _recorded_code(folder, code)
+
+
+def _worker_argv(run: RunDir) -> list[str]:
+    """The command of the worker; inside a container (the image, or one with the same packages) without that which starts one."""
+    argv = run.worker_argv()
+    return worker_argv(run.plan(), *argv[-2:]) if in_container() else argv
 
 
 def _wait(worker: subprocess.Popen[bytes], copy: threading.Thread, monitor: LeaseMonitor | None) -> int:
