@@ -17,8 +17,9 @@ from afina.diagnosis import examine, inside
 from afina.diagnosis.target import Target
 from afina.errors import AfinaError
 from afina.forecast import evidence
-from afina.forecast.estimate import Estimate, Measured
+from afina.forecast.estimate import Estimate
 from afina.forecast.forecast import forecast
+from afina.forecast.measurements import Measured
 from afina.run.job_request import JobOptions, JobRequest, accepts
 from afina.run.new_run import prepare
 from afina.run.plan import Plan, bare_plan

@@ -1,5 +1,5 @@
 """Sizes of a training in bytes. Pure arithmetic, the same on the host and in the worker, which computes them from the model
-(`afina.worker.model.sizes`).
+(`afina.worker.model.training_sizes`).
 """
 
 from __future__ import annotations

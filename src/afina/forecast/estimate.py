@@ -3,112 +3,32 @@
 Time and memory come from a rehearsal or from earlier runs; without such evidence they are unknown, and the forecast says how to
 rehearse. Exact without evidence, in any precision of `train.precision`: steps, and the sizes that the model itself tells (`afina.sizes`).
 
-Not covered: communication between processes, and what else the machine does meanwhile. Memory on GPUs was not measured.
+Not covered: communication between processes, and what else the machine does meanwhile.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from statistics import median
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from afina.forecast.duration import earlier_seconds, evaluation_passes, expected_stop_lead_s, rehearsed_seconds
+from afina.forecast.measurements import Earlier, Measured, Workload
+from afina.forecast.memory import memory_bytes, shares
 from afina.run.plan import Plan
-from afina.schedule import Schedule, embedding_seconds, stop_lead_s
 from afina.sizes import Sizes
 from afina.text import minutes_in_words, seconds_in_words, size_in_words
 
-__all__ = ["Earlier", "Estimate", "Measured", "Workload", "describe", "estimate", "fit_line"]
+__all__ = ["Estimate", "describe", "estimate"]
 
 GB = 1e9
 #: Slurm's G, in which `resources.mem_gb` is counted.
 GIB = 2**30
-#: Python, torch, transformers and their libraries before a model is loaded: 0.37 GB, measured on a CPU.
-_BASE_BYTES = 0.45e9
-#: The process that starts several of them on a node: 0.23 GB.
-_LAUNCHER_BYTES = 0.25e9
-#: The process that trains simple models on frozen embeddings, without the weights of the model: 0.47 to 0.74 GB.
-_SIMPLE_BYTES = 0.75e9
-#: CUDA context, cuBLAS and NCCL buffers, which PyTorch's own count leaves out. From documentation, not measured.
-_CUDA_BYTES = 1.0e9
 #: Margins of a request: machines differ, and a job that is killed costs more than one that asks for too much.
 _MORE_TIME, _MORE_MEMORY = 1.25, 1.2
-#: Two processes that start, TF-IDF of a few thousand rows, and the comparisons: measured on two cores.
-_AROUND_EMBEDDING_S = 8.0
 _EARLY = "early stopping may end the run sooner: steps and time are the most that it takes"
 _REHEARSE = "`afina rehearse RECIPE` measures them here, `afina submit --rehearse` before it submits"
-
-
-class Measured(BaseModel):
-    """Measurements of a rehearsal, see `afina.worker.node.rehearsal`. Bytes, seconds, costs in tokens."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    device: str
-    device_name: str
-    threads: int
-    batching: str
-    parameters: int
-    costs: tuple[float, ...]
-    seconds: tuple[float, ...]
-    mean_cost: float
-    longest_tokens: int
-    train_rows: int
-    eval_cost: float = 0.0
-    test_cost: float = 0.0
-    eval_seconds_per_cost: float | None = None
-    save_seconds: float | None = None
-    stall_seconds: float | None = None
-    checkpoint_bytes: int | None = None
-    startup_seconds: float
-    base_bytes: int
-    peak_bytes: int
-    gpu_peak_bytes: int | None = None
-    gpu_total_bytes: int | None = None
-    network: str = "offline variables"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The work of a run, as the prepare stage knows it.
-
-    Attributes:
-        rows, tokens: by split.
-        simple_models: they are trained beside it.
-        sizes: None where the model's files do not tell them.
-    """
-
-    rows: Mapping[str, int]
-    tokens: Mapping[str, int]
-    simple_models: bool = False
-    sizes: Sizes | None = None
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A finished run of the same model, lengths and geometry.
-
-    Attributes:
-        other_seconds: evaluations, saves and the end.
-        evaluated_tokens: of all evaluations and of test.
-        simple_seconds: of the simple models beside it; None: it had none.
-        save_seconds: of the longest save.
-        peak_gb: largest memory of a process, on a GPU that of the GPU.
-    """
-
-    name: str
-    device: str
-    tokens_per_second: float
-    startup_seconds: float
-    other_seconds: float
-    evaluated_tokens: int
-    peak_gb: float | None = None
-    simple_seconds: float | None = None
-    save_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -150,21 +70,6 @@ class Estimate:
         return asdict(self)
 
 
-def fit_line(costs: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(a, b) of seconds = a + b × cost, neither negative: the Theil–Sen line, which a few slow steps do not move.
-
-    Proportional where no two costs differ.
-    """
-    pairs = list(zip(costs, seconds, strict=True))
-    ratio = median(y / x for x, y in pairs)
-    slopes = [(y - v) / (x - u) for (x, y), (u, v) in itertools.combinations(pairs, 2) if abs(x - u) > 1e-6 * x]
-    if not slopes:
-        return 0.0, ratio
-    # Noise may tilt the line: no step gets faster by a longer text, or costs less than nothing at length 0.
-    slope = min(max(median(slopes), 0.0), ratio)
-    return max(0.0, median(y - slope * x for x, y in pairs)), slope
-
-
 def estimate(
     plan: Plan,
     work: Workload,
@@ -183,18 +88,18 @@ def estimate(
     rehearsed = measured if measured is not None and measured.device == device else None
     alike = [run for run in earlier if run.device == device]
     schedule = train.schedule(work.rows["train"], work.rows.get("eval", 0))
-    evaluations = _evaluations(plan, schedule)
+    evaluations = evaluation_passes(plan, schedule)
     basis, by_part = "model", {}
     if rehearsed is not None:
-        basis, by_part = "rehearsal", _time_measured(rehearsed, schedule, evaluations, plan)
+        basis, by_part = "rehearsal", rehearsed_seconds(rehearsed, schedule, evaluations, plan)
     elif alike:
-        basis, by_part = "earlier runs", _time_earlier(alike, work, schedule, evaluations)
-    host, gpu = _memory(plan, work, rehearsed, alike)
+        basis, by_part = "earlier runs", earlier_seconds(alike, work, schedule, evaluations)
+    host, gpu = memory_bytes(plan, work, rehearsed, alike)
     checkpoint, disk, state = _sizes(plan, work.sizes, measured)
     if by_part and not work.simple_models:
         by_part["simple_models"] = 0.0
     seconds = round(sum(by_part.values()), 1) if by_part else None
-    startup_s, lead_s = by_part.get("startup", 0.0), _stop_lead_s(rehearsed, alike)
+    startup_s, lead_s = by_part.get("startup", 0.0), expected_stop_lead_s(rehearsed, alike)
     time_min, attempts = _requests(plan, seconds, startup_s, lead_s, limit_min)
     return Estimate(
         basis=basis,
@@ -224,7 +129,7 @@ def _sizes(plan: Plan, sizes: Sizes | None, measured: Measured | None) -> tuple[
         return checkpoint, None, None
     checkpoint = checkpoint or sizes.checkpoint
     disk = sizes.of_run(train.keep_checkpoints, best=train.keep == "best", checkpoint=checkpoint)
-    return checkpoint, disk, sizes.state / _shares(plan)
+    return checkpoint, disk, sizes.state / shares(plan)
 
 
 def _gb(size: float | None) -> float | None:
@@ -241,116 +146,10 @@ def _notes(plan: Plan, basis: str, measured: Measured | None) -> tuple[str, ...]
         return (f"time and memory are unknown: there is no earlier run like this one; {_REHEARSE}",)
     if basis == "rehearsal" and plan.geometry.num_processes > 1:
         notes = ["communication between processes is not included"]
-        if _shares(plan) > 1:
+        if shares(plan) > 1:
             notes.append("memory of shards is computed from that of one process that held the whole model")
         return tuple(notes)
     return ()
-
-
-def _evaluations(plan: Plan, schedule: Schedule) -> int:
-    """Passes over the eval split: as scheduled, and once more for the predictions of the best step."""
-    return schedule.evaluations + (1 if plan.recipe.train.keep == "best" and schedule.evaluations > 1 else 0)
-
-
-def _time_measured(measured: Measured, schedule: Schedule, evaluations: int, plan: Plan) -> dict[str, float]:
-    fixed, slope = fit_line(measured.costs, measured.seconds)
-    processes = plan.geometry.num_processes
-    each = (measured.eval_seconds_per_cost or 0.0) * measured.eval_cost / processes
-    test = (measured.eval_seconds_per_cost or 0.0) * measured.test_cost / processes
-    steps = schedule.total_steps * (fixed + slope * measured.mean_cost)
-    by_clock = steps / (minutes * 60) if (minutes := plan.recipe.train.save_minutes) else 0.0
-    saves = max(schedule.saves, by_clock) + 1
-    return {
-        "startup": measured.startup_seconds,
-        "steps": steps,
-        "evaluations": evaluations * each + test,
-        "saves": saves * (measured.stall_seconds or 0.0) + (measured.save_seconds or 0.0),
-        "simple_models": _simple_seconds(steps),
-    }
-
-
-def _time_earlier(runs: Sequence[Earlier], work: Workload, schedule: Schedule, evaluations: int) -> dict[str, float]:
-    """By the mean of the newest three."""
-    runs = runs[:3]
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
-
-    each = mean([run.other_seconds / max(1, run.evaluated_tokens) for run in runs])
-    epochs = schedule.examples_after(schedule.total_steps) / schedule.rows
-    steps = epochs * work.tokens["train"] / mean([run.tokens_per_second for run in runs])
-    simple = [run.simple_seconds for run in runs if run.simple_seconds is not None]
-    return {
-        "startup": mean([run.startup_seconds for run in runs]),
-        "steps": steps,
-        "evaluations": each * (evaluations * work.tokens.get("eval", 0) + work.tokens.get("test", 0)),
-        "saves": 0.0,  # part of what the earlier runs took beside their steps
-        "simple_models": mean(simple) if simple else _simple_seconds(steps),
-    }
-
-
-def _simple_seconds(training_s: float) -> float:
-    return _AROUND_EMBEDDING_S + embedding_seconds(training_s)
-
-
-def _memory(
-    plan: Plan, work: Workload, rehearsed: Measured | None, alike: Sequence[Earlier]
-) -> tuple[float | None, float | None]:
-    """Bytes of the busiest node, and of each GPU."""
-    one = gpu = None
-    peaks = [run.peak_gb * GB for run in alike if run.peak_gb]
-    if rehearsed is not None:
-        one = float(rehearsed.peak_bytes) + _growth(rehearsed, work.sizes)
-        gpu = rehearsed.gpu_peak_bytes and rehearsed.gpu_peak_bytes + _CUDA_BYTES
-    elif peaks and plan.geometry.gpus_per_node:
-        gpu = max(peaks) + _CUDA_BYTES
-    elif peaks:
-        one = max(peaks)
-    if one is None:
-        return None, gpu
-    # It is trained when the run's processes have ended their work, and have not given their memory back.
-    beside = _SIMPLE_BYTES + (work.sizes.weights if work.sizes else 0) if work.simple_models else 0
-    beside += _LAUNCHER_BYTES if plan.geometry.num_processes > 1 else 0
-    if rehearsed is not None and _shares(plan) > 1 and work.sizes:
-        host, gpu = _sharded_memory(plan, work.sizes, one, gpu)
-        return host + beside, gpu
-    if rehearsed is not None and plan.recipe.train.keep == "best" and work.sizes:
-        one += work.sizes.exported  # the best weights are read beside the last ones
-    # The first process of a run holds a copy of its state while a checkpoint is written.
-    other = max(one - (work.sizes.checkpoint if work.sizes else 0), _BASE_BYTES)
-    return one + (plan.geometry.processes_per_node - 1) * other + beside, gpu
-
-
-def _growth(rehearsed: Measured, sizes: Sizes | None) -> float:
-    """What further steps take on a CPU, where batches of other lengths fragment the heap: as much again as the activations of the rehearsal.
-
-    Measured on five runs, from a tiny model to BERT base: 0.7 to 1.0 times.
-    """
-    kept = sizes.state + sizes.checkpoint if sizes else 0
-    return max(0, rehearsed.peak_bytes - rehearsed.base_bytes - kept) if rehearsed.device == "cpu" else 0
-
-
-def _shares(plan: Plan) -> int:
-    """Among how many processes weights, gradients and optimizer state are divided."""
-    return plan.geometry.num_processes if plan.recipe.train.sharding != "none" else 1
-
-
-def _sharded_memory(plan: Plan, sizes: Sizes, host: float, gpu: float | None) -> tuple[float, float | None]:
-    """Of the busiest node and of each GPU, from that of a rehearsal, whose process held the whole model: computed, not measured.
-
-    Each process reads the whole model into host memory before it keeps its share.
-    """
-    elsewhere = 1 - 1 / _shares(plan)
-    state, copy = sizes.state * elsewhere, sizes.checkpoint * elsewhere
-    one = max(host - copy - (0 if gpu else state), _BASE_BYTES + sizes.weights)
-    return plan.geometry.processes_per_node * one, gpu and max(gpu - state, _CUDA_BYTES)
-
-
-def _stop_lead_s(rehearsed: Measured | None, alike: Sequence[Earlier]) -> float:
-    """How long before its time limit an attempt stops training."""
-    if rehearsed is not None:
-        return stop_lead_s(rehearsed.save_seconds or 0.0, max(rehearsed.seconds))
-    return stop_lead_s(max((run.save_seconds for run in alike), default=0.0), 0.0)
 
 
 def _requests(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AfinaError, EnvironmentProblem
-from afina.forecast.estimate import Earlier, Measured, Workload
+from afina.forecast.measurements import Earlier, Measured, Workload
 from afina.run.commands import host_environment, worker_argv
 from afina.run.directory import RunDir
 from afina.run.new_run import claim

@@ -11,8 +11,9 @@ from typing import Any
 
 from afina.errors import EnvironmentProblem
 from afina.files import write_atomic
-from afina.forecast.estimate import Estimate, Measured, estimate
+from afina.forecast.estimate import Estimate, estimate
 from afina.forecast.evidence import earlier_runs, rehearse, workload_of
+from afina.forecast.measurements import Measured
 from afina.run.directory import RunDir
 from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster

@@ -113,13 +113,11 @@ def tabulate(
     for point, numbers in grouped.items():
         values = _over_seeds(record, outcomes, numbers, column)
         beside = _over_seeds(record, outcomes, numbers, shown) if shown else {}
-        words = [word for word in record.cells[numbers[0]].overrides if not word.startswith("train.seed=")]
-        overrides = tried[numbers[0]] if record.search and tried else dict(word.split("=", 1) for word in words)
         reasons = [weak[n] for n in numbers if weak and _value(outcomes[n], column) is not None]
         rows.append(
             Row(
                 point or "the recipe",
-                overrides,
+                tried[numbers[0]] if record.search and tried else _overrides(record, numbers[0]),
                 values,
                 dict(sorted(Counter(states[number] for number in numbers).items())),
                 _interval(record, column, values),
@@ -143,6 +141,12 @@ def tabulate(
     direction: Literal["maximize", "minimize"] = "minimize" if lower else "maximize"
     unit = ("folds × repeats" if record.repeats > 1 else "folds") if record.folds else "seeds"
     return Table(sweep, column, direction, tuple(rows), best, record.search is not None, tuple(notes), shown, unit)
+
+
+def _overrides(record: SweepRecord, number: int) -> dict[str, str]:
+    """The values of a cell, without its seed."""
+    words = (word for word in record.cells[number].overrides if not word.startswith("train.seed="))
+    return dict(word.split("=", 1) for word in words)
 
 
 def _over_seeds(

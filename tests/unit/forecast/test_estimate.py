@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from afina.forecast.estimate import Earlier, Measured, Workload, describe, estimate, fit_line
+from afina.forecast.duration import fit_line
+from afina.forecast.estimate import describe, estimate
+from afina.forecast.measurements import Earlier, Measured, Workload
 from afina.recipe.schema import Recipe
 from afina.run.job_request import JobRequest
 from afina.run.plan import Plan, make_plan

@@ -15,7 +15,7 @@ Not covered: keys of another length than the queries, attention sinks, returning
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -133,11 +133,15 @@ def attend(
         out = products.by_mkl_backward_too(
             _with_sdpa, q, k, v, calls=calls, scale=scale, dropout=dropout, bias=bias, cap=cap
         )
-    if packing is not None and first_only:
-        out = out.new_zeros(width, *out.shape[1:]).index_copy(0, packing.starts, out)
-    elif len(out) < width:
-        out = functional.pad(out, (0, 0, 0, 0, 0, width - len(out)))
+    out = _at_its_places(out, packing if first_only else None, width)
     return out.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+def _at_its_places(out: torch.Tensor, firsts: Packing | None, width: int) -> torch.Tensor:
+    """`out` among `width` tokens, zeros elsewhere: at the first token of each sequence of `firsts`, or at the beginning."""
+    if firsts is not None:
+        return out.new_zeros(width, *out.shape[1:]).index_copy(0, firsts.starts, out)
+    return out if len(out) == width else functional.pad(out, (0, 0, 0, 0, 0, width - len(out)))
 
 
 def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
@@ -185,13 +189,7 @@ def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
         outs, groups = [], current["packing"].groups
         for group, *parts in zip(groups, *(torch.split(x, [g.tokens for g in groups]) for x in (q, k, v)), strict=True):
             queries, keys, values = (group.pad(x).transpose(1, 2) for x in parts)
-            scores = queries @ keys.transpose(-1, -2)
-            for rows, backwards in by_distance:
-                used, index = distance_rows(group.width, hidden.device)
-                each = (keys if backwards else queries) @ rows[used].permute(1, 2, 0)
-                # The distance from a key to a query is that from the query to the key with the other sign.
-                each = each.gather(-1, (index.T if backwards else index).expand(*each.shape[:3], -1))
-                scores = scores + (each.transpose(-1, -2) if backwards else each)
+            scores = _disentangled(queries, keys, by_distance, *distance_rows(group.width, hidden.device))
             if group.mask is not None:
                 scores = scores.masked_fill(~group.mask, torch.finfo(scores.dtype).min)
             out = module.dropout(scores.softmax(-1)).to(values.dtype) @ values
@@ -203,6 +201,28 @@ def give_deberta_attention(encoder: Any, current: dict[str, Any]) -> None:
     for layer in encoder.layer:
         module = layer.attention.self
         module.forward = partial(forward, module, module.forward)
+
+
+def _disentangled(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    by_distance: Sequence[tuple[torch.Tensor, bool]],
+    used: slice,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """Scores by content and by distance, (n, heads, width, width), of queries and keys (n, heads, width, D).
+
+    Args:
+        by_distance: embeddings of all distances, (distances, heads, D); True: they meet the keys, not the queries.
+        used, index: as `distance_rows` gives them.
+    """
+    scores = queries @ keys.transpose(-1, -2)
+    for rows, backwards in by_distance:
+        each = (keys if backwards else queries) @ rows[used].permute(1, 2, 0)
+        # The distance from a key to a query is that from the query to the key with the other sign.
+        each = each.gather(-1, (index.T if backwards else index).expand(*each.shape[:3], -1))
+        scores = scores + (each.transpose(-1, -2) if backwards else each)
+    return scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     from afina.worker.data.splits.duplicates import check_trained_before
     from afina.worker.data.tokens.shards import discard
     from afina.worker.data.tokens.tokenise import shards_folder
-    from afina.worker.model.sizes import expected_sizes
+    from afina.worker.model.training_sizes import expected_sizes
 
     recipe = plan.recipe
     _sweep(plan)
@@ -93,30 +93,25 @@ def prepare(plan: Plan, say: Say = lambda line: print(line, file=sys.stderr)) ->
     content = _content(plan, inputs)
     final = plan.site.prepared / digest_of(content)
     manifest, late = _find(final), None
-    reused = manifest is not None
     if manifest is None:
         final.parent.mkdir(parents=True, exist_ok=True)
         with advisory_lock(final.parent / f".turn-{final.name[:16]}", f"preparing {recipe.name}", say):
             manifest = _find(final, say)
-            reused = manifest is not None
             if manifest is None:
                 manifest, late = _make(plan, inputs, states, final, content, say)
     discard(shards_folder(plan), final.name)
+    reused = late is None
     if late is None:
         late = _check_model(plan, inputs.model_folder, manifest["splits"]["train"]["rows"])
     _check_measures(plan, final, manifest)
     splits, folds = _of_fold(recipe, final, manifest)
     # A fold's rows of eval are among those of train on disk.
     measured = {split: split if split in manifest["splits"] else "train" for split in splits if split != "train"}
-    _check_early_stopping(recipe, splits)
+    short_epochs = _check_schedule(recipe, splits)
     before = check_trained_before(final, inputs.model_folder, measured)
-    late += [*(warning for each in before.values() for warning in each), *_check_metric(recipe, manifest)]
+    late += [warning for each in before.values() for warning in each]
+    late += [*_check_metric(recipe, manifest), *short_epochs]
     spoiled = {split: [*manifest.get("spoiled", {}).get(split, []), *before.get(split, [])] for split in measured}
-    if splits["train"]["rows"] < recipe.train.batch_size:
-        late.append(
-            f"train has {splits['train']['rows']} rows, fewer than train.batch_size {recipe.train.batch_size}: "
-            "each epoch is one short step"
-        )
     return {
         "prepared": str(final),
         "digest": final.name,
@@ -184,8 +179,8 @@ def _check_measures(plan: Plan, folder: Path, manifest: Mapping[str, Any]) -> No
         raise RecipeError(f"decisions.{wrong[0]}: {wrong[1]}", wrong[2])
 
 
-def _check_early_stopping(recipe: Recipe, splits: Mapping[str, Any]) -> None:
-    """Refuse a patience that takes no effect."""
+def _check_schedule(recipe: Recipe, splits: Mapping[str, Any]) -> list[str]:
+    """Refuse a patience that takes no effect; a remark where each epoch is one short step."""
     rows = {split: about["rows"] for split, about in splits.items()}
     evaluations = recipe.train.schedule(rows["train"], rows.get("eval", 0)).evaluations
     if (early := recipe.train.early_stopping) is not None and early.patience + 1 >= evaluations:
@@ -193,6 +188,10 @@ def _check_early_stopping(recipe: Recipe, splits: Mapping[str, Any]) -> None:
             f"train.early_stopping: a patience of {early.patience} ends no training of {evaluations} evaluations before its end",
             "evaluate more often (`train.evaluate`), train longer, lower `patience`, or leave `early_stopping` out",
         )
+    if rows["train"] >= recipe.train.batch_size:
+        return []
+    fewer = f"train has {rows['train']} rows, fewer than train.batch_size {recipe.train.batch_size}"
+    return [f"{fewer}: each epoch is one short step"]
 
 
 def _sweep(plan: Plan) -> None:

@@ -38,7 +38,7 @@ from afina.worker.model.depth import blocks, step_cost
 from afina.worker.model.frozen_weights import store_frozen
 from afina.worker.model.head import build_model
 from afina.worker.model.padding import set_pad_token
-from afina.worker.model.sizes import sizes_of
+from afina.worker.model.training_sizes import sizes_of
 from afina.worker.startup import gc_paused
 from afina.worker.survival.lease import Lease
 from afina.worker.survival.stop import StopRequest
