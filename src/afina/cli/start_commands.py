@@ -8,11 +8,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 
+from afina.cli.asker import Asker
 from afina.cli.options import another_command, reading_options
 from afina.errors import EnvironmentProblem, InputError, SiteError
 from afina.text import can_draw
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from afina.start.recipe_text import Proposal
 
 __all__ = ["COMMANDS"]
-
-T = TypeVar("T")
 
 
 @click.command()
@@ -82,7 +82,7 @@ def init(**options: Any) -> None:
     given = _Given(**options)
     base = Path(given.folder)
     recipe_path = None if given.site_only else check_new(base)
-    ask = _Asker(given.yes or given.as_json)
+    ask = Asker(given.yes or given.as_json)
     cluster = read_cluster()
     examined: Examined | None = None
     warnings: list[str] = []
@@ -134,7 +134,7 @@ class _SiteFile:
     Left by an exception, it removes what it made.
     """
 
-    def __init__(self, given: _Given, base: Path, cluster: Cluster, ask: _Asker) -> None:
+    def __init__(self, given: _Given, base: Path, cluster: Cluster, ask: Asker) -> None:
         from afina.site.settings import find_site_file, load_site
         from afina.start.find_machine import find_machine
         from afina.start.init import SITE
@@ -200,7 +200,7 @@ def _check_creatable(folder: Path) -> None:
 
 
 def _proposal(
-    given: _Given, base: Path, place: _SiteFile, cluster: Cluster, ask: _Asker
+    given: _Given, base: Path, place: _SiteFile, cluster: Cluster, ask: Asker
 ) -> tuple[LabelledData, Proposal, Examined]:
     """Examine the data and ask for what is open; nothing is written but a site for a data set on the Hub."""
     from afina.recipe.schema import Recipe
@@ -218,7 +218,7 @@ def _proposal(
     here = data_files_here(base) or data_files_here(Path())
     question = "Data: a file, a folder, or the id of a Hub data set"
     data = ask.checked(question, str(here[0]) if here else None, "--data", data_of, given.data)
-    data = _without_header(given, data, None, ask)
+    data = _without_header(given, _as_it_is_written(given, data, ask), ask)
     texts, labels, row_id, guessed = _columns(given, data, ask)
     examined = _with_bar(
         lambda tick: examine_all(data, texts, labels, tick, guessed["split_column"]),
@@ -239,7 +239,26 @@ def _proposal(
     return data, proposal, examined[0]
 
 
-def _without_header(given: _Given, data: LabelledData, site: Site | None, ask: _Asker) -> LabelledData:
+def _as_it_is_written(given: _Given, data: LabelledData, ask: Asker) -> LabelledData:
+    """The data, read in the encoding and with the separator of its first file where nobody has given others, and nobody objects."""
+    from afina.start.find_data import find_data
+    from afina.start.guess_reading import guess_reading
+
+    first = next((path for paths in data.files.values() for path in paths), None)
+    reading, reasons = given.reading, dict[str, str]()
+    for guess in guess_reading(first, reading) if first is not None else ():
+        if ask.silent and not guess.certain:
+            break
+        question = f"{first}: {guess.reason}. Read it with {guess.key} {guess.value}"
+        if not ask.silent and not ask.confirm(question, InputError(question, f"give it with --{guess.key}")):
+            break
+        reading, reasons[guess.key] = reading.model_copy(update={guess.key: guess.option}), guess.reason
+    if not reasons:
+        return data
+    return replace(find_data(data.origin, None, given.config, reading), guessed=reasons)
+
+
+def _without_header(given: _Given, data: LabelledData, ask: Asker) -> LabelledData:
     """The data; where the first line of a CSV or TSV looks like a row and the user says that it is one, read without a header."""
     from afina.formats.read_options import format_of
     from afina.start.find_data import find_data
@@ -251,11 +270,12 @@ def _without_header(given: _Given, data: LabelledData, site: Site | None, ask: _
     error = header_error(columns_of(data.main), data.origin)
     if error is None or not ask.confirm(f"{error.message}. Read it as a row", error):
         return data
-    return find_data(data.origin, site, given.config, given.reading.model_copy(update={"header": False}))
+    reading = data.reading.model_copy(update={"header": False})
+    return replace(find_data(data.origin, None, given.config, reading), guessed=data.guessed)
 
 
 def _columns(
-    given: _Given, data: LabelledData, ask: _Asker
+    given: _Given, data: LabelledData, ask: Asker
 ) -> tuple[tuple[str, ...], tuple[str, ...], str | None, dict[str, str | None]]:
     """The columns of text, label and id; and those that look like split, group and weight, by the key of `Choices`."""
     from afina.formats.rows import check_file
@@ -299,58 +319,6 @@ def _columns(
         "weight": guess_weight(columns, taken),
     }
     return texts, labels, row_id, by_name
-
-
-class _Asker:
-    """Asks with a default; silent, it takes the default."""
-
-    def __init__(self, silent: bool) -> None:
-        self.silent = silent
-
-    def __call__(self, question: str, default: str | None, option: str) -> str:
-        if not self.silent:
-            try:
-                return str(click.prompt(question, default=default, err=True))
-            except click.Abort:
-                if sys.stdin.isatty():  # Ctrl-C, Ctrl-D
-                    raise
-            print(file=sys.stderr)
-            raise InputError(f"no answer: {question}", f"give it with {option}, or take all defaults with --yes")
-        if default is None:
-            raise InputError(f"no default: {question}", f"give it with {option}")
-        return default
-
-    def confirm(self, question: str, otherwise: InputError) -> bool:
-        """Yes or no; raises `otherwise` where nobody can answer."""
-        if not self.silent:
-            try:
-                return click.confirm(question, default=True, err=True)
-            except click.Abort:
-                if sys.stdin.isatty():
-                    raise
-            print(file=sys.stderr)
-        raise otherwise
-
-    def checked(
-        self, question: str, default: str | None, option: str, check: Callable[[str], T], given: str | None = None
-    ) -> T:
-        """The answer as converted by `check`; asks again where it refuses, and somebody is there to answer.
-
-        Raises:
-            AfinaError: `given`, or the default of a silent command, is refused.
-        """
-        if given is not None or self.silent:
-            return check(given if given is not None else self(question, default, option))
-        while True:
-            answer = self(question, default, option)
-            try:
-                return check(answer)
-            except InputError as error:
-                print(f"{error}", file=sys.stderr)
-
-    def show(self, text: str) -> None:
-        if not self.silent:
-            print(text, file=sys.stderr)
 
 
 def _table(columns: tuple[Column, ...]) -> str:

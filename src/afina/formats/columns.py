@@ -66,14 +66,14 @@ def _other_hint(path: Path, name: str, known: Sequence[str]) -> str:
 
 
 def _separator_remedy(path: Path, header: Sequence[str], name: str) -> str:
-    other = other_separator(path, header, name=name)
-    return f"the file seems to be separated by {other[0]}: {other[1]}" if other else ""
+    mark = other_separator(path, header, name=name)
+    return "the file seems to be separated by {}: {}".format(*separator_words(mark)) if mark else ""
 
 
 def other_separator(
     path: Path, header: Sequence[str], delimiter: str | None = None, name: str | None = None
-) -> tuple[str, str] | None:
-    """The separator that the one column of a CSV or TSV seems to hold, in words, and the option for it; or None.
+) -> str | None:
+    """The separator that the one column of a CSV or TSV seems to hold, or None.
 
     Args:
         name: of a column that must be there; then the header may have several cells.
@@ -84,7 +84,7 @@ def other_separator(
     whole = used.join(header)
     for mark in SEPARATORS:
         if mark != used and mark in whole and (len(header) == 1 or name in whole.split(mark)):
-            return separator_words(mark)
+            return mark
     return None
 
 

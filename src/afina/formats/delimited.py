@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from afina.errors import DataError
-from afina.formats.columns import SEPARATORS, partitions, separator_words
+from afina.formats.columns import SEPARATORS, other_separator, partitions, separator_words
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
 from afina.formats.text_files import foreign, open_text, utf_16_hint
 
-__all__ = ["read_delimited"]
+__all__ = ["likely_delimiter", "read_delimited"]
 
 _QUOTES_AS_TEXT = "if quotes belong to the texts: " + option("quoting", "none")
 _SPANS = f"spans lines, because of a quote; {_QUOTES_AS_TEXT}"
@@ -87,8 +87,9 @@ def read_delimited(
             if any(seen) and reading.header is None:
                 notes.add(_LABEL_HEADER)
         except csv.Error as error:
-            if number == 0 and rows.line_num <= 1 and (other := _other_delimiter(path, reading)):
-                raise DataError(f"{path}: the file seems to be separated by {other[0]}", other[1]) from None
+            if number == 0 and rows.line_num <= 1 and (mark := _other_delimiter(path, reading)):
+                words, remedy = separator_words(mark)
+                raise DataError(f"{path}: the file seems to be separated by {words}", remedy) from None
             raise _misquoted(path, number + 1, rows.line_num, str(error)) from None
 
 
@@ -158,14 +159,25 @@ def _cell_remedy(cells: Sequence[str], reading: ReadOptions) -> str:
     return remedy
 
 
-def _other_delimiter(path: Path, reading: ReadOptions) -> tuple[str, str] | None:
-    """The separator with which the first line is a row of quoted cells, in words, and the option for it."""
+def likely_delimiter(path: Path, reading: ReadOptions) -> str | None:
+    """The separator of a CSV or TSV whose first line holds another one than `reading` says; None where that is right, or none is."""
+    with contextlib.suppress(DataError):
+        try:
+            _, header = next(read_delimited(path, reading))
+        except DataError:
+            return _other_delimiter(path, reading)
+        return other_separator(path, header, reading.delimiter)
+    return None
+
+
+def _other_delimiter(path: Path, reading: ReadOptions) -> str | None:
+    """The separator with which the first line is a row of quoted cells."""
     with open_text(path, reading) as file:
         line = file.readline()
     for mark in SEPARATORS:
         with contextlib.suppress(csv.Error, StopIteration):
             if mark != reading.delimiter_for(path) and len(next(csv.reader([line], delimiter=mark, strict=True))) > 1:
-                return separator_words(mark)
+                return mark
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from afina.errors import DataError
 from afina.formats.columnar import open_columnar
-from afina.formats.columns import check_columns, distinct, flatten, other_separator
+from afina.formats.columns import check_columns, distinct, flatten, other_separator, separator_words
 from afina.formats.conll import column_names, read_conll
 from afina.formats.delimited import read_delimited
 from afina.formats.json_rows import read_json, records_below
@@ -38,8 +38,9 @@ def read_rows(path: Path, reading: ReadOptions = PLAIN, notes: Notes | None = No
     elif kind in ("csv", "tsv"):
         rows = read_delimited(path, reading, notes)
         _, header = next(rows)
-        if other := other_separator(path, header, reading.delimiter):
-            raise DataError(f"{path}: the file seems to be separated by {other[0]}", other[1])
+        if mark := other_separator(path, header, reading.delimiter):
+            words, remedy = separator_words(mark)
+            raise DataError(f"{path}: the file seems to be separated by {words}", remedy)
         names = distinct(header)
         for _, cells in rows:
             yield dict(zip(names, cells, strict=True))

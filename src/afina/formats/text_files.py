@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from afina.errors import DataError
 from afina.formats.notes import Notes
@@ -23,6 +23,7 @@ from afina.formats.read_options import PLAIN, ReadOptions, compression_of, forma
 __all__ = [
     "MISSING_WORDS",
     "foreign",
+    "likely_encoding",
     "note_damaged",
     "note_missing",
     "open_binary",
@@ -205,6 +206,25 @@ def _encoding_remedy(path: Path, line: bytes, at: int, reading: ReadOptions) -> 
     """The option that would help; by the bytes of the first lines that are not UTF-8."""
     if reading.encoding not in (None, "utf-8"):
         return f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none"
+    found = _examine_bytes(path)
+    if found.mostly_utf_8:
+        return "other letters in it are UTF-8: correct this place (a text cut within a character, or taken from another file)"
+    if not found.like_cp1252:
+        return f"{option('encoding', 'ITS_ENCODING')} (cp1251, koi8-r, mac-roman, shift_jis, gb18030, …); or save the file as UTF-8"
+    shown = line[max(0, at - _SHOWN // 2) : at + _SHOWN // 2].decode("cp1252").strip()
+    windows = ", which has quotes and dashes there" if found.of_windows else ""
+    return f"{option('encoding', 'cp1252')} (Windows{windows}: “{shown}”); or save the file as UTF-8"
+
+
+class _Bytes(NamedTuple):
+    """The bytes of the first lines that are not ASCII: most are UTF-8; those that are not are as in Windows-1252, and of it alone."""
+
+    mostly_utf_8: bool
+    like_cp1252: bool
+    of_windows: bool
+
+
+def _examine_bytes(path: Path) -> _Bytes:
     good = bad = letters = 0
     bytes_: set[int] = set()
     with open_binary(path) as file:
@@ -216,14 +236,29 @@ def _encoding_remedy(path: Path, line: bytes, at: int, reading: ReadOptions) -> 
             bad += len(wrong)
             good += sum(c > "\x7f" for c in text) - len(wrong)
             letters += sum(map(str.isalpha, text))
-    if good > bad:
-        return "other letters in it are UTF-8: correct this place (a text cut within a character, or taken from another file)"
     # In the languages of Western Europe most letters are ASCII.
-    if bytes_ & _NOT_CP1252 or bad > letters:
-        return f"{option('encoding', 'ITS_ENCODING')} (cp1251, koi8-r, mac-roman, shift_jis, gb18030, …); or save the file as UTF-8"
-    shown = line[max(0, at - _SHOWN // 2) : at + _SHOWN // 2].decode("cp1252").strip()
-    windows = ", which has quotes and dashes there" if bytes_ & set(range(0x80, 0xA0)) else ""
-    return f"{option('encoding', 'cp1252')} (Windows{windows}: “{shown}”); or save the file as UTF-8"
+    western = bad > 0 and not bytes_ & _NOT_CP1252 and bad <= letters
+    return _Bytes(good > bad, western, bool(bytes_ & set(range(0x80, 0xA0))))
+
+
+def likely_encoding(path: Path) -> str | None:
+    """utf-32 and utf-16 by the first bytes, cp1252 by the first lines that are not UTF-8; None for UTF-8, and where nothing tells.
+
+    Raises:
+        DataError: the file cannot be opened or unpacked.
+    """
+    with readable(path), open_binary(path) as file:
+        start = file.read(8)
+    if start.startswith(tuple(_MAGIC)):
+        return None
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in start[:2]:
+        return "utf-16-be" if start.startswith(b"\0") else "utf-16-le"
+    found = _examine_bytes(path)
+    return "cp1252" if found.like_cp1252 and not found.mostly_utf_8 else None
 
 
 def _lines_before(path: Path, end: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class LabelledData:
         sources: rows by split: `all`, or train, eval, test.
         files: local files by split; empty for a Hub data set.
         splits: split -> the Hub's split or the file key it is read from; None where there is one source.
-        reading: how the files are read.
+        reading: how the files are read; guessed: the reason of each option of it that nobody has given.
     """
 
     origin: str
@@ -49,6 +49,7 @@ class LabelledData:
     config: str | None = None
     splits: Mapping[str, str] | None = None
     reading: ReadOptions = PLAIN
+    guessed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def main(self) -> Source:

@@ -102,6 +102,7 @@ def propose(
         splits=data.splits,
         id=choices.id,
         reading=data.reading,
+        guessed=data.guessed,
         others=others,
         split_column=choices.split_column if main.split_rows and None not in main.split_rows else None,
         group=choices.group,

@@ -68,6 +68,7 @@ class Proposal:
     splits: Mapping[str, str] | None = None
     id: str | None = None
     reading: ReadOptions = PLAIN
+    guessed: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, Examined] = field(default_factory=dict)
     split_column: str | None = None
     group: str | None = None
@@ -187,7 +188,9 @@ def _data(p: Proposal) -> list[str]:
     else:
         files = ", ".join(f"{split}: {_flow(paths)}" for split, paths in p.files.items())
         lines.append(f"  files: {{{files}}}")
-        lines += [f"  {key}: {_option(value)}" for key, value in p.reading.given().items()]
+        for key, value in p.reading.given().items():
+            reason = f"            # {p.guessed[key]}" if key in p.guessed else ""
+            lines.append(f"  {key}: {_option(value)}{reason}")
     lines += [f"  text: {_flow(p.text)}", *_comments(_about_labels(p), "  "), f"  label: {_flow(p.label)}"]
     lines += [f"  label_separator: {_yaml(x.separator)}"] if x.separator is not None else []
     lines += [f"  split_column: {_yaml(p.split_column)}"] if p.split_column else []

@@ -119,7 +119,6 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "reviews.xlsx"], "format .xlsx is not known", "save the sheet as `CSV UTF-8`; known formats: .csv, .tsv"),
         (["--data", "empty.csv"], "empty.csv: the file is empty", "the first line names the columns"),
         (["--data", "head.csv"], "no rows", "each further one is an example"),
-        (["--data", "semi.csv"], "seems to be separated by `;`", "--delimiter ';'"),
         (["--data", "latin.csv"], "not UTF-8", "--encoding cp1252"),
         (["--data", "no head.csv"], "the first line looks like a row", "--no-header on a command line, or --header NAME,NAME"),
         (["--data", "below.json"], "records under `data`", "--field data"),
@@ -152,7 +151,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
         tiny.write_csv(here / "numbers.csv", [{"a": n, "b": n % 2} for n in range(20)])
         (here / "minilm").mkdir()
         for name, raw in {
-            "reviews.xlsx": b"PK", "empty.csv": b"", "head.csv": b"text,label\n", "semi.csv": b"text;label\ngood;1\n",
+            "reviews.xlsx": b"PK", "empty.csv": b"", "head.csv": b"text,label\n",
             "no head.csv": b'"2","Awful","it was broken"\n"1","Nice","it was best"\n' * 9,
             "below.json": b'{"v": 1, "data": [{"text": "a", "label": 1}]}',
             "latin.csv": b"text,label\ncaf\xe9 au lait,1\n", "broken.jsonl": b'{"text": "a", "label": 1}\n{"text": \n',
