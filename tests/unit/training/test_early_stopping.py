@@ -40,7 +40,8 @@ def _losses(trainer: Any) -> list[float]:
         ([0.5, 0.42, 0.35, 0.33], True, 0.1, 1, False),  # 0.42 is no improvement, 0.35 is: on the best, not on the last
         ([0.5, 0.42, 0.41, 0.28], True, 0.1, 0, True),
         ([math.nan, 0.1, None, 0.2], False, 0.0, 0, False),  # an undefined value is no improvement, nor a best one
-        ([None, None], False, 0.0, 2, True),
+        ([None, None, math.nan], False, 0.0, 0, False),  # what was never measured has not ceased to improve
+        ([0.1, None, None], False, 0.0, 2, True),
     ],
 )
 def test_evaluations_without_improvement_are_counted(
@@ -75,6 +76,22 @@ def test_a_training_ends_where_the_loss_no_longer_improves_however_often_it_is_s
         assert again.state.global_step == end and lines(again) == lines(whole), f"resumed from step {step}"
         assert bool((weights(again) == weights(whole)).all())
         assert again.attempt.early_stop == whole.attempt.early_stop and whole.attempt.early_stop.stopped
+
+
+def test_a_metric_that_is_never_defined_ends_nothing_and_is_told(
+    build: Callable[..., Any], project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from afina.worker.training.results.export_results import export_results
+
+    (project / "never.py").write_text("def ours(labels, predictions):\n    return None\n")
+    early = ("metrics=[accuracy,never:ours]", "train.early_stopping={patience: 1, metric: 'never:ours'}")
+    trainer = build({}, *EARLY, *early, "train.max_steps=6")
+    assert trainer.state.global_step == 6 and trainer.attempt.ended_early is None
+    told = "WARNING: train.early_stopping: eval_ours has had no value so far, so it ends nothing"
+    assert capsys.readouterr().out.count(told) == 3
+    assert "eval_ours was never defined: train.early_stopping could not end the training" in (
+        export_results(trainer).warnings
+    )
 
 
 def test_a_stop_before_the_last_evaluation_leaves_it_to_the_next_attempt(

@@ -27,7 +27,8 @@ class EarlyStop:
         metric: its name, without prefix.
         lower: less is better.
         best: the value to improve on; None before the first one.
-        waited: evaluations since then.
+        waited: evaluations since then; 0 before the first value, as there is nothing to improve on.
+        undefined: those of them without a value.
         stopped: the training has ended by it.
     """
 
@@ -37,14 +38,17 @@ class EarlyStop:
     min_delta: float
     best: float | None = None
     waited: int = 0
+    undefined: int = 0
     stopped: bool = False
 
     def count(self, value: float | None) -> bool:
-        """Count an evaluation; returns whether the patience is spent. A value that is not defined (None, NaN) is no improvement."""
-        if value is not None and math.isfinite(value) and self._improves(value):
-            self.best, self.waited = value, 0
-        else:
+        """Count an evaluation; returns whether the patience is spent. A value that is not defined (None, NaN) is no improvement on one that was."""
+        defined = value if value is not None and math.isfinite(value) else None
+        if defined is not None and self._improves(defined):
+            self.best, self.waited, self.undefined = defined, 0, 0
+        elif self.best is not None:
             self.waited += 1
+            self.undefined += defined is None
         return self.waited >= self.patience
 
     def _improves(self, value: float) -> bool:
@@ -55,14 +59,16 @@ class EarlyStop:
     @property
     def reason(self) -> str:
         by = f" by more than {self.min_delta:g}" if self.min_delta else ""
-        return f"no improvement of eval {self.metric}{by} for {plural(self.waited, 'evaluation')}"
+        without = f", {self.undefined} of them without a value" if self.undefined else ""
+        return f"no improvement of eval {self.metric}{by} for {plural(self.waited, 'evaluation')}{without}"
 
     def state(self) -> dict[str, Any]:
         """The counters, for a checkpoint."""
-        return {"best": self.best, "waited": self.waited, "stopped": self.stopped}
+        return {"best": self.best, "waited": self.waited, "undefined": self.undefined, "stopped": self.stopped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.best, self.waited, self.stopped = state["best"], state["waited"], state["stopped"]
+        self.undefined = state.get("undefined", 0)  # checkpoints of afina before 0.2 do not have it
 
 
 @dataclass

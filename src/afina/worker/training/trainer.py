@@ -267,6 +267,8 @@ class RunTrainer(ResumableTrainer):
         early, median, before_the_end = attempt.early_stop, attempt.median_stop, step < self.state.max_steps
         if early is not None and early.count(metrics.get(f"eval_{early.metric}")):
             early.stopped = before_the_end
+        if early is not None and early.best is None and attempt.rank == 0:
+            say(f"WARNING: train.early_stopping: eval_{early.metric} has had no value so far, so it ends nothing")
         # One that ends by itself is not pruned.
         if median is not None and before_the_end and attempt.ended_early is None:
             median.reason = ranks.from_rank_zero(

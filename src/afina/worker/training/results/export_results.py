@@ -79,6 +79,10 @@ def export_results(trainer: RunTrainer) -> Results:
             warnings += check_predictions(data.task, data.labels, data.best_metric, trainer.logits, labels, values)
             if attempt.keeps_best and best is None:
                 warnings.append(f"eval_{data.best_metric} was never defined: `model/` has the weights of the last step")
+            if (early := attempt.early_stop) is not None and early.best is None:
+                warnings.append(
+                    f"eval_{early.metric} was never defined: train.early_stopping could not end the training"
+                )
             write_predictions(data, "eval", trainer.logits, run.predictions)
             fitted.fit(trainer.logits, labels)
     if "test" in data.splits:
