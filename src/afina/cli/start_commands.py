@@ -276,8 +276,8 @@ def _without_header(given: _Given, data: LabelledData, ask: Asker) -> LabelledDa
 
 def _columns(
     given: _Given, data: LabelledData, ask: Asker
-) -> tuple[tuple[str, ...], tuple[str, ...], str | None, dict[str, str | None]]:
-    """The columns of text, label and id; and those that look like split, group and weight, by the key of `Choices`."""
+) -> tuple[tuple[str, ...], tuple[str, ...], str | None, dict[str, Any]]:
+    """The columns of text, label and id; and those that look like something else, by the key of `Choices`."""
     from afina.formats.rows import check_file
     from afina.start.guess_columns import (
         check_named,
@@ -286,6 +286,7 @@ def _columns(
         guess_group,
         guess_split_column,
         guess_weight,
+        other_labels,
     )
 
     columns = columns_of(data.main)
@@ -313,10 +314,11 @@ def _columns(
     row_id = row_id if row_id not in taken else None
     others = [{c.name for c in columns_of(source)} for source in data.sources.values() if source is not data.main]
     shared = [c for c in columns if all(c.name in names for names in others)]
-    by_name = {
+    by_name: dict[str, Any] = {
         "split_column": guess_split_column(columns, taken) if len(data.sources) == 1 else None,
         "group": guess_group(shared, (*taken, row_id or "")),
         "weight": guess_weight(columns, taken),
+        "other_labels": () if given.labels or not ask.silent else other_labels(columns, texts, labels[0]),
     }
     return texts, labels, row_id, by_name
 

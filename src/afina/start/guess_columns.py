@@ -28,12 +28,15 @@ __all__ = [
     "guess_weight",
     "header_error",
     "number_of",
+    "other_labels",
     "span_label",
     "text_of",
 ]
 
 #: A column with more distinct values than this does not hold classes.
 MOST_CLASSES = 200
+#: A name of a class seldom has more words.
+_WORDS_OF_LABEL = 3
 _FIRST_ROWS = 2_000
 
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "stars", "sentiment", "rating", "score", "topic", "intent", "emotion", "y")  # fmt: skip
@@ -125,26 +128,42 @@ def _column(name: str, values: list[Any]) -> Column:
 def guess_columns(columns: Sequence[Column]) -> tuple[str | None, str | None, str | None]:
     """The columns that look like text, label and id; None where none does."""
 
-    def named(names: Sequence[str], among: Sequence[Column]) -> str | None:
-        folded = {c.name.strip().casefold(): c.name for c in among}
-        return next((folded[n] for n in names if n in folded), None)
-
     lists = [c for c in columns if c.listed]
-    words, tags = named(_WORD_NAMES, lists), named(_TAG_NAMES, lists)
+    words, tags = _named(_WORD_NAMES, lists), _named(_TAG_NAMES, lists)
     texts = [c for c in columns if not c.numeric and not c.listed and c.words >= 1.5]
     longest = max(texts, key=lambda c: c.words, default=None)
-    text = named(_TEXT_NAMES, texts) or (longest.name if longest else None)
+    text = _named(_TEXT_NAMES, texts) or (longest.name if longest else None)
     rest = [c for c in columns if c.name != text and c.filled > 0]
     spans = next((c.name for c in rest if c.spans), None)
     if (words and tags) or (text and spans):
         pair = (words, tags) if words and tags else (text, spans)
         others = [c for c in rest if c.name not in pair and c.distinct == c.rows > 1 and c.words <= 1]
-        return *pair, named(_ID_NAMES, others)
-    classes = [c for c in rest if 2 <= c.distinct <= min(MOST_CLASSES, max(2, c.rows // 2)) or c.listed]
-    simplest = min(classes, key=lambda c: (c.words, c.distinct), default=None)
-    label = named(_LABEL_NAMES, classes) or named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
+        return *pair, _named(_ID_NAMES, others)
+    classes = [c for c in rest if _holds_classes(c)]
+    simplest = min(classes, key=lambda c: (c.words > _WORDS_OF_LABEL, c.distinct), default=None)
+    label = _named(_LABEL_NAMES, classes) or _named(_LABEL_NAMES, rest) or (simplest.name if simplest else None)
     ids = [c for c in rest if c.name != label and c.distinct == c.rows and c.rows > 1 and c.words <= 1]
-    return text, label, named(_ID_NAMES, ids)
+    return text, label, _named(_ID_NAMES, ids)
+
+
+def _named(names: Sequence[str], among: Sequence[Column]) -> str | None:
+    folded = {c.name.strip().casefold(): c.name for c in among}
+    return next((folded[n] for n in names if n in folded), None)
+
+
+def _holds_classes(column: Column) -> bool:
+    return 2 <= column.distinct <= min(MOST_CLASSES, max(2, column.rows // 2)) or column.listed
+
+
+def other_labels(columns: Sequence[Column], text: Sequence[str], label: str) -> tuple[str, ...]:
+    """Columns that might as well be the label; none where its name says that it is, or its form."""
+    chosen = next(c for c in columns if c.name == label)
+    if _named(_LABEL_NAMES, [chosen]) or chosen.spans or chosen.listed:
+        return ()
+    others = (c for c in columns if c.name not in (*text, label) and _holds_classes(c) and not c.names_splits)
+    return tuple(
+        c.name for c in others if _named((*_ID_NAMES, *_WEIGHT_NAMES), [c]) is None and not _means_group(c.name)
+    )
 
 
 def header_error(columns: Sequence[Column], source: str) -> InputError | None:
@@ -171,14 +190,10 @@ def guess_group(columns: Sequence[Column], taken: Collection[str]) -> str | None
     """The column that names what several texts come from, as an author; None where there is none, where two could be meant, or where a
     group may be larger than a part."""
 
-    def means_group(name: str) -> bool:
-        folded = name.strip().casefold()
-        return any(folded.removesuffix(end).rstrip("_ -") in _GROUP_NAMES for end in ("", "id", "name"))
-
     candidates = [
         c.name
         for c in columns
-        if means_group(c.name)
+        if _means_group(c.name)
         and c.name not in taken
         and c.filled == 1
         and not c.listed
@@ -187,6 +202,11 @@ def guess_group(columns: Sequence[Column], taken: Collection[str]) -> str | None
         and c.commonest <= _LARGEST_GROUP * c.rows
     ]
     return candidates[0] if len(candidates) == 1 else None
+
+
+def _means_group(name: str) -> bool:
+    folded = name.strip().casefold()
+    return any(folded.removesuffix(end).rstrip("_ -") in _GROUP_NAMES for end in ("", "id", "name"))
 
 
 def guess_weight(columns: Sequence[Column], taken: Collection[str]) -> str | None:

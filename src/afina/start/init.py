@@ -32,7 +32,8 @@ _RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Choices:
-    """The user's choices, by option or by answer: run name, columns, model; and the columns that look like split, group and weight."""
+    """The user's choices, by option or by answer: run name, columns, model; and the columns that look like split, group and weight,
+    or where nobody was asked, like another label."""
 
     name: str
     text: tuple[str, ...]
@@ -42,6 +43,7 @@ class Choices:
     split_column: str | None = None
     group: str | None = None
     weight: str | None = None
+    other_labels: tuple[str, ...] = ()
 
 
 def check_new(folder: Path) -> Path:
@@ -107,6 +109,7 @@ def propose(
         split_column=choices.split_column if main.split_rows and None not in main.split_rows else None,
         group=choices.group,
         weight=choices.weight,
+        other_labels=choices.other_labels,
         gpus=gpus,
         cpus=max(1, min(8, cores // max(1, node.gpus if node is not None else 1))),
         node_mem_gb=node.mem_mb // 1024 if node is not None and node.mem_mb else None,

@@ -53,7 +53,8 @@ class Proposal:
         splits: split -> the Hub's split or the file key it is read from; empty for one source.
         examined: the training split, or the one source.
         others: the other splits.
-        split_column: names the split of each row; group: what several texts come from; weight: looks like the weight of each row.
+        split_column: names the split of each row; group: what several texts come from; weight: looks like the weight of each row;
+            other_labels: look like the label too.
         node_mem_gb, limit_min: of the partition, where it has such limits.
     """
 
@@ -73,6 +74,7 @@ class Proposal:
     split_column: str | None = None
     group: str | None = None
     weight: str | None = None
+    other_labels: tuple[str, ...] = ()
     gpus: int = 0
     cpus: int = 4
     node_mem_gb: int | None = None
@@ -148,6 +150,11 @@ def data_warnings(p: Proposal) -> list[str]:
                 "remove them"
             )
     x = p.examined
+    if p.other_labels:
+        others = " or ".join(map(_code, p.other_labels[:8]))
+        warnings.append(
+            f"`{p.label[0]}` is taken as the label, a guess by its values; if it is {others}: `label:` here, or --label"
+        )
     if x.flags:
         warnings.append(
             f"`{p.label[0]}` holds 0 and 1, as {', '.join(map(_code, x.flags[:8]))} {'does' if len(x.flags) == 1 else 'do'}: for several "

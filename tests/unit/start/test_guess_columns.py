@@ -20,6 +20,27 @@ from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
 
 
+def test_a_label_by_its_values_alone_is_a_guess_that_is_named(
+    init: Init, no_cluster: Path, tmp_path: Path, scratch: Path, model: Path
+) -> None:
+    verdicts = ("very bad", "bad", "so so", "good", "very good")
+    rows = [
+        {"Kunde": f"K{n % 37}", "Text": row["text"], "Urteil": verdicts[row["stars"] - 1], "author": f"A{n % 40}"}
+        for n, row in enumerate(reviews())
+    ]
+    data = tiny.write_csv(tmp_path / "r.csv", rows)
+    guessed = init(tmp_path / "p", "--data", data, "--model", model)
+    warning = "`Urteil` is taken as the label, a guess by its values; if it is `Kunde`: `label:` here, or --label"
+    assert guessed["recipe"].data.label == ("Urteil",) and guessed["warnings"] == [warning]
+    assert f"# WARNING: {warning}" in guessed["text"]
+    assert init(tmp_path / "q", "--data", data, "--model", model, "--label", "Urteil")["warnings"] == []
+    argv = [str(tmp_path / "r"), "--data", str(data), "--model", str(model), "--scratch", str(scratch)]
+    asked = CliRunner().invoke(init_command, argv, input="\n\n\n")
+    assert asked.exit_code == 0 and "Label column [Urteil]" in asked.stderr and "a guess" not in asked.stdout
+    tiny.write_csv(data, [{"stars" if key == "Urteil" else key: value for key, value in row.items()} for row in rows])
+    assert init(tmp_path / "s", "--data", data, "--model", model)["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
