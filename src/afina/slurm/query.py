@@ -8,6 +8,7 @@ Not covered: jobs of other users.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from afina.files import read_words
 from afina.recipe.time_limit import parse_seconds
 from afina.slurm.client import of_cluster, run_command, try_command
 
-__all__ = ["NEW_S", "Job", "JobState", "cancel", "is_unseen", "jobs_below", "query", "queue_answers"]
+__all__ = ["NEW_S", "Job", "JobState", "cancel", "is_unseen", "jobs_below", "query", "queue_answers", "run_of_job"]
 
 JobState = Literal["PENDING", "RUNNING", "GONE", "UNKNOWN"]
 
@@ -118,11 +119,22 @@ def jobs_below(folders: Collection[Path]) -> dict[Path, tuple[str, ...]]:
 
     Their batch script lies in the run directory; that of an array in a folder with the list of its runs.
     """
-    answer = try_command(["squeue", "--me", "--noheader", "--array", "--format=%i|%o"], timeout_s=_TIMEOUT_S) or ""
-    lines = [line.strip().partition("|") for line in answer.splitlines() if "|" in line]
-    jobs = [(number, _work_of(number, command)) for number, _, command in lines]
+    jobs = _works()
     below = {path: tuple(number for number, work in jobs if f"{work}/".startswith(f"{path}/")) for path in folders}
     return {path: numbers for path, numbers in below.items() if numbers}
+
+
+def run_of_job(number: str) -> Path | None:
+    """The run directory of a job in the queue, there or not; None where there is no such job, or squeue does not answer."""
+    work = next((work for job, work in _works() if job == number), "")
+    return Path(re.split(r"/(?:finetune\.sbatch|submitit)(?=[/ ])", work)[0]) if work.startswith("/") else None
+
+
+def _works() -> list[tuple[str, str]]:
+    """Each job in the queue, or task of an array, and what `_work_of` says of it."""
+    answer = try_command(["squeue", "--me", "--noheader", "--array", "--format=%i|%o"], timeout_s=_TIMEOUT_S) or ""
+    lines = [line.strip().partition("|") for line in answer.splitlines() if "|" in line]
+    return [(number, _work_of(number, command)) for number, _, command in lines]
 
 
 def _work_of(number: str, command: str) -> str:

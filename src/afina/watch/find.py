@@ -11,13 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from afina.errors import InputError, SiteError, nearest
-from afina.run.directory import RunDir
+from afina.run.directory import RunDir, is_run_dir
 from afina.site.settings import scratch_of
+from afina.slurm.query import jobs_below, run_of_job
 
 __all__ = ["find_runs", "known_runs", "resolve_folder", "short_names"]
 
 #: How deep below a folder runs are searched: sweeps/<sweep>/runs/<cell> is four below scratch.
 _DEPTH = 4
+#: `4711`, or `4711_3` for a task of an array.
+_JOB = re.compile(r"\d+(_\d+)?")
 
 
 def find_runs(folders: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -64,6 +67,7 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
         return path
     scratch = _scratch()
     if path.is_absolute() or scratch is None:
+        _check_not_deleted(folder, [path.absolute()])
         hint = nearest(path.name, _names(path.parent))
         raise InputError(f"{folder}: no such folder", hint or "`afina list` names the runs on scratch")
     first, *rest = path.parts or (".",)
@@ -79,16 +83,48 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
         shown = ", ".join(sorted((match.name for match in matches), key=_natural)[:5])
         more = f" and {len(matches) - 5} more" if len(matches) > 5 else ""
         raise InputError(f"{folder}: several names begin so: {shown}{more}", "write more of the name")
-    if re.fullmatch(r"\d+(_\d+)?", str(folder)):
-        for run in reversed(known_runs()):
-            if any(job.partition(";")[0] == folder for job in RunDir(run).job_ids()):
-                return run
+    if _JOB.fullmatch(str(folder)):
+        return _run_of_job(str(folder), scratch)
+    _check_not_deleted(folder, [scratch / "runs" / path, scratch / "sweeps" / path, cell])
     known = _names(cell.parent) or [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)]
     hint = nearest(path.name, known)
     raise InputError(
         f"{folder}: no such folder, and no run or sweep of that name below {scratch}",
         hint or "`afina list` names the runs on scratch",
     )
+
+
+def _run_of_job(number: str, scratch: Path) -> Path:
+    """The run that has had this job.
+
+    Raises:
+        InputError: there is none, or its directory was deleted.
+    """
+    for run in reversed(known_runs()):
+        if any(job.partition(";")[0] == number for job in RunDir(run).job_ids()):
+            return run
+    queued = run_of_job(number)
+    if queued is not None and is_run_dir(queued):
+        return queued
+    if queued is not None:
+        _check_not_deleted(number, [queued])
+    raise InputError(
+        f"{number}: no run below {scratch} has had this job: it has not begun, its run directory was deleted, or it is not of afina",
+        f"`squeue --me` and `sacct -j {number}` show what Slurm knows of it; `afina list` names the runs that are there",
+    )
+
+
+def _check_not_deleted(word: object, folders: Sequence[Path]) -> None:
+    """Refuse a run directory that was deleted while its job is in the queue.
+
+    Raises:
+        InputError: one of `folders` is that of such a job, and is not there.
+    """
+    for folder, jobs in jobs_below([folder for folder in folders if not _exists(folder)]).items():
+        raise InputError(
+            f"{word}: {folder} was deleted, and job {', '.join(jobs)} of it is still in the queue",
+            f"scancel {' '.join(jobs)}; then start another run from the recipe",
+        )
 
 
 def _has_prefix(name: str, prefix: str) -> bool:

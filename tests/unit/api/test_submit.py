@@ -173,7 +173,7 @@ def test_a_run_is_found_by_its_jobs_number(
     for run, job in zip(runs, ("41", "42_7"), strict=True):
         run.append("submissions.jsonl", {"job_id": job, "via": "sbatch"})
     assert (afina.Run("41").path, afina.Run("42_7").path) == (runs[0].path, runs[1].path)
-    with pytest.raises(InputError, match="no run or sweep of that name"):
+    with pytest.raises(InputError, match="has had this job"):
         afina.Run("4")
 
 

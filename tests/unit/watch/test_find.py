@@ -72,3 +72,25 @@ def test_nasty_names(slurm: Slurm, runs: Path, command: Callable[..., Ran]) -> N
     shown = command("status").stdout.splitlines()
     assert len(shown) == len(NASTY) + 2, "a name with a line break is one line"
     assert not (runs.parent / "pwned").exists()
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
+def test_a_deleted_run_is_told_by_its_job_its_name_and_its_path(
+    slurm: Slurm, runs: Path, command: Callable[..., Ran], verb: str
+) -> None:
+    make(runs / "kept", job="6")
+    gone, elsewhere = runs / "it's gone-1", runs.parent / "else where"
+    make(elsewhere)
+    queued = [f"7|{gone}/finetune.sbatch {gone}", f"8|{elsewhere}/submitit/.submission_file_1.sh", "9|/bin/theirs x"]
+    slurm.answer("squeue", *queued)
+    for word in ("7", gone.name, gone):
+        done = command(verb, word)
+        said = (
+            f"afina: {word}: {gone} was deleted, and job 7 of it is still in the queue; scancel 7; then start another"
+        )
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(said), done.stderr
+    assert resolve_folder("8") == elsewhere and resolve_folder("6") == runs / "kept"
+    for number in ("9", "11_2"):
+        done = command(verb, number)
+        assert f"no run below {runs.parent} has had this job: it has not begun, its run directory was" in done.stderr
+        assert f"sacct -j {number}" in done.stderr and done.returncode == 2
