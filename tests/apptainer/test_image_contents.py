@@ -17,7 +17,8 @@ from tests.apptainer.conftest import Apptainer
 from tests.common import ROOT, program
 
 from afina.files import encode_words
-from afina.site.image import check_fit, read_image, summary
+from afina.site.image import read_image, summary
+from afina.site.verify_image import check_fit
 from afina.version import INTERFACE
 
 LOCK = (ROOT / "container/requirements.txt").read_text()

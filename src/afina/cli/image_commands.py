@@ -49,7 +49,8 @@ def info(image: str | None, site: str | None, as_json: bool) -> None:
       afina image info --json
     """
     from afina.site.gpus import driver_version
-    from afina.site.image import check_fit, select_image, summary
+    from afina.site.image import select_image, summary
+    from afina.site.verify_image import check_fit
 
     read = select_image(image, site)[0]
     about, findings = summary(read), list(check_fit(read, driver_version()))
@@ -136,15 +137,16 @@ def verify(image: str | None, site: str | None, key: str | None, as_json: bool) 
       afina image verify afina.sif --key public.pem
     """
     from afina.errors import EXIT_ENVIRONMENT, InputError
-    from afina.site import image as images
+    from afina.site.image import select_image
     from afina.site.settings import in_container
     from afina.site.variables import image_key
+    from afina.site.verify_image import verify as verified
 
     if in_container():
         raise InputError("an image cannot be checked from inside it", "run this on the host")
-    read, wanted, runtime, env = images.select_image(image, site)
+    read, wanted, runtime, env = select_image(image, site)
     findings = []
-    for finding in images.verify(read, image_key(key) if key else wanted, runtime, env):
+    for finding in verified(read, image_key(key) if key else wanted, runtime, env):
         findings.append(finding)
         if not as_json:
             _print_finding(finding)

@@ -28,8 +28,8 @@ from afina.run.directory import RunDir, is_run_dir
 from afina.run.outcome import Outcome, data_warnings
 from afina.statistics.decision_rule import DecisionRule, read_rule, revised
 from afina.statistics.measures import compute
-from afina.statistics.paired import aligned, averaged, compare_paired, compare_with_mean
-from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.paired import compare_paired, compare_with_mean
+from afina.statistics.predictions import Predictions, aligned, averaged, read_predictions
 from afina.statistics.scores import score
 from afina.text import finite
 from afina.version import __version__

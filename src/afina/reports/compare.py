@@ -19,8 +19,8 @@ from afina.recipe.metrics import NEED_SCORES
 from afina.run.directory import RunDir
 from afina.run.provenance.methods import execution_of
 from afina.statistics.intervals import paired_t_test
-from afina.statistics.paired import Difference, Paired, align, compare_paired, holm
-from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.paired import Difference, Paired, compare_paired, holm
+from afina.statistics.predictions import Predictions, align, read_predictions
 from afina.text import finite, number, p_value
 from afina.watch.find import find_runs
 from afina.watch.reading import RunResult, differing, read_result

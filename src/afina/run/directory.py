@@ -135,9 +135,8 @@ class RunDir:
         outcome = self.outcome()
         if outcome is not None and outcome.outcome != "failed" and outcome.global_step:
             saved.append(outcome.global_step)
-        if not any(
-            e.get("event") == "training" for e in events
-        ):  # else an attempt that was killed before its first save
+        if not any(e.get("event") == "training" for e in events):
+            # Else an attempt may have been killed before its first save.
             saved += [int(line["step"]) for line in self.metrics() if "step" in line]
         if saved:
             raise InputError(

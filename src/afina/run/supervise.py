@@ -194,9 +194,7 @@ def _tee(source: BinaryIO, log: BinaryIO) -> None:
         with contextlib.suppress(OSError):
             log.write(block)
         text = rest + decoder.decode(block)
-        if (
-            beside_bar
-        ):  # the worker draws on standard error: whole lines, each in place of the bar, which is drawn again below
+        if beside_bar:  # whole lines, each in place of the bar, which the worker draws again below
             text, newline, rest = text.rpartition("\n")
             text = "".join(f"{CLEAR_LINE}{line}\n" for line in text.split("\n")) if newline else ""
         shown = shown and _show(text)

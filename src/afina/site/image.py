@@ -1,4 +1,4 @@
-"""The image: its labels, its signature, whether it is whole, starts and fits this machine. Used by every job and by `afina image`.
+"""The image: its labels and its signature. Used by every job and by `afina image`.
 
 `AFINA_IMAGE_KEY` names the key that must have signed the image; without it any image is accepted. `apptainer verify` checks it:
 it hashes the whole file (0.4 s for 550 MB in the page cache) and refuses an object that no signature covers as well as one
@@ -13,20 +13,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afina.errors import InputError, SiteError
-from afina.files import sha256
 from afina.processes import run_captured
-from afina.site.finding import Finding
-from afina.site.gpus import driver_version, fits_driver, minimum_driver
+from afina.site.gpus import minimum_driver
 from afina.site.pulled import Pulled, newest, pull, resolve
 from afina.site.python import check_python
 from afina.site.references import is_reference
@@ -35,20 +32,20 @@ from afina.site.variables import declared_size
 from afina.version import INTERFACE, __version__
 
 __all__ = [
+    "BUILD_AGAIN",
     "Image",
-    "check_fit",
     "check_image",
+    "check_signature",
+    "last_line",
+    "other_interface",
     "pull_image",
     "push_image",
     "read_image",
     "select_image",
     "summary",
-    "verify",
 ]
 
-_MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "386": "i686"}
-_PATIENCE_S = 300
-_AGAIN = (
+BUILD_AGAIN = (
     "build or pull the image again (`container/build.sh --update IMAGE` installs this afina in it), or install the afina of "
     "the image here"
 )
@@ -88,7 +85,7 @@ def check_image(site: Site, *, resumed: bool = False) -> None:
     if pulled is not None:
         pull(pulled, site.runtime, env)
     if site.image_key is not None:
-        _check_signature(site.image, site.image_key, site.runtime, env)
+        check_signature(site.image, site.image_key, site.runtime, env)
     _check_interface(site.image, site.runtime, env)
 
 
@@ -96,11 +93,11 @@ def _check_interface(image: Path, runtime: str, env: Mapping[str, str]) -> None:
     """Refuse an image whose afina reads other plans; one that cannot be read, or is not of afina, is for others to refuse."""
     with contextlib.suppress(OSError):
         labels = _read_labels(image, runtime, env)
-        if labels.get("org.opencontainers.image.title") == "afina" and (other := _other_interface(labels)):
-            raise SiteError(f"AFINA_IMAGE={image}: {other}", _AGAIN)
+        if labels.get("org.opencontainers.image.title") == "afina" and (other := other_interface(labels)):
+            raise SiteError(f"AFINA_IMAGE={image}: {other}", BUILD_AGAIN)
 
 
-def _other_interface(labels: Mapping[str, str]) -> str | None:
+def other_interface(labels: Mapping[str, str]) -> str | None:
     """The failure of an image with another interface than this afina's; None where it is the same."""
     inside = labels.get("afina.interface", "none")
     if inside == str(INTERFACE):
@@ -109,7 +106,7 @@ def _other_interface(labels: Mapping[str, str]) -> str | None:
     return f"holds an afina ({version}, interface {inside}) that does not fit this one ({__version__}, interface {INTERFACE})"
 
 
-def _check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]) -> None:
+def check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]) -> None:
     is_file = Path(key).is_absolute()
     argv = [runtime, "verify", *(["--key", key] if is_file else ["--local", "--json"]), str(image)]
     try:
@@ -120,7 +117,7 @@ def _check_signature(image: Path, key: str, runtime: str, env: Mapping[str, str]
             "load its module in site.env, or submit from a node that has it",
         ) from None
     if done.returncode:
-        raise _refused(image, key, _last_line(done.stderr) or f"{runtime} verify ended with {done.returncode}", argv)
+        raise _refused(image, key, last_line(done.stderr) or f"{runtime} verify ended with {done.returncode}", argv)
     if not is_file and (others := _signers(done.stdout) - {key}):
         raise _refused(image, key, f"signed by {', '.join(sorted(others))}", argv)
 
@@ -142,7 +139,7 @@ def _refused(image: Path, key: str, why: str, argv: list[str]) -> SiteError:
     )
 
 
-def _last_line(output: str) -> str:
+def last_line(output: str) -> str:
     """The last line of Apptainer's output, without its label and colours."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.strip()]
     return lines[-1].removeprefix("FATAL:").strip() if lines else ""
@@ -195,7 +192,7 @@ def pull_image(given: str | None, site: str | None = None) -> Pulled:
     pulled = resolve(address, scratch_of(site) / "cache", env)
     pull(pulled, "apptainer" if runtime == "none" else runtime, env)
     if key is not None:
-        _check_signature(pulled.path, key, runtime, env)
+        check_signature(pulled.path, key, runtime, env)
     return pulled
 
 
@@ -249,7 +246,7 @@ def read_image(path: str | Path, runtime: str = "apptainer", env: Mapping[str, s
             "load its module in site.env, or call this where it is installed",
         ) from None
     if about.returncode and size >= declared:
-        raise InputError(f"{path}: {_last_line(about.stderr)}", "build or copy the image again")
+        raise InputError(f"{path}: {last_line(about.stderr)}", "build or copy the image again")
     return Image(path, _labels(about.stdout), size, declared, objects.stdout.count("|Signature"))
 
 
@@ -306,115 +303,3 @@ def summary(image: Image) -> dict[str, Any]:
         "size_bytes": image.size_bytes,
         "signatures": image.signatures,
     }
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
-def check_fit(image: Image, driver: str | None = None) -> Iterator[Finding]:
-    """Compare the image with this afina and this machine; `driver` is the NVIDIA driver's version, None without one."""
-    about = summary(image)
-    inside = about["version"]
-    other = _other_interface(image.labels)
-    if other and inside:
-        yield Finding("version", "failed", other, _AGAIN)
-    elif not inside:
-        yield Finding("version", "unknown", "the image has no version label", "build it with container/build.sh")
-    elif inside == __version__:
-        yield Finding("version", "ok", f"afina {inside} is inside, as here")
-    else:
-        yield Finding("version", "warning", f"afina {inside} is inside, and {__version__} here", _AGAIN)
-    wanted, here = _MACHINES.get(about["architecture"] or ""), platform.machine()
-    if wanted is not None and wanted != here:
-        message = f"the image is for {wanted}, and this machine is {here}"
-        yield Finding("machine", "failed", message, "build it on such a machine")
-    yield from _check_driver(about, driver)
-
-
-def _check_driver(about: Mapping[str, Any], driver: str | None) -> Iterator[Finding]:
-    cuda, minimum = about["cuda"], about["minimum_driver"]
-    if cuda is None and "+cpu" in (about["torch"] or "+cpu"):
-        if driver is not None:
-            message = f"its PyTorch is for the CPU, and this machine has an NVIDIA driver ({driver})"
-            yield Finding("driver", "warning", message, "build it without --cpu to train on the GPU")
-    elif minimum is None:
-        yield Finding("driver", "unknown", f"the driver that CUDA {cuda or '?'} needs is not known here")
-    elif driver is None:
-        message = f"driver {minimum} or newer is needed, and this machine has none: check on a GPU node"
-        yield Finding("driver", "unknown", message)
-    elif fits_driver(driver, minimum):
-        yield Finding("driver", "ok", f"driver {driver}; {minimum} or newer is needed")
-    else:
-        message = f"driver {driver} is too old: CUDA {cuda} needs {minimum} or newer"
-        remedy = "build the image for an older CUDA: container/build.sh --torch-index, see docs/image.md"
-        yield Finding("driver", "failed", message, remedy)
-
-
-def verify(image: Image, key: str | None, runtime: str, env: Mapping[str, str]) -> Iterator[Finding]:
-    """All checks, one after the other: whole, checksum, signature, start, fit.
-
-    Args:
-        key: the key that must have signed it, as in `Site.image_key`.
-    """
-    yield _check_whole(image)
-    yield from _check_checksum(image)
-    yield _check_signed(image, key, runtime, env)
-    yield _check_start(image, runtime, env)
-    yield from check_fit(image, driver_version())
-
-
-def _check_whole(image: Image) -> Finding:
-    size, declared = image.size_bytes, image.declared_bytes
-    if size is None or declared is None:
-        return Finding("whole", "unknown", "a folder: nothing says what must be in it")
-    if size < declared:
-        remedy = "copy or build it again (a full disk or a broken transfer ends like this)"
-        return Finding("whole", "failed", f"cut off: {size} of {declared} bytes", remedy)
-    return Finding("whole", "ok", f"all {declared} bytes that its header declares")
-
-
-def _check_checksum(image: Image) -> Iterator[Finding]:
-    """Against `IMAGE.sha256`, which build.sh writes beside it; nothing where there is none."""
-    beside = image.path.with_name(image.path.name + ".sha256")
-    try:
-        expected = " ".join(beside.read_text(errors="replace").split()[:1])
-    except OSError:
-        return
-    digest = sha256(image.path)
-    if expected == digest:
-        yield Finding("checksum", "ok", f"sha256 {digest[:16]}… as in {beside.name}")
-    else:
-        message = f"sha256 is {digest}, and {beside.name} has {expected or 'none'}"
-        yield Finding("checksum", "failed", message, "copy it again; signing an image changes its checksum")
-
-
-def _check_signed(image: Image, key: str | None, runtime: str, env: Mapping[str, str]) -> Finding:
-    if key is None:
-        message = "signed, and AFINA_IMAGE_KEY names no key to check it with" if image.signatures else "not signed"
-        return Finding("signature", "unknown", message, "see docs/image.md: signed images")
-    try:
-        _check_signature(image.path, key, runtime, env)
-    except SiteError as error:
-        return Finding("signature", "failed", error.message, error.remedy)
-    return Finding("signature", "ok", f"all of it is signed by {key}")
-
-
-def _check_start(image: Image, runtime: str, env: Mapping[str, str]) -> Finding:
-    """Start its runscript for the version, as `apptainer run` does."""
-    argv = [runtime, "--quiet", "run", "--no-home", str(image.path), "--version"]
-    attempt = f"try: {shlex.join(argv)}"
-    try:
-        done = run_captured(argv, env, _PATIENCE_S)
-    except OSError as error:
-        return Finding("starts", "failed", f"{runtime}: {error.strerror}", "load its module in site.env")
-    except subprocess.TimeoutExpired:
-        return Finding("starts", "failed", f"no answer for {_PATIENCE_S} s", attempt)
-    answer = (done.stdout.strip() or _last_line(done.stderr)).splitlines()[-1:] or ["no output"]
-    version = re.fullmatch(r"afina, version (\S+)", answer[0])
-    if done.returncode or version is None:
-        return Finding("starts", "failed", f"exit code {done.returncode}: {answer[0]}", attempt)
-    label = summary(image)["version"]
-    if label is not None and version[1] != label:
-        message = f"it prints version {version[1]}, and its label is {label}"
-        return Finding("starts", "failed", message, "build it again")
-    return Finding("starts", "ok", answer[0])

@@ -11,7 +11,7 @@ differ as much. NumPy and SciPy are imported inside the functions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from afina.errors import DataError
@@ -28,9 +28,9 @@ from afina.statistics.measures import (
     ranks,
     row_losses,
 )
-from afina.statistics.predictions import Predictions
+from afina.statistics.predictions import Predictions, align, predicted_in_labels_of
 
-__all__ = ["Difference", "Paired", "align", "aligned", "averaged", "compare_paired", "compare_with_mean", "holm"]
+__all__ = ["Difference", "Paired", "compare_paired", "compare_with_mean", "holm"]
 
 Array = Any
 
@@ -76,74 +76,6 @@ class Paired:
         return [asdict(by_name[name]) for name in names if name in by_name]
 
 
-def align(first: Predictions, second: Predictions) -> Array:
-    """Indices in `second` of the rows of `first`, int64 (N,).
-
-    Rows are the same if texts and labels are. Rows in another order are matched by text, label and the number of earlier
-    occurrences of both.
-
-    Raises:
-        DataError: the rows, the labels or the tasks differ; the message says how.
-    """
-    import numpy as np
-
-    remedy = "compare runs whose recipes choose the same eval rows (data.eval, its seed, the same files)"
-    if first.task != second.task:
-        raise DataError(f"one run is {first.task}, the other {second.task}", remedy)
-    if set(first.labels) != set(second.labels):
-        raise DataError(
-            f"the labels differ: {', '.join(sorted(set(first.labels) ^ set(second.labels)))} are not in both", remedy
-        )
-    if first.table is second.table:  # another model's predictions for the rows of one file
-        return np.arange(len(first))
-    left, right = _identity(first), _identity(second)
-    if left == right:
-        return np.arange(len(left))
-    index = {key: number for number, key in enumerate(right)}
-    common = sum(key in index for key in left)
-    if common != len(left) or len(left) != len(right):
-        raise DataError(f"the eval rows differ: {len(left)} and {len(right)}, {common} of them in both", remedy)
-    return np.array([index[key] for key in left], np.int64)
-
-
-def aligned(first: Predictions, second: Predictions) -> Predictions:
-    """`second` with the rows and the labels of `first` in their order.
-
-    Raises:
-        DataError: see `align`.
-    """
-    rows, predicted, scores = align(first, second), _in_labels_of(first, second), second.scores
-    if scores is not None:
-        scores = scores[rows][:, [second.labels.index(name) for name in first.labels]]
-    return replace(first, predicted=predicted[rows], scores=scores)
-
-
-def averaged(members: Sequence[Predictions]) -> Predictions:
-    """The mean probabilities of aligned predictions, and the decisions by them; of regressions the mean values."""
-    import numpy as np
-
-    if members[0].scores is None:
-        return replace(members[0], predicted=np.mean([m.predicted for m in members], axis=0))
-    scores = np.mean([m.scores for m in members if m.scores is not None], axis=0)
-    decided = scores.argmax(-1) if members[0].task == "single-label" else scores > 0.5
-    return replace(members[0], scores=scores, predicted=decided)
-
-
-def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
-    """A key per example that is the same in another run: texts, label, number of the occurrence."""
-    table = predictions.table
-    names = [name for name in ("text", "text_pair") if name in table.column_names] or ["file", "row"]
-    labels = table.column("label").to_pylist()
-    columns = [table.column(name).to_pylist() for name in names]
-    seen: dict[tuple[Any, ...], int] = {}
-    keys = []
-    for label, *texts in zip(labels, *columns, strict=True):
-        key = (*texts, tuple(sorted(map(str, label))) if isinstance(label, list) else label)
-        seen[key] = seen.get(key, 0) + 1
-        keys.append((*key, seen[key]))
-    return keys
-
-
 def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, extra: Sequence[str] = ()) -> Paired:
     """Paired tests of `second` against `first`.
 
@@ -157,7 +89,7 @@ def compare_paired(first: Predictions, second: Predictions, draws: int = DRAWS, 
 
     rows = align(first, second)
     task, width = first.task, len(first.labels)
-    one, two = first.predicted, _in_labels_of(first, second)[rows]
+    one, two = first.predicted, predicted_in_labels_of(first, second)[rows]
     if min(len(rows), width**3) * 6 * (width + 1) > MOST_CELLS:
         raise DataError(f"{len(rows):,} rows of {width:,} labels are too many for a bootstrap", "compare fewer rows")
     kinds, counts = distinct(task, width, first.truth, one, two)
@@ -356,20 +288,6 @@ def _spearman(truth: Array, one: Array, two: Array, draws: int) -> Difference:
     by = parts[1] - parts[0]
     low, high = _percentile(by, 2.5), _percentile(by, 97.5)
     return Difference("spearman", a, b, low, high, _bootstrap_p(by, by), "paired bootstrap")
-
-
-def _in_labels_of(first: Predictions, second: Predictions) -> Array:
-    """`second.predicted` with the label indices of `first`."""
-    import numpy as np
-
-    if not first.labels or first.labels == second.labels:
-        return second.predicted
-    if second.task == "single-label":
-        return np.array([first.labels.index(name) for name in second.labels])[second.predicted]
-    order = [second.labels.index(name) for name in first.labels]
-    if second.task == "token-classification":
-        order += [len(order) + place for place in order]
-    return second.predicted[:, order]
 
 
 def _right(task: str, truth: Array, predicted: Array) -> Array:

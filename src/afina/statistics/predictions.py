@@ -1,4 +1,4 @@
-"""`predictions.parquet` of a run as arrays: labels, predictions and probabilities of each row.
+"""`predictions.parquet` of a run as arrays: labels, predictions and probabilities of each row; those of several runs for the same rows, aligned.
 
 Reads what `afina.worker.training.results.write_predictions` wrote. Texts stay in the table until one is needed. NumPy and pyarrow are imported inside the
 functions: `afina --help` needs neither.
@@ -7,7 +7,7 @@ functions: `afina --help` needs neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from afina.statistics.entities import count_rows
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Predictions", "read_predictions"]
+__all__ = ["Predictions", "align", "aligned", "averaged", "predicted_in_labels_of", "read_predictions"]
+
+Array = Any
 
 _SCORE = "score: "
 #: Columns that identify a row; the others are its label, the prediction and the scores.
@@ -85,6 +87,88 @@ def read_predictions(path: Path, *, texts: bool = True) -> Predictions:
         reason = first_line(error)
         raise DataError(f"{path}: cannot be read as predictions: {reason}", remedy) from None
     return Predictions("multi-label" if several else "single-label", labels, values[0], values[1], scores, table)
+
+
+def align(first: Predictions, second: Predictions) -> Array:
+    """Indices in `second` of the rows of `first`, int64 (N,).
+
+    Rows are the same if texts and labels are. Rows in another order are matched by text, label and the number of earlier
+    occurrences of both.
+
+    Raises:
+        DataError: the rows, the labels or the tasks differ; the message says how.
+    """
+    import numpy as np
+
+    remedy = "compare runs whose recipes choose the same eval rows (data.eval, its seed, the same files)"
+    if first.task != second.task:
+        raise DataError(f"one run is {first.task}, the other {second.task}", remedy)
+    if set(first.labels) != set(second.labels):
+        raise DataError(
+            f"the labels differ: {', '.join(sorted(set(first.labels) ^ set(second.labels)))} are not in both", remedy
+        )
+    if first.table is second.table:  # another model's predictions for the rows of one file
+        return np.arange(len(first))
+    left, right = _identity(first), _identity(second)
+    if left == right:
+        return np.arange(len(left))
+    index = {key: number for number, key in enumerate(right)}
+    common = sum(key in index for key in left)
+    if common != len(left) or len(left) != len(right):
+        raise DataError(f"the eval rows differ: {len(left)} and {len(right)}, {common} of them in both", remedy)
+    return np.array([index[key] for key in left], np.int64)
+
+
+def aligned(first: Predictions, second: Predictions) -> Predictions:
+    """`second` with the rows and the labels of `first` in their order.
+
+    Raises:
+        DataError: see `align`.
+    """
+    rows, predicted, scores = align(first, second), predicted_in_labels_of(first, second), second.scores
+    if scores is not None:
+        scores = scores[rows][:, [second.labels.index(name) for name in first.labels]]
+    return replace(first, predicted=predicted[rows], scores=scores)
+
+
+def averaged(members: Sequence[Predictions]) -> Predictions:
+    """The mean probabilities of aligned predictions, and the decisions by them; of regressions the mean values."""
+    import numpy as np
+
+    if members[0].scores is None:
+        return replace(members[0], predicted=np.mean([m.predicted for m in members], axis=0))
+    scores = np.mean([m.scores for m in members if m.scores is not None], axis=0)
+    decided = scores.argmax(-1) if members[0].task == "single-label" else scores > 0.5
+    return replace(members[0], scores=scores, predicted=decided)
+
+
+def _identity(predictions: Predictions) -> list[tuple[Any, ...]]:
+    """A key per example that is the same in another run: texts, label, number of the occurrence."""
+    table = predictions.table
+    names = [name for name in ("text", "text_pair") if name in table.column_names] or ["file", "row"]
+    labels = table.column("label").to_pylist()
+    columns = [table.column(name).to_pylist() for name in names]
+    seen: dict[tuple[Any, ...], int] = {}
+    keys = []
+    for label, *texts in zip(labels, *columns, strict=True):
+        key = (*texts, tuple(sorted(map(str, label))) if isinstance(label, list) else label)
+        seen[key] = seen.get(key, 0) + 1
+        keys.append((*key, seen[key]))
+    return keys
+
+
+def predicted_in_labels_of(first: Predictions, second: Predictions) -> Array:
+    """`second.predicted` with the label indices of `first`."""
+    import numpy as np
+
+    if not first.labels or first.labels == second.labels:
+        return second.predicted
+    if second.task == "single-label":
+        return np.array([first.labels.index(name) for name in second.labels])[second.predicted]
+    order = [second.labels.index(name) for name in first.labels]
+    if second.task == "token-classification":
+        order += [len(order) + place for place in order]
+    return second.predicted[:, order]
 
 
 def _of_entities(table: Any) -> Predictions:

@@ -23,8 +23,8 @@ from afina.prediction import jobs as predicting
 from afina.prediction.ensemble import make_ensemble
 from afina.prediction.request import PredictRequest
 from afina.statistics.decision_rule import FILE, DecisionRule
-from afina.statistics.paired import averaged, compare_paired, compare_with_mean
-from afina.statistics.predictions import Predictions
+from afina.statistics.paired import compare_paired, compare_with_mean
+from afina.statistics.predictions import Predictions, averaged
 from afina.worker.predicting import plan_parts, predict_parts
 from afina.worker.predicting.parts import made_by
 

@@ -17,9 +17,10 @@ from tests.unit.conftest import Ran, sif_bytes
 from afina import __version__
 from afina.errors import InputError, SiteError
 from afina.site.finding import Finding
-from afina.site.image import Image, check_fit, check_image, read_image, summary, verify
+from afina.site.image import Image, check_image, read_image, summary
 from afina.site.settings import Site
 from afina.site.variables import declared_size
+from afina.site.verify_image import check_fit, verify
 from afina.version import INTERFACE
 
 LABELS = {

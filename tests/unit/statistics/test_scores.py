@@ -18,8 +18,8 @@ from afina.errors import DataError
 from afina.recipe.metrics import METRICS
 from afina.statistics.calibration import calibrate
 from afina.statistics.measures import one_vs_rest, threshold_curves
-from afina.statistics.paired import align, compare_paired, holm
-from afina.statistics.predictions import Predictions, read_predictions
+from afina.statistics.paired import compare_paired, holm
+from afina.statistics.predictions import Predictions, align, read_predictions
 from afina.statistics.scores import mistakes, score
 
 LABELS = ("one star", 'tw,o "stars"', "three", "four, never right")

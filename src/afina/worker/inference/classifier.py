@@ -18,9 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
-from afina.errors import InputError, first_line
+from afina.errors import InputError
 from afina.prediction.request import CHUNK_ROWS
 from afina.recipe.keys.train_keys import Tokens
 from afina.statistics.decision_rule import NO_RULE, probabilities, read_rule
@@ -30,17 +29,15 @@ from afina.worker.data.prepared import Split
 from afina.worker.data.tables.row_batches import is_blank
 from afina.worker.data.tables.words import Units, find_pieces, given_words, join_words, spans_of_text
 from afina.worker.data.tokens.encode import EncodedBatch, Encoder, join_columns
+from afina.worker.inference.load_folder import load_folder
 from afina.worker.inference.model_folder import export_info
 from afina.worker.inference.row_check import choose_rows, logits_alone, require_equal
-from afina.worker.model.adapters import labels_config, load_merged
 from afina.worker.model.model_files import check_files
-from afina.worker.model.padding import separate_rows, set_pad_token
+from afina.worker.model.padding import separate_rows
 from afina.worker.model.pretrained import max_positions
-from afina.worker.model.tokenizer import check_pad_token, check_tokens, give_pad_token, vocabulary_size
-from afina.worker.model.weights import check_shapes
-from afina.worker.startup import gc_paused
+from afina.worker.model.tokenizer import check_tokens, vocabulary_size
 from afina.worker.task.entity_columns import predicted_entities
-from afina.worker.task.tasks import class_of_config, prediction_columns, task_of_config
+from afina.worker.task.tasks import prediction_columns, task_of_config
 from afina.worker.task.word_places import WordPlaces
 
 __all__ = ["Classifier", "DType", "EncodedTexts"]
@@ -116,7 +113,7 @@ class Classifier:
         check_files(path)
         info = export_info(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer, self.model = _load(path, getattr(torch, dtype), self.device, trust_remote_code)
+        self.tokenizer, self.model = load_folder(path, getattr(torch, dtype), self.device, trust_remote_code)
         config, self._vocabulary = self.model.config, vocabulary_size(path)
         self.words: Units | None = None
         self.task, self.labels = task_of_config(config, path)
@@ -345,57 +342,6 @@ class Classifier:
                 },
                 targets,
             )
-
-
-def _load(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> tuple[Any, Any]:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with gc_paused():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-            if (
-                labels_config(folder) != folder
-            ):  # merged in float32: an adapter that is rounded first loses its last digits
-                model = load_merged(folder, trust_remote_code).to(dtype)
-            else:
-                model = _load_plain(folder, dtype, trust_remote_code)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a broken file or foreign code makes it raise
-        reason = first_line(error)
-        raise InputError(
-            f"model: transformers {transformers.__version__} cannot load {folder}: {reason}",
-            "give a run directory of afina, or a folder with a sequence classifier and its tokenizer",
-        ) from None
-    give_pad_token(tokenizer)
-    check_pad_token(tokenizer, vocabulary_size(folder))
-    set_pad_token(model, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    return tokenizer, model.to(device).eval()
-
-
-def _load_plain(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    model, report = class_of_config(config).from_pretrained(
-        str(folder),
-        config=config,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with their names
-    )
-    check_shapes(folder, report["mismatched_keys"])
-    if missing := sorted(report["missing_keys"]):
-        below = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-        why = "its files are incomplete" if below else "it was not trained to classify"
-        raise InputError(
-            f"model: {folder} has no weights for {', '.join((below or missing)[:3])}: {why}",
-            "save it again with save_pretrained, or download it again"
-            if below
-            else "train it first (`afina train RECIPE`), and give the run directory",
-        )
-    return model
 
 
 def _limit(tokenizer: Any, config: Any) -> int:
