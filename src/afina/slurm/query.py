@@ -59,6 +59,8 @@ _STATES: dict[str, JobState] = {
 NEW_S = 120.0
 #: One argument of a command may have 131,072 bytes on Linux.
 _MAX_IDS = 5000
+#: The batch scripts in a run directory: of sbatch and of submitit.
+_OF_A_RUN = re.compile(r"(/.*?)/(?:finetune\.sbatch|submitit/\.submission_file_)")
 #: Somebody waits at a screen for the answer.
 _TIMEOUT_S = 30.0
 
@@ -126,8 +128,8 @@ def jobs_below(folders: Collection[Path]) -> dict[Path, tuple[str, ...]]:
 
 def run_of_job(number: str) -> Path | None:
     """The run directory of a job in the queue, there or not; None where there is no such job, or squeue does not answer."""
-    work = next((work for job, work in _works() if job == number), "")
-    return Path(re.split(r"/(?:finetune\.sbatch|submitit)(?=[/ ])", work)[0]) if work.startswith("/") else None
+    match = next((_OF_A_RUN.match(work) for job, work in _works() if job == number), None)
+    return Path(match[1]) if match else None
 
 
 def _works() -> list[tuple[str, str]]:
@@ -138,11 +140,11 @@ def _works() -> list[tuple[str, str]]:
 
 
 def _work_of(number: str, command: str) -> str:
-    """The run directory of an array's task, from the array's list (as `finetune.sbatch` finds it); of another job its command."""
+    """The command of a job; of an array's task that of its run alone, from the array's list (as `finetune.sbatch` finds it)."""
     folder, _, arguments = command.partition("/finetune.sbatch ")
     task, first = number.partition("_")[2], arguments.removeprefix(folder).strip() or "0"
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return read_words(Path(folder) / "cells")[int(first) + int(task)]
+        return f"{read_words(Path(folder) / 'cells')[int(first) + int(task)]}/finetune.sbatch"
     return command
 
 

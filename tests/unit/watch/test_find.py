@@ -86,7 +86,7 @@ def test_a_deleted_run_is_told_by_its_job_its_name_and_its_path(
     for word in ("7", gone.name, gone):
         done = command(verb, word)
         said = (
-            f"afina: {word}: {gone} was deleted, and job 7 of it is still in the queue; scancel 7; then start another"
+            f"error: {word}: {gone} was deleted, and job 7 of it is still in the queue\n  remedy: scancel 7; then start"
         )
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(said), done.stderr
     assert resolve_folder("8") == elsewhere and resolve_folder("6") == runs / "kept"
