@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def wait_for_lines(path: Path, count: int) -> list[str]:
     return wait_until(lambda: len(lines(path)) >= count and lines(path), 20, failure=lambda: f"{path}: {lines(path)}")
 
 
+def _wait_for_accounting(answer: Callable[[], object], expected: object) -> None:
+    """slurmctld tells slurmdbd seconds later."""
+    wait_until(lambda: answer() == expected, 30, failure=lambda: f"{answer()}, not {expected}")
+
+
 def test_two_nodes_run_two_tasks_as_the_ordinary_user(cluster: Cluster) -> None:
     task = 'echo "$(id -un) $SLURM_NODEID $SLURMD_NODENAME $SLURM_CPUS_PER_TASK"'
     result = cluster.run_as_user([*SRUN, "-N2", "--cpus-per-task=3", "bash", "-c", task], check=True)
@@ -36,13 +42,10 @@ def test_accounting_knows_the_state(cluster: Cluster, folder: Path) -> None:
     good = cluster.sbatch("-o", "out", script="#!/bin/bash\nsrun true", cwd=folder)
     bad = cluster.sbatch("-o", "out", script="#!/bin/bash\nexit 3", cwd=folder)
     assert (cluster.wait(good), cluster.wait(bad)) == ("COMPLETED", "FAILED")
-    time.sleep(1)
-    assert [(step["JobID"], step["State"]) for step in cluster.sacct(good)] == [
-        (str(good), "COMPLETED"),
-        (f"{good}.batch", "COMPLETED"),
-        (f"{good}.0", "COMPLETED"),
-    ]
-    assert cluster.sacct(bad)[0] == {"JobID": str(bad), "State": "FAILED", "ExitCode": "3:0", "NodeList": "n1"}
+    steps = [(str(good), "COMPLETED"), (f"{good}.batch", "COMPLETED"), (f"{good}.0", "COMPLETED")]
+    failed = {"JobID": str(bad), "State": "FAILED", "ExitCode": "3:0", "NodeList": "n1"}
+    _wait_for_accounting(lambda: [(step["JobID"], step["State"]) for step in cluster.sacct(good)], steps)
+    _wait_for_accounting(lambda: cluster.sacct(bad)[:1], [failed])
 
 
 def test_an_urgent_job_preempts_and_the_other_starts_again(cluster: Cluster, folder: Path) -> None:
@@ -54,9 +57,10 @@ def test_an_urgent_job_preempts_and_the_other_starts_again(cluster: Cluster, fol
     assert cluster.wait(urgent) == "COMPLETED"
     assert cluster.wait(low, restarts=1) == "COMPLETED"
     assert lines(folder / "order") == ["low", "urgent", "low"]
-    time.sleep(1)
     argv = ["sacct", "--duplicates", "-X", "-j", str(low), "--parsable2", "--noheader", "--format=State"]
-    assert sorted(cluster.run_as_user(argv, check=True).stdout.split()) == ["COMPLETED", "PREEMPTED"]
+    _wait_for_accounting(
+        lambda: sorted(cluster.run_as_user(argv, check=True).stdout.split()), ["COMPLETED", "PREEMPTED"]
+    )
 
 
 def test_a_node_that_loses_power_gives_its_job_back(cluster: Cluster, folder: Path) -> None:
