@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from tests.processes import wait_until
 
 from afina.run.directory import RunDir
 from afina.slurm import query as slurm_query
@@ -102,10 +103,8 @@ def test_pending_running_and_gone(
         # Once slurmctld has forgotten a job only accounting has it.
         assert query(["999999"])["999999"] == Job("999999", "GONE")
         in_accounting = {running} if accounting else set()
-        deadline = time.monotonic() + 30  # slurmctld tells slurmdbd seconds later
-        while set(slurm_query._final_states([running])) != in_accounting:
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
+        # slurmctld tells slurmdbd seconds later.
+        wait_until(lambda: set(slurm_query._final_states([running])) == in_accounting, pause_s=0.3)
         assert {c.did for c in cancel_runs(known_runs())} == {"cancelled", "nothing"}
         _until(lambda found: not {s.state for s in found.values()} & {"PENDING", "RUNNING"})
         monkeypatch.setenv("SLURM_CONF", "/no/such/slurm.conf")
