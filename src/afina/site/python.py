@@ -63,15 +63,19 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"[\d.]*", version)[0].strip(".").split(".") if part)  # type: ignore[index]
 
 
-def check_packages(recipe: Recipe) -> None:
-    """Check that this Python has the packages that a recipe asks for beyond those of every training; called in the prepare stage.
+def check_packages(recipe: Recipe, *, trackers: bool = True) -> None:
+    """Check that this Python has the packages that a recipe asks for beyond those of every training: in the prepare stage all of them, in an
+    attempt, which may be in another environment, those without which nothing can be trained.
+
+    Args:
+        trackers: theirs too. An attempt goes on without a tracker, with a warning, whatever it fails of.
 
     Raises:
         EnvironmentProblem: one is missing.
     """
     wanted = [
         (f"trackers: {name}", TRACKERS[name], f"leave {name} out of trackers: metrics.jsonl has it all")
-        for name in recipe.trackers
+        for name in (recipe.trackers if trackers else ())
     ]
     if recipe.train.base_dtype == "nf4":
         wanted.append(("train.base_dtype: nf4", "bitsandbytes", "write bf16, which needs no package"))

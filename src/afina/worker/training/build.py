@@ -111,7 +111,7 @@ def _adapt(model: Any, plan: Plan, arguments: TrainingArguments, pad_token_id: i
         cpu.tune_malloc()
         products.use_onednn(plan.recipe.train.onednn and batching == "packed")
     if plan.recipe.train.base_dtype != "fp32":
-        check_packages(plan.recipe)  # a run may be resumed in another image than it was prepared in
+        check_packages(plan.recipe, trackers=False)  # a run may be resumed in another image than it was prepared in
         notes.append(store_frozen(model, plan.recipe.train.base_dtype))
     set_pad_token(model, pad_token_id)
     if plan.recipe.tokens.windows is not None:
