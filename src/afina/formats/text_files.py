@@ -174,7 +174,7 @@ def _not_unpacked(path: Path, error: Exception) -> DataError:
 def undecodable(path: Path, reading: ReadOptions = PLAIN) -> DataError:
     """The error for a file that is not in its encoding: its real format, or row, line and offset of the first wrong byte."""
     with open_binary(path) as file:
-        start = file.read(8)
+        start = file.read(64)
     for magic, (what, how) in _MAGIC.items():
         if start.startswith(magic):
             return DataError(f"{path}: is {what}, its name says {path.suffix}", how)
@@ -183,6 +183,8 @@ def undecodable(path: Path, reading: ReadOptions = PLAIN) -> DataError:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return DataError(f"{path}: the file is UTF-16", option("encoding", "utf-16"))
     name = (reading.encoding or "utf-8").upper()
+    if name == "UTF-8" and b"\0" in start:
+        return DataError(f"{path}: holds NUL bytes", utf_16_hint(start.decode("latin-1")))
     if re.match("UTF-(16|32)", name):
         return DataError(f"{path}: the file is not {name}", f"{option('encoding', 'ITS_ENCODING')}; UTF-8 needs none")
     at = 0

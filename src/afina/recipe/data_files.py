@@ -48,6 +48,7 @@ _SPLIT_NAMES = {
 #: How files of other formats become files of a known one.
 _CONVERSIONS = {
     ".zip": "unpack it: unzip FILE; ",
+    ".txt": "name a table .csv, or .tsv with tabs, and tagged words .conll; ",
     ".xlsx": "save the sheet as `CSV UTF-8`; ",
     ".xls": "save the sheet as `CSV UTF-8`; ",
     ".pkl": "write Parquet: pandas.read_pickle(FILE).to_parquet(NEW); ",

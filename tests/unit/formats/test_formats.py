@@ -17,7 +17,7 @@ from afina.worker.predicting.inputs import examine
 
 #: File, content, message after the path, remedy.
 BROKEN: dict[str, tuple[str, bytes, str, str]] = {
-    "short row": ("a.csv", b"text,n\n\na,1\nb\n", r", row 2 \(line 4\): 1 cells, the header has 2", "quote the cell"),
+    "short row": ("a.csv", b"text,n\n\na,1\nb\n", r", row 2 \(line 4\): 1 cell, the header has 2", "quote the cell"),
     "long row": ("a.csv", b'text,n\n"a\nb",1\nc, d,2\n', r", row 2 \(line 4\): 3 cells, the header has 2", "like, this"),
     "rows that end with a separator": ("a.csv", b"text,n\na,1,\nb,2,\n", r", row 1 \(line 2\): 3 cells, the header has 2", "end the header with one too (`text,n,`)"),
     "a comment first": ("a.csv", b"# export\ntext,n\na,1\n", "", "remove it: the first line names the columns"),
@@ -37,6 +37,8 @@ BROKEN: dict[str, tuple[str, bytes, str, str]] = {
     "UTF-16 without a mark": ("a.csv", "text\na\n".encode("utf-16-le"), ", line 1: holds a NUL byte", "--encoding utf-16-le"),
     "UTF-16 backwards": ("a.tsv", "text\na\n".encode("utf-16-be"), ", line 1: holds a NUL byte", "--encoding utf-16-be"),
     "UTF-16 lines without a mark": ("a.jsonl", '{"text": "a"}'.encode("utf-16-le"), ", line 1: holds a NUL byte", "--encoding utf-16-le"),
+    "UTF-16 that is no UTF-8": ("a.csv", "text\nè\n".encode("utf-16-le"), ": holds NUL bytes", "--encoding utf-16-le"),
+    "UTF-16 backwards that is no UTF-8": ("a.jsonl", '{"text": "è"}\n'.encode("utf-16-be"), ": holds NUL bytes", "--encoding utf-16-be"),
     "UTF-32": ("a.csv", "text\na\n".encode("utf-32"), ": the file is UTF-32", "--encoding utf-32"),
     "Cyrillic": ("a.csv", "text\nочень хорошо\n".encode("cp1251"), r", row 1 \(line 2\): byte 0xee", "--encoding ITS_ENCODING"),
     "Chinese": ("a.csv", "text\n这本书\n".encode("gb18030"), r", row 1 \(line 2\): byte 0x", "--encoding ITS_ENCODING"),
