@@ -35,6 +35,7 @@ from afina.slurm.client import need_slurm, version
 from afina.slurm.job_limits import check_possible
 from afina.slurm.submit import max_array_size, submit_array, submit_sbatch
 from afina.slurm.submitit_job import submit_submitit, submitit_script
+from afina.text import plural
 from afina.watch.handle import Run, Runs, run_named
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def resume_here(
     run = Run(path)
     outcome = run.outcome
     if outcome is not None and outcome.outcome == "finished":
-        steps = f" its {outcome.global_step} steps" if outcome.global_step else ""
+        steps = f" its {plural(outcome.global_step, 'step')}" if outcome.global_step else ""
         print(f"afina: nothing to do: this run has finished{steps}; {run.dir.how_to_train_on()}", file=sys.stderr)
         return run
     _attempt(run.dir, run.variables_here(num_processes), received)
@@ -234,7 +235,7 @@ def _submit_array(members: Sequence[tuple[RunDir, Plan]]) -> None:
     home = plan.site.scratch / "arrays" / f"{directories[0].path.name}-{secrets.token_hex(4)}"
     with _removed_if_refused(home, directories[0]):
         job = submit_array(plan, directories, home)
-    print(f"afina: {len(members)} runs submitted as job array {job}", file=sys.stderr)
+    print(f"afina: {plural(len(members), 'run')} submitted as job array {job}", file=sys.stderr)
 
 
 def _claimed(plan: Plan, request: JobRequest) -> tuple[RunDir, Plan]:

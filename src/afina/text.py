@@ -84,9 +84,9 @@ def p_value(p: float | None) -> str:
     return "–" if p is None or p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 run`, `2,000 runs`."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """`1 run`, `2,000 runs`; with the plural in `many`, which may hold a verb, `1 row has`, `2 rows have`."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:

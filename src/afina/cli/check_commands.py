@@ -15,7 +15,7 @@ from afina.cli.completion import complete_keys
 from afina.cli.options import another_command, json_option, recipe_argument, request_options
 from afina.errors import EXIT_ENVIRONMENT, InputError
 from afina.run.job_request import JobRequest
-from afina.text import CLEAR_LINE, can_draw
+from afina.text import CLEAR_LINE, can_draw, plural
 
 __all__ = ["COMMANDS"]
 
@@ -62,7 +62,7 @@ def rehearse(recipe: str, request: JobRequest, seconds: float, as_json: bool) ->
         if measured.network == "cut"
         else "network not cut: the kernel refuses; offline variables were set"
     )
-    print(f"rehearsed on {measured.device_name} ({measured.device}, {measured.threads} threads), {cut}")
+    print(f"rehearsed on {measured.device_name} ({measured.device}, {plural(measured.threads, 'thread')}), {cut}")
     print(
         f"{step:.3f} s per step (mean of {steps}); memory peak {memory} with {measured.longest_tokens:,} tokens in the longest "
         f"batch; checkpoint {size_in_words(measured.checkpoint_bytes or 0)} in {measured.save_seconds or 0:.1f} s"
@@ -134,7 +134,7 @@ def doctor(
     if as_json:
         print(json.dumps({**count, "findings": [f.to_json() for f in all_findings]}, ensure_ascii=False))
     else:
-        print(f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
+        print(f"{count['ok']} ok, {plural(count['warning'], 'warning')}, {count['failed']} failed")
         if recipe is not None and not count["failed"]:
             print(f"next: {another_command('prefetch', recipe, request)}")
     sys.exit(EXIT_ENVIRONMENT if count["failed"] else 0)

@@ -13,6 +13,7 @@ import click
 from afina.cli.options import json_option, reading_options, request_options, run_argument, runs_argument, submit_option
 from afina.errors import InputError
 from afina.run.job_request import JobRequest
+from afina.text import plural
 
 __all__ = ["COMMANDS"]
 
@@ -126,7 +127,7 @@ def _submitted(about: dict[str, Any]) -> str:
     tasks = f", {about['tasks']} tasks" if about["tasks"] > 1 else ""
     rows = about["rows"] - about["rows_done"]
     return (
-        f"afina: submitted job {about['job_id'].partition(';')[0]}{tasks}: {rows:,} rows in {about['chunks'] - about['done']} chunks\n"
+        f"afina: submitted job {about['job_id'].partition(';')[0]}{tasks}: {plural(rows, 'row')} in {plural(about['chunks'] - about['done'], 'chunk')}\n"
         f"afina: the last of them writes {about['out']}"
     )
 
@@ -194,7 +195,7 @@ def _scores_of_ensemble(record: dict[str, Any], out: str) -> str:
         limits = "–" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
         return [number(difference["first"]), f"{by:+.4f} ({limits})", p_value(difference["p"])]
 
-    lines = [f"afina: {out}: {len(record['members'])} members, {record['task']}"]
+    lines = [f"afina: {out}: {plural(len(record['members']), 'member')}, {record['task']}"]
     for split, about in record["splits"].items():
         best, mean = ({d["metric"]: d for d in about[key]} for key in ("against_best", "against_mean"))
         heads = ["score", "ensemble", "95 %", "best", "difference (95 %)", "p", "mean", "difference (95 %)", "p"]
@@ -204,7 +205,7 @@ def _scores_of_ensemble(record: dict[str, Any], out: str) -> str:
         ]
         lines += [
             "",
-            f"{split}, {about['rows']:,} rows; best member by {record['metric']}: {about['best']}",
+            f"{split}, {plural(about['rows'], 'row')}; best member by {record['metric']}: {about['best']}",
             *aligned([heads, *rows]),
         ]
     lines += ["", *record["notes"]]
@@ -234,7 +235,7 @@ def _summary(summary: dict[str, Any]) -> str:
     if summary["state"] == "whole":
         return f"afina: {summary['out']} exists already, from the same inputs, model and options"
     lines = [
-        f"afina: {summary['rows']:,} rows in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
+        f"afina: {plural(summary['rows'], 'row')} in {summary['seconds']:,.1f} s ({summary['rows_per_s']:,.3g} rows/s): {summary['out']}"
     ]
     fitted = {"temperature": 1, "thresholds": {}, **summary["decisions"]}
     if "members" in fitted:

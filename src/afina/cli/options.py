@@ -242,11 +242,11 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
         job: of `api.dry_run`: the run directory and the command.
     """
     recipe, g, train = plan.recipe, plan.geometry, plan.recipe.train
-    batch = f"{g.global_batch} examples per step = {g.batch_per_device} × {g.accumulation} × {g.num_processes} process{'es' * (g.num_processes > 1)}"
+    batch = f"{plural(g.global_batch, 'example')} per step = {g.batch_per_device} × {g.accumulation} × {plural(g.num_processes, 'process', 'processes')}"
     files = ", ".join(dict.fromkeys(path.name for paths in plan.files.values() for path in paths)) or recipe.data.hub
     files = files if len(files) <= 60 else f"{files[:59]}…"
     per_node = plural(g.gpus_per_node, "GPU") if g.gpus_per_node else "no GPU"
-    cores = f"{g.cpus_per_process * g.processes_per_node} cores"
+    cores = plural(g.cpus_per_process * g.processes_per_node, "core")
     memory = f", {recipe.resources.mem_gb} GB" if recipe.resources.mem_gb else ""
     site = plan.site
     slurm = [f"{name.removeprefix('SBATCH_').lower()} {value}" for name, value in site.sbatch.items()]
@@ -255,11 +255,13 @@ def plan_lines(plan: Any, job: Mapping[str, Any] = {}) -> list[str]:
         "data": f"{files}; {', '.join(recipe.data.text)} -> {', '.join(recipe.data.label)}",
         "training": f"{train.length}, {batch}, learning rate {train.learning_rate:g}",
         "trained": recipe.trained,
-        "sharding": f"{train.sharding} over {g.num_processes} processes" if train.sharding != "none" else "",
+        "sharding": f"{train.sharding} over {plural(g.num_processes, 'process', 'processes')}"
+        if train.sharding != "none"
+        else "",
         "job": f"{plural(g.nodes, 'node')} with {per_node}, {cores}{memory}; {minutes_in_words(recipe.resources.time)} at most",
         "site": "; ".join([str(site.file or "the environment"), *slurm]),
         "image": str(site.image or f"none: {sys.executable}"),
-        "script": f"{len(job['script'].splitlines())} lines" if job.get("script") else "",
+        "script": plural(len(job["script"].splitlines()), "line") if job.get("script") else "",
         "command": shlex.join(job["command"]) if job else "",
     }
     return [

@@ -17,7 +17,7 @@ import click
 from afina.cli.asker import Asker
 from afina.cli.options import another_command, reading_options
 from afina.errors import EnvironmentProblem, InputError, SiteError
-from afina.text import can_draw
+from afina.text import can_draw, plural
 
 if TYPE_CHECKING:
     from afina.formats.read_options import ReadOptions
@@ -104,7 +104,9 @@ def init(**options: Any) -> None:
     for path in written:
         print(f"wrote {path}")
     if examined is not None:
-        print(f"{examined.rows:,} rows, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe")
+        print(
+            f"{plural(examined.rows, 'row')}, {len(examined.labels) or 'no'} labels; the reasons are comments in the recipe"
+        )
     for warning in warnings:
         print(f"warning: {warning}")
     print("\n".join(["next:", *(f"  {command}" for command in following)]))
@@ -325,7 +327,7 @@ def _columns(
 
 def _table(columns: tuple[Column, ...]) -> str:
     width = max(len(c.name) for c in columns)
-    lines = [f"  {c.name:<{width}}  {c.distinct:>5} distinct in {c.rows:,} rows   {c.example}" for c in columns]
+    lines = [f"  {c.name:<{width}}  {c.distinct:>5} distinct in {plural(c.rows, 'row')}   {c.example}" for c in columns]
     return "\n".join(["Columns:", *lines])
 
 

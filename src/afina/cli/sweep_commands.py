@@ -13,7 +13,7 @@ import click
 from afina.cli.options import json_option, recipe_argument, request_options, say, submit_option
 from afina.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, InputError
 from afina.run.job_request import JobRequest
-from afina.text import can_draw
+from afina.text import can_draw, plural
 
 __all__ = ["COMMANDS"]
 
@@ -236,7 +236,16 @@ def _dry_run_text(shown: dict[str, Any]) -> str:
     ]
     commands = [shlex.join(command) for command in shown["commands"]]
     return "\n".join(
-        ["# the sweep directory", shown["sweep"], "", f"# its {len(cells)} runs", *cells, "", "# would run", *commands]
+        [
+            "# the sweep directory",
+            shown["sweep"],
+            "",
+            f"# its {plural(len(cells), 'run')}",
+            *cells,
+            "",
+            "# would run",
+            *commands,
+        ]
     )
 
 

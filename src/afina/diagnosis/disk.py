@@ -23,7 +23,7 @@ from afina.files import permission_remedy
 from afina.site.finding import Finding, Level
 from afina.site.settings import CACHE_VARIABLES, Site, cache_environment
 from afina.slurm.cluster import read_config
-from afina.text import size_in_words
+from afina.text import plural, size_in_words
 
 __all__ = [
     "check_caches",
@@ -67,7 +67,7 @@ def check_recipe(target: Target) -> Iterator[Finding]:
         return
     assert target.site is not None
     recipe, count = target.plan.recipe, sum(map(len, target.plan.files.values()))
-    data = f"{count} data file{'s' * (count != 1)}" if target.plan.files else f"data set {recipe.data.hub}"
+    data = f"{plural(count, 'data file')}" if target.plan.files else f"data set {recipe.data.hub}"
     yield Finding("recipe", "ok", f"{recipe.name}: {data}")
     wanted = [] if target.plan.model_folder else [("model", recipe.model)]
     wanted += [("dataset", recipe.data.hub)] if recipe.data.hub else []

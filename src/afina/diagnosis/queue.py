@@ -12,7 +12,7 @@ from afina.slurm.accounting import accounting_works
 from afina.slurm.cluster import Partition
 from afina.slurm.job_limits import default_qos, job_size, refusal
 from afina.slurm.query import queue_answers
-from afina.text import minutes_in_words
+from afina.text import minutes_in_words, plural
 
 __all__ = ["check_account", "check_after_the_end", "check_partitions", "check_slurm"]
 
@@ -59,7 +59,7 @@ def check_partitions(target: Target) -> Iterator[Finding]:
         size = job_size(target.plan, target.env)
         refused = refusal(size, target.cluster)
         memory = f", {size.mem_gb} GB" if size.mem_gb else ""
-        text = f"{size.nodes} × ({size.gpus} GPUs, {size.cpus} cores{memory}) for {minutes_in_words(size.minutes)}"
+        text = f"{size.nodes} × ({plural(size.gpus, 'GPU')}, {plural(size.cpus, 'core')}{memory}) for {minutes_in_words(size.minutes)}"
         yield Finding("resources", "failed", *refused) if refused else Finding("resources", "ok", text)
     elif partitions and named and not chosen:
         known = ", ".join(partition.name for partition in partitions)
@@ -70,8 +70,8 @@ def _described(partition: Partition) -> str:
     away = sum(kind.count for kind in partition.nodes if kind.away)
     minutes = partition.max_minutes
     limit = "no time limit" if minutes is None else f"up to {minutes_in_words(minutes)}"
-    gpus = f"{partition.gpus_per_node} GPUs per node at most" if partition.gpus_per_node else "no GPUs"
-    nodes = f"{partition.num_nodes} nodes{f' ({away} out of service)' if away else ''}"
+    gpus = f"{plural(partition.gpus_per_node, 'GPU')} per node at most" if partition.gpus_per_node else "no GPUs"
+    nodes = f"{plural(partition.num_nodes, 'node')}{f' ({away} out of service)' if away else ''}"
     return f"{partition.name}: {nodes}, {gpus}, {limit}"
 
 

@@ -18,7 +18,7 @@ from afina.forecast.measurements import Earlier, Measured, Workload
 from afina.forecast.memory import memory_bytes, shares
 from afina.run.plan import Plan
 from afina.sizes import Sizes
-from afina.text import minutes_in_words, seconds_in_words, size_in_words
+from afina.text import minutes_in_words, plural, seconds_in_words, size_in_words
 
 __all__ = ["Estimate", "describe", "estimate"]
 
@@ -188,7 +188,7 @@ def describe(values: Mapping[str, Any]) -> list[str]:
     size = "" if e.checkpoint_gb is None else f"; a checkpoint {_size(e.checkpoint_gb)}"
     size += "" if e.disk_gb is None else f", the run directory up to {_size(e.disk_gb)}"
     source = {"rehearsal": " from a rehearsal", "earlier runs": " from earlier runs like it"}.get(e.basis, "")
-    lines = [f"forecast{source}: {e.total_steps:,} steps, {duration}; {', '.join(parts)}{size}"]
+    lines = [f"forecast{source}: {plural(e.total_steps, 'step')}, {duration}; {', '.join(parts)}{size}"]
     memory = f"resources.mem_gb {e.asked_mem_gb}" if e.asked_mem_gb else "the cluster's default memory"
     enough = [f"--time {e.time_min}"] if e.time_min is not None else []
     enough += [f"resources.mem_gb {e.mem_gb}"] if e.mem_gb is not None else []

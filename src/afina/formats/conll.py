@@ -14,6 +14,7 @@ from pathlib import Path
 from afina.errors import DataError
 from afina.formats.read_options import ReadOptions
 from afina.formats.text_files import open_text
+from afina.text import plural
 
 __all__ = ["column_names", "read_conll"]
 
@@ -50,7 +51,7 @@ def read_conll(path: Path, reading: ReadOptions) -> Iterator[tuple[int, list[lis
             width = width or len(cells)
             if len(cells) != width or width < 2:
                 raise DataError(
-                    f"{path}, line {number}: {len(cells)} column{'s' * (len(cells) > 1)}, {max(width, 2)} are expected",
+                    f"{path}, line {number}: {plural(len(cells), 'column')}, {max(width, 2)} are expected",
                     "write one word and its tags a line, and an empty line between sentences",
                 )
             if not sentence:

@@ -19,6 +19,7 @@ from afina.formats.columns import SEPARATORS, other_separator, partitions, separ
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, format_of, option
 from afina.formats.text_files import foreign, open_text, utf_16_hint
+from afina.text import plural
 
 __all__ = ["likely_delimiter", "read_delimited"]
 
@@ -107,7 +108,7 @@ def _header(path: Path, first: list[str], reading: ReadOptions) -> tuple[list[st
     if isinstance(reading.header, tuple):
         if len(reading.header) != len(first):
             raise DataError(
-                f"{path}, row 1: {len(first)} cells, the option `header` names {len(reading.header)} columns",
+                f"{path}, row 1: {plural(len(first), 'cell')}, the option `header` names {plural(len(reading.header), 'column')}",
                 "name as many columns as the file has",
             )
         return list(reading.header), [first]
@@ -133,7 +134,7 @@ def _ragged(
     else:
         what = f"the {'first row' if reading.header is False else 'header'} has {width}"
     return DataError(
-        f"{path}, row {number} (line {line}): {len(cells)} cells, {what}",
+        f"{path}, row {number} (line {line}): {plural(len(cells), 'cell')}, {what}",
         (_layout_remedy(path, cells, header, reading) if number == 1 else "") or _cell_remedy(cells, reading),
     )
 

@@ -49,7 +49,7 @@ from afina.site.settings import Site, find_site_file, load_site
 from afina.slurm.client import AMBIGUOUS, need_slurm, of_cluster
 from afina.slurm.query import query
 from afina.slurm.submit import forget, recover, submitted
-from afina.text import can_draw
+from afina.text import can_draw, plural
 from afina.watch.find import resolve_folder
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ class _RowsBar:
         if self.before:
             _say(f"resuming: {self.before:,} of {self.rows:,} rows are done")
         if not can_draw(sys.stderr):
-            _say(f"loading the model, to predict {self.rows - self.before:,} rows")
+            _say(f"loading the model, to predict {plural(self.rows - self.before, 'row')}")
             return self
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

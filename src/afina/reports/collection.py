@@ -30,7 +30,7 @@ from afina.statistics.points import Row, ranked, remarks, useless
 from afina.statistics.predictions import read_predictions
 from afina.statistics.scores import Interval, score
 from afina.statistics.weakness import weaknesses
-from afina.text import number, p_value
+from afina.text import number, p_value, plural
 from afina.watch.reading import RunResult, differing, read_result
 
 __all__ = ["collection_page", "comparison_page"]
@@ -79,7 +79,9 @@ def collection_page(folder: Path, paths: Sequence[Path], page: Path, *, texts: b
             ("Sweep", _sweep(record)),
         ]
         models = {str(run.recipe.get("model")) for run in runs}
-        about = f"{len(runs)} runs, {', '.join(sorted(models))}" if len(models) <= 3 else f"{len(runs)} runs"
+        about = (
+            f"{plural(len(runs), 'run')}, {', '.join(sorted(models))}" if len(models) <= 3 else plural(len(runs), "run")
+        )
         return document(folder.name, about, tiles(_lead(runs, rows, best, metric)), body, ("Sweep",))
 
     return [*scores, *effects, *curves], html
@@ -146,7 +148,7 @@ def _effects(runs: Sequence[RunResult], metric: str | None) -> list[Chart]:
         means = [(float(x), sum(of) / len(of)) for x in values if (of := [y for value, y in pairs if value == x])]
         means = means if len(values) < len(pairs) / 2 else []
         log = values[0] > 0 and values[-1] / values[0] >= 10
-        words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means) or f"{len(dots)} runs, one dot each"
+        words = "; ".join(f"{x:g}: mean {number(y)}" for x, y in means) or f"{plural(len(dots), 'run')}, one dot each"
         series: Any = {
             "dots": {"runs": dots},
             "lines": {"mean": means} if means else {},

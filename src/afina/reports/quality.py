@@ -17,7 +17,7 @@ from afina.statistics.measures import auroc, average_precision, one_vs_rest, thr
 from afina.statistics.predictions import Predictions
 from afina.statistics.scores import Interval, Scores
 from afina.statistics.weakness import beaten
-from afina.text import number, p_value
+from afina.text import number, p_value, plural
 
 __all__ = [
     "answered",
@@ -72,7 +72,7 @@ def overall(facts: RunFacts) -> str:
                 )
             )
         if split == "test" and facts.looks:
-            times = f"{facts.looks} time{'s' * (facts.looks > 1)}"
+            times = f"{plural(facts.looks, 'time')}"
             parts.append(
                 note(
                     f"compare and sweep have looked at test {times}; each look that led to a choice makes it too kind."
@@ -136,7 +136,7 @@ def fitted(facts: RunFacts) -> str:
         rows.append([d["metric"], number(d["first"]), number(d["second"]), *_paired(d)])
     heads = ["score", "without", "with", "difference", "95 % from", "to", "p"]
     known = {"temperature": f"{record['temperature']:g}"} if record.get("temperature") else {}
-    html = pairs(known) + table(heads, rows, f"On {on}, paired, on the same {record.get('rows', 0):,} rows")
+    html = pairs(known) + table(heads, rows, f"On {on}, paired, on the same {plural(record.get('rows', 0), 'row')}")
     if limits := record.get("thresholds"):
         html += table(
             ["label", "threshold"], [[name, number(limit)] for name, limit in limits.items()], "0.5 elsewhere"
@@ -379,7 +379,7 @@ def _scatter(predictions: Predictions, split: str) -> Chart:
     points = [
         (float(x), float(y)) for x, y in zip(predictions.truth[::step], predictions.predicted[::step], strict=True)
     ]
-    shown = f"{len(points):,} of {len(predictions):,} rows" if step > 1 else f"{len(points):,} rows"
+    shown = f"{len(points):,} of {len(predictions):,} rows" if step > 1 else f"{plural(len(points), 'row')}"
     bias = float((predictions.predicted - predictions.truth).mean())
     values = [value for point in points for value in point]
     low, high = min(values), max(values)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from afina.recipe.time_limit import parse_seconds
 from afina.slurm.client import try_command
+from afina.text import plural
 
 __all__ = [
     "Association",
@@ -59,7 +60,9 @@ class Nodes:
     def __str__(self) -> str:
         memory = f", {self.mem_mb // 1024} GB" if self.mem_mb is not None else ""
         types = f" ({', '.join(self.gpu_types)})" if self.gpu_types else ""
-        return f"{self.count} × {self.cpus or '?'} cores{memory}{f', {self.gpus} GPUs{types}' if self.gpus else ''}"
+        cores = plural(self.cpus, "core") if self.cpus else "? cores"
+        gpus = f", {plural(self.gpus, 'GPU')}{types}" if self.gpus else ""
+        return f"{self.count} × {cores}{memory}{gpus}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from afina.errors import SlurmError, nearest
 from afina.run.plan import Plan
 from afina.slurm.cluster import Cluster, Nodes, Partition, Qos, read_cluster
-from afina.text import minutes_in_words
+from afina.text import minutes_in_words, plural
 
 __all__ = ["JobSize", "check_possible", "default_qos", "job_size", "limit_of", "refusal"]
 
@@ -129,7 +129,7 @@ def _refused_by(partition: Partition, size: JobSize, qos: Qos | None) -> Refusal
         )
     if partition.max_nodes is not None and size.nodes > partition.max_nodes and not unknown_qos:
         return (
-            f"{size.nodes} nodes are more than the {partition.max_nodes} that {where} allows in one job",
+            f"{plural(size.nodes, 'node is', 'nodes are')} more than the {partition.max_nodes} that {where} allows in one job",
             f"ask for fewer: `--nodes {partition.max_nodes}`",
         )
     return _too_large(partition, size, where) if partition.nodes else None
@@ -151,7 +151,9 @@ def _too_large(partition: Partition, size: JobSize, where: str) -> Refusal | Non
     fit = sum(kind.count for kind in partition.nodes if all(amount(kind) >= wanted for wanted, _, amount, _ in needs))
     if fit >= size.nodes:
         return None
-    together = f"{size.gpus} GPUs, {size.cpus} cores" + (f" and {size.mem_gb} GB" if size.mem_gb else "")
+    together = f"{plural(size.gpus, 'GPU')}, {plural(size.cpus, 'core')}" + (
+        f" and {size.mem_gb} GB" if size.mem_gb else ""
+    )
     return (
         f"{size.nodes} nodes with {together} each are requested, and {where} has {fit} of them",
         f"ask for fewer nodes, or for less per node: {'; '.join(dict.fromkeys(map(str, partition.nodes)))}",

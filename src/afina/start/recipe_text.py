@@ -22,7 +22,7 @@ from afina.formats.read_options import PLAIN, ReadOptions
 from afina.recipe.metrics import selection_metric
 from afina.start.examine import Examined, quantile
 from afina.start.find_model import ModelFacts
-from afina.text import minutes_in_words
+from afina.text import minutes_in_words, plural
 
 __all__ = ["DEFAULT_MODEL", "MULTILINGUAL_MODEL", "Proposal", "data_warnings", "recipe_text"]
 
@@ -183,7 +183,9 @@ def _comments(reasons: Iterable[str], indent: str = "") -> list[str]:
 
 def _data(p: Proposal) -> list[str]:
     x = p.examined
-    about = [f"{'' if x.complete else 'about '}{x.rows:,} rows; a text has {x.characters:.0f} characters on average"]
+    about = [
+        f"{'' if x.complete else 'about '}{plural(x.rows, 'row')}; a text has {x.characters:.0f} characters on average"
+    ]
     about += [f"WARNING: {warning}" for warning in data_warnings(p)]
     if x.duplicates:
         are = "text occurs" if x.duplicates == 1 else "texts occur"
@@ -220,8 +222,10 @@ def _about_labels(p: Proposal) -> list[str]:
         return []
     shown = ", ".join(f"{_short(name)} {count:,}" for name, count in list(labels.items())[:8])
     if p.examined.tagged:
-        return [f"{len(labels)} types of entities: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"]
-    about = [f"{len(labels)} labels: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"]
+        return [
+            f"{plural(len(labels), 'type')} of entities: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"
+        ]
+    about = [f"{plural(len(labels), 'label')}: {shown}{f', … {len(labels) - 8} more' if len(labels) > 8 else ''}"]
     rare = sum(count < _RARE for count in labels.values())
     if rare:
         about.append(f"{rare} of them have fewer than {_RARE} rows: too few to learn or to measure")
@@ -301,7 +305,7 @@ def _train(p: Proposal, windows: int) -> list[str]:
     rate = 3e-5 if p.model.parameters > 60e6 else 5e-5
     metrics, why = _metrics(p)
     best = selection_metric("regression") if p.regression else metrics[0]
-    about = f"{p.train_rows:,} training rows: {p.epochs} epochs of {per_epoch:,} steps, {per_epoch * p.epochs:,} in all"
+    about = f"{p.train_rows:,} training rows: {plural(p.epochs, 'epoch')} of {per_epoch:,} steps, {per_epoch * p.epochs:,} in all"
     save = ["  # an epoch is long: a killed job repeats 500 steps at most", "  save_every: 500"]
     return [
         *_comments([about]),
@@ -345,7 +349,7 @@ def _resources(p: Proposal, tokens: Sequence[int], length: int) -> list[str]:
     minutes = _START_MIN + 2 * flops / (_GPU_RATE * p.gpus if p.gpus else _CPU_RATE * p.cpus) / 60
     unit = 10 if minutes <= 60 else 30 if minutes <= 480 else 60
     minutes = math.ceil(minutes / unit) * unit
-    device = f"{p.gpus} GPU" if p.gpus else f"{p.cpus} cores"
+    device = f"{p.gpus} GPU" if p.gpus else plural(p.cpus, "core")
     why = f"time and memory are guesses, from {flops:.1e} floating-point operations on {device}; `afina rehearse` measures them"
     if p.limit_min is not None and minutes > p.limit_min:
         why += f"; the partition allows {minutes_in_words(p.limit_min)}, and the run continues in further jobs"

@@ -24,7 +24,7 @@ from afina.errors import InputError
 from afina.statistics.calibration import calibrate
 from afina.statistics.paired import compare_paired
 from afina.statistics.predictions import Predictions
-from afina.text import finite, number
+from afina.text import finite, number, plural
 
 __all__ = [
     "FILE",
@@ -235,7 +235,11 @@ def fit_rule(
     """
     rule, whole = DecisionRule(), truth if whole is None else whole
     if temperature and len(whole) < _LEAST_ROWS:
-        rule = DecisionRule(notes=(f"no temperature: there are {len(whole)} rows, {_LEAST_ROWS} are needed",))
+        rule = DecisionRule(
+            notes=(
+                f"no temperature: there {'is' if len(whole) == 1 else 'are'} {plural(len(whole), 'row')}, {_LEAST_ROWS} are needed",
+            )
+        )
     elif temperature and (whole == whole[:1]).all():
         rule = DecisionRule(notes=("no temperature: all rows have the same label",))
     elif temperature:
@@ -334,7 +338,10 @@ def _best_threshold(margin: Array, has: Array, both: bool, whole: Array) -> tupl
 
     fewest = min(int(whole.sum()), int((~whole).sum()))
     if fewest < _LEAST_OF_LABEL:
-        return 0.5, f"{fewest} rows {'have' if whole.sum() == fewest else 'lack'} it, {_LEAST_OF_LABEL} are needed"
+        return (
+            0.5,
+            f"{plural(fewest, *(('row has', 'rows have') if whole.sum() == fewest else ('row lacks', 'rows lack')))} it, {_LEAST_OF_LABEL} are needed",
+        )
     decided = np.empty(len(has), bool)
     order = np.argsort(-margin, kind="stable")
     for part in _parts(has.astype(np.int64)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from afina.statistics.intervals import MeanInterval, PairedTest, paired_t_test
 from afina.statistics.paired import holm
-from afina.text import p_value
+from afina.text import p_value, plural
 
 __all__ = ["Row", "passed_over", "ranked", "remarks", "useless"]
 
@@ -135,7 +135,7 @@ def remarks(rows: Sequence[Row], best: Row | None) -> list[str]:
     head = f"Best: {best.point}. "
     if test is None or after.p is None:
         seeds = test.difference.count if test else 0
-        why = "all pairs differ by the same" if seeds > 1 else f"they share {seeds} finished {unit}{'s' * (seeds != 1)}"
+        why = "all pairs differ by the same" if seeds > 1 else f"they share {plural(seeds, f'finished {unit}')}"
         notes.append(f"{head}It cannot be compared with the next ({after.point}): {why}.")
     else:
         between = others[: others.index(after)]

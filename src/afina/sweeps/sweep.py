@@ -45,6 +45,7 @@ from afina.sweeps.out_of_fold import write_doubtful, write_out_of_fold
 from afina.sweeps.space import space_of
 from afina.sweeps.sweep_dir import SearchRecord, SweepDir, SweepRecord
 from afina.sweeps.table import Table, best_metric, tabulate
+from afina.text import plural
 from afina.watch.find import resolve_folder
 from afina.watch.handle import Run, Runs
 from afina.watch.overview import State
@@ -305,7 +306,7 @@ def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: 
             if len(part.tasks) == 1:
                 unsubmitted = 1 + sum(len(later.tasks) for later in portions)
                 say(
-                    f"{error.message}: {unsubmitted} runs are left; repeat the command when some of your jobs have ended"
+                    f"{error.message}: {plural(unsubmitted, 'run is', 'runs are')} left; repeat the command when some of your jobs have ended"
                 )
                 missing = missing[: len(missing) - unsubmitted]
                 break
@@ -315,7 +316,7 @@ def _submit(draft: Draft, record: SweepRecord, undo: contextlib.ExitStack, say: 
     undo.pop_all()
     kept = f"{counts.get('FINISHED', 0)} finished, {busy} queued or running, " if draft.before else ""
     which = f" as job array {', '.join(job_ids)}" if job_ids else ""
-    say(f"sweep {draft.home.path}: {len(draft.wanted)} runs: {kept}{len(missing)} submitted{which}")
+    say(f"sweep {draft.home.path}: {plural(len(draft.wanted), 'run')}: {kept}{len(missing)} submitted{which}")
     return job_ids
 
 
@@ -336,7 +337,9 @@ def _run_here(draft: Draft, record: SweepRecord, say: Say) -> None:
     """Train one cell after another, until a stop (Ctrl-C) or a failure that every cell would have (bad input, a full disk)."""
     home, wanted = draft.home, draft.wanted
     states = cell_states(home, record.cells)
-    say(f"sweep {home.path}: {len(wanted)} runs, {sum(states[number] == 'FINISHED' for number in wanted)} finished")
+    say(
+        f"sweep {home.path}: {plural(len(wanted), 'run')}, {sum(states[number] == 'FINISHED' for number in wanted)} finished"
+    )
     for count, number in enumerate(wanted, start=1):
         cell = record.cells[number]
         if states[number] == "FINISHED":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from afina.errors import InputError, nearest
 from afina.run.directory import RunDir
+from afina.text import plural
 from afina.watch.overview import summary_of
 from afina.watch.reading import job_log
 
@@ -162,7 +163,7 @@ def _place(run: RunDir, attempt: str, choice: LogSelection) -> tuple[Path, int |
     nodes, per_node = _layout(run, folder)
     if choice.rank is not None and not 0 <= choice.rank < nodes * per_node:
         raise InputError(
-            f"there is no rank {choice.rank}: attempt {attempt} has {nodes * per_node} process(es)",
+            f"there is no rank {choice.rank}: attempt {attempt} has {plural(nodes * per_node, 'process', 'processes')}",
             f"choose 0 to {nodes * per_node - 1}",
         )
     node = choice.node or 0

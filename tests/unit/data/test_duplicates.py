@@ -79,7 +79,7 @@ def test_equal_texts_with_other_labels(prepared: Callable[..., dict[str, Any]]) 
     wrong = {**spelt(rows[:1])[0], "stars": 1 + rows[0]["stars"] % 5}
     answer = prepared({"train": [*rows[:100], wrong], "eval": rows[100:]})
     (warning,) = (warning for warning in answer["warnings"] if "different labels" in warning)
-    assert warning.startswith("1 texts of train occur more than once with different labels: ")
+    assert warning.startswith("1 text of train occurs more than once with different labels: ")
     assert warning.endswith("train.csv, rows 1, 101")
 
 

@@ -59,7 +59,7 @@ def test_rows_without_text_or_label_are_named(tmp_path: Path) -> None:
     )
     rows = reviews(30)
     rows[7]["label"] = "  "
-    assert "train: 1 rows have no label (`label`): " in refused(tmp_path, both(reviews(9)) | {"train": rows}).message
+    assert "train: 1 row has no label (`label`): " in refused(tmp_path, both(reviews(9)) | {"train": rows}).message
     jsonl = [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"label": "x", "text": "b"}]
     assert "line 2" in refused(tmp_path, both(jsonl), kind="jsonl").message
 

@@ -40,7 +40,7 @@ def test_weights_are_read(tmp_path: Path, weights: list[Any], expected: list[flo
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, -1, 1, 1], "train: `w` is not a weight .* in 1 rows: .*it's.jsonl, line 2; the first holds -1"),
+        ([1, -1, 1, 1], "train: `w` is not a weight .* in 1 row: .*it's.jsonl, line 2; the first holds -1"),
         ([1, None, 1, None], "in 2 rows: .*lines 2, 4"),
         ([1, "many", 1, 1], "holds 'many'"),
         ([1.0, float("nan"), 1.0, 1.0], "is not a weight"),

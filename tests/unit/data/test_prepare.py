@@ -175,7 +175,7 @@ def test_more_than_two_texts_are_joined_by_the_tokenizers_separator(plan: Callab
         tokens = split.tokens[split.offsets[i] : split.offsets[i + 1]].tolist()
         assert tokens == tokenizer(table["text"][i])["input_ids"] and tokens.count(tokenizer.sep_token_id) == 3
     write_csv(tmp_path / "a.csv", [*rows, {"a": " ", "b": "", "c": "", "label": 1}])
-    assert "1 rows have an empty text (`a`, `b`, `c`)" in refused_here(plan(data=data))
+    assert "1 row has an empty text (`a`, `b`, `c`)" in refused_here(plan(data=data))
 
 
 def test_warnings_of_long_texts_and_small_splits(plan: Callable[..., Plan]) -> None:

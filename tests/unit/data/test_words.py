@@ -130,9 +130,9 @@ def test_labels_of_spans_that_are_tags_are_said(plan: Callable[..., Plan], tmp_p
     [
         ([("a good food", "O B-A I-A"), ("good the food", "I-A O O")], "line 7, word 1: I-A begins an entity"),
         ([("a good food", "O B-A E-A"), ("good the food", "O E-A O")], "line 7, word 2: E-A continues no entity"),
-        ([("a good food", "S-A I-A O")], "line 3, word 2: I-A continues no entity, as BIOES has it (1 such words)"),
+        ([("a good food", "S-A I-A O")], "line 3, word 2: I-A continues no entity, as BIOES has it (1 such word)"),
         ([("a good food", "B-A E-A I-A")], "word 3: I-A continues no entity"),
-        ([("a good food", "B-A I-B E-B")], "word 2: I-B continues no entity, as BIOES has it (1 such words)"),
+        ([("a good food", "B-A I-B E-B")], "word 2: I-B continues no entity, as BIOES has it (1 such word)"),
         ([("a good food", "S-A B-A O")], "word 2: B-A has no last word (E-) behind it"),
         ([("a good food", "O B-A I-A"), ("good the food", "E-A S-A O")], "word 1: E-A continues no entity"),
         ([("a good food", "O B-A I-A"), ("good the food", "S-A O O")], "word 3: I-A has no last word (E-) behind it"),
@@ -154,7 +154,7 @@ def test_tags_of_no_scheme_are_refused_with_their_place(
 @pytest.mark.parametrize(
     ("text", "tags", "message"),
     [
-        (["a", "b"], ["O"], "2 words and 1 tags"),
+        (["a", "b"], ["O"], "2 words and 1 tag"),
         (["a", " "], ["O", "O"], "word 2: ' ' is not a word"),
         (["a", "b"], ["O", 3], "word 2: 3 is not a tag"),
         ("New York", [[0, 8, "LOC"], {"start": 4, "end": 8, "label": "LOC"}], "span 4 to 8 ('York') overlaps"),

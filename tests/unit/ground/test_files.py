@@ -41,6 +41,7 @@ def test_numbers_and_tables_in_words() -> None:
     assert [seconds_in_words(s) for s in (4.6, 119, 120, 7199, 7200)] == ["5 s", "119 s", "2 min", "2 h", "2 h"]
     assert minutes_in_words(4331) == "3 days 11 min"
     assert [plural(n, "run") for n in (0, 1, 2000)] == ["0 runs", "1 run", "2,000 runs"]
+    assert [plural(n, "row has", "rows have") for n in (0, 1, 2)] == ["0 rows have", "1 row has", "2 rows have"]
     assert aligned([["a", "bc", ""], ["def", "g", "h"]], right=[1]) == ["a    bc", "def   g  h"]
 
 

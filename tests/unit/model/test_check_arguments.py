@@ -74,7 +74,7 @@ def test_a_schedule_that_fails_at_the_length_of_this_training_is_refused(tmp_pat
     train = Train(max_steps=1, arguments={"lr_scheduler_type": "polynomial", "warmup_steps": 0.3})
     assert check_arguments(train, tmp_path / "pins", 40) == []
     with pytest.raises(
-        RecipeError, match=r"polynomial fails in a training of 1 steps with 1 of warmup: .*zero"
+        RecipeError, match=r"polynomial fails in a training of 1 step with 1 of warmup: .*zero"
     ) as refused:
         check_arguments(train, tmp_path / "pins", 1)
     assert "more steps" in refused.value.remedy

@@ -19,6 +19,7 @@ from afina.run.directory import RunDir
 from afina.run.outcome import Outcome
 from afina.run.plan import Plan
 from afina.statistics.decision_rule import described
+from afina.text import plural
 
 __all__ = ["execution_differences", "execution_of", "features_of", "methods", "trained_count"]
 
@@ -98,7 +99,8 @@ def methods(
 def _model_and_data(plan: Plan, prepared: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     recipe, data = plan.recipe, plan.recipe.data
     task, labels = str(prepared.get("task") or recipe.task), prepared.get("labels") or []
-    what = f"{_TASKS.get(task, task)}{f' ({len(labels)} labels)' if labels else ''}"
+    named = f" ({plural(len(labels), 'label')})" if labels else ""
+    what = f"{_TASKS.get(task, task)}{named}"
     model = Path(recipe.model).name if plan.model_folder else recipe.model
     if commit := prepared.get("model_commit"):
         model += f" (revision {commit})"
@@ -131,8 +133,10 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
     if data.fold is not None:
         whole = f", whole groups (column {data.group})" if data.group else ""
         fold = f"stratified fold {data.fold.number} of {data.fold.of}{whole}, seed {data.train.seed + data.fold.repeat - 1}"
-        test = f"; test {rows['test']:,} rows" if "test" in rows else ""
-        counts = f"train {rows.get('train', 0):,} rows; eval {rows.get('eval', 0):,} rows ({fold}){test}"
+        test = f"; test {plural(rows['test'], 'row')}" if "test" in rows else ""
+        counts = (
+            f"train {plural(rows.get('train', 0), 'row')}; eval {plural(rows.get('eval', 0), 'row')} ({fold}){test}"
+        )
         return f"Splits: {counts}. Texts were cut {plan.recipe.tokens.cut}."
     if data.split_column:
         divided += f", column {data.split_column}"
@@ -148,7 +152,7 @@ def _splits(plan: Plan, prepared: Mapping[str, Any]) -> str:
             about = ", ".join(filter(None, how))
             groups = (prepared.get("groups") or {}).get(name)
             of = f" of {groups:,} groups" if groups else ""
-            parts.append(f"{name} {rows[name]:,} rows{of}{f' ({about})' if about else ''}")
+            parts.append(f"{name} {plural(rows[name], 'row')}{of}{f' ({about})' if about else ''}")
     cut = f"Texts were cut {plan.recipe.tokens.cut}."
     return f"Splits: {'; '.join(parts)}. {cut}" if parts else cut
 
@@ -163,11 +167,11 @@ def _training(plan: Plan, outcome: Outcome | None) -> str:
     )
     schedule = str(given.pop("lr_scheduler_type", "linear"))
     decay, clip = given.pop("weight_decay", 0.0), given.pop("max_grad_norm", 1.0)
-    steps = f" ({outcome.global_step:,} steps{outcome.ended_early})" if outcome and outcome.global_step else ""
+    steps = f" ({plural(outcome.global_step, 'step')}{outcome.ended_early})" if outcome and outcome.global_step else ""
     more = "".join(f", {key} {value}" for key, value in sorted(given.items()))
     return (
         f"{_trained(plan, outcome)}Optimizer: {name} ({betas}, weight decay {decay:g}, gradients clipped at {clip:g}); learning rate {train.learning_rate:g}{_rates(train)}, "
-        f"{schedule} schedule{more}; {train.batch_size} examples per step, {train.length}{steps}, seed {train.seed}."
+        f"{schedule} schedule{more}; {plural(train.batch_size, 'example')} per step, {train.length}{steps}, seed {train.seed}."
     )
 
 
@@ -227,7 +231,7 @@ def _machine(plan: Plan, ran: Mapping[str, str]) -> str:
     sharded = (
         ", among which the model was sharded (FSDP2)," if plan.recipe.train.sharding != "none" and count > 1 else ""
     )
-    ran_on = f"It was trained {precision} with {count} process{'es' * (count != 1)}{sharded} on {where}"
+    ran_on = f"It was trained {precision} with {plural(count, 'process', 'processes')}{sharded} on {where}"
     return f"{ran_on} ({', '.join(versions)})." if versions else f"{ran_on}."
 
 
@@ -236,7 +240,7 @@ def _simple(outcome: Outcome | None) -> str:
     split, models = next(reversed((outcome.baselines if outcome else {}).items()), ("", []))
     named = [(model, model["differences"][0]) for model in models[1:] if model["differences"]]
     scores = [
-        f"{model['name']} (scikit-learn's defaults, {features_of(model)}, {model['rows']:,} rows of train) had {d['metric']} {d['first']:.4g} on "
+        f"{model['name']} (scikit-learn's defaults, {features_of(model)}, {plural(model['rows'], 'row')} of train) had {d['metric']} {d['first']:.4g} on "
         f"{_rows_of(model, split)}, this model {d['second']:.4g}."
         for model, d in named
     ]
@@ -250,7 +254,7 @@ def features_of(model: Mapping[str, Any]) -> str:
 
 def _rows_of(model: Mapping[str, Any], split: str) -> str:
     compared, of = model.get("compared", (0, 0))
-    return split if compared == of else f"{compared:,} rows of {split}"
+    return split if compared == of else f"{plural(compared, 'row')} of {split}"
 
 
 def _choice(plan: Plan, outcome: Outcome | None, prepared: Mapping[str, Any]) -> str:

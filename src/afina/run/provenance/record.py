@@ -29,6 +29,7 @@ from afina.run.plan import Plan
 from afina.run.provenance.git import repository_state
 from afina.site.pulled import image_sha256
 from afina.site.settings import Site
+from afina.text import plural
 from afina.version import __version__
 
 __all__ = ["FORMAT", "differences", "image_record", "make_record", "overrides_of", "read_record", "recipe_as_run"]
@@ -129,9 +130,9 @@ def _file_difference(name: str, then: Mapping[str, Any] | None, now: Mapping[str
         return f"data file {name}: changed"
     same = before == after
     return (
-        f"data file {name}: changed, {before:,} rows as before"
+        f"data file {name}: changed, {plural(before, 'row')} as before"
         if same
-        else f"data file {name}: {before:,} rows then, {after:,} now"
+        else f"data file {name}: {plural(before, 'row')} then, {after:,} now"
     )
 
 

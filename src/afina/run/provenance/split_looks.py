@@ -11,6 +11,7 @@ from pathlib import Path
 
 from afina.errors import AfinaError
 from afina.run.directory import RunDir
+from afina.text import plural
 
 __all__ = ["look_at_test", "times_looked"]
 
@@ -25,7 +26,7 @@ def look_at_test(runs: Sequence[Path], command: str, metric: str) -> str:
             RunDir(run).append(_FILE, {"command": command, "metric": metric})
         except (AfinaError, OSError):
             unrecorded += 1
-    times = "for the first time" if not before else f"{before} time{'s' * (before > 1)} before"
+    times = "for the first time" if not before else f"{plural(before, 'time')} before"
     lost = f" This look could not be recorded in {unrecorded} of them." if unrecorded else ""
     return f"Test: looked at {times} by compare or sweep; each look that leads to a choice makes it too kind.{lost}"
 

@@ -29,7 +29,7 @@ from afina.run.allocation import Allocation, socket_interface
 from afina.site.finding import Finding, Level
 from afina.site.gpus import DRIVER_FILE, driver_version, fits_driver, minimum_driver
 from afina.site.settings import CACHE_VARIABLES, in_container
-from afina.text import size_in_words
+from afina.text import plural, size_in_words
 from afina.version import __version__
 from afina.worker.reply import report
 
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     folder, count = Path(arguments[0]), int(arguments[1])
     findings = list(_run_checks(ON_NODE))
     gpus = next((finding.message for finding in findings if finding.check == "cuda"), "")
-    summary = Finding("inside", "ok", f"{len(findings)} checks in the image; {gpus}")
+    summary = Finding("inside", "ok", f"{plural(len(findings), 'check')} in the image; {gpus}")
     _write(folder, [_of_node(finding) for finding in findings if finding.level != "ok"] or [_of_node(summary)])
     return _ranks(folder, count)
 

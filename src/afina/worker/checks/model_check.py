@@ -23,7 +23,7 @@ from afina.errors import AfinaError, InputError, first_line, is_out_of_memory
 from afina.files import read_json
 from afina.recipe.schema import Recipe
 from afina.run.plan import Plan
-from afina.text import size_in_words
+from afina.text import plural, size_in_words
 from afina.worker.compute.cpu import free_memory
 from afina.worker.data import prepare
 from afina.worker.data.prepared import Split, digest_of, load_manifest, open_split
@@ -151,7 +151,7 @@ def _compare(
         ) from None
     largest = float(np.abs(together - alone).max())
     own_code = not type(model).__module__.startswith("transformers.")
-    what = f"{len(rows)} rows of train, {way}, have other logits than each alone in transformers"
+    what = f"{plural(len(rows), 'row')} of train, {way}, have other logits than each alone in transformers"
     require_equal(largest, alone, what, _OTHER_SIDE if own_code else REMEDY)
     if by_name is not None:
         require_equal(
@@ -161,7 +161,7 @@ def _compare(
         )
     seconds = time.monotonic() - began
     return (
-        f"model check: {len(rows)} rows {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
+        f"model check: {plural(len(rows), 'row')} {way} and each alone in transformers: largest difference of a logit {largest:.1e} "
         f"({seconds:.1f} s); {head}"
     )
 

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from afina.text import plural
+
 __all__ = ["DATASHEET", "Peak", "forward_flops", "flops_formula", "device_peak"]
 
 Array = np.ndarray[Any, Any]
@@ -161,7 +163,7 @@ def device_peak(device: torch.device, precision: str) -> Peak:
         if teraflops is not None:
             return Peak(teraflops * 1e12, f"NVIDIA's data sheet for {known}, {precision}, dense; {name}")
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
-    about = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    about = plural(torch.get_num_threads(), "thread") if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Peak(_measured(device, dtype), f"best torch.mm of this run, {precision}, {about}")
 
 

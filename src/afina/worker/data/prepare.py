@@ -33,6 +33,7 @@ from afina.run.commands import without_launcher
 from afina.run.plan import Plan
 from afina.site.python import check_packages
 from afina.site.settings import cache_environment
+from afina.text import plural
 from afina.worker.data.prepared import digest_of, verify
 from afina.worker.data.tables.data_table import DataSource
 from afina.worker.disk_errors import disk_errors
@@ -190,7 +191,7 @@ def _check_schedule(recipe: Recipe, splits: Mapping[str, Any]) -> list[str]:
         )
     if rows["train"] >= recipe.train.batch_size:
         return []
-    fewer = f"train has {rows['train']} rows, fewer than train.batch_size {recipe.train.batch_size}"
+    fewer = f"train has {plural(rows['train'], 'row')}, fewer than train.batch_size {recipe.train.batch_size}"
     return [f"{fewer}: each epoch is one short step"]
 
 

@@ -23,6 +23,7 @@ from afina.errors import InputError
 from afina.prediction.request import CHUNK_ROWS
 from afina.recipe.keys.train_keys import Tokens
 from afina.statistics.decision_rule import NO_RULE, probabilities, read_rule
+from afina.text import plural
 from afina.worker.compute import attention, packed_model
 from afina.worker.compute.batches import TOKENS_PER_ROW, EvalBatches, Targets, pool_windows, scored_logits
 from afina.worker.data.prepared import Split
@@ -136,7 +137,7 @@ class Classifier:
             pool_windows(self.model, self.tokens.windows.pool)
 
     def __repr__(self) -> str:
-        what = f"{self.task}, {len(self.labels)} labels" if self.labels else self.task
+        what = f"{self.task}, {plural(len(self.labels), 'label')}" if self.labels else self.task
         return f"<Classifier {type(self.model).__name__}: {what}, {self.batching}, {self.device}>"
 
     def as_fitted(self) -> Classifier:
@@ -319,7 +320,7 @@ class Classifier:
         largest = float(np.abs(together - alone).max(initial=0.0))
         require_equal(largest, alone, f"{len(rows)} of these texts, {self.batching}, have other logits than each alone")
         return (
-            f"model check: {len(rows)} texts {self.batching} and each alone in transformers: largest difference of a "
+            f"model check: {plural(len(rows), 'text')} {self.batching} and each alone in transformers: largest difference of a "
             f"logit {largest:.1e}"
         )
 
@@ -369,7 +370,7 @@ def _parted(texts: Sequence[Any], trained: Sequence[str] | None) -> list[list[st
     rows = list(texts)
     several = [len(row) for row in rows if isinstance(row, (tuple, list))]
     if trained and rows and {len(trained)} != set(several or [1]):
-        how = "a text" if len(trained) == 1 else f"{len(trained)} texts"
+        how = "a text" if len(trained) == 1 else plural(len(trained), "text")
         raise InputError(
             f"the model reads {how} a row (in training: {', '.join(trained)}), {max(several or [1])} {'were' if several else 'was'} given",
             "give texts" if len(trained) == 1 else f"give tuples of {len(trained)} texts, in this order",

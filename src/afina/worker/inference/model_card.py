@@ -21,6 +21,7 @@ from afina.run.plan import Plan
 from afina.run.provenance.methods import execution_of, methods, trained_count
 from afina.statistics.decision_rule import described
 from afina.statistics.predictions import read_predictions
+from afina.text import plural
 from afina.worker.model.adapters import labels_config
 
 __all__ = ["CardFacts", "facts_of", "model_card"]
@@ -146,7 +147,7 @@ def _variables(facts: CardFacts) -> dict[str, Any]:
         "adapter": facts.adapter,
         "labels": labels,
         "decided": described(facts.outcome.decisions),
-        "splits": [f"{split} ({rows.get(split, 0):,} rows)" for split in splits],
+        "splits": [f"{split} ({plural(rows.get(split, 0), 'row')})" for split in splits],
         "metrics": [[name, *(_number(metrics.get(f"{split}_{name}")) for split in splits)] for name in names],
         "methods": methods(facts.plan, facts.outcome, facts.prepared, facts.record, facts.ran),
         "warnings": _warnings(facts, splits),
@@ -198,7 +199,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "learning rate": f"{train.learning_rate:g}, {train.arguments.get('lr_scheduler_type', 'linear')} schedule",
         "seed": train.seed,
         **{f"`{name}`": value for name, value in train.arguments.items() if name != "lr_scheduler_type"},
-        "ran on": f"{outcome.world_size or 1} process(es), {outcome.device or 'cpu'}{sharded}; {outcome.seconds:,.0f} s in "
+        "ran on": f"{plural(outcome.world_size or 1, 'process', 'processes')}, {outcome.device or 'cpu'}{sharded}; {outcome.seconds:,.0f} s in "
         f"{outcome.attempts} attempt(s){speed}",
         "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
         **_origins(facts),

@@ -24,6 +24,7 @@ from afina.errors import InputError, RecipeError, nearest
 from afina.files import difference, read_json, write_atomic
 from afina.recipe.keys.adapter_keys import Adapter
 from afina.recipe.local_model import ADAPTER_LABELS, adapter_base
+from afina.text import plural
 from afina.worker.model.weights import is_token_classifier, model_class
 from afina.worker.startup import import_peft
 
@@ -95,7 +96,7 @@ def add_adapter(model: Any, adapter: Adapter, new: Collection[str] = ()) -> str:
     _inject(model, config, whole)
     ends = sorted({name.rpartition(".")[2] for name in layers})
     return (
-        f"adapter: {adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {len(layers)} layers ({', '.join(ends)}{note}); trained whole: "
+        f"adapter: {adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha:g}, on {plural(len(layers), 'layer')} ({', '.join(ends)}{note}); trained whole: "
         f"{', '.join(whole)}; {trained_share(model)}"
     )
 

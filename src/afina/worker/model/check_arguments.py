@@ -17,6 +17,7 @@ from typing import Any
 from afina.errors import RecipeError, nearest
 from afina.recipe.keys.train_keys import Train
 from afina.recipe.keys.training_arguments import EFFECTIVE
+from afina.text import plural
 from afina.worker.model.check_cache import checked_once
 from afina.worker.startup import NOT_NEEDED, hide_packages
 
@@ -182,7 +183,7 @@ def _check_steps(given: Any, optimizer: Any, steps: int | None) -> None:
     if not rates or not all(map(math.isfinite, rates)):
         name = getattr(given.lr_scheduler_type, "value", given.lr_scheduler_type)
         raise RecipeError(
-            f"train.arguments.lr_scheduler_type: {name} fails in a training of {steps:,} steps with {warmup:,} of warmup: {why}",
+            f"train.arguments.lr_scheduler_type: {name} fails in a training of {plural(steps, 'step')} with {warmup:,} of warmup: {why}",
             "train for more steps, or lower `warmup_steps`",
         )
 

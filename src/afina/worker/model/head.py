@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from afina.errors import InputError
 from afina.recipe.schema import Recipe
+from afina.text import plural
 from afina.worker.model.adapters import add_adapter, labels_config, load_adapter, weights_folder
 from afina.worker.model.depth import freeze
 from afina.worker.model.weights import is_token_classifier
@@ -99,7 +100,7 @@ def _fit_head(model: Any, report: Mapping[str, Any], base_names: list[str], name
     changed = [entry[0] for entry in report["mismatched_keys"]]
     prefix = f"{model.base_model_prefix}."
     if any(not name.startswith(prefix) for name in changed):
-        return f"head: new, for {len(names)} labels (the model's was for {len(base_names)})"
+        return f"head: new, for {plural(len(names), 'label')} (the model's was for {len(base_names)})"
     if any(not name.startswith(prefix) for name in report["missing_keys"]):
         return "head: new (the model comes without one)"
     if base_names == names or (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from afina.prediction.request import Prediction, folder_of
 from afina.run.allocation import Allocation
+from afina.text import plural
 from afina.worker.progress import Progress
 from afina.worker.reply import report
 from afina.worker.startup import NOT_NEEDED, hide_packages
@@ -80,7 +81,7 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
         )
     if summary["truncated"] > _TRUNCATED_SHARE * summary["rows"]:
         share = summary["truncated"] / summary["rows"]
-        yield f"{summary['truncated']:,} texts ({share:.1%}) are longer than the model was trained for and were cut"
+        yield f"cut, as longer than the model was trained for: {plural(summary['truncated'], 'text')} ({share:.1%})"
     if summary.get("words_cut"):
         of = f"{summary['words_cut']:,} of {summary['words']:,} words"
         yield f"{of} lie behind the end of texts that were cut: no entity is predicted there; split long texts"
@@ -114,7 +115,7 @@ def _predict(parts: Parts, chunks: Sequence[int], number: int, rows: int, progre
             del ready
     seconds = time.monotonic() - began
     if progress == "log":
-        _say(f"{rows:,} rows in {seconds:.0f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
+        _say(f"{plural(rows, 'row')} in {seconds:.0f} s, {rows / max(seconds, 1e-9):,.0f} rows/s")
     return seconds
 
 
@@ -208,7 +209,7 @@ def _write(
 def _progress(mode: str, rows: int) -> Iterator[Callable[[int], None]]:
     """Gives a function to call with the number of rows done since its last call."""
     if mode == "log":
-        _say(f"predicting {rows:,} rows")
+        _say(f"predicting {plural(rows, 'row')}")
         with Progress("predicting", "predicted", "rows", rows, _say) as progress:
             yield progress.advance
         return

@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from afina.run.directory import RunDir, evaluations_of
 from afina.run.outcome import Outcome, part_in_words
 from afina.run.plan import Geometry, Plan
-from afina.text import CLEAR_LINE, aligned, can_draw, size_in_words
+from afina.text import CLEAR_LINE, aligned, can_draw, plural, size_in_words
 
 __all__ = ["bar_stream", "introduction", "mark_lines", "metrics_table", "say", "usage_lines"]
 
@@ -46,7 +46,7 @@ def introduction(plan: Plan, geometry: Geometry, task: str, rows: dict[str, int]
     counts = ", ".join(f"{part} {count}" for part, count in rows.items())
     return [
         f"{plan.recipe.name}: {task}, {plan.recipe.model}; rows: {counts}",
-        f"{geometry.num_processes} process(es) on {geometry.nodes} node(s), {device}; global batch {geometry.global_batch} = "
+        f"{plural(geometry.num_processes, 'process', 'processes')} on {plural(geometry.nodes, 'node')}, {device}; global batch {geometry.global_batch} = "
         f"{geometry.batch_per_device} × {geometry.accumulation} × {geometry.num_processes}",
     ]
 

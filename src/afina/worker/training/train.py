@@ -31,6 +31,7 @@ from afina.run.outcome import Outcome, data_warnings
 from afina.run.plan import Geometry, Plan, geometry_for
 from afina.run.prune import prune
 from afina.statistics.decision_rule import described
+from afina.text import plural
 from afina.worker.data import stage_in
 from afina.worker.disk_errors import disk_problem
 from afina.worker.startup import NOT_NEEDED, gc_paused, hide_packages
@@ -339,5 +340,5 @@ def _record(trainer: RunTrainer, results: Results) -> None:
         *described(outcome.decisions),
         *(f"decisions: {note}" for note in outcome.decisions.get("notes", [])),
         *usage_lines(outcome),
-        f"finished: {step} steps{outcome.ended_early}, model in {run.model}",
+        f"finished: {plural(step, 'step')}{outcome.ended_early}, model in {run.model}",
     )

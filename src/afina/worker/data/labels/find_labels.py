@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.data_keys import Data
+from afina.text import plural
 from afina.worker.data.tables.data_table import DataTable, as_text, list_places
 from afina.worker.data.tables.words import TaggedWords
 
@@ -178,7 +179,7 @@ def find_labels(
     task = _find_task(data, columns) if recipe_task == "auto" else recipe_task
     several = len(data.label) > 1
     if several and task != "multi-label":
-        raise RecipeError(f"data.label: {len(data.label)} columns, task {task} has one", "name one column")
+        raise RecipeError(f"data.label: {plural(len(data.label), 'column')}, task {task} has one", "name one column")
     if task == "single-label" and any(c.is_list for c in columns):
         raise _several_labels(data.label[0], next(c for c in columns if not c.has_one_each))
     if task == "regression":
@@ -262,7 +263,7 @@ def label_array(columns: LabelColumns, labels: Labels, rows: Array) -> Array:
             value = columns.columns[0][row].as_py()
             raise DataError(
                 f"{table.where(row)}: label {value!r} is not a finite number, and task regression needs one "
-                f"({len(wrong):,} such rows)",
+                f"({plural(len(wrong), 'such row')})",
                 "correct these rows, or set task: single-label",
             )
         return values
@@ -294,7 +295,7 @@ def _refuse_unknown(table: DataTable, texts: pa.Array, ids: pa.Array, rows: Arra
     text = texts[int(wrong[0])].as_py()
     hint = nearest(text, names)
     raise DataError(
-        f"{table.where(int(rows[wrong[0]]))}: label {text!r} is not one of {listed(names)} ({len(wrong):,} such rows)",
+        f"{table.where(int(rows[wrong[0]]))}: label {text!r} is not one of {listed(names)} ({plural(len(wrong), 'such row')})",
         f"{hint + ' ' if hint else ''}correct the row, or add it to `data.labels`".strip(),
     )
 

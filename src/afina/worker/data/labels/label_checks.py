@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError, nearest
 from afina.formats.text_files import MISSING_WORDS
 from afina.recipe.keys.data_keys import Data
+from afina.text import plural
 from afina.worker.data.labels.find_labels import LabelColumns, Labels, as_number, listed
 from afina.worker.data.tables.data_table import Examples, list_places
 
@@ -128,7 +129,7 @@ def _near_misses(counts: Mapping[str, int], labels: Labels, columns: Sequence[La
         if count <= _SHOWN:
             name = max(common, key=counts.__getitem__)
             yield (
-                f"label {rare!r} ({rows:,} rows: {_places(columns, labels, {rare})}) is nearly {name!r} ({counts[name]:,} rows), "
+                f"label {rare!r} ({plural(rows, 'row')}: {_places(columns, labels, {rare})}) is nearly {name!r} ({plural(counts[name], 'row')}), "
                 "and a class of its own: correct these rows, or name all classes in `data.labels`, which refuses others"
             )
     if count > _SHOWN:
@@ -164,7 +165,7 @@ def _mixed_kinds(counts: Mapping[str, int], labels: Labels, columns: Sequence[La
     words = set(names) - numbers
     if numbers and words:
         shown = (
-            f"{listed(sorted(kind)[:_SHOWN])}{', …' if len(kind) > _SHOWN else ''} in {sum(counts[name] for name in kind):,} rows "
+            f"{listed(sorted(kind)[:_SHOWN])}{', …' if len(kind) > _SHOWN else ''} in {plural(sum(counts[name] for name in kind), 'row')} "
             f"({_places(columns, labels, kind)})"
             for kind in (numbers, words)
         )

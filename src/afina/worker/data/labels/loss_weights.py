@@ -11,6 +11,7 @@ import pyarrow as pa
 from afina.errors import DataError, RecipeError, nearest
 from afina.recipe.keys.loss_keys import misfit
 from afina.recipe.keys.train_keys import Train
+from afina.text import plural
 from afina.worker.data.labels.find_labels import as_numbers
 from afina.worker.data.tables.data_table import DataTable, list_places
 
@@ -36,7 +37,7 @@ def row_weights(split: str, table: DataTable, name: str, rows: Array) -> Array:
     wrong = rows[~((values >= 0) & (values <= _LARGEST))]
     if len(wrong):
         raise DataError(
-            f"{split}: `{name}` is not a weight (a number from 0 to {_LARGEST:.0e}) in {len(wrong):,} rows: "
+            f"{split}: `{name}` is not a weight (a number from 0 to {_LARGEST:.0e}) in {plural(len(wrong), 'row')}: "
             f"{list_places(table, np.sort(wrong))}; the first holds {column[int(np.sort(wrong)[0])].as_py()!r}",
             "correct these rows; 1 is the usual weight, and 0 leaves a row out of the loss",
         )

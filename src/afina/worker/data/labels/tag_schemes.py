@@ -20,6 +20,7 @@ import numpy as np
 
 from afina.errors import DataError
 from afina.statistics.entities import entity_types, iob2_names
+from afina.text import plural
 from afina.worker.data.labels.find_labels import LabelColumns, Labels
 from afina.worker.data.tables.data_table import DataTable, Examples, list_places
 from afina.worker.data.tables.words import TaggedWords
@@ -73,7 +74,7 @@ def find_entities(columns: Sequence[LabelColumns], warnings: list[str]) -> Label
     for table in tables:
         if (widened := np.flatnonzero(_words(table).widened)).size:
             warnings.append(
-                f"{len(widened):,} rows have spans that cut a word, and were widened to whole words: {list_places(table, widened)}"
+                f"{plural(len(widened), 'row has', 'rows have')} spans that cut a word, widened to whole words: {list_places(table, widened)}"
             )
     return Labels("token-classification", tuple(iob2_names(types)))
 
@@ -158,7 +159,7 @@ def _numbered(table: DataTable, roles: dict[str, tuple[int, str]], types: Sequen
         if len(opening) and len(behind):
             one, two = (f"{_where(table, int(w[0]))}: {words.tags[words.codes[w[0]]]}" for w in (opening, behind))
             raise DataError(
-                f"{one} begins an entity ({len(opening):,} such words), as in IOB1, and {two} too ({len(behind):,}), as in IOB2",
+                f"{one} begins an entity ({plural(len(opening), 'such word')}), as in IOB1, and {two} too ({len(behind):,}), as in IOB2",
                 "correct the smaller number of them: in IOB2 every entity begins with B-",
             )
         begins = (role == _BEGIN) | (inside & ~joined)
@@ -171,7 +172,7 @@ def _refuse(table: DataTable, wrong: Array, what: str) -> None:
     words, found = _words(table), np.flatnonzero(wrong)
     if len(found):
         raise DataError(
-            f"{_where(table, int(found[0]))}: {words.tags[words.codes[found[0]]]} {what}, as BIOES has it ({len(found):,} such words)",
+            f"{_where(table, int(found[0]))}: {words.tags[words.codes[found[0]]]} {what}, as BIOES has it ({plural(len(found), 'such word')})",
             f"correct these tags: {_SCHEMES}",
         )
 

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 from afina.errors import DataError, RecipeError
 from afina.recipe.keys.data_keys import Data
 from afina.run.plan import Plan
+from afina.text import plural
 from afina.worker.data.labels.find_labels import LabelColumns, Labels, find_labels, label_array
 from afina.worker.data.labels.label_checks import check_found_labels, check_labels
 from afina.worker.data.labels.loss_weights import row_weights
@@ -219,7 +220,7 @@ def _pools(
     if values.null_count:
         empty = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
         raise DataError(
-            f"{len(empty):,} rows have no split (`{data.split_column}`): {list_places(table, empty)}",
+            f"{plural(len(empty), 'row has', 'rows have')} no split (`{data.split_column}`): {list_places(table, empty)}",
             "name the split of these rows, or remove them",
         )
     known = sorted(pc.unique(values).to_pylist())
@@ -300,7 +301,7 @@ def _text_keys(data: Data, table: DataTable) -> Array:
 
 def _nothing_left(split: str, share: Fraction | None, column: LabelColumns, data: Data, labels: Labels) -> DataError:
     source, count = " and ".join(column.table.sources), len(column.table)
-    rows_there = f"{source}: {count:,} row{'s' * (count > 1)}"
+    rows_there = f"{source}: {plural(count, 'row')}"
     if labels.task == "single-label" and count > 1 and len(pc.unique(column.text())) == count:
         written = [name for name in labels.names or () if _WRITTEN_NUMBER.fullmatch(name)]
         remedy = "is that the label's column, not the one of texts or ids? else add rows, or name a file for each split"
@@ -360,4 +361,4 @@ def _refuse(
         }
         count = sum(map(len, by_source.values()))
         places = "; ".join(list_places(columns[s].table, indices) for s, indices in by_source.items() if len(indices))
-        raise DataError(f"{' and '.join(splits)}: {count:,} rows have {what}: {places}", remedy)
+        raise DataError(f"{' and '.join(splits)}: {plural(count, 'row has', 'rows have')} {what}: {places}", remedy)

@@ -16,6 +16,7 @@ import numpy as np
 
 from afina.errors import SiteError
 from afina.files import read_json
+from afina.text import plural
 from afina.worker.data.labels.find_labels import Labels
 from afina.worker.data.prepared import Split, open_split
 from afina.worker.data.tables.data_table import DataTable, Examples, list_places
@@ -117,7 +118,9 @@ def check_conflicts(labels: Labels, train: Examples, keys: Array) -> list[str]:
     if not len(conflicting):
         return []
     groups = " | ".join(list_places(train.table, np.flatnonzero(codes == code)) for code in conflicting[:_SHOWN])
-    return [f"{len(conflicting):,} texts of train occur more than once with different labels: {groups}"]
+    return [
+        f"{plural(len(conflicting), 'text of train occurs', 'texts of train occur')} more than once with different labels: {groups}"
+    ]
 
 
 # -- training on from a run -------------------------------------------------------------------------------------------

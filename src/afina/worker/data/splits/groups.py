@@ -75,7 +75,7 @@ def check_group_names(name: str, tables: Sequence[DataTable], warnings: list[str
         )
         if len(rounded):
             warnings.append(
-                f"{len(rounded):,} rows have a group (`{name}`) that was rounded, as {names[int(rounded[0])].as_py()}: rows of one group may be "
+                f"{plural(len(rounded), 'row has', 'rows have')} a group (`{name}`) that was rounded, as {names[int(rounded[0])].as_py()}: rows of one group may be "
                 f"taken for several; write that column as text: {list_places(table, rounded)}"
             )
 

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from afina.errors import DataError
+from afina.text import plural
 from afina.worker.data.tables.row_batches import FileReader, RowBatch
 from afina.worker.task.word_places import CUT, REMOVED, SHARED
 
@@ -214,8 +215,11 @@ def _of_words(where: str, words: Sequence[Any], tags: Any) -> tuple[Array, list[
     if tags is None:
         return spans, None, False
     if not isinstance(tags, (list, tuple)) or len(tags) != len(words):
-        count = len(tags) if isinstance(tags, (list, tuple)) else "no"
-        raise DataError(f"{where}: {len(words)} words and {count} tags", "give each word one tag, O outside entities")
+        of_them = plural(len(tags), "tag") if isinstance(tags, (list, tuple)) else "no tags"
+        raise DataError(
+            f"{where}: {plural(len(words), 'word')} and {of_them}",
+            "give each word one tag, O outside entities",
+        )
     for number, tag in enumerate(tags, 1):
         if not isinstance(tag, str) or not tag.strip():
             raise DataError(
