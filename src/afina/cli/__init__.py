@@ -15,6 +15,8 @@ Everything heavy is imported inside the commands: `afina --help` starts in a bli
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -45,9 +47,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None and sys.getfilesystemencoding().lower() not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
         # A locale like de_DE.ISO-8859-1: a name in a recipe would be another one on the disk. Begin again in UTF-8 mode.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this (`>&-`): its number would be the next file's
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 — open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # paths and labels may hold what the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    code: object = 0
+    try:
+        _run(argv)
+    except SystemExit as ended:
+        code = ended.code
+    if code := _flushed(code):
+        sys.exit(code)  # type: ignore[arg-type]
+
+
+def _flushed(code: object) -> object:
+    """Print what is still buffered; the exit code then. A reader that has gone (`| head`) is no failure, a full disk is one."""
+    if type(sys.stdout).__name__.endswith(
+        "PacifyFlushWrapper"
+    ):  # click's, where it has met a closed pipe; its code is 1
+        return 0
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_output(error)
+        return code if isinstance(error, BrokenPipeError) else code or EXIT_ENVIRONMENT
+    return code
+
+
+def _drop_output(error: OSError) -> None:
+    """Say why the output is not whole; what is still buffered is dropped, which Python would try to print at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        message = f"error: {error.strerror}: the output cannot be written whole\n  remedy: free space where it goes"
+        print(message, file=sys.stderr)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    """Carry out a command; a failure is one message with a remedy."""
     try:
         cli.main(args=None if argv is None else list(argv), prog_name="afina", standalone_mode=False)
     except AfinaError as error:
@@ -66,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         print("afina: interrupted; nothing incomplete is left behind", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_output(error)
+            sys.exit(EXIT_ENVIRONMENT)
         # The machine refused (permission, quota, a name too long). Without a file it is a defect: keep the traceback.
         if error.filename is None:
             raise

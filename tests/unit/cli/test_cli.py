@@ -189,11 +189,24 @@ def test_a_signal_asks_the_worker_to_stop(run: RunDir, scratch: Path, number: si
     assert ("Ctrl-C again" in errors) is (number == signal.SIGINT)
 
 
-def test_a_closed_pipe_leaves_no_traceback() -> None:
-    script = '"$1" -m afina --help | true; "$1" -m afina --help | head -n 1'
-    argv = ["bash", "-o", "pipefail", "-c", script, "x", sys.executable]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.stderr == "" and done.stdout.startswith("Usage: ")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["--help", "status"])
+def test_output_that_is_not_taken(run: RunDir, unbuffered: str, arguments: str) -> None:
+    """A reader that has gone and a closed output are no failure; a full disk is one, with a remedy."""
+    env = {**os.environ, "AFINA_SCRATCH": str(run.path.parent), "PYTHONUNBUFFERED": unbuffered}
+
+    def ran(script: str) -> tuple[int, str]:
+        argv = ["bash", "-o", "pipefail", "-c", script, sys.executable, arguments]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        return done.returncode, done.stderr
+
+    afina = '"$0" -m afina $1'
+    assert (
+        ran(f"{afina} | true") == ran(f"{afina} | head -n 1") == ran(f"{afina} >&-") == ran(f"{afina} 2>&-") == (0, "")
+    )
+    full = "error: No space left on device: the output cannot be written whole\n  remedy: free space where it goes\n"
+    assert ran(f"{afina} >/dev/full") == (3, full)
+    assert ran('"$0" -m afina nosuch >/dev/full')[0] == 2
 
 
 def test_a_locale_that_is_not_utf8(tmp_path: Path) -> None:
