@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
+#: So many columns are named where one must be chosen.
+_SHOWN = 12
+
 
 @click.command()
 @click.argument("folder", default=".", metavar="[FOLDER]")
@@ -294,6 +297,7 @@ def _columns(
     columns = columns_of(data.main)
     ask.show(_table(columns))
     text, label, row_id = guess_columns(columns)
+    there = ", ".join(f"`{c.name}`" for c in columns[:_SHOWN]) + ", …" * (len(columns) > _SHOWN)
 
     def named(option: str, others: tuple[str, ...] = ()) -> Callable[[str], tuple[str, ...]]:
         def check(name: str, *more: str) -> tuple[str, ...]:
@@ -305,11 +309,17 @@ def _columns(
         return check
 
     texts = (
-        named("--text")(*given.texts) if given.texts else ask.checked("Text column", text, "--text", named("--text"))
+        named("--text")(*given.texts)
+        if given.texts
+        else ask.checked("Text column", text, f"--text, one of {there}", named("--text"))
     )
     of_label = named("--label", texts)
     guessed = None if label in texts else label
-    labels = of_label(*given.labels) if given.labels else ask.checked("Label column", guessed, "--label", of_label)
+    labels = (
+        of_label(*given.labels)
+        if given.labels
+        else ask.checked("Label column", guessed, f"--label, one of {there}", of_label)
+    )
     for path in (path for paths in data.files.values() for path in paths):
         check_file(path, (*texts, *labels), data.reading)
     taken = (*texts, *labels)

@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(init: Init, afina: Callable[..., Ran], tmp_path:
         (["--data", "reviews.csv", "--text", "txt"], "--text txt: ", "did you mean `text`?"),
         (["--data", "reviews.csv", "--label", "star"], "--label star: ", "did you mean `stars`?"),
         (["--data", "reviews.csv", "--label", "text", "--text", "text"], "none of the columns may be a label", "once"),
-        (["--data", "numbers.csv"], "no default: Text column", "give it with --text"),
+        (["--data", "numbers.csv"], "no default: Text column", "give it with --text, one of `a`, `b`"),
         (["--data", "reviews.csv", "--model", "./minlm"], "--model ./minlm: no such folder", "did you mean `minilm`?"),
         (["--data", "reviews.csv", "--model", "a/b/c"], "--model a/b/c: no such folder", "or a Hub id (owner/name)"),
         (["--data", "reviews.csv", "--config", "x"], "belongs to a Hub data set", "leave it out"),
@@ -195,4 +195,6 @@ def test_questions_have_defaults(tmp_path: Path, no_cluster: Path, scratch: Path
     (tmp_path / "recipe.yaml").unlink()
     done = subprocess.run(argv, input="\n", env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no answer: Text column" in done.stderr, done.stderr
-    assert "--text, or take all defaults with --yes" in done.stderr and not (tmp_path / "recipe.yaml").exists()
+    remedy = "give it with --text, one of `id`, `text`, `stars`, `rating`, or take all defaults with --yes"
+    assert remedy in done.stderr
+    assert not (tmp_path / "recipe.yaml").exists()
