@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from afina.errors import EnvironmentProblem
+from afina.errors import EnvironmentProblem, nearest
 
 __all__ = [
     "FileRecord",
@@ -26,6 +26,7 @@ __all__ = [
     "difference",
     "encode_words",
     "name_aside",
+    "nearest_path",
     "permission_remedy",
     "read_json",
     "read_words",
@@ -176,6 +177,18 @@ def sha256(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(view[:count])
     return digest.hexdigest()
+
+
+def nearest_path(path: Path) -> str:
+    """What to do about a file or folder that is not there: its link leads nowhere, or the nearest name beside it; else empty."""
+    try:
+        if path.is_symlink():
+            return (
+                f"it is a link to {path.readlink()}, and there is nothing: mount or restore that, or correct the link"
+            )
+        return nearest(path.name, [] if path.exists() else [beside.name for beside in path.parent.iterdir()])
+    except OSError:  # no folder above, or one that is closed to us
+        return ""
 
 
 def describe(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:

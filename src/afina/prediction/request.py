@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Field, ValidationError
 
-from afina.errors import DataError, InputError, check_argument, nearest
+from afina.errors import DataError, InputError, check_argument
+from afina.files import nearest_path
 from afina.formats.read_options import PLAIN, ReadOptions
 from afina.frozen import FrozenModel
 from afina.recipe.data_files import check_format, data_files, file_stem
@@ -237,12 +238,13 @@ def _files(name: str) -> list[Path]:
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         return data_files(path, name)
-    paths = [path] if path.exists() else sorted(Path(p).absolute() for p in glob.glob(str(Path(name).expanduser())))
+    paths = (
+        [path]
+        if path.exists()
+        else sorted(p for p in map(Path.absolute, map(Path, glob.glob(str(Path(name).expanduser())))) if p.exists())
+    )
     if not paths:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(
-            f"{name}: no such file", nearest(path.name, siblings) or "paths are looked up in the working directory"
-        )
+        raise DataError(f"{name}: no such file", nearest_path(path) or "paths are looked up in the working directory")
     for file in paths:
         check_format(file, str(file), also=(".txt",))
         try:

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from afina.errors import DataError, InputError, nearest
+from afina.errors import DataError, InputError
+from afina.files import nearest_path
 from afina.formats.read_options import COMPRESSIONS, DATA_SUFFIXES, format_of, suffix_of
 
 __all__ = [
@@ -237,11 +238,9 @@ def _expand(path: Path, where: str, hint: str) -> list[Path]:
         if not os.access(path, os.R_OK):
             raise DataError(f"{where}: you have no permission to read it", shlex.join(["chmod", "u+r", str(path)]))
         return [path]
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    similar = nearest(path.name, siblings)
     raise DataError(
         f"{where}: no such file",
-        (similar or "paths are looked up beside the recipe, then in the working directory") + hint,
+        (nearest_path(path) or "paths are looked up beside the recipe, then in the working directory") + hint,
     )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from afina.errors import InputError, RecipeError, nearest
+from afina.errors import InputError, RecipeError
+from afina.files import nearest_path
 from afina.recipe.data_files import check_utf8, find_paths
 from afina.recipe.keys.adapter_keys import Adapter
 
@@ -48,10 +49,9 @@ def find_model_folder(model: str, base: Path) -> Path | None:
         if path.exists():
             raise InputError(f"model: {path} is a file", "give the folder that holds config.json and model.safetensors")
         if local:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise InputError(
                 f"model: {path}: no such folder",
-                nearest(path.name, siblings) or "give a Hub id (owner/name) or a model folder",
+                nearest_path(path) or "give a Hub id (owner/name) or a model folder",
             )
         return None
     if adapter_base(path) is not None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afina.errors import DataError, EnvironmentProblem, HubError, InputError, nearest
+from afina.errors import DataError, EnvironmentProblem, HubError, InputError
+from afina.files import nearest_path
 from afina.formats.columnar import count_rows
 from afina.formats.notes import Notes
 from afina.formats.read_options import PLAIN, ReadOptions, compression_of, format_of
@@ -72,7 +73,6 @@ def find_data(data: str, site: Site | None, config: str | None = None, reading: 
     """
     path = Path(os.path.expandvars(data)).expanduser()
     if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         local = data.startswith((".", "/", "~", "$")) or format_of(path) is not None or data.count("/") > 1
         if not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
             reading.check_used([], "--{}".format)
@@ -80,11 +80,11 @@ def find_data(data: str, site: Site | None, config: str | None = None, reading: 
                 return _find_on_hub(data, config, site)
             except HubError as error:
                 raise error.reworded(
-                    f"{error.message}; and no file or folder here has that name. {nearest(path.name, siblings)}".rstrip()
+                    f"{error.message}; and no file or folder here has that name. {nearest_path(path)}".rstrip()
                 ) from None
         raise DataError(
             f"--data {data}: no such file or folder",
-            nearest(path.name, siblings) or "give a file, a folder, or the id of a Hub data set (owner/name)",
+            nearest_path(path) or "give a file, a folder, or the id of a Hub data set (owner/name)",
         )
     if config is not None:
         raise InputError(f"--config {config}: belongs to a Hub data set", "leave it out")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from afina.errors import InputError, nearest
+from afina.errors import InputError
+from afina.files import nearest_path
 from afina.recipe.local_model import adapter_base, check_no_adapter, num_parameters
 from afina.recipe.positions import longest_input
 from afina.start.examine import count_words
@@ -55,8 +56,7 @@ def find_model(model: str, sample: Sequence[str]) -> ModelFacts:
         return replace(find_model(base[0], sample), id=str(folder.absolute()), adapter=True)
     check_no_adapter(str(folder), [entry.name for entry in folder.glob("*")])
     if not folder.exists() and (model.startswith((".", "/", "~", "$")) or model.count("/") > 1):
-        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        remedy = nearest(folder.name, beside) or "give a model folder, or a Hub id (owner/name)"
+        remedy = nearest_path(folder) or "give a model folder, or a Hub id (owner/name)"
         raise InputError(f"--model {model}: no such folder", remedy)
     if not (folder / "config.json").is_file():
         small, large = re.search("mini|small|tiny", model.lower()), "large" in model.lower()

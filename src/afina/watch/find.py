@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from afina.errors import InputError, SiteError, nearest
+from afina.files import nearest_path
 from afina.run.directory import RunDir, is_run_dir
 from afina.site.settings import scratch_of
 from afina.slurm.query import jobs_below, run_of_job
@@ -68,7 +69,7 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
     scratch = _scratch()
     if path.is_absolute() or scratch is None:
         _check_not_deleted(folder, [path.absolute()])
-        hint = nearest(path.name, _names(path.parent))
+        hint = nearest_path(path)
         raise InputError(f"{folder}: no such folder", hint or "`afina list` names the runs on scratch")
     first, *rest = path.parts or (".",)
     cell = scratch / "sweeps" / first / "runs" / Path(*rest)
@@ -87,7 +88,9 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
         return _run_of_job(str(folder), scratch)
     _check_not_deleted(folder, [scratch / "runs" / path, scratch / "sweeps" / path, cell])
     known = _names(cell.parent) or [name for kind in ("runs", "sweeps") for name in _names(scratch / kind)]
-    hint = nearest(path.name, known)
+    hint = (
+        nearest_path(scratch / "runs" / path) if (scratch / "runs" / path).is_symlink() else nearest(path.name, known)
+    )
     raise InputError(
         f"{folder}: no such folder, and no run or sweep of that name below {scratch}",
         hint or "`afina list` names the runs on scratch",

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from afina.errors import EnvironmentProblem
-from afina.files import append_line, encode_words, name_aside, read_json, read_words, write_atomic, write_problem
+from afina.files import (
+    append_line,
+    encode_words,
+    name_aside,
+    nearest_path,
+    read_json,
+    read_words,
+    write_atomic,
+    write_problem,
+)
 from afina.text import aligned, minutes_in_words, plural, seconds_in_words
 
 
@@ -125,3 +134,11 @@ def test_readers_never_see_a_part(tmp_path: Path) -> None:
         for writer in writers:
             writer.join()
     assert path.exists() and not list(tmp_path.glob(".f*"))
+
+
+def test_what_is_not_there_is_told_by_the_names_beside_it_or_by_its_link(tmp_path: Path) -> None:
+    (tmp_path / "reviews.csv").touch()
+    (tmp_path / "moved.csv").symlink_to("/gone/moved.csv")
+    assert nearest_path(tmp_path / "review.csv") == "did you mean `reviews.csv`?"
+    assert nearest_path(tmp_path / "moved.csv").startswith("it is a link to /gone/moved.csv, and there is nothing")
+    assert nearest_path(tmp_path / "no folder/a") == nearest_path(tmp_path / "zzz") == ""
