@@ -73,13 +73,23 @@ def test_a_site_that_serves_old_answers_of_squeue(cluster: Cluster, here: Script
 def test_a_job_that_is_suspended_or_put_back_and_held(
     cluster: Cluster, here: ScriptedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lead(here, monkeypatch, BODY='while [ ! -e "$2/go" ]; do sleep 0.2; done')
+    lead(here, monkeypatch, BODY='while [ ! -e "$2/go" ]; do touch "$2/moves"; sleep 0.2; done')
+    moves = here.run.path / "moves"
     job = submit_sbatch(here.plan, here.run)
-    until(lambda: summary_of(here.run.path).state == "RUNNING" and bool(here.run.attempt_names()), here)
+    until(lambda: summary_of(here.run.path).state == "RUNNING" and moves.exists(), here)
     cluster.root(["scontrol", "suspend", job])
     summary = summary_of(here.run.path)
     assert summary.state == "PENDING" and "has suspended it" in (summary.why or ""), summary
+
+    def stands_still() -> bool:
+        moves.unlink(missing_ok=True)
+        time.sleep(1)
+        return not moves.exists()
+
+    # Slurm 22.05 may never end a job that is put back before its node has suspended and resumed it.
+    until(stands_still, here)
     cluster.root(["scontrol", "resume", job])
+    until(moves.exists, here)
     cluster.root(["scontrol", "requeuehold", "State=SpecialExit", job])
     until(lambda: "holds it" in (summary_of(here.run.path).why or ""), here)
     assert summary_of(here.run.path).remedy == f"read its log (afina logs), then: scontrol release {job}"
