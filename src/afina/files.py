@@ -180,7 +180,7 @@ def sha256(path: Path) -> str:
 
 
 def nearest_path(path: Path) -> str:
-    """What to do about a file or folder that is not there: its link leads nowhere, or the nearest name beside it; else empty."""
+    """The remedy for a file or folder that is not there: its link leads nowhere, or the nearest name beside it; else empty."""
     try:
         if path.is_symlink():
             return (

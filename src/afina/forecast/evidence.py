@@ -70,7 +70,7 @@ def rehearse(plan: Plan, prepared: Mapping[str, Any], *, seconds: float = _SECON
 
 
 def workload_of(plan: Plan, prepared: Mapping[str, Any]) -> Workload:
-    """What the answer of the prepare stage says about the work of a run.
+    """The work of a run, from the answer of the prepare stage.
 
     Raises:
         EnvironmentProblem: it is that of another afina.

@@ -218,7 +218,7 @@ def _on_gpu(facts: RunFacts) -> bool:
 
 
 def _measured_place(facts: RunFacts) -> str:
-    """What the worker measures the memory of."""
+    """The thing whose memory the worker measures."""
     return "GPU" if _on_gpu(facts) else "process"
 
 

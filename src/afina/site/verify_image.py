@@ -1,4 +1,4 @@
-"""Whether an image is whole, signed, starts, and fits this afina and this machine."""
+"""Checks of an image: that it is whole, signed, starts, and fits this afina and this machine."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def checked_once(pins: Path, about: list[Any], check: Callable[[], list[str]]) -
 
 
 def kept_once(pins: Path, about: list[Any], make: Callable[[], Any]) -> Any:
-    """What `make` returned when it was called before with the same versions, else of a call now; a JSON value.
+    """The JSON value that `make` returned when it was called before with the same versions, else that of a call now.
 
     Args:
         pins: folder of the records.

@@ -138,7 +138,7 @@ class Meter:
 
     @property
     def _conditions(self) -> list[str]:
-        """What the peak depends on: number format, threads or GPU, processes; and the processor."""
+        """The conditions of the peak: number format, threads or GPU, processes; and the processor."""
         return [self.peak.source if self.peak else "", processor().name]
 
     def measure_memory(self, device: torch.device) -> None:
