@@ -64,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _flushed(code: object) -> object:
     """Print what is still buffered; the exit code then. A reader that has gone (`| head`) is no failure, a full disk is one."""
-    if type(sys.stdout).__name__.endswith(
-        "PacifyFlushWrapper"
-    ):  # click's, where it has met a closed pipe; its code is 1
-        return 0
+    if type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
+        return 0  # click's wrapper, where it has met a closed pipe; its code is 1
     try:
         sys.stdout.flush()
     except OSError as error:

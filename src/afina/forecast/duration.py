@@ -10,7 +10,7 @@ from afina.forecast.measurements import Earlier, Measured, Workload
 from afina.run.plan import Plan
 from afina.schedule import Schedule, embedding_seconds, stop_lead_s
 
-__all__ = ["earlier_seconds", "evaluation_passes", "fit_line", "rehearsed_seconds", "expected_stop_lead_s"]
+__all__ = ["earlier_seconds", "evaluation_passes", "expected_stop_lead_s", "fit_line", "rehearsed_seconds"]
 
 #: Two processes that start, TF-IDF of a few thousand rows, and the comparisons: measured on two cores.
 _AROUND_EMBEDDING_S = 8.0

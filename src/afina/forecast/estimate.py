@@ -15,14 +15,13 @@ from typing import Any
 
 from afina.forecast.duration import earlier_seconds, evaluation_passes, expected_stop_lead_s, rehearsed_seconds
 from afina.forecast.measurements import Earlier, Measured, Workload
-from afina.forecast.memory import memory_bytes, shares
+from afina.forecast.memory import GB, memory_bytes, shares
 from afina.run.plan import Plan
 from afina.sizes import Sizes
 from afina.text import minutes_in_words, plural, seconds_in_words, size_in_words
 
 __all__ = ["Estimate", "describe", "estimate"]
 
-GB = 1e9
 #: Slurm's G, in which `resources.mem_gb` is counted.
 GIB = 2**30
 #: Margins of a request: machines differ, and a job that is killed costs more than one that asks for too much.

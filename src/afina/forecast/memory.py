@@ -8,7 +8,7 @@ from afina.forecast.measurements import Earlier, Measured, Workload
 from afina.run.plan import Plan
 from afina.sizes import Sizes
 
-__all__ = ["memory_bytes", "shares"]
+__all__ = ["GB", "memory_bytes", "shares"]
 
 GB = 1e9
 #: Python, torch, transformers and their libraries before a model is loaded: 0.37 GB, measured on a CPU.

@@ -178,10 +178,8 @@ def undecodable(path: Path, reading: ReadOptions = PLAIN) -> DataError:
     for magic, (what, how) in _MAGIC.items():
         if start.startswith(magic):
             return DataError(f"{path}: is {what}, its name says {path.suffix}", how)
-    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return DataError(f"{path}: the file is UTF-32", option("encoding", "utf-32"))
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return DataError(f"{path}: the file is UTF-16", option("encoding", "utf-16"))
+    if marked := _marked_encoding(start):
+        return DataError(f"{path}: the file is {marked.upper()}", option("encoding", marked))
     name = (reading.encoding or "utf-8").upper()
     if name == "UTF-8" and b"\0" in start:
         return DataError(f"{path}: holds NUL bytes", utf_16_hint(start.decode("latin-1")))
@@ -202,6 +200,13 @@ def undecodable(path: Path, reading: ReadOptions = PLAIN) -> DataError:
                 return DataError(message, _encoding_remedy(path, raw, error.start, reading))
             at += len(raw)
     return DataError(f"{path}: changed while it was read", "wait until it is complete")
+
+
+def _marked_encoding(start: bytes) -> str | None:
+    """The encoding that a byte order mark tells; UTF-8 needs none."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
 def _encoding_remedy(path: Path, line: bytes, at: int, reading: ReadOptions) -> str:
@@ -253,10 +258,8 @@ def likely_encoding(path: Path) -> str | None:
         start = file.read(8)
     if start.startswith(tuple(_MAGIC)):
         return None
-    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
+    if marked := _marked_encoding(start):
+        return marked
     if b"\0" in start[:2]:
         return "utf-16-be" if start.startswith(b"\0") else "utf-16-le"
     found = _examine_bytes(path)
